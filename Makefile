@@ -1,0 +1,36 @@
+# make train   installs into .venv, trains for about a minute, shows the curve and a sample
+# make test    installs into .venv, runs the tests
+# make lint    ruff and mypy
+# make bench   what the README claims, measured here
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+
+.PHONY: train test lint bench clean
+
+train: $(VENV)/.train
+	$(BIN)/rwkv-train experiment=quickstart
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.wkv
+	$(BIN)/python -m benchmarks.train_step
+
+$(VENV)/.train: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.train
+	$(BIN)/pip install -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info

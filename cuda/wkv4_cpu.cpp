@@ -1,0 +1,415 @@
+// WKV-4 on the CPU: the operator's schema, for all devices, and its CPU kernels.
+//
+// Letters: B sequences, T steps, C channels. Memory is C innermost, so LANES neighbouring channels walk through time
+// together and the compiler makes vectors of them. Work is split over sequences x blocks of LANES channels and, where
+// those are fewer than the threads, over chunks of time as well:
+//
+//   forward    1. (chunks) each chunk on its own, to the state that it adds      2. (chunks) combine in order
+//              3. walk, writing the output, and the state at the start of every tile of some 32 steps
+//   backward   tiles from the last to the first: walk forwards again from the saved state, keeping the tile in
+//              cache, then back through it. A chunk's result is affine in the adjoint at its end, so with chunks:
+//              1. each with adjoint 0   2. combine in order   3. walk with the right adjoint, writing gradients
+//
+// Sums over time and sequences are kept apart by task and added in order: the same bits in every run.
+// Built by rwkv_pl.ops.build with the LibTorch stable ABI: one library serves every torch from 2.10.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <type_traits>
+#include <vector>
+
+#include "wkv4_math.h"
+
+// Before a loop over lanes: its iterations are independent. Not `omp simd`, which gcc 12 turns into arrays of structs.
+#if defined(__clang__)
+#define WKV_LANES _Pragma("clang loop vectorize(assume_safety)")
+#elif defined(__GNUC__)
+#define WKV_LANES _Pragma("GCC ivdep")
+#elif defined(_MSC_VER)
+#define WKV_LANES __pragma(loop(ivdep))
+#else
+#define WKV_LANES
+#endif
+
+namespace {
+
+using torch::stable::Tensor;
+
+constexpr int64_t LANES = 32;
+// Steps of the longest tile: what the backward pass keeps of one then fits the first cache.
+constexpr int64_t LONGEST_TILE = 32;
+// Fewer steps than these are not worth a chunk of their own, and fewer keys (some 5 microseconds) not a thread.
+constexpr int64_t SHORTEST_CHUNK = 128;
+constexpr int64_t LEAST_KEYS = 16384;
+
+// LANES channels of one sequence, in memory or in a task's own arrays: p[row][lane].
+template <typename T>
+struct Rows {
+  T* p;
+  int64_t stride;
+  T* operator[](int64_t row) const { return p + row * stride; }
+};
+
+// How one call is cut up. A task is a block of channels in one chunk of one sequence.
+struct Plan {
+  int64_t batch, steps, channels, tile, tiles, blocks, chunks, chunk_steps;
+
+  Plan(const Tensor& key, int64_t tile_steps)
+      : batch(key.size(0)), steps(key.size(1)), channels(key.size(2)), tile(tile_steps) {
+    STD_TORCH_CHECK(tile >= 1 && tile <= LONGEST_TILE, "wkv4: tile must be 1 to ", LONGEST_TILE, ", not ", tile);
+    blocks = (channels + LANES - 1) / LANES;
+    tiles = (steps + tile - 1) / tile;
+    const int64_t threads = torch::stable::get_num_threads();
+    // Chunks walk time nearly twice, so two of them on two threads gain little and three on three some.
+    const int64_t wanted = threads / std::max<int64_t>(batch * blocks, 1);
+    chunks = wanted < 3 ? 1 : std::max<int64_t>(1, std::min(wanted, steps / SHORTEST_CHUNK));
+    chunk_steps = ((steps + chunks - 1) / chunks + tile - 1) / tile * tile;
+    chunks = (steps + chunk_steps - 1) / chunk_steps;
+  }
+
+  int64_t start(int64_t chunk) const { return chunk * chunk_steps; }
+  int64_t end(int64_t chunk) const { return std::min(steps, start(chunk) + chunk_steps); }
+
+  // f(sequence, chunk, first channel, width) for every task. The width is a constant in all blocks but the last, so
+  // that the loops over it have no remainder.
+  template <typename F>
+  void parallel(const F& f) const {
+    const int64_t grain = std::max<int64_t>(1, LEAST_KEYS / (LANES * std::min(steps, chunk_steps)));
+    torch::stable::parallel_for(0, batch * chunks * blocks, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t block = task % blocks, chunk = task / blocks % chunks, sequence = task / blocks / chunks;
+        const int64_t channel = block * LANES, width = std::min(LANES, channels - channel);
+        if (width == LANES) {
+          f(sequence, chunk, channel, std::integral_constant<int64_t, LANES>());
+        } else {
+          f(sequence, chunk, channel, width);
+        }
+      }
+    });
+  }
+};
+
+template <typename T>
+struct Lanes {
+  alignas(64) T num[LANES], den[LANES], key[LANES], age[LANES];
+
+  wkv::State<T> get(int64_t c) const { return {num[c], den[c], key[c], age[c]}; }
+  void set(int64_t c, wkv::State<T> s) { num[c] = s.num, den[c] = s.den, key[c] = s.key, age[c] = s.age; }
+};
+
+// One saved state of a block of channels, rows num, den, key, age of C numbers each.
+template <typename T>
+struct Saved {
+  T* p;
+  int64_t channels;
+
+  wkv::State<T> get(int64_t c) const { return {p[c], p[channels + c], p[2 * channels + c], p[3 * channels + c]}; }
+  void set(int64_t c, wkv::State<T> s) const {
+    p[c] = s.num, p[channels + c] = s.den, p[2 * channels + c] = s.key, p[3 * channels + c] = s.age;
+  }
+};
+
+// The arguments of one call. tiles is (B, tiles + 1, 4, C): the state before each tile, and after the last step.
+template <typename T>
+struct Arguments {
+  Plan plan;
+  const T *time_decay, *time_first, *key, *value;
+  T* tiles;
+
+  Rows<const T> rows(const T* p, int64_t sequence, int64_t channel) const {
+    return {p + sequence * plan.steps * plan.channels + channel, plan.channels};
+  }
+  Rows<T> rows(T* p, int64_t sequence, int64_t channel) const {
+    return {p + sequence * plan.steps * plan.channels + channel, plan.channels};
+  }
+  // The state before step t, t a multiple of plan.tile or T itself.
+  Saved<T> saved(int64_t sequence, int64_t t, int64_t channel) const {
+    const int64_t tile = (t + plan.tile - 1) / plan.tile;
+    return {tiles + ((sequence * (plan.tiles + 1) + tile) * 4) * plan.channels + channel, plan.channels};
+  }
+};
+
+template <typename T>
+void forward(const Arguments<T>& a, const T* state, T* output, T* new_state) {
+  const Plan& plan = a.plan;
+  const int64_t C = plan.channels;
+
+  // Where each task starts: the incoming state, or what the chunks before have made of it.
+  plan.parallel([&](int64_t b, int64_t chunk, int64_t c0, auto width) {
+    const int64_t lanes = width;
+    if (chunk == 0) {
+      const T* s = state + b * 3 * C + c0;
+      const Saved<T> to = a.saved(b, 0, c0);
+      for (int64_t c = 0; c < lanes; ++c) to.set(c, {s[c], s[C + c], s[2 * C + c], T(0)});
+    }
+    if (chunk == plan.chunks - 1) return;
+    T w[LANES];
+    Lanes<T> s;
+    for (int64_t c = 0; c < lanes; ++c) w[c] = wkv::decay(a.time_decay[c0 + c]);
+    for (int64_t c = 0; c < lanes; ++c) s.set(c, wkv::empty_state<T>());
+    const Rows<const T> key = a.rows(a.key, b, c0), value = a.rows(a.value, b, c0);
+    for (int64_t t = plan.start(chunk); t < plan.end(chunk); ++t) {
+      const T *k = key[t], *v = value[t];
+      WKV_LANES
+      for (int64_t c = 0; c < lanes; ++c) s.set(c, wkv::update(s.get(c), w[c], k[c], v[c]).state);
+    }
+    const Saved<T> to = a.saved(b, plan.end(chunk), c0);
+    for (int64_t c = 0; c < lanes; ++c) to.set(c, s.get(c));
+  });
+
+  for (int64_t b = 0; b < plan.batch; ++b) {
+    for (int64_t chunk = 0; chunk + 1 < plan.chunks; ++chunk) {
+      const Saved<T> earlier = a.saved(b, plan.start(chunk), 0), later = a.saved(b, plan.end(chunk), 0);
+      const T steps = T(plan.end(chunk) - plan.start(chunk));
+      for (int64_t c = 0; c < C; ++c) {
+        later.set(c, wkv::combine(earlier.get(c), later.get(c), wkv::decay(a.time_decay[c]), steps));
+      }
+    }
+  }
+
+  plan.parallel([&](int64_t b, int64_t chunk, int64_t c0, auto width) {
+    const int64_t lanes = width;
+    T w[LANES], u[LANES];
+    Lanes<T> s;
+    const Saved<T> from = a.saved(b, plan.start(chunk), c0);
+    for (int64_t c = 0; c < lanes; ++c) {
+      w[c] = wkv::decay(a.time_decay[c0 + c]);
+      u[c] = a.time_first[c0 + c];
+      s.set(c, from.get(c));
+    }
+    const Rows<const T> key = a.rows(a.key, b, c0), value = a.rows(a.value, b, c0);
+    const Rows<T> out = a.rows(output, b, c0);
+    for (int64_t t = plan.start(chunk); t < plan.end(chunk); ++t) {
+      if (t % plan.tile == 0 && t != plan.start(chunk)) {
+        const Saved<T> to = a.saved(b, t, c0);
+        for (int64_t c = 0; c < lanes; ++c) to.set(c, s.get(c));
+      }
+      const T *k = key[t], *v = value[t];
+      T* y = out[t];
+      WKV_LANES
+      for (int64_t c = 0; c < lanes; ++c) {
+        const wkv::State<T> before = s.get(c);
+        y[c] = wkv::output(before, w[c], u[c], k[c], v[c]).value;
+        s.set(c, wkv::update(before, w[c], k[c], v[c]).state);
+      }
+    }
+    if (chunk == plan.chunks - 1) {
+      const Saved<T> to = a.saved(b, plan.steps, c0);
+      T* ns = new_state + b * 3 * C + c0;
+      for (int64_t c = 0; c < lanes; ++c) {
+        const wkv::State<T> last = s.get(c);
+        const wkv::Folded<T> f = wkv::fold(last, w[c]);
+        to.set(c, last);
+        ns[c] = f.scale * last.num, ns[C + c] = f.scale * last.den, ns[2 * C + c] = f.max_exp;
+      }
+    }
+  });
+}
+
+// Where the backward pass writes; sums is (B, chunks, 2, C), gradients in u and w of each task.
+template <typename T>
+struct Gradients {
+  const T* output;
+  T *key, *value, *sums;
+};
+
+// Back through one chunk, from the adjoint of the state after it (num and den of LANES channels) to that of the state
+// before. WRITE: the gradients are written as well.
+template <bool WRITE, typename T, typename Width>
+void walk_back(const Arguments<T>& a, const Gradients<T>& g, int64_t b, int64_t chunk, int64_t c0, Width width,
+               T* adjoint_num, T* adjoint_den) {
+  const int64_t lanes = width;
+  const Plan& plan = a.plan;
+  // A tile, walked forwards: 7 arrays that stay in the first cache.
+  using Tile = T[LONGEST_TILE][LANES];
+  alignas(64) Tile num, den, earlier, later, pull_earlier, pull_later, out;
+  alignas(64) T w[LANES], u[LANES], sum_u[LANES], sum_w[LANES];
+  Lanes<T> s;
+  for (int64_t c = 0; c < lanes; ++c) {
+    w[c] = wkv::decay(a.time_decay[c0 + c]);
+    u[c] = a.time_first[c0 + c];
+    sum_u[c] = sum_w[c] = T(0);
+  }
+  const Rows<const T> key = a.rows(a.key, b, c0), value = a.rows(a.value, b, c0), grad = a.rows(g.output, b, c0);
+  const Rows<T> grad_key = a.rows(g.key, b, c0), grad_value = a.rows(g.value, b, c0);
+
+  const int64_t begin = plan.start(chunk), end = plan.end(chunk);
+  for (int64_t t0 = begin + (end - begin - 1) / plan.tile * plan.tile; t0 >= begin; t0 -= plan.tile) {
+    const int64_t length = std::min(plan.tile, end - t0);
+    const Saved<T> from = a.saved(b, t0, c0);
+    for (int64_t c = 0; c < lanes; ++c) s.set(c, from.get(c));
+    for (int64_t i = 0; i < length; ++i) {
+      const T *k = key[t0 + i], *v = value[t0 + i], *gy = grad[t0 + i];
+      WKV_LANES
+      for (int64_t c = 0; c < lanes; ++c) {
+        const wkv::State<T> before = s.get(c);
+        const wkv::Output<T> o = wkv::output(before, w[c], u[c], k[c], v[c]);
+        const wkv::Update<T> next = wkv::update(before, w[c], k[c], v[c]);
+        const T h = gy[c] / o.den;
+        num[i][c] = before.num, den[i][c] = before.den;
+        earlier[i][c] = next.factor.earlier, later[i][c] = next.factor.later;
+        pull_earlier[i][c] = h * o.factor.earlier, pull_later[i][c] = h * o.factor.later;
+        out[i][c] = o.value;
+        s.set(c, next.state);
+      }
+    }
+    for (int64_t i = length - 1; i >= 0; --i) {
+      const T* v = value[t0 + i];
+      T *gk = WRITE ? grad_key[t0 + i] : nullptr, *gv = WRITE ? grad_value[t0 + i] : nullptr;
+      WKV_LANES
+      for (int64_t c = 0; c < lanes; ++c) {
+        wkv::Adjoint<T> adjoint = {adjoint_num[c], adjoint_den[c]};
+        const wkv::StepGradient<T> step =
+            wkv::step_back(adjoint, num[i][c], den[i][c], wkv::Factors<T>{earlier[i][c], later[i][c]},
+                           pull_earlier[i][c], pull_later[i][c], v[c], out[i][c]);
+        adjoint_num[c] = adjoint.num, adjoint_den[c] = adjoint.den;
+        if (WRITE) {
+          gk[c] = step.key, gv[c] = step.value;
+          sum_u[c] += step.u, sum_w[c] += step.w;
+        }
+      }
+    }
+  }
+  if (WRITE) {
+    T* sums = g.sums + ((b * plan.chunks + chunk) * 2) * plan.channels + c0;
+    for (int64_t c = 0; c < lanes; ++c) sums[c] = sum_u[c], sums[plan.channels + c] = sum_w[c];
+  }
+}
+
+template <typename T>
+void backward(const Arguments<T>& a, const Gradients<T>& g, const T* grad_new_state, T* grad_time_decay,
+              T* grad_time_first, T* grad_state) {
+  const Plan& plan = a.plan;
+  const int64_t C = plan.channels;
+
+  // Adjoints of the state after each chunk, (B, chunks, 2, C): after the last, the outgoing state's gradient.
+  std::vector<T> adjoints(plan.batch * plan.chunks * 2 * C);
+  const auto adjoint = [&](int64_t b, int64_t chunk) { return adjoints.data() + (b * plan.chunks + chunk) * 2 * C; };
+
+  plan.parallel([&](int64_t b, int64_t chunk, int64_t c0, auto width) {
+    const int64_t lanes = width;
+    if (chunk == plan.chunks - 1) {
+      const Saved<T> last = a.saved(b, plan.steps, c0);
+      const T* gs = grad_new_state + b * 3 * C + c0;
+      T* to = adjoint(b, chunk) + c0;
+      for (int64_t c = 0; c < lanes; ++c) {
+        const T scale = wkv::fold(last.get(c), wkv::decay(a.time_decay[c0 + c])).scale;
+        to[c] = scale * gs[c], to[C + c] = scale * gs[C + c];
+      }
+    }
+    if (chunk == 0) return;
+    alignas(64) T num[LANES] = {}, den[LANES] = {};
+    walk_back<false>(a, g, b, chunk, c0, width, num, den);
+    T* to = adjoint(b, chunk - 1) + c0;
+    for (int64_t c = 0; c < lanes; ++c) to[c] = num[c], to[C + c] = den[c];
+  });
+
+  for (int64_t b = 0; b < plan.batch; ++b) {
+    for (int64_t chunk = plan.chunks - 1; chunk > 0; --chunk) {
+      const Saved<T> before = a.saved(b, plan.start(chunk), 0), after = a.saved(b, plan.end(chunk), 0);
+      const T steps = T(plan.end(chunk) - plan.start(chunk));
+      const T* from = adjoint(b, chunk);
+      T* to = adjoint(b, chunk - 1);
+      for (int64_t c = 0; c < C; ++c) {
+        const T lead = wkv::lead_of(before.get(c), after.get(c), wkv::decay(a.time_decay[c]), steps);
+        const T factor = wkv::exp_negative(-lead);
+        to[c] += factor * from[c], to[C + c] += factor * from[C + c];
+      }
+    }
+  }
+
+  plan.parallel([&](int64_t b, int64_t chunk, int64_t c0, auto width) {
+    const int64_t lanes = width;
+    alignas(64) T num[LANES], den[LANES];
+    const T* from = adjoint(b, chunk) + c0;
+    for (int64_t c = 0; c < lanes; ++c) num[c] = from[c], den[c] = from[C + c];
+    walk_back<true>(a, g, b, chunk, c0, width, num, den);
+    if (chunk == 0) {
+      const Saved<T> first = a.saved(b, 0, c0);
+      T* gs = grad_state + b * 3 * C + c0;
+      for (int64_t c = 0; c < lanes; ++c) {
+        const wkv::State<T> s = first.get(c);
+        gs[c] = num[c], gs[C + c] = den[c], gs[2 * C + c] = s.num * num[c] + s.den * den[c];
+      }
+    }
+  });
+
+  for (int64_t c = 0; c < C; ++c) grad_time_first[c] = grad_time_decay[c] = T(0);
+  for (int64_t i = 0; i < plan.batch * plan.chunks; ++i) {
+    const T* sums = g.sums + i * 2 * C;
+    for (int64_t c = 0; c < C; ++c) grad_time_first[c] += sums[c], grad_time_decay[c] += sums[C + c];
+  }
+  for (int64_t c = 0; c < C; ++c) grad_time_decay[c] *= wkv::decay(a.time_decay[c]);
+}
+
+bool is_double(const Tensor& t) { return t.scalar_type() == torch::headeronly::ScalarType::Double; }
+
+template <typename T>
+T* data(const Tensor& t) {
+  return static_cast<T*>(t.data_ptr());
+}
+
+std::tuple<Tensor, Tensor, Tensor> wkv4_forward(const Tensor& time_decay, const Tensor& time_first, const Tensor& key,
+                                                const Tensor& value, const Tensor& state, int64_t tile) {
+  using torch::stable::contiguous;
+  using torch::stable::new_empty;
+  const Plan plan(key, tile);
+  const Tensor decay = contiguous(time_decay), first = contiguous(time_first), k = contiguous(key),
+               v = contiguous(value), s = contiguous(state);
+  const Tensor output = new_empty(key, {plan.batch, plan.steps, plan.channels});
+  const Tensor new_state = new_empty(key, {plan.batch, 3, plan.channels});
+  const Tensor tiles = new_empty(key, {plan.batch, plan.tiles + 1, 4, plan.channels});
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    forward<T>({plan, data<T>(decay), data<T>(first), data<T>(k), data<T>(v), data<T>(tiles)}, data<T>(s),
+               data<T>(output), data<T>(new_state));
+  };
+  is_double(key) ? run(0.0) : run(0.0f);
+  return {output, new_state, tiles};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> wkv4_backward(const Tensor& time_decay, const Tensor& time_first,
+                                                                 const Tensor& key, const Tensor& value,
+                                                                 const Tensor& tiles, const Tensor& grad_output,
+                                                                 const Tensor& grad_new_state, int64_t tile) {
+  using torch::stable::contiguous;
+  using torch::stable::new_empty;
+  const Plan plan(key, tile);
+  const Tensor decay = contiguous(time_decay), first = contiguous(time_first), k = contiguous(key),
+               v = contiguous(value), saved = contiguous(tiles), gy = contiguous(grad_output),
+               gs = contiguous(grad_new_state);
+  const Tensor grad_decay = new_empty(key, {plan.channels}), grad_first = new_empty(key, {plan.channels});
+  const Tensor grad_key = new_empty(key, {plan.batch, plan.steps, plan.channels});
+  const Tensor grad_value = new_empty(key, {plan.batch, plan.steps, plan.channels});
+  const Tensor grad_state = new_empty(key, {plan.batch, 3, plan.channels});
+  const Tensor sums = new_empty(key, {plan.batch, plan.chunks, 2, plan.channels});
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    backward<T>({plan, data<T>(decay), data<T>(first), data<T>(k), data<T>(v), data<T>(saved)},
+                {data<T>(gy), data<T>(grad_key), data<T>(grad_value), data<T>(sums)}, data<T>(gs),
+                data<T>(grad_decay), data<T>(grad_first), data<T>(grad_state));
+  };
+  is_double(key) ? run(0.0) : run(0.0f);
+  return {grad_decay, grad_first, grad_key, grad_value, grad_state};
+}
+
+}  // namespace
+
+// All tensors of one dtype, float32 or float64. tiles (B, ceil(T / tile) + 1, 4, C) is for the backward pass alone: the
+// states before each tile and after the last step. tile is an argument and not a constant, so that a graph that
+// torch.compile has kept on disk holds the one that its shapes were made with.
+STABLE_TORCH_LIBRARY(rwkv_pl, m) {
+  m.def("wkv4_forward(Tensor time_decay, Tensor time_first, Tensor key, Tensor value, Tensor state, int tile)"
+        " -> (Tensor output, Tensor state, Tensor tiles)");
+  m.def("wkv4_backward(Tensor time_decay, Tensor time_first, Tensor key, Tensor value, Tensor tiles,"
+        " Tensor grad_output, Tensor grad_new_state, int tile)"
+        " -> (Tensor grad_time_decay, Tensor grad_time_first, Tensor grad_key, Tensor grad_value, Tensor grad_state)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(rwkv_pl, CPU, m) {
+  m.impl("wkv4_forward", TORCH_BOX(&wkv4_forward));
+  m.impl("wkv4_backward", TORCH_BOX(&wkv4_backward));
+}

@@ -1,0 +1,219 @@
+// WKV-4, one channel: one step of time and one combination of two stretches of it, forwards and backwards.
+//
+// RWKV-4: arXiv 2305.13048. With w = -exp(time_decay) and u = time_first, the sums of the operator are kept as
+// e^o (num, den), where the exponent o = key + w age: the largest term's key, exactly as it was given, and how many
+// steps ago it was. Differences of exponents are (key - key) + w age, so they are as precise at keys of 1e4 as at 1.
+// A single number for o loses 4e-3 there.
+//
+// Plain scalar code, for every device and compiler: on a CPU loops over channels are vectorised by the compiler.
+
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__CUDACC__) || defined(__HIPCC__)
+#define WKV_INLINE __host__ __device__ __forceinline__
+#elif defined(_MSC_VER)
+#define WKV_INLINE __forceinline
+#else
+#define WKV_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace wkv {
+
+// a b + c; a library's fma where the machine has none would be 40 times slower than the sum.
+template <typename T>
+WKV_INLINE T multiply_add(T a, T b, T c) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA) || defined(__CUDA_ARCH__)
+  return std::fma(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+// e^x for x <= 0 (or slightly above), to 2 units in the last place; 0 where the result would be subnormal; NaN stays.
+// Adding 1.5 * 2^(mantissa bits) rounds to a whole number, and with the exponent's bias added too, the low bits of
+// the sum are the exponent of 2^n; the lowest, where x is held, is that of 0. Neither a library call nor a branch, so
+// a loop around it can be vectorised.
+WKV_INLINE float exp_negative(float x) {
+#ifdef __CUDA_ARCH__
+  return expf(x);
+#else
+  const float shift = 12582912.0f + 127.0f;
+  x = x < -88.0f ? -88.0f : x;
+  const float t = multiply_add(x, 1.44269504f, shift);
+  const float n = t - shift;
+  float r = multiply_add(n, -0.693359375f, x);
+  r = multiply_add(n, 2.12194440e-4f, r);
+  float sum = 0.00829027220606804f;
+  sum = multiply_add(sum, r, 0.04189816117286682f);
+  sum = multiply_add(sum, r, 0.1666763871908188f);
+  sum = multiply_add(sum, r, 0.4999914765357971f);
+  sum = multiply_add(sum, r, 0.9999997019767761f);
+  sum = multiply_add(sum, r, 1.0f);
+  std::uint32_t bits;
+  std::memcpy(&bits, &t, sizeof bits);
+  bits <<= 23;
+  float power;
+  std::memcpy(&power, &bits, sizeof power);
+  return sum * power;
+#endif
+}
+
+WKV_INLINE double exp_negative(double x) {
+#ifdef __CUDA_ARCH__
+  return exp(x);
+#else
+  const double shift = 6755399441055744.0 + 1023.0;
+  x = x < -709.1 ? -709.1 : x;
+  const double t = multiply_add(x, 1.4426950408889634, shift);
+  const double n = t - shift;
+  double r = multiply_add(n, -0.693145751953125, x);
+  r = multiply_add(n, -1.42860682030941723212e-6, r);
+  double sum = 1.0 / 6227020800.0;
+  sum = multiply_add(sum, r, 1.0 / 479001600.0);
+  sum = multiply_add(sum, r, 1.0 / 39916800.0);
+  sum = multiply_add(sum, r, 1.0 / 3628800.0);
+  sum = multiply_add(sum, r, 1.0 / 362880.0);
+  sum = multiply_add(sum, r, 1.0 / 40320.0);
+  sum = multiply_add(sum, r, 1.0 / 5040.0);
+  sum = multiply_add(sum, r, 1.0 / 720.0);
+  sum = multiply_add(sum, r, 1.0 / 120.0);
+  sum = multiply_add(sum, r, 1.0 / 24.0);
+  sum = multiply_add(sum, r, 1.0 / 6.0);
+  sum = multiply_add(sum, r, 0.5);
+  sum = multiply_add(sum, r, 1.0);
+  sum = multiply_add(sum, r, 1.0);
+  std::uint64_t bits;
+  std::memcpy(&bits, &t, sizeof bits);
+  bits <<= 52;
+  double power;
+  std::memcpy(&power, &bits, sizeof power);
+  return sum * power;
+#endif
+}
+
+// w from the raw parameter. Beyond e^69 (about 1e30) nothing changes but that w * 0 would be NaN.
+template <typename T>
+WKV_INLINE T decay(T time_decay) {
+  return time_decay > T(69) ? T(-1e30) : T(-std::exp(time_decay));
+}
+
+// The factors of two terms whose exponents differ, divided by the larger: one of them is 1, the other costs the exp.
+template <typename T>
+struct Factors {
+  T earlier, later;
+};
+
+// lead: the later term's exponent minus the earlier one's. A NaN lead makes the later factor NaN.
+template <typename T>
+WKV_INLINE Factors<T> factors(T lead) {
+  const T e = exp_negative(-std::fabs(lead));
+  return {lead > T(0) ? e : T(1), lead > T(0) ? T(1) : e};
+}
+
+// e^(key + w age) (num, den).
+template <typename T>
+struct State {
+  T num, den, key, age;
+};
+
+// What the exponent of a state that has seen nothing is: with num and den 0 it vanishes beside any key.
+template <typename T>
+WKV_INLINE State<T> empty_state() {
+  return {T(0), T(0), T(-1e38), T(0)};
+}
+
+// output = (earlier num + later value) / den, with den = earlier den + later.
+template <typename T>
+struct Output {
+  Factors<T> factor;
+  T den, value;
+};
+
+template <typename T>
+WKV_INLINE Output<T> output(State<T> s, T w, T u, T key, T value) {
+  const Factors<T> f = factors((key - s.key) + multiply_add(-w, s.age, u));
+  const T den = multiply_add(f.earlier, s.den, f.later);
+  return {f, den, multiply_add(f.earlier, s.num, f.later * value) / den};
+}
+
+// The state after one more step; factor: what the state and the step were scaled by.
+template <typename T>
+struct Update {
+  Factors<T> factor;
+  State<T> state;
+};
+
+template <typename T>
+WKV_INLINE Update<T> update(State<T> s, T w, T key, T value) {
+  const T age = s.age + T(1);
+  const T lead = multiply_add(-w, age, key - s.key);
+  const Factors<T> f = factors(lead);
+  return {f,
+          {multiply_add(f.earlier, s.num, f.later * value), multiply_add(f.earlier, s.den, f.later),
+           lead > T(0) ? key : s.key, lead > T(0) ? T(0) : age}};
+}
+
+// Exponent of `later` minus that of `earlier`, once `steps` more steps have passed for the earlier.
+template <typename T>
+WKV_INLINE T lead_of(State<T> earlier, State<T> later, T w, T steps) {
+  return multiply_add(w, later.age - (earlier.age + steps), later.key - earlier.key);
+}
+
+// Two neighbouring stretches of time as one; the later is `steps` long.
+template <typename T>
+WKV_INLINE State<T> combine(State<T> earlier, State<T> later, T w, T steps) {
+  const T lead = lead_of(earlier, later, w, steps);
+  const Factors<T> f = factors(lead);
+  return {multiply_add(f.earlier, earlier.num, f.later * later.num),
+          multiply_add(f.earlier, earlier.den, f.later * later.den), lead > T(0) ? later.key : earlier.key,
+          lead > T(0) ? later.age : earlier.age + steps};
+}
+
+// A state as it is handed out: exponent max_exp, one number, with what its rounding lost in `scale`, to multiply num
+// and den by. A NaN in den makes max_exp NaN too.
+template <typename T>
+struct Folded {
+  T max_exp, scale;
+};
+
+template <typename T>
+WKV_INLINE Folded<T> fold(State<T> s, T w) {
+  const T max_exp = multiply_add(w, s.age, s.key);
+  return {max_exp + (s.den - s.den), exp_negative(multiply_add(w, s.age, s.key - max_exp))};
+}
+
+// Gradients of the loss in a state's num and den, its exponent held.
+template <typename T>
+struct Adjoint {
+  T num, den;
+};
+
+// Gradients in one step's key, value and u, and in w through the decay of the state before it. For w it is
+// d/dw = sum over steps of earlier (after.num num + after.den den), so that nothing need be carried forwards.
+template <typename T>
+struct StepGradient {
+  T key, value, u, w;
+};
+
+// One step back in time. `after` is the adjoint of the state after the step and becomes that of the state before.
+// before: that state's num and den; read, push: the step's output and update; grad: the gradient in its output.
+// Every factor is at most 1: the adjoint is scaled by the state's own exponent, so nothing overflows, and walking
+// back costs no exponential.
+template <typename T>
+WKV_INLINE StepGradient<T> step_back(Adjoint<T>& after, T num, T den, Factors<T> push, T pull_earlier,
+                                     T pull_later, T value, T out) {
+  const T bonus = pull_later * (value - out);
+  const T through_state = multiply_add(after.num, value, after.den);
+  const StepGradient<T> gradient = {multiply_add(push.later, through_state, bonus),
+                                    multiply_add(push.later, after.num, pull_later), bonus,
+                                    push.earlier * multiply_add(after.num, num, after.den * den)};
+  after.num = multiply_add(push.earlier, after.num, pull_earlier);
+  after.den = multiply_add(push.earlier, after.den, -pull_earlier * out);
+  return gradient;
+}
+
+}  // namespace wkv

@@ -1,0 +1,26 @@
+"""rwkv_pl: train RWKV language models with PyTorch Lightning, Hydra and a compiled WKV kernel.
+
+The public names are loaded when used: ``import rwkv_pl`` alone imports no torch.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_HOMES = {
+    "RWKV4": "rwkv_pl.model.rwkv4",
+    "RWKV4Config": "rwkv_pl.config",
+    "LitRWKV": "rwkv_pl.training.module",
+    "CorpusDataModule": "rwkv_pl.data.datamodule",
+    "Enwik8DataModule": "rwkv_pl.data.datamodule",
+    "wkv4": "rwkv_pl.ops.wkv4",
+    "use_kernel": "rwkv_pl.ops.wkv4",
+    "generate": "rwkv_pl.inference.generate",
+    "load_weights": "rwkv_pl.weights",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,247 @@
+"""What the commands share: a command line to a checked config, errors as one line, and the run folder.
+
+Only Hydra and the standard library are imported here, so that a mistake is told before anything heavy is loaded.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, NoReturn
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_module
+from hydra._internal.utils import get_args_parser
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, Override
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from rwkv_pl.config import GROUPS, TARGET_MODULES, Train, UserError, check_kinds, check_trainer, nearest
+
+CONFIG_MODULE = "rwkv_pl.conf"
+BAD_INPUT = 2
+
+
+def told_in_one_line(main: Callable[[], None]) -> Callable[[], None]:
+    """A command whose UserErrors are printed as one line and end it with exit code 2."""
+
+    def command() -> None:
+        # Hydra then raises what it would print over several lines.
+        os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+        try:
+            main()
+        except UserError as error:
+            print(f"{Path(sys.argv[0]).name}: {one_line(error)}", file=sys.stderr)
+            sys.exit(BAD_INPUT)
+
+    return command
+
+
+def one_line(error: BaseException | str) -> str:
+    """An error's message without its line breaks."""
+    return " ".join(str(error).split())
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Hydra's own command line. Raises UserError for a flag that it does not have, or that is not used here."""
+    parser = get_args_parser()
+
+    def refuse(message: str) -> NoReturn:
+        raise UserError(f"{message}; settings are written key=value, see --help")
+
+    parser.error = refuse  # type: ignore[method-assign]
+    args = parser.parse_intermixed_args(argv)
+    if args.config_path or args.config_name:
+        raise UserError("--config-path and --config-name are not used: put files of yours below a --config-dir")
+    if args.experimental_rerun:
+        raise UserError("--experimental-rerun is not used: go on with a run by resume=RUN")
+    if args.config_dir:
+        args.config_dir = str(Path(args.config_dir).absolute())
+        if not Path(args.config_dir).is_dir():
+            raise UserError(f"--config-dir {args.config_dir} is no folder")
+    return args
+
+
+def parse_overrides(overrides: Sequence[str], sweep: bool = False) -> list[Override]:
+    """key=value each. Raises UserError for what Hydra's grammar refuses, for +, ++ and ~, and for a, b without -m."""
+    parser = OverridesParser.create()
+    parsed = []
+    for text in overrides:
+        try:
+            override = parser.parse_override(text)
+        except HydraException as error:
+            reason = one_line(str(error).splitlines()[0])
+            raise UserError(f"{text!r} can't be read as key=value ({reason}): quote special characters") from error
+        key = override.key_or_group
+        if override.is_add() or override.is_force_add():
+            raise UserError(f"{text}: keys are not added, all there are exist already; write {key}=VALUE")
+        if override.is_delete():
+            raise UserError(f"{text}: keys are not removed; write {key}=null, or choose another file of its group")
+        if override.is_sweep_override() and not sweep:
+            raise UserError(f"{text} names several values: add -m to run them all, or write a list as [a,b]")
+        if is_group_choice(override) and not isinstance(override.value(), str | list | ChoiceSweep | None):
+            raise UserError(f"{text}: a file of {key} is chosen by its name; --help lists them")
+        parsed.append(override)
+    return parsed
+
+
+def compose(overrides: Sequence[str], config_dir: str | None = None) -> DictConfig:
+    """conf/train.yaml with the overrides, Hydra's own part included. Raises UserError in one line."""
+    extra = []
+    if config_dir:
+        escaped = config_dir.replace("\\", "\\\\").replace("'", "\\'")
+        extra = [f"hydra.searchpath=['file://{escaped}']"]
+    with initialize_config_module(CONFIG_MODULE, version_base="1.3", job_name="train"):
+        try:
+            return hydra_compose("train", overrides=[*overrides, *extra], return_hydra_config=True)
+        except MissingConfigException as error:
+            options = ", ".join(error.options or [])
+            missing = error.missing_cfg_file or ""
+            raise UserError(f"there is no {missing.replace('/', '=', 1)}; there are: {options}") from error
+        except (HydraException, OmegaConfBaseException) as error:
+            reason = error
+    explain_unknown_key(overrides, config_dir)
+    cause = f" ({one_line(reason.__cause__)})" if reason.__cause__ else ""
+    raise UserError(one_line(reason) + cause) from reason
+
+
+def explain_unknown_key(overrides: Sequence[str], config_dir: str | None) -> None:
+    """Raises UserError, with the nearest key, for the first override whose key does not exist."""
+    parsed = parse_overrides(overrides, sweep=True)
+    choices = [override for override in parsed if is_group_choice(override)]
+    if len(choices) == len(parsed):
+        return
+    base = compose([str(override.input_line) for override in choices], config_dir)
+    for override in parsed:
+        if override not in choices:
+            require_key(override.key_or_group, base)
+
+
+def require_key(key: str, config: Any) -> None:
+    """Raises UserError where the dotted `key` is not in `config`, naming the nearest that is."""
+    node, seen = config, ""
+    for part in key.split("."):
+        if not isinstance(node, dict | DictConfig) or part not in node:
+            if seen.startswith("trainer."):
+                check_trainer({part: None}, trainer_defaults())
+            names = [name for name in node if name != "hydra"] if isinstance(node, dict | DictConfig) else []
+            hint = nearest(part, names) if names else f"; {seen.rstrip('.')} is a value"
+            raise UserError(f"{key} is not a setting{hint}")
+        node, seen = node[part], f"{seen}{part}."
+
+
+def is_group_choice(override: Override) -> bool:
+    """Does it choose a file (schedule=cosine), rather than set a value?"""
+    return override.key_or_group in GROUPS or "/" in override.key_or_group
+
+
+def trainer_defaults() -> dict[str, Any]:
+    """conf/trainer/default.yaml."""
+    text = resources.files(CONFIG_MODULE).joinpath("trainer/default.yaml").read_text(encoding="utf-8")
+    return OmegaConf.to_container(OmegaConf.create(text))  # type: ignore[return-value]
+
+
+def check(config: DictConfig, overrides: Sequence[Override] = (), config_dir: str | None = None) -> Train:
+    """The composed config, its types and ranges held. Raises UserError: the key, what was given, what is allowed."""
+    config = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    try:
+        plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
+    except OmegaConfBaseException as error:
+        raise UserError(one_line(error)) from error
+    for group in GROUPS[:-1]:
+        if not isinstance(plain.get(group), dict):
+            raise UserError(f"{group}={plain.get(group)} is not a choice of a file in conf/{group}")
+    if any(override.key_or_group.startswith(("callbacks.", "logger.")) for override in overrides):
+        choices = [o.input_line or "" for o in overrides if is_group_choice(o) and o.key_or_group != "experiment"]
+        base = compose(choices, config_dir)
+        for group in ("callbacks", "logger"):
+            check_kinds(group, plain[group], OmegaConf.to_container(base[group]))
+    defaults = trainer_defaults()
+    check_trainer(plain["trainer"], defaults)
+    plain["trainer"] = defaults | plain["trainer"]
+    for where, target in targets(plain):
+        check_target(where, target)
+    plain.pop("experiment", None)
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Train), plain))  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        key = error.full_key or ""
+        if "not in" in str(error.msg):
+            parent = key.rpartition(".")[0]
+            keys = OmegaConf.select(OmegaConf.structured(Train), parent) if parent else OmegaConf.structured(Train)
+            raise UserError(f"{key} is not a setting{nearest(key.rpartition('.')[2], keys)}") from error
+        raise UserError(f"{key}: {one_line(str(error.msg).split('full_key')[0])}") from error
+
+
+def targets(plain: Any, where: str = "") -> Iterator[tuple[str, Any]]:
+    """Every `_target_` of a config, with the dotted key of the mapping that holds it."""
+    if isinstance(plain, dict):
+        for key, value in plain.items():
+            if key == "_target_":
+                yield where, value
+            else:
+                yield from targets(value, f"{where}.{key}" if where else str(key))
+    elif isinstance(plain, list):
+        for i, value in enumerate(plain):
+            yield from targets(value, f"{where}[{i}]")
+
+
+def check_target(where: str, target: Any) -> None:
+    """A class is named by one of its group's modules and exactly one more name. Raises UserError."""
+    group, *inside = where.split(".")
+    modules = TARGET_MODULES.get(group, ())
+    if not modules or len(inside) != (0 if group == "optim" else 1):
+        raise UserError(f"{where}._target_ is not a setting: classes are named in optim, callbacks and logger alone")
+    module, _, name = str(target).rpartition(".")
+    if module not in modules or not name.isidentifier():
+        raise UserError(f"{where}._target_ must be a class of {' or '.join(modules)}, got {target}")
+
+
+def load_target(where: str, target: str) -> type:
+    """The class that a checked `_target_` names. Raises UserError where the module has no such class."""
+    from importlib import import_module
+
+    module, _, name = target.rpartition(".")
+    found = getattr(import_module(module), name, None)
+    if not isinstance(found, type):
+        raise UserError(f"{where}._target_={target} is not a class of {module}")
+    return found
+
+
+def take_folder(folder: Path, typed: bool) -> Path:
+    """Makes the run folder, for this process alone; returns its path.
+
+    A dated name that exists gets -2, -3. One that the user typed is used where absent or empty. Raises UserError where
+    it holds something already, or cannot be made.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if typed:
+            folder.mkdir(exist_ok=True)
+            if any(folder.iterdir()):
+                raise UserError(
+                    f"the folder {folder} holds something already: go on with a run by resume={folder}, "
+                    "or give another hydra.run.dir"
+                )
+            return folder
+        taken, number = folder, 1
+        while True:
+            try:
+                taken.mkdir()
+                return taken
+            except FileExistsError:
+                number += 1
+                taken = folder.with_name(f"{folder.name}-{number}")
+    except OSError as error:
+        raise UserError(
+            f"the output folder {folder} can't be made ({error.strerror}): give another by hydra.run.dir=FOLDER"
+        ) from error
+
+
+def quoted(value: str | Path) -> str:
+    """A text as the value of a Hydra override, whatever characters it has."""
+    return "'" + str(value).replace("\\", "\\\\").replace("'", "\\'") + "'"

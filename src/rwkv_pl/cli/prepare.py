@@ -1,0 +1,249 @@
+"""All of a run that can fail on bad input, done before there is a run folder."""
+
+import logging
+import lzma
+import warnings
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+
+from rwkv_pl.cli.app import load_target, one_line
+from rwkv_pl.config import Train, UserError
+from rwkv_pl.data.datamodule import CorpusDataModule, Enwik8DataModule, StdlibDataModule
+from rwkv_pl.data.tokens import Vocabulary
+from rwkv_pl.model import VERSIONS
+from rwkv_pl.ops.wkv4 import use_kernel, wkv4
+from rwkv_pl.training.module import LitRWKV
+from rwkv_pl.training.optim import check_schedule
+from rwkv_pl.weights import check_about, checkpoint_path, load_weights, read_checkpoint
+
+# Compressing more would keep the user waiting for a figure that is only there to compare with.
+BASELINE_BYTES = 4_000_000
+
+# Lightning's own settings that the order of batches, and the length in optimizer steps, leave no choice about.
+FIXED_TRAINER = {
+    "max_epochs": -1,
+    "check_val_every_n_epoch": None,
+    "num_sanity_val_steps": 0,
+    "use_distributed_sampler": False,
+}
+
+
+@dataclass
+class Prepared:
+    """What a run is made of."""
+
+    config: Train
+    data: CorpusDataModule
+    module: LitRWKV
+    max_steps: int
+    baselines: dict[str, float]
+    resume_from: Path | None
+    done_steps: int
+
+    @property
+    def finished(self) -> bool:
+        """Has the run that is resumed made all its steps?"""
+        return 0 < self.max_steps <= self.done_steps
+
+    def length(self) -> str:
+        """How long the run is, in words."""
+        passes = f"1 pass is {self.data.steps_per_pass:,} steps"
+        if self.max_steps < 0:
+            return f"until trainer.max_time ({passes})"
+        tokens = self.max_steps * self.config.data.batch_size * self.config.data.ctx_len
+        done = f", of which {self.done_steps:,} are done" if self.done_steps else ""
+        return f"{self.max_steps:,} steps, {tokens:,} tokens{done} ({passes})"
+
+
+def prepare(config: Train, cwd: Path, resume_from: Path | None) -> Prepared:
+    """Opens corpus and weights, and tries the settings out. Relative paths count from `cwd`. Raises UserError."""
+    _quiet()
+    done_steps, corpus_digest, source, vocabulary = 0, None, None, None
+    if resume_from:
+        content = read_checkpoint(resume_from)
+        if "rwkv_pl" not in content:
+            raise UserError(f"{resume_from} was not written by rwkv-train: take it as weights={resume_from}")
+        check_about(content["rwkv_pl"], resume_from)
+        done_steps, corpus_digest = content["global_step"], content["rwkv_pl"]["corpus"]
+        vocabulary = Vocabulary.from_dict(content["rwkv_pl"]["vocabulary"])
+        del content
+    elif config.weights:
+        source = checkpoint_path(cwd / config.weights)
+    torch.manual_seed(config.seed)
+    model, data = None, None
+    if source:
+        model, vocabulary = load_weights(source)
+        if vocabulary and vocabulary.kind != config.data.vocab:
+            raise UserError(f"{source} has data.vocab={vocabulary.kind}, the config {config.data.vocab}: take the same")
+    data = build_data(config, cwd, vocabulary)
+    data.prepare_data()
+    data.setup("fit")
+    if corpus_digest and corpus_digest != data.corpus.digest:
+        raise UserError(
+            f"{data.corpus.path} is not the text that {resume_from} was trained on "
+            f"(digest {data.corpus.digest[:12]}, there {corpus_digest[:12]}): give that one by data.path"
+        )
+    model_class, config_class = VERSIONS[config.model.name]
+    size = {key: value for key, value in vars(config.model).items() if key != "name"}
+    wanted = config_class(vocab_size=data.vocabulary.size, **size)
+    if model is None:
+        model = model_class(wanted)
+    else:
+        for key in ("vocab_size", "n_layer", "n_embd"):
+            there, here = getattr(model.config, key), getattr(wanted, key)
+            if there != here:
+                raise UserError(f"{source} has {key} {there}, the config {here}: take the size of the weights")
+        weights = model.state_dict()
+        model = model_class(wanted)
+        model.load_state_dict(weights)
+
+    max_steps = run_length(config, data.steps_per_pass)
+    check_schedule(config.schedule, max_steps)
+    load_target("optim", config.optim._target_)
+    module = LitRWKV(
+        model,
+        config.optim,
+        config.schedule,
+        seed=config.seed,
+        vocabulary=data.vocabulary.to_dict(),
+        # None where every token is one byte
+        bytes_per_token=torch.from_numpy(data.vocabulary.bytes_per_token) if data.vocabulary.size > 256 else None,
+        corpus=data.corpus.digest,
+    )
+    module.configure_optimizers()
+    for where, named in (("callbacks", config.callbacks), ("logger", config.logger)):
+        for name, arguments in named.items():
+            load_target(f"{where}.{name}", arguments["_target_"])
+    trial = build_trainer(config, cwd, max_steps, build_callbacks(config, cwd), False)
+    _check_batch(config, trial.world_size)
+    use_kernel(config.kernel)
+    one = torch.zeros(1, 1, 1, device=trial.strategy.root_device)
+    try:
+        wkv4(one[0, 0], one[0, 0], one, one)  # builds the kernel where that is still to be done
+    except RuntimeError as error:
+        raise UserError(f"kernel={config.kernel}: {one_line(error)}") from error
+    return Prepared(config, data, module, max_steps, _baselines(config, data), resume_from, done_steps)
+
+
+def build_data(config: Train, cwd: Path, vocabulary: Vocabulary | None) -> CorpusDataModule:
+    """The data module that `data.name` means."""
+    data = config.data
+    common: dict[str, Any] = {
+        "batch_size": data.batch_size,
+        "ctx_len": data.ctx_len,
+        "vocab": data.vocab,
+        "seed": config.seed,
+        "num_workers": data.num_workers,
+        "eval_batch_size": data.eval_batch_size,
+        "vocabulary": vocabulary,
+    }
+    if data.name == "stdlib":
+        return StdlibDataModule(**common)
+    assert data.path is not None
+    if data.name == "enwik8":
+        return Enwik8DataModule(cwd / data.path, **({"url": data.url} if data.url else {}), **common)
+    train, val, test = data.split
+    return CorpusDataModule(cwd / data.path, split=(train, val, test), **common)
+
+
+def run_length(config: Train, steps_per_pass: int) -> int:
+    """Optimizer steps of the run: the earlier of max_steps and max_epochs passes; -1 where there is neither."""
+    max_steps, max_epochs = config.trainer["max_steps"], config.trainer["max_epochs"]
+    lengths = [max_steps] if max_steps > 0 else []
+    if max_epochs is not None and max_epochs > 0:
+        lengths.append(max_epochs * steps_per_pass)
+    if not lengths and config.trainer["max_time"] is None:
+        raise UserError("the run has no end: give trainer.max_steps, trainer.max_epochs or trainer.max_time")
+    return min(lengths, default=-1)
+
+
+def build_trainer(
+    config: Train, folder: Path, max_steps: int, callbacks: list[Callback], loggers: list[Logger] | bool
+) -> Trainer:
+    """Lightning's Trainer with the config's arguments. Raises UserError for a value that it refuses."""
+    arguments = config.trainer | FIXED_TRAINER | {"max_steps": max_steps}
+    # Lightning counts this one in micro-batches; steps are optimizer steps everywhere in the config.
+    arguments["val_check_interval"] *= arguments["accumulate_grad_batches"]
+    try:
+        return Trainer(
+            **arguments,
+            callbacks=callbacks,
+            logger=loggers,
+            default_root_dir=folder,
+            enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
+        )
+    except Exception as error:
+        raise UserError(f"Lightning's Trainer refuses its settings: {one_line(error)}") from error
+
+
+def build_callbacks(config: Train, folder: Path) -> list[Callback]:
+    """The callbacks of the config, in its order."""
+    return [_instantiate(f"callbacks.{name}", arguments, folder) for name, arguments in config.callbacks.items()]
+
+
+def build_loggers(config: Train, folder: Path, prepared: Prepared) -> list[Logger]:
+    """The loggers of the config; TensorBoard's goes on after the resumed step, without the rows that followed it."""
+    loggers = []
+    for name, arguments in config.logger.items():
+        if load_target(f"logger.{name}", arguments["_target_"]) is TensorBoardLogger and prepared.resume_from:
+            arguments = arguments | {"purge_step": prepared.done_steps + 1}
+        loggers.append(_instantiate(f"logger.{name}", arguments, folder))
+    return loggers
+
+
+def _instantiate(where: str, arguments: dict[str, Any], folder: Path) -> Any:
+    arguments = dict(arguments)
+    target = load_target(where, arguments.pop("_target_"))
+    for key in ("dirpath", "save_dir"):
+        if arguments.get(key) is not None:
+            arguments[key] = str(folder / arguments[key])
+    try:
+        return target(**arguments)
+    except Exception as error:
+        raise UserError(f"{where} refuses its settings: {one_line(error)}") from error
+
+
+def _check_batch(config: Train, world_size: int) -> None:
+    parts = world_size * config.trainer["accumulate_grad_batches"]
+    if config.data.batch_size % parts:
+        raise UserError(
+            f"data.batch_size={config.data.batch_size} cannot be divided over {world_size} device(s) and "
+            f"trainer.accumulate_grad_batches={config.trainer['accumulate_grad_batches']}: give a multiple of {parts}"
+        )
+
+
+def _baselines(config: Train, data: CorpusDataModule) -> dict[str, float]:
+    """Bits per byte that gzip -9 and xz -9 need for the text that a validation reads."""
+    batches = config.trainer["limit_val_batches"]
+    windows = data.val_dataloader().dataset
+    rows = config.data.eval_batch_size
+    limit = len(windows) if batches is None else batches if isinstance(batches, int) else int(batches * len(windows))  # type: ignore[arg-type]
+    if not 0 < min(limit, len(windows)) * rows * config.data.ctx_len <= BASELINE_BYTES:  # type: ignore[arg-type]
+        return {}
+    targets = np.concatenate([windows[i][:, 1:].flatten().numpy() for i in range(min(limit, len(windows)))])  # type: ignore[arg-type]
+    text = data.vocabulary.decode(targets[targets >= 0])
+    gzip = zlib.compressobj(9, zlib.DEFLATED, 31)
+    sizes = {"gzip -9": len(gzip.compress(text) + gzip.flush()), "xz -9": len(lzma.compress(text, preset=9))}
+    return {name: 8 * size / len(text) for name, size in sizes.items()}
+
+
+def _quiet() -> None:
+    """Keeps Lightning's remarks that do not fit this use, or advertise, out of the user's sight."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        for part in ("", ".utilities.rank_zero"):
+            logging.getLogger(name + part).setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",
+        ".*treespec, LeafSpec.*",
+        ".*Checkpoint directory .* exists.*",
+        ".*ended before the epoch ended and your dataloader is not resumable.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)

@@ -1,0 +1,135 @@
+"""What a resumed run is told: its stored config, the changes of earlier resumes, then those given now."""
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig, OmegaConf
+
+from rwkv_pl.cli.app import check, compose, is_group_choice, parse_overrides, require_key
+from rwkv_pl.config import Train, UserError
+
+# What contradicts the past of a run. (data.path may change: the corpus is known by its content.)
+FIXED = (
+    "seed",
+    "weights",
+    "data.name",
+    "data.batch_size",
+    "data.ctx_len",
+    "data.vocab",
+    "data.split",
+    "model.name",
+    "model.n_layer",
+    "model.n_embd",
+    "optim._target_",
+)
+
+
+class StoredRun:
+    """A run folder with its `.hydra/`. Raises UserError where it is none."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        if not (folder / ".hydra" / "config.yaml").is_file():
+            raise UserError(f"resume={folder} is no run folder: it holds no .hydra/config.yaml")
+        try:
+            self.first: dict[str, Any] = self._read("config.yaml")
+            self.hydra = self._read("hydra.yaml")["hydra"]
+            self.overrides: list[str] = self._read("overrides.yaml") or []
+            self.resumes: list[dict[str, Any]] = self._read("resumes.yaml") or []
+        except (yaml.YAMLError, OSError, KeyError, TypeError) as error:
+            raise UserError(f"{folder}/.hydra is damaged: {' '.join(str(error).split())}") from error
+
+    def _read(self, name: str) -> Any:
+        path = self.folder / ".hydra" / name
+        if name == "resumes.yaml" and not path.exists():
+            return []
+        return OmegaConf.to_container(OmegaConf.load(path)) if path.stat().st_size else None
+
+    @property
+    def cwd(self) -> Path:
+        """Where the run first started: relative paths count from there."""
+        return Path(self.hydra["runtime"]["cwd"])
+
+    @property
+    def config_dir(self) -> str | None:
+        """The --config-dir of the first start."""
+        sources = self.hydra["runtime"]["config_sources"]
+        return next((source["path"] for source in sources if source["provider"] == "command-line"), None)
+
+    def config(self) -> DictConfig:
+        """As of the last resume."""
+        config = cast(DictConfig, OmegaConf.create(self.first))
+        for entry in self.resumes:
+            _apply(config, entry)
+        return config
+
+    def resumed_with(self, later: Sequence[Override]) -> tuple[Train, dict[str, Any]]:
+        """The config with later overrides, checked, and what is to be kept of them. Raises UserError."""
+        before = self.config()
+        config = self.config()
+        entry: dict[str, Any] = {"overrides": [o.input_line for o in later], "remove": [], "set": {}}
+        choices = [override for override in later if is_group_choice(override)]
+        if choices:
+            told = self.overrides + [text for earlier in self.resumes for text in earlier["overrides"]]
+            then = _leaves(compose(_without_hydra(told), self.config_dir))
+            now = _leaves(compose(_without_hydra(told) + [o.input_line or "" for o in choices], self.config_dir))
+            entry["remove"] = sorted(then.keys() - now.keys())
+            entry["set"] = {key: value for key, value in now.items() if key not in then or then[key] != value}
+        _apply(config, entry)
+        values = {o.key_or_group: o.value() for o in later if not is_group_choice(o)}
+        for key in values:
+            require_key(key, config)
+        _apply(config, {"remove": [], "set": values})
+        entry["set"] |= values
+        for key in FIXED:
+            old, new = OmegaConf.select(before, key), OmegaConf.select(config, key)
+            if old != new:
+                raise UserError(
+                    f"{key}={new} contradicts the past of {self.folder}, which has {key}={old}: start a new run for it"
+                )
+        return check(config, later, self.config_dir), entry
+
+    def keep(self, entry: dict[str, Any]) -> None:
+        """Appends what this resume changed to .hydra/resumes.yaml; the first start's files stay as they are."""
+        self.resumes.append({"time": time.strftime("%Y-%m-%d %H:%M:%S"), **entry})
+        path = self.folder / ".hydra" / "resumes.yaml"
+        beside = path.with_name("resumes.yaml.part")
+        with beside.open("w", encoding="utf-8") as file:
+            yaml.safe_dump(self.resumes, file, sort_keys=False)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+
+
+def _without_hydra(overrides: Sequence[str]) -> list[str]:
+    return [o.input_line or "" for o in parse_overrides(overrides) if not o.key_or_group.startswith("hydra")]
+
+
+def _leaves(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted key to value, Hydra's own part left out."""
+    if isinstance(config, DictConfig):
+        config = OmegaConf.to_container(config)
+    leaves: dict[str, Any] = {}
+    for key, value in config.items():
+        if prefix == "" and key == "hydra":
+            continue
+        if isinstance(value, dict) and value:
+            leaves |= _leaves(value, f"{prefix}{key}.")
+        else:
+            leaves[f"{prefix}{key}"] = value
+    return leaves
+
+
+def _apply(config: DictConfig, entry: dict[str, Any]) -> None:
+    for key in entry["remove"]:
+        parent, _, name = key.rpartition(".")
+        node = OmegaConf.select(config, parent) if parent else config
+        if isinstance(node, DictConfig):
+            node.pop(name, None)
+    for key, value in entry["set"].items():
+        OmegaConf.update(config, key, value, merge=False, force_add=True)

@@ -1,0 +1,198 @@
+"""rwkv-train: from settings to a trained model, top to bottom.
+
+The order is that of what can go wrong: the config is checked before anything heavy is imported, the corpus and the
+weights are opened before there is a run folder, and only then the folder is taken and Hydra starts the run in it.
+"""
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig
+
+from rwkv_pl.cli import app
+from rwkv_pl.cli.resume import StoredRun
+from rwkv_pl.config import Train, UserError
+
+if TYPE_CHECKING:
+    from rwkv_pl.cli.prepare import Prepared
+
+log = logging.getLogger("rwkv_pl")
+
+
+@app.told_in_one_line
+def main() -> None:
+    """The command. Exit codes: 0 trained, 1 failed while training, 2 bad input."""
+    argv = sys.argv[1:]
+    args = app.parse_arguments(argv)
+    overrides = app.parse_overrides(args.overrides, sweep=args.multirun)
+    resume = next((o.value() for o in overrides if o.key_or_group == "resume"), None)
+    if args.help or args.hydra_help or args.cfg or args.info or args.shell_completion:
+        if not args.shell_completion:
+            app.compose(_single(overrides), args.config_dir)
+        _hydra_main(lambda config: None, argv)
+    elif args.multirun:
+        if resume is not None:
+            raise UserError("resume= goes on with one run: leave out -m")
+        _sweep(argv, overrides, args.config_dir)
+    elif resume is not None:
+        _resume(Path(str(resume)).absolute(), [o for o in overrides if o.key_or_group != "resume"])
+    else:
+        _start(argv, overrides, args.config_dir)
+
+
+def _start(argv: Sequence[str], overrides: list[Override], config_dir: str | None) -> None:
+    composed = app.compose([str(o.input_line) for o in overrides], config_dir)
+    config = app.check(composed, overrides, config_dir)
+    prepared = _prepare(config, Path.cwd())
+    folder = Path(composed.hydra.run.dir).absolute()
+    if "LOCAL_RANK" not in os.environ:
+        folder = app.take_folder(folder, typed=any(o.key_or_group == "hydra.run.dir" for o in overrides))
+    _hydra_main(lambda _: _run(prepared, folder), [*argv, f"hydra.run.dir={app.quoted(folder)}"])
+
+
+def _resume(folder: Path, later: list[Override]) -> None:
+    stored = StoredRun(folder)
+    settings = [o for o in later if not o.key_or_group.startswith("hydra")]
+    config, entry = stored.resumed_with(settings)
+    last = folder / "checkpoints" / "last.ckpt"
+    if not last.is_file():
+        raise UserError(f"resume={folder} has no checkpoints/last.ckpt yet: there is nothing to go on from")
+    prepared = _prepare(config, stored.cwd, resume_from=last)
+    if prepared.finished:
+        print(f"{folder} is finished, after {prepared.max_steps:,} steps; a longer trainer.max_steps prolongs it")
+        return
+    if "LOCAL_RANK" not in os.environ:
+        stored.keep(entry)
+    hydra_part = [str(o.input_line) for o in later if o.key_or_group.startswith("hydra")]
+    argv = [*hydra_part, f"hydra.run.dir={app.quoted(folder)}", "hydra.output_subdir=null"]
+    _hydra_main(lambda _: _run(prepared, folder), argv)
+
+
+def _sweep(argv: Sequence[str], overrides: list[Override], config_dir: str | None) -> None:
+    composed = app.compose(_single(overrides), config_dir)
+    app.check(composed, app.parse_overrides(_single(overrides)), config_dir)
+    typed = any(o.key_or_group == "hydra.sweep.dir" for o in overrides)
+    folder = app.take_folder(Path(composed.hydra.sweep.dir).absolute(), typed)
+
+    def job(config: DictConfig) -> float:
+        job_folder = Path(HydraConfig.get().runtime.output_dir)
+        return _run(_prepare(app.check(config), Path.cwd()), job_folder)
+
+    try:
+        _hydra_main(job, [*argv, f"hydra.sweep.dir={app.quoted(folder)}"])
+    except UserError as error:
+        print(f"{Path(sys.argv[0]).name}: a job failed: {app.one_line(error)}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _printable(text: bytes) -> str:
+    """What a terminal can show: a model that has learned little writes control characters too."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text.decode(errors="replace"))
+
+
+def _single(overrides: list[Override]) -> list[str]:
+    """The overrides of a sweep's first job."""
+    first = []
+    for override in overrides:
+        if override.is_sweep_override() and not override.is_interval_sweep():
+            first.append(f"{override.key_or_group}={next(iter(override.sweep_string_iterator()))}")
+        elif not override.is_sweep_override():
+            first.append(str(override.input_line))
+    return first
+
+
+def _hydra_main(task: Any, argv: Sequence[str]) -> None:
+    """Hands over to Hydra, which makes .hydra/ and train.log and calls `task` with the composed config."""
+    typed, failure = sys.argv, []
+    multirun = "-m" in argv or "--multirun" in argv
+
+    def train(config: DictConfig) -> Any:
+        # Lightning starts the processes of further devices by the command line as it was typed.
+        sys.argv = typed
+        try:
+            return task(config)
+        except Exception as error:
+            if multirun:
+                raise
+            # Raised here, Hydra would print a line of its own before ours.
+            failure.append(error)
+            return None
+
+    sys.argv = [typed[0], *argv]
+    try:
+        hydra.main(version_base="1.3", config_path=f"pkg://{app.CONFIG_MODULE}", config_name="train")(train)()
+    finally:
+        sys.argv = typed
+    if failure:
+        raise failure[0]
+
+
+def _prepare(config: Train, cwd: Path, resume_from: Path | None = None) -> "Prepared":
+    if sys.stderr.isatty():
+        print("loading torch and lightning ...", file=sys.stderr, flush=True)
+    from rwkv_pl.cli.prepare import prepare
+
+    return prepare(config, cwd, resume_from)
+
+
+def _run(prepared: "Prepared", folder: Path) -> float:
+    """Trains in the run folder; returns the best validation's bits per byte, which a sweep minimises."""
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    from rwkv_pl.cli.prepare import build_callbacks, build_loggers, build_trainer
+    from rwkv_pl.data.corpus import publish
+    from rwkv_pl.training.history import History
+    from rwkv_pl.training.progress import TrainingProgress, duration
+    from rwkv_pl.training.sample import sample_tokens
+
+    config, data, module = prepared.config, prepared.data, prepared.module
+    vocabulary = data.vocabulary
+    with publish(folder / "vocab.json") as file:
+        file.write(json.dumps(vocabulary.to_dict()).encode())
+
+    history = History(folder, config.data.batch_size * config.data.ctx_len, prepared.baselines)
+    callbacks = [history, *build_callbacks(config, folder)]
+    if config.trainer["enable_progress_bar"]:
+        callbacks.insert(1, TrainingProgress(history))
+    trainer = build_trainer(config, folder, prepared.max_steps, callbacks, build_loggers(config, folder, prepared))
+
+    size = sum(parameter.numel() for parameter in module.parameters())
+    model = config.model
+    log.info(f"run     {folder}")
+    log.info(f"data    {data.description()}")
+    log.info(f"model   {model.name}, {model.n_layer} x {model.n_embd}, {size / 1e6:.1f} M parameters")
+    log.info(f"length  {prepared.length()}")
+    started = time.perf_counter()
+    trainer.fit(module, data, ckpt_path=prepared.resume_from, weights_only=True)
+    if not trainer.is_global_zero:
+        return 0.0
+
+    prompt = vocabulary.encode(b"\n").tolist()
+    written = vocabulary.decode(sample_tokens(module.model, prompt, 400, config.seed))
+    with publish(folder / "sample.txt") as file:
+        file.write(written)
+    log.info(f"sample  (400 tokens, also in sample.txt)\n{_printable(written).rstrip()}\n")
+
+    log.info(f"trained {trainer.global_step:,} steps in {duration(time.perf_counter() - started)}")
+    scores = [c.best_model_score for c in callbacks if isinstance(c, ModelCheckpoint)]
+    best = next((float(score) for score in scores if score is not None), float("nan"))
+    if "val/bits_per_byte" in history.latest:
+        figures = [f"{history.latest['val/bits_per_byte']:.4f} bits per byte of validation text"]
+        figures += [f"{name} {bits:.4f}" for name, bits in prepared.baselines.items()]
+        log.info("result  " + "; ".join(figures))
+    for what, path in (("curve", "loss.png"), ("weights", "checkpoints")):
+        log.info(f"{what:7} {folder / path}")
+    return best
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,260 @@
+"""What may be set: the types and ranges of the config. The numbers themselves live in conf/.
+
+The classes mirror the groups of conf/: `data`, `model`, `optim` and `schedule` field by field. `trainer`, `callbacks`
+and `logger` hold the arguments of Lightning's own classes, which are not copied here: there a value keeps the kind that
+it has in its YAML file. Only the standard library is imported, so that a mistake is told at once.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+
+class UserError(Exception):
+    """Something that a person can mend: one line that says what is wrong, where, and what to do."""
+
+
+@dataclass
+class RWKV4Config:
+    """An RWKV-4: the keys of conf/model/rwkv4.yaml but `name`, and the vocabulary's size, which comes from the data."""
+
+    vocab_size: int
+    n_layer: int
+    n_embd: int
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        at_least("model.n_layer", self.n_layer, 1)
+        at_least("model.n_embd", self.n_embd, 1)
+        between("model.dropout", self.dropout, 0, 1)
+
+
+@dataclass
+class Data:
+    """Which text, cut into which windows. `path` counts from the folder where the run first started."""
+
+    name: str = "enwik8"
+    path: str | None = None
+    url: str | None = None
+    batch_size: int = 1
+    ctx_len: int = 1024
+    vocab: str = "byte"
+    split: list[float] = field(default_factory=lambda: [0.9, 0.05, 0.05])
+    eval_batch_size: int = 8
+    num_workers: int = 0
+
+    def __post_init__(self) -> None:
+        one_of("data.name", self.name, ("enwik8", "stdlib", "text"))
+        one_of("data.vocab", self.vocab, ("byte", "char"))
+        if self.name == "text" and not self.path:
+            raise UserError("data.path is missing: data=text reads a file of yours; give it as data.path=FILE")
+        for name in ("batch_size", "ctx_len", "eval_batch_size"):
+            at_least(f"data.{name}", getattr(self, name), 1)
+        at_least("data.num_workers", self.num_workers, 0)
+        if len(self.split) != 3 or not all(0 < part < 1 for part in self.split) or abs(sum(self.split) - 1) > 1e-6:
+            raise UserError(
+                f"data.split must be three shares (train, val, test) above 0 that add up to 1, got {self.split}"
+            )
+
+
+@dataclass
+class Model:
+    """The model's version and size."""
+
+    name: str = "rwkv4"
+    n_layer: int = 12
+    n_embd: int = 512
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        one_of("model.name", self.name, ("rwkv4",))
+        RWKV4Config(vocab_size=1, n_layer=self.n_layer, n_embd=self.n_embd, dropout=self.dropout)
+
+
+@dataclass
+class Optim:
+    """The optimizer and its numbers. `lr_scale`: factors of the learning rate by the last part of a parameter's name;
+    null takes the model version's own."""
+
+    _target_: str = "torch.optim.Adam"
+    lr: float = 1e-5
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    lr_scale: dict[str, float] | None = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        above("optim.lr", self.lr, 0)
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"optim.betas must be two numbers from 0 to below 1, got {self.betas}")
+        above("optim.eps", self.eps, 0)
+        at_least("optim.weight_decay", self.weight_decay, 0)
+        for name, factor in (self.lr_scale or {}).items():
+            above(f"optim.lr_scale.{name}", factor, 0)
+
+
+@dataclass
+class Schedule:
+    """The learning rate as a function of the optimizer step: warm-up from 0 to optim.lr over `warmup_steps`, then
+    `name`'s curve down to `final_lr`, reached at step `decay_steps` (null: the run's last step)."""
+
+    name: str = "constant"
+    warmup_steps: int = 0
+    decay_steps: int | None = None
+    final_lr: float = 0.0
+
+    def __post_init__(self) -> None:
+        one_of("schedule.name", self.name, ("constant", "cosine", "exponential"))
+        at_least("schedule.warmup_steps", self.warmup_steps, 0)
+        if self.decay_steps is not None:
+            at_least("schedule.decay_steps", self.decay_steps, 1)
+            if self.decay_steps <= self.warmup_steps:
+                raise UserError(
+                    f"schedule.decay_steps ({self.decay_steps}) must be above schedule.warmup_steps "
+                    f"({self.warmup_steps}): the decay comes after the warm-up"
+                )
+        at_least("schedule.final_lr", self.final_lr, 0)
+        if self.name == "exponential":
+            above("schedule.final_lr", self.final_lr, 0)
+
+
+@dataclass
+class Train:
+    """All of conf/train.yaml."""
+
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    optim: Optim = field(default_factory=Optim)
+    schedule: Schedule = field(default_factory=Schedule)
+    trainer: dict[str, Any] = field(default_factory=dict)
+    callbacks: dict[str, Any] = field(default_factory=dict)
+    logger: dict[str, Any] = field(default_factory=dict)
+    kernel: str = "auto"
+    seed: int = 42
+    resume: str | None = None
+    weights: str | None = None
+
+    def __post_init__(self) -> None:
+        one_of("kernel", self.kernel, ("auto", "compiled", "scan", "recurrence"))
+        between("seed", self.seed, 0, 2**63 - 1, inclusive=True)
+
+
+GROUPS = ("data", "model", "optim", "schedule", "trainer", "callbacks", "logger", "experiment")
+
+# A value whose YAML default is null, or that takes more kinds than its default has.
+TRAINER_KINDS: dict[str, tuple[type, ...]] = {
+    "devices": (int, str, list),
+    "precision": (str, int),
+    "max_time": (str, dict),
+    "limit_val_batches": (int, float),
+    "limit_test_batches": (int, float),
+    "gradient_clip_val": (int, float),
+    "min_epochs": (int,),
+    "min_steps": (int,),
+    "deterministic": (bool, str),
+    "benchmark": (bool,),
+    "profiler": (str,),
+}
+# May also be null, though their default is not.
+TRAINER_NULLABLE = {"gradient_clip_val", "max_epochs", "max_time", "limit_val_batches", "precision"}
+
+# Arguments of Lightning's Trainer that the order of batches owns (see data/order.py), and what serves instead.
+TRAINER_OWNED = {
+    "limit_train_batches": "use trainer.max_steps",
+    "overfit_batches": "use data=text with a small file",
+    "fast_dev_run": "use trainer.max_steps=1",
+    "reload_dataloaders_every_n_epochs": "batch n is a function of the seed and n, there is nothing to reload",
+    "num_sanity_val_steps": "use trainer.max_steps=1, which ends with a validation",
+    "check_val_every_n_epoch": "use trainer.val_check_interval, in optimizer steps",
+    "use_distributed_sampler": "the order already divides every batch over the devices",
+}
+
+# `_target_` names a class of one of these modules, by exactly one more name.
+TARGET_MODULES = {
+    "optim": ("torch.optim",),
+    "trainer": (),
+    "callbacks": ("lightning.pytorch.callbacks", "rwkv_pl.training.checkpoints"),
+    "logger": ("lightning.pytorch.loggers",),
+}
+
+
+def check_trainer(trainer: dict[str, Any], defaults: dict[str, Any]) -> None:
+    """Every key is one of conf/trainer's, and every value of its kind. Raises UserError."""
+    for key, value in trainer.items():
+        if key in TRAINER_OWNED:
+            raise UserError(f"trainer.{key} is not offered, the order of batches owns it: {TRAINER_OWNED[key]}")
+        if key not in defaults:
+            raise UserError(f"trainer.{key} is not a setting{nearest(key, defaults)}")
+        kinds = TRAINER_KINDS.get(key) or (type(defaults[key]),)
+        if value is None and (defaults[key] is None or key in TRAINER_NULLABLE):
+            continue
+        check_kind(f"trainer.{key}", value, kinds)
+    for key in ("max_steps", "max_epochs"):
+        if trainer[key] is not None and trainer[key] < 1 and trainer[key] != -1:
+            raise UserError(f"trainer.{key} must be at least 1, or -1 for no limit, got {trainer[key]}")
+    for key in ("val_check_interval", "accumulate_grad_batches", "log_every_n_steps", "num_nodes"):
+        at_least(f"trainer.{key}", trainer[key], 1)
+    if trainer["gradient_clip_val"] is not None:
+        at_least("trainer.gradient_clip_val", trainer["gradient_clip_val"], 0)
+
+
+def check_kinds(prefix: str, given: Any, default: Any) -> None:
+    """A value keeps the kind that its YAML default has; a null default takes any plain value. Raises UserError."""
+    if isinstance(given, dict) and isinstance(default, dict):
+        for key, value in given.items():
+            if key in default:
+                check_kinds(f"{prefix}.{key}", value, default[key])
+    elif default is not None and given is not None:
+        check_kind(prefix, given, (type(default),))
+
+
+def check_kind(name: str, value: Any, kinds: tuple[type, ...]) -> None:
+    """An int serves where a float is wanted; a bool never serves as an int. Raises UserError."""
+    wanted = kinds + ((int,) if float in kinds else ())
+    if (isinstance(value, bool) and bool not in kinds) or not isinstance(value, wanted):
+        names = " or ".join(_KIND_NAMES[kind] for kind in kinds)
+        raise UserError(f"{name} must be {names}, got {value!r}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{name} must be a finite number, got {value}")
+
+
+_KIND_NAMES = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a word",
+    list: "a list",
+    dict: "a mapping",
+}
+
+
+def nearest(key: str, keys: Any) -> str:
+    """ " (did you mean ...?)" where one of `keys` resembles `key`, else what there is."""
+    from difflib import get_close_matches
+
+    close = get_close_matches(key, list(keys), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else f"; there are: {', '.join(map(str, keys))}"
+
+
+def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raises UserError where `value` is none of `allowed`."""
+    if value not in allowed:
+        raise UserError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def at_least(name: str, value: float, lowest: float) -> None:
+    """Raises UserError where `value` is below `lowest`, or not finite."""
+    if not (math.isfinite(value) and value >= lowest):
+        raise UserError(f"{name} must be at least {lowest}, got {value}")
+
+
+def above(name: str, value: float, bound: float) -> None:
+    """Raises UserError where `value` is not above `bound`, or not finite."""
+    if not (math.isfinite(value) and value > bound):
+        raise UserError(f"{name} must be a finite number above {bound}, got {value}")
+
+
+def between(name: str, value: float, lowest: float, bound: float, inclusive: bool = False) -> None:
+    """Raises UserError where `value` is outside [lowest, bound), or [lowest, bound] where inclusive."""
+    if not (lowest <= value < bound or (inclusive and value == bound)):
+        raise UserError(f"{name} must be from {lowest} to {'' if inclusive else 'below '}{bound}, got {value}")

@@ -1,0 +1,234 @@
+"""Corpora as Lightning data modules.
+
+A batch is one tensor, tokens (rows, T+1) int64, T = ctx_len: inputs the first T, targets the last T. Training is one
+endless epoch that begins where the trainer's step says, so nothing about the data is ever saved.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from rwkv_pl.config import UserError
+from rwkv_pl.data import corpus as corpora
+from rwkv_pl.data import order
+from rwkv_pl.data.corpus import Corpus
+from rwkv_pl.data.tokens import TokenFile, Tokens, Vocabulary, build_vocabulary, open_tokens
+
+# More than any run reads, and little enough that Lightning's float arithmetic on lengths stays exact.
+ENDLESS = 2**50
+
+
+class TrainBatches(Dataset[Tensor]):
+    """Micro-batch m of one process, m = n * accumulate + a: (B / (A * D), T+1) int64 of batch n."""
+
+    def __init__(
+        self, file: TokenFile, *, seed: int, ctx_len: int, batch_size: int, world_size: int, rank: int, accumulate: int
+    ) -> None:
+        self.file, self.seed, self.ctx_len, self.batch_size = file, seed, ctx_len, batch_size
+        self.accumulate = accumulate
+        self.rows = [
+            order.micro_batch_rows(batch_size, world_size=world_size, rank=rank, accumulate=accumulate, micro_batch=a)
+            for a in range(accumulate)
+        ]
+
+    def __getitem__(self, m: int) -> Tensor:
+        n, a = divmod(m, self.accumulate)
+        tokens = self.file.split("train")
+        starts = order.window_starts(
+            n, seed=self.seed, n_tokens=len(tokens), ctx_len=self.ctx_len, batch_size=self.batch_size
+        )
+        return torch.from_numpy(order.read_windows(tokens, starts[self.rows[a]], self.ctx_len))
+
+
+class EvalBatches(Dataset[Tensor]):
+    """The windows of a split in the text's order, ``rows`` a batch: (rows, T+1) int64, -1 past the end of the split.
+
+    Batch k goes to process k mod D. All processes have the same number of batches: the last ones may hold nothing but
+    -1.
+    """
+
+    def __init__(
+        self, file: TokenFile, split: tuple[int, int], *, ctx_len: int, rows: int, world_size: int = 1, rank: int = 0
+    ) -> None:
+        self.file, self.ctx_len, self.rows = file, ctx_len, rows
+        self.lo, self.hi = split
+        self.world_size, self.rank = world_size, rank
+
+    def __len__(self) -> int:
+        return -(-order.eval_window_count(self.lo, self.hi, self.ctx_len) // (self.rows * self.world_size))
+
+    def __getitem__(self, i: int) -> Tensor:
+        if i >= len(self):
+            raise IndexError(f"batch {i} of {len(self)}")
+        first = (i * self.world_size + self.rank) * self.rows
+        windows = order.read_eval_windows(
+            self.file.tokens, self.lo, self.hi, ctx_len=self.ctx_len, first=first, rows=self.rows
+        )
+        return torch.from_numpy(windows)
+
+
+class CorpusDataModule(LightningDataModule):
+    """Any text file, split by fractions of its bytes.
+
+    ``batch_size`` counts the sequences of one optimizer step over all devices and accumulated batches;
+    ``eval_batch_size`` those of one validation or test batch on one device. ``vocab``: "byte" or "char";
+    ``vocabulary``, one that a checkpoint brought, is used instead where it is given.
+
+    After ``setup``: ``corpus``, ``vocabulary``, ``train_tokens`` and ``steps_per_pass``. Without a trainer the loaders
+    are those of one device from step 0.
+
+    Under a trainer: ``use_distributed_sampler=False`` with several devices, and ``max_steps``, for an epoch has no end.
+
+    Raises UserError from ``prepare_data`` and ``setup`` for a corpus that is missing, wrong or too short, from
+    ``train_dataloader`` for a batch size that the devices cannot share.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        batch_size: int = 1,
+        ctx_len: int = 1024,
+        vocab: str = "byte",
+        split: tuple[float, float, float] = (0.9, 0.05, 0.05),
+        seed: int = 42,
+        num_workers: int = 0,
+        eval_batch_size: int = 8,
+        vocabulary: Vocabulary | None = None,
+    ) -> None:
+        super().__init__()
+        self.path = Path(path)
+        self.batch_size, self.ctx_len, self.seed = batch_size, ctx_len, seed
+        self.vocab, self.split = vocab, split
+        self.num_workers, self.eval_batch_size = num_workers, eval_batch_size
+        self._given_vocabulary = vocabulary
+        self._file: TokenFile | None = None
+
+    def open_corpus(self) -> Corpus:
+        """The corpus, fetched or derived where it is not there yet. Raises UserError where it cannot be had."""
+        return corpora.text(self.path, self.split)
+
+    def prepare_data(self) -> None:
+        """Does once what several processes would do at the same time: fetch, check, encode. ``setup`` finds it done."""
+        if self._file is None:
+            self._open()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Opens the corpus, at the first call, and checks that the splits of ``stage`` (None: all) are long enough."""
+        if self._file is None:
+            self.corpus, self.vocabulary, self._file = self._open()
+        splits = self._file.splits
+        if stage in (None, "fit"):
+            self.steps_per_pass = order.steps_per_pass(splits.train[1], self.ctx_len, self.batch_size)
+        for name, stages in {"val": (None, "fit", "validate"), "test": (None, "test")}.items():
+            lo, hi = getattr(splits, name)
+            if stage in stages and order.eval_window_count(lo, hi, self.ctx_len) == 0:
+                raise UserError(
+                    f"the {name} split of {self.corpus.path} has {hi - lo} tokens, nothing to predict: "
+                    "take a larger corpus, or another data.split"
+                )
+
+    @property
+    def train_tokens(self) -> Tokens:
+        """The training split: (N,), mapped, not read."""
+        return self._opened.split("train")
+
+    def description(self) -> str:
+        """What is trained on, in one line."""
+        train, val, test = (f"{hi - lo:,}" for lo, hi in self._opened.splits)
+        return (
+            f"{self.corpus.name} ({self.corpus.description}): {self.corpus.splits.test[1]:,} bytes, "
+            f"{train} / {val} / {test} tokens to train / validate / test, "
+            f"vocabulary {self.vocabulary.kind} ({self.vocabulary.size}), digest {self.corpus.digest[:12]}"
+        )
+
+    def train_dataloader(self) -> DataLoader[Tensor]:
+        world_size, rank = self._place()
+        accumulate = self.trainer.accumulate_grad_batches if self.trainer else 1
+        batches = TrainBatches(
+            self._opened,
+            seed=self.seed,
+            ctx_len=self.ctx_len,
+            batch_size=self.batch_size,
+            world_size=world_size,
+            rank=rank,
+            accumulate=accumulate,
+        )
+        # Lightning asks for the loader after it restored its loops, so this is where a resumed run goes on.
+        start = self.trainer.global_step * accumulate if self.trainer else 0
+        return self._loader(batches, sampler=range(start, ENDLESS))
+
+    def val_dataloader(self) -> DataLoader[Tensor]:
+        return self._eval_loader(self._opened.splits.val)
+
+    def test_dataloader(self) -> DataLoader[Tensor]:
+        return self._eval_loader(self._opened.splits.test)
+
+    def _eval_loader(self, split: tuple[int, int]) -> DataLoader[Tensor]:
+        world_size, rank = self._place()
+        batches = EvalBatches(
+            self._opened, split, ctx_len=self.ctx_len, rows=self.eval_batch_size, world_size=world_size, rank=rank
+        )
+        return self._loader(batches, sampler=range(len(batches)))
+
+    def _loader(self, batches: Dataset[Tensor], sampler: range) -> DataLoader[Tensor]:
+        return DataLoader(
+            batches,
+            batch_size=None,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
+            # Its own: else each pass over a loader draws a number from the generator that dropout uses.
+            generator=torch.Generator(),
+        )
+
+    def _open(self) -> tuple[Corpus, Vocabulary, TokenFile]:
+        corpus = self.open_corpus()
+        vocabulary = self._given_vocabulary or build_vocabulary(self.vocab, corpus)
+        return corpus, vocabulary, open_tokens(corpus, vocabulary)
+
+    def _place(self) -> tuple[int, int]:
+        """Number of processes, and this one's."""
+        if not self.trainer:
+            return 1, 0
+        if self.trainer.world_size > 1 and self.trainer._accelerator_connector.use_distributed_sampler:
+            raise UserError("use_distributed_sampler=True would replace the order of batches: set it to False")
+        return self.trainer.world_size, self.trainer.global_rank
+
+    @property
+    def _opened(self) -> TokenFile:
+        if self._file is None:
+            raise RuntimeError("call setup() first: the corpus is not open yet")
+        return self._file
+
+
+class Enwik8DataModule(CorpusDataModule):
+    """enwik8 in the folder ``path``, downloaded from ``url`` where it is not there; split 90/5/5 million bytes.
+
+    The other arguments are those of CorpusDataModule, without ``split``.
+    """
+
+    def __init__(self, path: str | Path = "data/enwik8", *, url: str = corpora.ENWIK8_URL, **settings: Any) -> None:
+        super().__init__(path, **settings)
+        self.url = url
+
+    def open_corpus(self) -> Corpus:
+        return corpora.enwik8(self.path, url=self.url)
+
+
+class StdlibDataModule(CorpusDataModule):
+    """The source of Python's standard library, split 90/5/5: text that needs no network.
+
+    The arguments are those of CorpusDataModule, without ``path`` and ``split``.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(corpora.cache_folder(), **settings)
+
+    def open_corpus(self) -> Corpus:
+        return corpora.stdlib()

@@ -1,0 +1,221 @@
+"""From bytes to tokens and back: the vocabulary, and the token file that training reads through a memory map.
+
+With the vocabulary ``byte`` the corpus is the token file. With ``char`` it is derived once, in pieces, so that neither
+way the size of a corpus costs memory.
+"""
+
+import functools
+import hashlib
+import itertools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from filelock import FileLock
+
+from rwkv_pl.config import UserError
+from rwkv_pl.data.corpus import Corpus, Splits, cache_folder, character_start, publish, writing
+
+Tokens = npt.NDArray[np.unsignedinteger]
+
+KINDS = ("byte", "char")
+CHUNK = 1 << 22
+
+
+class Vocabulary:
+    """Byte strings as token ids, exactly and for every string: decode(encode(text)) == text.
+
+    ``byte``: 256 tokens, the bytes. ``char``: the 256 bytes first, then ``characters``, the ones that UTF-8 spells in
+    more than one byte, in the order of their code points. A character that is not among them, and whatever is not
+    UTF-8, is spelled in byte tokens, so bits per byte stay exact on any text.
+
+    Raises UserError for another kind, ValueError for characters that cannot be such tokens.
+    """
+
+    def __init__(self, kind: str = "byte", characters: str = "") -> None:
+        if kind not in KINDS:
+            raise UserError(f"vocab={kind} is not available: choose one of {', '.join(KINDS)}")
+        points = np.array([ord(character) for character in characters], np.int64)
+        surrogates = (points >= 0xD800) & (points < 0xE000)
+        if (kind == "byte" and characters) or np.any(np.diff(points, prepend=0x7F) <= 0) or np.any(surrogates):
+            raise ValueError(f"vocabulary {kind}: characters must rise, lie above U+007F and be no surrogates")
+        self.kind = kind
+        self.characters = characters
+        self.size = 256 + len(characters)
+        self.dtype: np.dtype[np.unsignedinteger] = np.min_scalar_type(self.size - 1)
+        self.bytes_per_token: npt.NDArray[np.int64] = np.concatenate(
+            [np.ones(256, np.int64), 2 + (points >= 0x800).astype(np.int64) + (points >= 0x10000)]
+        )
+        """(size,) int64: how many bytes of text each token stands for."""
+        # Row i spells token i, from the left.
+        self._spelling = np.zeros((self.size, 4), np.uint8)
+        self._spelling[:256, 0] = np.arange(256)
+        spelled = np.arange(4) < self.bytes_per_token[256:, None]
+        self._spelling[256:][spelled] = np.frombuffer(characters.encode(), np.uint8)
+        self._points = points
+
+    def encode(self, text: bytes | npt.NDArray[np.uint8]) -> Tokens:
+        """The ids of ``text``: (n,) of the smallest unsigned dtype that holds ``size - 1``."""
+        data = np.frombuffer(text, np.uint8)
+        ids = data.astype(self.dtype)
+        if not self.characters:
+            return ids
+        starts, lengths, points = _long_characters(data)
+        place = np.minimum(np.searchsorted(self._points, points), len(self._points) - 1)
+        known = self._points[place] == points
+        starts, lengths = starts[known], lengths[known]
+        ids[starts] = (256 + place[known]).astype(self.dtype)
+        keep = np.ones(len(ids), bool)
+        for i in range(1, 4):
+            keep[starts[lengths > i] + i] = False
+        return ids[keep]
+
+    def decode(self, ids: npt.ArrayLike) -> bytes:
+        """The text of ``ids`` (n,), any integers in [0, size); a cut inside a character that bytes spell stays one."""
+        index = np.asarray(ids, np.int64)
+        spelled = np.arange(4) < self.bytes_per_token[index][:, None]
+        return self._spelling[index][spelled].tobytes()
+
+    def to_dict(self) -> dict[str, str]:
+        """What JSON and a checkpoint can hold; ``from_dict`` makes the same vocabulary of it."""
+        return {"kind": self.kind, "characters": self.characters}
+
+    @classmethod
+    def from_dict(cls, stored: dict[str, Any]) -> "Vocabulary":
+        """The vocabulary that ``to_dict`` wrote. Raises UserError where ``stored`` is none, or of an unknown kind."""
+        try:
+            return cls(str(stored["kind"]), str(stored.get("characters", "")))
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise UserError(f"the stored vocabulary is damaged: {error!r}") from error
+
+    @property
+    def digest(self) -> str:
+        """64 hex digits, the same for equal vocabularies."""
+        return _digest(self.to_dict())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Vocabulary) and self.to_dict() == other.to_dict()
+
+    def __hash__(self) -> int:
+        return hash((self.kind, self.characters))
+
+    def __repr__(self) -> str:
+        return f"Vocabulary({self.kind!r}, size={self.size})"
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """Ids one after the other in a file, and the ranges of the splits, in tokens."""
+
+    path: Path
+    dtype: np.dtype[np.unsignedinteger]
+    splits: Splits
+
+    @functools.cached_property
+    def tokens(self) -> Tokens:
+        """All tokens: (N,), mapped, not read."""
+        return np.asarray(np.memmap(self.path, self.dtype, mode="r"))
+
+    def split(self, name: str) -> Tokens:
+        """The tokens of "train", "val" or "test", mapped, not read."""
+        lo, hi = getattr(self.splits, name)
+        return self.tokens[lo:hi]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # To a worker process goes the name: a memory map would be sent as the whole content.
+        return TokenFile, (self.path, self.dtype, self.splits)
+
+
+def build_vocabulary(kind: str, corpus: Corpus) -> Vocabulary:
+    """The vocabulary of a corpus: for ``char``, of its training split, found once and kept in the cache folder.
+
+    Raises UserError for an unknown kind.
+    """
+    if kind != "char":
+        return Vocabulary(kind)
+    path = cache_folder() / "tokens" / f"char-{_digest(_source(corpus))[:16]}.json"
+    with writing(path.parent), FileLock(path.with_suffix(".lock")):
+        if not path.is_file():
+            seen = np.zeros(0x110000, bool)
+            data = np.memmap(corpus.path, np.uint8, mode="r")
+            train = _character_splits(corpus, data).train
+            for lo, hi in _chunks(data, *train):
+                seen[_long_characters(data[lo:hi])[2]] = True
+            found = Vocabulary("char", "".join(map(chr, np.flatnonzero(seen))))
+            with publish(path) as file:
+                file.write(json.dumps(found.to_dict()).encode())
+        return Vocabulary.from_dict(json.loads(path.read_bytes()))
+
+
+def open_tokens(corpus: Corpus, vocabulary: Vocabulary) -> TokenFile:
+    """The corpus in tokens of ``vocabulary``, encoded at its first use and kept in the cache folder.
+
+    Where a split's edge would cut a character the split moves back to that character's start.
+    """
+    if vocabulary.kind == "byte":
+        return TokenFile(corpus.path, vocabulary.dtype, corpus.splits)
+    key = _digest([*_source(corpus), vocabulary.digest])[:16]
+    path = cache_folder() / "tokens" / f"{corpus.name}-{key}.{vocabulary.dtype.name}"
+    ends_path = path.with_suffix(".json")
+    with writing(path.parent), FileLock(path.with_suffix(".lock")):
+        # The ranges are published last: where they are, the tokens are.
+        if not ends_path.is_file():
+            data = np.memmap(corpus.path, np.uint8, mode="r")
+            ends, count = [], 0
+            with publish(path) as file:
+                for split in _character_splits(corpus, data):
+                    for lo, hi in _chunks(data, *split):
+                        ids = vocabulary.encode(data[lo:hi])
+                        file.write(ids.data)
+                        count += len(ids)
+                    ends.append(count)
+            with publish(ends_path) as file:
+                file.write(json.dumps(ends).encode())
+        train, val, test = json.loads(ends_path.read_bytes())
+    return TokenFile(path, vocabulary.dtype, Splits((0, train), (train, val), (val, test)))
+
+
+def _long_characters(
+    data: npt.NDArray[np.uint8],
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Starts, lengths in bytes (2 to 4) and code points of the well-formed UTF-8 characters above U+007F.
+
+    No two of them overlap, since no byte both leads and continues a character: so each lead byte is judged alone.
+    """
+    starts = np.flatnonzero(data >= 0xC2)
+    lead = data[starts].astype(np.int64)
+    lengths = 2 + (lead >= 0xE0).astype(np.int64) + (lead >= 0xF0)
+    points = lead & (0x7F >> lengths)
+    good = (lead < 0xF5) & (starts + lengths <= len(data))
+    for i in range(1, 4):
+        continues = data[np.minimum(starts + i, len(data) - 1)]
+        inside = lengths > i
+        good &= ~inside | (continues & 0xC0 == 0x80)
+        points = np.where(inside, points << 6 | continues & 0x3F, points)
+    # Overlong spellings, surrogates and what lies past Unicode are not UTF-8.
+    smallest = np.array([0, 0, 0x80, 0x800, 0x10000])[lengths]
+    good &= (points >= smallest) & ((points < 0xD800) | (points >= 0xE000)) & (points < 0x110000)
+    return starts[good], lengths[good], points[good]
+
+
+def _chunks(data: npt.NDArray[np.uint8], lo: int, hi: int) -> list[tuple[int, int]]:
+    """Ranges of about CHUNK bytes that make up [lo, hi) and cut no character."""
+    edges = [lo, *(character_start(data, at) for at in range(lo + CHUNK, hi, CHUNK)), hi]
+    return list(itertools.pairwise(edges))
+
+
+def _character_splits(corpus: Corpus, data: npt.NDArray[np.uint8]) -> Splits:
+    train, val = (character_start(data, end) for _, end in corpus.splits[:2])
+    return Splits((0, train), (train, val), (val, corpus.splits.test[1]))
+
+
+def _source(corpus: Corpus) -> list[Any]:
+    """What a derived file depends on; the time too, since the digest of a large file does not see every change."""
+    return [corpus.digest, corpus.path.stat().st_mtime_ns, corpus.splits]
+
+
+def _digest(plain: Any) -> str:
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()

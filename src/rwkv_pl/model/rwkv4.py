@@ -1,0 +1,171 @@
+"""RWKV-4 (Peng et al. 2023, arXiv 2305.13048): the whole model and its initialisation.
+
+    B  batch        T  time, tokens of a stretch of text      C  channels, n_embd
+    V  vocab_size   L  n_layer                                l  this layer, from 0
+
+Parameter names and shapes are those of the official RWKV-4 `.pth` files.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rwkv_pl.config import RWKV4Config
+from rwkv_pl.model.state import BlockState, State
+from rwkv_pl.ops.wkv4 import wkv4
+
+
+def token_shift(x: Tensor, last: Tensor | None) -> Tensor:
+    """Each token's predecessor: x (B, T, C) moved one step, after `last` (B, C), or zeros where a text begins."""
+    first = torch.zeros_like(x[:, 0]) if last is None else last.to(x.dtype)
+    return torch.cat([first[:, None], x[:, :-1]], dim=1)
+
+
+class TimeMix(nn.Module):
+    """RWKV-4's attention: WKV over the past, gated by the receptance (section 3.1.2, equations 11 to 18)."""
+
+    def __init__(self, config: RWKV4Config, layer: int) -> None:
+        super().__init__()
+        C = config.n_embd
+        self.time_decay = nn.Parameter(torch.empty(C))
+        self.time_first = nn.Parameter(torch.empty(C))
+        self.time_mix_k = nn.Parameter(torch.empty(1, 1, C))
+        self.time_mix_v = nn.Parameter(torch.empty(1, 1, C))
+        self.time_mix_r = nn.Parameter(torch.empty(1, 1, C))
+        self.key = nn.Linear(C, C, bias=False)
+        self.value = nn.Linear(C, C, bias=False)
+        self.receptance = nn.Linear(C, C, bias=False)
+        self.output = nn.Linear(C, C, bias=False)
+        self.register_load_state_dict_pre_hook(_unsqueeze_time_mix)
+        self.reset_parameters(*depth(config, layer))
+
+    @torch.no_grad()
+    def reset_parameters(self, r01: float, r10: float) -> None:
+        """The official initialisation: channels forget at graded speeds, deeper layers look at the present more."""
+        C = len(self.time_decay)
+        i = torch.arange(C)
+        x = i / C
+        self.time_decay.copy_(-5 + 8 * (i / max(C - 1, 1)) ** (0.7 + 1.3 * r01))
+        self.time_first.copy_(math.log(0.3) + 0.5 * ((i + 1) % 3 - 1))
+        self.time_mix_k.copy_(x**r10)
+        self.time_mix_v.copy_(x**r10 + 0.3 * r01)
+        self.time_mix_r.copy_(x ** (0.5 * r10))
+        nn.init.orthogonal_(self.value.weight)
+        for zero in (self.key, self.receptance, self.output):
+            nn.init.zeros_(zero.weight)
+
+    def forward(self, x: Tensor, last: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, T, C), last (B, C), WKV state (B, 3, C) -> output (B, T, C), and last and state for what follows."""
+        previous = token_shift(x, last)
+        key = self.key(torch.lerp(previous, x, self.time_mix_k))
+        value = self.value(torch.lerp(previous, x, self.time_mix_v))
+        receptance = self.receptance(torch.lerp(previous, x, self.time_mix_r))
+        wkv, state = wkv4(self.time_decay, self.time_first, key, value, state)
+        return self.output(torch.sigmoid(receptance) * wkv), x[:, -1], state
+
+
+class ChannelMix(nn.Module):
+    """RWKV-4's feed-forward: squared ReLU, gated by the receptance (section 3.1.3, equations 19 to 21)."""
+
+    def __init__(self, config: RWKV4Config, layer: int) -> None:
+        super().__init__()
+        C = config.n_embd
+        self.time_mix_k = nn.Parameter(torch.empty(1, 1, C))
+        self.time_mix_r = nn.Parameter(torch.empty(1, 1, C))
+        self.key = nn.Linear(C, 4 * C, bias=False)
+        self.receptance = nn.Linear(C, C, bias=False)
+        self.value = nn.Linear(4 * C, C, bias=False)
+        self.register_load_state_dict_pre_hook(_unsqueeze_time_mix)
+        self.reset_parameters(*depth(config, layer))
+
+    @torch.no_grad()
+    def reset_parameters(self, r01: float, r10: float) -> None:
+        """The official initialisation: with TimeMix's zeros, a block starts as the identity."""
+        C = self.key.in_features
+        x = torch.arange(C) / C
+        self.time_mix_k.copy_(x**r10)
+        self.time_mix_r.copy_(x**r10)
+        nn.init.orthogonal_(self.key.weight, gain=2)
+        for zero in (self.receptance, self.value):
+            nn.init.zeros_(zero.weight)
+
+    def forward(self, x: Tensor, last: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x (B, T, C), last (B, C) -> output (B, T, C), and last for what follows."""
+        previous = token_shift(x, last)
+        key = self.key(torch.lerp(previous, x, self.time_mix_k))
+        receptance = self.receptance(torch.lerp(previous, x, self.time_mix_r))
+        return torch.sigmoid(receptance) * self.value(torch.relu(key).square()), x[:, -1]
+
+
+class Block(nn.Module):
+    """Time mixing, then channel mixing, each on a normalised copy and added to the residual stream."""
+
+    def __init__(self, config: RWKV4Config, layer: int) -> None:
+        super().__init__()
+        # The official files keep the norm of the embedding inside the first block.
+        self.ln0 = nn.LayerNorm(config.n_embd) if layer == 0 else nn.Identity()
+        self.ln1 = nn.LayerNorm(config.n_embd)
+        self.ln2 = nn.LayerNorm(config.n_embd)
+        self.att = TimeMix(config, layer)
+        self.ffn = ChannelMix(config, layer)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, state: BlockState | None) -> tuple[Tensor, BlockState]:
+        """x (B, T, C) -> (B, T, C), and the block's memory after the last token."""
+        att_shift, wkv, ffn_shift = state or (None, None, None)
+        x = self.ln0(x)
+        mixed, att_shift, wkv = self.att(self.ln1(x), att_shift, wkv)
+        x = x + self.dropout(mixed)
+        mixed, ffn_shift = self.ffn(self.ln2(x), ffn_shift)
+        return x + self.dropout(mixed), BlockState(att_shift, wkv, ffn_shift)
+
+
+class RWKV4(nn.Module):
+    """The language model: tokens to logits. A text fed whole, in pieces or a token at a time gives the same logits."""
+
+    # The official optimizer treatment: the learning rate's factor by the last part of a parameter's name.
+    lr_scale = {"time_decay": 2.0, "time_first": 3.0}  # noqa: RUF012
+
+    def __init__(self, config: RWKV4Config) -> None:
+        super().__init__()
+        self.config = config
+        self.emb = nn.Embedding(config.vocab_size, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.ln_out = nn.LayerNorm(config.n_embd)
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.reset_parameters()
+
+    def hidden(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """tokens (B, T) int64, T >= 1 -> what the head reads, (B, T, C), and the state after the last token."""
+        x = self.emb(tokens)
+        after = []
+        for block, before in zip(self.blocks, state or [None] * len(self.blocks), strict=True):
+            x, block_state = block(x, before)
+            after.append(block_state)
+        return self.ln_out(x), tuple(after)
+
+    def forward(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """tokens (B, T) int64, T >= 1 -> logits (B, T, V), and the state after the last token."""
+        hidden, state = self.hidden(tokens, state)
+        return self.head(hidden), state
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The official initialisation of the embedding and the head; the blocks make their own."""
+        V, C = self.config.vocab_size, self.config.n_embd
+        nn.init.uniform_(self.emb.weight, -1e-4, 1e-4)
+        nn.init.orthogonal_(self.head.weight, gain=0.5 * math.sqrt(max(V / C, 1)))
+
+
+def depth(config: RWKV4Config, layer: int) -> tuple[float, float]:
+    """r01, which rises from 0 to 1 over the layers, and r10, which falls from 1 to 1/L."""
+    return layer / max(config.n_layer - 1, 1), 1 - layer / config.n_layer
+
+
+def _unsqueeze_time_mix(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Some official files hold time_mix as (C,), others as (1, 1, C)."""
+    for name in ("time_mix_k", "time_mix_v", "time_mix_r"):
+        if (mix := state_dict.get(prefix + name)) is not None:
+            state_dict[prefix + name] = mix.reshape(1, 1, -1)

@@ -1,0 +1,194 @@
+"""The WKV-4 operator: one function, several realisations, chosen by the device or by :func:`use_kernel`.
+
+Letters: B sequences, T steps of time, C channels.
+"""
+
+import threading
+import warnings
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rwkv_pl.ops.build import BuildError, load_cpu_library
+from rwkv_pl.ops.wkv4_reference import EMPTY, wkv4_recurrence, wkv4_scan
+
+__all__ = ["KERNELS", "use_kernel", "wkv4"]
+
+KERNELS = ("auto", "compiled", "scan", "recurrence")
+
+_kernel = "auto"
+
+# Steps between two states that the compiled operator saves for its backward pass: at most LONGEST_TILE in wkv4_cpu.cpp.
+TILE = 32
+
+
+class use_kernel:
+    """Choose how :func:`wkv4` computes, for the whole process; as a context manager, until the block ends.
+
+    - ``"auto"``: compiled where that operator is built for the tensor's device, else scan;
+    - ``"compiled"``: the compiled operator, or a RuntimeError that says why there is none;
+    - ``"scan"``: parallel in time, in plain torch;
+    - ``"recurrence"``: the plain loop over time, which judges the others.
+
+    Raises ValueError for another name.
+    """
+
+    def __init__(self, name: str) -> None:
+        global _kernel
+        if name not in KERNELS:
+            raise ValueError(f"use_kernel: no kernel named {name!r}; choose one of {', '.join(KERNELS)}")
+        self._previous, _kernel = _kernel, name
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        global _kernel
+        _kernel = self._previous
+
+
+def wkv4(
+    time_decay: Tensor, time_first: Tensor, key: Tensor, value: Tensor, state: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The WKV operator of RWKV-4 (arXiv 2305.13048, equation 16 and its numerically stable form).
+
+    Per channel, with w = -exp(time_decay), u = time_first and the state (num p, den q, max_exp o)::
+
+        n = max(o, u + k_t)    output_t  = (e^{o-n} p + e^{u+k_t-n} v_t) / (e^{o-n} q + e^{u+k_t-n})
+        m = max(w + o, k_t)    (p, q, o) <- (e^{w+o-m} p + e^{k_t-m} v_t,  e^{w+o-m} q + e^{k_t-m},  m)
+
+    Args:
+        time_decay: (C,), raw: the operator applies -exp.
+        time_first: (C,), the bonus of the present step.
+        key: (B, T, C), float16, bfloat16, float32 or float64. Halves are computed in float32.
+        value: (B, T, C).
+        state: (B, 3, C), the rows num, den and max_exp after the steps before; None for none, (0, 0, -1e38).
+
+    Returns:
+        The output (B, T, C) in key's dtype, and the state after the last step (B, 3, C) in float32, or in float64
+        where key is float64.
+
+    Differentiable in every argument. max_exp is a scale: as a result it carries no gradient, and as an argument its
+    gradient is num * g_num + den * g_den, exact for whatever depends on e^max_exp num and e^max_exp den.
+
+    Raises:
+        TypeError: an argument that is not a floating tensor.
+        ValueError: an argument whose shape or device does not fit key's.
+    """
+    _check(time_decay, time_first, key, value, state)
+    dtype = torch.float64 if key.dtype == torch.float64 else torch.float32
+    if state is None:
+        batch, _, channels = key.shape
+        state = key.new_zeros((batch, 3, channels), dtype=dtype)
+        state[:, 2] = EMPTY
+    arguments = (time_decay.to(dtype), time_first.to(dtype), key.to(dtype), value.to(dtype), state.to(dtype))
+    if _kernel == "recurrence":
+        output, state = wkv4_recurrence(*arguments)
+    elif _kernel != "scan" and _is_compiled(key.device.type, required=_kernel == "compiled"):
+        output, state, _ = torch.ops.rwkv_pl.wkv4_forward(*arguments, TILE)
+    else:
+        output, state = wkv4_scan(*arguments)
+    return output.to(key.dtype), state
+
+
+def _check(time_decay: Tensor, time_first: Tensor, key: Tensor, value: Tensor, state: Tensor | None) -> None:
+    arguments = {"key": key, "time_decay": time_decay, "time_first": time_first, "value": value}
+    if state is not None:
+        arguments["state"] = state
+    for name, tensor in arguments.items():
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            given = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"wkv4: {name} must be a floating tensor, not {given}")
+        if tensor.device != key.device:
+            raise ValueError(f"wkv4: {name} is on {tensor.device} and key on {key.device}; move one to the other")
+    if key.dim() != 3 or key.shape[1] == 0 or key.shape[2] == 0:
+        raise ValueError(f"wkv4: key must be (B, T, C) with T and C at least 1, not {tuple(key.shape)}")
+    batch, _, channels = key.shape
+    shapes = {"time_decay": (channels,), "time_first": (channels,), "value": key.shape, "state": (batch, 3, channels)}
+    for name, tensor in arguments.items():
+        if name != "key" and tensor.shape != shapes[name]:
+            raise ValueError(
+                f"wkv4: {name} must be {tuple(shapes[name])} beside key {tuple(key.shape)}, not {tuple(tensor.shape)}"
+            )
+
+
+_loading = threading.Lock()
+# Why the compiled operator could not be loaded, "" once it is; None before the first call.
+_failure: str | None = None
+_warned = False
+
+
+# torch.compile calls this while it traces and keeps the answer, so that loading breaks no graph.
+@torch.compiler.assume_constant_result
+def _is_compiled(device: str, required: bool) -> bool:
+    """Whether the compiled operator serves this type of device; the first call for the CPU builds or loads it.
+
+    Raises RuntimeError where it is required and missing. Not required, a failed build is told by one warning.
+    """
+    global _warned
+    failure = _load() if device == "cpu" else f"none is built for {device}"
+    if failure and required:
+        raise RuntimeError(f"wkv4: no compiled operator: {failure}; or choose use_kernel('auto')")
+    if failure and device == "cpu" and not _warned:
+        _warned = True
+        warnings.warn(f"wkv4 runs in plain torch, slower: {failure}", RuntimeWarning, stacklevel=2)
+    return not failure
+
+
+def _load() -> str:
+    global _failure
+    with _loading:
+        if _failure is None:
+            try:
+                load_cpu_library()
+                _register()
+                _failure = ""
+            except BuildError as error:
+                _failure = str(error)
+        return _failure
+
+
+def _register() -> None:
+    torch.library.register_fake("rwkv_pl::wkv4_forward", _forward_fake)
+    torch.library.register_fake("rwkv_pl::wkv4_backward", _backward_fake)
+    torch.library.register_autograd("rwkv_pl::wkv4_forward", _backward, setup_context=_setup_context)
+    torch.library.register_autograd("rwkv_pl::wkv4_backward", _double_backward)
+
+
+def _forward_fake(
+    time_decay: Tensor, time_first: Tensor, key: Tensor, value: Tensor, state: Tensor, tile: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, steps, channels = key.shape
+    saved = (steps + tile - 1) // tile + 1
+    return key.new_empty(key.shape), key.new_empty(state.shape), key.new_empty((batch, saved, 4, channels))
+
+
+def _backward_fake(
+    time_decay: Tensor,
+    time_first: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tiles: Tensor,
+    grad_output: Tensor,
+    grad_new_state: Tensor,
+    tile: int,
+) -> tuple[Tensor, ...]:
+    shapes = (time_decay.shape, time_first.shape, key.shape, value.shape, grad_new_state.shape)
+    return tuple(key.new_empty(shape) for shape in shapes)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *arguments, _, ctx.tile = inputs
+    ctx.save_for_backward(*arguments, output[2])
+
+
+def _backward(ctx: Any, grad_output: Tensor, grad_state: Tensor, grad_tiles: Tensor) -> tuple[Tensor | None, ...]:
+    return *torch.ops.rwkv_pl.wkv4_backward(*ctx.saved_tensors, grad_output, grad_state, ctx.tile), None
+
+
+def _double_backward(ctx: Any, *grads: Tensor) -> None:
+    raise RuntimeError("wkv4: the compiled operator has no second derivative; use_kernel('scan') has one")

@@ -1,0 +1,125 @@
+"""The WKV-4 operator in plain torch, twice: the recurrence as the paper writes it, and the same parallel in time.
+
+Letters: B sequences, T steps of time, C channels; L leaves in a chunk, N chunks.
+
+Both functions are differentiable by autograd. Running maxima are detached: they are scales, chosen to keep every
+exponential at most 1, and what is scaled does not depend on them.
+"""
+
+from typing import TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["EMPTY", "wkv4_recurrence", "wkv4_scan"]
+
+# The exponent of a state that has seen nothing. Not -inf, since (-inf) - (-inf) is NaN.
+EMPTY = -1e38
+
+# Leaves that are summed one after another; T leaves take log T of such walks.
+CHUNK = 16
+
+# num, den and max_exp, each (..., C) or, along time, (..., T, C): e^max_exp num and e^max_exp den.
+Sums: TypeAlias = tuple[Tensor, Tensor, Tensor]
+
+
+def wkv4_recurrence(
+    time_decay: Tensor, time_first: Tensor, key: Tensor, value: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """WKV-4, one step after another (RWKV-4: arXiv 2305.13048, appendix on numerical stability).
+
+    With w = -exp(time_decay), u = time_first and the state (num p, den q, max_exp o)::
+
+        n = max(o, u + k_t)    output_t  = (e^{o-n} p + e^{u+k_t-n} v_t) / (e^{o-n} q + e^{u+k_t-n})
+        m = max(w + o, k_t)    (p, q, o) <- (e^{w+o-m} p + e^{k_t-m} v_t,  e^{w+o-m} q + e^{k_t-m},  m)
+
+    time_decay and time_first are (C,), key and value (B, T, C), state (B, 3, C), all of one floating dtype, in which
+    everything is computed. Returns the output (B, T, C) and the state after the last step (B, 3, C).
+    """
+    w = _decay(time_decay)
+    num, den, max_exp = state.unbind(1)
+    outputs = []
+    for k, v in zip(key.unbind(1), value.unbind(1), strict=True):
+        outputs.append(_output(time_first, k, v, num, den, max_exp))
+        m = torch.maximum(w + max_exp, k).detach()
+        before, now = torch.exp(w + max_exp - m), torch.exp(k - m)
+        num, den, max_exp = before * num + now * v, before * den + now, m
+    return torch.stack(outputs, dim=1), torch.stack((num, den, max_exp.detach()), dim=1)
+
+
+def wkv4_scan(
+    time_decay: Tensor, time_first: Tensor, key: Tensor, value: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """WKV-4, parallel in time: the same arguments and results as :func:`wkv4_recurrence`.
+
+    A leaf (num, den, max_exp) stands for e^max_exp (num, den). The incoming state is the first leaf and step i adds
+    the leaf (v_i, 1, k_i), so the state before step t is the sum of the leaves up to t, each decayed by its age.
+    """
+    num, den, max_exp = state.unbind(1)
+    # Exponents are handled as constants; e^(x - x) = 1 is what carries their gradient.
+    exponent = torch.cat((max_exp.unsqueeze(1), key), dim=1).clamp(min=EMPTY)
+    scale = exponent.detach()
+    one = torch.exp(exponent - scale)
+    leaf_num = one * torch.cat((num.unsqueeze(1), value), dim=1)
+    leaf_den = one * torch.cat((den.unsqueeze(1), torch.ones_like(key)), dim=1)
+
+    num, den, max_exp = _prefixes(_decay(time_decay), (leaf_num, leaf_den, scale))
+    output = _output(time_first, key, value, num[:, :-1], den[:, :-1], max_exp[:, :-1])
+    return output, torch.stack((num[:, -1], den[:, -1], max_exp[:, -1]), dim=1)
+
+
+def _decay(time_decay: Tensor) -> Tensor:
+    # Beyond e^69 (about 1e30) nothing changes but that 0 * inf would be NaN, here and in the gradient.
+    return -torch.exp(time_decay.clamp(max=69.0))
+
+
+def _output(time_first: Tensor, key: Tensor, value: Tensor, num: Tensor, den: Tensor, max_exp: Tensor) -> Tensor:
+    n = torch.maximum(max_exp, time_first + key).detach()
+    before, now = torch.exp(max_exp - n), torch.exp(time_first + key - n)
+    return (before * num + now * value) / (before * den + now)
+
+
+def _prefixes(w: Tensor, leaves: Sums) -> Sums:
+    """The sum of the leaves up to each, (..., T, C), where each leaf is w (C,) further away than the next."""
+    length = leaves[0].shape[-2]
+    if length <= CHUNK:
+        return _walk(w, leaves)
+
+    # 1. Cut time into N chunks (..., N, L, C), the last filled up with empty leaves.
+    fill = -length % CHUNK
+    chunks = [
+        F.pad(x, (0, 0, 0, fill), value=empty).unflatten(-2, (-1, CHUNK))
+        for x, empty in zip(leaves, (0.0, 0.0, EMPTY), strict=True)
+    ]
+
+    # 2. Sum inside all chunks at once.
+    num, den, max_exp = local = _walk(w, (chunks[0], chunks[1], chunks[2]))
+
+    # 3. What a chunk adds up to is a leaf of the same kind, CHUNK places long: sum these, (..., N, C), and hand each
+    #    chunk the sum of those before it, (..., N, 1, C).
+    totals = _prefixes(w * CHUNK, (num[..., -1, :], den[..., -1, :], max_exp[..., -1, :]))
+    before = [
+        F.pad(x, (0, 0, 1, -1), value=empty).unsqueeze(-2) for x, empty in zip(totals, (0.0, 0.0, EMPTY), strict=True)
+    ]
+
+    # 4. Add that to the chunk's own sums, decayed by the places since.
+    places = torch.arange(1, CHUNK + 1, dtype=w.dtype, device=w.device).unsqueeze(-1)
+    whole = _add(w * places, (before[0], before[1], before[2]), local)
+    num, den, max_exp = (x.flatten(-3, -2)[..., :length, :] for x in whole)
+    return num, den, max_exp
+
+
+def _walk(w: Tensor, leaves: Sums) -> Sums:
+    first, *rest = zip(*(x.unbind(-2) for x in leaves), strict=True)
+    sums = [first]
+    for leaf in rest:
+        sums.append(_add(w, sums[-1], leaf))
+    num, den, max_exp = (torch.stack(x, dim=-2) for x in zip(*sums, strict=True))
+    return num, den, max_exp
+
+
+def _add(w: Tensor, earlier: Sums, later: Sums) -> Sums:
+    m = torch.maximum(earlier[2] + w, later[2]).detach()
+    before, now = torch.exp(earlier[2] + w - m), torch.exp(later[2] - m)
+    return before * earlier[0] + now * later[0], before * earlier[1] + now * later[1], m

@@ -1,0 +1,206 @@
+"""The record of a run: metrics.csv, loss.png, and the same figures to the loggers."""
+
+import csv
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor
+
+from rwkv_pl.training.loss import bits_per_byte, count_bytes
+
+COLUMNS = (
+    "step",
+    "tokens",
+    "seconds",
+    "train/loss",
+    "train/bits_per_byte",
+    "train/l2wrap",
+    "train/grad_norm",
+    "lr",
+    "tokens_per_second",
+    "val/loss",
+    "val/bits_per_byte",
+)
+SECONDS_BETWEEN_DRAWINGS = 30
+
+
+class History(Callback):
+    """Writes a row for step 1, every `trainer.log_every_n_steps` optimizer steps, and for each validation.
+
+    A row is of one whole step, all its micro-batches and processes: train/loss and train/l2wrap in nats a token,
+    train/grad_norm before clipping, lr the one used, tokens since the run began, tokens_per_second since the last row,
+    seconds of training and validation since the run began. Rows past the step that a run is resumed from are dropped.
+
+    folder:    the run folder.
+    tokens_per_step: batch_size * ctx_len.
+    baselines: bits per byte of other ways to predict the validation text, drawn as lines; {"gzip -9": 2.0}.
+    """
+
+    def __init__(self, folder: Path, tokens_per_step: int, baselines: dict[str, float] | None = None) -> None:
+        self.folder = folder
+        self.tokens_per_step = tokens_per_step
+        self.baselines = baselines or {}
+        self.rows: list[dict[str, float]] = []
+        self.latest: dict[str, float] = {}
+        self._seconds_before = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seconds": self._seconds()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._seconds_before = state_dict["seconds"]
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self._started = self._drawn = time.perf_counter()
+        self._timed_from, self._timed_step = self._started, trainer.global_step
+        self._sums: list[Tensor] = []
+        if trainer.is_global_zero:
+            self.rows = read_rows(self.folder / "metrics.csv", up_to=trainer.global_step)
+            self._file = _begin(self.folder / "metrics.csv", self.rows)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
+        if self._logged(trainer):
+            gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
+            self._grad_norm = torch.nn.utils.get_total_norm(gradients)
+            self._lr = pl_module.current_lr
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Tensor, batch_idx: int) -> None:
+        ended = not trainer.fit_loop.epoch_loop._should_accumulate()
+        if not self._logged(trainer, ended):
+            return
+        n_bytes = count_bytes(batch[:, 1:], pl_module.bytes_per_token)
+        self._sums.append(torch.stack([outputs["nats"], outputs["l2wrap"], n_bytes]).double())
+        if not ended:
+            return
+        sums = trainer.strategy.reduce(torch.stack(self._sums).mean(0), reduce_op="mean")
+        nats, pull, n_bytes = sums.tolist()
+        tokens_per_micro_batch = batch[:, 1:].numel()
+        self._sums = []
+        now, step = time.perf_counter(), trainer.global_step
+        self._write(
+            trainer,
+            {
+                "train/loss": nats,
+                "train/bits_per_byte": bits_per_byte(nats * tokens_per_micro_batch, n_bytes),
+                "train/l2wrap": pull,
+                "train/grad_norm": float(self._grad_norm),
+                "lr": self._lr,
+                "tokens_per_second": (step - self._timed_step) * self.tokens_per_step / (now - self._timed_from),
+            },
+        )
+        self._timed_from, self._timed_step = now, step
+        if now - self._drawn > SECONDS_BETWEEN_DRAWINGS:
+            self._draw(trainer)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self._validation_started = time.perf_counter()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        if trainer.state.fn != "fit":
+            return
+        # A validation is not the training's speed.
+        self._timed_from += time.perf_counter() - self._validation_started
+        metrics = trainer.callback_metrics
+        self._write(trainer, {name: float(metrics[name]) for name in ("val/loss", "val/bits_per_byte")})
+        self._draw(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        self._draw(trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        if file := self.__dict__.pop("_file", None):
+            file.close()
+
+    def _logged(self, trainer: Trainer, step_counted: bool = False) -> bool:
+        """Is the step under way, or the one just counted, one to be logged? The first one always is."""
+        step = trainer.global_step + (not step_counted)
+        return step % trainer.log_every_n_steps == 0 or step == 1  # type: ignore[attr-defined]
+
+    def _seconds(self) -> float:
+        return self._seconds_before + time.perf_counter() - self._started
+
+    def _write(self, trainer: Trainer, figures: dict[str, float]) -> None:
+        step = trainer.global_step
+        row = {"step": step, "tokens": step * self.tokens_per_step, "seconds": self._seconds(), **figures}
+        self.latest |= row
+        if not trainer.is_global_zero:
+            return
+        self.rows.append(row)
+        csv.DictWriter(self._file, COLUMNS).writerow(_rounded(row))
+        self._file.flush()
+        for logger in trainer.loggers:
+            logger.log_metrics({name: value for name, value in row.items() if name != "step"}, step=step)
+
+    def _draw(self, trainer: Trainer) -> None:
+        if trainer.is_global_zero and self.rows:
+            draw(self.rows, self.folder / "loss.png", self.baselines)
+            self._drawn = time.perf_counter()
+
+
+def read_rows(path: Path, up_to: int) -> list[dict[str, float]]:
+    """The rows of a metrics.csv up to step `up_to`, without a torn last one; [] where there is no file."""
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        whole = [line for line in file if line.endswith("\n")]
+    rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(whole)]
+    return [row for row in rows if row["step"] <= up_to]
+
+
+def draw(rows: list[dict[str, float]], path: Path, baselines: dict[str, float]) -> None:
+    """Bits per byte against tokens: each logged step, their running mean, the validations, and the baselines."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    axes = figure.add_subplot(xlabel="tokens", ylabel="bits per byte")
+    train = [(row["tokens"], row["train/bits_per_byte"]) for row in rows if "train/bits_per_byte" in row]
+    val = [(row["tokens"], row["val/bits_per_byte"]) for row in rows if "val/bits_per_byte" in row]
+    if train:
+        tokens, bits = zip(*train, strict=True)
+        axes.plot(tokens, bits, color="tab:blue", alpha=0.25, linewidth=1)
+        axes.plot(tokens, _running_mean(bits), color="tab:blue", label=f"train {_running_mean(bits)[-1]:.3f}")
+    if val:
+        axes.plot(*zip(*val, strict=True), "o-", color="tab:orange", label=f"validation {val[-1][1]:.3f}")
+    for (name, bits_there), color in zip(baselines.items(), ("gray", "black"), strict=False):
+        axes.axhline(bits_there, color=color, linestyle="--", linewidth=1, label=f"{name} {bits_there:.3f}")
+    # The first steps fall from 8 bits and would leave the rest no room.
+    heights = [value for _, value in train[len(train) // 10 :] + val] + list(baselines.values())
+    if heights:
+        axes.set_ylim(0.95 * min(heights), 1.05 * max(heights))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    beside = path.with_name(path.name + ".part")
+    FigureCanvasAgg(figure).print_png(str(beside))
+    beside.replace(path)
+
+
+def _running_mean(values: tuple[float, ...]) -> list[float]:
+    """An exponential mean over about a twentieth of the points."""
+    keep = 1 - 1 / max(1.0, len(values) / 20)
+    means, mean = [], values[0]
+    for value in values:
+        mean = keep * mean + (1 - keep) * value
+        means.append(mean)
+    return means
+
+
+def _begin(path: Path, rows: list[dict[str, float]]) -> Any:
+    """Writes the rows that are kept beside, takes the old file's place, and leaves it open to append."""
+    beside = path.with_name(path.name + ".part")
+    with beside.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(_rounded(row) for row in rows)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+    return path.open("a", newline="", encoding="utf-8")
+
+
+def _rounded(row: dict[str, float]) -> dict[str, str]:
+    return {name: str(int(value)) if name in ("step", "tokens") else f"{value:.9g}" for name, value in row.items()}

@@ -1,0 +1,48 @@
+"""What is minimised, and what is reported.
+
+B  batch    T  time    V  vocab_size    N  targets of a batch, B * T less the padded ones
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+IGNORED = -1  # a target that pads a short window; its loss does not count
+
+# L2Wrap's factor in the official RWKV trainers, there divided by B * T as here.
+L2WRAP = 0.5e-4
+
+
+def split_tokens(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """tokens (B, T+1) -> inputs (B, T) and targets (B, T), one step later. Padding stays in the targets alone."""
+    return tokens[:, :-1].clamp(min=0), tokens[:, 1:]
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """logits (B, T, V) in any float dtype, targets (B, T) -> nats of each target (B, T) in float32, 0 where ignored."""
+    nats = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="none")
+    return nats.view_as(targets)
+
+
+def l2wrap(logits: Tensor) -> Tensor:
+    """The pull of the largest logit toward 0: 0.5e-4 * mean(max_logit^2), a scalar in float32.
+
+    Its gradient is that of the official trainers' L2Wrap; as a term of the loss it stays right under gradient
+    accumulation and loss scaling.
+    """
+    return L2WRAP * logits.max(-1).values.float().square().mean()
+
+
+def bits_per_byte(nats: float, n_bytes: float) -> float:
+    """The summed cross-entropy of a text in nats, over the bytes that the text has. NaN where it has none."""
+    return nats / (math.log(2) * n_bytes) if n_bytes else math.nan
+
+
+def count_bytes(targets: Tensor, bytes_per_token: Tensor | None) -> Tensor:
+    """Bytes that the targets (B, T) spell, a scalar int64. bytes_per_token (V,) int64; None: each is one byte."""
+    counted = targets[targets != IGNORED]
+    if bytes_per_token is None:
+        return torch.tensor(counted.numel(), device=targets.device)
+    return bytes_per_token[counted].sum()

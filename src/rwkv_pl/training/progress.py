@@ -1,0 +1,120 @@
+"""How a long run shows itself: a bar in a terminal, a plain line every ten seconds elsewhere."""
+
+import logging
+import time
+from typing import Any
+
+import rich
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from rwkv_pl.training.history import History
+
+log = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_LINES = 10
+
+
+class ConsoleHandler(logging.Handler):
+    """Prints log messages as they are, above a bar that is being drawn; see conf/train.yaml."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        rich.get_console().print(self.format(record), markup=False, highlight=False, soft_wrap=True)
+
+
+class TrainingProgress(ProgressBar):
+    """Steps, loss, bits per byte, tokens/s and the time left; the figures are those that `history` logged last."""
+
+    def __init__(self, history: History) -> None:
+        super().__init__()
+        self._history = history
+        self._bar: Progress | None = None
+
+    def disable(self) -> None:
+        self._enabled = False
+
+    def enable(self) -> None:
+        self._enabled = True
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._started = self._told = time.perf_counter()
+        self._first_step = trainer.global_step
+        console = rich.get_console()
+        if console.is_terminal and trainer.is_global_zero:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[figures]}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=console,
+                refresh_per_second=2,
+            )
+            total = trainer.max_steps if trainer.max_steps > 0 else None
+            self._task = self._bar.add_task("training", total=total, completed=trainer.global_step, figures="")
+            self._bar.start()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._bar:
+            self._bar.update(self._task, completed=trainer.global_step, figures=self._figures())
+        elif time.perf_counter() - self._told >= SECONDS_BETWEEN_LINES and trainer.is_global_zero:
+            self._told = time.perf_counter()
+            log.info(f"step {self._place(trainer)}  {self._figures()}  {self._time_left(trainer)}")
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._bar:
+            self._bar.update(self._task, description="validating")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn != "fit" or not trainer.is_global_zero:
+            return
+        if self._bar:
+            self._bar.update(self._task, description="training")
+        bits = float(trainer.callback_metrics["val/bits_per_byte"])
+        log.info(f"step {self._place(trainer)}  validation {bits:.4f} bits per byte")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stop()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._bar:
+            self._bar.stop()
+            self._bar = None
+
+    def _place(self, trainer: Trainer) -> str:
+        return f"{trainer.global_step:,}" + (f"/{trainer.max_steps:,}" if trainer.max_steps > 0 else "")
+
+    def _figures(self) -> str:
+        latest = self._history.latest
+        if "train/loss" not in latest:
+            return ""
+        return (
+            f"loss {latest['train/loss']:.3f}  {latest['train/bits_per_byte']:.3f} bits/byte  "
+            f"{latest['tokens_per_second']:,.0f} tokens/s"
+        )
+
+    def _time_left(self, trainer: Trainer) -> str:
+        done = trainer.global_step - self._first_step
+        if trainer.max_steps < 0 or not done:
+            return ""
+        left = (trainer.max_steps - trainer.global_step) * (time.perf_counter() - self._started) / done
+        return f"{duration(left)} left"
+
+
+def duration(seconds: float) -> str:
+    """12 s, 3 min 20 s, 5 h 10 min, 2 days 3 h."""
+    minutes, hours, days = seconds / 60, seconds / 3600, seconds / 86400
+    if days >= 1:
+        return f"{int(days)} day{'s' if days >= 2 else ''} {int(hours % 24)} h"
+    if hours >= 1:
+        return f"{int(hours)} h {int(minutes % 60)} min"
+    return f"{int(minutes)} min {int(seconds % 60)} s" if minutes >= 1 else f"{seconds:.0f} s"

@@ -1,0 +1,119 @@
+"""Models from what lies on disk: a run folder, a checkpoint of ours, an official RWKV-4 `.pth`."""
+
+import pickle
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rwkv_pl.config import UserError
+from rwkv_pl.data.tokens import Vocabulary
+from rwkv_pl.model import VERSIONS
+
+# The first pattern that a file's keys show names its version; later versions keep some of the earlier names.
+_MARKS = (
+    ("rwkv7", r"att\.w0$"),
+    ("rwkv6", r"att\.time_maa_"),
+    ("rwkv5", r"att\.(time_faaaa|time_mix_g|ln_x\.weight)$"),
+    ("rwkv4", r"att\.time_first$"),
+)
+
+
+def load_weights(source: str | Path) -> tuple[nn.Module, Vocabulary | None]:
+    """The model that `source` holds, on the CPU in float32 and in training mode, and its vocabulary.
+
+    source: a run folder (its best.ckpt, else last.ckpt), a `.ckpt` of ours, or an official RWKV-4 `.pth`, whose
+    vocabulary is not known (None). The version and the size come from the file.
+
+    Raises UserError, one line, where there is nothing, or nothing that we can read.
+    """
+    path = checkpoint_path(Path(source))
+    content = read_checkpoint(path)
+    if "rwkv_pl" in content:
+        about = content["rwkv_pl"]
+        check_about(about, path)
+        weights = _model_part(content["state_dict"])
+        name, config = about["model"], about["config"]
+        vocabulary = Vocabulary.from_dict(about["vocabulary"]) if about["vocabulary"] else None
+    else:
+        weights, vocabulary = content, None
+        name = version_of(weights, path)
+        config = _size_of(weights, path)
+    model_class, config_class = VERSIONS[name]
+    model = model_class(config_class(**config))
+    weights = {key: value.float() for key, value in weights.items()}
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        raise UserError(f"{path} does not hold a whole {name} model: {first}") from error
+    return model, vocabulary
+
+
+def checkpoint_path(source: Path) -> Path:
+    """The file that `source` means: a run folder's best.ckpt, else last.ckpt; a file is itself."""
+    if source.is_file():
+        return source
+    if not source.exists():
+        raise UserError(f"there are no weights at {source}: give a run folder, a .ckpt or a .pth")
+    for name in ("best.ckpt", "last.ckpt"):
+        if (path := source / "checkpoints" / name).is_file():
+            return path
+    if (source / "config.json").is_file():
+        raise UserError(f"{source} is a Hugging Face folder, which is not read yet: give its official .pth instead")
+    raise UserError(f"{source} is no run folder with weights: it holds neither checkpoints/best.ckpt nor last.ckpt")
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """What torch.save wrote there, opened with weights_only=True. Raises UserError."""
+    if not path.is_file():
+        raise UserError(f"there is no checkpoint {path}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{path} is not a checkpoint that can be read safely ({_first_line(error)}): "
+            "it is damaged, cut short, or no file of torch.save"
+        ) from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no weights: a {type(content).__name__} where a dictionary of tensors should be")
+    return content
+
+
+def check_about(about: dict[str, Any], path: Path) -> None:
+    """Raises UserError for a checkpoint of a later format, or of a model version that is not known here."""
+    if about["format"] != 1:
+        raise UserError(f"{path} has checkpoint format {about['format']}, this rwkv_pl reads 1: install a newer one")
+    if about["model"] not in VERSIONS:
+        raise UserError(f"{path} holds a {about['model']} model; known here: {', '.join(VERSIONS)}")
+
+
+def version_of(weights: dict[str, Any], path: Path) -> str:
+    """The model version by the names of the parameters. Raises UserError for one that is not known here."""
+    for version, mark in _MARKS:
+        if any(re.search(mark, str(key)) for key in weights):
+            if version not in VERSIONS:
+                raise UserError(f"{path} holds a {version} model; known here: {', '.join(VERSIONS)}")
+            return version
+    some = ", ".join(sorted(map(str, weights))[:3]) or "nothing"
+    raise UserError(f"{path} holds no RWKV weights: it has {some}, and no blocks.0.att.time_first")
+
+
+def _size_of(weights: dict[str, Tensor], path: Path) -> dict[str, int]:
+    if "emb.weight" not in weights:
+        raise UserError(f"{path} does not hold a whole RWKV model: emb.weight is missing")
+    vocab_size, n_embd = weights["emb.weight"].shape
+    layers = {int(match[1]) for key in weights if (match := re.match(r"blocks\.(\d+)\.", key))}
+    return {"vocab_size": vocab_size, "n_layer": len(layers), "n_embd": n_embd}
+
+
+def _model_part(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key.removeprefix("model."): value for key, value in state_dict.items() if key.startswith("model.")}
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:120] if lines else type(error).__name__

@@ -1,0 +1,204 @@
+"""Bad input ends before any work: one readable line, exit code 2, nothing left behind."""
+
+import errno
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SMALL
+
+from rwkv_pl import RWKV4, RWKV4Config
+
+CASES = {
+    # unknown keys, with the nearest one
+    "model.n_layr=3": "did you mean n_layer?",
+    "optm.lr=3": "did you mean optim?",
+    "foo=1": "foo is not a setting",
+    "trainer.max_step=3": "did you mean max_steps?",
+    "schedule.decay_steps=5": "schedule.decay_steps is not a setting",
+    "callbacks.last.every=3": "callbacks.last.every is not a setting",
+    "model.n_layer.x=3": "model.n_layer is a value",
+    # types
+    "optim.lr=fast": "optim.lr: Value 'fast' of type 'str' could not be converted to Float",
+    "model.n_layer=abc": "model.n_layer",
+    "model.n_layer=2.5": "model.n_layer",
+    "model.n_layer=true": "model.n_layer",
+    "model.n_layer=null": "model.n_layer",
+    "optim.betas=[0.9,x]": "optim.betas[1]",
+    "trainer.max_steps=abc": "trainer.max_steps must be a whole number, got 'abc'",
+    "trainer.max_steps=true": "trainer.max_steps must be a whole number, got True",
+    "trainer.val_check_interval=0.5": "trainer.val_check_interval must be a whole number",
+    "trainer.deterministic=3": "trainer.deterministic must be true or false",
+    "trainer.max_time=3": "trainer.max_time must be a word",
+    "trainer={a:1}": "trainer",
+    "callbacks.last.every_n_train_steps=abc": "callbacks.last.every_n_train_steps must be a whole number, got 'abc'",
+    "callbacks.best.mode=3": "callbacks.best.mode must be a word",
+    "logger.tensorboard.name=3": "logger.tensorboard.name must be a word",
+    "seed=x": "seed",
+    "data=3": "a file of data is chosen by its name",
+    # ranges
+    "optim.lr=nan": "optim.lr must be a finite number above 0, got nan",
+    "optim.lr=0": "optim.lr must be a finite number above 0, got 0.0",
+    "optim.lr=inf": "optim.lr must be a finite number above 0, got inf",
+    "optim.betas=[0.9,1]": "optim.betas",
+    "optim.eps=-1": "optim.eps",
+    "optim.weight_decay=-1": "optim.weight_decay must be at least 0",
+    "data.ctx_len=0": "data.ctx_len must be at least 1, got 0",
+    "data.batch_size=-1": "data.batch_size must be at least 1, got -1",
+    "data.vocab=word": "data.vocab must be one of byte, char, got 'word'",
+    "data.split=[1,2]": "data.split",
+    "model.n_embd=0": "model.n_embd must be at least 1, got 0",
+    "model.dropout=1": "model.dropout must be from 0 to below 1, got 1.0",
+    "model.name=rwkv9": "model.name must be one of rwkv4",
+    "schedule.warmup_steps=-1": "schedule.warmup_steps must be at least 0",
+    "trainer.max_steps=0": "trainer.max_steps must be at least 1, or -1 for no limit",
+    "trainer.val_check_interval=0": "trainer.val_check_interval must be at least 1",
+    "trainer.accumulate_grad_batches=0": "trainer.accumulate_grad_batches must be at least 1",
+    "trainer.gradient_clip_val=nan": "trainer.gradient_clip_val must be a finite number",
+    "trainer.precision=13": "Lightning's Trainer refuses its settings",
+    "trainer.accelerator=abacus": "Lightning's Trainer refuses its settings",
+    "callbacks.best.mode=avg": "callbacks.best refuses its settings",
+    "kernel=magic": "kernel must be one of auto, compiled, scan, recurrence, got 'magic'",
+    "seed=-1": "seed must be from 0",
+    # ways of writing
+    "+foo=1": "keys are not added",
+    "+model.foo=1": "keys are not added",
+    "++optim.lr=1": "write optim.lr=VALUE",
+    "~trainer.max_steps": "keys are not removed",
+    "~model": "keys are not removed",
+    "data.path='unclosed": "can't be read as key=value",
+    "lr": "can't be read as key=value",
+    "optim.lr=1e-3,1e-4": "add -m",
+    "--bogus": "--bogus",
+    "--config-dir=nosuch": "nosuch is no folder",
+    "--config-name=x": "--config-dir",
+    # choices and files
+    "data=nosuch": "there is no data=nosuch; there are: enwik8, stdlib, text",
+    "experiment=nosuch": "there is no experiment=nosuch",
+    "callbacks=[default,nosuch]": "there is no callbacks=nosuch",
+    "data.path=missing.txt": "missing.txt",
+    "data.path=null": "data.path is missing",
+    "data.path=.": "",
+    "data.path=empty.txt": "empty.txt",
+    "data.ctx_len=1000000": "one window of data.ctx_len=1000000",
+    "weights=nosuch.pth": "nosuch.pth",
+    "weights=corpus.txt": "is not a checkpoint that can be read safely",
+    "weights=empty.txt": "empty.txt",
+    "weights=.": "no run folder",
+    "weights=tensors.pth": "holds no RWKV weights",
+    "weights=list.pth": "holds no weights",
+    "weights=larger.pth": "has n_layer 3, the config 2",
+    "weights=partial.pth": "does not hold a whole rwkv4 model",
+    "weights=rwkv5.pth": "holds a rwkv5 model; known here: rwkv4",
+    "resume=nosuch": "is no run folder",
+    # what belongs to others
+    "trainer.limit_train_batches=5": "the order of batches owns it",
+    "trainer.fast_dev_run=true": "use trainer.max_steps=1",
+    "trainer.accumulate_grad_batches=4": "data.batch_size=6",
+    "trainer.max_epochs=-1 trainer.max_steps=-1": "the run has no end",
+    "schedule=cosine trainer.max_steps=-1 trainer.max_epochs=-1 trainer.max_time=00:00:01:00": "needs a length",
+    "schedule=cosine schedule.warmup_steps=9": "leaves no room",
+    "optim.lr_scale={time_decoy:2}": "optim.lr_scale.time_decoy matches no parameter",
+    # classes
+    "optim._target_=os.system": "optim._target_ must be a class of torch.optim",
+    "optim._target_=torch.optim.optimizer.torch.hub.load": "optim._target_ must be a class of torch.optim",
+    "optim._target_=torch.optim.lr_scheduler": "is not a class of torch.optim",
+    "optim._target_=torch.optim.Nosuch": "is not a class of torch.optim",
+    "optim._target_=torch.optim.SGD": "takes no betas",
+    "callbacks.best._target_=builtins.eval": "callbacks.best._target_ must be a class of",
+    "callbacks.best._target_=lightning.pytorch.callbacks.model_checkpoint.os.mkdir": "must be a class of",
+    "callbacks.best.dirpath={_target_:os.getcwd}": "",
+    "trainer.profiler={_target_:os.getcwd}": "",
+    "logger.tensorboard._target_=os.mkdir": "logger.tensorboard._target_ must be a class of",
+}
+
+
+@pytest.fixture
+def files(tmp_path):
+    (tmp_path / "empty.txt").touch()
+    torch.save({"a": torch.zeros(2)}, tmp_path / "tensors.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    weights = RWKV4(RWKV4Config(256, 3, 16)).state_dict()
+    torch.save(weights, tmp_path / "larger.pth")
+    torch.save(weights | {"blocks.0.att.time_faaaa": torch.zeros(2)}, tmp_path / "rwkv5.pth")
+    del weights["blocks.1.att.key.weight"]
+    torch.save(weights, tmp_path / "partial.pth")
+
+
+@pytest.mark.parametrize("arguments", CASES)
+def test_one_line_exit_2_no_folder(train, files, tmp_path, arguments):
+    before = sorted(tmp_path.rglob("*"))
+    result = train(*SMALL, *arguments.split())
+    assert result.code == 2
+    assert result.err.count("\n") == 1, result.err
+    assert result.err.startswith("rwkv-train: ")
+    assert CASES[arguments] in result.err
+    assert "Traceback" not in result.err + result.out
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_text_without_a_path(train, tmp_path):
+    result = train("data=text")
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert "data.path is missing" in result.err
+
+
+@pytest.mark.parametrize("text", [b"", b"too short"])
+def test_a_text_too_short(train, tmp_path, text):
+    (tmp_path / "corpus.txt").write_bytes(text)
+    result = train(*SMALL)
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_a_sweep_that_is_wrong_in_every_job(train, tmp_path):
+    result = train("-m", *SMALL, "optim.lr=1e-3,1e-4", "model.n_layr=3")
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert "did you mean n_layer?" in result.err
+    assert not (tmp_path / "multirun").exists()
+
+
+def test_an_output_folder_below_a_file(train, tmp_path):
+    result = train(*SMALL, "hydra.run.dir=corpus.txt/run")
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert "can't be made" in result.err
+
+
+def test_an_output_folder_that_is_not_permitted(train, tmp_path, monkeypatch):
+    def refuse(self, *args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    result = train(*SMALL)
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert "can't be made (Permission denied)" in result.err
+
+
+def test_a_folder_that_holds_a_run(train, tmp_path):
+    assert train(*SMALL, "hydra.run.dir=run").code == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    result = train(*SMALL, "hydra.run.dir=run")
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert f"resume={tmp_path / 'run'}" in result.err
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+
+def test_a_truncated_checkpoint(train, tmp_path):
+    assert train(*SMALL, "hydra.run.dir=run").code == 0
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    last.write_bytes(last.read_bytes()[:1000])
+    for argument in ("resume=run", f"weights={last}"):
+        result = train(*(SMALL if argument.startswith("weights") else ()), argument)
+        assert (result.code, result.err.count("\n")) == (2, 1)
+        assert "last.ckpt is not a checkpoint that can be read safely" in result.err
+
+
+def test_a_hostile_checkpoint_runs_nothing(train, tmp_path):
+    class Hostile:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "owned",))
+
+    torch.save({"emb.weight": Hostile()}, tmp_path / "hostile.pth")
+    result = train(*SMALL, "weights=hostile.pth")
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert not (tmp_path / "owned").exists()

@@ -1,0 +1,300 @@
+"""rwkv-train, run as a person runs it, in small."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import SMALL
+
+from rwkv_pl import load_weights
+from rwkv_pl.cli.app import take_folder
+
+
+def rows(run: Path) -> list[dict[str, str]]:
+    with (run / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def column(run: Path, name: str) -> list[tuple[int, str]]:
+    return [(int(row["step"]), row[name]) for row in rows(run) if row[name]]
+
+
+def checkpoint(run: Path, name: str = "last.ckpt"):
+    return torch.load(run / "checkpoints" / name, weights_only=True)
+
+
+def test_a_run_leaves_what_is_promised(train, tmp_path):
+    result = train(*SMALL, "trainer.log_every_n_steps=2", "trainer.val_check_interval=3")
+    assert result.code == 0, result.err
+    (run,) = (tmp_path / "outputs").glob("*/*")
+    for name in (".hydra/config.yaml", "train.log", "vocab.json", "sample.txt", "checkpoints/best.ckpt"):
+        assert (run / name).stat().st_size > 0, name
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert list(run.glob("events.out.tfevents.*"))
+    assert [step for step, _ in column(run, "train/loss")] == [1, 2, 4]
+    assert [step for step, _ in column(run, "val/bits_per_byte")] == [3, 4]
+    assert [int(row["tokens"]) for row in rows(run)] == [int(row["step"]) * 6 * 16 for row in rows(run)]
+    last = checkpoint(run)
+    assert last["global_step"] == 4
+    assert last["rwkv_pl"]["config"] == {"vocab_size": 256, "n_layer": 2, "n_embd": 16, "dropout": 0.0}
+    assert all(name.startswith("model.") for name in last["state_dict"])
+    assert json.loads((run / "vocab.json").read_text())["kind"] == "byte"
+    for shown in ("corpus.txt", "bits per byte of validation text", "gzip -9", "xz -9", str(run)):
+        assert shown in result.out
+
+
+def test_a_run_shorter_than_the_interval_ends_with_a_validation(train, tmp_path):
+    assert train(*SMALL, "trainer.max_steps=2", "hydra.run.dir=run").code == 0
+    assert [step for step, _ in column(tmp_path / "run", "val/bits_per_byte")] == [2]
+    assert checkpoint(tmp_path / "run", "best.ckpt")["global_step"] == 2
+
+
+def test_max_time_ends_in_order(train, tmp_path):
+    result = train(
+        *SMALL, "trainer.max_steps=-1", "trainer.max_epochs=-1", "trainer.max_time=00:00:00:01", "hydra.run.dir=run"
+    )
+    assert result.code == 0, result.err
+    run = tmp_path / "run"
+    end = checkpoint(run)["global_step"]
+    assert end > 1
+    assert column(run, "val/bits_per_byte")[-1][0] == end
+
+
+def test_last_is_written_every_n_steps_and_knows_its_validation(train, tmp_path):
+    """At step 4 a validation is due too: last.ckpt must hold the score that it made, and best.ckpt's path."""
+    arguments = ("trainer.val_check_interval=4", "callbacks.last.every_n_train_steps=4", "hydra.run.dir=run")
+    assert train(*SMALL, *arguments).code == 0
+    run = tmp_path / "run"
+    state = next(s for name, s in checkpoint(run)["callbacks"].items() if name.startswith("ModelCheckpoint"))
+    assert float(state["best_model_score"]) == pytest.approx(float(column(run, "val/bits_per_byte")[-1][1]), rel=1e-6)
+    assert Path(state["best_model_path"]) == run / "checkpoints" / "best.ckpt"
+
+
+def test_one_pass_is_the_default_length(train, tmp_path):
+    result = train(*SMALL, "trainer.max_steps=-1", "data.batch_size=3000", "hydra.run.dir=run")
+    assert result.code == 0, result.err
+    n_train = int(len((tmp_path / "corpus.txt").read_bytes()) * 0.9)
+    assert checkpoint(tmp_path / "run")["global_step"] == -(-(n_train // 16) // 3000)
+
+
+@pytest.mark.parametrize("accumulate", [2, 3])
+def test_accumulation_changes_nothing(train, tmp_path, accumulate):
+    assert train(*SMALL, "hydra.run.dir=whole", "trainer.val_check_interval=2").code == 0
+    arguments = (f"trainer.accumulate_grad_batches={accumulate}", "trainer.val_check_interval=2")
+    assert train(*SMALL, *arguments, "hydra.run.dir=parts").code == 0
+    for name in ("train/loss", "train/l2wrap", "train/grad_norm", "val/bits_per_byte", "lr"):
+        whole, parts = column(tmp_path / "whole", name), column(tmp_path / "parts", name)
+        assert [step for step, _ in whole] == [step for step, _ in parts], name
+        # Sums in another order, in float32, and Adam divides by small numbers.
+        assert [float(x) for _, x in parts] == pytest.approx([float(x) for _, x in whole], rel=1e-3), name
+
+
+RESUMED = (
+    "model.dropout=0.2",
+    "trainer.accumulate_grad_batches=3",
+    "trainer.val_check_interval=4",
+    "trainer.log_every_n_steps=2",
+    "callbacks.last.every_n_train_steps=3",
+)
+
+
+def test_a_resumed_run_ends_in_the_same_bits(train, tmp_path, monkeypatch):
+    assert train(*SMALL, *RESUMED, "trainer.max_steps=12", "hydra.run.dir=whole").code == 0
+    assert train(*SMALL, *RESUMED, "trainer.max_steps=7", "hydra.run.dir=part").code == 0
+    first = {path.name: path.read_bytes() for path in (tmp_path / "part" / ".hydra").iterdir()}
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    for max_steps in (10, 12):
+        result = train("resume=../part", f"trainer.max_steps={max_steps}")
+        assert result.code == 0, result.err
+    whole, part = checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "part")
+    assert whole["state_dict"].keys() == part["state_dict"].keys()
+    for name, value in whole["state_dict"].items():
+        assert torch.equal(value, part["state_dict"][name]), name
+    moments = [c["optimizer_states"][0]["state"] for c in (whole, part)]
+    for number, of_parameter in moments[0].items():
+        for name, value in of_parameter.items():
+            assert torch.equal(value, moments[1][number][name]), (number, name)
+    for name in ("train/loss", "train/grad_norm", "lr"):
+        assert column(tmp_path / "whole", name) == column(tmp_path / "part", name)
+    validations = dict(column(tmp_path / "part", "val/bits_per_byte"))
+    assert dict(column(tmp_path / "whole", "val/bits_per_byte")).items() <= validations.items()
+    assert sorted(validations) == [4, 7, 8, 10, 12]
+    for name, content in first.items():
+        assert (tmp_path / "part" / ".hydra" / name).read_bytes() == content, f".hydra/{name} was touched"
+    resumes = yaml.safe_load((tmp_path / "part" / ".hydra" / "resumes.yaml").read_text())
+    assert [entry["set"] for entry in resumes] == [{"trainer.max_steps": 10}, {"trainer.max_steps": 12}]
+    assert not list(elsewhere.iterdir())
+
+
+def test_a_finished_run_says_so(train, tmp_path):
+    assert train(*SMALL, "hydra.run.dir=run").code == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    result = train("resume=run")
+    assert result.code == 0
+    assert "is finished, after 4 steps" in result.out
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+
+def test_resume_takes_new_numbers_and_choices(train, tmp_path):
+    assert train(*SMALL, "optim.weight_decay=0.1", "hydra.run.dir=run").code == 0
+    later = ("trainer.max_steps=6", "optim.lr=3e-3", "optim.weight_decay=0.5", "trainer.log_every_n_steps=1")
+    assert train("resume=run", *later).code == 0
+    groups = checkpoint(tmp_path / "run")["optimizer_states"][0]["param_groups"]
+    assert {group["weight_decay"] for group in groups} == {0, 0.5}
+    assert column(tmp_path / "run", "lr")[-2:] == [(5, "0.003"), (6, "0.003")]
+    later = ("trainer.max_steps=8", "schedule=cosine", "schedule.final_lr=1e-3")
+    assert train("resume=run", *later).code == 0
+    assert column(tmp_path / "run", "lr")[-1] == (8, "0.001")
+
+
+def test_weight_decay_may_come_at_resume(train, tmp_path):
+    assert train(*SMALL, "hydra.run.dir=run").code == 0
+    assert train("resume=run", "trainer.max_steps=6", "optim.weight_decay=0.5").code == 0
+    groups = checkpoint(tmp_path / "run")["optimizer_states"][0]["param_groups"]
+    assert {group["weight_decay"] for group in groups} == {0, 0.5}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "seed=1",
+        "data.batch_size=3",
+        "data.ctx_len=8",
+        "data.vocab=char",
+        "model.n_layer=3",
+        "model.n_embd=32",
+        "weights=x",
+    ],
+)
+def test_resume_refuses_what_contradicts_the_past(train, tmp_path, change):
+    assert train(*SMALL, "hydra.run.dir=run").code == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    result = train("resume=run", "trainer.max_steps=6", change)
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert f"{change} contradicts the past" in result.err
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+
+def test_resume_refuses_another_optimizer_and_unknown_keys(train, tmp_path):
+    assert train(*SMALL, "hydra.run.dir=run").code == 0
+    for change, told in {
+        "optim=adam": "optim._target_=torch.optim.Adam contradicts the past",
+        "optim.lrr=1": "did you mean lr?",
+        "trainer.max_steps=abc": "must be a whole number",
+        "schedule=nosuch": "there is no schedule=nosuch",
+    }.items():
+        result = train("resume=run", change)
+        assert (result.code, result.err.count("\n")) == (2, 1), change
+        assert told in result.err
+
+
+def test_resume_refuses_another_corpus_and_takes_the_same_elsewhere(train, tmp_path):
+    assert train(*SMALL, "hydra.run.dir=run").code == 0
+    text = (tmp_path / "corpus.txt").read_bytes()
+    (tmp_path / "other.txt").write_bytes(text.replace(b"a", b"b"))
+    result = train("resume=run", "trainer.max_steps=5", "data.path=other.txt")
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert "is not the text that" in result.err
+    (tmp_path / "corpus.txt").rename(tmp_path / "moved.txt")
+    assert train("resume=run", "trainer.max_steps=5", "data.path=moved.txt").code == 0
+
+
+def test_weights_of_a_run_start_another(train, tmp_path):
+    assert train(*SMALL, "hydra.run.dir=run").code == 0
+    there = checkpoint(tmp_path / "run", "best.ckpt")["state_dict"]
+    torch.save({name.removeprefix("model."): v.bfloat16() for name, v in there.items()}, tmp_path / "official.pth")
+    for number, weights in enumerate(("run", "run/checkpoints/last.ckpt", "official.pth")):
+        run = f"hydra.run.dir=next{number}"
+        result = train(*SMALL, f"weights={weights}", run, "optim.lr=1e-9", "trainer.max_steps=1")
+        assert result.code == 0, result.err
+        here = checkpoint(tmp_path / f"next{number}")
+        assert here["global_step"] == 1
+        for name, value in there.items():
+            # bfloat16 keeps 8 bits of the mantissa.
+            torch.testing.assert_close(here["state_dict"][name], value, rtol=2**-8, atol=1e-6)
+
+
+def test_characters(train, tmp_path):
+    (tmp_path / "corpus.txt").write_text("Fünf größere Bären äßen Öl. " * 2000, encoding="utf-8")
+    assert train(*SMALL, "data.vocab=char", "hydra.run.dir=run").code == 0
+    model, vocabulary = load_weights(tmp_path / "run")
+    assert vocabulary.characters == "Ößäöü"
+    assert model.config.vocab_size == 256 + 5
+    result = train(*SMALL, "weights=run", "hydra.run.dir=next")
+    assert result.code == 2
+    assert "data.vocab=char" in result.err
+
+
+def test_starts_in_the_same_second_get_folders_of_their_own(tmp_path):
+    taken = [take_folder(tmp_path / "outputs" / "12-00-00", typed=False) for _ in range(3)]
+    assert [folder.name for folder in taken] == ["12-00-00", "12-00-00-2", "12-00-00-3"]
+    assert all(folder.is_dir() for folder in taken)
+
+
+def test_a_sweep_runs_every_value(train, tmp_path):
+    result = train("-m", *SMALL, "trainer.max_steps=2", "optim.lr=1e-3,1e-4", "hydra.sweep.dir=sweep")
+    assert result.code == 0, result.err
+    for job, rate in enumerate(("0.001", "0.0001")):
+        assert column(tmp_path / "sweep" / str(job), "lr")[0] == (1, rate)
+        assert (tmp_path / "sweep" / str(job) / "checkpoints" / "last.ckpt").exists()
+
+
+def test_experiments_of_the_users_own(train, tmp_path):
+    mine = tmp_path / "my conf, (1)" / "experiment"
+    mine.mkdir(parents=True)
+    (mine / "mine.yaml").write_text("# @package _global_\nmodel:\n  n_embd: 24\nschedule:\n  warmup_steps: 2\n")
+    where = f"--config-dir={mine.parent}"
+    small = [setting for setting in SMALL if "n_embd" not in setting]
+    assert train(where, *small, "experiment=mine", "hydra.run.dir=run").code == 0
+    assert checkpoint(tmp_path / "run")["rwkv_pl"]["config"]["n_embd"] == 24
+    assert train("resume=run", "trainer.max_steps=5", "schedule=cosine").code == 0
+    (mine / "wrong.yaml").write_text("# @package _global_\nmodel:\n  n_layr: 24\n")
+    result = train(where, *SMALL, "experiment=wrong")
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert "model.n_layr is not a setting; did you mean n_layer?" in result.err
+    (mine / "kind.yaml").write_text("# @package _global_\ntrainer:\n  log_every_n_steps: abc\n")
+    result = train(where, *SMALL, "experiment=kind")
+    assert (result.code, result.err.count("\n")) == (2, 1)
+
+
+def test_awkward_folder_names(train, tmp_path):
+    run = tmp_path / "run, (1) it's = 1"
+    quoted = str(run).replace("'", "\\'")
+    assert train(*SMALL, f"hydra.run.dir='{quoted}'").code == 0
+    assert checkpoint(run)["global_step"] == 4
+    assert train(f"resume='{quoted}'", "trainer.max_steps=5").code == 0
+    assert checkpoint(run)["global_step"] == 5
+
+
+def test_two_processes_share_the_batch(train, tmp_path):
+    """The same training on two devices as on one: DDP starts the command again, for the second."""
+    arguments = [*SMALL, "trainer.log_every_n_steps=1", "trainer.limit_val_batches=1.0", "data.ctx_len=64"]
+    assert train(*arguments, "hydra.run.dir=one").code == 0
+    command = [str(Path(sys.executable).with_name("rwkv-train")), *arguments, "trainer=ddp", "trainer.devices=2"]
+    done = subprocess.run([*command, "hydra.run.dir=two"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    for name in ("train/loss", "train/grad_norm", "val/bits_per_byte"):
+        one, two = column(tmp_path / "one", name), column(tmp_path / "two", name)
+        assert [step for step, _ in one] == [step for step, _ in two]
+        assert [float(x) for _, x in two] == pytest.approx([float(x) for _, x in one], rel=1e-3), name
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--cfg", "job"], ["--cfg", "job", "experiment=quickstart"]])
+def test_help_and_config_load_no_torch(arguments, tmp_path):
+    code = (
+        "import sys; from rwkv_pl.cli.train import main\n"
+        f"sys.argv = ['rwkv-train', *{arguments!r}]\n"
+        "try: main()\nexcept SystemExit as e: assert not e.code\n"
+        "assert 'torch' not in sys.modules and 'lightning' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "n_layer" in done.stdout
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,320 @@
+"""Where bytes come from: downloads that go wrong, files that are not what they should be, splits."""
+
+import functools
+import hashlib
+import http.server
+import io
+import multiprocessing
+import signal
+import sys
+import sysconfig
+import threading
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from rwkv_pl.config import UserError
+from rwkv_pl.data import corpus as corpora
+from rwkv_pl.data.corpus import Corpus, Splits, enwik8, file_digest, publish, stdlib, text
+
+CONTENT = bytes(i * i % 251 for i in range(100_000))
+SHA1 = hashlib.sha1(CONTENT).hexdigest()
+
+
+def zipped(content: bytes, name: str = "enwik8") -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(name, content)
+    return file.getvalue()
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves a zip in its several conditions, and counts."""
+
+    requests = 0
+
+    def url(self, name: str) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}/{name}"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self) -> None:
+        self.server.requests += 1
+        body = zipped(CONTENT)
+        flipped = bytearray(body)
+        flipped[len(body) // 2] ^= 1
+        bodies = {
+            "/good": body,
+            "/truncated": body,
+            "/slow": body,
+            "/short-zip": body[: len(body) // 2],
+            "/flipped": bytes(flipped),
+            "/page": b"<html>please log in</html>",
+            "/other": zipped(CONTENT[::-1]),
+            "/longer": zipped(CONTENT * 50),
+            "/shorter": zipped(CONTENT[:-1]),
+            "/stranger": zipped(CONTENT, "readme.txt"),
+        }
+        if self.path not in bodies:
+            self.send_error(404)
+            return
+        body = bodies[self.path]
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.path == "/truncated":
+            body = body[: len(body) // 3]
+        if self.path == "/slow":
+            self.wfile.write(body[:100])
+            self.wfile.flush()
+            time.sleep(60)
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with Server(("127.0.0.1", 0), Handler) as running:
+        running.daemon_threads = True
+        running.block_on_close = False
+        threading.Thread(target=running.serve_forever, args=(0.02,), daemon=True).start()
+        yield running
+        running.shutdown()
+
+
+small = functools.partial(enwik8, n_bytes=len(CONTENT), sha1=SHA1)
+
+
+def left(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} - {"enwik8.lock"}
+
+
+def test_a_good_download(tmp_path: Path, server: Server, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "new" / "enwik8"
+    corpus = small(folder, url=server.url("good"))
+    assert corpus.path.read_bytes() == CONTENT
+    assert corpus.splits == Splits((0, 90_000), (90_000, 95_000), (95_000, 100_000))
+    assert corpus.digest == hashlib.sha256(CONTENT).hexdigest()
+    assert left(folder) == {"enwik8"}
+    said = capfd.readouterr()
+    assert said.out == ""
+    assert "downloading" in said.err
+    assert small(folder, url=server.url("good")) == corpus
+    assert server.requests == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("truncated", r"broke off after [\d,]+ of [\d,]+ bytes.*data=stdlib"),
+        ("flipped", "not the archive of enwik8.*nothing was kept"),
+        ("short-zip", "not the archive of enwik8.*not a zip file.*nothing was kept"),
+        ("page", r"not the archive of enwik8 \(26 bytes\).*nothing was kept"),
+        ("other", f"has SHA-1 {hashlib.sha1(CONTENT[::-1]).hexdigest()}, expected {SHA1}"),
+        ("longer", "holds more than 100,000 bytes, expected 100,000"),
+        ("shorter", "holds 99,999 bytes, expected 100,000"),
+        ("stranger", "not the archive of enwik8.*no item named 'enwik8'"),
+        ("absent", "cannot download .*404.*place enwik8.zip from http://mattmahoney.*data=stdlib"),
+    ],
+)
+def test_a_bad_download_is_one_line_and_leaves_nothing(tmp_path: Path, server: Server, name: str, says: str) -> None:
+    with pytest.raises(UserError, match=says) as caught:
+        small(tmp_path, url=server.url(name))
+    assert "\n" not in str(caught.value)
+    assert server.url(name) in str(caught.value)
+    assert left(tmp_path) == set()
+    small(tmp_path, url=server.url("good"))
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("http://127.0.0.1:1/enwik8.zip", "Connection refused"),
+        ("http://no-such-host.invalid/enwik8.zip", "cannot download"),
+        ("nonsense", "unknown url type"),
+    ],
+)
+def test_no_network_says_how_to_go_on(tmp_path: Path, url: str, says: str) -> None:
+    with pytest.raises(UserError, match=f"{says}.*place enwik8.zip .* in {tmp_path} by hand, or use data=stdlib"):
+        small(tmp_path, url=url)
+    assert left(tmp_path) == set()
+
+
+def test_a_silent_server_does_not_hang(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpora, "TIMEOUT_SECONDS", 0.3)
+    with pytest.raises(UserError, match="broke off: timed out"):
+        small(tmp_path, url=server.url("slow"))
+    assert left(tmp_path) == set()
+
+
+def _download(folder: Path, url: str) -> None:
+    small(folder, url=url)
+
+
+def test_a_killed_download_is_cleaned_up_and_made_again(tmp_path: Path, server: Server) -> None:
+    process = multiprocessing.get_context("spawn").Process(target=_download, args=(tmp_path, server.url("slow")))
+    process.start()
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "enwik8.zip.partial").exists():
+        assert time.monotonic() < deadline
+        assert process.is_alive()
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert left(tmp_path) == {"enwik8.zip.partial"}
+    (tmp_path / "enwik8.partial").write_bytes(b"of a kill while unpacking")
+    small(tmp_path, url=server.url("good"))
+    assert left(tmp_path) == {"enwik8"}
+
+
+def test_many_at_once_download_once(tmp_path: Path, server: Server) -> None:
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=_download, args=(tmp_path, server.url("good"))) for _ in range(2)]
+    results: list[Corpus] = []
+    threads = [
+        threading.Thread(target=lambda: results.append(small(tmp_path, url=server.url("good")))) for _ in range(2)
+    ]
+    for one in [*processes, *threads]:
+        one.start()
+    for one in [*processes, *threads]:
+        one.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert len(results) == 2
+    assert server.requests == 1
+    assert left(tmp_path) == {"enwik8"}
+
+
+def test_placed_by_hand(tmp_path: Path) -> None:
+    (tmp_path / "enwik8.zip").write_bytes(zipped(CONTENT))
+    small(tmp_path, url="http://127.0.0.1:1/")
+    assert left(tmp_path) == {"enwik8", "enwik8.zip"}
+    (tmp_path / "enwik8").unlink()
+    (tmp_path / "enwik8.zip").write_bytes(b"PK but no more")
+    with pytest.raises(UserError, match=r"enwik8.zip is not the archive.*\(14 bytes\).*delete or replace it"):
+        small(tmp_path, url="http://127.0.0.1:1/")
+    assert left(tmp_path) == {"enwik8.zip"}
+
+
+def test_a_wrong_file_is_named_and_kept(tmp_path: Path) -> None:
+    path = tmp_path / "enwik8"
+    path.write_bytes(CONTENT[:-5])
+    with pytest.raises(UserError, match=f"{path} has 99,995 bytes, enwik8 has 100,000: delete it"):
+        small(tmp_path)
+    path.write_bytes(CONTENT[::-1])
+    with pytest.raises(UserError, match=f"{path} has SHA-1 .* enwik8 has {SHA1}: delete it"):
+        small(tmp_path)
+    assert path.read_bytes() == CONTENT[::-1]
+    with pytest.raises(UserError, match="is a file: with data=enwik8 name the folder"):
+        small(path)
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path, server: Server) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(UserError, match=r"cannot write in .*Not a directory"):
+        small(tmp_path / "file" / "enwik8", url=server.url("good"))
+
+
+def test_text_that_cannot_be_used_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such file"):
+        text(tmp_path / "absent")
+    with pytest.raises(UserError, match="is a folder: name one file"):
+        text(tmp_path)
+    path = tmp_path / "text"
+    path.write_bytes(b"")
+    with pytest.raises(UserError, match="is empty"):
+        text(path)
+    path.write_bytes(b"words")
+    for split in [(0.9, 0.2, 0.1), (1.1, -0.1, 0.0), (0.5, 0.5), (float("nan"), 0.5, 0.5)]:
+        with pytest.raises(UserError, match=r"data.split=.* is not three fractions"):
+            text(path, split)  # type: ignore[arg-type]
+
+
+def test_text_is_split_between_characters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "text"
+    path.write_bytes(b"x" * 89 + "漢".encode() + b"y" * 8)
+    corpus = text(path)
+    assert corpus.splits == Splits((0, 89), (89, 95), (95, 100))
+    assert corpus.digest == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert text(path, (0.2, 0.3, 0.5)).splits == Splits((0, 20), (20, 50), (50, 100))
+    # A name counts from where the run started, whatever folder it goes to later.
+    monkeypatch.chdir(tmp_path)
+    assert text("text").path == path
+
+
+def test_a_digest_says_which_content_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpora, "WHOLE_DIGEST_BELOW", 1 << 18)
+    digests = set()
+    for size in (0, (1 << 18) - 1, 1 << 18, (1 << 18) + 1, 1 << 20):
+        for change in (0, size // 2, size - 1):
+            path = tmp_path / f"{size}-{change}"
+            content = bytearray(size)
+            if size:
+                content[change] = 1
+            path.write_bytes(content)
+            digests.add(file_digest(path))
+    assert len(digests) == 13
+
+
+def test_what_is_published_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with pytest.raises(KeyboardInterrupt), publish(path) as file:
+        file.write(b"half")
+        raise KeyboardInterrupt
+    assert left(tmp_path) == {"file"}
+    assert path.read_bytes() == b"old"
+    with publish(path) as file:
+        file.write(b"new")
+        file.flush()
+        assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"new"
+
+
+def test_stdlib_by_its_definition(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    root = tmp_path / "lib"
+    kept = {"a/b.py": "1\n", "a-b.py": "2\n", "a.py": "3\n", "B.py": "4\n", "testing/x.py": "5\n"}
+    left_out = ["site-packages", "dist-packages", "__pycache__", "test", "tests", "idlelib", "lib2to3", "turtledemo"]
+    others = ["a/x.pyc", "a/x.txt", "LICENSE", *(f"{name}/x.py" for name in left_out), "a/b/tests/c/x.py"]
+    for name, content in [*kept.items(), *((name, "no") for name in others)]:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(content)
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: {"stdlib": str(root)}[name])
+    corpus = stdlib()
+    assert corpus.path.read_bytes() == b"4\n2\n3\n1\n5\n"
+    # A cached text that was damaged is made again, a changed library is another text.
+    corpus.path.write_bytes(b"?")
+    assert stdlib() == corpus
+    assert corpus.path.read_bytes() == b"4\n2\n3\n1\n5\n"
+    (root / "a.py").write_text("6\n")
+    assert stdlib().path != corpus.path
+    assert all(path.parent == cache / "corpora" for path in (corpus.path, stdlib().path))
+    for path in root.rglob("*.py"):
+        path.unlink()
+    with pytest.raises(UserError, match="no library source"):
+        stdlib()
+
+
+def test_stdlib_of_this_python() -> None:
+    begin = time.perf_counter()
+    corpus = stdlib()
+    again = time.perf_counter()
+    assert stdlib() == corpus
+    # A fifth of a second, and a fortieth, on a quiet machine.
+    assert again - begin < 20
+    assert time.perf_counter() - again < 5
+    size = corpus.path.stat().st_size
+    assert 5e6 < size < 20e6
+    assert corpus.splits.test[1] == size
+    assert abs(corpus.splits.train[1] - 0.9 * size) < 4
+    assert abs(corpus.splits.val[1] - 0.95 * size) < 4
+    version = ".".join(map(str, sys.version_info[:3]))
+    assert version in corpus.description
+    assert corpus.digest[:12] in corpus.description

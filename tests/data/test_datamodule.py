@@ -1,0 +1,257 @@
+"""The data modules: what Lightning is given, on any hardware, from any step, every byte judged once."""
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from rwkv_pl.config import UserError
+from rwkv_pl.data import corpus as corpora
+from rwkv_pl.data.datamodule import CorpusDataModule, Enwik8DataModule, EvalBatches, StdlibDataModule
+from rwkv_pl.data.order import read_windows, window_starts
+from rwkv_pl.data.tokens import Vocabulary, open_tokens
+
+RNG = np.random.default_rng(0)
+NOISE = RNG.integers(0, 256, 4000, np.uint8).tobytes()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "noise"
+    path.write_bytes(NOISE)
+    return path
+
+
+def at(data: CorpusDataModule, *, step: int = 0, devices: int = 1, rank: int = 0, accumulate: int = 1) -> None:
+    """The part of a trainer that a data module looks at."""
+    trainer = SimpleNamespace(
+        global_step=step,
+        world_size=devices,
+        global_rank=rank,
+        accumulate_grad_batches=accumulate,
+        strategy=SimpleNamespace(root_device=torch.device("cpu")),
+        _accelerator_connector=SimpleNamespace(use_distributed_sampler=False),
+    )
+    data.trainer = trainer  # type: ignore[assignment]
+
+
+def take(loader: Any, n: int) -> list[Tensor]:
+    iterator = iter(loader)
+    return [next(iterator) for _ in range(n)]
+
+
+def module(path: Path, **settings: Any) -> CorpusDataModule:
+    data = CorpusDataModule(path, **{"ctx_len": 16, "batch_size": 12, **settings})
+    data.prepare_data()
+    data.setup()
+    return data
+
+
+def test_a_batch_is_the_contract_s(path: Path) -> None:
+    data = module(path, seed=7)
+    train = np.frombuffer(NOISE, np.uint8)[: data.corpus.splits.train[1]]
+    assert np.array_equal(data.train_tokens, train)
+    assert data.steps_per_pass == math.ceil(len(train) // 16 / 12)
+    for n, batch in enumerate(take(data.train_dataloader(), 30)):
+        assert batch.dtype == torch.int64
+        starts = window_starts(n, seed=7, n_tokens=len(train), ctx_len=16, batch_size=12)
+        assert np.array_equal(batch.numpy(), read_windows(train, starts, 16))
+
+
+@pytest.mark.parametrize(("devices", "accumulate"), [(1, 1), (1, 3), (2, 1), (2, 3), (4, 1), (3, 4), (12, 1)])
+@pytest.mark.parametrize("step", [0, 5])
+def test_any_hardware_at_any_step_reads_the_unbroken_run_s_batches(
+    path: Path, devices: int, accumulate: int, step: int
+) -> None:
+    data = module(path)
+    unbroken = take(data.train_dataloader(), step + 4)[step:]
+    parts = []
+    for rank in range(devices):
+        at(data, step=step, devices=devices, rank=rank, accumulate=accumulate)
+        parts.append(take(data.train_dataloader(), 4 * accumulate))
+    for n, batch in enumerate(unbroken):
+        pieces = [parts[d][n * accumulate + a] for a in range(accumulate) for d in range(devices)]
+        assert torch.equal(torch.cat(pieces), batch)
+
+
+def test_workers_change_nothing(path: Path) -> None:
+    data, helped = module(path), module(path, num_workers=2)
+    for ask in ("train_dataloader", "val_dataloader"):
+        for ours, theirs in zip(take(getattr(data, ask)(), 2), take(getattr(helped, ask)(), 2), strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def test_loaders_leave_the_global_generator_alone(path: Path) -> None:
+    data = module(path)
+    before = torch.get_rng_state()
+    take(data.train_dataloader(), 2)
+    list(data.val_dataloader())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+@pytest.mark.parametrize("devices", [1, 2, 3, 5])
+@pytest.mark.parametrize(("ctx_len", "rows"), [(1, 1), (7, 3), (16, 8), (50, 4), (199, 2), (200, 1), (1000, 8)])
+def test_each_byte_of_a_split_is_a_target_once(path: Path, split: str, devices: int, ctx_len: int, rows: int) -> None:
+    data = module(path, ctx_len=ctx_len, eval_batch_size=rows)
+    lo, hi = getattr(data.corpus.splits, split)
+    calls, by_number = [], {}
+    for rank in range(devices):
+        at(data, devices=devices, rank=rank)
+        batches = list(getattr(data, f"{split}_dataloader")())
+        calls.append(len(batches))
+        by_number.update({i * devices + rank: batch for i, batch in enumerate(batches)})
+    assert len(set(calls)) == 1
+    assert calls[0] == math.ceil(math.ceil((hi - lo) / ctx_len) / (rows * devices))
+    windows = torch.cat([by_number[k] for k in sorted(by_number)])
+    assert windows.shape == (len(by_number) * rows, ctx_len + 1)
+    at_position = lo
+    for window in windows:
+        real = window[window >= 0]
+        assert torch.all(window[len(real) :] == -1)
+        assert len(real) != 1
+        if len(real):
+            # Input and target alike: the token before the first target is the first context.
+            assert bytes(real.tolist()) == NOISE[at_position - 1 : at_position - 1 + len(real)]
+            at_position += len(real) - 1
+    assert at_position == hi
+
+
+def test_the_first_byte_of_a_corpus_is_context_only(path: Path) -> None:
+    file = open_tokens(corpora.text(path), Vocabulary())
+    batches = EvalBatches(file, (0, 33), ctx_len=16, rows=1)
+    assert len(batches) == 2
+    assert bytes(batches[0].flatten().tolist()) == NOISE[:17]
+    assert bytes(batches[1].flatten().tolist()) == NOISE[16:33]
+
+
+def test_characters_and_a_given_vocabulary(tmp_path: Path) -> None:
+    path = tmp_path / "text"
+    path.write_text("Größe und Maß, " * 200, encoding="utf-8")
+    data = module(path, vocab="char")
+    assert data.vocabulary.characters == "ßö"
+    assert int(max(batch.max() for batch in take(data.train_dataloader(), 3))) > 255
+    given = Vocabulary("char", "é")
+    data = module(path, vocabulary=given)
+    assert data.vocabulary is given
+    assert data.vocabulary.decode(data.train_tokens) in path.read_bytes()
+    assert "vocabulary char (257)" in data.description()
+
+
+def test_a_corpus_that_is_too_short_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "text"
+    path.write_bytes(b"x" * 100)
+    with pytest.raises(UserError, match=r"training split has 90 tokens.*ctx_len=90 needs 91"):
+        module(path, ctx_len=90)
+    module(path, ctx_len=89)
+    with pytest.raises(UserError, match=r"val split of .* has 0 tokens, nothing to predict"):
+        module(path, split=(0.9, 0.0, 0.1))
+    with pytest.raises(UserError, match=r"test split of .* has 0 tokens"):
+        module(path, split=(0.9, 0.1, 0.0))
+    # To be evaluated a text needs no training split.
+    data = CorpusDataModule(path, ctx_len=1024)
+    data.setup("test")
+    assert len(list(data.test_dataloader())) == 1
+
+
+def test_a_batch_size_that_devices_cannot_share(path: Path) -> None:
+    data = module(path)
+    at(data, devices=5)
+    with pytest.raises(UserError, match="batch_size=12 is not a multiple of 5"):
+        data.train_dataloader()
+
+
+def test_lightning_s_own_sampler_is_refused(path: Path) -> None:
+    data = module(path)
+    at(data, devices=2)
+    data.trainer._accelerator_connector.use_distributed_sampler = True  # type: ignore[union-attr]
+    for ask in (data.train_dataloader, data.val_dataloader, data.test_dataloader):
+        with pytest.raises(UserError, match="use_distributed_sampler"):
+            ask()
+
+
+def test_setup_opens_once_and_comes_first(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = CorpusDataModule(path, ctx_len=16)
+    with pytest.raises(RuntimeError, match="setup"):
+        data.train_dataloader()
+    data.setup("fit")
+    monkeypatch.setattr(corpora, "text", None)
+    data.prepare_data()
+    data.setup()
+    assert "noise" in data.description()
+    assert "\n" not in data.description()
+
+
+def test_the_named_corpora(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+
+    def fake(folder: Path, **settings: Any) -> corpora.Corpus:
+        seen.update(settings, folder=folder)
+        return corpora.text(path)
+
+    path = tmp_path / "noise"
+    path.write_bytes(NOISE)
+    monkeypatch.setattr(corpora, "enwik8", fake)
+    Enwik8DataModule(tmp_path, url="http://elsewhere", ctx_len=16).setup()
+    assert seen == {"folder": tmp_path, "url": "http://elsewhere"}
+    data = StdlibDataModule()
+    data.setup()
+    assert data.corpus.name == "stdlib"
+    assert data.steps_per_pass > 5000
+
+
+class Recorder(LightningModule):
+    """A model of one number that keeps what it is fed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.read: list[Tensor] = []
+        self.judged: list[Tensor] = []
+
+    def training_step(self, batch: Tensor, _: int) -> Tensor:
+        self.read.append(batch.clone())
+        return self.weight.sum() * batch.sum()
+
+    def validation_step(self, batch: Tensor, _: int) -> None:
+        self.judged.append(batch.clone())
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_real_trainer_goes_on_where_it_stopped(path: Path, tmp_path: Path, workers: int) -> None:
+    def fit(max_steps: int, accumulate: int, resume: Path | None = None) -> tuple[Recorder, Trainer]:
+        trainer = Trainer(
+            accelerator="cpu",
+            devices=1,
+            max_steps=max_steps,
+            max_epochs=-1,
+            accumulate_grad_batches=accumulate,
+            val_check_interval=2 * accumulate,
+            check_val_every_n_epoch=None,
+            num_sanity_val_steps=0,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=tmp_path,
+        )
+        recorder = Recorder()
+        trainer.fit(recorder, CorpusDataModule(path, ctx_len=16, batch_size=6, num_workers=workers), ckpt_path=resume)
+        return recorder, trainer
+
+    unbroken, _ = fit(6, 1)
+    _, trainer = fit(3, 1)
+    trainer.save_checkpoint(tmp_path / "stopped.ckpt")
+    resumed, _ = fit(6, 3, tmp_path / "stopped.ckpt")
+    assert torch.equal(torch.cat(resumed.read), torch.cat(unbroken.read[3:]))
+    assert len(unbroken.judged) == 3 * math.ceil(math.ceil(200 / 16) / 8)

@@ -1,0 +1,159 @@
+"""Building, caching and loading, in processes of their own: one process loads one library."""
+
+import hashlib
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rwkv_pl.ops.build import _digest, _flags, _try_load, cache_folder
+from rwkv_pl.ops.toolchain import Compiler
+
+CALL = """
+import os, warnings
+import torch
+from rwkv_pl import use_kernel, wkv4
+torch.set_num_threads(1)
+before = dict(os.environ)
+def call():
+    return wkv4(torch.zeros(3), torch.zeros(3), torch.randn(2, 5, 3), torch.randn(2, 5, 3))
+"""
+COMPILED = CALL + "use_kernel('compiled'); call(); assert dict(os.environ) == before, 'the environment was changed'"
+# Twice, with warnings that are never silenced as repeated: exactly one is to be seen.
+AUTO = CALL + "warnings.simplefilter('always'); call(); call(); assert not hasattr(torch.ops.rwkv_pl, 'wkv4_forward')"
+
+
+def start(code: str, cache: Path, **environment: str) -> subprocess.Popen[str]:
+    env = os.environ | {"RWKV_PL_CACHE": str(cache)} | environment
+    return subprocess.Popen([sys.executable, "-c", code], env=env, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    """Its stderr; fails where the process did, or hangs."""
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0, stderr
+    return stderr
+
+
+def fake_compiler(folder: Path, body: str) -> str:
+    script = folder / "fake-c++"
+    script.write_text(f'#!/bin/sh\ncase "$*" in *" -c "*) {body};; *) echo fake 1.0;; esac\n')
+    script.chmod(0o755)
+    return str(script)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A cache that two processes filled at once, in a folder with a blank and a letter that is not ASCII."""
+    cache = tmp_path_factory.mktemp("cache") / "a b é"
+    said = [finish(process) for process in [start(COMPILED, cache), start(COMPILED, cache)]]
+    return cache, said
+
+
+def library(cache: Path) -> Path:
+    (path,) = (cache / "kernels").glob("*.so")
+    return path
+
+
+def test_two_processes_build_once(built):
+    cache, said = built
+    (line,) = "".join(said).splitlines()
+    assert line.startswith("rwkv_pl: building the WKV kernel for ")
+    assert library(cache).exists() and not list((cache / "kernels").glob("building-*"))
+
+
+def test_the_next_process_builds_nothing(built):
+    assert finish(start(COMPILED, built[0])) == ""
+
+
+def test_the_folder_is_the_users_own(built):
+    assert stat.S_IMODE((built[0] / "kernels").stat().st_mode) == 0o700
+
+
+def test_a_damaged_library_is_built_again(built, tmp_path):
+    shutil.copytree(built[0], tmp_path, dirs_exist_ok=True)
+    path = library(tmp_path)
+    path.write_bytes(path.read_bytes()[:9000])
+    assert finish(start(COMPILED, tmp_path)).count("building") == 1
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == path.with_suffix(".sha256").read_text()
+
+
+def test_what_is_not_loaded(tmp_path):
+    path = tmp_path / "wkv4.so"
+    assert not _try_load(path)
+    path.write_bytes(b"no library")
+    assert not _try_load(path), "a library without its seal"
+    path.with_suffix(".sha256").write_text(hashlib.sha256(b"no library").hexdigest())
+    assert not _try_load(path), "a sealed file that the linker refuses"
+
+
+def test_a_killed_build_disturbs_nobody(tmp_path):
+    compiler = fake_compiler(tmp_path, "sleep 20")
+    killed = start(COMPILED, tmp_path, CXX=compiler)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("kernels/building-*/build.ninja")):
+        assert time.monotonic() < deadline and killed.poll() is None
+        time.sleep(0.02)
+    killed.kill()
+    killed.wait()
+    assert list(tmp_path.glob("kernels/building-*")), "nothing was left over: the test shows nothing"
+    assert finish(start(COMPILED, tmp_path)).count("building") == 1
+    assert not list(tmp_path.glob("kernels/building-*"))
+
+
+def test_without_a_compiler_the_scan_serves(tmp_path):
+    said = finish(start(AUTO, tmp_path, CXX="/nowhere/c++"))
+    assert said.count("RuntimeWarning") == 1
+    assert "no C++ compiler (CXX=/nowhere/c++ is none); " in said
+
+
+def test_nothing_on_path(tmp_path):
+    environment = {"PATH": str(tmp_path), "CXX": ""}
+    assert "no C++ compiler (none found); " in finish(start(AUTO, tmp_path, **environment))
+
+
+def test_compiled_where_it_cannot_be_had(tmp_path):
+    process = start(COMPILED, tmp_path, CXX="/nowhere/c++")
+    last = process.communicate(timeout=60)[1].splitlines()[-1]
+    assert process.returncode == 1
+    assert last.startswith("RuntimeError: wkv4: no compiled operator: no C++ compiler (CXX=/nowhere/c++ is none); ")
+
+
+def test_the_compilers_first_error_is_shown(tmp_path):
+    errors = "echo 'a.cpp:1:2: warning: no error yet'; echo 'a.cpp:3:4: error: first'; echo 'error: second'; exit 1"
+    said = finish(start(AUTO, tmp_path, CXX=fake_compiler(tmp_path, errors)))
+    assert said.count("RuntimeWarning") == 1
+    assert "fake-c++ failed: a.cpp:3:4: error: first\n" in said and "second" not in said
+    assert not list(tmp_path.glob("kernels/building-*"))
+
+
+def test_a_cache_folder_that_cannot_be_used(tmp_path):
+    (tmp_path / "file").touch()
+    said = finish(start(AUTO, tmp_path / "file"))
+    assert said.count("RuntimeWarning") == 1
+    assert (
+        f"the cache folder {tmp_path / 'file' / 'kernels'} cannot be used (Not a directory); set RWKV_PL_CACHE" in said
+    )
+
+
+def test_the_cache_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("RWKV_PL_CACHE", str(tmp_path))
+    assert cache_folder() == tmp_path / "kernels"
+    monkeypatch.delenv("RWKV_PL_CACHE")
+    assert cache_folder().is_relative_to(Path.home())
+
+
+def test_the_name_has_all_that_a_library_was_made_from():
+    compiler = Compiler("c++", "/usr/bin/c++", "12.2")
+    names = {
+        _digest(compiler, _flags("portable")),
+        _digest(compiler, _flags("x86-64-v3")),
+        _digest(Compiler("c++", "/usr/bin/c++", "13.1"), _flags("portable")),
+        _digest(Compiler("c++", "/opt/bin/c++", "12.2"), _flags("portable")),
+    }
+    assert len(names) == 4
