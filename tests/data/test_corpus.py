@@ -18,7 +18,8 @@ import pytest
 
 from rwkv_pl.config import UserError
 from rwkv_pl.data import corpus as corpora
-from rwkv_pl.data.corpus import Corpus, Splits, enwik8, file_digest, publish, stdlib, text
+from rwkv_pl.data.corpus import Corpus, Splits, enwik8, file_digest, stdlib, text
+from rwkv_pl.files import publish
 
 CONTENT = bytes(i * i % 251 for i in range(100_000))
 SHA1 = hashlib.sha1(CONTENT).hexdigest()

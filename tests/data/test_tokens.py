@@ -1,6 +1,7 @@
 """Vocabulary and token files: every byte string comes back, in pieces or whole, and its size costs no memory."""
 
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -53,6 +54,8 @@ def plain_encode(text: bytes, characters: str) -> list[int]:
 @given(TEXTS)
 @example("naïve café 漢字 😀".encode())
 @example(b"\xe6\xbc")
+@example(b"\xf8\x90\x80\x80 spells U+10000 if one looks away")
+@example(b"\xe0\x82\x80 is too long for U+0080")
 @example(b"")
 def test_char_encoding_is_the_plain_one_and_comes_back(text: bytes) -> None:
     ids = CHAR.encode(text)
@@ -152,6 +155,25 @@ def test_splits_that_cut_a_character_move(tmp_path: Path) -> None:
     assert file.splits == corpora.Splits((0, 7), (7, 8), (8, 10))
     assert set(file.tokens.tolist()) == {256}
     assert open_tokens(corpus, Vocabulary()).splits == corpus.splits
+
+
+def test_what_is_no_text_adds_no_character(tmp_path: Path) -> None:
+    path = tmp_path / "text"
+    noise = b"\xed\xa0\x80 \xf4\x90\x80\x80 \xe0\x82\x80 \xf8\x90\x80\x80 \xc1\x81 \xf0\x80\x82\x80 \x80 \xff"
+    path.write_bytes((noise + "é".encode()) * 50)
+    vocabulary = build_vocabulary("char", corpora.text(path))
+    assert vocabulary.characters == "é"
+
+
+def test_a_change_that_the_digest_does_not_see_is_seen(tmp_path: Path) -> None:
+    path = tmp_path / "text"
+    path.write_bytes(TEXT)
+    corpus = corpora.text(path)
+    vocabulary = build_vocabulary("char", corpus)
+    open_tokens(corpus, vocabulary)
+    path.write_bytes(TEXT[::-1])
+    os.utime(path, ns=(0, 0))
+    assert vocabulary.decode(open_tokens(corpus, vocabulary).tokens) == TEXT[::-1]
 
 
 def test_tokens_are_made_once_and_a_changed_text_anew(tmp_path: Path, cache: Path) -> None:

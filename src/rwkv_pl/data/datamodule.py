@@ -17,6 +17,7 @@ from rwkv_pl.data import corpus as corpora
 from rwkv_pl.data import order
 from rwkv_pl.data.corpus import Corpus
 from rwkv_pl.data.tokens import TokenFile, Tokens, Vocabulary, build_vocabulary, open_tokens
+from rwkv_pl.files import cache_folder
 
 # More than any run reads, and little enough that Lightning's float arithmetic on lengths stays exact.
 ENDLESS = 2**50
@@ -228,7 +229,7 @@ class StdlibDataModule(CorpusDataModule):
     """
 
     def __init__(self, **settings: Any) -> None:
-        super().__init__(corpora.cache_folder(), **settings)
+        super().__init__(cache_folder(), **settings)
 
     def open_corpus(self) -> Corpus:
         return corpora.stdlib()

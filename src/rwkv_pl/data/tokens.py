@@ -17,7 +17,8 @@ import numpy.typing as npt
 from filelock import FileLock
 
 from rwkv_pl.config import UserError
-from rwkv_pl.data.corpus import Corpus, Splits, cache_folder, character_start, publish, writing
+from rwkv_pl.data.corpus import Corpus, Splits, character_start
+from rwkv_pl.files import cache_folder, publish, writing
 
 Tokens = npt.NDArray[np.unsignedinteger]
 
