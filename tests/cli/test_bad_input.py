@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL
+from command import SMALL
 
 from rwkv_pl import RWKV4, RWKV4Config
 

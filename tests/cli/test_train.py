@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import SMALL
+from command import SMALL
 
 from rwkv_pl import load_weights
 from rwkv_pl.cli.app import take_folder

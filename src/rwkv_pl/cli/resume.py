@@ -1,6 +1,5 @@
 """What a resumed run is told: its stored config, the changes of earlier resumes, then those given now."""
 
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from rwkv_pl.cli.app import check, compose, is_group_choice, parse_overrides, require_key
 from rwkv_pl.config import Train, UserError
+from rwkv_pl.files import publish
 
 # What contradicts the past of a run. (data.path may change: the corpus is known by its content.)
 FIXED = (
@@ -97,13 +97,8 @@ class StoredRun:
     def keep(self, entry: dict[str, Any]) -> None:
         """Appends what this resume changed to .hydra/resumes.yaml; the first start's files stay as they are."""
         self.resumes.append({"time": time.strftime("%Y-%m-%d %H:%M:%S"), **entry})
-        path = self.folder / ".hydra" / "resumes.yaml"
-        beside = path.with_name("resumes.yaml.part")
-        with beside.open("w", encoding="utf-8") as file:
-            yaml.safe_dump(self.resumes, file, sort_keys=False)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
+        with publish(self.folder / ".hydra" / "resumes.yaml") as file:
+            file.write(yaml.safe_dump(self.resumes, sort_keys=False).encode())
 
 
 def _without_hydra(overrides: Sequence[str]) -> list[str]:

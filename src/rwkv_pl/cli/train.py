@@ -21,6 +21,7 @@ from omegaconf import DictConfig
 from rwkv_pl.cli import app
 from rwkv_pl.cli.resume import StoredRun
 from rwkv_pl.config import Train, UserError
+from rwkv_pl.files import publish
 
 if TYPE_CHECKING:
     from rwkv_pl.cli.prepare import Prepared
@@ -149,7 +150,6 @@ def _run(prepared: "Prepared", folder: Path) -> float:
     from lightning.pytorch.callbacks import ModelCheckpoint
 
     from rwkv_pl.cli.prepare import build_callbacks, build_loggers, build_trainer
-    from rwkv_pl.data.corpus import publish
     from rwkv_pl.training.history import History
     from rwkv_pl.training.progress import TrainingProgress, duration
     from rwkv_pl.training.sample import sample_tokens

@@ -1,7 +1,7 @@
 """The record of a run: metrics.csv, loss.png, and the same figures to the loggers."""
 
 import csv
-import os
+import io
 import time
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
+from rwkv_pl.files import publish
 from rwkv_pl.training.loss import bits_per_byte, count_bytes
 
 COLUMNS = (
@@ -174,9 +175,8 @@ def draw(rows: list[dict[str, float]], path: Path, baselines: dict[str, float]) 
         axes.set_ylim(0.95 * min(heights), 1.05 * max(heights))
     axes.grid(alpha=0.3)
     axes.legend()
-    beside = path.with_name(path.name + ".part")
-    FigureCanvasAgg(figure).print_png(str(beside))
-    beside.replace(path)
+    with publish(path) as file:
+        FigureCanvasAgg(figure).print_png(file)
 
 
 def _running_mean(values: tuple[float, ...]) -> list[float]:
@@ -190,15 +190,13 @@ def _running_mean(values: tuple[float, ...]) -> list[float]:
 
 
 def _begin(path: Path, rows: list[dict[str, float]]) -> Any:
-    """Writes the rows that are kept beside, takes the old file's place, and leaves it open to append."""
-    beside = path.with_name(path.name + ".part")
-    with beside.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(_rounded(row) for row in rows)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    """Writes the rows that are kept, and leaves the file open to append."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS)
+    writer.writeheader()
+    writer.writerows(_rounded(row) for row in rows)
+    with publish(path) as file:
+        file.write(text.getvalue().encode())
     return path.open("a", newline="", encoding="utf-8")
 
 

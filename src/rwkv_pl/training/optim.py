@@ -47,7 +47,7 @@ def build_optimizer(target: type[Optimizer], groups: list[dict[str, Any]], optim
 
 
 def write_numbers(optimizer: Optimizer, optim: Optim, lr_scale: dict[str, float]) -> None:
-    """Puts the config's numbers into the groups, over what a checkpoint has restored there; the rate comes each step."""
+    """Puts the config's numbers into the groups, over what a checkpoint has restored; the rate comes at each step."""
     for group in optimizer.param_groups:
         group["lr_scale"] = lr_scale.get(group["name"], 1.0)
         group["betas"] = tuple(optim.betas)

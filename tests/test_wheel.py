@@ -1,0 +1,59 @@
+"""The wheel in an environment of its own: the commands, the config tree and the kernel's sources are in it."""
+
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+from packaging.version import Version
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory) -> Path:
+    """A fresh venv with the built wheel in it; what the wheel depends on is lent from this one."""
+    folder = tmp_path_factory.mktemp("wheel")
+    # From a copy: a build leaves files beside its sources.
+    sources = folder / "sources"
+    for name in ("src", "conf", "cuda"):
+        shutil.copytree(ROOT / name, sources / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, sources)
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(sources)]
+    done = subprocess.run(build, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = folder.glob("*.whl")
+    venv = folder / "an environment"
+    subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
+    python = next(path for path in (venv / "bin" / "python", venv / "Scripts" / "python.exe") if path.exists())
+    install = [str(python), "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", str(wheel)]
+    subprocess.run(install, check=True, capture_output=True)
+    # A line in a .pth file adds a folder, and not the .pth files in it: this checkout's editable install stays out.
+    query = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    there = subprocess.run([str(python), "-c", query], check=True, capture_output=True, text=True).stdout.strip()
+    Path(there, "lent.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return python.parent
+
+
+def test_a_wheel_trains_from_any_folder(environment, tmp_path):
+    (tmp_path / "corpus.txt").write_bytes(b"a wheel carries all that it needs. " * 300)
+    where = "import rwkv_pl, rwkv_pl.cuda; print(rwkv_pl.__file__, rwkv_pl.cuda.__file__)"
+    found = subprocess.run([environment / "python", "-c", where], cwd=tmp_path, capture_output=True, text=True)
+    assert str(ROOT) not in found.stdout, "the checkout is used, not the wheel"
+    settings = ["data=text", "data.path=corpus.txt", "data.ctx_len=16", "model.n_layer=1", "model.n_embd=8"]
+    command = [environment / "rwkv-train", *settings, "trainer.max_steps=2", "hydra.run.dir=run", "kernel=compiled"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
+
+
+def test_what_is_asked_for_is_installed():
+    """The lower bounds of pyproject.toml hold for what this environment tests with."""
+    import lightning
+    import torch
+
+    assert Version(torch.__version__) >= Version("2.10")
+    assert Version("2.6.4") <= Version(lightning.__version__) < Version("2.7")
