@@ -6,23 +6,24 @@ import warnings
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from torch import nn
 
 from rwkv_pl.cli.app import load_target, one_line
 from rwkv_pl.config import Train, UserError
-from rwkv_pl.data.datamodule import CorpusDataModule, Enwik8DataModule, StdlibDataModule
+from rwkv_pl.data.datamodule import CorpusDataModule, Enwik8DataModule, EvalBatches, StdlibDataModule
 from rwkv_pl.data.tokens import Vocabulary
 from rwkv_pl.model import VERSIONS
 from rwkv_pl.ops.wkv4 import use_kernel, wkv4
 from rwkv_pl.training.module import LitRWKV
 from rwkv_pl.training.optim import check_schedule
-from rwkv_pl.weights import check_about, checkpoint_path, load_weights, read_checkpoint
+from rwkv_pl.weights import check_about, load_weights, read_checkpoint
 
 # Compressing more would keep the user waiting for a figure that is only there to compare with.
 BASELINE_BYTES = 4_000_000
@@ -66,64 +67,48 @@ class Prepared:
 def prepare(config: Train, cwd: Path, resume_from: Path | None) -> Prepared:
     """Opens corpus and weights, and tries the settings out. Relative paths count from `cwd`. Raises UserError."""
     _quiet()
-    done_steps, corpus_digest, source, vocabulary = 0, None, None, None
+    done_steps, loaded, vocabulary, corpus_digest = 0, None, None, None
     if resume_from:
-        content = read_checkpoint(resume_from)
-        if "rwkv_pl" not in content:
-            raise UserError(f"{resume_from} was not written by rwkv-train: take it as weights={resume_from}")
-        check_about(content["rwkv_pl"], resume_from)
-        done_steps, corpus_digest = content["global_step"], content["rwkv_pl"]["corpus"]
-        vocabulary = Vocabulary.from_dict(content["rwkv_pl"]["vocabulary"])
-        del content
+        about, done_steps = _resumed_about(resume_from)
+        vocabulary, corpus_digest = Vocabulary.from_dict(about["vocabulary"]), about["corpus"]
     elif config.weights:
-        source = checkpoint_path(cwd / config.weights)
-    torch.manual_seed(config.seed)
-    model, data = None, None
-    if source:
-        model, vocabulary = load_weights(source)
+        loaded, vocabulary = load_weights(cwd / config.weights)
         if vocabulary and vocabulary.kind != config.data.vocab:
-            raise UserError(f"{source} has data.vocab={vocabulary.kind}, the config {config.data.vocab}: take the same")
+            raise UserError(
+                f"weights={config.weights} has data.vocab={vocabulary.kind}, "
+                f"the config {config.data.vocab}: take the same"
+            )
     data = build_data(config, cwd, vocabulary)
     data.prepare_data()
     data.setup("fit")
-    if corpus_digest and corpus_digest != data.corpus.digest:
+    if corpus_digest not in (None, data.corpus.digest):
         raise UserError(
             f"{data.corpus.path} is not the text that {resume_from} was trained on "
             f"(digest {data.corpus.digest[:12]}, there {corpus_digest[:12]}): give that one by data.path"
         )
-    model_class, config_class = VERSIONS[config.model.name]
-    size = {key: value for key, value in vars(config.model).items() if key != "name"}
-    wanted = config_class(vocab_size=data.vocabulary.size, **size)
-    if model is None:
-        model = model_class(wanted)
-    else:
-        for key in ("vocab_size", "n_layer", "n_embd"):
-            there, here = getattr(model.config, key), getattr(wanted, key)
-            if there != here:
-                raise UserError(f"{source} has {key} {there}, the config {here}: take the size of the weights")
-        weights = model.state_dict()
-        model = model_class(wanted)
-        model.load_state_dict(weights)
-
     max_steps = run_length(config, data.steps_per_pass)
     check_schedule(config.schedule, max_steps)
     load_target("optim", config.optim._target_)
     module = LitRWKV(
-        model,
+        build_model(config, data.vocabulary.size, loaded),
         config.optim,
         config.schedule,
         seed=config.seed,
         vocabulary=data.vocabulary.to_dict(),
-        # None where every token is one byte
         bytes_per_token=torch.from_numpy(data.vocabulary.bytes_per_token) if data.vocabulary.size > 256 else None,
         corpus=data.corpus.digest,
     )
+    # Built for their errors, here where no folder is made yet; the run builds its own.
     module.configure_optimizers()
-    for where, named in (("callbacks", config.callbacks), ("logger", config.logger)):
-        for name, arguments in named.items():
-            load_target(f"{where}.{name}", arguments["_target_"])
+    for name, arguments in config.logger.items():
+        load_target(f"logger.{name}", arguments["_target_"])
     trial = build_trainer(config, cwd, max_steps, build_callbacks(config, cwd), False)
-    _check_batch(config, trial.world_size)
+    parts = trial.world_size * config.trainer["accumulate_grad_batches"]
+    if config.data.batch_size % parts:
+        raise UserError(
+            f"data.batch_size={config.data.batch_size} cannot be divided over {trial.world_size} device(s) and "
+            f"trainer.accumulate_grad_batches={config.trainer['accumulate_grad_batches']}: give a multiple of {parts}"
+        )
     use_kernel(config.kernel)
     one = torch.zeros(1, 1, 1, device=trial.strategy.root_device)
     try:
@@ -131,6 +116,32 @@ def prepare(config: Train, cwd: Path, resume_from: Path | None) -> Prepared:
     except RuntimeError as error:
         raise UserError(f"kernel={config.kernel}: {one_line(error)}") from error
     return Prepared(config, data, module, max_steps, _baselines(config, data), resume_from, done_steps)
+
+
+def build_model(config: Train, vocab_size: int, loaded: nn.Module | None) -> nn.Module:
+    """The config's model, initialised by the seed or with the weights of `loaded`. Raises UserError on a mismatch."""
+    model_class, config_class = VERSIONS[config.model.name]
+    size = {key: value for key, value in vars(config.model).items() if key != "name"}
+    torch.manual_seed(config.seed)
+    model = model_class(config_class(vocab_size=vocab_size, **size))
+    if loaded is not None:
+        for key in ("vocab_size", "n_layer", "n_embd"):
+            there, here = getattr(loaded.config, key), getattr(model.config, key)
+            if there != here:
+                raise UserError(
+                    f"weights={config.weights} has {key} {there}, the config {here}: take the size of the weights"
+                )
+        model.load_state_dict(loaded.state_dict())
+    return model
+
+
+def _resumed_about(path: Path) -> tuple[dict[str, Any], int]:
+    """What a checkpoint says of itself, and its step."""
+    content = read_checkpoint(path)
+    if "rwkv_pl" not in content:
+        raise UserError(f"{path} was not written by rwkv-train: take it as weights={path}")
+    check_about(content["rwkv_pl"], path)
+    return content["rwkv_pl"], content["global_step"]
 
 
 def build_data(config: Train, cwd: Path, vocabulary: Vocabulary | None) -> CorpusDataModule:
@@ -211,24 +222,16 @@ def _instantiate(where: str, arguments: dict[str, Any], folder: Path) -> Any:
         raise UserError(f"{where} refuses its settings: {one_line(error)}") from error
 
 
-def _check_batch(config: Train, world_size: int) -> None:
-    parts = world_size * config.trainer["accumulate_grad_batches"]
-    if config.data.batch_size % parts:
-        raise UserError(
-            f"data.batch_size={config.data.batch_size} cannot be divided over {world_size} device(s) and "
-            f"trainer.accumulate_grad_batches={config.trainer['accumulate_grad_batches']}: give a multiple of {parts}"
-        )
-
-
 def _baselines(config: Train, data: CorpusDataModule) -> dict[str, float]:
     """Bits per byte that gzip -9 and xz -9 need for the text that a validation reads."""
-    batches = config.trainer["limit_val_batches"]
-    windows = data.val_dataloader().dataset
-    rows = config.data.eval_batch_size
-    limit = len(windows) if batches is None else batches if isinstance(batches, int) else int(batches * len(windows))  # type: ignore[arg-type]
-    if not 0 < min(limit, len(windows)) * rows * config.data.ctx_len <= BASELINE_BYTES:  # type: ignore[arg-type]
+    windows = cast(EvalBatches, data.val_dataloader().dataset)
+    limit = config.trainer["limit_val_batches"]
+    n_batches = min(
+        len(windows), limit if isinstance(limit, int) else int((1.0 if limit is None else limit) * len(windows))
+    )
+    if not 0 < n_batches * config.data.eval_batch_size * config.data.ctx_len <= BASELINE_BYTES:
         return {}
-    targets = np.concatenate([windows[i][:, 1:].flatten().numpy() for i in range(min(limit, len(windows)))])  # type: ignore[arg-type]
+    targets = np.concatenate([windows[i][:, 1:].flatten().numpy() for i in range(n_batches)])
     text = data.vocabulary.decode(targets[targets >= 0])
     gzip = zlib.compressobj(9, zlib.DEFLATED, 31)
     sizes = {"gzip -9": len(gzip.compress(text) + gzip.flush()), "xz -9": len(lzma.compress(text, preset=9))}
