@@ -1,6 +1,7 @@
 """What every benchmark here shares: the machine's name, interleaved runs, a table and a JSON file."""
 
 import json
+import multiprocessing
 import platform
 import statistics
 import time
@@ -34,18 +35,42 @@ def machine() -> dict[str, Any]:
     }
 
 
-def interleaved(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, dict[str, float]]:
-    """Each call once a round, in turn, so that a slow minute falls on all: seconds, median with least and most."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
+def interleaved(makers: dict[str, Callable[[], Callable[[], Any]]], rounds: int) -> dict[str, dict[str, float]]:
+    """Seconds of each contestant's call, median with least and most.
+
+    Each lives in a process of its own, as it is used, where no other's memory is in its way. It is made and called
+    twice there, then they take turns, one call each a round, so that a slow minute falls on all.
+    """
+    context = multiprocessing.get_context("spawn")
+    seconds: dict[str, list[float]] = {name: [] for name in makers}
+    pipes, processes = {}, []
+    for name, maker in makers.items():
+        pipes[name], theirs = context.Pipe()
+        processes.append(context.Process(target=_contestant, args=(maker, theirs), daemon=True))
+        processes[-1].start()
+        pipes[name].recv()
     for _ in range(rounds):
-        for name, call in calls.items():
-            started = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - started)
+        for name, pipe in pipes.items():
+            pipe.send("go")
+            seconds[name].append(pipe.recv())
+    for process in processes:
+        process.terminate()
     return {
         name: {"median": statistics.median(taken), "min": min(taken), "max": max(taken)}
         for name, taken in seconds.items()
     }
+
+
+def _contestant(maker: Callable[[], Callable[[], Any]], pipe: Any) -> None:
+    call = maker()
+    call()
+    call()
+    pipe.send("ready")
+    while True:
+        pipe.recv()
+        started = time.perf_counter()
+        call()
+        pipe.send(time.perf_counter() - started)
 
 
 def report(name: str, title: str, times: dict[str, dict[str, float]], against: str, **more: Any) -> None:

@@ -1,6 +1,7 @@
 """rwkv-train, run as a person runs it, in small."""
 
 import csv
+import errno
 import json
 import subprocess
 import sys
@@ -44,7 +45,7 @@ def test_a_run_leaves_what_is_promised(train, tmp_path):
     assert last["rwkv_pl"]["config"] == {"vocab_size": 256, "n_layer": 2, "n_embd": 16, "dropout": 0.0}
     assert all(name.startswith("model.") for name in last["state_dict"])
     assert json.loads((run / "vocab.json").read_text())["kind"] == "byte"
-    for shown in ("corpus.txt", "bits per byte of validation text", "gzip -9", "xz -9", str(run)):
+    for shown in ("corpus.txt", "validation part: this model", "gzip -9", "xz -9", str(run)):
         assert shown in result.out
 
 
@@ -193,6 +194,22 @@ def test_resume_refuses_another_optimizer_and_unknown_keys(train, tmp_path):
         result = train("resume=run", change)
         assert (result.code, result.err.count("\n")) == (2, 1), change
         assert told in result.err
+
+
+def test_resume_has_a_config_dir_of_its_own(train, tmp_path):
+    assert train(*SMALL, "hydra.run.dir=run").code == 0
+    result = train("resume=run", "trainer.max_steps=6", f"--config-dir={tmp_path}")
+    assert (result.code, result.err.count("\n")) == (2, 1)
+
+
+def test_a_full_disk_is_one_line(train, tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("rwkv_pl.training.history.draw", refuse)
+    result = train(*SMALL)
+    assert result.code == 1
+    assert result.err.splitlines()[-1] == "rwkv-train: [Errno 28] No space left on device"
 
 
 def test_resume_refuses_another_corpus_and_takes_the_same_elsewhere(train, tmp_path):

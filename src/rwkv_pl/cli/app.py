@@ -23,11 +23,11 @@ from omegaconf.errors import OmegaConfBaseException
 from rwkv_pl.config import GROUPS, TARGET_MODULES, Train, UserError, check_kinds, check_trainer, nearest
 
 CONFIG_MODULE = "rwkv_pl.conf"
-BAD_INPUT = 2
+BAD_INPUT, FAILED = 2, 1
 
 
 def told_in_one_line(main: Callable[[], None]) -> Callable[[], None]:
-    """A command whose UserErrors are printed as one line and end it with exit code 2."""
+    """A command that ends with one line and exit code 2 on bad input, 1 where the system refuses something."""
 
     def command() -> None:
         # Hydra then raises what it would print over several lines.
@@ -35,10 +35,19 @@ def told_in_one_line(main: Callable[[], None]) -> Callable[[], None]:
         try:
             main()
         except UserError as error:
-            print(f"{Path(sys.argv[0]).name}: {one_line(error)}", file=sys.stderr)
-            sys.exit(BAD_INPUT)
+            sys.exit(_told(error, BAD_INPUT))
+        except OSError as error:
+            # A full disk, a folder that went away: what was written before is whole.
+            sys.exit(_told(error, FAILED))
+        except KeyboardInterrupt:
+            sys.exit(130)
 
     return command
+
+
+def _told(error: BaseException, code: int) -> int:
+    print(f"{Path(sys.argv[0]).name}: {one_line(error)}", file=sys.stderr)
+    return code
 
 
 def one_line(error: BaseException | str) -> str:

@@ -39,12 +39,14 @@ def main() -> None:
     if args.help or args.hydra_help or args.cfg or args.info or args.shell_completion:
         if not args.shell_completion:
             app.compose(_single(overrides), args.config_dir)
-        _hydra_main(lambda config: None, argv)
+        _hydra_main(lambda _: None, argv)
     elif args.multirun:
         if resume is not None:
             raise UserError("resume= goes on with one run: leave out -m")
         _sweep(argv, overrides, args.config_dir)
     elif resume is not None:
+        if args.config_dir:
+            raise UserError("resume= reads the --config-dir that the run started with: leave it out")
         _resume(Path(str(resume)).absolute(), [o for o in overrides if o.key_or_group != "resume"])
     else:
         _start(argv, overrides, args.config_dir)
@@ -89,10 +91,10 @@ def _sweep(argv: Sequence[str], overrides: list[Override], config_dir: str | Non
         return _run(_prepare(app.check(config), Path.cwd()), job_folder)
 
     try:
-        _hydra_main(job, [*argv, f"hydra.sweep.dir={app.quoted(folder)}"])
+        _hydra_main(job, [*argv, f"hydra.sweep.dir={app.quoted(folder)}"], multirun=True)
     except UserError as error:
         print(f"{Path(sys.argv[0]).name}: a job failed: {app.one_line(error)}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(app.FAILED)
 
 
 def _printable(text: bytes) -> str:
@@ -111,10 +113,9 @@ def _single(overrides: list[Override]) -> list[str]:
     return first
 
 
-def _hydra_main(task: Any, argv: Sequence[str]) -> None:
+def _hydra_main(task: Any, argv: Sequence[str], multirun: bool = False) -> None:
     """Hands over to Hydra, which makes .hydra/ and train.log and calls `task` with the composed config."""
     typed, failure = sys.argv, []
-    multirun = "-m" in argv or "--multirun" in argv
 
     def train(config: DictConfig) -> Any:
         # Lightning starts the processes of further devices by the command line as it was typed.
@@ -156,21 +157,20 @@ def _run(prepared: "Prepared", folder: Path) -> float:
 
     config, data, module = prepared.config, prepared.data, prepared.module
     vocabulary = data.vocabulary
-    with publish(folder / "vocab.json") as file:
-        file.write(json.dumps(vocabulary.to_dict()).encode())
-
     history = History(folder, config.data.batch_size * config.data.ctx_len, prepared.baselines)
     callbacks = [history, *build_callbacks(config, folder)]
     if config.trainer["enable_progress_bar"]:
         callbacks.insert(1, TrainingProgress(history))
     trainer = build_trainer(config, folder, prepared.max_steps, callbacks, build_loggers(config, folder, prepared))
 
-    size = sum(parameter.numel() for parameter in module.parameters())
-    model = config.model
-    log.info(f"run     {folder}")
-    log.info(f"data    {data.description()}")
-    log.info(f"model   {model.name}, {model.n_layer} x {model.n_embd}, {size / 1e6:.1f} M parameters")
-    log.info(f"length  {prepared.length()}")
+    if trainer.is_global_zero:
+        with publish(folder / "vocab.json") as file:
+            file.write(json.dumps(vocabulary.to_dict()).encode())
+        model, size = config.model, sum(parameter.numel() for parameter in module.parameters())
+        log.info(f"run     {folder}")
+        log.info(f"data    {data.description()}")
+        log.info(f"model   {model.name}, {model.n_layer} x {model.n_embd}, {size:,} parameters")
+        log.info(f"length  {prepared.length()}")
     started = time.perf_counter()
     trainer.fit(module, data, ckpt_path=prepared.resume_from, weights_only=True)
     if not trainer.is_global_zero:
@@ -186,9 +186,9 @@ def _run(prepared: "Prepared", folder: Path) -> float:
     scores = [c.best_model_score for c in callbacks if isinstance(c, ModelCheckpoint)]
     best = next((float(score) for score in scores if score is not None), float("nan"))
     if "val/bits_per_byte" in history.latest:
-        figures = [f"{history.latest['val/bits_per_byte']:.4f} bits per byte of validation text"]
-        figures += [f"{name} {bits:.4f}" for name, bits in prepared.baselines.items()]
-        log.info("result  " + "; ".join(figures))
+        figures = {"this model": history.latest["val/bits_per_byte"], **prepared.baselines}
+        told = ", ".join(f"{name} {bits:.4f}" for name, bits in figures.items())
+        log.info(f"result  bits per byte of {data.corpus}, validation part: {told}")
     for what, path in (("curve", "loss.png"), ("weights", "checkpoints")):
         log.info(f"{what:7} {folder / path}")
     return best

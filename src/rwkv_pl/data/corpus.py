@@ -55,6 +55,10 @@ class Corpus:
     digest: str
     description: str
 
+    def __str__(self) -> str:
+        """Which text this is, for people; figures on it mean nothing without that."""
+        return f"{self.name} ({self.description}, digest {self.digest[:12]})"
+
 
 def enwik8(
     folder: str | Path, *, url: str = ENWIK8_URL, n_bytes: int = ENWIK8_BYTES, sha1: str = ENWIK8_SHA1
@@ -87,7 +91,7 @@ def stdlib() -> Corpus:
 
     Every ``*.py`` under sysconfig's stdlib path but for what is installed beside it (site-packages, dist-packages), the
     tests and the applications (idlelib, lib2to3, turtledemo), one after the other in the order of their POSIX paths.
-    It differs between versions of Python, so the description names the version and the digest. The text lies in the
+    It differs between versions of Python, so the description names the version. The text lies in the
     cache folder.
 
     Raises UserError where Python has no library source or the cache folder cannot be written.
@@ -104,7 +108,7 @@ def stdlib() -> Corpus:
     if not path.is_file() or file_digest(path) != digest:
         with writing(path.parent), FileLock(path.with_suffix(".lock")), publish(path) as file:
             file.write(text)
-    description = f"the standard library of Python {platform.python_version()}, {digest[:12]}"
+    description = f"the standard library of Python {platform.python_version()}"
     return Corpus("stdlib", path, split_by_fractions(path, (0.9, 0.05, 0.05)), digest, description)
 
 

@@ -142,9 +142,9 @@ class CorpusDataModule(LightningDataModule):
         """What is trained on, in one line."""
         train, val, test = (f"{hi - lo:,}" for lo, hi in self._opened.splits)
         return (
-            f"{self.corpus.name} ({self.corpus.description}): {self.corpus.splits.test[1]:,} bytes, "
+            f"{self.corpus}: {self.corpus.splits.test[1]:,} bytes, "
             f"{train} / {val} / {test} tokens to train / validate / test, "
-            f"vocabulary {self.vocabulary.kind} ({self.vocabulary.size}), digest {self.corpus.digest[:12]}"
+            f"vocabulary {self.vocabulary.kind} ({self.vocabulary.size})"
         )
 
     def train_dataloader(self) -> DataLoader[Tensor]:

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from rwkv_pl.config import RWKV4Config
 from rwkv_pl.model.state import BlockState, State
+from rwkv_pl.ops.linear import Linear
+from rwkv_pl.ops.squared_relu import squared_relu
 from rwkv_pl.ops.wkv4 import wkv4
 
 
@@ -34,10 +36,10 @@ class TimeMix(nn.Module):
         self.time_mix_k = nn.Parameter(torch.empty(1, 1, C))
         self.time_mix_v = nn.Parameter(torch.empty(1, 1, C))
         self.time_mix_r = nn.Parameter(torch.empty(1, 1, C))
-        self.key = nn.Linear(C, C, bias=False)
-        self.value = nn.Linear(C, C, bias=False)
-        self.receptance = nn.Linear(C, C, bias=False)
-        self.output = nn.Linear(C, C, bias=False)
+        self.key = Linear(C, C)
+        self.value = Linear(C, C)
+        self.receptance = Linear(C, C)
+        self.output = Linear(C, C)
         self.register_load_state_dict_pre_hook(_unsqueeze_time_mix)
         self.reset_parameters(*depth(config, layer))
 
@@ -74,9 +76,9 @@ class ChannelMix(nn.Module):
         C = config.n_embd
         self.time_mix_k = nn.Parameter(torch.empty(1, 1, C))
         self.time_mix_r = nn.Parameter(torch.empty(1, 1, C))
-        self.key = nn.Linear(C, 4 * C, bias=False)
-        self.receptance = nn.Linear(C, C, bias=False)
-        self.value = nn.Linear(4 * C, C, bias=False)
+        self.key = Linear(C, 4 * C)
+        self.receptance = Linear(C, C)
+        self.value = Linear(4 * C, C)
         self.register_load_state_dict_pre_hook(_unsqueeze_time_mix)
         self.reset_parameters(*depth(config, layer))
 
@@ -96,7 +98,7 @@ class ChannelMix(nn.Module):
         previous = token_shift(x, last)
         key = self.key(torch.lerp(previous, x, self.time_mix_k))
         receptance = self.receptance(torch.lerp(previous, x, self.time_mix_r))
-        return torch.sigmoid(receptance) * self.value(torch.relu(key).square()), x[:, -1]
+        return torch.sigmoid(receptance) * self.value(squared_relu(key)), x[:, -1]
 
 
 class Block(nn.Module):
@@ -134,7 +136,7 @@ class RWKV4(nn.Module):
         self.emb = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_out = nn.LayerNorm(config.n_embd)
-        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.head = Linear(config.n_embd, config.vocab_size)
         self.reset_parameters()
 
     def hidden(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:

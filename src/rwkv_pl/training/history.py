@@ -74,7 +74,7 @@ class History(Callback):
         if not self._logged(trainer, ended):
             return
         n_bytes = count_bytes(batch[:, 1:], pl_module.bytes_per_token)
-        self._sums.append(torch.stack([outputs["nats"], outputs["l2wrap"], n_bytes]).double())
+        self._sums.append(torch.stack([outputs["nats"], outputs["l2wrap"], n_bytes]))
         if not ended:
             return
         sums = trainer.strategy.reduce(torch.stack(self._sums).mean(0), reduce_op="mean")

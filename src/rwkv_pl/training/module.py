@@ -87,9 +87,11 @@ class LitRWKV(LightningModule):
         """batch: tokens (B, T+1), targets padded with -1. Adds up nats, targets and bytes."""
         inputs, targets = split_tokens(batch)
         logits, _ = self.model(inputs)
-        nats = cross_entropy(logits, targets).sum(dtype=torch.float64)
+        nats = cross_entropy(logits, targets)
         n_targets = (targets != IGNORED).sum()
-        self._sums += torch.stack([nats, n_targets, count_bytes(targets, self.bytes_per_token)]).cpu()
+        # To the CPU first: not every device adds in float64.
+        sums = torch.stack([nats.sum(), n_targets, count_bytes(targets, self.bytes_per_token)])
+        self._sums += sums.cpu()
 
     test_step = validation_step
 
@@ -100,7 +102,9 @@ class LitRWKV(LightningModule):
         self._report("test")
 
     def _report(self, split: str) -> None:
-        sums = self.trainer.strategy.reduce(self._sums.to(self.device), reduce_op="sum")
+        sums = self._sums
+        if self.trainer.world_size > 1:
+            sums = self.trainer.strategy.reduce(sums.to(self.device), reduce_op="sum")
         nats, n_targets, n_bytes = sums.tolist()
         figures = {
             f"{split}/loss": nats / max(n_targets, 1),

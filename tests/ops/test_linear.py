@@ -1,0 +1,60 @@
+"""The faster product is torch's own product, with its gradients."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from rwkv_pl.ops import linear as ours
+from rwkv_pl.ops.linear import FEWEST_ROWS, Linear, linear
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    leading=st.lists(st.integers(1, 9), min_size=1, max_size=3),
+    rows=st.sampled_from([1, FEWEST_ROWS - 1, FEWEST_ROWS, 100]),
+    into=st.integers(1, 70),
+    out=st.integers(1, 70),
+    transposed=st.booleans(),
+)
+def test_products_and_gradients(leading, rows, into, out, transposed):
+    x = torch.randn(*leading, rows, into)
+    if transposed:
+        x = x.transpose(0, -2).contiguous().transpose(0, -2)
+    weight, gradient = torch.randn(out, into), torch.randn(*x.shape[:-1], out)
+    results = []
+    for function, dtype in ((linear, torch.float32), (F.linear, torch.float64)):
+        leaves = [tensor.to(dtype).requires_grad_() for tensor in (x, weight)]
+        y = function(*leaves)
+        results.append([y, *torch.autograd.grad(y, leaves, gradient.to(dtype))])
+    for mine, judge in zip(*results, strict=True):
+        assert mine.shape == judge.shape
+        # float32 loses up to 6e-8 at each of its summands, products of numbers around 1.
+        summands = x.numel() // into + into + out
+        torch.testing.assert_close(mine.double(), judge, rtol=1e-5, atol=1e-7 * summands + 1e-6)
+
+
+def test_it_is_used_and_only_where_it_serves(monkeypatch):
+    if not ours._has_product:
+        pytest.skip("this torch or this processor has no faster product")
+    calls = []
+    product = ours._product
+    monkeypatch.setattr(ours, "_product", lambda a, b: calls.append(1) or product(a, b))
+    layer, x = Linear(8, 4), torch.randn(2, 40, 8)
+    layer(x)
+    assert len(calls) == 1
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+    layer(x[:, :1])
+    layer.double()(x.double())
+    assert len(calls) == 1
+
+
+def test_a_second_derivative_is_refused():
+    if not ours._has_product:
+        pytest.skip("this torch or this processor has no faster product")
+    x = torch.randn(40, 3, requires_grad=True)
+    (first,) = torch.autograd.grad(linear(x, torch.randn(2, 3)).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()

@@ -1,0 +1,38 @@
+"""Every rwkv-train line of the README is a command whose settings hold."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from rwkv_pl.cli import app
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+LINES = re.findall(r"^(?:\.venv\\Scripts\\)?(rwkv-train .*?)(?: *#.*)?$", README, flags=re.MULTILINE)
+
+
+def test_there_are_commands():
+    assert len(LINES) > 6
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_a_readme_command(line):
+    arguments = [a for a in shlex.split(line)[1:] if not a.startswith(("--config-dir", "mine", "experiment=big"))]
+    sweep = "-m" in arguments
+    overrides = [a for a in arguments if a != "-m"]
+    parsed = app.parse_overrides(overrides, sweep)
+    values = [o for o in parsed if o.key_or_group not in ("resume", "weights")]
+    for override in values:
+        if override.is_sweep_override():
+            assert sweep
+            overrides = [f"{override.key_or_group}={v}" for v in override.sweep_string_iterator()]
+        else:
+            overrides = [str(override.input_line)]
+        app.check(app.compose(overrides + (["data.path=x"] if "data=text" in overrides else [])))
+
+
+def test_the_mistake_that_the_readme_shows():
+    told = re.search(r"^rwkv-train: (.*)$", README, flags=re.MULTILINE)[1]
+    with pytest.raises(app.UserError, match=re.escape(told)):
+        app.compose(["model.n_layr=3"])
