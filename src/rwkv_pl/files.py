@@ -44,6 +44,19 @@ def _fsync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
+def made_for_success(folder: Path) -> Iterator[None]:
+    """Takes away what the block has made of the folder and its parents, where it fails and leaves them empty."""
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            for place in missing:
+                place.rmdir()
+        raise
+
+
+@contextlib.contextmanager
 def writing(folder: Path) -> Iterator[None]:
     """Makes the folder; what the disk refuses inside the block becomes one line."""
     try:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from filelock import FileLock
 
 from rwkv_pl.config import UserError
-from rwkv_pl.files import cache_folder, publish, writing
+from rwkv_pl.files import cache_folder, made_for_success, publish, writing
 
 ENWIK8_URL = "http://mattmahoney.net/dc/enwik8.zip"
 ENWIK8_BYTES = 100_000_000
@@ -78,9 +78,12 @@ def enwik8(
     if path.is_file():
         _check_enwik8(path, n_bytes, sha1)
     else:
-        with writing(folder), FileLock(folder / "enwik8.lock"):
+        locks = cache_folder() / "locks"
+        lock = locks / f"enwik8-{hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:16]}"
+        with writing(locks), FileLock(lock):
             if not path.is_file():
-                _fetch_enwik8(path, url, n_bytes, sha1)
+                with made_for_success(folder), writing(folder):
+                    _fetch_enwik8(path, url, n_bytes, sha1)
     train, val = n_bytes * 90 // 100, n_bytes * 95 // 100
     splits = Splits((0, train), (train, val), (val, n_bytes))
     return Corpus("enwik8", path.absolute(), splits, file_digest(path), "the first bytes of an English Wikipedia dump")
