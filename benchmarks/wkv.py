@@ -11,7 +11,6 @@ in processes of their own, since a process holds one library. Writes benchmarks/
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.common import machine
 from rwkv_pl.ops.build import LEVELS, cpu_level
 from rwkv_pl.ops.toolchain import find_compiler
 from rwkv_pl.ops.wkv4 import use_kernel, wkv4
@@ -90,13 +90,6 @@ def one_level(rounds: int) -> dict[str, Any]:
     return summary(timings({"compiled": operator}, rounds, {"compiled": 20})["compiled"], errors(operator))
 
 
-def cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.wkv", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=10)
@@ -127,17 +120,14 @@ def main() -> None:
     peer = rows["transformers"]["median_s"]
     report = {
         "what": f"WKV-4 forward and backward, B{B} T{T} C{C}, float32",
-        "cpu": cpu_name(),
-        "features": torch.backends.cpu.get_cpu_capability(),
-        "threads": options.threads,
-        "torch": torch.__version__,
+        "machine": machine(),
         "compiler": compiler.version if compiler else None,
         "rows": {name: row | {"times_transformers": peer / row["median_s"]} for name, row in rows.items()},
     }
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(report, indent=2) + "\n")
 
-    print("{what}; {cpu} ({features}), {threads} threads, torch {torch}".format(**report))
+    print(f"{report['what']}; {report['machine']}")
     print(f"{'':<22}{'median':>11}{'quartiles':>22}{'speed':>9}{'worst error':>13}")
     for name, row in report["rows"].items():
         low, high = (1e3 * x for x in row["quartiles_s"])
