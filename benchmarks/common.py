@@ -35,6 +35,11 @@ def machine() -> dict[str, Any]:
     }
 
 
+def in_words(about: dict[str, Any]) -> str:
+    """`machine()` in one line."""
+    return f"{about['cpu']} ({', '.join(about['cpu_features'])}), {about['threads']} threads, torch {about['torch']}"
+
+
 def interleaved(makers: dict[str, Callable[[], Callable[[], Any]]], rounds: int) -> dict[str, dict[str, float]]:
     """Seconds of each contestant's call, median with least and most.
 
@@ -77,7 +82,7 @@ def report(name: str, title: str, times: dict[str, dict[str, float]], against: s
     """Prints a table of milliseconds, with each median as a multiple of `against`'s, and writes results/NAME.json."""
     about = machine()
     print(title)
-    print(f"{about['cpu']} ({', '.join(about['cpu_features'])}), {about['threads']} threads, torch {about['torch']}\n")
+    print(f"{in_words(about)}\n")
     print(f"{'':34}{'median ms':>12}{'least':>12}{'most':>12}{'x ' + against:>14}")
     for row, taken in times.items():
         ratio = taken["median"] / times[against]["median"]

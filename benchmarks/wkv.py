@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import machine
+from benchmarks.common import in_words, machine
 from rwkv_pl.ops.build import LEVELS, cpu_level
 from rwkv_pl.ops.toolchain import find_compiler
 from rwkv_pl.ops.wkv4 import use_kernel, wkv4
@@ -118,18 +118,20 @@ def main() -> None:
 
     compiler = find_compiler()
     peer = rows["transformers"]["median_s"]
+    rows = {name: row | {"times_transformers": peer / row["median_s"]} for name, row in rows.items()}
+    about = machine()
     report = {
         "what": f"WKV-4 forward and backward, B{B} T{T} C{C}, float32",
-        "machine": machine(),
+        "machine": about,
         "compiler": compiler.version if compiler else None,
-        "rows": {name: row | {"times_transformers": peer / row["median_s"]} for name, row in rows.items()},
+        "rows": rows,
     }
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(report, indent=2) + "\n")
 
-    print(f"{report['what']}; {report['machine']}")
+    print(f"{report['what']}\n{in_words(about)}\n")
     print(f"{'':<22}{'median':>11}{'quartiles':>22}{'speed':>9}{'worst error':>13}")
-    for name, row in report["rows"].items():
+    for name, row in rows.items():
         low, high = (1e3 * x for x in row["quartiles_s"])
         worst = max(row["relative_error"].values())
         print(

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from rwkv_pl.ops.build import _digest, _flags, _try_load, cache_folder
+from rwkv_pl.files import cache_folder
+from rwkv_pl.ops.build import _digest, _flags, _try_load
 from rwkv_pl.ops.toolchain import Compiler
 
 CALL = """
@@ -143,7 +144,7 @@ def test_a_cache_folder_that_cannot_be_used(tmp_path):
 
 def test_the_cache_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("RWKV_PL_CACHE", str(tmp_path))
-    assert cache_folder() == tmp_path / "kernels"
+    assert cache_folder() == tmp_path
     monkeypatch.delenv("RWKV_PL_CACHE")
     assert cache_folder().is_relative_to(Path.home())
 

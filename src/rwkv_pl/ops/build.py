@@ -18,11 +18,11 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock
-from platformdirs import user_cache_path
 
+from rwkv_pl.files import cache_folder
 from rwkv_pl.ops.toolchain import Compiler, compiler_advice, find_compiler
 
-__all__ = ["LEVELS", "BuildError", "cache_folder", "cpu_level", "load_cpu_library"]
+__all__ = ["LEVELS", "BuildError", "cpu_level", "load_cpu_library"]
 
 SOURCES = ("wkv4_cpu.cpp", "wkv4_math.h")
 
@@ -56,7 +56,7 @@ def load_cpu_library() -> None:
         raise BuildError(f"no C++ compiler ({tried}); {compiler_advice()}")
     level = cpu_level()
     flags = _flags(level)
-    folder = cache_folder()
+    folder = cache_folder() / "kernels"
     library = folder / f"wkv4_cpu-{level}-{_digest(compiler, flags)}{'.pyd' if sys.platform == 'win32' else '.so'}"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -71,11 +71,6 @@ def load_cpu_library() -> None:
             f"the cache folder {folder} cannot be used ({error.strerror or error}); "
             "set RWKV_PL_CACHE to a folder of your own"
         ) from error
-
-
-def cache_folder() -> Path:
-    """Where compiled operators are kept: in ``RWKV_PL_CACHE``, or in the user's cache folder."""
-    return Path(os.environ.get("RWKV_PL_CACHE") or user_cache_path("rwkv_pl", appauthor=False)).absolute() / "kernels"
 
 
 def cpu_level() -> str:
