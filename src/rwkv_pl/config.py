@@ -14,6 +14,10 @@ class UserError(Exception):
     """Something that a person can mend: one line that says what is wrong, where, and what to do."""
 
 
+class DamagedError(UserError):
+    """A file of ours that is not what was written."""
+
+
 @dataclass
 class RWKV4Config:
     """An RWKV-4: the keys of conf/model/rwkv4.yaml but `name`, and the vocabulary's size, which comes from the data."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rwkv_pl.config import UserError
+from rwkv_pl.config import DamagedError, UserError
 from rwkv_pl.data.tokens import Vocabulary
 from rwkv_pl.model import VERSIONS
 
@@ -72,9 +72,12 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}")
     try:
+        # torch does not check what it reads, and loads a file with a flipped bit in silence.
+        if zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):
+            raise zipfile.BadZipFile(f"{damaged} is not what was written")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, OSError, ValueError, KeyError) as error:
-        raise UserError(
+        raise DamagedError(
             f"{path} is not a checkpoint that can be read safely ({_first_line(error)}): "
             "it is damaged, cut short, or no file of torch.save"
         ) from error

@@ -134,6 +134,18 @@ def test_a_resumed_run_ends_in_the_same_bits(train, tmp_path, monkeypatch):
     assert not list(elsewhere.iterdir())
 
 
+def test_a_damaged_last_checkpoint_gives_way_to_the_one_before(train, tmp_path):
+    assert train(*SMALL, *RESUMED, "trainer.max_steps=12", "hydra.run.dir=whole").code == 0
+    assert train(*SMALL, *RESUMED, "trainer.max_steps=7", "hydra.run.dir=part").code == 0
+    last = tmp_path / "part" / "checkpoints" / "last.ckpt"
+    last.write_bytes(last.read_bytes()[:-100])
+    result = train("resume=part", "trainer.max_steps=12")
+    assert result.code == 0
+    assert "going on from" in result.err
+    whole, part = (checkpoint(tmp_path / name)["state_dict"] for name in ("whole", "part"))
+    assert all(torch.equal(value, part[name]) for name, value in whole.items())
+
+
 def test_a_finished_run_says_so(train, tmp_path):
     assert train(*SMALL, "hydra.run.dir=run").code == 0
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}

@@ -23,6 +23,7 @@ from rwkv_pl.data.datamodule import CorpusDataModule, Enwik8DataModule, EvalBatc
 from rwkv_pl.data.tokens import Vocabulary
 from rwkv_pl.model import VERSIONS
 from rwkv_pl.ops.wkv4 import use_kernel, wkv4
+from rwkv_pl.training.checkpoints import DurableCheckpointIO
 from rwkv_pl.training.module import LitRWKV
 from rwkv_pl.training.optim import check_schedule
 from rwkv_pl.weights import check_about, load_weights, read_checkpoint
@@ -191,6 +192,7 @@ def build_trainer(
             **arguments,
             callbacks=callbacks,
             logger=loggers,
+            plugins=[DurableCheckpointIO()],
             default_root_dir=folder,
             enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
         )

@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 
 from rwkv_pl.cli import app
 from rwkv_pl.cli.resume import StoredRun
-from rwkv_pl.config import Train, UserError
+from rwkv_pl.config import DamagedError, Train, UserError
 from rwkv_pl.files import publish
 
 if TYPE_CHECKING:
@@ -66,10 +66,16 @@ def _resume(folder: Path, later: list[Override]) -> None:
     stored = StoredRun(folder)
     settings = [o for o in later if not o.key_or_group.startswith("hydra")]
     config, entry = stored.resumed_with(settings)
-    last = folder / "checkpoints" / "last.ckpt"
+    last, previous = (folder / "checkpoints" / name for name in ("last.ckpt", "last.prev.ckpt"))
     if not last.is_file():
         raise UserError(f"resume={folder} has no checkpoints/last.ckpt yet: there is nothing to go on from")
-    prepared = _prepare(config, stored.cwd, resume_from=last)
+    try:
+        prepared = _prepare(config, stored.cwd, resume_from=last)
+    except DamagedError as error:
+        if not previous.is_file():
+            raise
+        print(f"{app.one_line(error)}; going on from {previous}, the one before it", file=sys.stderr)
+        prepared = _prepare(config, stored.cwd, resume_from=previous)
     if prepared.finished:
         print(f"{folder} is finished, after {prepared.max_steps:,} steps; a longer trainer.max_steps prolongs it")
         return

@@ -1,9 +1,58 @@
-"""last.ckpt: what a run goes on from. (best.ckpt is Lightning's own ModelCheckpoint, see conf/callbacks/best.yaml.)"""
+"""last.ckpt: what a run goes on from, and how checkpoints reach the disk.
 
+best.ckpt is written by Lightning's own ModelCheckpoint, see conf/callbacks/best.yaml.
+"""
+
+import contextlib
+import os
+from pathlib import Path
 from typing import Any
 
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+
+from rwkv_pl.files import publish
+
+
+class DurableCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint so that its name is that of a whole file, whatever happens meanwhile.
+
+    Lightning's own writes into the temporary folder and moves, which is not atomic across file systems, without fsync.
+    The last.ckpt before stays as last.prev.ckpt. best and last of one step are one file under two names.
+    """
+
+    def __init__(self) -> None:
+        self._written: tuple[int, Path] | None = None
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.name == "last.ckpt" and path.exists():
+            _link(path, path.with_name("last.prev.ckpt"))
+        step, beside = self._written or (-1, path)
+        if step == checkpoint["global_step"] and beside != path and beside.exists():
+            _link(beside, path)
+            return
+        with publish(path) as file:
+            torch.save(checkpoint, file)
+        self._written = checkpoint["global_step"], path
+
+
+def _link(source: Path, target: Path) -> None:
+    """`target` becomes another name of the file `source`, at once."""
+    beside = target.with_name(target.name + ".partial")
+    beside.unlink(missing_ok=True)
+    try:
+        os.link(source, beside)
+    except OSError:  # a file system without hard links
+        with contextlib.suppress(FileNotFoundError):
+            beside.unlink()
+        with publish(target) as file:
+            file.write(source.read_bytes())
+        return
+    beside.replace(target)
 
 
 class LastCheckpoint(ModelCheckpoint):
