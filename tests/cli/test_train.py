@@ -288,6 +288,10 @@ def test_experiments_of_the_users_own(train, tmp_path):
     result = train(where, *SMALL, "experiment=wrong")
     assert (result.code, result.err.count("\n")) == (2, 1)
     assert "model.n_layr is not a setting; did you mean n_layer?" in result.err
+    (mine / "broken.yaml").write_text("# @package _global_\nmodel: {n_layer: 24\n")
+    result = train(where, *SMALL, "experiment=broken")
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert "broken.yaml" in result.err
     (mine / "kind.yaml").write_text("# @package _global_\ntrainer:\n  log_every_n_steps: abc\n")
     result = train(where, *SMALL, "experiment=kind")
     assert (result.code, result.err.count("\n")) == (2, 1)

@@ -11,6 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NoReturn
 
+import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_module
 from hydra._internal.utils import get_args_parser
@@ -100,10 +101,7 @@ def parse_overrides(overrides: Sequence[str], sweep: bool = False) -> list[Overr
 
 def compose(overrides: Sequence[str], config_dir: str | None = None) -> DictConfig:
     """conf/train.yaml with the overrides, Hydra's own part included. Raises UserError in one line."""
-    extra = []
-    if config_dir:
-        escaped = config_dir.replace("\\", "\\\\").replace("'", "\\'")
-        extra = [f"hydra.searchpath=['file://{escaped}']"]
+    extra = [f"hydra.searchpath=[{quoted('file://' + config_dir)}]"] if config_dir else []
     with initialize_config_module(CONFIG_MODULE, version_base="1.3", job_name="train"):
         try:
             return hydra_compose("train", overrides=[*overrides, *extra], return_hydra_config=True)
@@ -111,7 +109,7 @@ def compose(overrides: Sequence[str], config_dir: str | None = None) -> DictConf
             options = ", ".join(error.options or [])
             missing = error.missing_cfg_file or ""
             raise UserError(f"there is no {missing.replace('/', '=', 1)}; there are: {options}") from error
-        except (HydraException, OmegaConfBaseException) as error:
+        except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
             reason = error
     explain_unknown_key(overrides, config_dir)
     cause = f" ({one_line(reason.__cause__)})" if reason.__cause__ else ""

@@ -1,0 +1,76 @@
+"""What is shown while a run goes on, in a terminal and elsewhere."""
+
+import io
+import logging
+import re
+
+import pytest
+import rich
+from lightning.pytorch import Trainer
+from rich.console import Console
+
+from rwkv_pl import RWKV4, CorpusDataModule, LitRWKV, RWKV4Config
+from rwkv_pl.training import progress
+from rwkv_pl.training.history import History
+from rwkv_pl.training.progress import ConsoleHandler, TrainingProgress, duration
+
+
+def run(tmp_path, monkeypatch, terminal: bool) -> str:
+    (tmp_path / "corpus.txt").write_bytes(b"The quick brown fox jumps over the lazy dog. " * 100)
+    screen = Console(file=io.StringIO(), force_terminal=terminal, width=140)
+    monkeypatch.setattr(rich, "_console", screen)
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0)
+    handler = ConsoleHandler()
+    progress.log.addHandler(handler)
+    progress.log.setLevel(logging.INFO)
+    history = History(tmp_path, tokens_per_step=32)
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=4,
+        max_epochs=-1,
+        log_every_n_steps=2,
+        val_check_interval=2,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        callbacks=[history, TrainingProgress(history)],
+    )
+    trainer.fit(
+        LitRWKV(RWKV4(RWKV4Config(256, 1, 8))), CorpusDataModule(tmp_path / "corpus.txt", batch_size=2, ctx_len=16)
+    )
+    progress.log.removeHandler(handler)
+    return screen.file.getvalue()
+
+
+FIGURES = r"loss \d+\.\d+  \d+\.\d+ bits/byte  [\d,]+ tokens/s"
+
+
+def test_plain_lines(tmp_path, monkeypatch):
+    shown = run(tmp_path, monkeypatch, terminal=False)
+    assert re.search(rf"^step 3/4  {FIGURES}  \d+ s left$", shown, flags=re.MULTILINE), shown
+    assert re.search(r"^step 4/4  validation \d+\.\d{4} bits per byte$", shown, flags=re.MULTILINE)
+    assert "\r" not in shown and "\x1b" not in shown
+
+
+def test_a_bar_in_a_terminal(tmp_path, monkeypatch):
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", run(tmp_path, monkeypatch, terminal=True))
+    assert re.search(FIGURES, shown), shown
+    assert "4/4" in shown and "left" in shown
+    assert "step 4/4  validation" in shown
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0, "0 s"),
+        (59, "59 s"),
+        (200, "3 min 20 s"),
+        (18_600, "5 h 10 min"),
+        (97_200, "1 day 3 h"),
+        (180_000, "2 days 2 h"),
+    ],
+)
+def test_durations(seconds, words):
+    assert duration(seconds) == words
