@@ -157,6 +157,7 @@ def _run(prepared: "Prepared", folder: Path) -> float:
     from lightning.pytorch.callbacks import ModelCheckpoint
 
     from rwkv_pl.cli.prepare import build_callbacks, build_loggers, build_trainer
+    from rwkv_pl.training.faults import StopOnSignal
     from rwkv_pl.training.history import History
     from rwkv_pl.training.progress import TrainingProgress, duration
     from rwkv_pl.training.sample import sample_tokens
@@ -164,9 +165,8 @@ def _run(prepared: "Prepared", folder: Path) -> float:
     config, data, module = prepared.config, prepared.data, prepared.module
     vocabulary = data.vocabulary
     history = History(folder, config.data.batch_size * config.data.ctx_len, prepared.baselines)
-    callbacks = [history, *build_callbacks(config, folder)]
-    if config.trainer["enable_progress_bar"]:
-        callbacks.insert(1, TrainingProgress(history))
+    progress = [TrainingProgress(history)] if config.trainer["enable_progress_bar"] else []
+    callbacks = [history, *progress, *build_callbacks(config, folder), StopOnSignal()]
     trainer = build_trainer(config, folder, prepared.max_steps, callbacks, build_loggers(config, folder, prepared))
 
     if trainer.is_global_zero:

@@ -87,7 +87,7 @@ class LastCheckpoint(ModelCheckpoint):
         if data_fetcher is not None and epoch_loop._should_check_val_fx(data_fetcher):
             self._after_validation = True
         else:
-            self._save_now(trainer)
+            self.save_now(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         pass
@@ -95,11 +95,12 @@ class LastCheckpoint(ModelCheckpoint):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._after_validation:
             self._after_validation = False
-            self._save_now(trainer)
+            self.save_now(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._save_now(trainer)
+        self.save_now(trainer)
 
-    def _save_now(self, trainer: Trainer) -> None:
+    def save_now(self, trainer: Trainer) -> None:
+        """Writes last.ckpt, unless this step's is there already."""
         if not self._should_skip_saving_checkpoint(trainer):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
