@@ -78,14 +78,14 @@ class Model:
 @dataclass
 class Optim:
     """The optimizer and its numbers. `lr_scale`: factors of the learning rate by the last part of a parameter's name;
-    null takes the model version's own."""
+    null for none, `version` for the model version's own."""
 
     _target_: str = "torch.optim.Adam"
     lr: float = 1e-5
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     eps: float = 1e-8
     weight_decay: float = 0.0
-    lr_scale: dict[str, float] | None = field(default_factory=dict)
+    lr_scale: Any = None
 
     def __post_init__(self) -> None:
         above("optim.lr", self.lr, 0)
@@ -93,8 +93,11 @@ class Optim:
             raise UserError(f"optim.betas must be two numbers from 0 to below 1, got {self.betas}")
         above("optim.eps", self.eps, 0)
         at_least("optim.weight_decay", self.weight_decay, 0)
-        for name, factor in (self.lr_scale or {}).items():
-            above(f"optim.lr_scale.{name}", factor, 0)
+        if self.lr_scale not in (None, "version"):
+            check_kind("optim.lr_scale, where neither null nor version,", self.lr_scale, (dict,))
+            for name, factor in self.lr_scale.items():
+                check_kind(f"optim.lr_scale.{name}", factor, (float,))
+                above(f"optim.lr_scale.{name}", factor, 0)
 
 
 @dataclass
@@ -153,8 +156,6 @@ TRAINER_KINDS: dict[str, tuple[type, ...]] = {
     "limit_val_batches": (int, float),
     "limit_test_batches": (int, float),
     "gradient_clip_val": (int, float),
-    "min_epochs": (int,),
-    "min_steps": (int,),
     "deterministic": (bool, str),
     "benchmark": (bool,),
     "profiler": (str,),
@@ -168,6 +169,8 @@ TRAINER_OWNED = {
     "overfit_batches": "use data=text with a small file",
     "fast_dev_run": "use trainer.max_steps=1",
     "reload_dataloaders_every_n_epochs": "batch n is a function of the seed and n, there is nothing to reload",
+    "min_steps": "a run ends by max_steps, max_epochs or max_time",
+    "min_epochs": "a run ends by max_steps, max_epochs or max_time",
     "num_sanity_val_steps": "use trainer.max_steps=1, which ends with a validation",
     "check_val_every_n_epoch": "use trainer.val_check_interval, in optimizer steps",
     "use_distributed_sampler": "the order already divides every batch over the devices",
@@ -198,6 +201,11 @@ def check_trainer(trainer: dict[str, Any], defaults: dict[str, Any]) -> None:
             raise UserError(f"trainer.{key} must be at least 1, or -1 for no limit, got {trainer[key]}")
     for key in ("val_check_interval", "accumulate_grad_batches", "log_every_n_steps", "num_nodes"):
         at_least(f"trainer.{key}", trainer[key], 1)
+    for key in ("limit_val_batches", "limit_test_batches"):
+        limit = 0 if trainer[key] is None else trainer[key]
+        if isinstance(limit, float) and limit > 1:
+            raise UserError(f"trainer.{key} must be a share from 0.0 to 1.0, or a whole number, got {limit}")
+        at_least(f"trainer.{key}", limit, 0)
     if trainer["gradient_clip_val"] is not None:
         at_least("trainer.gradient_clip_val", trainer["gradient_clip_val"], 0)
 
@@ -208,7 +216,7 @@ def check_kinds(prefix: str, given: Any, default: Any) -> None:
         for key, value in given.items():
             if key in default:
                 check_kinds(f"{prefix}.{key}", value, default[key])
-    elif default is not None and given is not None:
+    elif default is not None:
         check_kind(prefix, given, (type(default),))
 
 

@@ -46,12 +46,12 @@ def _fsync_folder(folder: Path) -> None:
 @contextlib.contextmanager
 def made_for_success(folder: Path) -> Iterator[None]:
     """Takes away what the block has made of the folder and its parents, where it fails and leaves them empty."""
-    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    missing = [place for place in (folder, *folder.parents) if not os.path.lexists(place)]
     try:
         yield
     except BaseException:
-        with contextlib.suppress(OSError):
-            for place in missing:
+        for place in missing:
+            with contextlib.suppress(OSError):
                 place.rmdir()
         raise
 

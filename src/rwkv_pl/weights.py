@@ -1,6 +1,5 @@
 """Models from what lies on disk: a run folder, a checkpoint of ours, an official RWKV-4 `.pth`."""
 
-import pickle
 import re
 import zipfile
 from pathlib import Path
@@ -44,6 +43,9 @@ def load_weights(source: str | Path) -> tuple[nn.Module, Vocabulary | None]:
         config = _size_of(weights, path)
     model_class, config_class = VERSIONS[name]
     model = model_class(config_class(**config))
+    for key, value in weights.items():
+        if not isinstance(value, Tensor):
+            raise UserError(f"{path} holds more than weights: {key} is a {type(value).__name__}, not a tensor")
     weights = {key: value.float() for key, value in weights.items()}
     try:
         model.load_state_dict(weights)
@@ -76,9 +78,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         if zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):
             raise zipfile.BadZipFile(f"{damaged} is not what was written")
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a file that is no checkpoint can fail in any way
         raise DamagedError(
-            f"{path} is not a checkpoint that can be read safely ({_first_line(error)}): "
+            f"{path} is not a checkpoint that can be read safely ({_first_sentence(error)}): "
             "it is damaged, cut short, or no file of torch.save"
         ) from error
     if not isinstance(content, dict):
@@ -88,6 +90,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 def check_about(about: dict[str, Any], path: Path) -> None:
     """Raises UserError for a checkpoint of a later format, or of a model version that is not known here."""
+    if not isinstance(about, dict) or "format" not in about:
+        raise DamagedError(f"{path} is not a whole checkpoint: it does not say what it holds")
     if about["format"] != 1:
         raise UserError(f"{path} has checkpoint format {about['format']}, this rwkv_pl reads 1: install a newer one")
     if about["model"] not in VERSIONS:
@@ -106,9 +110,10 @@ def version_of(weights: dict[str, Any], path: Path) -> str:
 
 
 def _size_of(weights: dict[str, Tensor], path: Path) -> dict[str, int]:
-    if "emb.weight" not in weights:
-        raise UserError(f"{path} does not hold a whole RWKV model: emb.weight is missing")
-    vocab_size, n_embd = weights["emb.weight"].shape
+    embedding = weights.get("emb.weight")
+    if not isinstance(embedding, Tensor) or embedding.dim() != 2:
+        raise UserError(f"{path} does not hold a whole rwkv4 model: it has no emb.weight of (vocabulary, channels)")
+    vocab_size, n_embd = embedding.shape
     layers = {int(match[1]) for key in weights if (match := re.match(r"blocks\.(\d+)\.", key))}
     return {"vocab_size": vocab_size, "n_layer": len(layers), "n_embd": n_embd}
 
@@ -117,6 +122,6 @@ def _model_part(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key.removeprefix("model."): value for key, value in state_dict.items() if key.startswith("model.")}
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:120] if lines else type(error).__name__
+def _first_sentence(error: BaseException) -> str:
+    """An error's first sentence: torch's go on with advice that is not for this command's users."""
+    return " ".join(str(error).split()).partition(". ")[0][:200] or type(error).__name__

@@ -1,6 +1,8 @@
 """Bad input ends before any work: one readable line, exit code 2, nothing left behind."""
 
 import errno
+import http.server
+import threading
 from pathlib import Path
 
 import pytest
@@ -60,6 +62,18 @@ CASES = {
     "callbacks.best.mode=avg": "callbacks.best refuses its settings",
     "kernel=magic": "kernel must be one of auto, compiled, scan, recurrence, got 'magic'",
     "seed=-1": "seed must be from 0",
+    "trainer.limit_val_batches=5.0": "trainer.limit_val_batches must be a share from 0.0 to 1.0",
+    "trainer.limit_val_batches=0.0001": "less than one of the validation's batches",
+    "trainer.min_steps=5": "trainer.min_steps is not offered",
+    "callbacks.last.every_n_train_steps=0": "callbacks.last refuses its settings",
+    "callbacks.last.dirpath=null": "callbacks.last.dirpath must be a word, got None",
+    "callbacks.best.monitor=val/nosuch": "callbacks.best.monitor must be one of val/bits_per_byte, val/loss",
+    "callbacks.best=null": "callbacks.best must be a mapping, got None",
+    "logger.tensorboard=null": "logger.tensorboard must be a mapping, got None",
+    "trainer=null": "a file of trainer is chosen by its name",
+    "callbacks=null": "a file of callbacks is chosen by its name",
+    "optim.lr_scale={time_decay:fast}": "optim.lr_scale.time_decay must be a number",
+    "optim.lr_scale=3": "optim.lr_scale",
     # ways of writing
     "+foo=1": "keys are not added",
     "+model.foo=1": "keys are not added",
@@ -82,6 +96,12 @@ CASES = {
     "data.path=empty.txt": "empty.txt",
     "data.ctx_len=1000000": "one window of data.ctx_len=1000000",
     "weights=nosuch.pth": "nosuch.pth",
+    "weights=dot.pth": "is not a checkpoint that can be read safely",
+    "weights=words.pth": "holds more than weights: blocks.0.att.key.bias is a str, not a tensor",
+    "weights=flat.pth": "has no emb.weight of (vocabulary, channels)",
+    "weights=hollow.ckpt": "is not a whole checkpoint",
+    "hydra.run.dir=${nosuch}": "nosuch",
+    "hydra/job_logging=nosuch": "there is no hydra/job_logging=nosuch",
     "weights=corpus.txt": "is not a checkpoint that can be read safely",
     "weights=empty.txt": "empty.txt",
     "weights=.": "no run folder",
@@ -109,6 +129,8 @@ CASES = {
     "callbacks.best._target_=lightning.pytorch.callbacks.model_checkpoint.os.mkdir": "must be a class of",
     "callbacks.best.dirpath={_target_:os.getcwd}": "",
     "trainer.profiler={_target_:os.getcwd}": "",
+    "logger.tensorboard._target_=lightning.pytorch.loggers.CSVLogger": "metrics.csv is always there",
+    "logger.tensorboard._target_=lightning.pytorch.loggers.Logger": "logger.tensorboard refuses its settings",
     "logger.tensorboard._target_=os.mkdir": "logger.tensorboard._target_ must be a class of",
 }
 
@@ -121,6 +143,10 @@ def files(tmp_path):
     weights = RWKV4(RWKV4Config(256, 3, 16)).state_dict()
     torch.save(weights, tmp_path / "larger.pth")
     torch.save(weights | {"blocks.0.att.time_faaaa": torch.zeros(2)}, tmp_path / "rwkv5.pth")
+    torch.save(weights | {"blocks.0.att.key.bias": "text"}, tmp_path / "words.pth")
+    torch.save(weights | {"emb.weight": torch.zeros(2)}, tmp_path / "flat.pth")
+    torch.save({"rwkv_pl": {}, "state_dict": {}}, tmp_path / "hollow.ckpt")
+    (tmp_path / "dot.pth").write_bytes(b".")
     del weights["blocks.1.att.key.weight"]
     torch.save(weights, tmp_path / "partial.pth")
 
@@ -172,6 +198,24 @@ def test_an_output_folder_that_is_not_permitted(train, tmp_path, monkeypatch):
     result = train(*SMALL)
     assert (result.code, result.err.count("\n")) == (2, 1)
     assert "can't be made (Permission denied)" in result.err
+
+
+def test_a_run_folder_that_cannot_be_made_takes_its_parents_away(train, tmp_path):
+    result = train(*SMALL, f"hydra.run.dir=new/sub/{'x' * 300}")
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_corrupt_download(train, tmp_path):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        server.RequestHandlerClass.log_message = lambda *_: None
+        before = sorted(tmp_path.rglob("*"))
+        result = train("data=enwik8", f"data.url=http://127.0.0.1:{server.server_port}/corpus.txt")
+        server.shutdown()
+    assert (result.code, result.err.count("\n")) == (2, 1), result.err
+    assert "is not the archive of enwik8" in result.err or "not the archive" in result.err
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_folder_that_holds_a_run(train, tmp_path):

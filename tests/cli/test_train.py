@@ -71,7 +71,7 @@ def test_last_is_written_every_n_steps_and_knows_its_validation(train, tmp_path)
     arguments = ("trainer.val_check_interval=4", "callbacks.last.every_n_train_steps=4", "hydra.run.dir=run")
     assert train(*SMALL, *arguments).code == 0
     run = tmp_path / "run"
-    state = next(s for name, s in checkpoint(run)["callbacks"].items() if name.startswith("ModelCheckpoint"))
+    state = next(s for name, s in checkpoint(run)["callbacks"].items() if name.startswith("BestCheckpoint"))
     assert float(state["best_model_score"]) == pytest.approx(float(column(run, "val/bits_per_byte")[-1][1]), rel=1e-6)
     assert Path(state["best_model_path"]) == run / "checkpoints" / "best.ckpt"
 
@@ -165,6 +165,41 @@ def test_resume_takes_new_numbers_and_choices(train, tmp_path):
     later = ("trainer.max_steps=8", "schedule=cosine", "schedule.final_lr=1e-3")
     assert train("resume=run", *later).code == 0
     assert column(tmp_path / "run", "lr")[-1] == (8, "0.001")
+
+
+def test_factors_of_the_learning_rate_are_given_by_name(train, tmp_path):
+    small = [setting for setting in SMALL if setting != "optim=rwkv"]
+    assert train(*small, "optim=adam", "optim.lr_scale={time_decay:7}", "hydra.run.dir=run").code == 0
+    groups = checkpoint(tmp_path / "run")["optimizer_states"][0]["param_groups"]
+    assert {group["name"]: group["lr_scale"] for group in groups if group["lr_scale"] != 1} == {"time_decay": 7}
+
+
+def test_the_best_model_survives_a_moved_run_folder(train, tmp_path):
+    every = ("trainer.val_check_interval=2", "hydra.run.dir=run")
+    assert train(*SMALL, *every).code == 0
+    (tmp_path / "run").rename(tmp_path / "moved")
+    best = (tmp_path / "moved" / "checkpoints" / "best.ckpt").read_bytes()
+    result = train("resume=moved", "trainer.max_steps=6", "optim.lr=30")
+    assert result.code == 0, result.err
+    assert (tmp_path / "moved" / "checkpoints" / "best.ckpt").read_bytes() == best
+    assert not result.err
+
+
+def test_a_run_that_ended_early_is_finished(train, tmp_path):
+    arguments = ("trainer.max_steps=-1", "trainer.max_epochs=-1", "trainer.max_time=00:00:00:01", "hydra.run.dir=run")
+    assert train(*SMALL, *arguments).code == 0
+    end = checkpoint(tmp_path / "run")["global_step"]
+    result = train("resume=run")
+    assert (result.code, "is finished" in result.out) == (0, True)
+    assert not (tmp_path / "run" / ".hydra" / "resumes.yaml").exists()
+    assert train("resume=run", "trainer.max_time=null", f"trainer.max_steps={end + 2}").code == 0
+    assert checkpoint(tmp_path / "run")["global_step"] == end + 2
+
+
+def test_a_model_that_diverged_is_told_so(train, tmp_path):
+    result = train(*SMALL, "optim.lr=1e30", "trainer.gradient_clip_val=null", "hydra.run.dir=run")
+    assert result.code == 0, result.err
+    assert "its training has diverged" in result.out
 
 
 def test_weight_decay_may_come_at_resume(train, tmp_path):

@@ -97,7 +97,15 @@ def left(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()} if folder.exists() else set()
 
 
-def test_a_good_download(tmp_path: Path, server: Server, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_good_download(
+    tmp_path: Path,
+    server: Server,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    terminal: bool,
+) -> None:
+    monkeypatch.setenv("TTY_COMPATIBLE", str(int(terminal)))
     folder = tmp_path / "new" / "enwik8"
     corpus = small(folder, url=server.url("good"))
     assert corpus.path.read_bytes() == CONTENT
@@ -106,7 +114,7 @@ def test_a_good_download(tmp_path: Path, server: Server, capfd: pytest.CaptureFi
     assert left(folder) == {"enwik8"}
     said = capfd.readouterr()
     assert said.out == ""
-    assert "downloading" in said.err
+    assert ("downloading" in said.err) == terminal
     assert small(folder, url=server.url("good")) == corpus
     assert server.requests == 1
 

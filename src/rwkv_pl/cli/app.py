@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rwkv_pl.config import GROUPS, TARGET_MODULES, Train, UserError, check_kinds, check_trainer, nearest
+from rwkv_pl.files import made_for_success
 
 CONFIG_MODULE = "rwkv_pl.conf"
 BAD_INPUT, FAILED = 2, 1
@@ -35,7 +36,7 @@ def told_in_one_line(main: Callable[[], None]) -> Callable[[], None]:
         os.environ.setdefault("HYDRA_FULL_ERROR", "1")
         try:
             main()
-        except UserError as error:
+        except (UserError, HydraException, OmegaConfBaseException) as error:
             sys.exit(_told(error, BAD_INPUT))
         except OSError as error:
             # A full disk, a folder that went away: what was written before is whole.
@@ -93,7 +94,9 @@ def parse_overrides(overrides: Sequence[str], sweep: bool = False) -> list[Overr
             raise UserError(f"{text}: keys are not removed; write {key}=null, or choose another file of its group")
         if override.is_sweep_override() and not sweep:
             raise UserError(f"{text} names several values: add -m to run them all, or write a list as [a,b]")
-        if is_group_choice(override) and not isinstance(override.value(), str | list | ChoiceSweep | None):
+        chosen = override.value()
+        none = chosen is None and key == "experiment"
+        if is_group_choice(override) and not (none or isinstance(chosen, str | list | ChoiceSweep)):
             raise UserError(f"{text}: a file of {key} is chosen by its name; --help lists them")
         parsed.append(override)
     return parsed
@@ -108,7 +111,8 @@ def compose(overrides: Sequence[str], config_dir: str | None = None) -> DictConf
         except MissingConfigException as error:
             options = ", ".join(error.options or [])
             missing = error.missing_cfg_file or ""
-            raise UserError(f"there is no {missing.replace('/', '=', 1)}; there are: {options}") from error
+            group, _, name = missing.rpartition("/")
+            raise UserError(f"there is no {group}={name}; there are: {options}") from error
         except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
             reason = error
     explain_unknown_key(overrides, config_dir)
@@ -170,6 +174,10 @@ def check(config: DictConfig, overrides: Sequence[Override] = (), config_dir: st
     defaults = trainer_defaults()
     check_trainer(plain["trainer"], defaults)
     plain["trainer"] = defaults | plain["trainer"]
+    for group in ("callbacks", "logger"):
+        for name, arguments in plain[group].items():
+            if not isinstance(arguments, dict) or "_target_" not in arguments:
+                raise UserError(f"{group}.{name} must be a mapping that names its class as _target_, got {arguments}")
     for where, target in targets(plain):
         check_target(where, target)
     plain.pop("experiment", None)
@@ -206,6 +214,8 @@ def check_target(where: str, target: Any) -> None:
     module, _, name = str(target).rpartition(".")
     if module not in modules or not name.isidentifier():
         raise UserError(f"{where}._target_ must be a class of {' or '.join(modules)}, got {target}")
+    if name == "CSVLogger":
+        raise UserError(f"{where}._target_={target} is not used: metrics.csv is always there, and it would delete that")
 
 
 def load_target(where: str, target: str) -> type:
@@ -226,23 +236,24 @@ def take_folder(folder: Path, typed: bool) -> Path:
     it holds something already, or cannot be made.
     """
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        if typed:
-            folder.mkdir(exist_ok=True)
-            if any(folder.iterdir()):
-                raise UserError(
-                    f"the folder {folder} holds something already: go on with a run by resume={folder}, "
-                    "or give another hydra.run.dir"
-                )
-            return folder
-        taken, number = folder, 1
-        while True:
-            try:
-                taken.mkdir()
-                return taken
-            except FileExistsError:
-                number += 1
-                taken = folder.with_name(f"{folder.name}-{number}")
+        with made_for_success(folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            if typed:
+                folder.mkdir(exist_ok=True)
+                if any(folder.iterdir()):
+                    raise UserError(
+                        f"the folder {folder} holds something already: go on with a run by resume={folder}, "
+                        "or give another hydra.run.dir"
+                    )
+                return folder
+            taken, number = folder, 1
+            while True:
+                try:
+                    taken.mkdir()
+                    return taken
+                except FileExistsError:
+                    number += 1
+                    taken = folder.with_name(f"{folder.name}-{number}")
     except OSError as error:
         raise UserError(
             f"the output folder {folder} can't be made ({error.strerror}): give another by hydra.run.dir=FOLDER"

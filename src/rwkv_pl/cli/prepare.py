@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import logging
 import lzma
+import tempfile
 import warnings
 import zlib
 from dataclasses import dataclass
@@ -31,6 +32,9 @@ from rwkv_pl.weights import check_about, load_weights, read_checkpoint
 # Compressing more would keep the user waiting for a figure that is only there to compare with.
 BASELINE_BYTES = 4_000_000
 
+# What a validation reports, and callbacks can watch.
+MONITORED = ("val/bits_per_byte", "val/loss")
+
 # Lightning's own settings that the order of batches, and the length in optimizer steps, leave no choice about.
 FIXED_TRAINER = {
     "max_epochs": -1,
@@ -51,11 +55,12 @@ class Prepared:
     baselines: dict[str, float]
     resume_from: Path | None
     done_steps: int
+    ended: str | None
 
     @property
     def finished(self) -> bool:
         """Has the run that is resumed made all its steps?"""
-        return 0 < self.max_steps <= self.done_steps
+        return 0 < self.max_steps <= self.done_steps and self.ended is not None
 
     def length(self) -> str:
         """How long the run is, in words."""
@@ -71,10 +76,10 @@ def prepare(config: Train, cwd: Path, resume_from: Path | None) -> Prepared:
     """Opens corpus and weights, and tries the settings out. Relative paths count from `cwd`. Raises UserError."""
     _quiet()
     keep_freed_memory()
-    done_steps, loaded, vocabulary, corpus_digest = 0, None, None, None
+    done_steps, ended, loaded, vocabulary, corpus_digest = 0, None, None, None, None
     if resume_from:
         about, done_steps = _resumed_about(resume_from)
-        vocabulary, corpus_digest = Vocabulary.from_dict(about["vocabulary"]), about["corpus"]
+        vocabulary, corpus_digest, ended = Vocabulary.from_dict(about["vocabulary"]), about["corpus"], about["finished"]
     elif config.weights:
         loaded, vocabulary = load_weights(cwd / config.weights)
         if vocabulary and vocabulary.kind != config.data.vocab:
@@ -104,22 +109,29 @@ def prepare(config: Train, cwd: Path, resume_from: Path | None) -> Prepared:
     )
     # Built for their errors, here where no folder is made yet; the run builds its own.
     module.configure_optimizers()
-    for name, arguments in config.logger.items():
-        load_target(f"logger.{name}", arguments["_target_"])
-    trial = build_trainer(config, cwd, max_steps, build_callbacks(config, cwd), False)
+    with tempfile.TemporaryDirectory() as nowhere:
+        callbacks, loggers = build_callbacks(config, Path(nowhere)), build_loggers(config, Path(nowhere), None)
+        trial = build_trainer(config, Path(nowhere), max_steps, callbacks, loggers)
     parts = trial.world_size * config.trainer["accumulate_grad_batches"]
     if config.data.batch_size % parts:
         raise UserError(
             f"data.batch_size={config.data.batch_size} cannot be divided over {trial.world_size} device(s) and "
             f"trainer.accumulate_grad_batches={config.trainer['accumulate_grad_batches']}: give a multiple of {parts}"
         )
+    limit = config.trainer["limit_val_batches"]
+    if limit and not _validation_batches(config, data):
+        raise UserError(f"trainer.limit_val_batches={limit} is less than one of the validation's batches")
+    try:
+        data.train_dataloader().dataset[0]
+    except MemoryError as error:
+        raise UserError(f"data.batch_size={config.data.batch_size}: one batch does not fit in the memory") from error
     use_kernel(config.kernel)
     one = torch.zeros(1, 1, 1, device=trial.strategy.root_device)
     try:
         wkv4(one[0, 0], one[0, 0], one, one)  # builds the kernel where that is still to be done
     except RuntimeError as error:
         raise UserError(f"kernel={config.kernel}: {one_line(error)}") from error
-    return Prepared(config, data, module, max_steps, _baselines(config, data), resume_from, done_steps)
+    return Prepared(config, data, module, max_steps, _baselines(config, data), resume_from, done_steps, ended)
 
 
 def build_model(config: Train, vocab_size: int, loaded: nn.Module | None) -> nn.Module:
@@ -202,15 +214,19 @@ def build_trainer(
 
 def build_callbacks(config: Train, folder: Path) -> list[Callback]:
     """The callbacks of the config, in its order."""
-    return [_instantiate(f"callbacks.{name}", arguments, folder) for name, arguments in config.callbacks.items()]
+    callbacks = [_instantiate(f"callbacks.{name}", arguments, folder) for name, arguments in config.callbacks.items()]
+    for name, callback in zip(config.callbacks, callbacks, strict=True):
+        if getattr(callback, "monitor", None) not in (None, *MONITORED):
+            raise UserError(f"callbacks.{name}.monitor must be one of {', '.join(MONITORED)}, got {callback.monitor}")
+    return callbacks
 
 
-def build_loggers(config: Train, folder: Path, prepared: Prepared) -> list[Logger]:
+def build_loggers(config: Train, folder: Path, resumed_step: int | None) -> list[Logger]:
     """The loggers of the config; TensorBoard's goes on after the resumed step, without the rows that followed it."""
     loggers = []
     for name, arguments in config.logger.items():
-        if load_target(f"logger.{name}", arguments["_target_"]) is TensorBoardLogger and prepared.resume_from:
-            arguments = arguments | {"purge_step": prepared.done_steps + 1}
+        if load_target(f"logger.{name}", arguments["_target_"]) is TensorBoardLogger and resumed_step is not None:
+            arguments = arguments | {"purge_step": resumed_step + 1}
         loggers.append(_instantiate(f"logger.{name}", arguments, folder))
     return loggers
 
@@ -230,10 +246,7 @@ def _instantiate(where: str, arguments: dict[str, Any], folder: Path) -> Any:
 def _baselines(config: Train, data: CorpusDataModule) -> dict[str, float]:
     """Bits per byte that gzip -9 and xz -9 need for the text that a validation reads."""
     windows = cast(EvalBatches, data.val_dataloader().dataset)
-    limit = config.trainer["limit_val_batches"]
-    n_batches = min(
-        len(windows), limit if isinstance(limit, int) else int((1.0 if limit is None else limit) * len(windows))
-    )
+    n_batches = _validation_batches(config, data)
     if not 0 < n_batches * config.data.eval_batch_size * config.data.ctx_len <= BASELINE_BYTES:
         return {}
     targets = np.concatenate([windows[i][:, 1:].flatten().numpy() for i in range(n_batches)])
@@ -241,6 +254,13 @@ def _baselines(config: Train, data: CorpusDataModule) -> dict[str, float]:
     gzip = zlib.compressobj(9, zlib.DEFLATED, 31)
     sizes = {"gzip -9": len(gzip.compress(text) + gzip.flush()), "xz -9": len(lzma.compress(text, preset=9))}
     return {name: 8 * size / len(text) for name, size in sizes.items()}
+
+
+def _validation_batches(config: Train, data: CorpusDataModule) -> int:
+    """Calls of one validation on one device."""
+    there = len(cast(EvalBatches, data.val_dataloader().dataset))
+    limit = 1.0 if config.trainer["limit_val_batches"] is None else config.trainer["limit_val_batches"]
+    return min(there, limit if isinstance(limit, int) else int(limit * there))
 
 
 def keep_freed_memory() -> None:
@@ -266,5 +286,7 @@ def _quiet() -> None:
         ".*treespec, LeafSpec.*",
         ".*Checkpoint directory .* exists.*",
         ".*ended before the epoch ended and your dataloader is not resumable.*",
+        ".*recommended to use .*sync_dist=True.*",
     ):
         warnings.filterwarnings("ignore", message=message)
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"

@@ -77,7 +77,11 @@ def _resume(folder: Path, later: list[Override]) -> None:
         print(f"{app.one_line(error)}; going on from {previous}, the one before it", file=sys.stderr)
         prepared = _prepare(config, stored.cwd, resume_from=previous)
     if prepared.finished:
-        print(f"{folder} is finished, after {prepared.max_steps:,} steps; a longer trainer.max_steps prolongs it")
+        print(f"{folder} is finished, after {prepared.done_steps:,} steps; a longer trainer.max_steps prolongs it")
+        return
+    if prepared.ended == "early" and not settings:
+        by = "trainer.max_time or a callback"
+        print(f"{folder} is finished, by {by}, after {prepared.done_steps:,} steps; another setting of it prolongs it")
         return
     if "LOCAL_RANK" not in os.environ:
         stored.keep(entry)
@@ -167,7 +171,8 @@ def _run(prepared: "Prepared", folder: Path) -> float:
     history = History(folder, config.data.batch_size * config.data.ctx_len, prepared.baselines)
     progress = [TrainingProgress(history)] if config.trainer["enable_progress_bar"] else []
     callbacks = [history, *progress, *build_callbacks(config, folder), StopOnSignal()]
-    trainer = build_trainer(config, folder, prepared.max_steps, callbacks, build_loggers(config, folder, prepared))
+    loggers = build_loggers(config, folder, prepared.done_steps if prepared.resume_from else None)
+    trainer = build_trainer(config, folder, prepared.max_steps, callbacks, loggers)
 
     if trainer.is_global_zero:
         with publish(folder / "vocab.json") as file:
@@ -183,10 +188,13 @@ def _run(prepared: "Prepared", folder: Path) -> float:
         return 0.0
 
     prompt = vocabulary.encode(b"\n").tolist()
-    written = vocabulary.decode(sample_tokens(module.model, prompt, 400, config.seed))
-    with publish(folder / "sample.txt") as file:
-        file.write(written)
-    log.info(f"sample  (400 tokens, also in sample.txt)\n{_printable(written).rstrip()}\n")
+    try:
+        written = vocabulary.decode(sample_tokens(module.model, prompt, 400, config.seed))
+        with publish(folder / "sample.txt") as file:
+            file.write(written)
+        log.info(f"sample  (400 tokens, also in sample.txt)\n{_printable(written).rstrip()}\n")
+    except FloatingPointError as error:
+        log.info(f"sample  none: {error}")
 
     log.info(f"trained {trainer.global_step:,} steps in {duration(time.perf_counter() - started)}")
     scores = [c.best_model_score for c in callbacks if isinstance(c, ModelCheckpoint)]

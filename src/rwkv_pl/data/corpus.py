@@ -239,11 +239,12 @@ def _download(url: str, target: Path) -> None:
         response = urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS)
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise UserError(f"cannot download {url}: {_reason(error)}; {instead}") from error
+    console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with (
         response,
         target.open("wb") as file,
-        Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress,
+        Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as progress,
     ):
         header = response.headers.get("Content-Length")
         expected = int(header) if header and header.isdigit() else None

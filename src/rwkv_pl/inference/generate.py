@@ -20,6 +20,8 @@ def generate(
     tokens:    (B, T) int64, T >= 1: the prompt that is read first, in one parallel pass.
     state:     the model's state before the prompt; the caller's is never changed.
     generator: on the model's device; None is torch's own.
+
+    Raises FloatingPointError where the model's logits are not finite.
     """
     while True:
         tokens, state = _next(model, tokens, state, temperature, generator)
@@ -33,6 +35,8 @@ def _next(
     """Reads tokens (B, T), draws the token after them, (B, 1)."""
     hidden, state = model.hidden(tokens, state)
     logits = model.head(hidden[:, -1]).float()
+    if not logits.isfinite().all():
+        raise FloatingPointError("the model's outputs are not finite: its training has diverged")
     if temperature == 0:
         return logits.argmax(-1, keepdim=True), state
     probabilities = torch.softmax(logits / temperature, dim=-1)

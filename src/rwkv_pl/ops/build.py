@@ -46,7 +46,7 @@ class BuildError(RuntimeError):
 
 
 def load_cpu_library() -> None:
-    """Register the CPU operators ``torch.ops.rwkv_pl.*``, building them where the cache has none (about 5 s).
+    """Register the CPU operators ``torch.ops.rwkv_pl.*``, building them where the cache has none (about 3 s).
 
     Raises BuildError without a compiler, where the build fails and where the cache folder cannot be written.
     """
@@ -123,7 +123,7 @@ def _build(library: Path, compiler: Compiler, level: str, flags: list[str]) -> N
     for leftover in library.parent.glob("building-*"):
         shutil.rmtree(leftover, ignore_errors=True)
     print(
-        f"rwkv_pl: building the WKV kernel for {level} with {compiler.version} (once, about 5 s) ...",
+        f"rwkv_pl: building the WKV kernel for {level} with {compiler.version} (once, about 3 s) ...",
         file=sys.stderr,
         flush=True,
     )

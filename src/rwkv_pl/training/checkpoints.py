@@ -1,7 +1,4 @@
-"""last.ckpt: what a run goes on from, and how checkpoints reach the disk.
-
-best.ckpt is written by Lightning's own ModelCheckpoint, see conf/callbacks/best.yaml.
-"""
+"""best.ckpt and last.ckpt, and how checkpoints reach the disk."""
 
 import contextlib
 import os
@@ -24,20 +21,21 @@ class DurableCheckpointIO(TorchCheckpointIO):
     """
 
     def __init__(self) -> None:
-        self._written: tuple[int, Path] | None = None
+        self._written: tuple[Any, Path] | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.name == "last.ckpt" and path.exists():
             _link(path, path.with_name("last.prev.ckpt"))
-        step, beside = self._written or (-1, path)
-        if step == checkpoint["global_step"] and beside != path and beside.exists():
+        content = checkpoint["global_step"], checkpoint.get("rwkv_pl", {}).get("finished")
+        written, beside = self._written or (None, path)
+        if written == content and beside != path and beside.exists():
             _link(beside, path)
             return
         with publish(path) as file:
             torch.save(checkpoint, file)
-        self._written = checkpoint["global_step"], path
+        self._written = content, path
 
 
 def _link(source: Path, target: Path) -> None:
@@ -55,6 +53,18 @@ def _link(source: Path, target: Path) -> None:
     beside.replace(target)
 
 
+class BestCheckpoint(ModelCheckpoint):
+    """Lightning's, but in a run folder that was moved, where that forgets the score and overwrites the best model."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        def here(path: str) -> str:
+            return str(Path(str(self.dirpath), Path(path).name)) if path else path
+
+        moved = {key: here(state_dict[key]) for key in ("best_model_path", "kth_best_model_path")}
+        models = {here(path): score for path, score in state_dict["best_k_models"].items()}
+        super().load_state_dict({**state_dict, **moved, "best_k_models": models, "dirpath": self.dirpath})
+
+
 class LastCheckpoint(ModelCheckpoint):
     """Writes last.ckpt every N optimizer steps and at the end of training, however it ends in order.
 
@@ -63,6 +73,8 @@ class LastCheckpoint(ModelCheckpoint):
     """
 
     def __init__(self, dirpath: str, every_n_train_steps: int = 1000) -> None:
+        if every_n_train_steps < 1:
+            raise ValueError(f"every_n_train_steps must be at least 1, got {every_n_train_steps}")
         super().__init__(
             dirpath=dirpath,
             save_top_k=0,
@@ -71,6 +83,7 @@ class LastCheckpoint(ModelCheckpoint):
             enable_version_counter=False,
         )
         self._after_validation = False
+        self._saved: tuple[int, bool] | None = None
 
     @property
     def state_key(self) -> str:
@@ -101,6 +114,7 @@ class LastCheckpoint(ModelCheckpoint):
         self.save_now(trainer)
 
     def save_now(self, trainer: Trainer) -> None:
-        """Writes last.ckpt, unless this step's is there already."""
-        if not self._should_skip_saving_checkpoint(trainer):
+        """Writes last.ckpt, unless this step's is there already and knows as well whether the run has ended."""
+        if self._saved != (trainer.global_step, trainer.should_stop):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+            self._saved = trainer.global_step, trainer.should_stop

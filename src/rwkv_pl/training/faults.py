@@ -80,6 +80,8 @@ class StopOnSignal(Callback):
 
     def _stop(self, trainer: Trainer, number: int, due: bool) -> None:
         self._validation_due = due
+        if due:
+            trainer.should_stop = False  # the run is not finished before its last validation
         last = next((c for c in trainer.checkpoint_callbacks if isinstance(c, LastCheckpoint)), None)
         if last:
             last.save_now(trainer)

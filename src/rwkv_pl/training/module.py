@@ -110,7 +110,7 @@ class LitRWKV(LightningModule):
             f"{split}/loss": nats / max(n_targets, 1),
             f"{split}/bits_per_byte": bits_per_byte(nats, n_bytes),
         }
-        # For the callbacks that monitor it; `History` writes it to the loggers, at the right step.
+        # Of all processes already. For the callbacks that monitor it: `History` writes it to the loggers, at its step.
         self.log_dict(figures, logger=False)
 
     # The optimizer
@@ -127,7 +127,7 @@ class LitRWKV(LightningModule):
     @property
     def lr_scale(self) -> dict[str, float]:
         """Factors of the learning rate by the last part of a parameter's name."""
-        return self.model.lr_scale if self.optim.lr_scale is None else self.optim.lr_scale
+        return self.model.lr_scale if self.optim.lr_scale == "version" else self.optim.lr_scale or {}
 
     @property
     def current_lr(self) -> float:
@@ -152,8 +152,15 @@ class LitRWKV(LightningModule):
             "config": asdict(self.model.config),
             "vocabulary": self.vocabulary,
             "corpus": self.corpus,
+            "finished": self._finished(),
         }
         self._rewind(checkpoint)
+
+    def _finished(self) -> str | None:
+        """Why the run is over, where it is: by its length, or before it by max_time or a callback."""
+        if not self.trainer.should_stop:
+            return None
+        return "length" if self.trainer.global_step == self.trainer.max_steps else "early"
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._rewind(checkpoint)
