@@ -5,8 +5,11 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
+from rwkv_pl import RWKV4, RWKV4Config
 from rwkv_pl.cli import app
+from rwkv_pl.data.tokens import Vocabulary
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 LINES = re.findall(r"^(?:\.venv\\Scripts\\)?(rwkv-train .*?)(?: *#.*)?$", README, flags=re.MULTILINE)
@@ -36,3 +39,14 @@ def test_the_mistake_that_the_readme_shows():
     told = re.search(r"^rwkv-train: (.*)$", README, flags=re.MULTILINE)[1]
     with pytest.raises(app.UserError, match=re.escape(told)):
         app.compose(["model.n_layr=3"])
+
+
+def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code = re.search(r"```python\n(.*?)```", README, flags=re.DOTALL)[1]
+    model = RWKV4(RWKV4Config(vocab_size=256, n_layer=1, n_embd=8))
+    torch.save(model.state_dict(), tmp_path / "small.pth")
+    code = code.replace("n_layer=12, n_embd=512", "n_layer=1, n_embd=8")
+    code = code.replace('load_weights("outputs/DATE/TIME")', '(load_weights("small.pth")[0], Vocabulary("byte"))')
+    exec(compile(code, "README.md", "exec"), {"Vocabulary": Vocabulary})
+    assert len(capsys.readouterr().out) > 10

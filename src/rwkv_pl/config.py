@@ -152,6 +152,7 @@ GROUPS = ("data", "model", "optim", "schedule", "trainer", "callbacks", "logger"
 TRAINER_KINDS: dict[str, tuple[type, ...]] = {
     "devices": (int, str, list),
     "precision": (str, int),
+    "max_epochs": (int,),
     "max_time": (str, dict),
     "limit_val_batches": (int, float),
     "limit_test_batches": (int, float),
@@ -161,7 +162,7 @@ TRAINER_KINDS: dict[str, tuple[type, ...]] = {
     "profiler": (str,),
 }
 # May also be null, though their default is not.
-TRAINER_NULLABLE = {"gradient_clip_val", "max_epochs", "max_time", "limit_val_batches", "precision"}
+TRAINER_NULLABLE = {"gradient_clip_val", "limit_val_batches", "precision"}
 
 # Arguments of Lightning's Trainer that the order of batches owns (see data/order.py), and what serves instead.
 TRAINER_OWNED = {

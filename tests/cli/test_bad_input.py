@@ -89,7 +89,7 @@ CASES = {
     # choices and files
     "data=nosuch": "there is no data=nosuch; there are: enwik8, stdlib, text",
     "experiment=nosuch": "there is no experiment=nosuch",
-    "callbacks=[default,nosuch]": "there is no callbacks=nosuch",
+    "callbacks=[default,nosuch]": "there is no callbacks=nosuch; there are: best, default, early_stopping, ema, last",
     "data.path=missing.txt": "missing.txt",
     "data.path=null": "data.path is missing",
     "data.path=.": "",

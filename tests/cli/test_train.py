@@ -45,7 +45,7 @@ def test_a_run_leaves_what_is_promised(train, tmp_path):
     assert last["rwkv_pl"]["config"] == {"vocab_size": 256, "n_layer": 2, "n_embd": 16, "dropout": 0.0}
     assert all(name.startswith("model.") for name in last["state_dict"])
     assert json.loads((run / "vocab.json").read_text())["kind"] == "byte"
-    for shown in ("corpus.txt", "validation part: this model", "gzip -9", "xz -9", str(run)):
+    for shown in ("corpus.txt", "validation part:", "this model", "gzip -9", "xz -9", str(run)):
         assert shown in result.out
 
 
@@ -144,6 +144,23 @@ def test_a_damaged_last_checkpoint_gives_way_to_the_one_before(train, tmp_path):
     assert "going on from" in result.err
     whole, part = (checkpoint(tmp_path / name)["state_dict"] for name in ("whole", "part"))
     assert all(torch.equal(value, part[name]) for name, value in whole.items())
+
+
+def test_more_steps_than_a_pass_are_made(train, tmp_path):
+    assert train(*SMALL, "trainer.max_steps=5", "data.batch_size=3000", "hydra.run.dir=run").code == 0
+    assert checkpoint(tmp_path / "run")["global_step"] == 5
+
+
+def test_resume_cannot_end_a_run_in_its_past(train, tmp_path):
+    assert train(*SMALL, *RESUMED, "trainer.max_steps=7", "hydra.run.dir=run").code == 0
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    last.with_name("last.prev.ckpt").replace(last)  # as after a kill: step 6, not finished
+    result = train("resume=run", "trainer.max_steps=2")
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert "at step 6 already" in result.err
+    result = train(f"resume={last}")
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert "is a file: give the run's folder" in result.err
 
 
 def test_a_finished_run_says_so(train, tmp_path):
@@ -293,7 +310,7 @@ def test_characters(train, tmp_path):
     assert model.config.vocab_size == 256 + 5
     result = train(*SMALL, "weights=run", "hydra.run.dir=next")
     assert result.code == 2
-    assert "data.vocab=char" in result.err
+    assert "was trained with data.vocab=char" in result.err
 
 
 def test_starts_in_the_same_second_get_folders_of_their_own(tmp_path):
@@ -319,6 +336,10 @@ def test_experiments_of_the_users_own(train, tmp_path):
     assert train(where, *small, "experiment=mine", "hydra.run.dir=run").code == 0
     assert checkpoint(tmp_path / "run")["rwkv_pl"]["config"]["n_embd"] == 24
     assert train("resume=run", "trainer.max_steps=5", "schedule=cosine").code == 0
+    (mine / "astray.yaml").write_text("model:\n  n_embd: 24\n")
+    result = train(where, *SMALL, "experiment=astray")
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert "# @package _global_" in result.err
     (mine / "wrong.yaml").write_text("# @package _global_\nmodel:\n  n_layr: 24\n")
     result = train(where, *SMALL, "experiment=wrong")
     assert (result.code, result.err.count("\n")) == (2, 1)

@@ -109,9 +109,11 @@ def compose(overrides: Sequence[str], config_dir: str | None = None) -> DictConf
         try:
             return hydra_compose("train", overrides=[*overrides, *extra], return_hydra_config=True)
         except MissingConfigException as error:
-            options = ", ".join(error.options or [])
-            missing = error.missing_cfg_file or ""
-            group, _, name = missing.rpartition("/")
+            group, _, name = (error.missing_cfg_file or "").rpartition("/")
+            # Hydra lists them for a single choice, not for a list of them.
+            files = resources.files(CONFIG_MODULE).joinpath(group)
+            there = error.options or sorted(f.name[:-5] for f in files.iterdir() if f.name.endswith(".yaml"))
+            options = ", ".join(there)
             raise UserError(f"there is no {group}={name}; there are: {options}") from error
         except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
             reason = error
@@ -180,7 +182,10 @@ def check(config: DictConfig, overrides: Sequence[Override] = (), config_dir: st
                 raise UserError(f"{group}.{name} must be a mapping that names its class as _target_, got {arguments}")
     for where, target in targets(plain):
         check_target(where, target)
-    plain.pop("experiment", None)
+    if plain.pop("experiment", None) is not None:
+        raise UserError(
+            "an experiment's file begins with the line '# @package _global_': without it its settings go astray"
+        )
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Train), plain))  # type: ignore[return-value]
     except OmegaConfBaseException as error:

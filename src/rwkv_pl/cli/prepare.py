@@ -60,7 +60,7 @@ class Prepared:
     @property
     def finished(self) -> bool:
         """Has the run that is resumed made all its steps?"""
-        return 0 < self.max_steps <= self.done_steps and self.ended is not None
+        return 0 < self.max_steps <= self.done_steps
 
     def length(self) -> str:
         """How long the run is, in words."""
@@ -84,8 +84,8 @@ def prepare(config: Train, cwd: Path, resume_from: Path | None) -> Prepared:
         loaded, vocabulary = load_weights(cwd / config.weights)
         if vocabulary and vocabulary.kind != config.data.vocab:
             raise UserError(
-                f"weights={config.weights} has data.vocab={vocabulary.kind}, "
-                f"the config {config.data.vocab}: take the same"
+                f"weights={config.weights} was trained with data.vocab={vocabulary.kind}, "
+                f"the config has {config.data.vocab}: give data.vocab={vocabulary.kind} too"
             )
     data = build_data(config, cwd, vocabulary)
     data.prepare_data()
@@ -96,6 +96,8 @@ def prepare(config: Train, cwd: Path, resume_from: Path | None) -> Prepared:
             f"(digest {data.corpus.digest[:12]}, there {corpus_digest[:12]}): give that one by data.path"
         )
     max_steps = run_length(config, data.steps_per_pass)
+    if 0 < max_steps < done_steps and ended is None:
+        raise UserError(f"the run is at step {done_steps:,} already, behind which {max_steps:,} steps would end it")
     check_schedule(config.schedule, max_steps)
     load_target("optim", config.optim._target_)
     module = LitRWKV(
@@ -182,8 +184,10 @@ def build_data(config: Train, cwd: Path, vocabulary: Vocabulary | None) -> Corpu
 
 
 def run_length(config: Train, steps_per_pass: int) -> int:
-    """Optimizer steps of the run: the earlier of max_steps and max_epochs passes; -1 where there is neither."""
+    """Optimizer steps of the run: the earlier of max_steps and max_epochs passes; -1 where max_time alone ends it."""
     max_steps, max_epochs = config.trainer["max_steps"], config.trainer["max_epochs"]
+    if max_steps == -1 and max_epochs is None and config.trainer["max_time"] is None:
+        max_epochs = 1
     lengths = [max_steps] if max_steps > 0 else []
     if max_epochs is not None and max_epochs > 0:
         lengths.append(max_epochs * steps_per_pass)

@@ -34,6 +34,8 @@ class StoredRun:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        if folder.is_file():
+            raise UserError(f"resume={folder} is a file: give the run's folder")
         if not (folder / ".hydra" / "config.yaml").is_file():
             raise UserError(f"resume={folder} is no run folder: it holds no .hydra/config.yaml")
         try:

@@ -77,7 +77,7 @@ def _resume(folder: Path, later: list[Override]) -> None:
         print(f"{app.one_line(error)}; going on from {previous}, the one before it", file=sys.stderr)
         prepared = _prepare(config, stored.cwd, resume_from=previous)
     if prepared.finished:
-        print(f"{folder} is finished, after {prepared.done_steps:,} steps; a longer trainer.max_steps prolongs it")
+        print(f"{folder} is finished, after {prepared.done_steps:,} steps; a trainer.max_steps above that prolongs it")
         return
     if prepared.ended == "early" and not settings:
         by = "trainer.max_time or a callback"
@@ -179,7 +179,7 @@ def _run(prepared: "Prepared", folder: Path) -> float:
             file.write(json.dumps(vocabulary.to_dict()).encode())
         model, size = config.model, sum(parameter.numel() for parameter in module.parameters())
         log.info(f"run     {folder}")
-        log.info(f"data    {data.description()}")
+        log.info("data    " + data.description().replace(": ", ":\n        ", 1))
         log.info(f"model   {model.name}, {model.n_layer} x {model.n_embd}, {size:,} parameters")
         log.info(f"length  {prepared.length()}")
     started = time.perf_counter()
@@ -196,13 +196,15 @@ def _run(prepared: "Prepared", folder: Path) -> float:
     except FloatingPointError as error:
         log.info(f"sample  none: {error}")
 
-    log.info(f"trained {trainer.global_step:,} steps in {duration(time.perf_counter() - started)}")
+    log.info(
+        f"trained {trainer.global_step - prepared.done_steps:,} steps in {duration(time.perf_counter() - started)}"
+    )
     scores = [c.best_model_score for c in callbacks if isinstance(c, ModelCheckpoint)]
     best = next((float(score) for score in scores if score is not None), float("nan"))
     if "val/bits_per_byte" in history.latest:
         figures = {"this model": history.latest["val/bits_per_byte"], **prepared.baselines}
         told = ", ".join(f"{name} {bits:.4f}" for name, bits in figures.items())
-        log.info(f"result  bits per byte of {data.corpus}, validation part: {told}")
+        log.info(f"result  bits per byte of {data.corpus}, validation part:\n        {told}")
     for what, path in (("curve", "loss.png"), ("weights", "checkpoints")):
         log.info(f"{what:7} {folder / path}")
     return best

@@ -83,7 +83,8 @@ class StopOnSignal(Callback):
         if due:
             trainer.should_stop = False  # the run is not finished before its last validation
         last = next((c for c in trainer.checkpoint_callbacks if isinstance(c, LastCheckpoint)), None)
-        if last:
+        if last and not (due and trainer.global_step == trainer.max_steps and last.last_model_path):
+            # Lightning begins no training that has all its steps, nor its last validation: the one before goes on.
             last.save_now(trainer)
         if trainer.is_global_zero:
             told = f"stopped by {signal.Signals(number).name} after step {trainer.global_step:,}"

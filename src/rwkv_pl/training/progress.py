@@ -69,13 +69,19 @@ class TrainingProgress(ProgressBar):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._bar:
-            self._bar.update(self._task, description="validating")
+            self._bar.update(self._task, description="validating", figures="")
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        if self._bar:
+            self._bar.update(self._task, figures=f"call {batch_idx + 1:,} of {trainer.num_val_batches[0]:,}")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != "fit" or not trainer.is_global_zero:
             return
         if self._bar:
-            self._bar.update(self._task, description="training")
+            self._bar.update(self._task, description="training", figures=self._figures())
         bits = float(trainer.callback_metrics["val/bits_per_byte"])
         log.info(f"step {self._place(trainer)}  validation {bits:.4f} bits per byte")
 
