@@ -21,6 +21,7 @@ from torch import nn
 from rwkv_pl.cli.app import load_target, one_line
 from rwkv_pl.config import Train, UserError
 from rwkv_pl.data.datamodule import CorpusDataModule, Enwik8DataModule, EvalBatches, StdlibDataModule
+from rwkv_pl.data.order import micro_batch_rows
 from rwkv_pl.data.tokens import Vocabulary
 from rwkv_pl.model import VERSIONS
 from rwkv_pl.ops.wkv4 import use_kernel, wkv4
@@ -114,12 +115,8 @@ def prepare(config: Train, cwd: Path, resume_from: Path | None) -> Prepared:
     with tempfile.TemporaryDirectory() as nowhere:
         callbacks, loggers = build_callbacks(config, Path(nowhere)), build_loggers(config, Path(nowhere), None)
         trial = build_trainer(config, Path(nowhere), max_steps, callbacks, loggers)
-    parts = trial.world_size * config.trainer["accumulate_grad_batches"]
-    if config.data.batch_size % parts:
-        raise UserError(
-            f"data.batch_size={config.data.batch_size} cannot be divided over {trial.world_size} device(s) and "
-            f"trainer.accumulate_grad_batches={config.trainer['accumulate_grad_batches']}: give a multiple of {parts}"
-        )
+    accumulate = config.trainer["accumulate_grad_batches"]
+    micro_batch_rows(config.data.batch_size, world_size=trial.world_size, rank=0, accumulate=accumulate, micro_batch=0)
     limit = config.trainer["limit_val_batches"]
     if limit and not _validation_batches(config, data):
         raise UserError(f"trainer.limit_val_batches={limit} is less than one of the validation's batches")

@@ -91,8 +91,9 @@ def _resume(folder: Path, later: list[Override]) -> None:
 
 
 def _sweep(argv: Sequence[str], overrides: list[Override], config_dir: str | None) -> None:
-    composed = app.compose(_single(overrides), config_dir)
-    app.check(composed, app.parse_overrides(_single(overrides)), config_dir)
+    first_job = _single(overrides)
+    composed = app.compose(first_job, config_dir)
+    app.check(composed, app.parse_overrides(first_job), config_dir)
     typed = any(o.key_or_group == "hydra.sweep.dir" for o in overrides)
     folder = app.take_folder(Path(composed.hydra.sweep.dir).absolute(), typed)
 

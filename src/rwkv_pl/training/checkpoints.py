@@ -53,6 +53,12 @@ def _link(source: Path, target: Path) -> None:
     beside.replace(target)
 
 
+def validation_is_due(trainer: Trainer) -> bool:
+    """At a micro-batch's end: does Lightning validate next?"""
+    data_fetcher = trainer.fit_loop._data_fetcher
+    return data_fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(data_fetcher)
+
+
 class BestCheckpoint(ModelCheckpoint):
     """Lightning's, but in a run folder that was moved, where that forgets the score and overwrites the best model."""
 
@@ -93,11 +99,9 @@ class LastCheckpoint(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        epoch_loop = trainer.fit_loop.epoch_loop
-        if epoch_loop._should_accumulate() or trainer.global_step % self._every_n_train_steps:
+        if trainer.fit_loop.epoch_loop._should_accumulate() or trainer.global_step % self._every_n_train_steps:
             return
-        data_fetcher = trainer.fit_loop._data_fetcher
-        if data_fetcher is not None and epoch_loop._should_check_val_fx(data_fetcher):
+        if validation_is_due(trainer):
             self._after_validation = True
         else:
             self.save_now(trainer)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from rwkv_pl.training.checkpoints import LastCheckpoint
+from rwkv_pl.training.checkpoints import LastCheckpoint, validation_is_due
 
 log = logging.getLogger(__name__)
 
@@ -51,9 +51,7 @@ class StopOnSignal(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if number := self._told(trainer):
-            data_fetcher = trainer.fit_loop._data_fetcher
-            due = data_fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(data_fetcher)
-            self._stop(trainer, number, due)
+            self._stop(trainer, number, validation_is_due(trainer))
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
