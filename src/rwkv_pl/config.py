@@ -18,6 +18,10 @@ class DamagedError(UserError):
     """A file of ours that is not what was written."""
 
 
+class RunError(UserError):
+    """What ended a run that had begun."""
+
+
 @dataclass
 class RWKV4Config:
     """An RWKV-4: the keys of conf/model/rwkv4.yaml but `name`, and the vocabulary's size, which comes from the data."""
@@ -138,10 +142,12 @@ class Train:
     logger: dict[str, Any] = field(default_factory=dict)
     kernel: str = "auto"
     seed: int = 42
+    skip_nonfinite: int = 0
     resume: str | None = None
     weights: str | None = None
 
     def __post_init__(self) -> None:
+        at_least("skip_nonfinite", self.skip_nonfinite, 0)
         one_of("kernel", self.kernel, ("auto", "compiled", "scan", "recurrence"))
         between("seed", self.seed, 0, 2**63 - 1, inclusive=True)
 

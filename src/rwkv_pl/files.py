@@ -1,14 +1,20 @@
 """Files that are whole or not there, and the folder for what is derived."""
 
 import contextlib
+import errno
+import io
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import platformdirs
 
 from rwkv_pl.config import UserError
+
+PARTIAL = ".partial"
+"""How the name ends of a file that is being written; one that a killed process has left is nothing."""
 
 
 def cache_folder() -> Path:
@@ -20,18 +26,59 @@ def cache_folder() -> Path:
 def publish(path: Path) -> Iterator[IO[bytes]]:
     """A file to write that bears its name only when it is complete and on the disk; nothing is left of a failure.
 
-    For one writer at a time: hold a lock on the name.
+    For one writer at a time: hold a lock on the name. Raises OSError with the name, whatever the writer made of it.
     """
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(path.name + PARTIAL)
+    raw = None
     try:
-        with partial.open("wb") as file:
+        raw = _Remembering(partial, "wb")
+        with io.BufferedWriter(raw) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        partial.replace(path)
+        replace(partial, path)
         _fsync_folder(path.parent)
+    except Exception as error:
+        failure = raw.failure if raw else None
+        if failure is None and isinstance(error, OSError):
+            failure = error
+        if failure is None:
+            raise
+        raise OSError(failure.errno, failure.strerror, str(path)) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+class _Remembering(io.FileIO):
+    """Keeps what a write failed of: torch.save says no more than that it did."""
+
+    failure: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.failure = error
+            raise
+
+
+def replace(source: Path, target: Path) -> None:
+    """os.replace, tried again for two seconds while another process has `target` open, which Windows refuses."""
+    for seconds in (0.05, 0.25, 0.7, 1.0):
+        try:
+            source.replace(target)
+            return
+        except PermissionError:
+            time.sleep(seconds)
+    source.replace(target)
+
+
+def in_words(error: OSError) -> str:
+    """What the system refused, and where."""
+    where = f": {error.filename}" if error.filename else ""
+    if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
+        return f"disk full{where} was not written" if where else "disk full"
+    return f"{error.strerror or error}{where}"
 
 
 def _fsync_folder(folder: Path) -> None:
@@ -63,4 +110,4 @@ def writing(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
-        raise UserError(f"cannot write in {folder}: {error.strerror or error}") from error
+        raise UserError(f"cannot write in {folder}: {in_words(error)}") from error

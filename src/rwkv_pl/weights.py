@@ -69,15 +69,22 @@ def checkpoint_path(source: Path) -> Path:
     raise UserError(f"{source} is no run folder with weights: it holds neither checkpoints/best.ckpt nor last.ckpt")
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """What torch.save wrote there, opened with weights_only=True. Raises UserError."""
+def read_checkpoint(path: Path, checked: bool = True) -> dict[str, Any]:
+    """What torch.save wrote there, opened with weights_only=True; tensors are mapped, and read when used.
+
+    checked: every byte is compared with the sums in the file first; where only its small values are wanted that can be
+    left out. Raises UserError.
+    """
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}")
     try:
+        zipped = zipfile.is_zipfile(path)
         # torch does not check what it reads, and loads a file with a flipped bit in silence.
-        if zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):
-            raise zipfile.BadZipFile(f"{damaged} is not what was written")
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        if zipped and checked:
+            with zipfile.ZipFile(path) as archive:
+                if damaged := archive.testzip():
+                    raise zipfile.BadZipFile(f"{damaged} is not what was written")
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped or None)
     except Exception as error:  # a file that is no checkpoint can fail in any way
         raise DamagedError(
             f"{path} is not a checkpoint that can be read safely ({_first_sentence(error)}): "

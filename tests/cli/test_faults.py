@@ -1,119 +1,372 @@
 """Runs that are told to stop, or killed, and go on: the same bits as the run that nobody touched."""
 
+import math
 import os
+import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
+import forks
 import pytest
 import torch
-from command import SMALL, TEXT
+from command import SMALL, TEXT, Result
+from forks import Strike, kill, terminate
+
+CORPUS = TEXT + "Fünf größere Bären äßen Öl. ".encode() * 100
 
 RUN = (
     *SMALL,
+    "data.vocab=char",
     "model.dropout=0.2",
-    "trainer.max_steps=24",
+    "trainer.max_steps=10",
     "trainer.accumulate_grad_batches=3",
     "trainer.val_check_interval=4",
-    "trainer.limit_val_batches=15",
+    "trainer.limit_val_batches=10",
     "trainer.log_every_n_steps=1",
     "callbacks.last.every_n_train_steps=3",
+    "hydra.run.dir=run",
 )
 
-# The command, slowed so that a signal meets it at work.
-SLOW = """
-import sys, time
-from lightning.pytorch.callbacks import Callback
-from rwkv_pl.training import module
-for hook in ("training_step", "validation_step"):
-    def slow(self, *args, step=getattr(module.LitRWKV, hook), **kwargs):
-        time.sleep(0.01)
-        return step(self, *args, **kwargs)
-    setattr(module.LitRWKV, hook, slow)
-from rwkv_pl.cli.train import main
-sys.argv = ["rwkv-train", *sys.argv[1:]]
-main()
-"""
+TRAINING_STEP = "rwkv_pl.training.module:LitRWKV.training_step"
+VALIDATION_STEP = "rwkv_pl.training.module:LitRWKV.validation_step"
 
 
-def start(folder: Path, *arguments: str) -> subprocess.Popen:
-    command = [sys.executable, "-c", SLOW, *arguments]
-    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def optimizer_steps_are(step: int, micro_batch: int) -> int:
+    """The number of a training_step's call, from 1; steps and micro-batches from 1 too."""
+    return (step - 1) * 3 + micro_batch
 
 
-def wait_for_rows(run: Path, rows: int) -> None:
-    end = time.monotonic() + 60
-    while time.monotonic() < end:
-        if (run / "metrics.csv").exists() and len((run / "metrics.csv").read_text().splitlines()) > rows:
-            return
-        time.sleep(0.01)
-    raise AssertionError("the run does not begin")
-
-
-def state(run: Path) -> dict[str, torch.Tensor]:
-    content = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+def state(run: Path, name: str) -> dict[str, torch.Tensor]:
+    content = torch.load(run / "checkpoints" / name, weights_only=True)
     moments = content["optimizer_states"][0]["state"]
-    return content["state_dict"] | {f"{n}.{k}": v for n, of in moments.items() for k, v in of.items()}
+    weights = content["state_dict"] | {f"trained.{k}": v for k, v in content.get("current_model_state", {}).items()}
+    return weights | {f"{n}.{k}": v for n, of in moments.items() for k, v in of.items()}
 
 
 def figures(run: Path) -> list[list[str]]:
-    """metrics.csv without what the clock says."""
+    """metrics.csv without what the clock says, which must only rise."""
     lines = [line.split(",") for line in (run / "metrics.csv").read_text().splitlines()]
-    timed = {lines[0].index("seconds"), lines[0].index("tokens_per_second")}
+    clock = lines[0].index("seconds")
+    seconds = [float(line[clock]) for line in lines[1:]]
+    assert seconds == sorted(seconds)
+    timed = {clock, lines[0].index("tokens_per_second")}
     return [[cell for i, cell in enumerate(line) if i not in timed] for line in lines]
+
+
+def tensorboard(run: Path) -> list[tuple[str, int, float]]:
+    """What TensorBoard shows of the run, without what the clock says."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0})
+    events.Reload()
+    names = [name for name in events.Tags()["scalars"] if name not in ("seconds", "tokens_per_second", "epoch")]
+    return [(name, event.step, event.value) for name in names for event in events.Scalars(name)]
+
+
+def best_of(run: Path) -> dict[str, object]:
+    callbacks = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"]
+    best = next(of for name, of in callbacks.items() if name.startswith("BestCheckpoint"))
+    return {"score": best["best_model_score"], "path": Path(best["best_model_path"]).name}
+
+
+def assert_the_same(run: Path, whole: Path) -> None:
+    assert figures(run) == figures(whole)
+    assert tensorboard(run) == tensorboard(whole)
+    assert best_of(run) == best_of(whole)
+    for name in ("last.ckpt", "best.ckpt"):
+        expected, found = state(whole, name), state(run, name)
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(value, found[key]) for key, value in expected.items()), name
+    assert not list(run.rglob("*.partial"))
+
+
+def finished(folder: Path, *arguments: str, **environment: str) -> Result:
+    """What resumes, or starts again, and must come to its end."""
+    result = forks.run(folder, *arguments, **environment)
+    assert result.code == 0, result.err
+    return result
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
-    (folder / "corpus.txt").write_bytes(TEXT)
-    process = start(folder, *RUN, "hydra.run.dir=run")
-    assert process.communicate(timeout=120) and process.returncode == 0
+    (folder / "corpus.txt").write_bytes(CORPUS)
+    finished(folder, *RUN)
     return folder / "run"
 
 
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    (tmp_path / "corpus.txt").write_bytes(CORPUS)
+    return tmp_path
+
+
+def kill_soon() -> None:
+    threading.Timer(0.8, kill).start()
+
+
+AGAIN, RESUME = RUN, ("resume=run",)
+
+
 @pytest.mark.parametrize(
-    ("number", "delay"),
+    ("strike", "then"),
     [
-        (signal.SIGTERM, 0.0),
-        (signal.SIGINT, 0.12),
-        (signal.SIGKILL, 0.06),
-        *(
-            pytest.param(number, delay / 100, marks=pytest.mark.slow)
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL)
-            for delay in range(1, 30, 4)
-        ),
+        pytest.param(Strike("rwkv_pl.ops.build:_compile", 1, kill_soon), AGAIN, id="compiling"),
+        pytest.param(Strike("rwkv_pl.data.tokens:Vocabulary.encode", 2, kill), AGAIN, id="tokenising"),
+        pytest.param(Strike("rwkv_pl.cli.train:take_folder", 1, kill, after=True), AGAIN, id="folder-made"),
+        pytest.param(Strike("hydra.core.utils:_save_config", 2, kill, after=True), AGAIN, id="settings-half-written"),
+        pytest.param(Strike("rwkv_pl.training.history:_begin", 1, kill), RESUME, id="starting"),
+        pytest.param(Strike(TRAINING_STEP, optimizer_steps_are(2, 2), kill), RESUME, id="before-the-first-checkpoint"),
+        pytest.param(Strike(TRAINING_STEP, optimizer_steps_are(5, 3), kill), RESUME, id="stepping"),
+        pytest.param(Strike("torch:save", 3, kill), RESUME, id="checkpoint-begun"),
+        pytest.param(Strike("torch:save", 2, kill, after=True), RESUME, id="checkpoint-not-renamed"),
+        pytest.param(Strike("rwkv_pl.training.checkpoints:_link", 2, kill), RESUME, id="between-best-and-last"),
+        pytest.param(Strike(VALIDATION_STEP, 15, kill), RESUME, id="validating"),
+        pytest.param(Strike(VALIDATION_STEP, 25, kill), RESUME, id="the-last-validation"),
     ],
 )
-def test_a_run_that_was_stopped_goes_on_in_the_same_bits(tmp_path, whole, number, delay):
-    (tmp_path / "corpus.txt").write_bytes(TEXT)
-    process = start(tmp_path, *RUN, "hydra.run.dir=run")
-    wait_for_rows(tmp_path / "run", 12)
-    time.sleep(delay)
-    process.send_signal(number)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == (-9 if number == signal.SIGKILL else 128 + number)
-    if number != signal.SIGKILL:
-        assert f"stopped by {number.name} after step" in out
-        assert f"rwkv-train resume={tmp_path / 'run'} goes on" in out
-    resumed = start(tmp_path, "resume=run")
-    _, err = resumed.communicate(timeout=120)
-    assert resumed.returncode == 0, err
-    assert figures(tmp_path / "run") == figures(whole)
-    expected, found = state(whole), state(tmp_path / "run")
+def test_a_killed_run_ends_in_the_same_bits(folder, whole, strike, then):
+    cache = {"RWKV_PL_CACHE": str(folder / "cache")} if "compil" in strike.place or "Vocab" in strike.place else {}
+    assert forks.run(folder, *RUN, strikes=[strike], **cache).code == -signal.SIGKILL
+    finished(folder, *then, **cache)
+    assert_the_same(folder / "run", whole)
+
+
+@pytest.mark.parametrize(
+    ("strike", "step"),
+    [
+        pytest.param(Strike(TRAINING_STEP, optimizer_steps_are(5, 1), terminate), 4, id="first-micro-batch"),
+        pytest.param(Strike(TRAINING_STEP, optimizer_steps_are(5, 2), terminate), 4, id="inside-the-window"),
+        pytest.param(Strike("torch:Tensor.backward", optimizer_steps_are(6, 3), terminate), 6, id="backward"),
+        pytest.param(Strike("torch.optim:AdamW.step", 6, terminate, after=True), 6, id="optimizer-step"),
+        pytest.param(Strike("torch.optim:AdamW.step", 4, terminate), 4, id="a-validation-due"),
+        pytest.param(Strike(VALIDATION_STEP, 15, terminate), 8, id="validation"),
+        pytest.param(Strike(VALIDATION_STEP, 23, terminate), 10, id="the-last-validation"),
+    ],
+)
+def test_a_run_told_to_stop_ends_in_the_same_bits(folder, whole, strike, step):
+    result = forks.run(folder, *RUN, strikes=[strike])
+    assert result.code == 143, result.err
+    goes_on = f"rwkv-train resume={folder / 'run'} goes on"
+    assert result.out.splitlines()[-1] == f"stopped by SIGTERM after step {step}; {goes_on}"
+    finished(folder, "resume=run")
+    assert_the_same(folder / "run", whole)
+
+
+def test_averaged_weights(folder):
+    """Validated in the place of the trained ones: stopped there, prolonged, and taken off at last."""
+    averaged = (*RUN, "callbacks=[default,ema]", "callbacks.ema.decay=0.9")
+    result = forks.run(folder, *averaged, strikes=[Strike(VALIDATION_STEP, 15, terminate)])
+    assert result.code == 143, result.err
+    finished(folder, "resume=run")
+    finished(folder, *averaged, "hydra.run.dir=whole")
+    assert_the_same(folder / "run", folder / "whole")
+    finished(folder, "resume=run", "trainer.max_steps=12")
+    finished(folder, *averaged, "trainer.max_steps=12", "hydra.run.dir=long")
+    expected, found = state(folder / "long", "last.ckpt"), state(folder / "run", "last.ckpt")
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())
+    finished(folder, "resume=run", "callbacks=[default]", "trainer.max_steps=14")
+    finished(folder, *RUN, "trainer.max_steps=14", "hydra.run.dir=plain")
+    expected, found = state(folder / "plain", "last.ckpt"), state(folder / "run", "last.ckpt")
     assert expected.keys() == found.keys()
     assert all(torch.equal(value, found[name]) for name, value in expected.items())
 
 
-def test_a_second_signal_ends_at_once(tmp_path):
-    (tmp_path / "corpus.txt").write_bytes(TEXT)
-    process = start(tmp_path, *RUN, "hydra.run.dir=run")
-    wait_for_rows(tmp_path / "run", 3)
-    os.kill(process.pid, signal.SIGSTOP)
-    os.kill(process.pid, signal.SIGINT)
-    os.kill(process.pid, signal.SIGTERM)
-    os.kill(process.pid, signal.SIGCONT)
-    process.communicate(timeout=20)
-    assert process.returncode in (130, 143)
+def test_the_last_validation_of_a_short_run_is_owed(folder, whole):
+    """No checkpoint before it: the one that is saved in it has all the steps, and resuming validates."""
+    run = (*RUN, "callbacks.last.every_n_train_steps=1000", "trainer.val_check_interval=1000")
+    assert forks.run(folder, *run, strikes=[Strike(VALIDATION_STEP, 3, terminate)]).code == 143
+    assert len(figures(folder / "run")) == 1 + 10
+    for _ in range(2):
+        finished(folder, "resume=run")
+        assert figures(folder / "run")[1:-1] == [row for row in figures(whole)[1:] if row[2]]
+        assert len(figures(folder / "run")) == 1 + 10 + 1
+    assert (folder / "run" / "checkpoints" / "best.ckpt").samefile(folder / "run" / "checkpoints" / "last.ckpt")
+
+
+def interrupt() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_ctrl_c(folder, whole):
+    result = forks.run(folder, *RUN, strikes=[Strike(TRAINING_STEP, 14, interrupt)])
+    assert result.code == 130
+    assert "stopped by SIGINT after step 4" in result.out
+    finished(folder, "resume=run")
+    assert_the_same(folder / "run", whole)
+
+
+def test_before_the_training_a_signal_ends_the_process_at_once(folder):
+    for act, code in ((terminate, -signal.SIGTERM), (interrupt, 130)):
+        strike = Strike("rwkv_pl.data.datamodule:CorpusDataModule.prepare_data", 1, act)
+        assert forks.run(folder, *RUN, strikes=[strike]).code == code
+    assert not (folder / "run").exists()
+
+
+def twice() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_second_signal_ends_at_once(folder, whole):
+    assert forks.run(folder, *RUN, strikes=[Strike("torch:save", 2, twice)]).code in (130, 143)
+    assert list((folder / "run").rglob("*.partial"))
+    finished(folder, "resume=run")
+    assert_the_same(folder / "run", whole)
+
+
+def test_workers_leave_the_signals_to_the_run(folder, whole):
+    """A terminal's Ctrl-C, or a signal to the process group, reaches the processes that gather batches."""
+    run = (*RUN, "data.num_workers=2")
+    result = forks.run(folder, *run, strikes=[Strike(TRAINING_STEP, 14, signal_all)])
+    assert (result.code, result.err) == (143, "")
+    finished(folder, "resume=run")
+    assert_the_same(folder / "run", whole)
+
+
+def signal_all() -> None:
+    import multiprocessing
+
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, signal.SIGTERM)
+        os.kill(worker.pid, signal.SIGINT)
+    time.sleep(0.2)
+    terminate()
+
+
+def requeue_signal() -> None:
+    os.kill(os.getpid(), signal.SIGUSR1)
+
+
+@pytest.mark.parametrize("answer", [0, 1])
+def test_slurm_queues_the_job_again(folder, whole, answer):
+    scontrol = folder / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f"#!/bin/sh\necho $* >> {folder}/asked\necho no such job >&2\nexit {answer}\n")
+    scontrol.chmod(0o755)
+    slurm = {"SLURM_JOB_ID": "17", "SLURM_NTASKS": "1", "SLURM_JOB_NAME": "rwkv", "SLURM_PROCID": "0"}
+    slurm |= {"SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_JOB_NODELIST": "here"}
+    slurm["PATH"] = f"{scontrol.parent}:{os.environ['PATH']}"
+    result = forks.run(folder, *RUN, strikes=[Strike(TRAINING_STEP, 14, requeue_signal)], **slurm)
+    assert result.code == 0, result.err
+    assert (folder / "asked").read_text() == "requeue 17\n"
+    assert ("queued again: scontrol: no such job" in result.out) == bool(answer)
+    assert f"resume={folder / 'run'} goes on" in result.out
+    finished(folder, "resume=run", **slurm)
+    assert_the_same(folder / "run", whole)
+
+
+# More than one process
+
+DDP = (*RUN, "trainer=ddp", "trainer.devices=2", "trainer.max_steps=40", "trainer.accumulate_grad_batches=3")
+
+
+def start_two(folder: Path, *arguments: str) -> subprocess.Popen:
+    command = [str(Path(sys.executable).with_name("rwkv-train")), *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command,
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=environment,
+    )
+
+
+@pytest.fixture(scope="module")
+def whole_of_two(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("two")
+    (folder / "corpus.txt").write_bytes(CORPUS)
+    process = start_two(folder, *DDP)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    return folder / "run"
+
+
+@pytest.mark.parametrize(
+    "to", ["parent", pytest.param("child", marks=pytest.mark.slow), pytest.param("group", marks=pytest.mark.slow)]
+)
+def test_two_processes_stop_together(folder, whole_of_two, to):
+    process = start_two(folder, *DDP)
+    run = folder / "run"
+    end = time.monotonic() + 60
+    while not (run / "metrics.csv").exists() or len((run / "metrics.csv").read_text().splitlines()) < 12:
+        assert time.monotonic() < end and process.poll() is None
+        time.sleep(0.01)
+    told = time.monotonic()
+    if to == "group":
+        os.killpg(process.pid, signal.SIGTERM)
+    else:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(process.pid if to == "parent" else int(children[0]), signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 143, err
+    assert time.monotonic() - told < 5 + 5  # and the step under way; under load
+    assert "stopped by SIGTERM" in out
+    process = start_two(folder, "resume=run")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert_the_same(run, whole_of_two)
+
+
+def test_another_number_of_devices_reads_the_same_batches(folder, whole_of_two):
+    """Stopped after a few steps on one device, with another accumulation, and gone on with on two."""
+    one = (*DDP, "trainer.devices=1", "trainer.strategy=auto", "trainer.accumulate_grad_batches=2", "model.dropout=0.0")
+    stop = Strike(TRAINING_STEP, 25, terminate)
+    assert forks.run(folder, *one, strikes=[stop]).code == 143
+    two = start_two(folder, "resume=run", "trainer=ddp", "trainer.devices=2", "trainer.accumulate_grad_batches=1")
+    _, err = two.communicate(timeout=120)
+    assert two.returncode == 0, err
+    other = folder / "other"
+    other.mkdir()
+    (other / "corpus.txt").write_bytes(CORPUS)
+    finished(other, *one)
+    mixed, alone = figures(folder / "run"), figures(other / "run")
+    assert [row[0] for row in mixed] == [row[0] for row in alone]
+    loss = mixed[0].index("train/loss")
+    for ours, theirs in zip(mixed[1:], alone[1:], strict=True):
+        if ours[loss]:
+            # Sums in another order, in float32, and Adam divides by small numbers.
+            assert math.isclose(float(ours[loss]), float(theirs[loss]), rel_tol=1e-3)
+
+
+# The long form
+
+RANDOM = (*RUN, "trainer.max_steps=200", "trainer.val_check_interval=40", "callbacks.last.every_n_train_steps=15")
+KINDS = {"float32": (), "bf16": ("trainer.precision=bf16-mixed",), "averaged": ("callbacks=[default,ema]",)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_twenty_random_moments(tmp_path, kind):
+    """Killed, or told to stop, at a random moment, resumed, and so on until the run has come to its end."""
+    draw = random.Random(kind)
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "whole" / "corpus.txt").write_bytes(CORPUS)
+    finished(tmp_path / "whole", *RANDOM, *KINDS[kind])
+    moments, number = 0, 0
+    while moments < 20:
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "corpus.txt").write_bytes(CORPUS)
+        arguments = (*RANDOM, *KINDS[kind])
+        while True:
+            process = forks.start(folder, *arguments)
+            process.join(draw.uniform(0.3, 2.5))
+            if process.exitcode is not None:
+                assert process.exitcode == 0, (folder / "err").read_text()
+                break
+            os.kill(process.pid, draw.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT]))
+            forks.finish(process, folder)
+            moments += 1
+            if (folder / "run" / ".hydra" / "overrides.yaml").exists():
+                arguments = ("resume=run",)
+        assert_the_same(folder / "run", tmp_path / "whole" / "run")
+        number += 1
+    print(f"{kind}: {moments} moments in {number} runs")

@@ -1,4 +1,4 @@
-"""What the commands share: a command line to a checked config, errors as one line, and the run folder.
+"""What the commands share: a command line to a checked config, errors as one line.
 
 Only Hydra and the standard library are imported here, so that a mistake is told before anything heavy is loaded.
 """
@@ -21,8 +21,8 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rwkv_pl.config import GROUPS, TARGET_MODULES, Train, UserError, check_kinds, check_trainer, nearest
-from rwkv_pl.files import made_for_success
+from rwkv_pl.config import GROUPS, TARGET_MODULES, RunError, Train, UserError, check_kinds, check_trainer, nearest
+from rwkv_pl.files import in_words
 
 CONFIG_MODULE = "rwkv_pl.conf"
 BAD_INPUT, FAILED = 2, 1
@@ -36,18 +36,20 @@ def told_in_one_line(main: Callable[[], None]) -> Callable[[], None]:
         os.environ.setdefault("HYDRA_FULL_ERROR", "1")
         try:
             main()
+        except RunError as error:
+            sys.exit(_told(error, FAILED))
         except (UserError, HydraException, OmegaConfBaseException) as error:
             sys.exit(_told(error, BAD_INPUT))
         except OSError as error:
             # A full disk, a folder that went away: what was written before is whole.
-            sys.exit(_told(error, FAILED))
+            sys.exit(_told(in_words(error), FAILED))
         except KeyboardInterrupt:
             sys.exit(130)
 
     return command
 
 
-def _told(error: BaseException, code: int) -> int:
+def _told(error: BaseException | str, code: int) -> int:
     print(f"{Path(sys.argv[0]).name}: {one_line(error)}", file=sys.stderr)
     return code
 
@@ -232,37 +234,6 @@ def load_target(where: str, target: str) -> type:
     if not isinstance(found, type):
         raise UserError(f"{where}._target_={target} is not a class of {module}")
     return found
-
-
-def take_folder(folder: Path, typed: bool) -> Path:
-    """Makes the run folder, for this process alone; returns its path.
-
-    A dated name that exists gets -2, -3. One that the user typed is used where absent or empty. Raises UserError where
-    it holds something already, or cannot be made.
-    """
-    try:
-        with made_for_success(folder):
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            if typed:
-                folder.mkdir(exist_ok=True)
-                if any(folder.iterdir()):
-                    raise UserError(
-                        f"the folder {folder} holds something already: go on with a run by resume={folder}, "
-                        "or give another hydra.run.dir"
-                    )
-                return folder
-            taken, number = folder, 1
-            while True:
-                try:
-                    taken.mkdir()
-                    return taken
-                except FileExistsError:
-                    number += 1
-                    taken = folder.with_name(f"{folder.name}-{number}")
-    except OSError as error:
-        raise UserError(
-            f"the output folder {folder} can't be made ({error.strerror}): give another by hydra.run.dir=FOLDER"
-        ) from error
 
 
 def quoted(value: str | Path) -> str:

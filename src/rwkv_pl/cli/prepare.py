@@ -58,10 +58,18 @@ class Prepared:
     done_steps: int
     ended: str | None
 
-    @property
-    def finished(self) -> bool:
-        """Has the run that is resumed made all its steps?"""
-        return 0 < self.max_steps <= self.done_steps
+    def over(self, settings: bool) -> str | None:
+        """How the run that is resumed has ended, in words; None where something is left to do.
+
+        settings: are other ones given than it had? They may prolong a run that something else ended than its length.
+        """
+        after = f"after {self.done_steps:,} steps"
+        if self.ended and 0 < self.max_steps <= self.done_steps:
+            return f"{after}; a trainer.max_steps above that prolongs it"
+        if self.ended in ("time", "early stop") and not settings:
+            by = "trainer.max_time" if self.ended == "time" else "an early stop"
+            return f"by {by}, {after}; another setting of it prolongs it"
+        return None
 
     def length(self) -> str:
         """How long the run is, in words."""
@@ -109,6 +117,7 @@ def prepare(config: Train, cwd: Path, resume_from: Path | None) -> Prepared:
         vocabulary=data.vocabulary.to_dict(),
         bytes_per_token=torch.from_numpy(data.vocabulary.bytes_per_token) if data.vocabulary.size > 256 else None,
         corpus=data.corpus.digest,
+        skip_nonfinite=config.skip_nonfinite,
     )
     # Built for their errors, here where no folder is made yet; the run builds its own.
     module.configure_optimizers()
@@ -288,6 +297,7 @@ def _quiet() -> None:
         ".*Checkpoint directory .* exists.*",
         ".*ended before the epoch ended and your dataloader is not resumable.*",
         ".*recommended to use .*sync_dist=True.*",
+        ".*callbacks used to create the checkpoint need to be provided.*",
     ):
         warnings.filterwarnings("ignore", message=message)
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"

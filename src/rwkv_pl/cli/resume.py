@@ -70,6 +70,16 @@ class StoredRun:
             _apply(config, entry)
         return config
 
+    def _composed(self, told: list[str]) -> DictConfig:
+        """Of all that was ever told the run; values of a file that is no longer chosen fall away with it."""
+        overrides = [o for o in parse_overrides(told) if not o.key_or_group.startswith("hydra")]
+        choices = compose([o.input_line or "" for o in overrides if is_group_choice(o)], self.config_dir)
+
+        def there(override: Override) -> bool:
+            return is_group_choice(override) or OmegaConf.select(choices, override.key_or_group, default=...) is not ...
+
+        return compose([o.input_line or "" for o in overrides if there(o)], self.config_dir)
+
     def resumed_with(self, later: Sequence[Override]) -> tuple[Train, dict[str, Any]]:
         """The config with later overrides, checked, and what is to be kept of them. Raises UserError."""
         before = self.config()
@@ -78,8 +88,8 @@ class StoredRun:
         choices = [override for override in later if is_group_choice(override)]
         if choices:
             told = self.overrides + [text for earlier in self.resumes for text in earlier["overrides"]]
-            then = _leaves(compose(_without_hydra(told), self.config_dir))
-            now = _leaves(compose(_without_hydra(told) + [o.input_line or "" for o in choices], self.config_dir))
+            then = _leaves(self._composed(told))
+            now = _leaves(self._composed(told + [o.input_line or "" for o in choices]))
             entry["remove"] = sorted(then.keys() - now.keys())
             entry["set"] = {key: value for key, value in now.items() if key not in then or then[key] != value}
         _apply(config, entry)
@@ -103,10 +113,6 @@ class StoredRun:
             file.write(yaml.safe_dump(self.resumes, sort_keys=False).encode())
 
 
-def _without_hydra(overrides: Sequence[str]) -> list[str]:
-    return [o.input_line or "" for o in parse_overrides(overrides) if not o.key_or_group.startswith("hydra")]
-
-
 def _leaves(config: Any, prefix: str = "") -> dict[str, Any]:
     """Dotted key to value, Hydra's own part left out."""
     if isinstance(config, DictConfig):
@@ -124,9 +130,12 @@ def _leaves(config: Any, prefix: str = "") -> dict[str, Any]:
 
 def _apply(config: DictConfig, entry: dict[str, Any]) -> None:
     for key in entry["remove"]:
-        parent, _, name = key.rpartition(".")
-        node = OmegaConf.select(config, parent) if parent else config
-        if isinstance(node, DictConfig):
-            node.pop(name, None)
+        while key:
+            parent, _, name = key.rpartition(".")
+            node = OmegaConf.select(config, parent) if parent else config
+            if isinstance(node, DictConfig):
+                node.pop(name, None)
+            # A mapping goes with the last that it held.
+            key = "" if node else parent
     for key, value in entry["set"].items():
         OmegaConf.update(config, key, value, merge=False, force_add=True)

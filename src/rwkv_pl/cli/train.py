@@ -19,6 +19,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig
 
 from rwkv_pl.cli import app
+from rwkv_pl.cli.folder import is_first_process, latest_run, locked, take_folder
 from rwkv_pl.cli.resume import StoredRun
 from rwkv_pl.config import DamagedError, Train, UserError
 from rwkv_pl.files import publish
@@ -47,7 +48,11 @@ def main() -> None:
     elif resume is not None:
         if args.config_dir:
             raise UserError("resume= reads the --config-dir that the run started with: leave it out")
-        _resume(Path(str(resume)).absolute(), [o for o in overrides if o.key_or_group != "resume"])
+        folder = latest_run(Path("outputs").absolute()) if resume == "latest" else Path(str(resume)).absolute()
+        # Lightning starts the processes of further devices by the same words, which must mean the same run.
+        sys.argv = [argument for argument in sys.argv if argument != "resume=latest"]
+        sys.argv += [f"resume={app.quoted(folder)}"] if resume == "latest" else []
+        _resume(folder, [o for o in overrides if o.key_or_group != "resume"])
     else:
         _start(argv, overrides, args.config_dir)
 
@@ -57,37 +62,47 @@ def _start(argv: Sequence[str], overrides: list[Override], config_dir: str | Non
     config = app.check(composed, overrides, config_dir)
     prepared = _prepare(config, Path.cwd())
     folder = Path(composed.hydra.run.dir).absolute()
-    if "LOCAL_RANK" not in os.environ:
-        folder = app.take_folder(folder, typed=any(o.key_or_group == "hydra.run.dir" for o in overrides))
-    _hydra_main(lambda _: _run(prepared, folder), [*argv, f"hydra.run.dir={app.quoted(folder)}"])
+    started = [*argv, f"hydra.run.dir={app.quoted(folder)}"]
+    if is_first_process() and "LOCAL_RANK" not in os.environ:
+        folder = take_folder(folder, typed=any(o.key_or_group == "hydra.run.dir" for o in overrides))
+        started[-1] = f"hydra.run.dir={app.quoted(folder)}"
+    elif not is_first_process():
+        started.append("hydra.output_subdir=null")
+    with locked(folder):
+        _hydra_main(lambda _: _run(prepared, folder), started)
 
 
 def _resume(folder: Path, later: list[Override]) -> None:
     stored = StoredRun(folder)
     settings = [o for o in later if not o.key_or_group.startswith("hydra")]
     config, entry = stored.resumed_with(settings)
-    last, previous = (folder / "checkpoints" / name for name in ("last.ckpt", "last.prev.ckpt"))
-    if not last.is_file():
-        raise UserError(f"resume={folder} has no checkpoints/last.ckpt yet: there is nothing to go on from")
-    try:
-        prepared = _prepare(config, stored.cwd, resume_from=last)
-    except DamagedError as error:
-        if not previous.is_file():
-            raise
-        print(f"{app.one_line(error)}; going on from {previous}, the one before it", file=sys.stderr)
-        prepared = _prepare(config, stored.cwd, resume_from=previous)
-    if prepared.finished:
-        print(f"{folder} is finished, after {prepared.done_steps:,} steps; a trainer.max_steps above that prolongs it")
-        return
-    if prepared.ended == "early" and not settings:
-        by = "trainer.max_time or a callback"
-        print(f"{folder} is finished, by {by}, after {prepared.done_steps:,} steps; another setting of it prolongs it")
-        return
-    if "LOCAL_RANK" not in os.environ:
-        stored.keep(entry)
-    hydra_part = [str(o.input_line) for o in later if o.key_or_group.startswith("hydra")]
-    argv = [*hydra_part, f"hydra.run.dir={app.quoted(folder)}", "hydra.output_subdir=null"]
-    _hydra_main(lambda _: _run(prepared, folder), argv)
+    with locked(folder):
+        prepared = _prepare_resumed(config, stored)
+        if told := prepared.over(settings=bool(settings)):
+            print(f"{folder} is finished, {told}")
+            return
+        if is_first_process():
+            stored.keep(entry)
+        hydra_part = [str(o.input_line) for o in later if o.key_or_group.startswith("hydra")]
+        argv = [*hydra_part, f"hydra.run.dir={app.quoted(folder)}", "hydra.output_subdir=null"]
+        _hydra_main(lambda _: _run(prepared, folder, resumed=True), argv)
+
+
+def _prepare_resumed(config: Train, stored: StoredRun) -> "Prepared":
+    """From last.ckpt, or where that is damaged the one before it; from step 0 where there is none yet."""
+    names = ("last.ckpt", "last.prev.ckpt")
+    checkpoints = [path for name in names if (path := stored.folder / "checkpoints" / name).is_file()]
+    if not checkpoints:
+        print(f"{stored.folder} has no checkpoint yet: it starts at step 0", file=sys.stderr)
+        return _prepare(config, stored.cwd)
+    for path, before in zip(checkpoints, [*checkpoints[1:], None], strict=True):
+        try:
+            return _prepare(config, stored.cwd, resume_from=path)
+        except DamagedError as error:
+            if before is None:
+                raise
+            print(f"{app.one_line(error)}; going on from {before}, the one before it", file=sys.stderr)
+    raise AssertionError
 
 
 def _sweep(argv: Sequence[str], overrides: list[Override], config_dir: str | None) -> None:
@@ -95,11 +110,12 @@ def _sweep(argv: Sequence[str], overrides: list[Override], config_dir: str | Non
     composed = app.compose(first_job, config_dir)
     app.check(composed, app.parse_overrides(first_job), config_dir)
     typed = any(o.key_or_group == "hydra.sweep.dir" for o in overrides)
-    folder = app.take_folder(Path(composed.hydra.sweep.dir).absolute(), typed)
+    folder = take_folder(Path(composed.hydra.sweep.dir).absolute(), typed)
 
     def job(config: DictConfig) -> float:
         job_folder = Path(HydraConfig.get().runtime.output_dir)
-        return _run(_prepare(app.check(config), Path.cwd()), job_folder)
+        with locked(job_folder):
+            return _run(_prepare(app.check(config), Path.cwd()), job_folder)
 
     try:
         _hydra_main(job, [*argv, f"hydra.sweep.dir={app.quoted(folder)}"], multirun=True)
@@ -157,12 +173,15 @@ def _prepare(config: Train, cwd: Path, resume_from: Path | None = None) -> "Prep
     return prepare(config, cwd, resume_from)
 
 
-def _run(prepared: "Prepared", folder: Path) -> float:
-    """Trains in the run folder; returns the best validation's bits per byte, which a sweep minimises."""
+def _run(prepared: "Prepared", folder: Path, resumed: bool = False) -> float:
+    """Trains in the run folder; returns the best validation's bits per byte, which a sweep minimises.
+
+    resumed: the folder is that of a run which goes on, or starts again.
+    """
     from lightning.pytorch.callbacks import ModelCheckpoint
 
     from rwkv_pl.cli.prepare import build_callbacks, build_loggers, build_trainer
-    from rwkv_pl.training.faults import StopOnSignal
+    from rwkv_pl.training.faults import StopOnSignal, explained
     from rwkv_pl.training.history import History
     from rwkv_pl.training.progress import TrainingProgress, duration
     from rwkv_pl.training.sample import sample_tokens
@@ -172,7 +191,7 @@ def _run(prepared: "Prepared", folder: Path) -> float:
     history = History(folder, config.data.batch_size * config.data.ctx_len, prepared.baselines)
     progress = [TrainingProgress(history)] if config.trainer["enable_progress_bar"] else []
     callbacks = [history, *progress, *build_callbacks(config, folder), StopOnSignal()]
-    loggers = build_loggers(config, folder, prepared.done_steps if prepared.resume_from else None)
+    loggers = build_loggers(config, folder, prepared.done_steps if resumed else None)
     trainer = build_trainer(config, folder, prepared.max_steps, callbacks, loggers)
 
     if trainer.is_global_zero:
@@ -184,7 +203,10 @@ def _run(prepared: "Prepared", folder: Path) -> float:
         log.info(f"model   {model.name}, {model.n_layer} x {model.n_embd}, {size:,} parameters")
         log.info(f"length  {prepared.length()}")
     started = time.perf_counter()
-    trainer.fit(module, data, ckpt_path=prepared.resume_from, weights_only=True)
+    try:
+        trainer.fit(module, data, ckpt_path=prepared.resume_from, weights_only=True)
+    except Exception as error:
+        raise (explained(error, folder) or error) from error
     if not trainer.is_global_zero:
         return 0.0
 

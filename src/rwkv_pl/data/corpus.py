@@ -11,6 +11,7 @@ import urllib.request
 import zipfile
 import zlib
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 from typing import NamedTuple
 
@@ -169,8 +170,8 @@ def character_start(data: npt.NDArray[np.uint8], at: int) -> int:
 def file_digest(path: Path) -> str:
     """64 hex digits that say which content a file has, in a tenth of a second at most.
 
-    Below 64 MiB the SHA-256 of the content; from there on the SHA-256 of its size (8 bytes, little endian) and of 256
-    blocks of 64 KiB, evenly spaced from the first to the last: a change between those blocks is not seen.
+    Below 64 MiB the SHA-256 of the content; from there on the SHA-256 of its size (8 bytes, little endian) and of 1,024
+    blocks of 16 KiB, evenly spaced from the first to the last: a change between those blocks is not seen.
     """
     size = path.stat().st_size
     digest = hashlib.sha256()
@@ -180,9 +181,9 @@ def file_digest(path: Path) -> str:
                 digest.update(block)
         else:
             digest.update(size.to_bytes(8, "little"))
-            length = 1 << 16
-            for i in range(256):
-                file.seek((size - length) * i // 255)
+            length = 1 << 14
+            for i in range(1024):
+                file.seek((size - length) * i // 1023)
                 digest.update(file.read(length))
     return digest.hexdigest()
 
@@ -218,10 +219,10 @@ def _fetch_enwik8(path: Path, url: str, n_bytes: int, sha1: str) -> None:
     if by_hand.is_file():
         _unpack(by_hand, path, n_bytes, sha1, f"{by_hand} is not the archive of enwik8", "delete or replace it")
         return
-    # Left under this name by a download that was killed, or removed below, whatever happens.
+    # A download that broke off, or was killed, leaves it under this name and goes on from there at the next start.
     archive = path.with_name("enwik8.zip.partial")
+    _download(url, archive)
     try:
-        _download(url, archive)
         _unpack(archive, path, n_bytes, sha1, f"the download of {url} is not the archive of enwik8", "nothing was kept")
     finally:
         archive.unlink(missing_ok=True)
@@ -235,26 +236,36 @@ def _download(url: str, target: Path) -> None:
         f"place enwik8.zip from {ENWIK8_URL} in {target.parent.absolute()} by hand, "
         "or use data=stdlib, which needs no network"
     )
+    there = target.stat().st_size if target.is_file() else 0
     try:
-        response = urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS)
+        request = urllib.request.Request(url, headers={"Range": f"bytes={there}-"} if there else {})
+        response = urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS)
+    except urllib.error.HTTPError as error:
+        if error.code == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE and there:
+            return  # nothing is missing; whether it is right is seen when it is unpacked
+        raise UserError(f"cannot download {url}: {_reason(error)}; {instead}") from error
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise UserError(f"cannot download {url}: {_reason(error)}; {instead}") from error
+    if response.status != HTTPStatus.PARTIAL_CONTENT:
+        there = 0  # a server that sends the whole again
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with (
         response,
-        target.open("wb") as file,
+        target.open("ab" if there else "wb") as file,
         Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as progress,
     ):
         header = response.headers.get("Content-Length")
-        expected = int(header) if header and header.isdigit() else None
-        task = progress.add_task(f"downloading {url}", total=expected)
-        received = 0
+        expected = there + int(header) if header and header.isdigit() else None
+        received = there
+        task = progress.add_task(f"downloading {url}", total=expected, completed=received)
         while True:
             try:
                 block = response.read(1 << 16)
             except (OSError, http.client.HTTPException) as error:
-                raise UserError(f"the download of {url} broke off: {_reason(error)}; {instead}") from error
+                raise UserError(
+                    f"the download of {url} broke off: {_reason(error)}; start again, and it goes on; or {instead}"
+                ) from error
             if not block:
                 break
             file.write(block)
@@ -262,7 +273,8 @@ def _download(url: str, target: Path) -> None:
             progress.update(task, completed=received)
         if expected is not None and received != expected:
             raise UserError(
-                f"the download of {url} broke off after {received:,} of {expected:,} bytes: start again; or {instead}"
+                f"the download of {url} broke off after {received:,} of {expected:,} bytes: "
+                f"start again, and it goes on; or {instead}"
             )
 
 

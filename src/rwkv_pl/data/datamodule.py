@@ -4,6 +4,7 @@ A batch is one tensor, tokens (rows, T+1) int64, T = ctx_len: inputs the first T
 endless epoch that begins where the trainer's step says, so nothing about the data is ever saved.
 """
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ class TrainBatches(Dataset[Tensor]):
 
     def __getitem__(self, m: int) -> Tensor:
         n, a = divmod(m, self.accumulate)
+        self.file.check()
         tokens = self.file.split("train")
         starts = order.window_starts(
             n, seed=self.seed, n_tokens=len(tokens), ctx_len=self.ctx_len, batch_size=self.batch_size
@@ -65,11 +67,19 @@ class EvalBatches(Dataset[Tensor]):
     def __getitem__(self, i: int) -> Tensor:
         if i >= len(self):
             raise IndexError(f"batch {i} of {len(self)}")
+        self.file.check()
         first = (i * self.world_size + self.rank) * self.rows
         windows = order.read_eval_windows(
             self.file.tokens, self.lo, self.hi, ctx_len=self.ctx_len, first=first, rows=self.rows
         )
         return torch.from_numpy(windows)
+
+
+def _leave_signals_to_the_run(worker: int) -> None:
+    """Ctrl-C, and a signal to all processes, reach the workers too; the run ends them when it has saved."""
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 class CorpusDataModule(LightningDataModule):
@@ -183,6 +193,7 @@ class CorpusDataModule(LightningDataModule):
             sampler=sampler,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
+            worker_init_fn=_leave_signals_to_the_run if self.num_workers else None,
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
             # Its own: else each pass over a loader draws a number from the generator that dropout uses.
             generator=torch.Generator(),

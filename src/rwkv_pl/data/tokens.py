@@ -8,7 +8,6 @@ import functools
 import hashlib
 import itertools
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import numpy.typing as npt
 from filelock import FileLock
 
 from rwkv_pl.config import UserError
-from rwkv_pl.data.corpus import Corpus, Splits, character_start
+from rwkv_pl.data.corpus import Corpus, Splits, character_start, file_digest
 from rwkv_pl.files import cache_folder, publish, writing
 
 Tokens = npt.NDArray[np.unsignedinteger]
@@ -107,13 +106,22 @@ class Vocabulary:
         return f"Vocabulary({self.kind!r}, size={self.size})"
 
 
-@dataclass(frozen=True)
 class TokenFile:
-    """Ids one after the other in a file, and the ranges of the splits, in tokens."""
+    """Ids one after the other in a file, and the ranges of the splits, in tokens.
 
-    path: Path
-    dtype: np.dtype[np.unsignedinteger]
-    splits: Splits
+    digest: of the file's content, by ``file_digest``.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        dtype: np.dtype[np.unsignedinteger],
+        splits: Splits,
+        digest: str,
+        stamp: tuple[int, int] | None = None,
+    ) -> None:
+        self.path, self.dtype, self.splits, self.digest = path, dtype, splits, digest
+        self._stamp = stamp or _stamp(path)
 
     @functools.cached_property
     def tokens(self) -> Tokens:
@@ -125,9 +133,29 @@ class TokenFile:
         lo, hi = getattr(self.splits, name)
         return self.tokens[lo:hi]
 
+    def check(self) -> None:
+        """Raises UserError where the file is no longer the one that was opened; asks for its size and time alone."""
+        try:
+            stamp = _stamp(self.path)
+            if stamp == self._stamp:
+                return
+            if stamp[0] == self._stamp[0] and file_digest(self.path) == self.digest:
+                self._stamp = stamp
+                return
+            how = f"{self._stamp[0]:,} bytes before, {stamp[0]:,} now" if stamp[0] != self._stamp[0] else "other bytes"
+        except OSError as error:
+            how = str(error.strerror)
+        raise UserError(f"the data file {self.path} has changed under the run ({how}): put back the text that it was")
+
     def __reduce__(self) -> tuple[Any, ...]:
         # To a worker process goes the name: a memory map would be sent as the whole content.
-        return TokenFile, (self.path, self.dtype, self.splits)
+        return TokenFile, (self.path, self.dtype, self.splits, self.digest, self._stamp)
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    """Size and time of change."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
 
 
 def build_vocabulary(kind: str, corpus: Corpus) -> Vocabulary:
@@ -139,16 +167,16 @@ def build_vocabulary(kind: str, corpus: Corpus) -> Vocabulary:
         return Vocabulary(kind)
     path = cache_folder() / "tokens" / f"char-{_digest(_source(corpus))[:16]}.json"
     with writing(path.parent), FileLock(path.with_suffix(".lock")):
-        if not path.is_file():
+        stored = _read(path)
+        if stored is None:
             seen = np.zeros(0x110000, bool)
             data = np.memmap(corpus.path, np.uint8, mode="r")
             train = _character_splits(corpus, data).train
             for lo, hi in _chunks(data, *train):
                 seen[_long_characters(data[lo:hi])[2]] = True
-            found = Vocabulary("char", "".join(map(chr, np.flatnonzero(seen))))
-            with publish(path) as file:
-                file.write(json.dumps(found.to_dict()).encode())
-        return Vocabulary.from_dict(json.loads(path.read_bytes()))
+            stored = Vocabulary("char", "".join(map(chr, np.flatnonzero(seen)))).to_dict()
+            _write(path, stored)
+        return Vocabulary.from_dict(stored)
 
 
 def open_tokens(corpus: Corpus, vocabulary: Vocabulary) -> TokenFile:
@@ -157,13 +185,14 @@ def open_tokens(corpus: Corpus, vocabulary: Vocabulary) -> TokenFile:
     Where a split's edge would cut a character the split moves back to that character's start.
     """
     if vocabulary.kind == "byte":
-        return TokenFile(corpus.path, vocabulary.dtype, corpus.splits)
+        return TokenFile(corpus.path, vocabulary.dtype, corpus.splits, corpus.digest)
     key = _digest([*_source(corpus), vocabulary.digest])[:16]
     path = cache_folder() / "tokens" / f"{corpus.name}-{key}.{vocabulary.dtype.name}"
-    ends_path = path.with_suffix(".json")
+    about = path.with_suffix(".json")
     with writing(path.parent), FileLock(path.with_suffix(".lock")):
-        # The ranges are published last: where they are, the tokens are.
-        if not ends_path.is_file():
+        # Published last: where it is, the tokens are; and where they are not what it says, they are made again.
+        stored = _read(about)
+        if stored is None or not path.is_file() or file_digest(path) != stored["digest"]:
             data = np.memmap(corpus.path, np.uint8, mode="r")
             ends, count = [], 0
             with publish(path) as file:
@@ -173,10 +202,24 @@ def open_tokens(corpus: Corpus, vocabulary: Vocabulary) -> TokenFile:
                         file.write(ids.data)
                         count += len(ids)
                     ends.append(count)
-            with publish(ends_path) as file:
-                file.write(json.dumps(ends).encode())
-        train, val, test = json.loads(ends_path.read_bytes())
-    return TokenFile(path, vocabulary.dtype, Splits((0, train), (train, val), (val, test)))
+            stored = {"ends": ends, "digest": file_digest(path)}
+            _write(about, stored)
+        train, val, test = stored["ends"]
+        return TokenFile(path, vocabulary.dtype, Splits((0, train), (train, val), (val, test)), stored["digest"])
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    with publish(path) as file:
+        file.write(json.dumps({"content": content, "sum": _digest(content)}).encode())
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """What ``_write`` wrote there; None where that is not what the file holds."""
+    try:
+        stored = json.loads(path.read_bytes())
+        return stored["content"] if stored["sum"] == _digest(stored["content"]) else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def _long_characters(

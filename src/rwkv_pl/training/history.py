@@ -1,8 +1,13 @@
 """The record of a run: metrics.csv, loss.png, and the same figures to the loggers."""
 
+import contextlib
 import csv
 import io
+import math
+import os
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +15,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
+from rwkv_pl.config import UserError
 from rwkv_pl.files import publish
 from rwkv_pl.training.loss import bits_per_byte, count_bytes
 
@@ -55,6 +61,13 @@ class History(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._seconds_before = state_dict["seconds"]
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        # A checkpoint's step must not be on the disk without its rows.
+        if file := self.__dict__.get("_file"):
+            os.fsync(file.fileno())
+            for logger in trainer.loggers:
+                _named(logger.save, str(logger.save_dir))
+
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         self._started = self._drawn = time.perf_counter()
         self._timed_from, self._timed_step = self._started, trainer.global_step
@@ -63,15 +76,10 @@ class History(Callback):
             self.rows = read_rows(self.folder / "metrics.csv", up_to=trainer.global_step)
             self._file = _begin(self.folder / "metrics.csv", self.rows)
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
-        if self._logged(trainer):
-            gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
-            self._grad_norm = torch.nn.utils.get_total_norm(gradients)
-            self._lr = pl_module.current_lr
-
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Tensor, batch_idx: int) -> None:
         ended = not trainer.fit_loop.epoch_loop._should_accumulate()
-        if not self._logged(trainer, ended):
+        step = trainer.global_step + (not ended)  # the step of this micro-batch, counted from 1
+        if step % trainer.log_every_n_steps and step != 1:  # type: ignore[attr-defined]
             return
         n_bytes = count_bytes(batch[:, 1:], pl_module.bytes_per_token)
         self._sums.append(torch.stack([outputs["nats"], outputs["l2wrap"], n_bytes]))
@@ -81,15 +89,15 @@ class History(Callback):
         nats, pull, n_bytes = sums.tolist()
         tokens_per_micro_batch = batch[:, 1:].numel()
         self._sums = []
-        now, step = time.perf_counter(), trainer.global_step
+        now = time.perf_counter()
         self._write(
             trainer,
             {
                 "train/loss": nats,
                 "train/bits_per_byte": bits_per_byte(nats * tokens_per_micro_batch, n_bytes),
                 "train/l2wrap": pull,
-                "train/grad_norm": float(self._grad_norm),
-                "lr": self._lr,
+                "train/grad_norm": pl_module.grad_norm,
+                "lr": pl_module.used_lr,
                 "tokens_per_second": (step - self._timed_step) * self.tokens_per_step / (now - self._timed_from),
             },
         )
@@ -114,12 +122,8 @@ class History(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         if file := self.__dict__.pop("_file", None):
-            file.close()
-
-    def _logged(self, trainer: Trainer, step_counted: bool = False) -> bool:
-        """Is the step under way, or the one just counted, one to be logged? The first one always is."""
-        step = trainer.global_step + (not step_counted)
-        return step % trainer.log_every_n_steps == 0 or step == 1  # type: ignore[attr-defined]
+            with contextlib.suppress(OSError):  # of a full disk, again
+                file.close()
 
     def _seconds(self) -> float:
         return self._seconds_before + time.perf_counter() - self._started
@@ -132,9 +136,10 @@ class History(Callback):
             return
         self.rows.append(row)
         csv.DictWriter(self._file, COLUMNS).writerow(_rounded(row))
-        self._file.flush()
+        _named(self._file.flush, self.folder / "metrics.csv")
         for logger in trainer.loggers:
-            logger.log_metrics({name: value for name, value in row.items() if name != "step"}, step=step)
+            metrics = {name: value for name, value in row.items() if name != "step"}
+            _named(partial(logger.log_metrics, metrics, step=step), str(logger.save_dir))
 
     def _draw(self, trainer: Trainer) -> None:
         if trainer.is_global_zero and self.rows:
@@ -142,13 +147,26 @@ class History(Callback):
             self._drawn = time.perf_counter()
 
 
+def _named(write: Callable[[], Any], where: str | Path) -> None:
+    """Says where, when the disk refuses a write; a logger's own thread does not."""
+    try:
+        write()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, error.filename or str(where)) from error
+
+
 def read_rows(path: Path, up_to: int) -> list[dict[str, float]]:
     """The rows of a metrics.csv up to step `up_to`, without a torn last one; [] where there is no file."""
     if not path.is_file():
         return []
-    with path.open(newline="", encoding="utf-8") as file:
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
         whole = [line for line in file if line.endswith("\n")]
-    rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(whole)]
+    try:
+        rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(whole)]
+        if rows and not all("step" in row for row in rows):
+            raise ValueError("a row without its step")
+    except (ValueError, TypeError, csv.Error) as error:
+        raise UserError(f"{path} is damaged ({error}): move it away, and a new one is begun") from error
     return [row for row in rows if row["step"] <= up_to]
 
 
@@ -159,8 +177,10 @@ def draw(rows: list[dict[str, float]], path: Path, baselines: dict[str, float]) 
 
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     axes = figure.add_subplot(xlabel="tokens", ylabel="bits per byte")
-    train = [(row["tokens"], row["train/bits_per_byte"]) for row in rows if "train/bits_per_byte" in row]
-    val = [(row["tokens"], row["val/bits_per_byte"]) for row in rows if "val/bits_per_byte" in row]
+    train, val = (
+        [(row["tokens"], row[name]) for row in rows if math.isfinite(row.get(name, math.nan))]
+        for name in ("train/bits_per_byte", "val/bits_per_byte")
+    )
     if train:
         tokens, bits = zip(*train, strict=True)
         axes.plot(tokens, bits, color="tab:blue", alpha=0.25, linewidth=1)

@@ -5,18 +5,23 @@ B  batch, the rows of a micro-batch    T  time, ctx_len    V  vocab_size
 
 import hashlib
 import importlib
+import logging
+import math
 from dataclasses import asdict
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import Timer, WeightAveraging
 from torch import Tensor
 from torch.optim import Optimizer
 
-from rwkv_pl.config import Optim, Schedule
+from rwkv_pl.config import Optim, RunError, Schedule
 from rwkv_pl.model import VERSIONS
 from rwkv_pl.training.loss import IGNORED, bits_per_byte, count_bytes, cross_entropy, l2wrap, split_tokens
 from rwkv_pl.training.optim import build_optimizer, learning_rate, parameter_groups, write_numbers
+
+log = logging.getLogger(__name__)
 
 CHECKPOINT_FORMAT = 1
 
@@ -30,6 +35,9 @@ class LitRWKV(LightningModule):
     vocabulary:      plain JSON types, carried in every checkpoint.
     bytes_per_token: (V,) int64, for bits per byte; None: each token is one byte.
     corpus:          a digest of the text, carried in every checkpoint, so that no other is taken for it at a resume.
+    skip_nonfinite:  how many batches with a NaN or Inf loss or gradient a run leaves out; the next one raises RunError.
+
+    After each optimizer step `grad_norm` is its gradient's norm before clipping, and `used_lr` its learning rate.
     """
 
     def __init__(
@@ -42,6 +50,7 @@ class LitRWKV(LightningModule):
         vocabulary: dict[str, Any] | None = None,
         bytes_per_token: Tensor | None = None,
         corpus: str | None = None,
+        skip_nonfinite: int = 0,
     ) -> None:
         super().__init__()
         self.model = model
@@ -50,6 +59,10 @@ class LitRWKV(LightningModule):
         self.seed = seed
         self.vocabulary = vocabulary
         self.corpus = corpus
+        self.skip_nonfinite = skip_nonfinite
+        self.skipped = 0
+        self.grad_norm = self.used_lr = math.nan
+        self._loss: Tensor | float = 0.0
         self.bytes_per_token: Tensor | None
         self.register_buffer("bytes_per_token", bytes_per_token, persistent=False)
 
@@ -66,7 +79,9 @@ class LitRWKV(LightningModule):
         logits, _ = self.model(inputs)
         nats = cross_entropy(logits, targets).mean()
         pull = l2wrap(logits)
-        return {"loss": nats + pull, "nats": nats.detach(), "l2wrap": pull.detach()}
+        loss = nats + pull
+        self._loss = self._loss + loss.detach()
+        return {"loss": loss, "nats": nats.detach(), "l2wrap": pull.detach()}
 
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
         # Dropout's masks are a function of the seed and the place in the run, so there is no generator to save.
@@ -143,6 +158,41 @@ class LitRWKV(LightningModule):
             # one that merely reaches max_steps does not.
             self.trainer.should_stop = True
 
+    def configure_gradient_clipping(
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Takes the gradient's norm, once, for the record, for the clipping, and to see whether it is a number."""
+        parameters = [parameter for parameter in self.parameters() if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        loss = torch.as_tensor(self._loss, device=norm.device) / self.trainer.accumulate_grad_batches
+        self._loss = 0.0
+        # float16's loss scaler probes for the largest scale, and itself leaves out the steps of the Inf that it makes.
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        if scaled and self.trainer.world_size > 1:
+            loss = self.trainer.strategy.reduce(loss, reduce_op="mean")
+        self.used_lr = self.current_lr
+        self.grad_norm, mean_loss = torch.stack([norm, loss.to(norm.dtype)]).tolist()
+        if not math.isfinite(mean_loss) or not (scaled or math.isfinite(self.grad_norm)):
+            self._leave_out(mean_loss)
+            for parameter in parameters:
+                parameter.grad = None  # an optimizer step without gradients changes nothing
+        elif gradient_clip_val and gradient_clip_algorithm == "norm":
+            torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def _leave_out(self, loss: float) -> None:
+        step = self.trainer.global_step
+        told = (
+            f"the {'gradient' if math.isfinite(loss) else 'loss'} of batch {step:,} is not finite "
+            f"(loss {loss:.4g}, gradient norm {self.grad_norm:.4g}, learning rate {self.used_lr:.3g})"
+        )
+        if self.skipped >= self.skip_nonfinite:
+            raise RunError(f"{told}: stopped before optimizer step {step + 1:,}, which it would have spoilt")
+        self.skipped += 1
+        if self.trainer.is_global_zero:
+            log.warning(f"{told}: left out, {self.skipped} of at most {self.skip_nonfinite}")
+
     # Checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -153,16 +203,29 @@ class LitRWKV(LightningModule):
             "vocabulary": self.vocabulary,
             "corpus": self.corpus,
             "finished": self._finished(),
+            "skipped": self.skipped,
         }
         self._rewind(checkpoint)
 
     def _finished(self) -> str | None:
-        """Why the run is over, where it is: by its length, or before it by max_time or a callback."""
+        """Why the run is over, where it is: length, time (trainer.max_time) or early stop (a callback's)."""
         if not self.trainer.should_stop:
             return None
-        return "length" if self.trainer.global_step == self.trainer.max_steps else "early"
+        if self.trainer.global_step == self.trainer.max_steps:
+            return "length"
+        left = [callback.time_remaining() for callback in self._callbacks if isinstance(callback, Timer)]
+        return "time" if any(seconds is not None and seconds <= 0 for seconds in left) else "early stop"
+
+    @property
+    def _callbacks(self) -> list[Callback]:
+        return self.trainer.callbacks  # type: ignore[attr-defined]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.skipped = checkpoint.get("rwkv_pl", {}).get("skipped", 0)
+        averaged = any(isinstance(callback, WeightAveraging) for callback in self._callbacks)
+        if "current_model_state" in checkpoint and not averaged:
+            # The averaging was taken off: the training goes on from the weights that it trained.
+            checkpoint["state_dict"] = checkpoint["current_model_state"]
         self._rewind(checkpoint)
 
     def _rewind(self, checkpoint: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """How a long run shows itself: a bar in a terminal, a plain line every ten seconds elsewhere."""
 
 import logging
+import sys
 import time
 from typing import Any
 
@@ -21,6 +22,16 @@ class ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         rich.get_console().print(self.format(record), markup=False, highlight=False, soft_wrap=True)
+
+
+class LogFile(logging.FileHandler):
+    """train.log, which raises what the disk refuses: logging's own prints a traceback and goes on without the line."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, self.baseFilename) from error
+        super().handleError(record)
 
 
 class TrainingProgress(ProgressBar):

@@ -1,0 +1,107 @@
+"""The run folder: one process's at a time, and found again."""
+
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from rwkv_pl.config import UserError
+from rwkv_pl.files import PARTIAL, in_words, made_for_success
+
+LOCK = ".lock"
+
+# Hydra writes this last of what a run starts from.
+STARTED = Path(".hydra", "overrides.yaml")
+
+
+def is_first_process() -> bool:
+    """Of the processes of one run, the one that makes, locks and describes its folder."""
+    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
+
+
+def take_folder(folder: Path, typed: bool) -> Path:
+    """Makes the run folder; returns its path.
+
+    A dated name that exists gets -2, -3. One that the user typed is used where absent, or empty but for what a start
+    leaves that was killed before it began. Raises UserError where it holds something, or cannot be made.
+    """
+    try:
+        with made_for_success(folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            if typed:
+                folder.mkdir(exist_ok=True)
+                if not _unused(folder):
+                    raise UserError(
+                        f"the folder {folder} holds something already: go on with a run by resume={folder}, "
+                        "or give another hydra.run.dir"
+                    )
+                return folder
+            taken, number = folder, 1
+            while True:
+                try:
+                    taken.mkdir()
+                    return taken
+                except FileExistsError:
+                    number += 1
+                    taken = folder.with_name(f"{folder.name}-{number}")
+    except OSError as error:
+        raise UserError(
+            f"the output folder {folder} can't be made ({error.strerror}): give another by hydra.run.dir=FOLDER"
+        ) from error
+
+
+def _unused(folder: Path) -> bool:
+    names = {path.name for path in folder.iterdir()}
+    return names <= {LOCK, ".hydra", "train.log"} and not (folder / STARTED).exists()
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds the run folder for this process; the lock dies with it, and its forked children do not keep it.
+
+    What a killed process was writing there is removed. Raises UserError where another process is at work in it. The
+    other processes of the same run do not ask.
+    """
+    if not is_first_process():
+        yield
+        return
+    path = folder / LOCK
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        holder = ""
+        with suppress(OSError):
+            holder = path.read_text()
+        raise UserError(f"{folder} is in use by {holder or 'another process'}: one run at a time") from None
+    except OSError as error:
+        raise UserError(f"{folder} can't be locked: {in_words(error)}") from error
+    try:
+        with suppress(OSError):  # who it is, is a courtesy; Windows lets nobody write in a locked file
+            path.write_text(f"process {os.getpid()} on {platform.node()}")
+        for place in (folder, folder / ".hydra", folder / "checkpoints"):
+            for left in place.glob("*" + PARTIAL):
+                left.unlink()
+        yield
+    finally:
+        with suppress(OSError):
+            path.write_text("")
+        lock.release()
+
+
+def latest_run(outputs: Path) -> Path:
+    """Of the runs below `outputs` that are neither finished nor in use, the one started last. Raises UserError."""
+    from rwkv_pl.weights import read_checkpoint
+
+    started = [path.parent.parent for path in outputs.glob("**/" + STARTED.as_posix())]
+    for folder in sorted(started, key=lambda folder: (folder / STARTED).stat().st_mtime_ns, reverse=True):
+        with suppress(UserError):
+            about = read_checkpoint(folder / "checkpoints" / "last.ckpt", checked=False).get("rwkv_pl", {})
+            if about.get("finished"):
+                continue
+        with suppress(UserError), locked(folder):
+            return folder
+    raise UserError(f"resume=latest: of {len(started)} runs in {outputs} none is both unfinished and not in use")

@@ -1,0 +1,105 @@
+"""rwkv-train in processes of their own, to be killed: forked from one that has imported all and run nothing.
+
+The imports of a command take five seconds, a fork takes none. Never from the tests' own process: after a torch
+operation with two threads in it a forked child hangs.
+"""
+
+import importlib
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from command import Result
+
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(
+    [
+        "matplotlib.backends.backend_agg",
+        "matplotlib.figure",
+        "rwkv_pl.cli.prepare",
+        "rwkv_pl.cli.train",
+        "rwkv_pl.training.faults",
+        "rwkv_pl.training.history",
+        "rwkv_pl.training.progress",
+        "rwkv_pl.training.sample",
+        "torch.utils.tensorboard",
+    ]
+)
+
+
+@dataclass
+class Strike:
+    """Does something at the n-th call of a function, before it or after it: place is "module:Class.name"."""
+
+    place: str
+    call: int
+    act: Callable[[], Any]
+    after: bool = False
+    calls: int = field(default=0, init=False)
+
+    def install(self) -> None:
+        module, _, path = self.place.partition(":")
+        owner: Any = importlib.import_module(module)
+        *parents, name = path.split(".")
+        for parent in parents:
+            owner = getattr(owner, parent)
+        whole = getattr(owner, name)
+
+        def struck(*args: Any, **kwargs: Any) -> Any:
+            self.calls += 1
+            if self.calls == self.call and not self.after:
+                self.act()
+            result = whole(*args, **kwargs)
+            if self.calls == self.call and self.after:
+                self.act()
+            return result
+
+        setattr(owner, name, struck)
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _command(folder: Path, arguments: Sequence[str], strikes: Sequence[Strike], environment: dict[str, str]) -> None:
+    os.chdir(folder)
+    os.environ.update(environment)
+    for stream, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    for strike in strikes:
+        strike.install()
+    sys.argv = ["rwkv-train", *arguments]
+    from rwkv_pl.cli.train import main
+
+    main()
+
+
+def start(folder: Path, *arguments: str, strikes: Sequence[Strike] = (), **environment: str) -> BaseProcess:
+    """Begins the command in `folder`."""
+    process = context.Process(target=_command, args=(folder, arguments, strikes, environment))
+    process.start()
+    return process
+
+
+def finish(process: BaseProcess, folder: Path, seconds: float = 90) -> Result:
+    """Waits for the command; the exit code is the signal's number, negative, where it died of one."""
+    process.join(seconds)
+    if process.exitcode is None:
+        process.kill()
+        raise AssertionError(f"the command hangs: {(folder / 'err').read_text()}")
+    return Result(process.exitcode, (folder / "out").read_text(), (folder / "err").read_text())
+
+
+def run(folder: Path, *arguments: str, strikes: Sequence[Strike] = (), **environment: str) -> Result:
+    """The command from beginning to end."""
+    return finish(start(folder, *arguments, strikes=strikes, **environment), folder)
