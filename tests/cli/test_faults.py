@@ -16,7 +16,7 @@ import torch
 from command import SMALL, TEXT, Result
 from forks import Strike, kill, terminate
 
-CORPUS = TEXT + "Fünf größere Bären äßen Öl. ".encode() * 100
+CORPUS = "Fünf größere Bären äßen Öl. ".encode() * 100 + TEXT
 
 RUN = (
     *SMALL,

@@ -5,6 +5,7 @@ import ctypes
 import logging
 import lzma
 import tempfile
+import threading
 import warnings
 import zlib
 from dataclasses import dataclass
@@ -300,4 +301,6 @@ def _quiet() -> None:
         ".*callbacks used to create the checkpoint need to be provided.*",
     ):
         warnings.filterwarnings("ignore", message=message)
+    # TensorBoard's thread: what the disk refused is raised again at its next figure.
+    threading.excepthook = lambda args: None if args.exc_type is OSError else threading.__excepthook__(args)
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"

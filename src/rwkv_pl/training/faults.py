@@ -154,7 +154,8 @@ def explained(error: Exception, folder: Path) -> RunError | None:
         chain: list[BaseException] = [error]
         while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
             chain.append(cause)
-        told = in_words(next((e for e in reversed(chain) if isinstance(e, OSError) and e.filename), error))
+        named = (e for e in reversed(chain) if isinstance(e, OSError) and e.filename)
+        told = in_words(next(named, OSError(error.errno, error.strerror, str(folder))))
     elif isinstance(error, UserError):
         # From a worker process it comes with that one's traceback.
         told = str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")

@@ -135,8 +135,7 @@ class History(Callback):
         if not trainer.is_global_zero:
             return
         self.rows.append(row)
-        csv.DictWriter(self._file, COLUMNS).writerow(_rounded(row))
-        _named(self._file.flush, self.folder / "metrics.csv")
+        _named(partial(_append, self._file, row), self.folder / "metrics.csv")
         for logger in trainer.loggers:
             metrics = {name: value for name, value in row.items() if name != "step"}
             _named(partial(logger.log_metrics, metrics, step=step), str(logger.save_dir))
@@ -218,6 +217,11 @@ def _begin(path: Path, rows: list[dict[str, float]]) -> Any:
     with publish(path) as file:
         file.write(text.getvalue().encode())
     return path.open("a", newline="", encoding="utf-8")
+
+
+def _append(file: Any, row: dict[str, float]) -> None:
+    csv.DictWriter(file, COLUMNS).writerow(_rounded(row))
+    file.flush()
 
 
 def _rounded(row: dict[str, float]) -> dict[str, str]:

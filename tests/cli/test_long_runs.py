@@ -1,0 +1,309 @@
+"""What a run of a week may meet: numbers that are none, a text that changes, a second start, strangers' files."""
+
+import os
+import shutil
+import time
+from pathlib import Path
+
+import forks
+import pytest
+import torch
+import yaml
+from command import SMALL
+from test_train import checkpoint, column, rows
+
+from rwkv_pl.cli.folder import locked
+from rwkv_pl.config import UserError
+from rwkv_pl.training import module
+from rwkv_pl.training.module import LitRWKV
+
+EVERY = ("trainer.log_every_n_steps=1", "trainer.max_steps=8", "callbacks.last.every_n_train_steps=2")
+
+
+@pytest.fixture
+def spoil(monkeypatch):
+    """spoil(3, 5): the losses of these micro-batches, from 1, are NaN; factor=1e38: their gradients alone are Inf."""
+    whole = module.l2wrap
+
+    def begin(*calls: int, factor: float = float("nan")) -> None:
+        count = 0
+
+        def l2wrap(logits):
+            nonlocal count
+            count += 1
+            pull = whole(logits)
+            if count not in calls:
+                return pull
+            return pull * factor if factor != factor else pull * factor - (pull * (factor - 1)).detach()
+
+        monkeypatch.setattr(module, "l2wrap", l2wrap)
+
+    return begin
+
+
+@pytest.mark.parametrize("factor", [float("nan"), 1e38])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_loss_or_gradient_that_is_no_number_stops_the_run_before_it_is_spoilt(
+    train, tmp_path, spoil, factor, accumulate
+):
+    spoil(5 * accumulate, factor=factor)  # of batch 4, the fifth
+    more = ("optim.lr=1e-2", f"trainer.accumulate_grad_batches={accumulate}", "hydra.run.dir=run")
+    result = train(*SMALL, *EVERY, *more)
+    assert (result.code, result.err.count("\n")) == (1, 1), result.err
+    for told in ("of batch 4 is not finite", "loss ", "gradient norm ", "learning rate 0.01", "optimizer step 5"):
+        assert told in result.err
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    assert f"the last checkpoint is {last} of step 4: rwkv-train resume={tmp_path / 'run'} goes on" in result.err
+    assert all(value.isfinite().all() for value in checkpoint(tmp_path / "run")["state_dict"].values())
+    assert [step for step, _ in column(tmp_path / "run", "train/loss")] == [1, 2, 3, 4]
+
+
+def test_batches_that_are_no_numbers_can_be_left_out(train, tmp_path, spoil, monkeypatch):
+    with monkeypatch.context() as then:
+        spoil(3, 5)
+        result = train(*SMALL, *EVERY, "skip_nonfinite=2", "trainer.max_steps=6", "hydra.run.dir=run")
+        then.undo()
+    assert result.code == 0, result.err
+    assert "left out, 2 of at most 2" in result.out
+    weights = {}
+    run = tmp_path / "run"
+    assert checkpoint(run)["rwkv_pl"]["skipped"] == 2
+    assert [value for _, value in column(run, "train/grad_norm")][2] == "nan"
+    assert (run / "loss.png").stat().st_size > 0
+    weights = checkpoint(run)["state_dict"]
+    assert all(value.isfinite().all() for value in weights.values())
+    steps = checkpoint(run)["optimizer_states"][0]["state"][0]["step"]
+    assert steps == 4
+    # Counted over the whole run: the third is one too many.
+    spoil(1)
+    result = train("resume=run", "trainer.max_steps=8")
+    assert (result.code, result.err.count("\n")) == (1, 1), result.err
+    assert "of batch 6 is not finite" in result.err
+
+
+def test_the_gradient_norm_is_read_once_a_step(train, tmp_path, monkeypatch):
+    calls = []
+    whole = torch.nn.utils.get_total_norm
+    monkeypatch.setattr(torch.nn.utils, "get_total_norm", lambda *a, **k: calls.append(1) or whole(*a, **k))
+    assert train(*SMALL, "trainer.accumulate_grad_batches=3", "trainer.max_steps=5").code == 0
+    assert len(calls) == 5
+
+
+def test_float16_scaling_may_meet_inf(train, tmp_path, spoil, monkeypatch):
+    """Its scaler probes for the largest scale: steps of Inf gradients are lawful, a loss of NaN is not."""
+    from lightning.pytorch.plugins import MixedPrecision
+
+    from rwkv_pl.cli import prepare
+
+    trainer = prepare.Trainer
+
+    def scaled(**arguments):
+        del arguments["precision"]
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+        arguments["plugins"] = [*arguments["plugins"], MixedPrecision("16-mixed", "cpu", scaler)]
+        return trainer(**arguments)
+
+    monkeypatch.setattr(prepare, "Trainer", scaled)
+    spoil(3, factor=1e38)
+    result = train(*SMALL, *EVERY, "hydra.run.dir=run")
+    assert result.code == 0, result.err
+    assert checkpoint(tmp_path / "run")["MixedPrecision"]["scale"] == 1.0
+    spoil(3)
+    result = train(*SMALL, *EVERY, "hydra.run.dir=next")
+    assert result.code == 1
+    assert "the loss of batch 2 is not finite" in result.err
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("change", ["shorter", "other", "gone", "touched"])
+def test_a_text_that_changes_under_the_run(train, tmp_path, monkeypatch, change, workers):
+    path, text = tmp_path / "corpus.txt", (tmp_path / "corpus.txt").read_bytes()
+    count = 0
+    whole = LitRWKV.training_step
+
+    def training_step(self, batch, batch_idx):
+        nonlocal count
+        count += 1
+        if count == 5:
+            new = {"shorter": text[:-1], "other": text.replace(b"a", b"b"), "touched": text}.get(change)
+            if new is None:
+                path.unlink()
+            else:
+                path.with_name("new").write_bytes(new)
+                path.with_name("new").replace(path)
+        return whole(self, batch, batch_idx)
+
+    monkeypatch.setattr(LitRWKV, "training_step", training_step)
+    result = train(*SMALL, *EVERY, f"data.num_workers={workers}", "trainer.max_steps=20", "hydra.run.dir=run")
+    if change == "touched":
+        assert result.code == 0, result.err
+        return
+    assert (result.code, result.err.count("\n")) == (1, 1), result.err
+    assert f"the data file {path} has changed under the run" in result.err
+    assert "goes on from it" in result.err
+    path.write_bytes(text)
+    result = train("resume=run")
+    assert result.code == 0, result.err
+    assert checkpoint(tmp_path / "run")["global_step"] == 20
+
+
+def test_a_second_start_in_a_folder_is_refused(train, tmp_path):
+    process = forks.start(tmp_path, *SMALL, "trainer.max_steps=100000", "hydra.run.dir=run", "data.num_workers=1")
+    run = tmp_path / "run"
+    end = time.monotonic() + 60
+    while not (run / "metrics.csv").exists():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    before = (run / ".hydra" / "config.yaml").read_bytes()
+    for arguments in (("resume=run",), ("resume=run", "optim.lr=1e-4")):
+        result = train(*arguments)
+        assert (result.code, result.err.count("\n")) == (2, 1)
+        assert f"{run} is in use by process {process.pid} on " in result.err
+    assert (run / ".hydra" / "config.yaml").read_bytes() == before
+    assert not (run / ".hydra" / "resumes.yaml").exists()
+    process.kill()
+    process.join()
+    killed = time.monotonic()
+    with locked(run):  # at once, though the worker process lives on for seconds
+        assert time.monotonic() - killed < 0.5
+        with pytest.raises(UserError, match=f"in use by process {os.getpid()}"), locked(run):
+            pass
+    (run / "left.partial").write_bytes(b"half")
+    (run / "checkpoints").mkdir(exist_ok=True)
+    (run / "checkpoints" / "last.ckpt.partial").write_bytes(b"half")
+    assert train("resume=run", "trainer.max_steps=1").code == 0
+    assert not list(run.rglob("*.partial"))
+
+
+def test_the_latest_run_is_resumed(train, tmp_path):
+    result = train("resume=latest")
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert f"of 0 runs in {tmp_path / 'outputs'} none is both unfinished and not in use" in result.err
+    for name, steps in (("a", 4), ("b", 3), ("c", 4), ("d", 4)):
+        run = tmp_path / "outputs" / "2026-01-01" / name
+        assert train(*SMALL, *EVERY, f"trainer.max_steps={steps}", f"hydra.run.dir={run}").code == 0
+        last = run / "checkpoints" / "last.ckpt"
+        if name in "ad":
+            last.with_name("last.prev.ckpt").replace(last)  # as killed before the end
+        elif name == "b":
+            shutil.rmtree(run / "checkpoints")  # before the first checkpoint
+    outputs = tmp_path / "outputs" / "2026-01-01"
+    with locked(outputs / "d"):
+        # c is finished, d in use
+        result = train("resume=latest")
+        assert result.code == 0, result.err
+        assert f"{outputs / 'b'} has no checkpoint yet: it starts at step 0" in result.err
+    assert train("resume=latest").code == 0
+    assert checkpoint(outputs / "d")["global_step"] == 4
+    assert train("resume=latest").code == 0
+    assert checkpoint(outputs / "a")["global_step"] == 4
+    assert train("resume=latest").code == 2
+
+
+@pytest.mark.parametrize("reason", ["length", "time", "early stop"])
+def test_a_checkpoint_says_why_its_run_is_over(train, tmp_path, reason):
+    more = {
+        "length": (),
+        "time": ("trainer.max_steps=-1", "trainer.max_time=00:00:00:01"),
+        "early stop": (
+            "callbacks=[default,early_stopping]",
+            "callbacks.early_stopping.patience=1",
+            "optim.lr=1e-30",
+            "trainer.val_check_interval=1",
+            "trainer.max_steps=50",
+        ),
+    }[reason]
+    assert train(*SMALL, *more, "hydra.run.dir=run").code == 0
+    assert checkpoint(tmp_path / "run")["rwkv_pl"]["finished"] == reason
+    result = train("resume=run")
+    assert (result.code, "is finished" in result.out) == (0, True)
+
+
+def test_the_score_to_beat_is_that_of_the_file(train, tmp_path, caplog):
+    every = ("trainer.val_check_interval=2", "trainer.max_steps=6", "hydra.run.dir=run")
+    assert train(*SMALL, *EVERY, *every).code == 0
+    checkpoints = tmp_path / "run" / "checkpoints"
+    best = torch.load(checkpoints / "best.ckpt", weights_only=True)
+    key = next(name for name in best["callbacks"] if name.startswith("BestCheckpoint"))
+
+    def score_of_last():
+        return checkpoint(tmp_path / "run")["callbacks"][key]["best_model_score"]
+
+    # Better than what last.ckpt knows: as where a run was killed between the two.
+    best["callbacks"][key]["best_model_score"] = torch.tensor(0.5, dtype=torch.float64)
+    torch.save(best, checkpoints / "best.ckpt")
+    assert train("resume=run", "trainer.max_steps=8").code == 0
+    assert score_of_last() == 0.5
+    assert checkpoint(tmp_path / "run", "best.ckpt")["global_step"] == 6
+    # Cut short, and gone: the next validation writes it.
+    for steps in (10, 12):
+        if steps == 10:
+            (checkpoints / "best.ckpt").write_bytes((checkpoints / "best.ckpt").read_bytes()[:-50])
+        else:
+            (checkpoints / "best.ckpt").unlink()
+        result = train("resume=run", f"trainer.max_steps={steps}")
+        assert result.code == 0, result.err
+        assert ("tells no score to beat" in result.out) == (steps == 10)
+        assert checkpoint(tmp_path / "run", "best.ckpt")["global_step"] in (steps - 1, steps)
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.system, (f"touch {Path.cwd()}/executed",)
+
+
+@pytest.mark.parametrize("name", ["last.ckpt", "best.ckpt", "both"])
+def test_a_strangers_checkpoint_runs_nothing(train, tmp_path, name):
+    assert train(*SMALL, *EVERY, "hydra.run.dir=run").code == 0
+    checkpoints = tmp_path / "run" / "checkpoints"
+    content = torch.load(checkpoints / "last.ckpt", weights_only=True)
+    for file in ("last.ckpt", "best.ckpt") if name == "both" else (name,):
+        (checkpoints / file).unlink()
+        torch.save(content | {"hostile": Hostile()}, checkpoints / file)
+    (checkpoints / "last.prev.ckpt").unlink()
+    result = train("resume=run", "trainer.max_steps=9")
+    assert result.code == (0 if name == "best.ckpt" else 2)
+    assert train(*SMALL, f"weights=run/checkpoints/{'last.ckpt' if name == 'both' else name}").code in (0, 2)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"callbacks": {"x": {"_target_": "os.system", "command": "touch executed"}}},
+        {"callbacks": {"x": {"_target_": "lightning.pytorch.callbacks.model_checkpoint.os.system", "command": "x"}}},
+        {"optim": {"_target_": "torch.optim.optimizer.torch.hub.load", "lr": 1.0}},
+        {"data": {"_target_": "os.system", "name": "text", "path": "corpus.txt"}},
+        {"trainer": {"profiler": {"_target_": "os.system", "command": "touch executed"}}},
+        {"logger": {"x": {"_target_": "subprocess.run", "args": "touch executed"}}},
+        {"seed": "${oc.decode:'!!python/object/apply:os.system [touch executed]'}"},
+    ],
+)
+def test_a_strangers_settings_run_nothing(train, tmp_path, change):
+    assert train(*SMALL, "hydra.run.dir=run").code == 0
+    path = tmp_path / "run" / ".hydra" / "config.yaml"
+    config = yaml.safe_load(path.read_text())
+    for group, values in change.items():
+        config[group] = config[group] | values if isinstance(values, dict) else values
+    path.write_text(yaml.safe_dump(config))
+    result = train("resume=run", "trainer.max_steps=9")
+    assert (result.code, result.err.count("\n")) == (2, 1), result.err
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_strangers_yaml_is_plain_data(train, tmp_path):
+    assert train(*SMALL, "hydra.run.dir=run").code == 0
+    for name in ("config.yaml", "hydra.yaml", "overrides.yaml", "resumes.yaml"):
+        path = tmp_path / "run" / ".hydra" / name
+        before = path.read_bytes() if path.exists() else None
+        path.write_text(f"x: !!python/object/apply:os.system ['touch {tmp_path}/executed']\n")
+        result = train("resume=run", "trainer.max_steps=9")
+        assert (result.code, result.err.count("\n")) == (2, 1), (name, result.err)
+        path.unlink() if before is None else path.write_bytes(before)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_rows_go_on_without_gaps(train, tmp_path):
+    assert train(*SMALL, *EVERY, "trainer.max_steps=4", "hydra.run.dir=run").code == 0
+    assert train("resume=run", "trainer.max_steps=8").code == 0
+    assert [int(row["step"]) for row in rows(tmp_path / "run")] == [1, 2, 3, 4, 4, 5, 6, 7, 8, 8]
