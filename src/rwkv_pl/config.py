@@ -203,6 +203,7 @@ def check_trainer(trainer: dict[str, Any], defaults: dict[str, Any]) -> None:
         if value is None and (defaults[key] is None or key in TRAINER_NULLABLE):
             continue
         check_kind(f"trainer.{key}", value, kinds)
+    trainer = defaults | trainer
     for key in ("max_steps", "max_epochs"):
         if trainer[key] is not None and trainer[key] < 1 and trainer[key] != -1:
             raise UserError(f"trainer.{key} must be at least 1, or -1 for no limit, got {trainer[key]}")

@@ -31,12 +31,23 @@ def load_weights(source: str | Path) -> tuple[nn.Module, Vocabulary | None]:
     """
     path = checkpoint_path(Path(source))
     content = read_checkpoint(path)
+    try:
+        return _built(content, path)
+    except UserError:
+        raise
+    except Exception as error:  # what was made by hand, or is damaged, can fail in any way
+        raise DamagedError(f"{path} does not hold a whole model ({_first_sentence(error)})") from error
+
+
+def _built(content: dict[str, Any], path: Path) -> tuple[nn.Module, Vocabulary | None]:
     if "rwkv_pl" in content:
         about = content["rwkv_pl"]
         check_about(about, path)
         weights = _model_part(content["state_dict"])
         name, config = about["model"], about["config"]
         vocabulary = Vocabulary.from_dict(about["vocabulary"]) if about["vocabulary"] else None
+        if vocabulary and vocabulary.size != config["vocab_size"]:
+            raise DamagedError(f"{path}: its vocabulary has {vocabulary.size} tokens, its model {config['vocab_size']}")
     else:
         weights, vocabulary = content, None
         name = version_of(weights, path)
@@ -97,10 +108,14 @@ def read_checkpoint(path: Path, checked: bool = True) -> dict[str, Any]:
 
 def check_about(about: dict[str, Any], path: Path) -> None:
     """Raises UserError for a checkpoint of a later format, or of a model version that is not known here."""
-    if not isinstance(about, dict) or "format" not in about:
+    if not isinstance(about, dict) or not isinstance(about.get("format"), int):
         raise DamagedError(f"{path} is not a whole checkpoint: it does not say what it holds")
     if about["format"] != 1:
         raise UserError(f"{path} has checkpoint format {about['format']}, this rwkv_pl reads 1: install a newer one")
+    kinds = {"model": str, "config": dict, "vocabulary": dict | None, "finished": str | None}
+    optional = {name: kind for name, kind in {"past": dict, "skipped": int}.items() if name in about}
+    if not all(isinstance(about.get(name, ...), kind) for name, kind in (kinds | optional).items()):
+        raise DamagedError(f"{path} is not a whole checkpoint: it does not say what it holds")
     if about["model"] not in VERSIONS:
         raise UserError(f"{path} holds a {about['model']} model; known here: {', '.join(VERSIONS)}")
 

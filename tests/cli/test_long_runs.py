@@ -1,5 +1,6 @@
 """What a run of a week may meet: numbers that are none, a text that changes, a second start, strangers' files."""
 
+import errno
 import os
 import shutil
 import time
@@ -14,7 +15,7 @@ from test_train import checkpoint, column, rows
 
 from rwkv_pl.cli.folder import locked
 from rwkv_pl.config import UserError
-from rwkv_pl.training import module
+from rwkv_pl.training import checkpoints, module
 from rwkv_pl.training.module import LitRWKV
 
 EVERY = ("trainer.log_every_n_steps=1", "trainer.max_steps=8", "callbacks.last.every_n_train_steps=2")
@@ -307,3 +308,60 @@ def test_rows_go_on_without_gaps(train, tmp_path):
     assert train(*SMALL, *EVERY, "trainer.max_steps=4", "hydra.run.dir=run").code == 0
     assert train("resume=run", "trainer.max_steps=8").code == 0
     assert [int(row["step"]) for row in rows(tmp_path / "run")] == [1, 2, 3, 4, 4, 5, 6, 7, 8, 8]
+
+
+def test_checkpoints_written_by_a_thread(train, tmp_path, monkeypatch):
+    """As on a GPU: the same run, and a full disk is told at the next step, or at the end."""
+    assert train(*SMALL, *EVERY, "hydra.run.dir=whole").code == 0
+    monkeypatch.setattr(checkpoints, "in_background", lambda checkpoint: True)
+    assert train(*SMALL, *EVERY, "hydra.run.dir=run").code == 0
+    for name in ("last.ckpt", "best.ckpt"):
+        expected, found = checkpoint(tmp_path / "whole", name)["state_dict"], checkpoint(tmp_path / "run", name)
+        assert all(torch.equal(value, found["state_dict"][key]) for key, value in expected.items())
+    whole = torch.save
+    for last in (False, True):
+        steps = []
+
+        def save(content, file, last=last, steps=steps):
+            steps.append(content["global_step"])
+            if content["global_step"] == (8 if last else 2):
+                raise OSError(errno.ENOSPC, "No space left on device")
+            whole(content, file)
+
+        monkeypatch.setattr(torch, "save", save)
+        result = train(*SMALL, *EVERY, f"hydra.run.dir=full{last}")
+        assert (result.code, result.err.count("\n")) == (1, 1), result.err
+        assert "disk full" in result.err and steps[-1] == (8 if last else 2)
+
+
+def test_what_a_checkpoint_says_of_the_past_is_held(train, tmp_path):
+    """Settings that were changed in the stored config itself."""
+    assert train(*SMALL, *EVERY, "hydra.run.dir=run").code == 0
+    path = tmp_path / "run" / ".hydra" / "config.yaml"
+    text = path.read_text()
+    for change in ("seed: 42", "batch_size: 6", "ctx_len: 16", "- 0.9\n", "n_embd: 16", "n_layer: 2"):
+        assert change in text
+        path.write_text(text.replace(change, "- 0.8\n  - 0.1\n" if "0.9" in change else change.replace("6", "8") + "1"))
+        result = train("resume=run", "trainer.max_steps=9")
+        assert (result.code, result.err.count("\n")) == (2, 1), (change, result.err)
+
+
+def test_a_checkpoint_of_the_first_days_is_read(train, tmp_path):
+    """Before they told the past, only the corpus."""
+    assert train(*SMALL, *EVERY, "hydra.run.dir=run").code == 0
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    content = torch.load(last, weights_only=True)
+    about = content["rwkv_pl"]
+    about["corpus"] = about.pop("past")["corpus"]
+    del about["skipped"]
+    content["callbacks"]["StopOnSignal"] = {"validation_due": False}
+    last.unlink()
+    torch.save(content, last)
+    assert train("resume=run", "trainer.max_steps=9").code == 0
+    about["format"] = 2
+    torch.save(content, last)
+    (last.with_name("last.prev.ckpt")).unlink()
+    for arguments in (("resume=run", "trainer.max_steps=10"), (*SMALL, f"weights={last}")):
+        result = train(*arguments)
+        assert (result.code, result.err.count("\n")) == (2, 1)
+        assert "has checkpoint format 2, this rwkv_pl reads 1: install a newer one" in result.err

@@ -1,7 +1,6 @@
 """rwkv-train, run as a person runs it, in small."""
 
 import csv
-import errno
 import json
 import subprocess
 import sys
@@ -264,16 +263,6 @@ def test_resume_has_a_config_dir_of_its_own(train, tmp_path):
     assert train(*SMALL, "hydra.run.dir=run").code == 0
     result = train("resume=run", "trainer.max_steps=6", f"--config-dir={tmp_path}")
     assert (result.code, result.err.count("\n")) == (2, 1)
-
-
-def test_a_full_disk_is_one_line(train, tmp_path, monkeypatch):
-    def refuse(*args, **kwargs):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("rwkv_pl.training.history.draw", refuse)
-    result = train(*SMALL)
-    assert result.code == 1
-    assert result.err.splitlines()[-1] == "rwkv-train: [Errno 28] No space left on device"
 
 
 def test_resume_refuses_another_corpus_and_takes_the_same_elsewhere(train, tmp_path):

@@ -1,11 +1,13 @@
 """Checkpoints on the disk: whole or not there, the one before kept, damage found."""
 
 import io
+import threading
 
 import pytest
 import torch
 
 from rwkv_pl.config import DamagedError
+from rwkv_pl.training import checkpoints
 from rwkv_pl.training.checkpoints import DurableCheckpointIO
 from rwkv_pl.weights import read_checkpoint
 
@@ -59,6 +61,48 @@ def test_a_full_disk_leaves_the_old_ones_whole(tmp_path, monkeypatch):
         plugin.save_checkpoint(checkpoint(3), tmp_path / "last.ckpt")
     monkeypatch.undo()
     assert steps(tmp_path) == {"last.ckpt": 2, "last.prev.ckpt": 2}
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Writes as of a model on a GPU; the thread waits for gpu.set()."""
+    go, write = threading.Event(), checkpoints._write
+
+    def later(*args):
+        assert threading.current_thread() is not threading.main_thread()
+        assert go.wait(10)
+        write(*args)
+
+    monkeypatch.setattr(checkpoints, "in_background", lambda checkpoint: True)
+    monkeypatch.setattr(checkpoints, "_write", later)
+    return go
+
+
+def test_a_gpu_goes_on_while_a_thread_writes(tmp_path, gpu):
+    plugin, content = DurableCheckpointIO(), checkpoint(1)
+    plugin.save_checkpoint(content, tmp_path / "best.ckpt")
+    plugin.poll()
+    assert not list(tmp_path.iterdir())
+    content["weights"].fill_(7)  # the next optimizer step
+    gpu.set()
+    plugin.wait()
+    assert float(read_checkpoint(tmp_path / "best.ckpt")["weights"].max()) == 1
+
+
+def test_an_error_of_the_thread_is_raised_at_the_next_step_and_at_the_end(tmp_path, gpu, monkeypatch):
+    def refuse(content, file):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", refuse)
+    gpu.set()
+    for ask in ("poll", "wait", "teardown"):
+        plugin = DurableCheckpointIO()
+        plugin.save_checkpoint(checkpoint(1), tmp_path / "last.ckpt")
+        plugin._thread.submit(lambda: None).result()  # behind the write
+        with pytest.raises(OSError, match="No space left"):
+            getattr(plugin, ask)()
+        plugin.teardown()
+    assert not list(tmp_path.iterdir())
 
 
 def test_every_flipped_bit_of_the_tensors_is_found(tmp_path):

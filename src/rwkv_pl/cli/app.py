@@ -176,8 +176,8 @@ def check(config: DictConfig, overrides: Sequence[Override] = (), config_dir: st
         for group in ("callbacks", "logger"):
             check_kinds(group, plain[group], OmegaConf.to_container(base[group]))
     defaults = trainer_defaults()
-    check_trainer(plain["trainer"], defaults)
     plain["trainer"] = defaults | plain["trainer"]
+    check_trainer(plain["trainer"], defaults)
     for group in ("callbacks", "logger"):
         for name, arguments in plain[group].items():
             if not isinstance(arguments, dict) or "_target_" not in arguments:

@@ -20,7 +20,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from torch import nn
 
 from rwkv_pl.cli.app import load_target, one_line
-from rwkv_pl.config import Train, UserError
+from rwkv_pl.config import DamagedError, Train, UserError
 from rwkv_pl.data.datamodule import CorpusDataModule, Enwik8DataModule, EvalBatches, StdlibDataModule
 from rwkv_pl.data.order import micro_batch_rows
 from rwkv_pl.data.tokens import Vocabulary
@@ -86,10 +86,11 @@ def prepare(config: Train, cwd: Path, resume_from: Path | None) -> Prepared:
     """Opens corpus and weights, and tries the settings out. Relative paths count from `cwd`. Raises UserError."""
     _quiet()
     keep_freed_memory()
-    done_steps, ended, loaded, vocabulary, corpus_digest = 0, None, None, None, None
-    if resume_from:
-        about, done_steps = _resumed_about(resume_from)
-        vocabulary, corpus_digest, ended = Vocabulary.from_dict(about["vocabulary"]), about["corpus"], about["finished"]
+    done_steps, ended, loaded, vocabulary = 0, None, None, None
+    content = _resumed(resume_from) if resume_from else None
+    if content:
+        about, done_steps = content["rwkv_pl"], content["global_step"]
+        vocabulary, ended = Vocabulary.from_dict(about["vocabulary"]), about["finished"]
     elif config.weights:
         loaded, vocabulary = load_weights(cwd / config.weights)
         if vocabulary and vocabulary.kind != config.data.vocab:
@@ -100,11 +101,18 @@ def prepare(config: Train, cwd: Path, resume_from: Path | None) -> Prepared:
     data = build_data(config, cwd, vocabulary)
     data.prepare_data()
     data.setup("fit")
-    if corpus_digest not in (None, data.corpus.digest):
-        raise UserError(
-            f"{data.corpus.path} is not the text that {resume_from} was trained on "
-            f"(digest {data.corpus.digest[:12]}, there {corpus_digest[:12]}): give that one by data.path"
-        )
+    past = {
+        "corpus": data.corpus.digest,
+        "seed": config.seed,
+        "data.batch_size": config.data.batch_size,
+        "data.ctx_len": config.data.ctx_len,
+        "data.split": [list(split) for split in data.corpus.splits],
+        "model.name": config.model.name,
+        "model.n_layer": config.model.n_layer,
+        "model.n_embd": config.model.n_embd,
+    }
+    if content and resume_from:
+        _agree(content["rwkv_pl"], past, data, resume_from)
     max_steps = run_length(config, data.steps_per_pass)
     if 0 < max_steps < done_steps and ended is None:
         raise UserError(f"the run is at step {done_steps:,} already, behind which {max_steps:,} steps would end it")
@@ -117,11 +125,14 @@ def prepare(config: Train, cwd: Path, resume_from: Path | None) -> Prepared:
         seed=config.seed,
         vocabulary=data.vocabulary.to_dict(),
         bytes_per_token=torch.from_numpy(data.vocabulary.bytes_per_token) if data.vocabulary.size > 256 else None,
-        corpus=data.corpus.digest,
+        past=past,
         skip_nonfinite=config.skip_nonfinite,
     )
     # Built for their errors, here where no folder is made yet; the run builds its own.
-    module.configure_optimizers()
+    optimizer = module.configure_optimizers()
+    if content and resume_from:
+        _try_on(content, module, optimizer, resume_from)
+        del content  # maps the file
     with tempfile.TemporaryDirectory() as nowhere:
         callbacks, loggers = build_callbacks(config, Path(nowhere)), build_loggers(config, Path(nowhere), None)
         trial = build_trainer(config, Path(nowhere), max_steps, callbacks, loggers)
@@ -160,13 +171,54 @@ def build_model(config: Train, vocab_size: int, loaded: nn.Module | None) -> nn.
     return model
 
 
-def _resumed_about(path: Path) -> tuple[dict[str, Any], int]:
-    """What a checkpoint says of itself, and its step."""
+def _resumed(path: Path) -> dict[str, Any]:
+    """The checkpoint that a run goes on from, what it says of itself checked. Raises UserError."""
     content = read_checkpoint(path)
     if "rwkv_pl" not in content:
         raise UserError(f"{path} was not written by rwkv-train: take it as weights={path}")
     check_about(content["rwkv_pl"], path)
-    return content["rwkv_pl"], content["global_step"]
+    if type(content.get("global_step")) is not int or content["global_step"] < 0:
+        raise DamagedError(f"{path} is not a whole checkpoint: it does not say its step")
+    return content
+
+
+def _agree(about: dict[str, Any], past: dict[str, Any], data: CorpusDataModule, path: Path) -> None:
+    """Raises UserError where the run so far, as its checkpoint tells it, was another one."""
+    before = about.get("past") or {"corpus": about.get("corpus")}
+    for key, there in before.items():
+        here = past.get(key)
+        if here is None or there is None or repr(here) == repr(there):
+            continue
+        if key == "corpus":
+            raise UserError(
+                f"{data.corpus.path} is not the text that {path} was trained on "
+                f"(digest {here[:12]}, there {str(there)[:12]}): give that one by data.path"
+            )
+        raise UserError(f"{key}={here} contradicts {path}, which was trained with {key}={there}")
+
+
+def _try_on(content: dict[str, Any], module: LitRWKV, optimizer: torch.optim.Optimizer, path: Path) -> None:
+    """Loads the checkpoint, so that one that does not fit is found before the run is touched. Raises DamagedError."""
+    try:
+        module.load_state_dict(content["state_dict"])
+        (state,) = content["optimizer_states"]
+        optimizer.load_state_dict(state)
+        kept = {tuple(of_parameter) for of_parameter in optimizer.state.values()}
+        moved = content["global_step"] > content["rwkv_pl"].get("skipped", 0)
+        if len(kept) > 1 or len(optimizer.state) != moved * len(list(module.parameters())):
+            raise ValueError("its optimizer knows only some of the parameters")
+        for parameter, of_parameter in optimizer.state.items():
+            for name, value in of_parameter.items():
+                # A fused step does not look, and writes past the end of what is too small.
+                if name.startswith(("exp_avg", "max_exp_avg")) and value.shape != parameter.shape:
+                    raise ValueError(f"{name} of {tuple(value.shape)} for a parameter of {tuple(parameter.shape)}")
+        for count in ("total", "current"):
+            content["loops"]["fit_loop"]["epoch_loop.batch_progress"][count].keys()
+        for name, of_callback in content["callbacks"].items():
+            if not isinstance(of_callback, dict):
+                raise TypeError(f"the state of {name} is a {type(of_callback).__name__}")
+    except Exception as error:
+        raise DamagedError(f"{path} does not fit this run ({one_line(error)[:200]})") from error
 
 
 def build_data(config: Train, cwd: Path, vocabulary: Vocabulary | None) -> CorpusDataModule:
@@ -245,10 +297,10 @@ def build_loggers(config: Train, folder: Path, resumed_step: int | None) -> list
 def _instantiate(where: str, arguments: dict[str, Any], folder: Path) -> Any:
     arguments = dict(arguments)
     target = load_target(where, arguments.pop("_target_"))
-    for key in ("dirpath", "save_dir"):
-        if arguments.get(key) is not None:
-            arguments[key] = str(folder / arguments[key])
     try:
+        for key in ("dirpath", "save_dir"):
+            if arguments.get(key) is not None:
+                arguments[key] = str(folder / arguments[key])
         return target(**arguments)
     except Exception as error:
         raise UserError(f"{where} refuses its settings: {one_line(error)}") from error

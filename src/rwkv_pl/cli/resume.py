@@ -39,29 +39,24 @@ class StoredRun:
         if not (folder / ".hydra" / "config.yaml").is_file():
             raise UserError(f"resume={folder} is no run folder: it holds no .hydra/config.yaml")
         try:
-            self.first: dict[str, Any] = self._read("config.yaml")
-            self.hydra = self._read("hydra.yaml")["hydra"]
-            self.overrides: list[str] = self._read("overrides.yaml") or []
-            self.resumes: list[dict[str, Any]] = self._read("resumes.yaml") or []
-        except (yaml.YAMLError, OSError, KeyError, TypeError) as error:
-            raise UserError(f"{folder}/.hydra is damaged: {' '.join(str(error).split())}") from error
+            self.first = self._read("config.yaml", dict)
+            self.hydra = self._read("hydra.yaml", dict)["hydra"]
+            self.overrides = [str(text) for text in self._read("overrides.yaml", list)]
+            self.resumes = self._read("resumes.yaml", list) if (folder / ".hydra" / "resumes.yaml").exists() else []
+            self.cwd = Path(self.hydra["runtime"]["cwd"])
+            """Where the run first started: relative paths count from there."""
+            sources = self.hydra["runtime"]["config_sources"]
+            self.config_dir = next((str(s["path"]) for s in sources if s["provider"] == "command-line"), None)
+            """The --config-dir of the first start."""
+            self.config()
+        except Exception as error:  # what is not what was written can fail in any way
+            raise UserError(f"{folder}/.hydra is damaged: {' '.join(str(error).split())[:200]}") from error
 
-    def _read(self, name: str) -> Any:
-        path = self.folder / ".hydra" / name
-        if name == "resumes.yaml" and not path.exists():
-            return []
-        return OmegaConf.to_container(OmegaConf.load(path)) if path.stat().st_size else None
-
-    @property
-    def cwd(self) -> Path:
-        """Where the run first started: relative paths count from there."""
-        return Path(self.hydra["runtime"]["cwd"])
-
-    @property
-    def config_dir(self) -> str | None:
-        """The --config-dir of the first start."""
-        sources = self.hydra["runtime"]["config_sources"]
-        return next((source["path"] for source in sources if source["provider"] == "command-line"), None)
+    def _read(self, name: str, kind: type) -> Any:
+        content = OmegaConf.to_container(OmegaConf.load(self.folder / ".hydra" / name))
+        if not isinstance(content, kind):
+            raise TypeError(f"{name} holds no {kind.__name__}")
+        return content
 
     def config(self) -> DictConfig:
         """As of the last resume."""

@@ -206,7 +206,10 @@ def _run(prepared: "Prepared", folder: Path, resumed: bool = False) -> float:
     try:
         trainer.fit(module, data, ckpt_path=prepared.resume_from, weights_only=True)
     except Exception as error:
-        raise (explained(error, folder) or error) from error
+        if prepared.resume_from and not history.begun and not isinstance(error, OSError | UserError):
+            told = app.one_line(error)[:200]
+            raise UserError(f"{prepared.resume_from} does not fit this run ({told}): it is damaged") from error
+        raise explained(error, folder) from error
     if not trainer.is_global_zero:
         return 0.0
 

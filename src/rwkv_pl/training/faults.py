@@ -147,8 +147,8 @@ def _requeue() -> bool:
     return not done.returncode
 
 
-def explained(error: Exception, folder: Path) -> RunError | None:
-    """One line for what ended a run, where that can be told in one, and where the run stands; None for other errors."""
+def explained(error: Exception, folder: Path) -> RunError:
+    """One line for what ended a run, and where the run stands; a traceback goes to train.log alone."""
     if isinstance(error, OSError):
         # What a logger raises as it is closed, after the same, does not say where.
         chain: list[BaseException] = [error]
@@ -163,7 +163,8 @@ def explained(error: Exception, folder: Path) -> RunError | None:
         reason = str(error).partition(". ")[0] or "the system gives no more"
         told = f"out of memory ({reason}): a larger trainer.accumulate_grad_batches takes less"
     else:
-        return None
+        log.error("what ended the run:", exc_info=error)
+        told = f"{type(error).__name__}: {' '.join(str(error).split())[:300]} (more in train.log)"
     return RunError(f"{told}; {where_it_stands(folder)}")
 
 

@@ -53,6 +53,7 @@ class History(Callback):
         self.baselines = baselines or {}
         self.rows: list[dict[str, float]] = []
         self.latest: dict[str, float] = {}
+        self.begun = False
         self._seconds_before = 0.0
 
     def state_dict(self) -> dict[str, Any]:
@@ -69,6 +70,7 @@ class History(Callback):
                 _named(logger.save, str(logger.save_dir))
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self.begun = True
         self._started = self._drawn = time.perf_counter()
         self._timed_from, self._timed_step = self._started, trainer.global_step
         self._sums: list[Tensor] = []

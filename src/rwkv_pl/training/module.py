@@ -34,7 +34,7 @@ class LitRWKV(LightningModule):
     seed:            of the random numbers, seeded anew before each micro-batch, so that a resumed run draws the same.
     vocabulary:      plain JSON types, carried in every checkpoint.
     bytes_per_token: (V,) int64, for bits per byte; None: each token is one byte.
-    corpus:          a digest of the text, carried in every checkpoint, so that no other is taken for it at a resume.
+    past:            plain JSON types, carried in every checkpoint: what a run that goes on from it has to agree with.
     skip_nonfinite:  how many batches with a NaN or Inf loss or gradient a run leaves out; the next one raises RunError.
 
     After each optimizer step `grad_norm` is its gradient's norm before clipping, and `used_lr` its learning rate.
@@ -49,7 +49,7 @@ class LitRWKV(LightningModule):
         seed: int = 42,
         vocabulary: dict[str, Any] | None = None,
         bytes_per_token: Tensor | None = None,
-        corpus: str | None = None,
+        past: dict[str, Any] | None = None,
         skip_nonfinite: int = 0,
     ) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class LitRWKV(LightningModule):
         self.schedule = schedule or Schedule()
         self.seed = seed
         self.vocabulary = vocabulary
-        self.corpus = corpus
+        self.past = past or {}
         self.skip_nonfinite = skip_nonfinite
         self.skipped = 0
         self.grad_norm = self.used_lr = math.nan
@@ -201,7 +201,7 @@ class LitRWKV(LightningModule):
             "model": next(name for name, (cls, _) in VERSIONS.items() if isinstance(self.model, cls)),
             "config": asdict(self.model.config),
             "vocabulary": self.vocabulary,
-            "corpus": self.corpus,
+            "past": self.past,
             "finished": self._finished(),
             "skipped": self.skipped,
         }

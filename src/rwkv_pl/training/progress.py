@@ -18,9 +18,11 @@ SECONDS_BETWEEN_LINES = 10
 
 
 class ConsoleHandler(logging.Handler):
-    """Prints log messages as they are, above a bar that is being drawn; see conf/train.yaml."""
+    """Prints log messages as they are, above a bar that is being drawn; a traceback is for train.log."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        if record.exc_info:
+            return
         rich.get_console().print(self.format(record), markup=False, highlight=False, soft_wrap=True)
 
 
