@@ -22,6 +22,7 @@ lint: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.wkv
 	$(BIN)/python -m benchmarks.train_step
+	$(BIN)/python -m benchmarks.checkpoint
 
 $(VENV)/.train: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

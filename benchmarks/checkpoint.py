@@ -1,0 +1,97 @@
+"""What a checkpoint blocks, and what a resume costs, at the classic setting (12 x 512, 1 x 1,024 bytes, Adam).
+
+    python -m benchmarks.checkpoint [--saves 5]
+
+Both in the command itself, on the standard library's text. A save blocks from the training's last instruction to its
+next: state, logs and file flushed to the disk, the name in place. A resume is counted from the command's first line to
+the first optimizer step, without the imports, which are given apart; then its parts.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import RESULTS, in_words, machine
+
+SETTINGS = ("data=stdlib", "trainer.limit_val_batches=1", "trainer.log_every_n_steps=1")
+
+# In a process of its own: the imports, then the command, with its own moments noted.
+CHILD = """
+import json, sys, time
+began = time.perf_counter()
+import rwkv_pl.cli.train, rwkv_pl.cli.prepare, rwkv_pl.training.history, rwkv_pl.training.faults
+import rwkv_pl.training.progress, rwkv_pl.training.sample, torch.utils.tensorboard, tensorboard.backend
+imported = time.perf_counter()
+from rwkv_pl.training.checkpoints import LastCheckpoint
+from rwkv_pl.training.module import LitRWKV
+blocked, steps, whole, step = [], [], LastCheckpoint.save_now, LitRWKV.on_train_batch_start
+def save_now(self, trainer):
+    started = time.perf_counter()
+    whole(self, trainer)
+    blocked.append(time.perf_counter() - started)
+def on_train_batch_start(self, batch, batch_idx):
+    steps.append(time.perf_counter())
+    step(self, batch, batch_idx)
+LastCheckpoint.save_now, LitRWKV.on_train_batch_start = save_now, on_train_batch_start
+sys.argv = ["rwkv-train", *sys.argv[2:]]
+started = time.perf_counter()
+rwkv_pl.cli.train.main()
+told = {"imports": imported - began, "to_first_step": steps[0] - started, "blocked": blocked, "steps": steps}
+open("told.json", "w").write(json.dumps(told))
+"""
+
+
+def command(folder: Path, *arguments: str) -> dict[str, Any]:
+    """Runs rwkv-train in `folder`; returns what it took, in seconds."""
+    subprocess.run([sys.executable, "-c", CHILD, "-", *arguments], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+    return json.loads((folder / "told.json").read_text())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--saves", type=int, default=5)
+    saves = parser.parse_args().saves
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        every = "callbacks.last.every_n_train_steps=3"
+        first = command(folder, *SETTINGS, every, f"trainer.max_steps={3 * saves}", "hydra.run.dir=run")
+        size = (folder / "run" / "checkpoints" / "last.ckpt").stat().st_size
+        longer = [f"trainer.max_steps={3 * saves + more}" for more in (1, 2, 3)]
+        resumed = [command(folder, "resume=run", length)["to_first_step"] for length in longer]
+        fresh = [command(folder, *SETTINGS, "trainer.max_steps=1")["to_first_step"] for _ in range(3)]
+        started = time.perf_counter()
+        (folder / "copy").write_bytes((folder / "run" / "checkpoints" / "last.ckpt").read_bytes())
+        copied = time.perf_counter() - started
+    steps = [b - a for a, b in zip(first["steps"], first["steps"][1:], strict=False)]
+    step, blocked = statistics.median(steps), statistics.median(first["blocked"])
+    result = {
+        "title": "a checkpoint at the classic setting",
+        "machine": machine(),
+        "checkpoint_bytes": size,
+        "seconds_blocked": {"median": blocked, "min": min(first["blocked"]), "max": max(first["blocked"])},
+        "seconds_a_step": step,
+        "share_of_time_every_1000_steps": blocked / (1000 * step + blocked),
+        "seconds_of_imports": first["imports"],
+        "seconds_to_first_step": {"resumed": statistics.median(resumed), "fresh": statistics.median(fresh)},
+        "seconds_to_copy_the_file": copied,
+    }
+    least, most = min(first["blocked"]), max(first["blocked"])
+    print(
+        f"{result['title']}\n{in_words(result['machine'])}\n\n"
+        f"{size / 1e6:,.0f} MB, blocks {blocked:.2f} s ({least:.2f} to {most:.2f}), a step {step:.2f} s: "
+        f"every 1,000 steps {result['share_of_time_every_1000_steps']:.2%} of the time\n"
+        f"to the first step: resumed {statistics.median(resumed):.2f} s, fresh {statistics.median(fresh):.2f} s, "
+        f"and the imports {first['imports']:.2f} s; the file copied in {copied:.2f} s"
+    )
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "checkpoint.json").write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
