@@ -108,7 +108,15 @@ def test_float16_scaling_may_meet_inf(train, tmp_path, spoil, monkeypatch):
     spoil(3, factor=1e38)
     result = train(*SMALL, *EVERY, "hydra.run.dir=run")
     assert result.code == 0, result.err
-    assert checkpoint(tmp_path / "run")["MixedPrecision"]["scale"] == 1.0
+    scaler = checkpoint(tmp_path / "run")["MixedPrecision"]
+    assert scaler["scale"] == 1.0
+    # Its state goes on too: the same bits in two parts.
+    spoil(3, factor=1e38)
+    assert train(*SMALL, *EVERY, "trainer.max_steps=4", "hydra.run.dir=parts").code == 0
+    assert train("resume=parts", "trainer.max_steps=8").code == 0
+    whole, parts = checkpoint(tmp_path / "run"), checkpoint(tmp_path / "parts")
+    assert parts["MixedPrecision"] == scaler
+    assert all(torch.equal(value, parts["state_dict"][name]) for name, value in whole["state_dict"].items())
     spoil(3)
     result = train(*SMALL, *EVERY, "hydra.run.dir=next")
     assert result.code == 1

@@ -1,5 +1,6 @@
 """How a long run shows itself: a bar in a terminal, a plain line every ten seconds elsewhere."""
 
+import contextlib
 import logging
 import sys
 import time
@@ -23,7 +24,8 @@ class ConsoleHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if record.exc_info:
             return
-        rich.get_console().print(self.format(record), markup=False, highlight=False, soft_wrap=True)
+        with contextlib.suppress(OSError):  # a terminal that was closed is no reason to end a run
+            rich.get_console().print(self.format(record), markup=False, highlight=False, soft_wrap=True)
 
 
 class LogFile(logging.FileHandler):

@@ -1,0 +1,63 @@
+"""Files that are whole or not there."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from rwkv_pl import files
+from rwkv_pl.files import in_words, publish, replace
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_what_torch_says_of_a_full_disk_is_told_by_its_cause(tmp_path):
+    """torch.save makes a RuntimeError of its own of it; /dev/full refuses every write."""
+    (tmp_path / "x.partial").symlink_to("/dev/full")
+    with pytest.raises(OSError) as caught, publish(tmp_path / "x") as file:
+        torch.save({"weights": torch.zeros(100_000)}, file)
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path / "x"))
+    assert in_words(caught.value) == f"disk full: {tmp_path / 'x'} was not written"
+    assert not list(tmp_path.iterdir())
+
+
+def refuse_always(*args):
+    raise PermissionError(errno.EACCES, "Access is denied")
+
+
+def test_a_file_that_another_process_has_open_is_tried_again(tmp_path, monkeypatch):
+    """As Windows refuses it."""
+    refusals, whole = [], Path.replace
+
+    def refuse(self, target):
+        if len(refusals) < 2:
+            refusals.append(self)
+            refuse_always()
+        return whole(self, target)
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
+    (tmp_path / "a").write_text("new")
+    (tmp_path / "b").write_text("old")
+    replace(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "b").read_text() == "new"
+    monkeypatch.setattr(Path, "replace", refuse_always)
+    with pytest.raises(PermissionError):
+        replace(tmp_path / "b", tmp_path / "a")
+    assert (tmp_path / "b").read_text() == "new"
+
+
+def test_a_folder_need_not_know_fsync(tmp_path, monkeypatch):
+    """Windows opens no folder."""
+    whole = os.open
+
+    def refuse(path, *args, **kwargs):
+        if Path(path) == tmp_path:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return whole(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with publish(tmp_path / "x") as file:
+        file.write(b"whole")
+    assert (tmp_path / "x").read_bytes() == b"whole"
