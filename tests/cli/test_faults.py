@@ -200,11 +200,21 @@ def test_ctrl_c(folder, whole):
     assert_the_same(folder / "run", whole)
 
 
-def test_before_the_training_a_signal_ends_the_process_at_once(folder):
-    for act, code in ((terminate, -signal.SIGTERM), (interrupt, 130)):
-        strike = Strike("rwkv_pl.data.datamodule:CorpusDataModule.prepare_data", 1, act)
-        assert forks.run(folder, *RUN, strikes=[strike]).code == code
-    assert not (folder / "run").exists()
+@pytest.mark.parametrize(("act", "number"), [(terminate, signal.SIGTERM), (interrupt, signal.SIGINT)])
+@pytest.mark.parametrize(
+    "place",
+    [
+        "rwkv_pl.data.datamodule:CorpusDataModule.prepare_data",
+        "lightning.pytorch.trainer.trainer:Trainer._run_stage",
+        "rwkv_pl.training.sample:sample_tokens",
+    ],
+)
+def test_before_and_after_the_training_a_signal_ends_the_process_at_once(folder, place, act, number):
+    code = forks.run(folder, *RUN, strikes=[Strike(place, 1, act)]).code
+    assert code in (-number, 128 + number)
+    assert (folder / "run").exists() == ("prepare" not in place)
+    if "sample" in place:
+        assert not (folder / "run" / "sample.txt").exists()
 
 
 def twice() -> None:

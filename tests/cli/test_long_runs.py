@@ -252,7 +252,7 @@ def test_the_score_to_beat_is_that_of_the_file(train, tmp_path, caplog):
             (checkpoints / "best.ckpt").unlink()
         result = train("resume=run", f"trainer.max_steps={steps}")
         assert result.code == 0, result.err
-        assert ("tells no score to beat" in result.out) == (steps == 10)
+        assert ("is damaged, or of another monitor" in result.out) == (steps == 10)
         assert checkpoint(tmp_path / "run", "best.ckpt")["global_step"] in (steps - 1, steps)
 
 

@@ -20,7 +20,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from torch import nn
 
 from rwkv_pl.cli.app import load_target, one_line
-from rwkv_pl.config import DamagedError, Train, UserError
+from rwkv_pl.config import Train, UserError
 from rwkv_pl.data.datamodule import CorpusDataModule, Enwik8DataModule, EvalBatches, StdlibDataModule
 from rwkv_pl.data.order import micro_batch_rows
 from rwkv_pl.data.tokens import Vocabulary
@@ -29,7 +29,8 @@ from rwkv_pl.ops.wkv4 import use_kernel, wkv4
 from rwkv_pl.training.checkpoints import DurableCheckpointIO
 from rwkv_pl.training.module import LitRWKV
 from rwkv_pl.training.optim import check_schedule
-from rwkv_pl.weights import check_about, load_weights, read_checkpoint
+from rwkv_pl.training.resume import agree, read_own, try_on
+from rwkv_pl.weights import load_weights
 
 # Compressing more would keep the user waiting for a figure that is only there to compare with.
 BASELINE_BYTES = 4_000_000
@@ -87,7 +88,7 @@ def prepare(config: Train, cwd: Path, resume_from: Path | None) -> Prepared:
     _quiet()
     keep_freed_memory()
     done_steps, ended, loaded, vocabulary = 0, None, None, None
-    content = _resumed(resume_from) if resume_from else None
+    content = read_own(resume_from) if resume_from else None
     if content:
         about, done_steps = content["rwkv_pl"], content["global_step"]
         vocabulary, ended = Vocabulary.from_dict(about["vocabulary"]), about["finished"]
@@ -112,7 +113,7 @@ def prepare(config: Train, cwd: Path, resume_from: Path | None) -> Prepared:
         "model.n_embd": config.model.n_embd,
     }
     if content and resume_from:
-        _agree(content["rwkv_pl"], past, data, resume_from)
+        agree(content["rwkv_pl"], past, resume_from)
     max_steps = run_length(config, data.steps_per_pass)
     if 0 < max_steps < done_steps and ended is None:
         raise UserError(f"the run is at step {done_steps:,} already, behind which {max_steps:,} steps would end it")
@@ -131,8 +132,7 @@ def prepare(config: Train, cwd: Path, resume_from: Path | None) -> Prepared:
     # Built for their errors, here where no folder is made yet; the run builds its own.
     optimizer = module.configure_optimizers()
     if content and resume_from:
-        _try_on(content, module, optimizer, resume_from)
-        del content  # maps the file
+        try_on(content, module, optimizer, resume_from)
     with tempfile.TemporaryDirectory() as nowhere:
         callbacks, loggers = build_callbacks(config, Path(nowhere)), build_loggers(config, Path(nowhere), None)
         trial = build_trainer(config, Path(nowhere), max_steps, callbacks, loggers)
@@ -169,56 +169,6 @@ def build_model(config: Train, vocab_size: int, loaded: nn.Module | None) -> nn.
                 )
         model.load_state_dict(loaded.state_dict())
     return model
-
-
-def _resumed(path: Path) -> dict[str, Any]:
-    """The checkpoint that a run goes on from, what it says of itself checked. Raises UserError."""
-    content = read_checkpoint(path)
-    if "rwkv_pl" not in content:
-        raise UserError(f"{path} was not written by rwkv-train: take it as weights={path}")
-    check_about(content["rwkv_pl"], path)
-    if type(content.get("global_step")) is not int or content["global_step"] < 0:
-        raise DamagedError(f"{path} is not a whole checkpoint: it does not say its step")
-    return content
-
-
-def _agree(about: dict[str, Any], past: dict[str, Any], data: CorpusDataModule, path: Path) -> None:
-    """Raises UserError where the run so far, as its checkpoint tells it, was another one."""
-    before = about.get("past") or {"corpus": about.get("corpus")}
-    for key, there in before.items():
-        here = past.get(key)
-        if here is None or there is None or repr(here) == repr(there):
-            continue
-        if key == "corpus":
-            raise UserError(
-                f"{data.corpus.path} is not the text that {path} was trained on "
-                f"(digest {here[:12]}, there {str(there)[:12]}): give that one by data.path"
-            )
-        raise UserError(f"{key}={here} contradicts {path}, which was trained with {key}={there}")
-
-
-def _try_on(content: dict[str, Any], module: LitRWKV, optimizer: torch.optim.Optimizer, path: Path) -> None:
-    """Loads the checkpoint, so that one that does not fit is found before the run is touched. Raises DamagedError."""
-    try:
-        module.load_state_dict(content["state_dict"])
-        (state,) = content["optimizer_states"]
-        optimizer.load_state_dict(state)
-        kept = {tuple(of_parameter) for of_parameter in optimizer.state.values()}
-        moved = content["global_step"] > content["rwkv_pl"].get("skipped", 0)
-        if len(kept) > 1 or len(optimizer.state) != moved * len(list(module.parameters())):
-            raise ValueError("its optimizer knows only some of the parameters")
-        for parameter, of_parameter in optimizer.state.items():
-            for name, value in of_parameter.items():
-                # A fused step does not look, and writes past the end of what is too small.
-                if name.startswith(("exp_avg", "max_exp_avg")) and value.shape != parameter.shape:
-                    raise ValueError(f"{name} of {tuple(value.shape)} for a parameter of {tuple(parameter.shape)}")
-        for count in ("total", "current"):
-            content["loops"]["fit_loop"]["epoch_loop.batch_progress"][count].keys()
-        for name, of_callback in content["callbacks"].items():
-            if not isinstance(of_callback, dict):
-                raise TypeError(f"the state of {name} is a {type(of_callback).__name__}")
-    except Exception as error:
-        raise DamagedError(f"{path} does not fit this run ({one_line(error)[:200]})") from error
 
 
 def build_data(config: Train, cwd: Path, vocabulary: Vocabulary | None) -> CorpusDataModule:

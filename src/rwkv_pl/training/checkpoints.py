@@ -76,13 +76,20 @@ def in_background(checkpoint: dict[str, Any]) -> bool:
 
 
 def _write(checkpoint: dict[str, Any], path: Path, same: Path | None) -> None:
-    if path.name == "last.ckpt" and path.exists():
-        _link(path, path.with_name("last.prev.ckpt"))
     if same:
+        _keep_before(path)
         _link(same, path)
         return
     with publish(path) as file:
         torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())
+        _keep_before(path)  # only now, when nothing can fail any more
+
+
+def _keep_before(path: Path) -> None:
+    if path.name == "last.ckpt" and path.exists():
+        _link(path, path.with_name("last.prev.ckpt"))
 
 
 def _link(source: Path, target: Path) -> None:
@@ -129,8 +136,8 @@ class BestCheckpoint(ModelCheckpoint):
         if path.is_file():
             try:
                 score = read_checkpoint(path)["callbacks"][self.state_key]["best_model_score"]
-            except (UserError, LookupError, TypeError) as error:
-                log.warning(f"{path} tells no score to beat ({error}): the next validation writes it anew")
+            except (UserError, LookupError, TypeError):
+                log.warning(f"{path} is damaged, or of another monitor: the next validation writes it anew")
         self.best_model_score = score if isinstance(score, Tensor) else None
         self.best_k_models = {} if self.best_model_score is None else {str(path): self.best_model_score}
         self.best_model_path = self.kth_best_model_path = next(iter(self.best_k_models), "")

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -57,6 +58,7 @@ class StopOnSignal(Callback):
             environment.auto_requeue = False
             if environment.requeue_signal:
                 self._codes[environment.requeue_signal] = 0
+        self._handle(self._end_at_once)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Lightning begins no training that has all its steps, not even for the validation after them.
@@ -67,8 +69,7 @@ class StopOnSignal(Callback):
         if trainer.world_size > 1:
             backend = torch.distributed.get_backend()
             self._group = None if backend == "gloo" else torch.distributed.new_group(backend="gloo")
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in self._codes}
+        self._handle(self._note)
         if self._validation_due:
             self._validation_due = False
             trainer.fit_loop.epoch_loop.max_steps -= self._only_validation
@@ -98,15 +99,29 @@ class StopOnSignal(Callback):
                     callback.on_validation_epoch_end(trainer, pl_module)
             self._stop(trainer, number, due=True)
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if number := self._told(trainer):
+            self._stop(trainer, number, due=False)
+        self._handle(self._end_at_once)
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
 
+    def _handle(self, handler: Callable[[int, FrameType | None], None]) -> None:
+        if threading.current_thread() is threading.main_thread():
+            before = {number: signal.signal(number, handler) for number in self._codes}
+            self._before = self._before or before
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._received:
-            os._exit(128 + number)
+            self._end_at_once(number, frame)
         self._received = number
+
+    @staticmethod
+    def _end_at_once(number: int, frame: FrameType | None) -> None:
+        os._exit(EXIT_CODES.get(number, 128 + number))
 
     def _told(self, trainer: Trainer) -> int:
         if trainer.world_size == 1:

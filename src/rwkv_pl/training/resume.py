@@ -1,0 +1,60 @@
+"""What a checkpoint must be for a run to go on from it: all looked at before the run is touched."""
+
+from pathlib import Path
+from typing import Any
+
+from torch.optim import Optimizer
+
+from rwkv_pl.config import DamagedError, UserError
+from rwkv_pl.training.module import LitRWKV
+from rwkv_pl.weights import check_about, read_checkpoint
+
+
+def read_own(path: Path) -> dict[str, Any]:
+    """A checkpoint of a run of ours, tensors mapped; what it says of itself is checked. Raises UserError."""
+    content = read_checkpoint(path)
+    if "rwkv_pl" not in content:
+        raise UserError(f"{path} was not written by rwkv-train: take it as weights={path}")
+    check_about(content["rwkv_pl"], path)
+    if type(content.get("global_step")) is not int or content["global_step"] < 0:
+        raise DamagedError(f"{path} is not a whole checkpoint: it does not say its step")
+    return content
+
+
+def agree(about: dict[str, Any], now: dict[str, Any], path: Path) -> None:
+    """Raises UserError where the run so far, as the checkpoint tells it, was another one than `now`."""
+    before = about.get("past") or {"corpus": about.get("corpus")}
+    for key, here in now.items():
+        there = before.get(key)
+        if there is None or repr(here) == repr(there):
+            continue
+        if key == "corpus":
+            raise UserError(
+                f"data.path is not the text that {path} was trained on "
+                f"(digest {here[:12]}, there {str(there)[:12]}): give that one"
+            )
+        raise UserError(f"{key}={here} contradicts {path}, which was trained with {key}={there}")
+
+
+def try_on(content: dict[str, Any], module: LitRWKV, optimizer: Optimizer, path: Path) -> None:
+    """Loads the checkpoint into what a run would load it into. Raises DamagedError where it does not fit."""
+    try:
+        module.load_state_dict(content["state_dict"])
+        (state,) = content["optimizer_states"]
+        optimizer.load_state_dict(state)
+        kept = {tuple(of_parameter) for of_parameter in optimizer.state.values()}
+        moved = content["global_step"] > content["rwkv_pl"].get("skipped", 0)
+        if len(kept) > 1 or len(optimizer.state) != moved * len(list(module.parameters())):
+            raise ValueError("its optimizer knows only some of the parameters")
+        for parameter, of_parameter in optimizer.state.items():
+            for name, value in of_parameter.items():
+                # A fused step does not look, and writes past the end of what is too small.
+                if name.startswith(("exp_avg", "max_exp_avg")) and value.shape != parameter.shape:
+                    raise ValueError(f"{name} of {tuple(value.shape)} for a parameter of {tuple(parameter.shape)}")
+        for count in ("total", "current"):
+            content["loops"]["fit_loop"]["epoch_loop.batch_progress"][count].keys()
+        for name, of_callback in content["callbacks"].items():
+            if not isinstance(of_callback, dict):
+                raise TypeError(f"the state of {name} is a {type(of_callback).__name__}")
+    except Exception as error:  # what was made by hand can fail in any way
+        raise DamagedError(f"{path} does not fit this run ({' '.join(str(error).split())[:200]})") from error
