@@ -26,7 +26,7 @@ from rwkv_pl.data.order import micro_batch_rows
 from rwkv_pl.data.tokens import Vocabulary
 from rwkv_pl.model import VERSIONS
 from rwkv_pl.ops.wkv4 import use_kernel, wkv4
-from rwkv_pl.training.checkpoints import DurableCheckpointIO
+from rwkv_pl.training.checkpoints import BestCheckpoint, DurableCheckpointIO, LastCheckpoint
 from rwkv_pl.training.module import LitRWKV
 from rwkv_pl.training.optim import check_schedule
 from rwkv_pl.training.resume import agree, read_own, try_on
@@ -231,6 +231,13 @@ def build_callbacks(config: Train, folder: Path) -> list[Callback]:
     for name, callback in zip(config.callbacks, callbacks, strict=True):
         if getattr(callback, "monitor", None) not in (None, *MONITORED):
             raise UserError(f"callbacks.{name}.monitor must be one of {', '.join(MONITORED)}, got {callback.monitor}")
+        if not isinstance(callback, BestCheckpoint | LastCheckpoint):
+            continue
+        if Path(str(callback.dirpath)).resolve() != (folder / "checkpoints").resolve():
+            raise UserError(
+                f"callbacks.{name}.dirpath must be checkpoints, where resume= and weights= look: "
+                "hydra.run.dir=FOLDER puts the whole run elsewhere"
+            )
     return callbacks
 
 
