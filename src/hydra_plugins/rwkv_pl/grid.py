@@ -1,0 +1,20 @@
+"""The sweeper that -m uses unless told otherwise: every combination of the swept values."""
+
+from collections.abc import Sequence
+
+from hydra.core.utils import JobReturn
+from omegaconf import DictConfig
+
+from hydra_plugins.rwkv_pl._jobs import JobSweeper
+from rwkv_pl.cli.sweep import product, with_params
+
+
+class GridSweeper(JobSweeper):
+    """params: swept values that come with a config file, by key; those of the command line replace them."""
+
+    def __init__(self, params: DictConfig | None = None) -> None:
+        self.params = {} if params is None else params
+
+    def sweep(self, arguments: list[str]) -> Sequence[JobReturn]:
+        self.begin()
+        return self.launch(list(product(with_params(self.params, arguments))))

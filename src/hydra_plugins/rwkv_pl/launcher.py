@@ -1,0 +1,33 @@
+"""The launcher that -m uses unless told otherwise: each job is a process of its own."""
+
+from collections.abc import Sequence
+
+from hydra.core.utils import JobReturn
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+from rwkv_pl.cli.sweep import composed_job, run_jobs
+from rwkv_pl.config import UserError
+
+
+class ProcessLauncher(Launcher):
+    """jobs: how many run at a time. The processor's cores are divided among them."""
+
+    def __init__(self, jobs: int = 1) -> None:
+        if type(jobs) is not int or jobs < 1:
+            raise UserError(f"hydra.launcher.jobs must be a whole number, at least 1, got {jobs!r}")
+        self.jobs = jobs
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.hydra_context = hydra_context
+        self.config = config
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Returns when all jobs have ended, each with its objective or what it failed of, in their order."""
+        loader = self.hydra_context.config_loader
+        jobs = [
+            composed_job(loader, self.config, list(overrides), number)[0]
+            for number, overrides in enumerate(job_overrides, initial_job_idx)
+        ]
+        return run_jobs(jobs, at_once=self.jobs)

@@ -1,0 +1,143 @@
+"""hydra/sweeper=optuna: a study whose trials are the jobs, kept in a journal in the sweep's folder.
+
+Only the sweeper asks and tells. A job reads trial.json in its folder and reports its validations to the same journal
+(see training/pruning.py).
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
+from omegaconf import DictConfig, OmegaConf
+
+from hydra_plugins.rwkv_pl._jobs import JobSweeper
+from rwkv_pl.cli.folder import read_result
+from rwkv_pl.cli.sweep import with_params
+from rwkv_pl.config import UserError, at_least, one_of
+from rwkv_pl.files import publish
+
+if TYPE_CHECKING:
+    from optuna import Study
+    from optuna.distributions import BaseDistribution
+    from optuna.trial import FrozenTrial
+
+JOURNAL, NAME = "study.journal", "sweep"
+
+
+class StudySweeper(JobSweeper):
+    """Minimises the best validation's bits per byte. The arguments are conf/hydra/sweeper/optuna.yaml's."""
+
+    def __init__(
+        self,
+        n_trials: int = 20,
+        sampler: str = "tpe",
+        pruner: str = "median",
+        seed: int = 42,
+        batch: int | None = None,
+        params: DictConfig | None = None,
+    ) -> None:
+        at_least("hydra.sweeper.n_trials", n_trials, 1)
+        one_of("hydra.sweeper.sampler", sampler, ("tpe", "random"))
+        one_of("hydra.sweeper.pruner", pruner, ("median", "halving", "none"))
+        at_least("hydra.sweeper.batch", 1 if batch is None else batch, 1)
+        self.n_trials, self.sampler, self.pruner, self.seed, self.batch = n_trials, sampler, pruner, seed, batch
+        self.params = {} if params is None else params
+
+    def sweep(self, arguments: list[str]) -> None:
+        import optuna
+        from optuna.storages.journal import JournalFileBackend
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        overrides = with_params(self.params, arguments)
+        fixed = [str(o.input_line) for o in overrides if not o.is_sweep_override()]
+        space = {o.key_or_group: distribution(o) for o in overrides if o.is_sweep_override()}
+        if not space:
+            raise UserError("optuna has nothing to search: give a key several values, or interval(LOW,HIGH)")
+        self.begin()
+        backend = JournalFileBackend(str(self.folder / JOURNAL))
+        study = optuna.create_study(
+            study_name=NAME, storage=optuna.storages.JournalStorage(backend), load_if_exists=True, direction="minimize"
+        )
+        if not study.trials and (as_it_stands := self._default(space)):
+            study.enqueue_trial(as_it_stands)
+        if left_running := study.get_trials(states=[optuna.trial.TrialState.RUNNING]):
+            self._run(study, left_running, fixed)  # they go on in their folders
+        at_once: int = self.batch or getattr(self.launcher, "jobs", 1)
+        while (left := self.n_trials - self._begun(study)) > 0:
+            asked = [self._ask(study, space) for _ in range(min(left, at_once))]
+            self._run(study, asked, fixed)
+
+    def _begun(self, study: "Study") -> int:
+        return sum(trial.state.name != "WAITING" for trial in study.get_trials(deepcopy=False))
+
+    def _ask(self, study: "Study", space: "dict[str, BaseDistribution]") -> "FrozenTrial":
+        import optuna
+
+        # A sampler for each: one that is seeded once repeats itself when the study is continued.
+        place = repr((self.seed, self._begun(study))).encode()
+        seed = int.from_bytes(hashlib.blake2b(place, digest_size=4).digest(), "big")
+        if self.sampler == "tpe":
+            study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=5)
+        else:
+            study.sampler = optuna.samplers.RandomSampler(seed=seed)
+        number = study.ask(fixed_distributions=space).number
+        return study.get_trials(deepcopy=False)[number]
+
+    def _run(self, study: "Study", trials: "Sequence[FrozenTrial]", fixed: list[str]) -> None:
+        from optuna.trial import TrialState
+
+        folders = [self.folder / str(trial.number) for trial in trials]
+        for trial, folder in zip(trials, folders, strict=True):
+            folder.mkdir(exist_ok=True)
+            with publish(folder / "trial.json") as file:
+                told = {"number": trial.number, "id": trial._trial_id, "pruner": self.pruner}
+                file.write(json.dumps(told).encode())
+        jobs = [
+            [*fixed, *(f"{key}={value}" for key, value in trial.params.items()), f"hydra.sweep.subdir={trial.number}"]
+            for trial in trials
+        ]
+        self.launch(jobs, first=trials[0].number)
+        for trial, folder in zip(trials, folders, strict=True):
+            result = read_result(folder)
+            if result.get("status") == "finished" and result.get("objective") is not None:
+                study.tell(trial.number, result["objective"])
+            else:
+                study.tell(
+                    trial.number, state=TrialState.PRUNED if result.get("status") == "pruned" else TrialState.FAIL
+                )
+
+    def _default(self, space: "dict[str, BaseDistribution]") -> dict[str, Any] | None:
+        """The config's own values, where all of them lie in the search space."""
+        values = {}
+        for key, where in space.items():
+            value = OmegaConf.select(self.config, key)
+            choices = getattr(where, "choices", None)
+            if choices is not None:
+                value = next((choice for choice in choices if choice == str(value)), None)
+            if value is None or not where._contains(where.to_internal_repr(value)):
+                return None
+            values[key] = value
+        return values
+
+
+def distribution(override: Override) -> "BaseDistribution":
+    """What optuna draws from, for a swept value in Hydra's words: choices, range(), interval(), tag(log, ...)."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    key, value = override.key_or_group, override.value()
+    try:
+        if isinstance(value, IntervalSweep):
+            assert value.start is not None and value.end is not None
+            log = "log" in value.tags
+            if isinstance(value.start, int) and isinstance(value.end, int):
+                return IntDistribution(value.start, value.end, log=log)
+            return FloatDistribution(float(value.start), float(value.end), log=log)
+        if isinstance(value, RangeSweep) and not value.shuffle:
+            numbers = list(value.range())
+            if numbers and all(isinstance(number, int) for number in numbers) and value.step > 0:
+                return IntDistribution(int(numbers[0]), int(numbers[-1]), step=int(value.step))
+        return CategoricalDistribution(tuple(override.sweep_string_iterator()))
+    except ValueError as error:
+        raise UserError(f"{override.input_line}: {key} can't be searched so: {error}") from error

@@ -1,0 +1,238 @@
+"""rwkv-report: what came of many runs, as a table, a sweep.csv and one picture."""
+
+import argparse
+import csv
+import io
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from rwkv_pl.cli.app import told_in_one_line
+from rwkv_pl.cli.folder import LOCK, OVERRIDES, RESULT, begun, read_result
+from rwkv_pl.config import UserError
+from rwkv_pl.files import in_words, publish
+from rwkv_pl.training.curve import draw_sweep, read_rows
+
+# Settings by which runs differ without being other trainings.
+NOT_COMPARED = ("resume", "weights", "logger.", "trainer.enable_")
+
+
+@dataclass
+class Run:
+    """A run as its folder tells it. settings: dotted key to value. rows: metrics.csv's."""
+
+    folder: Path
+    settings: dict[str, Any] = field(default_factory=dict)
+    rows: list[dict[str, float]] = field(default_factory=list)
+    status: str = ""
+    error: str = ""
+
+    @property
+    def best(self) -> float | None:
+        """Bits per byte of the best validation."""
+        return min((row["val/bits_per_byte"] for row in self.rows if "val/bits_per_byte" in row), default=None)
+
+    def latest(self, column: str) -> float | None:
+        return next((row[column] for row in reversed(self.rows) if column in row), None)
+
+    @property
+    def speed(self) -> float | None:
+        """Tokens a second, the median of those logged."""
+        speeds = [row["tokens_per_second"] for row in self.rows if "tokens_per_second" in row]
+        return statistics.median(speeds) if speeds else None
+
+
+@told_in_one_line
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        prog="rwkv-report",
+        description="A table of the runs below the folders, and beside it sweep.csv and sweep.png.",
+        epilog="example: rwkv-report multirun/2026-01-31/12-00-00",
+    )
+    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="a run, a sweep, or any folder above them")
+    parser.add_argument("--out", type=Path, help="the folder for sweep.csv and sweep.png (default: a single PATH)")
+    arguments = parser.parse_args()
+    paths: list[Path] = arguments.paths
+    for path in paths:
+        if not path.is_dir():
+            raise UserError(f"{path} is no folder")
+    out = arguments.out or (paths[0] if len(paths) == 1 else Path.cwd())
+    if not out.is_dir():
+        raise UserError(f"--out {out} is no folder")
+    if not find(paths):
+        raise UserError(f"there is no run below {', '.join(map(str, paths))}")
+    report(paths, out)
+
+
+def report(paths: Sequence[Path], out: Path) -> bool:
+    """Prints the table, and writes sweep.csv and sweep.png into `out`. Returns whether all runs have finished."""
+    runs = [read(folder) for folder in find(paths)]
+    if not runs:
+        return False
+    names = _names([run.folder for run in runs])
+    keys = differing(runs)
+    _print_table(runs, names, keys)
+    try:
+        with publish(out / "sweep.csv") as file:
+            file.write(_csv(runs, names, keys).encode())
+        curves = {name: run.rows for name, run in zip(names, runs, strict=True) if run.rows}
+        if curves:
+            best = {name: run.best for name, run in zip(names, runs, strict=True) if run.best is not None}
+            swept = {key: {n: run.settings.get(key) for n, run in zip(names, runs, strict=True)} for key in keys}
+            draw_sweep(curves, best, swept, out / "sweep.png")
+        print(f"also in {out / 'sweep.csv'}" + (f", the curves in {out / 'sweep.png'}" if curves else ""))
+    except OSError as error:
+        print(f"rwkv-report: {in_words(error)}")
+    return all(run.status in ("finished", "pruned") for run in runs)
+
+
+def find(paths: Iterable[Path]) -> list[Path]:
+    """The folders of runs at and below the paths, in the order of their names, numbers as numbers."""
+    found = set()
+    for path in paths:
+        for name, above in ((OVERRIDES.as_posix(), 2), (RESULT, 1)):
+            found |= {file.parents[above - 1] for file in path.glob(f"**/{name}")}
+
+    def by_number(folder: Path) -> list[tuple[int, int, str]]:
+        return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in folder.parts]
+
+    return sorted(found, key=by_number)
+
+
+def read(folder: Path) -> Run:
+    """What a run's folder holds. What is damaged in it makes the run's status."""
+    run = Run(folder)
+    result = read_result(folder)
+    run.status, run.error = str(result.get("status", "")), str(result.get("error") or "")
+    try:
+        if begun(folder):
+            run.settings = _leaves(_yaml(folder / ".hydra" / "config.yaml"))
+            later = folder / ".hydra" / "resumes.yaml"
+            for entry in _yaml(later) if later.exists() else []:
+                run.settings |= _leaves(entry["set"])
+        else:
+            pairs = [text.partition("=") for text in result.get("overrides", [])]
+            run.settings = {key: yaml.safe_load(value) for key, _, value in pairs}
+        run.rows = read_rows(folder / "metrics.csv", up_to=10**18)
+    except (UserError, OSError, OmegaConfBaseException, yaml.YAMLError, LookupError, TypeError, ValueError) as error:
+        run.status, run.error = "damaged", " ".join(str(error).split())
+    if not run.status:
+        run.status = "running" if _in_use(folder) else "broken off"
+    return run
+
+
+def differing(runs: Sequence[Run]) -> list[str]:
+    """The settings that are not the same in all runs, in the order of the config."""
+    whole = [run for run in runs if begun(run.folder)]
+    found = []
+    for key in dict.fromkeys(key for run in whole or runs for key in run.settings):
+        # A job that never began knows only what it was told.
+        told = [run for run in runs if run in whole or key in run.settings]
+        if len({repr(run.settings.get(key)) for run in told}) > 1 and not key.startswith(NOT_COMPARED):
+            found.append(key)
+    return found
+
+
+def _print_table(runs: Sequence[Run], names: Sequence[str], keys: Sequence[str]) -> None:
+    import rich
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(header_style="bold")
+    table.add_column("run", overflow="fold")
+    for key in keys:
+        table.add_column(key.rpartition(".")[2], justify="right", overflow="fold")
+    for title in ("bits/byte", "tokens/s", "steps", "time"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("status", no_wrap=True)
+    best = min((run.best for run in runs if run.best is not None), default=None)
+    for run, name in zip(runs, names, strict=True):
+        bits, speed, seconds, step = run.best, run.speed, run.latest("seconds"), run.latest("step")
+        table.add_row(
+            name,
+            *(_shown(run.settings.get(key, "")) for key in keys),
+            "" if bits is None else f"{bits:.4f}",
+            "" if speed is None else f"{speed:,.0f}",
+            "" if step is None else f"{step:,.0f}",
+            "" if seconds is None else _duration(seconds),
+            run.status,
+            style="bold green" if bits is not None and bits == best else None if run.status != "failed" else "red",
+        )
+    console = rich.get_console()
+    if not console.is_terminal:
+        console = Console(width=200)  # into a file or a pipe nothing has to be folded
+    console.print(table)
+    for run, name in zip(runs, names, strict=True):
+        if run.error:
+            console.print(f"{name}: {run.error}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _csv(runs: Sequence[Run], names: Sequence[str], keys: Sequence[str]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text)
+    figures = ("val/bits_per_byte", "tokens_per_second", "step", "tokens", "seconds", "status", "error")
+    writer.writerow(["run", *keys, *figures])
+    for run, name in zip(runs, names, strict=True):
+        latest = [run.latest(column) for column in ("step", "tokens", "seconds")]
+        values = [run.settings.get(key) for key in keys]
+        writer.writerow([name, *values, run.best, run.speed, *latest, run.status, run.error])
+    return text.getvalue()
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """The part of each path in which they differ."""
+    absolute = [folder.absolute() for folder in folders]
+    common = absolute[0].parent
+    while not all(folder.is_relative_to(common) for folder in absolute):
+        common = common.parent
+    return [folder.relative_to(common).as_posix() for folder in absolute]
+
+
+def _in_use(folder: Path) -> bool:
+    if not (folder / LOCK).exists():
+        return False
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return True
+    except OSError:
+        return False
+    lock.release()
+    return False
+
+
+def _yaml(path: Path) -> Any:
+    text = path.read_text(encoding="utf-8")
+    if "${" in text:
+        return OmegaConf.to_container(OmegaConf.create(text), resolve=True)
+    # libyaml reads ten times as fast, where PyYAML has it.
+    return yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+
+
+def _leaves(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for key, value in config.items():
+        leaves |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return leaves
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _duration(seconds: float) -> str:
+    minutes = int(seconds) // 60
+    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes}:{int(seconds) % 60:02}"
+
+
+if __name__ == "__main__":
+    main()

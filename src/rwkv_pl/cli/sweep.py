@@ -1,0 +1,342 @@
+"""-m: every job is a process of its own, and at the end there is an answer.
+
+A sweeper (hydra_plugins/rwkv_pl) makes the jobs, a launcher runs them: ours here, or another of Hydra's, whose workers
+then start the same processes by `run_job`. A job that was begun before goes on, and one that is finished is not run
+again, so that `-m resume=SWEEP` is the same sweep once more.
+"""
+
+import itertools
+import math
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.types import Override
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.errors import HydraException
+from omegaconf import DictConfig, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from rwkv_pl.cli import app
+from rwkv_pl.cli.folder import begun, locked, read_result, take_folder, write_result
+from rwkv_pl.config import RunError, UserError
+from rwkv_pl.files import publish
+
+MULTIRUN = "multirun.yaml"
+
+# A job of these is not run again.
+DONE = ("finished", "pruned")
+
+# Hydra's own part of a stored sweep that is used again: not what could start a stranger's program.
+STORED = ("hydra/sweeper", "hydra.sweeper.", "hydra.sweep.subdir")
+
+
+@dataclass
+class Job:
+    """overrides: the job's settings, with hydra.sweep.subdir. config_dir: the command's --config-dir."""
+
+    overrides: list[str]
+    folder: Path
+    config_dir: str | None = None
+
+    @property
+    def name(self) -> str:
+        return f"job {self.folder.name}"
+
+    @property
+    def settings(self) -> list[str]:
+        """The overrides but for Hydra's own."""
+        return [text for text in self.overrides if not text.startswith(("hydra.", "hydra/"))]
+
+
+# The command
+
+
+def start(argv: Sequence[str], overrides: list[Override], config_dir: str | None) -> None:
+    """`rwkv-train -m`. Raises UserError, with no folder made, for what is wrong in every job."""
+    fixed = [o for o in overrides if not o.is_sweep_override()]
+    composed = app.compose([str(o.input_line) for o in fixed], config_dir)
+    told = [*(str(o.input_line) for o in overrides if not o.is_hydra_override())]
+    _require_one_good([str(o.input_line) for o in fixed if o.is_hydra_override()], composed, told, config_dir)
+    typed = any(o.key_or_group == "hydra.sweep.dir" for o in overrides)
+    _run(take_folder(Path(composed.hydra.sweep.dir).absolute(), typed), argv)
+
+
+def go_on(sweep: Path, later: list[Override]) -> None:
+    """`rwkv-train -m resume=SWEEP`: finishes what is missing of it. Raises UserError where it is no sweep."""
+    if any(not o.is_hydra_override() for o in later):
+        raise UserError("-m resume= goes on with a sweep as it was: leave out other settings than hydra's")
+    path = sweep / MULTIRUN
+    if not path.is_file():
+        hint = ": to go on with a run leave out -m" if begun(sweep) else f": it holds no {MULTIRUN}"
+        raise UserError(f"resume={sweep} is no folder of a sweep{hint}")
+    try:
+        stored = yaml.safe_load(path.read_text(encoding="utf-8"))["hydra"]
+        told, own = ([str(text) for text in stored["overrides"][part]] for part in ("task", "hydra"))
+        cwd = Path(stored["runtime"]["cwd"])
+        sources = stored["runtime"]["config_sources"]
+        config_dir = next((str(s["path"]) for s in sources if s["provider"] == "command-line"), None)
+        app.parse_overrides(told, sweep=True)
+    except Exception as error:  # what is not what was written can fail in any way
+        raise UserError(f"{path} is damaged: {app.one_line(error)[:200]}") from error
+    if not cwd.is_dir():
+        raise UserError(f"the sweep was started in {cwd}, which is gone")
+    os.chdir(cwd)
+    told = [text for text in told if not text.startswith(("hydra.", "hydra/"))]
+    own = [text for text in own if text.startswith(STORED) and "_target_" not in text]
+    given = [str(o.input_line) for o in later]
+    _run(sweep, ["-m", *(["--config-dir", config_dir] if config_dir else []), *own, *given, *told])
+
+
+def _run(sweep: Path, argv: Sequence[str]) -> None:
+    """Hands over to Hydra; prints what came of the sweep, whatever happens. Exits 1 where a job failed."""
+    from rwkv_pl.cli.report import report
+
+    # Hydra describes a run of its own in the job's folder, which the job's process does itself.
+    ours = [f"hydra.sweep.dir={app.quoted(sweep)}", "hydra.output_subdir=null", "hydra/job_logging=none"]
+    with locked(sweep):
+        try:
+            app.hand_over(run_job, [*argv, *ours], multirun=True)
+        finally:
+            done = report([sweep], sweep)
+            if not done:
+                print(f"what is missing is tried again by rwkv-train -m resume={sweep}")
+    if not done:
+        sys.exit(app.FAILED)
+
+
+# The jobs
+
+
+def with_params(params: Mapping[Any, Any], overrides: Sequence[str]) -> list[Override]:
+    """The swept values of a config file and those of the command line, which replace them."""
+    told = app.parse_overrides(overrides, sweep=True)
+    keys = {override.key_or_group for override in told}
+    brought = [f"{key}={value}" for key, value in params.items() if key not in keys]
+    return app.parse_overrides(brought, sweep=True) + told
+
+
+def product(overrides: Sequence[Override]) -> Iterator[list[str]]:
+    """Every combination of the swept values, the last key's changing fastest. Intervals have none, and are left out."""
+    choices = [
+        [f"{o.key_or_group}={value}" for value in o.sweep_string_iterator()]
+        if o.is_sweep_override()
+        else [str(o.input_line)]
+        for o in overrides
+        if not o.is_interval_sweep()
+    ]
+    return (list(job) for job in itertools.product(*choices))
+
+
+def _require_one_good(own: list[str], composed: DictConfig, told: list[str], config_dir: str | None) -> None:
+    """Raises the first job's UserError where no job's settings hold."""
+    first = None
+    params = composed.hydra.sweeper.get("params") or {}
+    for job in product(with_params(params, told)):
+        try:
+            app.check(app.compose([*own, *job], config_dir), app.parse_overrides(job), config_dir)
+            return
+        except UserError as error:
+            first = first or error
+    raise first or UserError("-m has no job: a key has no value")
+
+
+def composed_job(
+    loader: ConfigLoader, config: DictConfig, overrides: list[str], number: int
+) -> tuple[Job, DictConfig | None]:
+    """A job, whose folder is the one that its settings name, and its config."""
+    composed = loader.load_sweep_config(config, overrides)
+    with open_dict(composed):
+        composed.hydra.job.num = composed.hydra.job.id = number
+    sweep = Path(str(composed.hydra.sweep.dir))
+    folder = sweep / str(composed.hydra.sweep.subdir)
+    if not folder.resolve().is_relative_to(sweep.resolve()):
+        raise UserError(f"hydra.sweep.subdir={composed.hydra.sweep.subdir} leads out of the sweep's folder")
+    sources = composed.hydra.runtime.config_sources
+    config_dir = next((str(source.path) for source in sources if source.provider == "command-line"), None)
+    return Job(overrides, folder, config_dir), composed
+
+
+def checked(loader: ConfigLoader, config: DictConfig, overrides: list[str], number: int) -> Job | JobReturn:
+    """A job to launch; or its failure, where its settings do not hold, with the reason in its folder."""
+    try:
+        job, composed = composed_job(loader, config, overrides, number)
+        assert composed is not None
+        app.check(composed)
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        told = app.one_line(error)
+        return _failed(Job(overrides, Path(str(config.hydra.sweep.dir), str(number))), told)
+    # With it the folder is the same under every launcher, and where others before it are left out.
+    job.overrides.append(f"hydra.sweep.subdir={app.quoted(job.folder.name)}")
+    return job
+
+
+def run_job(config: DictConfig) -> float:
+    """What another launcher than ours runs, on its machine: the job's process. Returns its objective."""
+    hydra = HydraConfig.get()
+    sources = hydra.runtime.config_sources
+    config_dir = next((str(source.path) for source in sources if source.provider == "command-line"), None)
+    job = Job(list(hydra.overrides.task), Path(hydra.runtime.output_dir), config_dir)
+    (ended,) = run_jobs([job], at_once=1, forward=threading.current_thread() is threading.main_thread())
+    return float(ended.return_value)
+
+
+def command(job: Job) -> list[str]:
+    """The job's: `rwkv-train` with its settings, or resume= where it was begun before."""
+    python = [sys.executable, "-m", "rwkv_pl.cli.train"]
+    if begun(job.folder):
+        return [*python, f"resume={app.quoted(job.folder)}"]
+    where = ["--config-dir", job.config_dir] if job.config_dir else []
+    return [*python, *where, *job.settings, f"hydra.run.dir={app.quoted(job.folder)}"]
+
+
+@dataclass
+class _Running:
+    job: Job
+    process: "subprocess.Popen[str]"
+    signals: int = 0
+    pumps: list[threading.Thread] = field(default_factory=list)
+    last_line: deque[str] = field(default_factory=lambda: deque(maxlen=1))
+
+
+def run_jobs(jobs: Sequence[Job], at_once: int, forward: bool = True) -> list[JobReturn]:
+    """Runs the jobs, `at_once` at a time, and returns what became of each, in their order.
+
+    A signal goes on to the jobs that run, which save and end, and no other is begun; then the process exits by it.
+    """
+    outcomes: dict[Path, JobReturn] = {}
+    waiting = deque(jobs)
+    running: list[_Running] = []
+    common = set.intersection(*(set(job.settings) for job in jobs)) if len(jobs) > 1 else set()
+    with _told(forward) as signals:
+        while running or (waiting and not signals):
+            while waiting and len(running) < at_once and not signals:
+                job = waiting.popleft()
+                result = read_result(job.folder)
+                if result.get("status") in DONE:
+                    outcomes[job.folder] = _outcome(job, result)
+                    print(f"{job.name} was {result['status']} before", flush=True)
+                else:
+                    own = shlex.join(text for text in job.settings if text not in common)
+                    print(f"{job.name} begins, {len(waiting)} to follow: {own}", flush=True)
+                    running.append(_begin(job, at_once))
+            for entry in list(running):
+                for number in signals[entry.signals :]:
+                    _pass_on(entry.process, number)
+                entry.signals = len(signals)
+                if entry.process.poll() is not None:
+                    running.remove(entry)
+                    outcomes[entry.job.folder] = _ended(entry)
+            time.sleep(0.05)
+    if signals:
+        sys.exit(130 if signals[0] == signal.SIGINT else 143)
+    return [outcomes[job.folder] for job in jobs]
+
+
+def _begin(job: Job, at_once: int) -> _Running:
+    environment = dict(os.environ)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if at_once > 1:
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // at_once)))
+    # Ctrl-C in a terminal is for all of its group at once: ours alone gets it, and passes it on.
+    own_group: dict[str, Any] = (
+        {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}  # type: ignore[attr-defined]
+        if os.name == "nt"
+        else {"start_new_session": True}
+    )
+    process = subprocess.Popen(
+        command(job),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE if at_once > 1 else None,
+        stderr=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+        env=environment,
+        **own_group,
+    )
+    entry = _Running(job, process)
+    prefix = f"[{job.folder.name}] " if at_once > 1 else ""
+    for source, target in ((process.stdout, sys.stdout), (process.stderr, sys.stderr)):
+        if source:
+            kept = entry.last_line if source is process.stderr else deque(maxlen=0)
+            entry.pumps.append(threading.Thread(target=_pump, args=(source, target, prefix, kept), daemon=True))
+            entry.pumps[-1].start()
+    return entry
+
+
+def _pump(source: IO[str], target: IO[str], prefix: str, kept: deque[str]) -> None:
+    for line in source:
+        if line.strip():
+            kept.append(line.strip())
+        with suppress(OSError, ValueError):  # a terminal that was closed is no reason to end a run
+            target.write(prefix + line)
+            target.flush()
+
+
+def _ended(entry: _Running) -> JobReturn:
+    for pump in entry.pumps:
+        pump.join(timeout=5)  # a child of it may hold the pipe
+    job, code = entry.job, entry.process.returncode
+    result = read_result(job.folder)
+    status = result.get("status")
+    if code == 0 and status in DONE:
+        print(f"{job.name} {status}: {result['objective'] or math.nan:.4f} bits per byte", flush=True)
+        return _outcome(job, result)
+    if status == "stopped" or (entry.signals and code in (130, 143, -signal.SIGINT, -signal.SIGTERM)):
+        return _failed(job, "stopped by a signal", "stopped")
+    if code < 0:
+        return _failed(job, f"killed by {signal.Signals(-code).name}")
+    told = str(result.get("error") or next(iter(entry.last_line), f"exit code {code}"))
+    return _failed(job, told.removeprefix("rwkv-train: "))
+
+
+def _outcome(job: Job, result: dict[str, Any]) -> JobReturn:
+    return JobReturn(overrides=job.overrides, _return_value=result.get("objective"), status=JobStatus.COMPLETED)
+
+
+def _failed(job: Job, told: str, status: str = "failed") -> JobReturn:
+    print(f"{job.name} {told if status in told else f'{status}: {told}'}", flush=True)
+    # A folder in which another process is at work is that one's.
+    with suppress(UserError, OSError):
+        job.folder.mkdir(parents=True, exist_ok=True)
+        with locked(job.folder):
+            with publish(job.folder / "error.txt") as file:
+                file.write(f"{told}\n".encode())
+            write_result(job.folder, status=status, error=told, overrides=job.settings)
+    return JobReturn(overrides=job.overrides, _return_value=RunError(told), status=JobStatus.FAILED)
+
+
+def _pass_on(process: "subprocess.Popen[str]", number: int) -> None:
+    with suppress(OSError):  # it has ended meanwhile
+        if os.name == "nt":
+            process.send_signal(signal.CTRL_BREAK_EVENT)  # type: ignore[attr-defined]
+        else:
+            process.send_signal(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
+
+
+@contextmanager
+def _told(forward: bool) -> Iterator[list[int]]:
+    """The signals that this process has received inside, as they come."""
+    received: list[int] = []
+    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if forward else ()
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in numbers}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

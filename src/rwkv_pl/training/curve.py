@@ -1,0 +1,149 @@
+"""metrics.csv read, and drawn as loss.png. Without torch, so that a report of many runs is there at once."""
+
+import csv
+import math
+from pathlib import Path
+from typing import Any
+
+from rwkv_pl.config import UserError
+from rwkv_pl.files import publish
+
+COLUMNS = (
+    "step",
+    "tokens",
+    "seconds",
+    "train/loss",
+    "train/bits_per_byte",
+    "train/l2wrap",
+    "train/grad_norm",
+    "lr",
+    "tokens_per_second",
+    "val/loss",
+    "val/bits_per_byte",
+)
+
+
+def read_rows(path: Path, up_to: int) -> list[dict[str, float]]:
+    """The rows of a metrics.csv up to step `up_to`, without a torn last one; [] where there is no file."""
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
+        whole = [line for line in file if line.endswith("\n")]
+    try:
+        rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(whole)]
+        if not all(math.isfinite(row.get("step", math.nan)) for row in rows):
+            raise ValueError("a row without its step")
+        if strange := {name for row in rows for name in row} - set(COLUMNS):
+            raise ValueError(f"a column {min(map(str, strange))}")
+        if not all(math.isfinite(row.get("tokens", 0)) for row in rows):
+            raise ValueError("tokens that are no number")
+    except (ValueError, TypeError, csv.Error) as error:
+        raise UserError(f"{path} is damaged ({error}): move it away, and a new one is begun") from error
+    return [row for row in rows if row["step"] <= up_to]
+
+
+def draw(rows: list[dict[str, float]], path: Path, baselines: dict[str, float]) -> None:
+    """Bits per byte against tokens: each logged step, their running mean, validations, baselines; and the rate."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 6), dpi=120, layout="constrained")
+    axes, below = figure.subplots(2, sharex=True, height_ratios=(5, 1))
+    axes.set_ylabel("bits per byte")
+    below.set(xlabel="tokens", ylabel="learning rate", ylim=(0, None))
+    train, val, rate = (points(rows, name) for name in ("train/bits_per_byte", "val/bits_per_byte", "lr"))
+    if train:
+        tokens, bits = zip(*train, strict=True)
+        axes.plot(tokens, bits, color="tab:blue", alpha=0.25, linewidth=1)
+        axes.plot(tokens, _running_mean(bits), color="tab:blue", label=f"train {_running_mean(bits)[-1]:.3f}")
+    if val:
+        axes.plot(*zip(*val, strict=True), "o-", color="tab:orange", label=f"validation {val[-1][1]:.3f}")
+    for (name, bits_there), color in zip(baselines.items(), ("gray", "black"), strict=False):
+        axes.axhline(bits_there, color=color, linestyle="--", linewidth=1, label=f"{name} {bits_there:.3f}")
+    if rate:
+        below.plot(*zip(*rate, strict=True), color="tab:green")
+        below.set_ylim(0, 1.1 * max(value for _, value in rate))
+    # The first steps fall from 8 bits and would leave the rest no room.
+    heights = [value for _, value in train[len(train) // 10 :] + val] + list(baselines.values())
+    if heights:
+        axes.set_ylim(0.95 * min(heights), 1.05 * max(heights))
+    for each in (axes, below):
+        each.grid(alpha=0.3)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend()
+    with publish(path) as file:
+        FigureCanvasAgg(figure).print_png(file)
+
+
+def draw_sweep(
+    curves: dict[str, list[dict[str, float]]], best: dict[str, float], swept: dict[str, dict[str, Any]], path: Path
+) -> None:
+    """The runs' curves over each other, and each run's best bits per byte against every setting that differs.
+
+    curves: a run's name to its rows. best: to its best validation's bits per byte. swept: a setting's key to each run's
+    value of it.
+    """
+    from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    keys = list(swept)[:6]
+    figure = Figure(figsize=(8 + 3.2 * len(keys), 5), dpi=110, layout="constrained")
+    axes, *beside = figure.subplots(1, 1 + len(keys), width_ratios=[2.4] + [1] * len(keys), squeeze=False)[0]
+    axes.set(xlabel="tokens", ylabel="bits per byte", title="validation, dots; training's running mean, lines")
+    ranked = sorted(curves, key=lambda name: best.get(name, math.inf))
+    colors = {name: colormaps["viridis"](0.9 * i / max(1, len(ranked) - 1)) for i, name in enumerate(ranked)}
+    heights = []
+    for i, name in enumerate(ranked):
+        train, val = (points(curves[name], column) for column in ("train/bits_per_byte", "val/bits_per_byte"))
+        label = f"{name}  {best[name]:.3f}" if name in best and i < 12 else None
+        if train:
+            tokens, bits = zip(*train, strict=True)
+            means = _running_mean(bits)
+            axes.plot(tokens, means, color=colors[name], linewidth=1, alpha=0.8, label=label)
+            heights += means[len(means) // 5 :]
+        if val:
+            axes.plot(*zip(*val, strict=True), "o", color=colors[name], markersize=4)
+            heights += [value for _, value in val]
+    if heights:
+        low, high = min(heights), sorted(heights)[int(0.98 * (len(heights) - 1))]
+        axes.set_ylim(low - 0.05 * (high - low + 0.1), high + 0.1 * (high - low + 0.1))
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(title="best first", fontsize="small")
+    for key, panel in zip(keys, beside, strict=True):
+        names = [name for name in ranked if name in best and name in swept[key]]
+        values = [swept[key][name] for name in names]
+        numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
+        x: list[Any] = values
+        if numbers and len(numbers) == len(values):
+            if min(numbers) > 0 and max(numbers) / min(numbers) >= 3:
+                panel.set_xscale("log")
+            if len(set(numbers)) <= 5:
+                panel.set_xticks(sorted(set(numbers)), [f"{number:g}" for number in sorted(set(numbers))], minor=False)
+                panel.set_xticks([], minor=True)
+        else:
+            x = [str(value) for value in values]
+        panel.scatter(x, [best[name] for name in names], c=[colors[name] for name in names])
+        panel.set(xlabel=key)
+        panel.sharey(beside[0])
+    if beside:
+        beside[0].set_ylabel("best validation, bits per byte")
+    for each in (axes, *beside):
+        each.grid(alpha=0.3)
+    with publish(path) as file:
+        FigureCanvasAgg(figure).print_png(file)
+
+
+def points(rows: list[dict[str, float]], name: str) -> list[tuple[float, float]]:
+    """(tokens, value) of the rows that have a finite one."""
+    return [(row["tokens"], row[name]) for row in rows if math.isfinite(row.get(name, math.nan))]
+
+
+def _running_mean(values: tuple[float, ...]) -> list[float]:
+    """An exponential mean over about a twentieth of the points."""
+    keep = 1 - 1 / max(1.0, len(values) / 20)
+    means, mean = [], values[0]
+    for value in values:
+        mean = keep * mean + (1 - keep) * value
+        means.append(mean)
+    return means

@@ -1,0 +1,44 @@
+"""A trial of a study reports its validations, and ends where they fall behind those of the others."""
+
+import json
+import warnings
+from pathlib import Path
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+
+class PruneTrial(Callback):
+    """For a run whose folder holds trial.json, in a folder with study.journal: see hydra_plugins/rwkv_pl/study.py.
+
+    pruned: has the trial been ended?
+    """
+
+    def __init__(self, folder: Path) -> None:
+        import optuna
+        from optuna.storages.journal import JournalFileBackend
+
+        told = json.loads((folder / "trial.json").read_text(encoding="utf-8"))
+        backend = JournalFileBackend(str(folder.parent / "study.journal"))
+        pruners = {
+            "median": optuna.pruners.MedianPruner(n_startup_trials=3),
+            "halving": optuna.pruners.SuccessiveHalvingPruner(),
+            "none": optuna.pruners.NopPruner(),
+        }
+        study = optuna.load_study(
+            study_name=None, storage=optuna.storages.JournalStorage(backend), pruner=pruners[told["pruner"]]
+        )
+        self._trial = optuna.trial.Trial(study, told["id"])
+        self.pruned = False
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn != "fit":
+            return
+        last = trainer.should_stop or trainer.global_step == trainer.max_steps
+        if trainer.is_global_zero:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # a resumed run reports a step again
+                self._trial.report(float(trainer.callback_metrics["val/bits_per_byte"]), trainer.global_step)
+            self.pruned = not last and self._trial.should_prune()
+        self.pruned = trainer.strategy.broadcast(self.pruned)
+        if self.pruned:
+            trainer.should_stop = True
