@@ -157,6 +157,7 @@ GROUPS = ("data", "model", "optim", "schedule", "trainer", "callbacks", "logger"
 # A value whose YAML default is null, or that takes more kinds than its default has.
 TRAINER_KINDS: dict[str, tuple[type, ...]] = {
     "devices": (int, str, list),
+    "accumulate_grad_batches": (int, str),
     "precision": (str, int),
     "max_epochs": (int,),
     "max_time": (str, dict),
@@ -187,7 +188,7 @@ TRAINER_OWNED = {
 TARGET_MODULES = {
     "optim": ("torch.optim",),
     "trainer": (),
-    "callbacks": ("lightning.pytorch.callbacks", "rwkv_pl.training.checkpoints"),
+    "callbacks": ("lightning.pytorch.callbacks", "rwkv_pl.training.checkpoints", "rwkv_pl.training.sample"),
     "logger": ("lightning.pytorch.loggers",),
 }
 
@@ -204,6 +205,9 @@ def check_trainer(trainer: dict[str, Any], defaults: dict[str, Any]) -> None:
             continue
         check_kind(f"trainer.{key}", value, kinds)
     trainer = defaults | trainer
+    if isinstance(trainer["accumulate_grad_batches"], str):
+        one_of("trainer.accumulate_grad_batches, where not a number,", trainer["accumulate_grad_batches"], ("auto",))
+        trainer["accumulate_grad_batches"] = 1
     for key in ("max_steps", "max_epochs"):
         if trainer[key] is not None and trainer[key] < 1 and trainer[key] != -1:
             raise UserError(f"trainer.{key} must be at least 1, or -1 for no limit, got {trainer[key]}")

@@ -1,5 +1,6 @@
 """Models from what lies on disk: a run folder, a checkpoint of ours, an official RWKV-4 `.pth`."""
 
+import os
 import re
 import zipfile
 from pathlib import Path
@@ -87,6 +88,8 @@ def read_checkpoint(path: Path, checked: bool = True) -> dict[str, Any]:
     left out. Raises UserError.
     """
     if not path.is_file():
+        if os.path.lexists(path):
+            raise DamagedError(f"{path} is no file, or a link to none")
         raise UserError(f"there is no checkpoint {path}")
     try:
         zipped = zipfile.is_zipfile(path)
@@ -113,7 +116,7 @@ def check_about(about: dict[str, Any], path: Path) -> None:
     if about["format"] != 1:
         raise UserError(f"{path} has checkpoint format {about['format']}, this rwkv_pl reads 1: install a newer one")
     kinds = {"model": str, "config": dict, "vocabulary": dict | None, "finished": str | None}
-    optional = {name: kind for name, kind in {"past": dict, "skipped": int}.items() if name in about}
+    optional = {name: kind for name, kind in {"past": dict, "skipped": int, "accumulate": int}.items() if name in about}
     if not all(isinstance(about.get(name, ...), kind) for name, kind in (kinds | optional).items()):
         raise DamagedError(f"{path} is not a whole checkpoint: it does not say what it holds")
     if about["model"] not in VERSIONS:

@@ -80,7 +80,7 @@ CASES = {
     # ways of writing
     "+foo=1": "keys are not added",
     "+model.foo=1": "keys are not added",
-    "++optim.lr=1": "write optim.lr=VALUE",
+    "++optim.lr=1": "leave out the +",
     "~trainer.max_steps": "keys are not removed",
     "~model": "keys are not removed",
     "data.path='unclosed": "can't be read as key=value",
@@ -92,7 +92,8 @@ CASES = {
     # choices and files
     "data=nosuch": "there is no data=nosuch; there are: enwik8, stdlib, text",
     "experiment=nosuch": "there is no experiment=nosuch",
-    "callbacks=[default,nosuch]": "there is no callbacks=nosuch; there are: best, default, early_stopping, ema, last",
+    "callbacks=[default,nosuch]": "there is no callbacks=nosuch; there are: best, default, device_stats, "
+    "early_stopping, ema, last, sample_text, weight_averaging",
     "data.path=missing.txt": "missing.txt",
     "data.path=null": "data.path is missing",
     "data.path=.": "",

@@ -53,7 +53,7 @@ def whole(tmp_path_factory) -> Path:
         ("torch:save", 2, "checkpoints/"),
         ("csv:DictWriter.writerow", 6, "metrics.csv"),
         ("tensorboard.summary.writer.record_writer:RecordWriter.write", 60, "run"),
-        ("rwkv_pl.training.progress:LogFile.flush", 6, "train.log"),
+        ("rwkv_pl.training.progress:LogFile.flush", 9, "train.log"),
         ("matplotlib.backends.backend_agg:FigureCanvasAgg.print_png", 2, "loss.png"),
         ("os:link", 1, "checkpoints/"),
     ],

@@ -380,3 +380,89 @@ def test_twenty_random_moments(tmp_path, kind):
         assert_the_same(folder / "run", tmp_path / "whole" / "run")
         number += 1
     print(f"{kind}: {moments} moments in {number} runs")
+
+
+def resumed_three_times(folder: Path, *run: str) -> None:
+    """Stopped in the last validation, then killed after its row, when it is made again."""
+    assert forks.run(folder, *run, strikes=[Strike(VALIDATION_STEP, 23, terminate)]).code == 143
+    after_its_row = Strike("rwkv_pl.training.checkpoints:BestCheckpoint.on_validation_end", 1, kill)
+    assert forks.run(folder, "resume=run", strikes=[after_its_row]).code == -signal.SIGKILL
+    finished(folder, "resume=run")
+
+
+def test_a_validation_that_is_made_again_has_one_row(folder, whole):
+    resumed_three_times(folder, *RUN)
+    assert_the_same(folder / "run", whole)
+
+
+def test_a_run_whose_time_ended_makes_its_last_validation(folder):
+    length = ("trainer.max_steps=-1", "trainer.max_time=00:00:00:02", "trainer.val_check_interval=100000")
+    run = (*RUN, *length, "callbacks.last.every_n_train_steps=100000")
+    assert forks.run(folder, *run, strikes=[Strike(VALIDATION_STEP, 2, terminate)]).code == 143
+    finished(folder, "resume=run")
+    last = torch.load(folder / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert last["rwkv_pl"]["finished"] == "time"
+    assert [row[0] for row in figures(folder / "run")[1:] if row[-1]] == [str(last["global_step"])]
+    assert (folder / "run" / "checkpoints" / "best.ckpt").exists()
+    assert "is finished" in finished(folder, "resume=run").out
+
+
+def hang_up() -> None:
+    os.kill(os.getpid(), signal.SIGHUP)
+
+
+def test_a_closed_terminal_saves(folder, whole):
+    result = forks.run(folder, *RUN, strikes=[Strike(TRAINING_STEP, 14, hang_up)])
+    assert result.code == 129
+    finished(folder, "resume=run")
+    assert_the_same(folder / "run", whole)
+
+
+def ignore_hang_up() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+
+def test_under_nohup_a_closed_terminal_is_nothing(folder, whole):
+    ignore = Strike("rwkv_pl.cli.train:take_folder", 1, ignore_hang_up)
+    result = forks.run(folder, *RUN, strikes=[ignore, Strike(TRAINING_STEP, 14, hang_up)])
+    assert result.code == 0, result.err
+    assert_the_same(folder / "run", whole)
+
+
+def test_the_best_checkpoint_serves_where_the_last_is_gone(folder, whole):
+    assert forks.run(folder, *RUN, strikes=[Strike(TRAINING_STEP, 29, kill)]).code == -signal.SIGKILL
+    for name in ("last.ckpt", "last.prev.ckpt"):
+        (folder / "run" / "checkpoints" / name).unlink()
+    assert "there is no last.ckpt; going on from" in finished(folder, "resume=run").out
+    assert_the_same(folder / "run", whole)
+
+
+@pytest.mark.parametrize("kind", ["dangling link", "folder", "pipe"])
+def test_what_bears_a_checkpoints_name_and_is_no_file(folder, kind):
+    finished(folder, *RUN)
+    paths = [folder / "run" / "checkpoints" / name for name in ("last.ckpt", "last.prev.ckpt", "best.ckpt")]
+    for path in paths:
+        path.unlink()
+        if kind == "dangling link":
+            path.symlink_to("nowhere")
+        elif kind == "folder":
+            path.mkdir()
+        else:
+            os.mkfifo(path)
+    before = (folder / "run" / "metrics.csv").read_bytes()
+    result = forks.run(folder, "resume=run", "trainer.max_steps=12")
+    assert (result.code, result.err.count("\n")) == (2, 1), result.err
+    assert f"{paths[0]} is no file" in result.err
+    assert (folder / "run" / "metrics.csv").read_bytes() == before
+
+
+def test_a_start_that_was_cut_short_is_made_again(folder, whole):
+    """As by a full disk: Hydra's last file is there, and empty."""
+    settings = folder / "run" / ".hydra"
+    settings.mkdir(parents=True)
+    for name in ("config.yaml", "hydra.yaml", "overrides.yaml"):
+        (settings / name).touch()
+    result = forks.run(folder, "resume=run")
+    assert (result.code, "start it by the same command" in result.err) == (2, True)
+    finished(folder, *RUN)
+    assert_the_same(folder / "run", whole)

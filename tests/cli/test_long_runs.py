@@ -123,6 +123,63 @@ def test_float16_scaling_may_meet_inf(train, tmp_path, spoil, monkeypatch):
     assert "the loss of batch 2 is not finite" in result.err
 
 
+def test_a_scaler_that_has_left_out_all_steps_so_far(train, tmp_path, monkeypatch):
+    from lightning.pytorch.plugins import MixedPrecision
+
+    from rwkv_pl.cli import prepare
+
+    trainer = prepare.Trainer
+
+    def scaled(**arguments):
+        del arguments["precision"]
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120)
+        arguments["plugins"] = [*arguments["plugins"], MixedPrecision("16-mixed", "cpu", scaler)]
+        return trainer(**arguments)
+
+    monkeypatch.setattr(prepare, "Trainer", scaled)
+    assert train(*SMALL, *EVERY, "trainer.max_steps=2", "hydra.run.dir=run").code == 0
+    assert not checkpoint(tmp_path / "run")["optimizer_states"][0]["state"]
+    result = train("resume=run", "trainer.max_steps=4")
+    assert result.code == 0, result.err
+
+
+@pytest.mark.parametrize("row", ["nan,,,,,,,,,,", "inf,1,,,,,,,,,", "3,inf,1,,,,,,,,", "3,96,1,,,,,,,,,surplus"])
+def test_a_damaged_record_is_said_to_be(train, tmp_path, row):
+    assert train(*SMALL, *EVERY, "hydra.run.dir=run").code == 0
+    record = tmp_path / "run" / "metrics.csv"
+    lines = record.read_text().splitlines(keepends=True)
+    record.write_text("".join([*lines[:3], row + "\n", *lines[3:]]))
+    before = record.read_bytes()
+    result = train("resume=run", "trainer.max_steps=9")
+    assert (result.code, result.err.count("\n")) == (1, 1), result.err
+    assert "metrics.csv is damaged" in result.err and "move it away" in result.err
+    assert record.read_bytes() == before
+
+
+def test_a_step_that_is_not_the_loops_own_is_damage(train, tmp_path):
+    assert train(*SMALL, *EVERY, "hydra.run.dir=run").code == 0
+    checkpoints = tmp_path / "run" / "checkpoints"
+    for name in ("last.ckpt", "last.prev.ckpt", "best.ckpt"):
+        content = torch.load(checkpoints / name, weights_only=True) | {"global_step": 3}
+        (checkpoints / name).unlink()
+        torch.save(content, checkpoints / name)
+    result = train("resume=run", "trainer.max_steps=9")
+    assert (result.code, result.err.count("\n")) == (2, 1), result.err
+    assert "its loop is at step 8, itself at 3" in result.err
+
+
+@pytest.mark.parametrize("content", [{"rwkv_pl": 3}, {"rwkv_pl": None}, {}])
+def test_a_strange_checkpoint_does_not_hide_the_latest_run(train, tmp_path, content):
+    for name in ("a", "b"):
+        run = tmp_path / "outputs" / "2026-01-01" / name
+        assert train(*SMALL, *EVERY, "trainer.max_steps=3", f"hydra.run.dir={run}").code == 0
+    last = tmp_path / "outputs" / "2026-01-01" / "a" / "checkpoints" / "last.ckpt"
+    last.with_name("last.prev.ckpt").replace(last)
+    torch.save(content, tmp_path / "outputs" / "2026-01-01" / "b" / "checkpoints" / "last.ckpt")
+    result = train("resume=latest")
+    assert result.err.count("\n") <= 1, result.err
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("change", ["shorter", "other", "gone", "touched"])
 def test_a_text_that_changes_under_the_run(train, tmp_path, monkeypatch, change, workers):
@@ -201,7 +258,7 @@ def test_the_latest_run_is_resumed(train, tmp_path):
         # c is finished, d in use
         result = train("resume=latest")
         assert result.code == 0, result.err
-        assert f"{outputs / 'b'} has no checkpoint yet: it starts at step 0" in result.err
+        assert f"{outputs / 'b'} has no checkpoint yet: it starts at step 0" in result.out
     assert train("resume=latest").code == 0
     assert checkpoint(outputs / "d")["global_step"] == 4
     assert train("resume=latest").code == 0
@@ -271,7 +328,8 @@ def test_a_strangers_checkpoint_runs_nothing(train, tmp_path, name):
         torch.save(content | {"hostile": Hostile()}, checkpoints / file)
     (checkpoints / "last.prev.ckpt").unlink()
     result = train("resume=run", "trainer.max_steps=9")
-    assert result.code == (0 if name == "best.ckpt" else 2)
+    assert result.code == (2 if name == "both" else 0)
+    assert (name == "last.ckpt") == ("last.ckpt is not a checkpoint that can be read safely" in result.out)
     assert train(*SMALL, f"weights=run/checkpoints/{'last.ckpt' if name == 'both' else name}").code in (0, 2)
     assert not (tmp_path / "executed").exists()
 

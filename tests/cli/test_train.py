@@ -140,7 +140,7 @@ def test_a_damaged_last_checkpoint_gives_way_to_the_one_before(train, tmp_path):
     last.write_bytes(last.read_bytes()[:-100])
     result = train("resume=part", "trainer.max_steps=12")
     assert result.code == 0
-    assert "going on from" in result.err
+    assert "going on from" in result.out
     whole, part = (checkpoint(tmp_path / name)["state_dict"] for name in ("whole", "part"))
     assert all(torch.equal(value, part[name]) for name, value in whole.items())
 

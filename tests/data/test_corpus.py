@@ -266,7 +266,7 @@ def test_a_wrong_file_is_named_and_kept(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"{path} has SHA-1 .* enwik8 has {SHA1}: delete it"):
         small(tmp_path)
     assert path.read_bytes() == CONTENT[::-1]
-    with pytest.raises(UserError, match="is a file: with data=enwik8 name the folder"):
+    with pytest.raises(UserError, match="is a file: for a text of yours add data=text"):
         small(path)
 
 

@@ -11,6 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NoReturn
 
+import hydra
 import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_module
@@ -23,6 +24,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rwkv_pl.config import GROUPS, TARGET_MODULES, RunError, Train, UserError, check_kinds, check_trainer, nearest
 from rwkv_pl.files import in_words
+
+# For a number in a config that follows another: ${divide:1.5,${model.n_embd}}
+OmegaConf.register_new_resolver("divide", lambda a, b: a / b, replace=True)
 
 CONFIG_MODULE = "rwkv_pl.conf"
 BAD_INPUT, FAILED = 2, 1
@@ -91,7 +95,7 @@ def parse_overrides(overrides: Sequence[str], sweep: bool = False) -> list[Overr
             raise UserError(f"{text!r} can't be read as key=value ({reason}): quote special characters") from error
         key = override.key_or_group
         if override.is_add() or override.is_force_add():
-            raise UserError(f"{text}: keys are not added, all there are exist already; write {key}=VALUE")
+            raise UserError(f"{text}: keys are not added, all there are exist already: leave out the +")
         if override.is_delete():
             raise UserError(f"{text}: keys are not removed; write {key}=null, or choose another file of its group")
         if override.is_sweep_override() and not sweep:
@@ -124,6 +128,46 @@ def compose(overrides: Sequence[str], config_dir: str | None = None) -> DictConf
     raise UserError(one_line(reason) + cause) from reason
 
 
+def hand_over(task: Callable[[DictConfig], Any], argv: Sequence[str], multirun: bool = False) -> None:
+    """Lets Hydra make .hydra/ and train.log and call `task` with the composed config; under -m, its sweeper."""
+    if multirun:
+        _register_plugins()
+    typed, failure = sys.argv, []
+
+    def run(config: DictConfig) -> Any:
+        # Lightning starts the processes of further devices by the command line as it was typed.
+        sys.argv = typed
+        try:
+            return task(config)
+        except Exception as error:
+            # Raised here, Hydra would print a line of its own before ours.
+            failure.append(error)
+            return None
+
+    sys.argv = [typed[0], *argv]
+    try:
+        to_run = task if multirun else run
+        hydra.main(version_base="1.3", config_path=f"pkg://{CONFIG_MODULE}", config_name="train")(to_run)()
+    finally:
+        sys.argv = typed
+    if failure:
+        raise failure[0]
+
+
+def _register_plugins() -> None:
+    """Hydra's own search does not see those of an editable install."""
+    from hydra.core.plugins import Plugins
+
+    plugins = Plugins.instance()
+
+    from hydra_plugins.rwkv_pl.grid import GridSweeper
+    from hydra_plugins.rwkv_pl.launcher import ProcessLauncher
+    from hydra_plugins.rwkv_pl.study import StudySweeper
+
+    for plugin in (ProcessLauncher, GridSweeper, StudySweeper):
+        plugins.register(plugin)
+
+
 def explain_unknown_key(overrides: Sequence[str], config_dir: str | None) -> None:
     """Raises UserError, with the nearest key, for the first override whose key does not exist."""
     parsed = parse_overrides(overrides, sweep=True)
@@ -145,6 +189,9 @@ def require_key(key: str, config: Any) -> None:
                 check_trainer({part: None}, trainer_defaults())
             names = [name for name in node if name != "hydra"] if isinstance(node, dict | DictConfig) else []
             hint = nearest(part, names) if names else f"; {seen.rstrip('.')} is a value"
+            groups = [group for group in GROUPS if isinstance(config.get(group), dict | DictConfig)]
+            if key == part and (group := next((group for group in groups if part in config[group]), None)):
+                hint = f"; did you mean {group}.{part}?"
             raise UserError(f"{key} is not a setting{hint}")
         node, seen = node[part], f"{seen}{part}."
 

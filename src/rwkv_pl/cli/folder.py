@@ -1,20 +1,28 @@
-"""The run folder: one process's at a time, and found again."""
+"""The run folder: one process's at a time, found again, and what became of the run."""
 
+import json
+import math
 import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from rwkv_pl.config import UserError
-from rwkv_pl.files import PARTIAL, in_words, made_for_success
+from rwkv_pl.files import PARTIAL, in_words, made_for_success, publish
 
 LOCK = ".lock"
 
 # Hydra writes this last of what a run starts from.
-STARTED = Path(".hydra", "overrides.yaml")
+OVERRIDES = Path(".hydra", "overrides.yaml")
+
+RESULT = "result.json"
+
+# What a sweep leaves in the folder of a job, before it and after it has failed.
+OF_SWEEP = ("trial.json", "error.txt", RESULT)
 
 
 def is_first_process() -> bool:
@@ -55,7 +63,15 @@ def take_folder(folder: Path, typed: bool) -> Path:
 
 def _unused(folder: Path) -> bool:
     names = {path.name for path in folder.iterdir()}
-    return names <= {LOCK, ".hydra", "train.log"} and not (folder / STARTED).exists()
+    return names <= {LOCK, ".hydra", "train.log", *OF_SWEEP} and not begun(folder)
+
+
+def begun(folder: Path) -> bool:
+    """Has a run begun there: is all of what it starts from written?"""
+    try:
+        return (folder / OVERRIDES).read_bytes().endswith(b"\n")
+    except OSError:
+        return False
 
 
 @contextmanager
@@ -96,12 +112,51 @@ def latest_run(outputs: Path) -> Path:
     """Of the runs below `outputs` that are neither finished nor in use, the one started last. Raises UserError."""
     from rwkv_pl.weights import read_checkpoint
 
-    started = [path.parent.parent for path in outputs.glob("**/" + STARTED.as_posix())]
-    for folder in sorted(started, key=lambda folder: (folder / STARTED).stat().st_mtime_ns, reverse=True):
+    found = [path.parent.parent for path in outputs.glob("**/" + OVERRIDES.as_posix())]
+    started = [folder for folder in found if begun(folder)]
+    for folder in sorted(started, key=lambda folder: (folder / OVERRIDES).stat().st_mtime_ns, reverse=True):
         with suppress(UserError):
-            about = read_checkpoint(folder / "checkpoints" / "last.ckpt", checked=False).get("rwkv_pl", {})
-            if about.get("finished"):
+            about = read_checkpoint(folder / "checkpoints" / "last.ckpt", checked=False).get("rwkv_pl")
+            if isinstance(about, dict) and about.get("finished"):
                 continue
         with suppress(UserError), locked(folder):
             return folder
-    raise UserError(f"resume=latest: of {len(started)} runs in {outputs} none is both unfinished and not in use")
+    raise UserError(
+        f"resume=latest: of {len(started)} runs in {outputs} none is both unfinished and not in use; one that lies "
+        "elsewhere is named by resume=FOLDER"
+    )
+
+
+def write_result(folder: Path, **figures: Any) -> None:
+    """result.json: the run's status (finished, pruned, stopped, failed), and its figures or its error."""
+    plain = {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in figures.items()}
+    with publish(folder / RESULT) as file:
+        file.write(json.dumps(plain, indent=1).encode())
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """What result.json says; {} where there is none, as of a run that goes on or was killed."""
+    try:
+        content = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+@contextmanager
+def recorded(folder: Path) -> Iterator[None]:
+    """Of a run under way there is no result.json; of one that was stopped or has failed, one that says so."""
+    if not is_first_process():
+        yield
+        return
+    for name in (RESULT, "error.txt"):
+        (folder / name).unlink(missing_ok=True)
+    try:
+        yield
+    except SystemExit:
+        write_result(folder, status="stopped")
+        raise
+    except Exception as error:
+        with suppress(OSError):  # the disk is full
+            write_result(folder, status="failed", error=" ".join(str(error).split()))
+        raise

@@ -2,21 +2,27 @@
 
 import contextlib
 import ctypes
+import hashlib
 import logging
 import lzma
+import os
+import subprocess
 import tempfile
 import threading
 import warnings
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
+import lightning
 import numpy as np
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
 from torch import nn
 
 from rwkv_pl.cli.app import load_target, one_line
@@ -27,9 +33,10 @@ from rwkv_pl.data.tokens import Vocabulary
 from rwkv_pl.model import VERSIONS
 from rwkv_pl.ops.wkv4 import use_kernel, wkv4
 from rwkv_pl.training.checkpoints import BestCheckpoint, DurableCheckpointIO, LastCheckpoint
+from rwkv_pl.training.footprint import Footprint, accumulation_that_fits, footprint, in_units
 from rwkv_pl.training.module import LitRWKV
 from rwkv_pl.training.optim import check_schedule
-from rwkv_pl.training.resume import agree, read_own, try_on
+from rwkv_pl.training.resume import agree, owes_validation, read_own, try_on
 from rwkv_pl.weights import load_weights
 
 # Compressing more would keep the user waiting for a figure that is only there to compare with.
@@ -37,6 +44,11 @@ BASELINE_BYTES = 4_000_000
 
 # What a validation reports, and callbacks can watch.
 MONITORED = ("val/bits_per_byte", "val/loss")
+
+PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
+
+# Where the name of MLflow's run is kept, which a resume goes on with.
+MLFLOW_RUN = "mlflow_run"
 
 # Lightning's own settings that the order of batches, and the length in optimizer steps, leave no choice about.
 FIXED_TRAINER = {
@@ -59,6 +71,10 @@ class Prepared:
     resume_from: Path | None
     done_steps: int
     ended: str | None
+    owes_validation: bool
+    cost: Footprint
+    remarks: list[str] = field(default_factory=list)
+    """What the user should know of it, told where the run begins."""
 
     def over(self, settings: bool) -> str | None:
         """How the run that is resumed has ended, in words; None where something is left to do.
@@ -87,11 +103,12 @@ def prepare(config: Train, cwd: Path, resume_from: Path | None) -> Prepared:
     """Opens corpus and weights, and tries the settings out. Relative paths count from `cwd`. Raises UserError."""
     _quiet()
     keep_freed_memory()
-    done_steps, ended, loaded, vocabulary = 0, None, None, None
+    done_steps, ended, owes, loaded, vocabulary = 0, None, False, None, None
     content = read_own(resume_from) if resume_from else None
     if content:
         about, done_steps = content["rwkv_pl"], content["global_step"]
         vocabulary, ended = Vocabulary.from_dict(about["vocabulary"]), about["finished"]
+        owes = owes_validation(content)
     elif config.weights:
         loaded, vocabulary = load_weights(cwd / config.weights)
         if vocabulary and vocabulary.kind != config.data.vocab:
@@ -136,6 +153,16 @@ def prepare(config: Train, cwd: Path, resume_from: Path | None) -> Prepared:
     with tempfile.TemporaryDirectory() as nowhere:
         callbacks, loggers = build_callbacks(config, Path(nowhere)), build_loggers(config, Path(nowhere), None)
         trial = build_trainer(config, Path(nowhere), max_steps, callbacks, loggers)
+    use_kernel(config.kernel)
+    one = torch.zeros(1, 1, 1, device=trial.strategy.root_device)
+    try:
+        wkv4(one[0, 0], one[0, 0], one, one)  # builds the kernel where that is still to be done
+    except RuntimeError as error:
+        raise UserError(f"kernel={config.kernel}: {one_line(error)}") from error
+    cost = footprint(module.to(trial.strategy.root_device), trial.precision_plugin)
+    if config.trainer["accumulate_grad_batches"] == "auto":
+        before = content["rwkv_pl"].get("accumulate") if content else None
+        config.trainer["accumulate_grad_batches"] = before or _accumulation(config, module, cost, trial)
     accumulate = config.trainer["accumulate_grad_batches"]
     micro_batch_rows(config.data.batch_size, world_size=trial.world_size, rank=0, accumulate=accumulate, micro_batch=0)
     limit = config.trainer["limit_val_batches"]
@@ -145,13 +172,23 @@ def prepare(config: Train, cwd: Path, resume_from: Path | None) -> Prepared:
         data.train_dataloader().dataset[0]
     except MemoryError as error:
         raise UserError(f"data.batch_size={config.data.batch_size}: one batch does not fit in the memory") from error
-    use_kernel(config.kernel)
-    one = torch.zeros(1, 1, 1, device=trial.strategy.root_device)
-    try:
-        wkv4(one[0, 0], one[0, 0], one, one)  # builds the kernel where that is still to be done
-    except RuntimeError as error:
-        raise UserError(f"kernel={config.kernel}: {one_line(error)}") from error
-    return Prepared(config, data, module, max_steps, _baselines(config, data), resume_from, done_steps, ended)
+    remarks = [f"weights {config.weights}"] if loaded is not None else []
+    return Prepared(
+        config, data, module, max_steps, _baselines(config, data), resume_from, done_steps, ended, owes, cost, remarks
+    )
+
+
+def _accumulation(config: Train, module: LitRWKV, cost: Footprint, trial: Trainer) -> int:
+    rows, left = divmod(config.data.batch_size, trial.world_size)
+    if left:
+        return 1  # which is refused next
+    found = accumulation_that_fits(module, cost, rows, config.data.ctx_len, trial.precision_plugin)
+    if found is None:
+        raise UserError(
+            f"trainer.accumulate_grad_batches=auto: not even one sequence fits the memory, it takes about "
+            f"{in_units(cost.bytes(config.data.ctx_len))}: a smaller model or data.ctx_len"
+        )
+    return found
 
 
 def build_model(config: Train, vocab_size: int, loaded: nn.Module | None) -> nn.Module:
@@ -211,7 +248,14 @@ def build_trainer(
     """Lightning's Trainer with the config's arguments. Raises UserError for a value that it refuses."""
     arguments = config.trainer | FIXED_TRAINER | {"max_steps": max_steps}
     # Lightning counts this one in micro-batches; steps are optimizer steps everywhere in the config.
+    if arguments["accumulate_grad_batches"] == "auto":
+        arguments["accumulate_grad_batches"] = 1  # of the trial; the run has a number by then
     arguments["val_check_interval"] *= arguments["accumulate_grad_batches"]
+    if name := arguments["profiler"]:
+        if name not in PROFILERS:
+            raise UserError(f"trainer.profiler must be one of {', '.join(PROFILERS)}, got {name}")
+        # By its name alone Lightning's would only log, at a level that is not shown.
+        arguments["profiler"] = PROFILERS[name](dirpath=folder, filename="profile")
     try:
         return Trainer(
             **arguments,
@@ -245,10 +289,36 @@ def build_loggers(config: Train, folder: Path, resumed_step: int | None) -> list
     """The loggers of the config; TensorBoard's goes on after the resumed step, without the rows that followed it."""
     loggers = []
     for name, arguments in config.logger.items():
-        if load_target(f"logger.{name}", arguments["_target_"]) is TensorBoardLogger and resumed_step is not None:
+        target = load_target(f"logger.{name}", arguments["_target_"])
+        if target is TensorBoardLogger and resumed_step is not None:
             arguments = arguments | {"purge_step": resumed_step + 1}
+        described = folder / ".hydra" / "hydra.yaml"  # which no resume changes, wherever the folder lies
+        if target is WandbLogger and described.is_file():
+            run_id = hashlib.blake2b(described.read_bytes(), digest_size=8).hexdigest()
+            arguments = {"id": run_id, "resume": "allow"} | arguments
+        if target is MLFlowLogger:
+            if arguments.get("tracking_uri") is None:
+                own = f"sqlite:///{(folder / 'mlflow.db').as_posix()}"
+                arguments = arguments | {"tracking_uri": os.environ.get("MLFLOW_TRACKING_URI", own)}
+            if (folder / MLFLOW_RUN).is_file():
+                arguments = arguments | {"run_id": (folder / MLFLOW_RUN).read_text().strip()}
         loggers.append(_instantiate(f"logger.{name}", arguments, folder))
     return loggers
+
+
+def code_state() -> str:
+    """Versions, and the commit of the checkout that runs, or else of the working folder's."""
+    told = f"rwkv_pl {version('rwkv_pl')}, torch {torch.__version__}, lightning {lightning.__version__}"
+    for folder in (Path(__file__).parent, Path.cwd()):
+        git = ["git", "-C", str(folder)]
+        try:
+            commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
+            changes = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True)
+        except OSError:
+            return told
+        if not commit.returncode:
+            return f"{told}, git {commit.stdout.strip()}" + (" with changes" if changes.stdout.strip() else "")
+    return told
 
 
 def _instantiate(where: str, arguments: dict[str, Any], folder: Path) -> Any:
@@ -260,6 +330,9 @@ def _instantiate(where: str, arguments: dict[str, Any], folder: Path) -> Any:
                 arguments[key] = str(folder / arguments[key])
         return target(**arguments)
     except Exception as error:
+        extra = where.removeprefix("logger.")
+        if isinstance(error, ModuleNotFoundError) and extra in ("wandb", "mlflow"):
+            raise UserError(f"{where} needs a package that is not installed: pip install 'rwkv_pl[{extra}]'") from error
         raise UserError(f"{where} refuses its settings: {one_line(error)}") from error
 
 

@@ -10,6 +10,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from rwkv_pl.cli.app import check, compose, is_group_choice, parse_overrides, require_key
+from rwkv_pl.cli.folder import begun
 from rwkv_pl.config import Train, UserError
 from rwkv_pl.files import publish
 
@@ -36,8 +37,12 @@ class StoredRun:
         self.folder = folder
         if folder.is_file():
             raise UserError(f"resume={folder} is a file: give the run's folder")
+        if (folder / "multirun.yaml").is_file():
+            raise UserError(f"resume={folder} is a sweep: rwkv-train -m resume={folder} goes on with it")
         if not (folder / ".hydra" / "config.yaml").is_file():
             raise UserError(f"resume={folder} is no run folder: it holds no .hydra/config.yaml")
+        if not begun(folder):
+            raise UserError(f"{folder} was broken off before its run began: start it by the same command as then")
         try:
             self.first = self._read("config.yaml", dict)
             self.hydra = self._read("hydra.yaml", dict)["hydra"]
@@ -89,6 +94,8 @@ class StoredRun:
             entry["set"] = {key: value for key, value in now.items() if key not in then or then[key] != value}
         _apply(config, entry)
         values = {o.key_or_group: o.value() for o in later if not is_group_choice(o)}
+        if (path := values.get("data.path")) and Path(str(path)).exists():
+            values["data.path"] = str(Path(str(path)).absolute())  # typed here and now, wherever the run began
         for key in values:
             require_key(key, config)
         _apply(config, {"remove": [], "set": values})

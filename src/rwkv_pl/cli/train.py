@@ -9,17 +9,17 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import hydra
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Override
-from omegaconf import DictConfig
+from omegaconf import OmegaConf
 
-from rwkv_pl.cli import app
-from rwkv_pl.cli.folder import is_first_process, latest_run, locked, take_folder
+from rwkv_pl.cli import app, sweep
+from rwkv_pl.cli.folder import is_first_process, latest_run, locked, recorded, take_folder, write_result
 from rwkv_pl.cli.resume import StoredRun
 from rwkv_pl.config import DamagedError, Train, UserError
 from rwkv_pl.files import publish
@@ -37,24 +37,31 @@ def main() -> None:
     args = app.parse_arguments(argv)
     overrides = app.parse_overrides(args.overrides, sweep=args.multirun)
     resume = next((o.value() for o in overrides if o.key_or_group == "resume"), None)
-    if args.help or args.hydra_help or args.cfg or args.info or args.shell_completion:
+    if args.cfg and resume is not None and not args.multirun:
+        config, _ = StoredRun(_run_folder(resume)).resumed_with([o for o in overrides if o.key_or_group != "resume"])
+        print(OmegaConf.to_yaml(config), end="")
+    elif args.help or args.hydra_help or args.cfg or args.info or args.shell_completion:
         if not args.shell_completion:
-            app.compose(_single(overrides), args.config_dir)
-        _hydra_main(lambda _: None, argv)
+            app.compose([str(o.input_line) for o in overrides if not o.is_sweep_override()], args.config_dir)
+        app.hand_over(lambda _: None, argv)
+    elif args.multirun and resume is not None:
+        sweep.go_on(Path(str(resume)).absolute(), [o for o in overrides if o.key_or_group != "resume"])
     elif args.multirun:
-        if resume is not None:
-            raise UserError("resume= goes on with one run: leave out -m")
-        _sweep(argv, overrides, args.config_dir)
+        sweep.start(argv, overrides, args.config_dir)
     elif resume is not None:
         if args.config_dir:
             raise UserError("resume= reads the --config-dir that the run started with: leave it out")
-        folder = latest_run(Path("outputs").absolute()) if resume == "latest" else Path(str(resume)).absolute()
+        folder = _run_folder(resume)
         # Lightning starts the processes of further devices by the same words, which must mean the same run.
         sys.argv = [argument for argument in sys.argv if argument != "resume=latest"]
         sys.argv += [f"resume={app.quoted(folder)}"] if resume == "latest" else []
         _resume(folder, [o for o in overrides if o.key_or_group != "resume"])
     else:
         _start(argv, overrides, args.config_dir)
+
+
+def _run_folder(resume: Any) -> Path:
+    return latest_run(Path("outputs").absolute()) if resume == "latest" else Path(str(resume)).absolute()
 
 
 def _start(argv: Sequence[str], overrides: list[Override], config_dir: str | None) -> None:
@@ -68,13 +75,24 @@ def _start(argv: Sequence[str], overrides: list[Override], config_dir: str | Non
         started[-1] = f"hydra.run.dir={app.quoted(folder)}"
     elif not is_first_process():
         started.append("hydra.output_subdir=null")
-    with locked(folder):
-        _hydra_main(lambda _: _run(prepared, folder), started)
+    with locked(folder), recorded(folder), _names(folder):
+        app.hand_over(lambda _: _run(prepared, folder), started)
+
+
+@contextmanager
+def _names(folder: Path) -> Iterator[None]:
+    """Says where, when the disk refuses what Hydra writes."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, error.filename or str(folder)) from error
 
 
 def _resume(folder: Path, later: list[Override]) -> None:
     stored = StoredRun(folder)
     settings = [o for o in later if not o.key_or_group.startswith("hydra")]
+    if is_first_process() and any(o.key_or_group == "hydra.run.dir" for o in later):
+        raise UserError("a run goes on in its own folder: leave out hydra.run.dir, or move the folder")
     config, entry = stored.resumed_with(settings)
     with locked(folder):
         prepared = _prepare_resumed(config, stored)
@@ -83,86 +101,39 @@ def _resume(folder: Path, later: list[Override]) -> None:
             return
         if is_first_process():
             stored.keep(entry)
+        prepared.remarks += [f"changed {key} = {value}" for key, value in entry["set"].items()]
+        prepared.remarks += [f"changed {key} falls away" for key in entry["remove"]]
         hydra_part = [str(o.input_line) for o in later if o.key_or_group.startswith("hydra")]
         argv = [*hydra_part, f"hydra.run.dir={app.quoted(folder)}", "hydra.output_subdir=null"]
-        _hydra_main(lambda _: _run(prepared, folder, resumed=True), argv)
+        with recorded(folder):
+            app.hand_over(lambda _: _run(prepared, folder, resumed=True), argv)
 
 
 def _prepare_resumed(config: Train, stored: StoredRun) -> "Prepared":
-    """From last.ckpt, or where that is damaged the one before it; from step 0 where there is none yet."""
-    names = ("last.ckpt", "last.prev.ckpt")
-    checkpoints = [path for name in names if (path := stored.folder / "checkpoints" / name).is_file()]
+    """From the first of the run's checkpoints that is whole; from step 0 where there is none yet."""
+    names = ("last.ckpt", "last.prev.ckpt", "best.ckpt")
+    checkpoints = [path for name in names if os.path.lexists(path := stored.folder / "checkpoints" / name)]
     if not checkpoints:
-        print(f"{stored.folder} has no checkpoint yet: it starts at step 0", file=sys.stderr)
-        return _prepare(config, stored.cwd)
-    for path, before in zip(checkpoints, [*checkpoints[1:], None], strict=True):
+        prepared = _prepare(config, stored.cwd)
+        prepared.remarks.append(f"{stored.folder} has no checkpoint yet: it starts at step 0")
+        return prepared
+    damaged: list[str] = []
+    for path in checkpoints:
         try:
-            return _prepare(config, stored.cwd, resume_from=path)
+            prepared = _prepare(config, stored.cwd, resume_from=path)
         except DamagedError as error:
-            if before is None:
-                raise
-            print(f"{app.one_line(error)}; going on from {before}, the one before it", file=sys.stderr)
-    raise AssertionError
-
-
-def _sweep(argv: Sequence[str], overrides: list[Override], config_dir: str | None) -> None:
-    first_job = _single(overrides)
-    composed = app.compose(first_job, config_dir)
-    app.check(composed, app.parse_overrides(first_job), config_dir)
-    typed = any(o.key_or_group == "hydra.sweep.dir" for o in overrides)
-    folder = take_folder(Path(composed.hydra.sweep.dir).absolute(), typed)
-
-    def job(config: DictConfig) -> float:
-        job_folder = Path(HydraConfig.get().runtime.output_dir)
-        with locked(job_folder):
-            return _run(_prepare(app.check(config), Path.cwd()), job_folder)
-
-    try:
-        _hydra_main(job, [*argv, f"hydra.sweep.dir={app.quoted(folder)}"], multirun=True)
-    except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: a job failed: {app.one_line(error)}", file=sys.stderr)
-        sys.exit(app.FAILED)
+            damaged.append(app.one_line(error))
+            continue
+        if path.name != "last.ckpt":
+            why = "; ".join(damaged) or "there is no last.ckpt"
+            prepared.remarks.append(f"{why}; going on from {path}, of step {prepared.done_steps:,}")
+        return prepared
+    raise DamagedError(f"{'; '.join(damaged)}: there is no other to go on from")
 
 
 def _printable(text: bytes) -> str:
     """What a terminal can show: a model that has learned little writes control characters too."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text.decode(errors="replace"))
-
-
-def _single(overrides: list[Override]) -> list[str]:
-    """The overrides of a sweep's first job."""
-    first = []
-    for override in overrides:
-        if override.is_sweep_override() and not override.is_interval_sweep():
-            first.append(f"{override.key_or_group}={next(iter(override.sweep_string_iterator()))}")
-        elif not override.is_sweep_override():
-            first.append(str(override.input_line))
-    return first
-
-
-def _hydra_main(task: Any, argv: Sequence[str], multirun: bool = False) -> None:
-    """Hands over to Hydra, which makes .hydra/ and train.log and calls `task` with the composed config."""
-    typed, failure = sys.argv, []
-
-    def train(config: DictConfig) -> Any:
-        # Lightning starts the processes of further devices by the command line as it was typed.
-        sys.argv = typed
-        try:
-            return task(config)
-        except Exception as error:
-            if multirun:
-                raise
-            # Raised here, Hydra would print a line of its own before ours.
-            failure.append(error)
-            return None
-
-    sys.argv = [typed[0], *argv]
-    try:
-        hydra.main(version_base="1.3", config_path=f"pkg://{app.CONFIG_MODULE}", config_name="train")(train)()
-    finally:
-        sys.argv = typed
-    if failure:
-        raise failure[0]
 
 
 def _prepare(config: Train, cwd: Path, resume_from: Path | None = None) -> "Prepared":
@@ -173,35 +144,58 @@ def _prepare(config: Train, cwd: Path, resume_from: Path | None = None) -> "Prep
     return prepare(config, cwd, resume_from)
 
 
-def _run(prepared: "Prepared", folder: Path, resumed: bool = False) -> float:
-    """Trains in the run folder; returns the best validation's bits per byte, which a sweep minimises.
+def _run(prepared: "Prepared", folder: Path, resumed: bool = False) -> None:
+    """Trains in the run folder, and leaves result.json: the best validation's bits per byte is what a sweep minimises.
 
     resumed: the folder is that of a run which goes on, or starts again.
     """
     from lightning.pytorch.callbacks import ModelCheckpoint
+    from lightning.pytorch.loggers import MLFlowLogger
 
-    from rwkv_pl.cli.prepare import build_callbacks, build_loggers, build_trainer
+    from rwkv_pl.cli.prepare import MLFLOW_RUN, build_callbacks, build_loggers, build_trainer, code_state
     from rwkv_pl.training.faults import StopOnSignal, explained
+    from rwkv_pl.training.footprint import free_memory, in_units
     from rwkv_pl.training.history import History
     from rwkv_pl.training.progress import TrainingProgress, duration
+    from rwkv_pl.training.pruning import PruneTrial
     from rwkv_pl.training.sample import sample_tokens
 
     config, data, module = prepared.config, prepared.data, prepared.module
     vocabulary = data.vocabulary
-    history = History(folder, config.data.batch_size * config.data.ctx_len, prepared.baselines)
+    tokens_per_step = config.data.batch_size * config.data.ctx_len
+    history = History(folder, tokens_per_step, prepared.baselines, redo_validation=prepared.owes_validation)
     progress = [TrainingProgress(history)] if config.trainer["enable_progress_bar"] else []
-    callbacks = [history, *progress, *build_callbacks(config, folder), StopOnSignal()]
-    loggers = build_loggers(config, folder, prepared.done_steps if resumed else None)
+    trial = [PruneTrial(folder)] if (folder / "trial.json").exists() else []
+    callbacks = [history, *progress, *trial, *build_callbacks(config, folder), StopOnSignal()]
+    # The rows of a validation that is made again are not kept; TensorBoard drops all of the step.
+    kept = prepared.done_steps - prepared.owes_validation
+    loggers = build_loggers(config, folder, kept if resumed else None)
     trainer = build_trainer(config, folder, prepared.max_steps, callbacks, loggers)
 
     if trainer.is_global_zero:
         with publish(folder / "vocab.json") as file:
             file.write(json.dumps(vocabulary.to_dict()).encode())
-        model, size = config.model, sum(parameter.numel() for parameter in module.parameters())
+        model, cost, trained = config.model, prepared.cost, config.data
+        rows = trained.batch_size // (trainer.world_size * trainer.accumulate_grad_batches)
         log.info(f"run     {folder}")
+        for remark in prepared.remarks:
+            log.info(remark)
+        code = code_state()
         log.info("data    " + data.description().replace(": ", ":\n        ", 1))
-        log.info(f"model   {model.name}, {model.n_layer} x {model.n_embd}, {size:,} parameters")
+        log.info(
+            f"model   {model.name}, {model.n_layer} x {model.n_embd}, {cost.parameters:,} parameters, "
+            f"{in_units(cost.flops, 'FLOP')} a token"
+        )
+        log.info(
+            f"memory  about {in_units(cost.bytes(rows * trained.ctx_len))} for weights, optimizer and a micro-batch of "
+            f"{rows} x {trained.ctx_len:,} tokens, of {in_units(free_memory(trainer.strategy.root_device))} free"
+        )
         log.info(f"length  {prepared.length()}")
+        log.info(f"code    {code}")
+        for logger in [] if resumed else trainer.loggers:
+            logger.log_hyperparams(asdict(config) | {"code": code})
+            if isinstance(logger, MLFlowLogger):
+                (folder / MLFLOW_RUN).write_text(str(logger.run_id))
     started = time.perf_counter()
     try:
         trainer.fit(module, data, ckpt_path=prepared.resume_from, weights_only=True)
@@ -211,7 +205,7 @@ def _run(prepared: "Prepared", folder: Path, resumed: bool = False) -> float:
             raise UserError(f"{prepared.resume_from} does not fit this run ({told}): it is damaged") from error
         raise explained(error, folder) from error
     if not trainer.is_global_zero:
-        return 0.0
+        return
 
     prompt = vocabulary.encode(b"\n").tolist()
     try:
@@ -231,10 +225,19 @@ def _run(prepared: "Prepared", folder: Path, resumed: bool = False) -> float:
         figures = {"this model": history.latest["val/bits_per_byte"], **prepared.baselines}
         told = ", ".join(f"{name} {bits:.4f}" for name, bits in figures.items())
         log.info(f"result  bits per byte of {data.corpus}, validation part:\n        {told}")
-    for what, path in (("curve", "loss.png"), ("weights", "checkpoints")):
-        log.info(f"{what:7} {folder / path}")
-    return best
+    for what, path in (("curve", "loss.png"), ("weights", "checkpoints"), ("profile", "fit-profile.txt")):
+        if (folder / path).exists():
+            log.info(f"{what:7} {folder / path}")
+    write_result(
+        folder,
+        status="pruned" if any(callback.pruned for callback in trial) else "finished",
+        ended=module.finished(),
+        objective=best,
+        step=trainer.global_step,
+        seconds=history.latest.get("seconds"),
+    )
 
 
 if __name__ == "__main__":
+    sys.argv[0] = "rwkv-train"  # in the errors of a sweep's jobs
     main()

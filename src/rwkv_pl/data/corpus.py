@@ -74,7 +74,7 @@ def enwik8(
     """
     folder = Path(folder)
     if folder.is_file():
-        raise UserError(f"data.path={folder} is a file: with data=enwik8 name the folder that holds enwik8, or will")
+        raise UserError(f"data.path={folder} is a file: for a text of yours add data=text; data=enwik8 takes a folder")
     path = folder / "enwik8"
     if path.is_file():
         _check_enwik8(path, n_bytes, sha1)
@@ -125,7 +125,8 @@ def text(path: str | Path, split: tuple[float, float, float] = (0.9, 0.05, 0.05)
     if path.is_dir():
         raise UserError(f"data.path={path} is a folder: name one file")
     if not path.is_file():
-        raise UserError(f"data.path={path}: no such file (looked for {path.absolute()})")
+        where = "" if path.is_absolute() else f" (looked for {path.absolute()})"
+        raise UserError(f"data.path={path}: no such file{where}; if it was moved, give data.path= where it is now")
     if path.stat().st_size == 0:
         raise UserError(f"data.path={path} is empty: name a file with text in it")
     try:

@@ -133,12 +133,14 @@ class BestCheckpoint(ModelCheckpoint):
             return
         path = Path(str(self.dirpath), f"{self.filename}{self.FILE_EXTENSION}")
         score = None
+        if os.path.lexists(path) and not path.is_file():
+            raise UserError(f"{path} is no file, or a link to none: move it away")
         if path.is_file():
             try:
                 score = read_checkpoint(path)["callbacks"][self.state_key]["best_model_score"]
             except (UserError, LookupError, TypeError):
                 log.warning(f"{path} is damaged, or of another monitor: the next validation writes it anew")
-        self.best_model_score = score if isinstance(score, Tensor) else None
+        self.best_model_score = score if isinstance(score, Tensor) and score.numel() == 1 else None
         self.best_k_models = {} if self.best_model_score is None else {str(path): self.best_model_score}
         self.best_model_path = self.kth_best_model_path = next(iter(self.best_k_models), "")
 

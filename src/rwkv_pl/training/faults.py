@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.callbacks import Timer, WeightAveraging
 
 from rwkv_pl.config import RunError, UserError
 from rwkv_pl.files import in_words
@@ -26,10 +26,13 @@ log = logging.getLogger(__name__)
 EXIT_CODES: dict[int, int] = {signal.SIGINT: 130, signal.SIGTERM: 143}
 if hasattr(signal, "SIGBREAK"):
     EXIT_CODES[signal.SIGBREAK] = 143
+if hasattr(signal, "SIGHUP"):  # the terminal was closed
+    EXIT_CODES[signal.SIGHUP] = 129
 
 
 class StopOnSignal(Callback):
-    """SIGTERM and SIGINT (Ctrl-C) end the training after the micro-batch, with last.ckpt saved: exit code 143 or 130.
+    """SIGTERM, SIGINT (Ctrl-C) and SIGHUP (a closed terminal; not under nohup) end the training after the micro-batch,
+    with last.ckpt saved: exit code 143, 130 or 129.
 
     In a SLURM job its requeue signal does so too, and the job is queued again: exit code 0. A second signal ends the
     process at once. All processes of a run agree, at each micro-batch's end, on whether one of them was told. A
@@ -61,9 +64,16 @@ class StopOnSignal(Callback):
         self._handle(self._end_at_once)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Lightning begins no training that has all its steps, not even for the validation after them.
-        self._only_validation = self._validation_due and 0 < trainer.max_steps <= self._step
-        trainer.fit_loop.epoch_loop.max_steps += self._only_validation
+        # Lightning begins no training that has all its steps or all its time, not even for the validation after them.
+        no_step_left = self._validation_due and 0 < trainer.max_steps <= self._step
+        timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]
+        self._timers = [(timer, timer._duration) for timer in timers if self._validation_due]
+        no_time_left = any((timer.time_remaining() or 1) <= 0 for timer, _ in self._timers)
+        for timer, _ in self._timers:
+            timer._duration = None
+        self._extra_step = int(no_step_left)
+        self._only_validation = no_step_left or no_time_left
+        trainer.fit_loop.epoch_loop.max_steps += self._extra_step
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.world_size > 1:
@@ -72,7 +82,9 @@ class StopOnSignal(Callback):
         self._handle(self._note)
         if self._validation_due:
             self._validation_due = False
-            trainer.fit_loop.epoch_loop.max_steps -= self._only_validation
+            for timer, duration in self._timers:
+                timer._duration = duration
+            trainer.fit_loop.epoch_loop.max_steps -= self._extra_step
             trainer.should_stop = self._only_validation
             validation = trainer.fit_loop.epoch_loop.val_loop
             validation.restarting = False  # from its first batch, not from where it was broken off
@@ -111,7 +123,9 @@ class StopOnSignal(Callback):
 
     def _handle(self, handler: Callable[[int, FrameType | None], None]) -> None:
         if threading.current_thread() is threading.main_thread():
-            before = {number: signal.signal(number, handler) for number in self._codes}
+            # Under nohup SIGHUP is ignored, and stays so.
+            numbers = [number for number in self._codes if signal.getsignal(number) is not signal.SIG_IGN]
+            before = {number: signal.signal(number, handler) for number in numbers}
             self._before = self._before or before
 
     def _note(self, number: int, frame: FrameType | None) -> None:

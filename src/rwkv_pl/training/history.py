@@ -3,7 +3,6 @@
 import contextlib
 import csv
 import io
-import math
 import os
 import time
 from collections.abc import Callable
@@ -15,23 +14,10 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
-from rwkv_pl.config import UserError
 from rwkv_pl.files import publish
+from rwkv_pl.training.curve import COLUMNS, draw, read_rows
 from rwkv_pl.training.loss import bits_per_byte, count_bytes
 
-COLUMNS = (
-    "step",
-    "tokens",
-    "seconds",
-    "train/loss",
-    "train/bits_per_byte",
-    "train/l2wrap",
-    "train/grad_norm",
-    "lr",
-    "tokens_per_second",
-    "val/loss",
-    "val/bits_per_byte",
-)
 SECONDS_BETWEEN_DRAWINGS = 30
 
 
@@ -45,12 +31,20 @@ class History(Callback):
     folder:    the run folder.
     tokens_per_step: batch_size * ctx_len.
     baselines: bits per byte of other ways to predict the validation text, drawn as lines; {"gzip -9": 2.0}.
+    redo_validation: the run goes on with the validation of the step where it was stopped, whose row is then dropped.
     """
 
-    def __init__(self, folder: Path, tokens_per_step: int, baselines: dict[str, float] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        tokens_per_step: int,
+        baselines: dict[str, float] | None = None,
+        redo_validation: bool = False,
+    ) -> None:
         self.folder = folder
         self.tokens_per_step = tokens_per_step
         self.baselines = baselines or {}
+        self.redo_validation = redo_validation
         self.rows: list[dict[str, float]] = []
         self.latest: dict[str, float] = {}
         self.begun = False
@@ -76,6 +70,12 @@ class History(Callback):
         self._sums: list[Tensor] = []
         if trainer.is_global_zero:
             self.rows = read_rows(self.folder / "metrics.csv", up_to=trainer.global_step)
+            if self.redo_validation:
+                here = [row for row in self.rows if row["step"] == trainer.global_step]
+                self.rows = [row for row in self.rows if not (row in here and "val/loss" in row)]
+                for row in here:
+                    if "val/loss" not in row:
+                        self._log(trainer, row)  # TensorBoard has dropped all of the step
             self._file = _begin(self.folder / "metrics.csv", self.rows)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Tensor, batch_idx: int) -> None:
@@ -138,9 +138,13 @@ class History(Callback):
             return
         self.rows.append(row)
         _named(partial(_append, self._file, row), self.folder / "metrics.csv")
+        self._log(trainer, row)
+
+    @staticmethod
+    def _log(trainer: Trainer, row: dict[str, float]) -> None:
+        metrics = {name: value for name, value in row.items() if name != "step"}
         for logger in trainer.loggers:
-            metrics = {name: value for name, value in row.items() if name != "step"}
-            _named(partial(logger.log_metrics, metrics, step=step), str(logger.save_dir))
+            _named(partial(logger.log_metrics, metrics, step=int(row["step"])), str(logger.save_dir))
 
     def _draw(self, trainer: Trainer) -> None:
         if trainer.is_global_zero and self.rows:
@@ -154,60 +158,6 @@ def _named(write: Callable[[], Any], where: str | Path) -> None:
         write()
     except OSError as error:
         raise OSError(error.errno, error.strerror, error.filename or str(where)) from error
-
-
-def read_rows(path: Path, up_to: int) -> list[dict[str, float]]:
-    """The rows of a metrics.csv up to step `up_to`, without a torn last one; [] where there is no file."""
-    if not path.is_file():
-        return []
-    with path.open(newline="", encoding="utf-8", errors="replace") as file:
-        whole = [line for line in file if line.endswith("\n")]
-    try:
-        rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(whole)]
-        if rows and not all("step" in row for row in rows):
-            raise ValueError("a row without its step")
-    except (ValueError, TypeError, csv.Error) as error:
-        raise UserError(f"{path} is damaged ({error}): move it away, and a new one is begun") from error
-    return [row for row in rows if row["step"] <= up_to]
-
-
-def draw(rows: list[dict[str, float]], path: Path, baselines: dict[str, float]) -> None:
-    """Bits per byte against tokens: each logged step, their running mean, the validations, and the baselines."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
-    axes = figure.add_subplot(xlabel="tokens", ylabel="bits per byte")
-    train, val = (
-        [(row["tokens"], row[name]) for row in rows if math.isfinite(row.get(name, math.nan))]
-        for name in ("train/bits_per_byte", "val/bits_per_byte")
-    )
-    if train:
-        tokens, bits = zip(*train, strict=True)
-        axes.plot(tokens, bits, color="tab:blue", alpha=0.25, linewidth=1)
-        axes.plot(tokens, _running_mean(bits), color="tab:blue", label=f"train {_running_mean(bits)[-1]:.3f}")
-    if val:
-        axes.plot(*zip(*val, strict=True), "o-", color="tab:orange", label=f"validation {val[-1][1]:.3f}")
-    for (name, bits_there), color in zip(baselines.items(), ("gray", "black"), strict=False):
-        axes.axhline(bits_there, color=color, linestyle="--", linewidth=1, label=f"{name} {bits_there:.3f}")
-    # The first steps fall from 8 bits and would leave the rest no room.
-    heights = [value for _, value in train[len(train) // 10 :] + val] + list(baselines.values())
-    if heights:
-        axes.set_ylim(0.95 * min(heights), 1.05 * max(heights))
-    axes.grid(alpha=0.3)
-    axes.legend()
-    with publish(path) as file:
-        FigureCanvasAgg(figure).print_png(file)
-
-
-def _running_mean(values: tuple[float, ...]) -> list[float]:
-    """An exponential mean over about a twentieth of the points."""
-    keep = 1 - 1 / max(1.0, len(values) / 20)
-    means, mean = [], values[0]
-    for value in values:
-        mean = keep * mean + (1 - keep) * value
-        means.append(mean)
-    return means
 
 
 def _begin(path: Path, rows: list[dict[str, float]]) -> Any:

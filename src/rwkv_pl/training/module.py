@@ -188,7 +188,10 @@ class LitRWKV(LightningModule):
             f"(loss {loss:.4g}, gradient norm {self.grad_norm:.4g}, learning rate {self.used_lr:.3g})"
         )
         if self.skipped >= self.skip_nonfinite:
-            raise RunError(f"{told}: stopped before optimizer step {step + 1:,}, which it would have spoilt")
+            raise RunError(
+                f"{told}: stopped before optimizer step {step + 1:,}, which it would have spoilt; "
+                "a lower optim.lr often helps"
+            )
         self.skipped += 1
         if self.trainer.is_global_zero:
             log.warning(f"{told}: left out, {self.skipped} of at most {self.skip_nonfinite}")
@@ -202,17 +205,20 @@ class LitRWKV(LightningModule):
             "config": asdict(self.model.config),
             "vocabulary": self.vocabulary,
             "past": self.past,
-            "finished": self._finished(),
+            "finished": self.finished(),
             "skipped": self.skipped,
+            "accumulate": self.trainer.accumulate_grad_batches,
         }
         self._rewind(checkpoint)
 
-    def _finished(self) -> str | None:
-        """Why the run is over, where it is: length, time (trainer.max_time) or early stop (a callback's)."""
+    def finished(self) -> str | None:
+        """Why the run is over, where it is: length, time (trainer.max_time), pruned or early stop (a callback's)."""
         if not self.trainer.should_stop:
             return None
         if self.trainer.global_step == self.trainer.max_steps:
             return "length"
+        if any(getattr(callback, "pruned", False) for callback in self._callbacks):
+            return "pruned"
         left = [callback.time_remaining() for callback in self._callbacks if isinstance(callback, Timer)]
         return "time" if any(seconds is not None and seconds <= 0 for seconds in left) else "early stop"
 

@@ -9,7 +9,7 @@ from typing import Any
 import rich
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from rwkv_pl.training.history import History
 
@@ -59,18 +59,17 @@ class TrainingProgress(ProgressBar):
         console = rich.get_console()
         if console.is_terminal and trainer.is_global_zero:
             self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
+                # 80 columns are enough for all of it.
+                BarColumn(bar_width=None),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[figures]}"),
-                TimeElapsedColumn(),
+                TextColumn("{task.description}{task.fields[figures]}"),
                 TextColumn("left"),
-                TimeRemainingColumn(),
+                TimeRemainingColumn(compact=True),
                 console=console,
                 refresh_per_second=2,
             )
             total = trainer.max_steps if trainer.max_steps > 0 else None
-            self._task = self._bar.add_task("training", total=total, completed=trainer.global_step, figures="")
+            self._task = self._bar.add_task("", total=total, completed=trainer.global_step, figures="")
             self._bar.start()
 
     def on_train_batch_end(
@@ -84,7 +83,7 @@ class TrainingProgress(ProgressBar):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._bar:
-            self._bar.update(self._task, description="validating", figures="")
+            self._bar.update(self._task, description="validating ", figures="")
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
@@ -96,7 +95,7 @@ class TrainingProgress(ProgressBar):
         if trainer.state.fn != "fit" or not trainer.is_global_zero:
             return
         if self._bar:
-            self._bar.update(self._task, description="training", figures=self._figures())
+            self._bar.update(self._task, description="", figures=self._figures())
         bits = float(trainer.callback_metrics["val/bits_per_byte"])
         log.info(f"step {self._place(trainer)}  validation {bits:.4f} bits per byte")
 

@@ -36,6 +36,13 @@ def agree(about: dict[str, Any], now: dict[str, Any], path: Path) -> None:
         raise UserError(f"{key}={here} contradicts {path}, which was trained with {key}={there}")
 
 
+def owes_validation(content: dict[str, Any]) -> bool:
+    """Was the run stopped where a validation was due or under way?"""
+    callbacks = content.get("callbacks")
+    state = callbacks.get("StopOnSignal") if isinstance(callbacks, dict) else None
+    return isinstance(state, dict) and state.get("validation_due") is True
+
+
 def try_on(content: dict[str, Any], module: LitRWKV, optimizer: Optimizer, path: Path) -> None:
     """Loads the checkpoint into what a run would load it into. Raises DamagedError where it does not fit."""
     try:
@@ -44,8 +51,14 @@ def try_on(content: dict[str, Any], module: LitRWKV, optimizer: Optimizer, path:
         optimizer.load_state_dict(state)
         kept = {tuple(of_parameter) for of_parameter in optimizer.state.values()}
         moved = content["global_step"] > content["rwkv_pl"].get("skipped", 0)
-        if len(kept) > 1 or len(optimizer.state) != moved * len(list(module.parameters())):
+        known = len(optimizer.state)
+        # A loss scaler leaves out the first steps, until its scale is found.
+        unmoved = known == 0 and (not moved or "MixedPrecision" in content)
+        if len(kept) > 1 or not (unmoved or (moved and known == len(list(module.parameters())))):
             raise ValueError("its optimizer knows only some of the parameters")
+        steps = content["loops"]["fit_loop"]["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]
+        if steps["total"]["completed"] != content["global_step"]:
+            raise ValueError(f"its loop is at step {steps['total']['completed']}, itself at {content['global_step']}")
         for parameter, of_parameter in optimizer.state.items():
             for name, value in of_parameter.items():
                 # A fused step does not look, and writes past the end of what is too small.

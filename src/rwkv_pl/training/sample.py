@@ -1,10 +1,14 @@
 """A look at what the model has learned: some text of its own."""
 
 from itertools import islice
+from pathlib import Path
+from typing import Any
 
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
+from rwkv_pl.files import publish
 from rwkv_pl.inference.generate import generate
 
 
@@ -18,3 +22,28 @@ def sample_tokens(model: nn.Module, prompt: list[int], n_tokens: int, seed: int)
     written = [int(token) for token in islice(tokens, n_tokens)]
     model.train(was_training)
     return written
+
+
+class SampleText(Callback):
+    """Every N optimizer steps, text that the model writes so far: samples/step-N.txt in the run folder."""
+
+    def __init__(self, every_n_steps: int = 1000, n_tokens: int = 200) -> None:
+        if every_n_steps < 1 or n_tokens < 1:
+            raise ValueError("every_n_steps and n_tokens must be at least 1")
+        self.every_n_steps, self.n_tokens = every_n_steps, n_tokens
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        stepped = not trainer.fit_loop.epoch_loop._should_accumulate()
+        if not stepped or trainer.global_step % self.every_n_steps or not trainer.is_global_zero:
+            return
+        vocabulary = trainer.datamodule.vocabulary  # type: ignore[attr-defined]
+        try:
+            tokens = sample_tokens(pl_module.model, vocabulary.encode(b"\n").tolist(), self.n_tokens, pl_module.seed)  # type: ignore[arg-type]
+        except FloatingPointError:
+            return  # the next gradient says so too
+        folder = Path(trainer.default_root_dir, "samples")
+        folder.mkdir(exist_ok=True)
+        with publish(folder / f"step-{trainer.global_step:07}.txt") as file:
+            file.write(vocabulary.decode(tokens))
