@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
@@ -22,6 +23,9 @@ class JobSweeper(Sweeper):
         self.launcher: Launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
+
+    def check(self, overrides: Sequence[Override]) -> None:
+        """Raises UserError where the sweep can't be made of these, before anything is."""
 
     @property
     def folder(self) -> Path:

@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 
+from hydra.core.override_parser.types import Override
 from hydra.core.utils import JobReturn
 from omegaconf import DictConfig
 
 from hydra_plugins.rwkv_pl._jobs import JobSweeper
 from rwkv_pl.cli.sweep import product, with_params
+from rwkv_pl.config import UserError
 
 
 class GridSweeper(JobSweeper):
@@ -14,6 +16,11 @@ class GridSweeper(JobSweeper):
 
     def __init__(self, params: DictConfig | None = None) -> None:
         self.params = {} if params is None else params
+
+    def check(self, overrides: Sequence[Override]) -> None:
+        drawn = next((override for override in overrides if override.is_interval_sweep()), None)
+        if drawn:
+            raise UserError(f"{drawn.input_line} is no list of values: hydra/sweeper=optuna draws from an interval")
 
     def sweep(self, arguments: list[str]) -> Sequence[JobReturn]:
         self.begin()

@@ -7,6 +7,7 @@ Only the sweeper asks and tells. A job reads trial.json in its folder and report
 import hashlib
 import json
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
@@ -45,6 +46,12 @@ class StudySweeper(JobSweeper):
         self.n_trials, self.sampler, self.pruner, self.seed, self.batch = n_trials, sampler, pruner, seed, batch
         self.params = {} if params is None else params
 
+    def check(self, overrides: Sequence[Override]) -> None:
+        if find_spec("optuna") is None:
+            raise UserError("hydra/sweeper=optuna needs a package that is not installed: pip install 'rwkv_pl[optuna]'")
+        if not _space(overrides):
+            raise UserError("optuna has nothing to search: give a key several values, or interval(LOW,HIGH)")
+
     def sweep(self, arguments: list[str]) -> None:
         import optuna
         from optuna.storages.journal import JournalFileBackend
@@ -52,9 +59,7 @@ class StudySweeper(JobSweeper):
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         overrides = with_params(self.params, arguments)
         fixed = [str(o.input_line) for o in overrides if not o.is_sweep_override()]
-        space = {o.key_or_group: distribution(o) for o in overrides if o.is_sweep_override()}
-        if not space:
-            raise UserError("optuna has nothing to search: give a key several values, or interval(LOW,HIGH)")
+        space = _space(overrides)
         self.begin()
         backend = JournalFileBackend(str(self.folder / JOURNAL))
         study = optuna.create_study(
@@ -64,7 +69,7 @@ class StudySweeper(JobSweeper):
             study.enqueue_trial(as_it_stands)
         if left_running := study.get_trials(states=[optuna.trial.TrialState.RUNNING]):
             self._run(study, left_running, fixed)  # they go on in their folders
-        at_once: int = self.batch or getattr(self.launcher, "jobs", 1)
+        at_once: int = self.batch or int(getattr(self.launcher, "jobs", None) or 1)
         while (left := self.n_trials - self._begun(study)) > 0:
             asked = [self._ask(study, space) for _ in range(min(left, at_once))]
             self._run(study, asked, fixed)
@@ -120,6 +125,10 @@ class StudySweeper(JobSweeper):
                 return None
             values[key] = value
         return values
+
+
+def _space(overrides: Sequence[Override]) -> "dict[str, BaseDistribution]":
+    return {o.key_or_group: distribution(o) for o in overrides if o.is_sweep_override()}
 
 
 def distribution(override: Override) -> "BaseDistribution":

@@ -131,7 +131,7 @@ def compose(overrides: Sequence[str], config_dir: str | None = None) -> DictConf
 def hand_over(task: Callable[[DictConfig], Any], argv: Sequence[str], multirun: bool = False) -> None:
     """Lets Hydra make .hydra/ and train.log and call `task` with the composed config; under -m, its sweeper."""
     if multirun:
-        _register_plugins()
+        plugins()
     typed, failure = sys.argv, []
 
     def run(config: DictConfig) -> Any:
@@ -154,18 +154,21 @@ def hand_over(task: Callable[[DictConfig], Any], argv: Sequence[str], multirun: 
         raise failure[0]
 
 
-def _register_plugins() -> None:
-    """Hydra's own search does not see those of an editable install."""
+def plugins() -> dict[str, Any]:
+    """Our launcher and sweepers by the name of `_target_`, known to Hydra, whose own search does not see those of an
+    editable install."""
     from hydra.core.plugins import Plugins
 
-    plugins = Plugins.instance()
+    known = Plugins.instance()
 
     from hydra_plugins.rwkv_pl.grid import GridSweeper
     from hydra_plugins.rwkv_pl.launcher import ProcessLauncher
     from hydra_plugins.rwkv_pl.study import StudySweeper
 
-    for plugin in (ProcessLauncher, GridSweeper, StudySweeper):
-        plugins.register(plugin)
+    ours = (ProcessLauncher, GridSweeper, StudySweeper)
+    for plugin in ours:
+        known.register(plugin)
+    return {f"{plugin.__module__}.{plugin.__name__}": plugin for plugin in ours}
 
 
 def explain_unknown_key(overrides: Sequence[str], config_dir: str | None) -> None:

@@ -84,6 +84,8 @@ class Prepared:
         after = f"after {self.done_steps:,} steps"
         if self.ended and 0 < self.max_steps <= self.done_steps:
             return f"{after}; a trainer.max_steps above that prolongs it"
+        if self.ended == "pruned" and not settings:
+            return f"pruned {after}"
         if self.ended in ("time", "early stop") and not settings:
             by = "trainer.max_time" if self.ended == "time" else "an early stop"
             return f"by {by}, {after}; another setting of it prolongs it"

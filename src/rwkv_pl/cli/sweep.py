@@ -69,8 +69,11 @@ def start(argv: Sequence[str], overrides: list[Override], config_dir: str | None
     """`rwkv-train -m`. Raises UserError, with no folder made, for what is wrong in every job."""
     fixed = [o for o in overrides if not o.is_sweep_override()]
     composed = app.compose([str(o.input_line) for o in fixed], config_dir)
-    told = [*(str(o.input_line) for o in overrides if not o.is_hydra_override())]
-    _require_one_good([str(o.input_line) for o in fixed if o.is_hydra_override()], composed, told, config_dir)
+    told = with_params(
+        composed.hydra.sweeper.get("params") or {}, [str(o.input_line) for o in overrides if not o.is_hydra_override()]
+    )
+    _require_one_good([str(o.input_line) for o in fixed if o.is_hydra_override()], told, config_dir)
+    _check_plugins(composed, told)
     typed = any(o.key_or_group == "hydra.sweep.dir" for o in overrides)
     _run(take_folder(Path(composed.hydra.sweep.dir).absolute(), typed), argv)
 
@@ -141,11 +144,21 @@ def product(overrides: Sequence[Override]) -> Iterator[list[str]]:
     return (list(job) for job in itertools.product(*choices))
 
 
-def _require_one_good(own: list[str], composed: DictConfig, told: list[str], config_dir: str | None) -> None:
+def _check_plugins(composed: DictConfig, told: Sequence[Override]) -> None:
+    """Raises UserError where our launcher or sweeper refuses its settings."""
+    ours = app.plugins()
+    for part in ("launcher", "sweeper"):
+        arguments = dict(composed.hydra[part])
+        if plugin := ours.get(arguments.pop("_target_")):
+            made = plugin(**arguments)
+            if part == "sweeper":
+                made.check(told)
+
+
+def _require_one_good(own: list[str], told: Sequence[Override], config_dir: str | None) -> None:
     """Raises the first job's UserError where no job's settings hold."""
     first = None
-    params = composed.hydra.sweeper.get("params") or {}
-    for job in product(with_params(params, told)):
+    for job in product(told):
         try:
             app.check(app.compose([*own, *job], config_dir), app.parse_overrides(job), config_dir)
             return

@@ -1,0 +1,313 @@
+"""rwkv-train -m, its jobs in processes of their own, and what is left of them."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from command import SMALL, TEXT
+
+from rwkv_pl.cli import app, sweep
+from rwkv_pl.cli.folder import begun, read_result
+from rwkv_pl.config import UserError
+
+QUICK = (*SMALL, "trainer.max_steps=6", "trainer.val_check_interval=3", "hydra.sweep.dir=sweep")
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    (tmp_path / "corpus.txt").write_bytes(TEXT)
+    return tmp_path
+
+
+def start(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "rwkv_pl.cli.train", "-m", *arguments]
+    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def ended(process: "subprocess.Popen[str]") -> tuple[int, str]:
+    out, _ = process.communicate(timeout=120)
+    return process.returncode, out
+
+
+def table(folder: Path) -> dict[str, dict[str, str]]:
+    with (folder / "sweep" / "sweep.csv").open(newline="") as file:
+        return {row["run"]: row for row in csv.DictReader(file)}
+
+
+def wait_for(what, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "in vain"
+        time.sleep(0.05)
+
+
+def has_begun(job: Path) -> bool:
+    return (job / "metrics.csv").exists() and len((job / "metrics.csv").read_text().splitlines()) > 1
+
+
+def process_of(job: Path) -> int:
+    return int((job / ".lock").read_text().split()[1])
+
+
+def test_a_grid_with_a_job_that_fails(folder):
+    """Two at a time: a table, a picture, the failed ones with their reason; and what is finished is not run again."""
+    code, out = ended(start(folder, *QUICK, "optim.lr=1e-2,1e-3", "model.n_embd=0,16", "hydra.launcher.jobs=2"))
+    assert code == 1, out
+    found = table(folder)
+    assert [(row["model.n_embd"], row["optim.lr"]) for row in found.values()] == [
+        ("0", "0.01"),
+        ("16", "0.01"),
+        ("0", "0.001"),
+        ("16", "0.001"),
+    ]
+    assert [row["status"] for row in found.values()] == ["failed", "finished", "failed", "finished"]
+    assert all((row["val/bits_per_byte"] != "") == (row["status"] == "finished") for row in found.values())
+    assert (folder / "sweep" / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "sweep" / "0" / "error.txt").read_text() == "model.n_embd must be at least 1, got 0\n"
+    for shown in ("n_embd", "bits/byte", "tokens/s", "finished", "failed", "0: model.n_embd must be at least 1, got 0"):
+        assert shown in out
+    job = folder / "sweep" / "1"
+    assert begun(job) and read_result(job)["objective"] == pytest.approx(float(found["1"]["val/bits_per_byte"]))
+    before = (job / "metrics.csv").stat().st_mtime_ns
+    code, out = ended(start(folder.parent, f"resume={folder / 'sweep'}"))
+    assert (code, "job 1 was finished before" in out) == (1, True), out
+    assert (job / "metrics.csv").stat().st_mtime_ns == before
+
+
+def test_a_killed_job_leaves_the_others_alone(folder):
+    process = start(folder, *QUICK, "trainer.max_steps=500", "trainer.val_check_interval=500", "model.n_embd=16,8",
+                    "optim.lr=1e-2", "hydra.launcher.jobs=2", "callbacks.last.every_n_train_steps=100")  # fmt: skip
+    jobs = [folder / "sweep" / name for name in "01"]
+    wait_for(lambda: (jobs[0] / "checkpoints" / "last.ckpt").exists())
+    os.kill(process_of(jobs[0]), signal.SIGKILL)
+    code, out = ended(process)
+    assert code == 1, out
+    assert "job 0 failed: killed by SIGKILL" in out
+    assert [row["status"] for row in table(folder).values()] == ["failed", "finished"]
+    assert (jobs[0] / "error.txt").read_text() == "killed by SIGKILL\n"
+    code, out = ended(start(folder, "resume=sweep"))
+    assert code == 0, out
+    assert [row["status"] for row in table(folder).values()] == ["finished", "finished"]
+    assert not (jobs[0] / "error.txt").exists()
+    assert "of which" in out, "it began anew"
+
+
+def test_a_signal_reaches_the_jobs_and_the_table_is_printed(folder):
+    process = start(folder, *QUICK, "trainer.max_steps=100000", "optim.lr=1e-2,1e-3")
+    wait_for(lambda: has_begun(folder / "sweep" / "0"))
+    process.send_signal(signal.SIGTERM)
+    code, out = ended(process)
+    assert code == 143, out
+    assert "stopped by SIGTERM after step" in out and "bits/byte" in out and "-m resume=" in out
+    assert (folder / "sweep" / "0" / "checkpoints" / "last.ckpt").exists()
+    assert [row["status"] for row in table(folder).values()] == ["stopped"]
+    assert not (folder / "sweep" / "1").exists()
+
+
+def test_two_devices_in_a_sweep(folder):
+    code, out = ended(
+        start(folder, *QUICK, "trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu", "optim.lr=1e-2")
+    )
+    assert code == 0, out
+    assert [row["status"] for row in table(folder).values()] == ["finished"]
+    assert [path.name for path in (folder / "sweep").iterdir() if path.is_dir()] == ["0"]
+
+
+def test_a_study(folder):
+    """Stopped in its second trial and continued: no trial twice, the stopped one went on in its folder."""
+    study = (*QUICK, "hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "optim.lr=tag(log,interval(1e-4,3e-2))",
+             "model.n_embd=8,16", "trainer.max_steps=40", "callbacks.last.every_n_train_steps=10")  # fmt: skip
+    process = start(folder, *study)
+    second = folder / "sweep" / "1"
+    wait_for(lambda: (second / "checkpoints" / "last.ckpt").exists())
+    os.kill(process_of(second), signal.SIGSTOP)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    os.kill(process_of(second), signal.SIGCONT)
+    code, out = ended(process)
+    assert code == 143, out
+    assert [row["status"] for row in table(folder).values()] == ["finished", "stopped"]
+    tried = table(folder)["1"]["optim.lr"]
+    code, out = ended(start(folder, "resume=sweep", "hydra.sweeper.n_trials=3"))
+    assert code == 0, out
+    rows = table(folder)
+    assert rows["1"]["optim.lr"] == tried
+    assert len({(row["optim.lr"], row["model.n_embd"]) for row in rows.values()}) == 3
+    # The first is the config as it stands.
+    assert (float(rows["0"]["optim.lr"]), rows["0"]["model.n_embd"]) == (6e-4, "16")
+    assert {row["status"] for row in rows.values()} <= {"finished", "pruned"}
+
+    import optuna
+    from optuna.storages.journal import JournalFileBackend
+
+    storage = optuna.storages.JournalStorage(JournalFileBackend(str(folder / "sweep" / "study.journal")))
+    trials = optuna.load_study(study_name=None, storage=storage).get_trials()
+    assert [trial.state.name for trial in trials if trial.state.name not in ("COMPLETE", "PRUNED")] == []
+    for trial in trials:
+        if trial.state.name == "COMPLETE":
+            assert trial.value == read_result(folder / "sweep" / str(trial.number))["objective"]
+            assert len(trial.intermediate_values) > 1
+
+
+def test_a_trial_that_falls_behind_is_pruned(train, tmp_path):
+    """Beside three good ones it ends at its first validation; resumed, it is known to have ended."""
+    import optuna
+    from optuna.storages.journal import JournalFileBackend
+
+    sweep = tmp_path / "sweep"
+    (sweep / "3").mkdir(parents=True)
+    storage = optuna.storages.JournalStorage(JournalFileBackend(str(sweep / "study.journal")))
+    study = optuna.create_study(study_name="sweep", storage=storage)
+    for bits in (1.0, 1.1, 1.2):
+        trial = study.ask()
+        trial.report(bits, step=2)
+        study.tell(trial, bits)
+    trial = study.ask()
+    told = {"number": trial.number, "id": trial._trial_id, "pruner": "median"}
+    (sweep / "3" / "trial.json").write_text(json.dumps(told))
+    result = train(*SMALL, "trainer.max_steps=8", "trainer.val_check_interval=2", "hydra.run.dir=sweep/3")
+    assert result.code == 0, result.err
+    ended = read_result(sweep / "3")
+    assert (ended["status"], ended["step"]) == ("pruned", 2)
+    assert list(study.get_trials()[3].intermediate_values) == [2]
+    assert study.get_trials()[3].state.name == "RUNNING"  # only the sweeper tells
+    result = train("resume=sweep/3")
+    assert (result.code, "is finished, pruned" in result.out) == (0, True), result.out
+
+
+def test_another_launcher(folder):
+    """submitit on this machine: its workers start the same processes."""
+    code, out = ended(start(folder, *QUICK, "hydra/launcher=submitit_local", "optim.lr=1e-2,0"))
+    assert code == 1, out
+    assert [row["status"] for row in table(folder).values()] == ["finished", "failed"]
+    assert begun(folder / "sweep" / "0")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    {
+        ("model.n_layr=2,4", "did you mean n_layer?"),
+        ("+foo=1,2", "keys are not added"),
+        ("model.n_embd=0,-1", "model.n_embd must be at least 1, got 0"),
+        ("model.n_embd=a,b", "model.n_embd"),
+        ("optim.lr=interval(1e-4,1e-2)", "hydra/sweeper=optuna"),
+        ("optim.lr=1e-3,1e-4 hydra.launcher.jobs=0", "hydra.launcher.jobs must be"),
+        ("optim.lr=1e-3 hydra/sweeper=optuna", "nothing to search"),
+        ("optim.lr=1e-3,1e-4 hydra/sweeper=optuna hydra.sweeper.sampler=x", "hydra.sweeper.sampler must be one of"),
+        ("resume=nosuch", "is no folder of a sweep"),
+        ("resume=nosuch optim.lr=1", "goes on with a sweep as it was"),
+    },
+)
+def test_what_is_wrong_in_every_job_refuses_the_sweep(train, tmp_path, arguments, told):
+    before = sorted(tmp_path.rglob("*"))
+    own = () if "resume" in arguments else SMALL
+    result = train("-m", *own, *arguments.split())
+    assert (result.code, result.err.count("\n")) == (2, 1), result.err
+    assert told in result.err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_jobs_of_a_product():
+    told = app.parse_overrides(["a=1,2", "b='x,y'", "c=choice(3,4)", "d=range(0,2)"], sweep=True)
+    jobs = list(sweep.product(told))
+    assert len(jobs) == 8
+    assert jobs[1] == ["a=1", "b='x,y'", "c=3", "d=1"]
+
+
+def test_swept_values_of_a_file_give_way_to_those_that_are_typed():
+    told = sweep.with_params({"a": "1,2", "b": "3,4"}, ["b=5"])
+    assert list(sweep.product(told)) == [["a=1", "b=5"], ["a=2", "b=5"]]
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        ("x=int(interval(1,8))", "IntDistribution(high=8, log=False, low=1, step=1)"),
+        ("x=tag(log,interval(1e-4,1e-2))", "FloatDistribution(high=0.01, log=True, low=0.0001, step=None)"),
+        ("x=interval(0.5,1)", "FloatDistribution(high=1.0, log=False, low=0.5, step=None)"),
+        ("x=range(2,9,3)", "IntDistribution(high=8, log=False, low=2, step=3)"),
+        ("x=a,b", "CategoricalDistribution(choices=('a', 'b'))"),
+        ("x=1e-3,3e-4", "CategoricalDistribution(choices=('0.001', '0.0003'))"),
+    ],
+)
+def test_what_optuna_draws_from(told, expected):
+    from hydra_plugins.rwkv_pl.study import distribution
+
+    (override,) = app.parse_overrides([told], sweep=True)
+    assert repr(distribution(override)) == expected
+
+
+def test_a_space_that_is_none():
+    from hydra_plugins.rwkv_pl.study import distribution
+
+    (override,) = app.parse_overrides(["optim.lr=tag(log,interval(0.0,1.0))"], sweep=True)
+    with pytest.raises(UserError, match="can't be searched so"):
+        distribution(override)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sweeper": ["++hydra.callbacks.x._target_=os.system"]},
+        {"sweeper": ["hydra.callbacks={x:{_target_:os.mkdir,path:executed}}"]},
+        {"sweeper": ["hydra.sweeper._target_=os.mkdir"]},
+        {"sweeper": ["hydra/launcher=submitit_local", "hydra.launcher.setup=['touch executed']"]},
+        {"sweeper": ["hydra.sweep.subdir=../../executed"]},
+        {"task": ["callbacks.x={_target_:os.mkdir,path:executed}", "optim.lr=1,2"]},
+        {"task": ["hydra.run.dir=executed", "optim.lr=1e-3"]},
+        {"task": 3},
+    ],
+)
+def test_a_strangers_sweep_runs_nothing(train, tmp_path, change):
+    stored = {
+        "overrides": {"task": [*SMALL, "trainer.max_steps=0"], "hydra": []},
+        "runtime": {"cwd": str(tmp_path), "config_sources": []},
+    }
+    stored["overrides"]["hydra"] = change.get("sweeper", [])
+    stored["overrides"]["task"] = change.get("task", stored["overrides"]["task"])
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "multirun.yaml").write_text(yaml.safe_dump({"hydra": stored}))
+    result = train("-m", "resume=sweep")
+    assert result.code in (1, 2), result.out
+    assert "Traceback" not in result.err
+    assert not (tmp_path / "executed").exists() and not (tmp_path.parent / "executed").exists()
+
+
+def test_two_at_once_in_a_sweeps_folder(train, tmp_path):
+    from rwkv_pl.cli.folder import locked
+
+    (tmp_path / "sweep").mkdir()
+    stored = {
+        "overrides": {"task": ["optim.lr=1"], "hydra": []},
+        "runtime": {"cwd": str(tmp_path), "config_sources": []},
+    }
+    (tmp_path / "sweep" / "multirun.yaml").write_text(yaml.safe_dump({"hydra": stored}))
+    with locked(tmp_path / "sweep"):
+        result = train("-m", "resume=sweep")
+    assert (result.code, "is in use by process" in result.err) == (2, True), result.err
+
+
+def test_a_run_is_no_sweep_and_a_sweep_is_no_run(train, tmp_path):
+    assert train(*SMALL, "trainer.max_steps=1", "hydra.run.dir=run").code == 0
+    result = train("-m", "resume=run")
+    assert (result.code, "to go on with a run leave out -m" in result.err) == (2, True)
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "multirun.yaml").write_text("{}")
+    result = train("resume=sweep")
+    assert (result.code, "-m resume=" in result.err) == (2, True)
+
+
+def test_the_result_of_a_single_run(train, tmp_path):
+    assert train(*SMALL, "hydra.run.dir=run").code == 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert (result["status"], result["ended"], result["step"]) == ("finished", "length", 4)
+    assert train(*SMALL, "hydra.run.dir=next", "optim.lr=1e30").code == 1
+    result = json.loads((tmp_path / "next" / "result.json").read_text())
+    assert result["status"] == "failed" and "is not finite" in result["error"]
