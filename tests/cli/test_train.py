@@ -308,14 +308,6 @@ def test_starts_in_the_same_second_get_folders_of_their_own(tmp_path):
     assert all(folder.is_dir() for folder in taken)
 
 
-def test_a_sweep_runs_every_value(train, tmp_path):
-    result = train("-m", *SMALL, "trainer.max_steps=2", "optim.lr=1e-3,1e-4", "hydra.sweep.dir=sweep")
-    assert result.code == 0, result.err
-    for job, rate in enumerate(("0.001", "0.0001")):
-        assert column(tmp_path / "sweep" / str(job), "lr")[0] == (1, rate)
-        assert (tmp_path / "sweep" / str(job) / "checkpoints" / "last.ckpt").exists()
-
-
 def test_experiments_of_the_users_own(train, tmp_path):
     mine = tmp_path / "my conf, (1)" / "experiment"
     mine.mkdir(parents=True)
@@ -376,3 +368,24 @@ def test_help_and_config_load_no_torch(arguments, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "n_layer" in done.stdout
     assert not list(tmp_path.iterdir())
+
+
+def test_the_micro_batch_is_found_and_kept(train, tmp_path, monkeypatch):
+    """auto takes as many micro-batches as the memory asks for; a resume takes the same, whatever is free by then."""
+    from rwkv_pl.training import footprint
+
+    monkeypatch.setattr(footprint, "free_memory", lambda device: 10**6)
+    auto = (*SMALL, "trainer.accumulate_grad_batches=auto", "data.ctx_len=64")
+    assert train(*auto, "hydra.run.dir=run").code == 0
+    found = checkpoint(tmp_path / "run")["rwkv_pl"]["accumulate"]
+    assert found in (2, 3, 6)
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert train("resume=run", "trainer.max_steps=6").code == 0
+    assert checkpoint(tmp_path / "run")["rwkv_pl"]["accumulate"] == found
+    assert train(*auto, "hydra.run.dir=roomy").code == 0
+    assert checkpoint(tmp_path / "roomy")["rwkv_pl"]["accumulate"] == 1
+    monkeypatch.setattr(footprint, "free_memory", lambda device: 1000)
+    result = train(*auto, "hydra.run.dir=none")
+    assert (result.code, "not even one sequence fits the memory" in result.err) == (2, True), result.err
+    assert not (tmp_path / "none").exists()

@@ -1,0 +1,149 @@
+"""Every study of conf/experiment, every size, every callback and logger: composed, and run in small."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from command import SMALL
+from test_train import checkpoint, rows
+
+from rwkv_pl.cli import app
+from rwkv_pl.model import VERSIONS
+
+CONF = Path(__file__).parents[2] / "conf"
+EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+SHRUNK = ("data=text", "data.path=corpus.txt", "data.batch_size=2", "data.ctx_len=16", "data.eval_batch_size=4",
+          "model.n_layer=1", "model.n_embd=8", "trainer.max_steps=2", "trainer.limit_val_batches=1",
+          "trainer.accelerator=cpu", "schedule.warmup_steps=0", "hydra.run.dir=run")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_composes_and_runs_two_steps(train, tmp_path, name):
+    shown = train("--cfg", "job", f"experiment={name}")
+    assert shown.code == 0 and "n_embd" in shown.out
+    app.check(app.compose([f"experiment={name}"]))
+    vocab = [] if name == "demo_chars" else ["data.vocab=byte"]
+    result = train(f"experiment={name}", *SHRUNK, *vocab)
+    assert result.code == 0, result.err
+    assert checkpoint(tmp_path / "run")["global_step"] == 2
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiments_head_says_what_it_is_for_and_its_command(name):
+    text = (CONF / "experiment" / f"{name}.yaml").read_text()
+    head = [line for line in text.splitlines() if line.startswith("#")]
+    assert head[0] == "# @package _global_"
+    assert any(re.search(rf"rwkv-train .*experiment={name}", line) for line in head)
+    assert len(head) >= 4
+
+
+def test_the_help_names_every_file_of_every_group(train):
+    help = train("--help").out
+    for file in CONF.glob("*/*.yaml"):
+        if file.parent.name == "hydra" or file.stem in ("best", "last"):
+            continue
+        name = re.sub("^rwkv4_", "_", file.stem) if file.parent.name == "model" else file.stem
+        assert re.search(rf"\b{file.parent.name} .*", help), file
+        assert name in help, file
+    for shown in ("outputs/DATE/TIME", "multirun/DATE/TIME", "resume=", "-m ", "-sc install=bash", "rwkv-report"):
+        assert shown in help
+    assert max(map(len, help.splitlines())) <= 120
+    assert len(help.splitlines()) < 50
+
+
+@pytest.mark.parametrize(("name", "n_layer", "n_embd"), [("169m", 12, 768), ("430m", 24, 1024), ("1b5", 24, 2048)])
+def test_the_official_sizes(name, n_layer, n_embd):
+    """https://huggingface.co/BlinkDL: with the Pile's 50,277 tokens 169, 430 and 1,515 million parameters."""
+    config = app.check(app.compose([f"model=rwkv4_{name}"])).model
+    assert (config.name, config.n_layer, config.n_embd) == ("rwkv4", n_layer, n_embd)
+    model_class, config_class = VERSIONS["rwkv4"]
+    with torch.device("meta"):
+        model = model_class(config_class(vocab_size=50277, n_layer=n_layer, n_embd=n_embd))
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    assert round(millions) == {"169m": 169, "430m": 430, "1b5": 1515}[name]
+
+
+def test_the_sizes_of_ours_have_the_parameters_that_they_say():
+    model_class, config_class = VERSIONS["rwkv4"]
+    for name in ("tiny", "mini", "small"):
+        said = float(re.search(r"([\d.]+) million", (CONF / "model" / f"rwkv4_{name}.yaml").read_text())[1])
+        config = app.check(app.compose([f"model=rwkv4_{name}"])).model
+        with torch.device("meta"):
+            model = model_class(config_class(vocab_size=256, n_layer=config.n_layer, n_embd=config.n_embd))
+        there = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+        assert there == pytest.approx(said, rel=0.01), name
+
+
+def test_a_number_that_follows_another():
+    for name, lr in (("rwkv4_tiny", 1.5 / 192), ("rwkv4_small", 1.5 / 384)):
+        assert app.check(app.compose(["experiment=scaling", f"model={name}"])).optim.lr == lr
+
+
+def test_samples_as_it_goes(train, tmp_path):
+    several = "callbacks=[default,sample_text,device_stats,weight_averaging]"
+    every = ("callbacks.sample_text.every_n_steps=2", "callbacks.sample_text.n_tokens=5")
+    plain = train(*SMALL, "hydra.run.dir=plain", "trainer.log_every_n_steps=1")
+    result = train(*SMALL, several, *every, "hydra.run.dir=run", "trainer.log_every_n_steps=1")
+    assert (plain.code, result.code) == (0, 0), result.err
+    assert {path.name for path in (tmp_path / "run" / "samples").iterdir()} == {
+        "step-0000002.txt",
+        "step-0000004.txt",
+    }
+    # To look on changes nothing.
+    losses = [[row["train/loss"] for row in rows(tmp_path / name)] for name in ("plain", "run")]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("profiler", ["simple", "advanced", "pytorch"])
+def test_profilers(train, tmp_path, profiler):
+    result = train(*SMALL, f"trainer.profiler={profiler}", "hydra.run.dir=run")
+    assert result.code == 0, result.err
+    (profile,) = (tmp_path / "run").glob("fit-profile.txt")
+    assert "Profiler Report" in profile.read_text()
+    assert f"profile {profile}" in result.out
+
+
+def test_an_unknown_profiler(train):
+    result = train(*SMALL, "trainer.profiler=fast")
+    assert (result.code, "must be one of simple, advanced, pytorch" in result.err) == (2, True)
+
+
+def test_tensorboard_knows_the_settings_and_the_code(train, tmp_path):
+    assert train(*SMALL, "hydra.run.dir=run").code == 0
+    known = (tmp_path / "run" / "hparams.yaml").read_text()
+    assert "n_embd: 16" in known and "rwkv_pl 0.1.0, torch " in known and ", git " in known
+
+
+def test_wandb_offline(train, tmp_path):
+    service = pytest.importorskip("wandb")
+    wandb = ("logger=wandb", "logger.wandb.offline=true")
+    result = train(*SMALL, *wandb, "hydra.run.dir=run")
+    assert result.code == 0, result.err
+    service.finish()  # as the command's end does
+    (first,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
+    content = first.read_bytes()
+    assert b"bits_per_byte" in content and b"n_embd" in content and b"rwkv_pl 0.1.0" in content
+    result = train("resume=run", "trainer.max_steps=6")
+    assert result.code == 0, result.err
+    # The same run of theirs goes on.
+    assert len({path.name for path in (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")}) == 1
+
+
+def test_mlflow_in_a_file(train, tmp_path, monkeypatch):
+    pytest.importorskip("mlflow")
+    import sqlite3
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    result = train(*SMALL, "logger=mlflow", "hydra.run.dir=run")
+    assert result.code == 0, result.err
+    result = train("resume=run", "trainer.max_steps=6")
+    assert result.code == 0, result.err
+    known = sqlite3.connect(tmp_path / "run" / "mlflow.db")
+    (run,) = known.execute("select run_uuid from runs").fetchall()
+    assert (tmp_path / "run" / "mlflow_run").read_text() == run[0]
+    assert ("model/n_embd", "16") in known.execute("select key, value from params").fetchall()
+    steps = {step for key, step in known.execute("select key, step from metrics").fetchall() if key == "train/loss"}
+    assert steps == {1} | ({6} & steps) and known.execute("select 1 from metrics where step = 6").fetchall()
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["step"] == 6

@@ -1,0 +1,136 @@
+"""rwkv-report: many runs as a table, a file and a picture."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rwkv_pl.cli import report
+from rwkv_pl.cli.folder import locked, write_result
+from rwkv_pl.training.curve import COLUMNS
+
+
+def make(folder: Path, bits: list[float], *, status: str | None = "finished", **settings: object) -> Path:
+    """A run folder as a run leaves it: a row for each figure, 1,000 tokens and 10 seconds apart."""
+    (folder / ".hydra").mkdir(parents=True)
+    config = {"model": {"n_layer": 2, "n_embd": 64}, "optim": {"lr": 1e-3}, "seed": 42, "resume": None}
+    for key, value in settings.items():
+        group, _, name = key.partition("__")
+        config[group][name] = value
+    (folder / ".hydra" / "config.yaml").write_text(yaml.safe_dump(config))
+    (folder / ".hydra" / "overrides.yaml").write_text("[]\n")
+    with (folder / "metrics.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        for i, value in enumerate(bits, 1):
+            common = {"step": i, "tokens": 1000 * i, "seconds": 10 * i}
+            writer.writerow(common | {"train/bits_per_byte": value + 0.1, "tokens_per_second": 100 + i})
+            writer.writerow(common | {"val/bits_per_byte": value})
+    if status:
+        write_result(folder, status=status, objective=min(bits))
+    return folder
+
+
+def run(capsys, monkeypatch, *arguments: object) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["rwkv-report", *map(str, arguments)])
+    code = 0
+    try:
+        report.main()
+    except SystemExit as exit:
+        code = int(exit.code or 0)
+    streams = capsys.readouterr()
+    return code, streams.out, streams.err
+
+
+def test_a_table_a_file_and_a_picture(tmp_path, capsys, monkeypatch):
+    make(tmp_path / "10", [5.0, 3.0, 3.5], optim__lr=1e-2)
+    make(tmp_path / "2", [5.0, 4.0], optim__lr=1e-4, status=None)
+    make(tmp_path / "3", [6.0], optim__lr=1e-5, status="stopped")
+    write_result_only = tmp_path / "4"
+    write_result_only.mkdir()
+    write_result(write_result_only, status="failed", error="no such thing", overrides=["optim.lr=7", "data=text"])
+    with locked(tmp_path / "2"):
+        code, out, err = run(capsys, monkeypatch, tmp_path)
+    assert (code, err) == (0, "")
+    lines = [line.split("│")[1:-1] for line in out.splitlines() if line.startswith("│")]
+    cells = [[cell.strip() for cell in line] for line in lines]
+    assert cells == [
+        ["2", "0.0001", "4.0000", "102", "2", "0:20", "running"],
+        ["3", "1e-05", "6.0000", "101", "1", "0:10", "stopped"],
+        ["4", "7", "", "", "", "", "failed"],
+        ["10", "0.01", "3.0000", "102", "3", "0:30", "finished"],
+    ]
+    assert "4: no such thing" in out
+    assert "n_layer" not in out and "seed" not in out  # the same in all
+    with (tmp_path / "sweep.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["run"], row["optim.lr"], row["val/bits_per_byte"]) for row in rows][-1] == ("10", "0.01", "3.0")
+    assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_later_settings_count(tmp_path):
+    folder = make(tmp_path / "a", [5.0], optim__lr=1e-2)
+    (folder / ".hydra" / "resumes.yaml").write_text(yaml.safe_dump([{"set": {"optim.lr": 5e-3}, "remove": []}]))
+    assert report.read(folder).settings["optim.lr"] == 5e-3
+
+
+def test_a_number_that_follows_another_is_shown_as_one(tmp_path):
+    folder = make(tmp_path / "a", [5.0], optim__lr="${divide:1.5,${model.n_embd}}")
+    assert report.read(folder).settings["optim.lr"] == 1.5 / 64
+
+
+def test_what_is_damaged_is_said_to_be(tmp_path, capsys, monkeypatch):
+    make(tmp_path / "0", [5.0])
+    make(tmp_path / "1", [5.0])
+    make(tmp_path / "2", [5.0])
+    (tmp_path / "1" / "metrics.csv").write_text("step,tokens\nx,y\n")
+    (tmp_path / "2" / ".hydra" / "config.yaml").write_text("{")
+    code, out, _ = run(capsys, monkeypatch, tmp_path)
+    assert code == 0
+    assert out.count("damaged") >= 2 and out.count("finished") == 1
+
+
+@pytest.mark.parametrize("content", ["[]", "{", "3", ""])
+def test_a_strange_result_is_none(tmp_path, content):
+    folder = make(tmp_path / "a", [5.0], status=None)
+    (folder / "result.json").write_text(content)
+    assert report.read(folder).status == "broken off"
+
+
+def test_words_and_mixed_values_have_a_picture_too(tmp_path, capsys, monkeypatch):
+    for i, value in enumerate(["a", None, 3, True, float("nan")]):
+        make(tmp_path / str(i), [5.0 - i], optim__lr=value)
+    assert run(capsys, monkeypatch, tmp_path)[0] == 0
+
+
+def test_runs_of_several_folders_go_where_it_is_said(tmp_path, capsys, monkeypatch):
+    make(tmp_path / "a" / "x", [5.0])
+    make(tmp_path / "b" / "y", [4.0])
+    (tmp_path / "out").mkdir()
+    code, out, _ = run(capsys, monkeypatch, tmp_path / "a", tmp_path / "b" / "y", "--out", tmp_path / "out")
+    assert code == 0 and "a/x" in out and "b/y" in out
+    assert (tmp_path / "out" / "sweep.csv").exists() and not (tmp_path / "a" / "sweep.csv").exists()
+
+
+@pytest.mark.parametrize("arguments", [["nosuch"], ["empty"], ["empty", "--out", "nosuch"]])
+def test_bad_input_is_one_line(tmp_path, capsys, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    code, _, err = run(capsys, monkeypatch, *arguments)
+    assert (code, err.count("\n")) == (2, 1)
+
+
+def test_it_imports_no_torch():
+    code = "import sys, rwkv_pl.cli.report; sys.exit('torch' in sys.modules or 'lightning' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_picture_of_nothing_but_a_failure(tmp_path, capsys, monkeypatch):
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / "result.json").write_text(json.dumps({"status": "failed", "error": "no"}))
+    code, out, _ = run(capsys, monkeypatch, tmp_path)
+    assert (code, "sweep.png" in out) == (0, False)

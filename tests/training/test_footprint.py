@@ -1,0 +1,89 @@
+"""What a training costs, before it begins."""
+
+import pytest
+import torch
+from lightning.pytorch.plugins import MixedPrecision, Precision
+
+from rwkv_pl import RWKV4, RWKV4Config
+from rwkv_pl.training import footprint as f
+from rwkv_pl.training.module import LitRWKV
+
+
+@pytest.fixture
+def module():
+    return LitRWKV(RWKV4(RWKV4Config(vocab_size=256, n_layer=3, n_embd=32)))
+
+
+def kept(module, rows, n_tokens):
+    """Bytes that autograd keeps for a micro-batch, counted another way: by the storages that its graph holds."""
+    parameters = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    storages = {}
+
+    def pack(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = module.training_step(torch.randint(256, (rows, n_tokens + 1)), 0)["loss"]
+    assert loss.requires_grad
+    return sum(size for pointer, size in storages.items() if pointer not in parameters)
+
+
+def test_arithmetic_is_six_operations_a_weight_of_a_matrix(module):
+    C = 32
+    weights = 3 * (4 * C * C + 2 * 4 * C * C + C * C) + 256 * C  # time mix, channel mix, head
+    cost = f.footprint(module, Precision())
+    assert cost.flops == 6 * weights
+    assert cost.parameters == sum(p.numel() for p in module.parameters())
+    assert cost.fixed == 16 * cost.parameters
+
+
+def test_memory_is_that_of_a_whole_micro_batch(module):
+    cost = f.footprint(module, Precision())
+    logits = 4 * 256
+    for rows, n_tokens in ((1, 256), (4, 512)):
+        tokens = rows * n_tokens
+        # Masks and the states between the kernel's tiles do not grow exactly with the tokens.
+        assert (cost.per_token - logits) * tokens == pytest.approx(kept(module, rows, n_tokens), rel=0.05)
+
+
+def test_it_leaves_no_trace(module):
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    f.footprint(module, Precision())
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(parameter.grad is None for parameter in module.parameters())
+
+
+def test_bfloat16_keeps_less(module):
+    mixed = f.footprint(module, MixedPrecision("bf16-mixed", "cpu"))
+    assert mixed.per_token < 0.8 * f.footprint(module, Precision()).per_token
+
+
+@pytest.mark.parametrize(("free_rows", "accumulate"), [(100, 1), (12, 1), (11, 2), (6, 2), (4, 3), (1, 12), (0, None)])
+def test_the_fewest_micro_batches_that_fit(module, monkeypatch, free_rows, accumulate):
+    cost = f.footprint(module, Precision())
+    free = cost.bytes(free_rows * 64) if free_rows else cost.fixed
+    monkeypatch.setattr(f, "free_memory", lambda device: free / f.SHARE_OF_FREE_MEMORY)
+    assert f.accumulation_that_fits(module, cost, 12, 64, Precision()) == accumulate
+
+
+def test_a_device_that_refuses_is_believed(module, monkeypatch):
+    def refuse(*_, **__):
+        raise torch.OutOfMemoryError("no")
+
+    assert f.is_enough(module, 2, 16, Precision())
+    assert all(parameter.grad is None for parameter in module.parameters())
+    monkeypatch.setattr(f, "cross_entropy", refuse)
+    assert not f.is_enough(module, 2, 16, Precision())
+
+
+def test_free_memory_is_that_of_the_machine():
+    assert 10**7 < f.free_memory(torch.device("cpu")) < 10**14
+
+
+@pytest.mark.parametrize(
+    ("amount", "told"), [(999, "999 B"), (1234, "1.23 kB"), (6.1e9, "6.1 GB"), (2e15, "2e+03 TB"), (0, "0 B")]
+)
+def test_units(amount, told):
+    assert f.in_units(amount) == told
