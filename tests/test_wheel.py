@@ -48,6 +48,13 @@ def test_a_wheel_trains_from_any_folder(environment, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
+    # Hydra finds the launcher and the sweeper of -m, and their processes the wheel.
+    sweep = [*command[:1], "-m", *command[1:-2], "optim.lr=1e-3", "hydra.sweep.dir=sweep"]
+    done = subprocess.run(sweep, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "sweep" / "sweep.csv").exists()
+    done = subprocess.run([environment / "rwkv-report", "sweep"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "finished" in done.stdout
 
 
 def test_what_is_asked_for_is_installed():

@@ -76,6 +76,15 @@ def test_the_sizes_of_ours_have_the_parameters_that_they_say():
         assert there == pytest.approx(said, rel=0.01), name
 
 
+def test_the_search_is_a_study():
+    composed = app.compose(["experiment=search"])
+    known = set(app.compose(["hydra/sweeper=optuna"]).hydra.sweeper)
+    assert set(composed.hydra.sweeper) == known
+    assert (
+        type(app.plugins()[composed.hydra.sweeper.pop("_target_")](**composed.hydra.sweeper)).__name__ == "StudySweeper"
+    )
+
+
 def test_a_number_that_follows_another():
     for name, lr in (("rwkv4_tiny", 1.5 / 192), ("rwkv4_small", 1.5 / 384)):
         assert app.check(app.compose(["experiment=scaling", f"model={name}"])).optim.lr == lr

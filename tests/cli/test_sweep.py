@@ -201,6 +201,7 @@ def test_another_launcher(folder):
         ("optim.lr=1e-3,1e-4 hydra.launcher.jobs=0", "hydra.launcher.jobs must be"),
         ("optim.lr=1e-3 hydra/sweeper=optuna", "nothing to search"),
         ("optim.lr=1e-3,1e-4 hydra/sweeper=optuna hydra.sweeper.sampler=x", "hydra.sweeper.sampler must be one of"),
+        ("model=glob(*)", "list the names"),
         ("resume=nosuch", "is no folder of a sweep"),
         ("resume=nosuch optim.lr=1", "goes on with a sweep as it was"),
     },

@@ -17,7 +17,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_module
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, Override
+from hydra.core.override_parser.types import ChoiceSweep, Glob, Override
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -101,6 +101,8 @@ def parse_overrides(overrides: Sequence[str], sweep: bool = False) -> list[Overr
         if override.is_sweep_override() and not sweep:
             raise UserError(f"{text} names several values: add -m to run them all, or write a list as [a,b]")
         chosen = override.value()
+        if isinstance(chosen, Glob):
+            raise UserError(f"{text}: glob() is not used here, list the names")
         none = chosen is None and key == "experiment"
         if is_group_choice(override) and not (none or isinstance(chosen, str | list | ChoiceSweep)):
             raise UserError(f"{text}: a file of {key} is chosen by its name; --help lists them")

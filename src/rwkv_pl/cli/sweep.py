@@ -150,7 +150,10 @@ def _check_plugins(composed: DictConfig, told: Sequence[Override]) -> None:
     for part in ("launcher", "sweeper"):
         arguments = dict(composed.hydra[part])
         if plugin := ours.get(arguments.pop("_target_")):
-            made = plugin(**arguments)
+            try:
+                made = plugin(**arguments)
+            except TypeError as error:
+                raise UserError(f"hydra.{part} refuses its settings: {app.one_line(error)}") from error
             if part == "sweeper":
                 made.check(told)
 
@@ -167,9 +170,7 @@ def _require_one_good(own: list[str], told: Sequence[Override], config_dir: str 
     raise first or UserError("-m has no job: a key has no value")
 
 
-def composed_job(
-    loader: ConfigLoader, config: DictConfig, overrides: list[str], number: int
-) -> tuple[Job, DictConfig | None]:
+def composed_job(loader: ConfigLoader, config: DictConfig, overrides: list[str], number: int) -> tuple[Job, DictConfig]:
     """A job, whose folder is the one that its settings name, and its config."""
     composed = loader.load_sweep_config(config, overrides)
     with open_dict(composed):
@@ -187,13 +188,13 @@ def checked(loader: ConfigLoader, config: DictConfig, overrides: list[str], numb
     """A job to launch; or its failure, where its settings do not hold, with the reason in its folder."""
     try:
         job, composed = composed_job(loader, config, overrides, number)
-        assert composed is not None
         app.check(composed)
     except (UserError, HydraException, OmegaConfBaseException) as error:
         told = app.one_line(error)
         return _failed(Job(overrides, Path(str(config.hydra.sweep.dir), str(number))), told)
     # With it the folder is the same under every launcher, and where others before it are left out.
-    job.overrides.append(f"hydra.sweep.subdir={app.quoted(job.folder.name)}")
+    subdir = job.folder.relative_to(str(config.hydra.sweep.dir))
+    job.overrides.append(f"hydra.sweep.subdir={app.quoted(subdir.as_posix())}")
     return job
 
 
