@@ -12,7 +12,7 @@ train: $(VENV)/.train
 	$(BIN)/rwkv-train experiment=quickstart
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -26,13 +26,14 @@ def test_a_readme_command(line):
     overrides = [a for a in arguments if a != "-m"]
     parsed = app.parse_overrides(overrides, sweep)
     values = [o for o in parsed if o.key_or_group not in ("resume", "weights")]
+    choices = [str(o.input_line) for o in values if "/" in o.key_or_group]
     for override in values:
         if override.is_sweep_override():
             assert sweep
             overrides = [f"{override.key_or_group}={v}" for v in override.sweep_string_iterator()]
         else:
             overrides = [str(override.input_line)]
-        app.check(app.compose(overrides + (["data.path=x"] if "data=text" in overrides else [])))
+        app.check(app.compose(choices + overrides + (["data.path=x"] if "data=text" in overrides else [])))
 
 
 def test_the_mistake_that_the_readme_shows():

@@ -192,7 +192,7 @@ def test_another_launcher(folder):
 
 @pytest.mark.parametrize(
     ("arguments", "told"),
-    {
+    [
         ("model.n_layr=2,4", "did you mean n_layer?"),
         ("+foo=1,2", "keys are not added"),
         ("model.n_embd=0,-1", "model.n_embd must be at least 1, got 0"),
@@ -204,7 +204,7 @@ def test_another_launcher(folder):
         ("model=glob(*)", "list the names"),
         ("resume=nosuch", "is no folder of a sweep"),
         ("resume=nosuch optim.lr=1", "goes on with a sweep as it was"),
-    },
+    ],
 )
 def test_what_is_wrong_in_every_job_refuses_the_sweep(train, tmp_path, arguments, told):
     before = sorted(tmp_path.rglob("*"))

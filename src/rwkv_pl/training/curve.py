@@ -119,7 +119,9 @@ def draw_sweep(
             if min(numbers) > 0 and max(numbers) / min(numbers) >= 3:
                 panel.set_xscale("log")
             if len(set(numbers)) <= 5:
-                panel.set_xticks(sorted(set(numbers)), [f"{number:.3g}" for number in sorted(set(numbers))], minor=False)
+                panel.set_xticks(
+                    sorted(set(numbers)), [f"{number:.3g}" for number in sorted(set(numbers))], minor=False
+                )
                 panel.set_xticks([], minor=True)
         else:
             x = [str(value) for value in values]

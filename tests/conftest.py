@@ -1,0 +1,6 @@
+"""Tests that run beside each other (pytest -n 2) take one thread each: two that wait for each other's threads crawl."""
+
+import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
