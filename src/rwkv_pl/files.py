@@ -81,6 +81,15 @@ def in_words(error: OSError) -> str:
     return f"{error.strerror or error}{where}"
 
 
+@contextlib.contextmanager
+def located(where: str | Path) -> Iterator[None]:
+    """Says where, when the disk refuses a write and the writer does not."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, error.filename or str(where)) from error
+
+
 def _fsync_folder(folder: Path) -> None:
     with contextlib.suppress(OSError):  # not every file system has this; the rename is atomic without it
         handle = os.open(folder, os.O_RDONLY)

@@ -173,6 +173,11 @@ def plugins() -> dict[str, Any]:
     return {f"{plugin.__module__}.{plugin.__name__}": plugin for plugin in ours}
 
 
+def typed_config_dir(sources: Any) -> str | None:
+    """The --config-dir among Hydra's `runtime.config_sources`."""
+    return next((str(source["path"]) for source in sources if source["provider"] == "command-line"), None)
+
+
 def explain_unknown_key(overrides: Sequence[str], config_dir: str | None) -> None:
     """Raises UserError, with the nearest key, for the first override whose key does not exist."""
     parsed = parse_overrides(overrides, sweep=True)

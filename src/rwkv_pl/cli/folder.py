@@ -21,6 +21,9 @@ OVERRIDES = Path(".hydra", "overrides.yaml")
 
 RESULT = "result.json"
 
+# The statuses of runs with nothing left to do.
+DONE = ("finished", "pruned")
+
 # What a sweep leaves in the folder of a job, before it and after it has failed.
 OF_SWEEP = ("trial.json", "error.txt", RESULT)
 

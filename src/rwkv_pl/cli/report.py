@@ -15,7 +15,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rwkv_pl.cli.app import told_in_one_line
-from rwkv_pl.cli.folder import LOCK, OVERRIDES, RESULT, begun, read_result
+from rwkv_pl.cli.folder import DONE, LOCK, OVERRIDES, RESULT, begun, read_result
+from rwkv_pl.cli.resume import leaves
 from rwkv_pl.config import UserError
 from rwkv_pl.files import in_words, publish
 from rwkv_pl.training.curve import draw_sweep, read_rows
@@ -91,7 +92,7 @@ def report(paths: Sequence[Path], out: Path) -> bool:
         print(f"also in {out / 'sweep.csv'}" + (f", the curves in {out / 'sweep.png'}" if curves else ""))
     except OSError as error:
         print(f"rwkv-report: {in_words(error)}")
-    return all(run.status in ("finished", "pruned") for run in runs)
+    return all(run.status in DONE for run in runs)
 
 
 def find(paths: Iterable[Path]) -> list[Path]:
@@ -114,10 +115,10 @@ def read(folder: Path) -> Run:
     run.status, run.error = str(result.get("status", "")), str(result.get("error") or "")
     try:
         if begun(folder):
-            run.settings = _leaves(_yaml(folder / ".hydra" / "config.yaml"))
+            run.settings = leaves(_yaml(folder / ".hydra" / "config.yaml"))
             later = folder / ".hydra" / "resumes.yaml"
             for entry in _yaml(later) if later.exists() else []:
-                run.settings |= _leaves(entry["set"])
+                run.settings |= leaves(entry["set"])
         else:
             pairs = [text.partition("=") for text in result.get("overrides", [])]
             run.settings = {key: yaml.safe_load(value) for key, _, value in pairs}
@@ -216,13 +217,6 @@ def _yaml(path: Path) -> Any:
         return OmegaConf.to_container(OmegaConf.create(text), resolve=True)
     # libyaml reads ten times as fast, where PyYAML has it.
     return yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-
-
-def _leaves(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    leaves: dict[str, Any] = {}
-    for key, value in config.items():
-        leaves |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
-    return leaves
 
 
 def _shown(value: Any) -> str:

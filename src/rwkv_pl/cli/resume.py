@@ -9,7 +9,7 @@ import yaml
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
-from rwkv_pl.cli.app import check, compose, is_group_choice, parse_overrides, require_key
+from rwkv_pl.cli.app import check, compose, is_group_choice, parse_overrides, require_key, typed_config_dir
 from rwkv_pl.cli.folder import begun
 from rwkv_pl.config import Train, UserError
 from rwkv_pl.files import publish
@@ -50,8 +50,7 @@ class StoredRun:
             self.resumes = self._read("resumes.yaml", list) if (folder / ".hydra" / "resumes.yaml").exists() else []
             self.cwd = Path(self.hydra["runtime"]["cwd"])
             """Where the run first started: relative paths count from there."""
-            sources = self.hydra["runtime"]["config_sources"]
-            self.config_dir = next((str(s["path"]) for s in sources if s["provider"] == "command-line"), None)
+            self.config_dir = typed_config_dir(self.hydra["runtime"]["config_sources"])
             """The --config-dir of the first start."""
             self.config()
         except Exception as error:  # what is not what was written can fail in any way
@@ -88,8 +87,8 @@ class StoredRun:
         choices = [override for override in later if is_group_choice(override)]
         if choices:
             told = self.overrides + [text for earlier in self.resumes for text in earlier["overrides"]]
-            then = _leaves(self._composed(told))
-            now = _leaves(self._composed(told + [o.input_line or "" for o in choices]))
+            then = leaves(self._composed(told))
+            now = leaves(self._composed(told + [o.input_line or "" for o in choices]))
             entry["remove"] = sorted(then.keys() - now.keys())
             entry["set"] = {key: value for key, value in now.items() if key not in then or then[key] != value}
         _apply(config, entry)
@@ -115,19 +114,19 @@ class StoredRun:
             file.write(yaml.safe_dump(self.resumes, sort_keys=False).encode())
 
 
-def _leaves(config: Any, prefix: str = "") -> dict[str, Any]:
+def leaves(config: Any, prefix: str = "") -> dict[str, Any]:
     """Dotted key to value, Hydra's own part left out."""
     if isinstance(config, DictConfig):
         config = OmegaConf.to_container(config)
-    leaves: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for key, value in config.items():
         if prefix == "" and key == "hydra":
             continue
         if isinstance(value, dict) and value:
-            leaves |= _leaves(value, f"{prefix}{key}.")
+            found |= leaves(value, f"{prefix}{key}.")
         else:
-            leaves[f"{prefix}{key}"] = value
-    return leaves
+            found[f"{prefix}{key}"] = value
+    return found
 
 
 def _apply(config: DictConfig, entry: dict[str, Any]) -> None:

@@ -31,14 +31,11 @@ from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from rwkv_pl.cli import app
-from rwkv_pl.cli.folder import begun, locked, read_result, take_folder, write_result
+from rwkv_pl.cli.folder import DONE, begun, locked, read_result, take_folder, write_result
 from rwkv_pl.config import RunError, UserError
 from rwkv_pl.files import publish
 
 MULTIRUN = "multirun.yaml"
-
-# A job of these is not run again.
-DONE = ("finished", "pruned")
 
 # Hydra's own part of a stored sweep that is used again: not what could start a stranger's program.
 STORED = ("hydra/sweeper", "hydra.sweeper.", "hydra.sweep.subdir")
@@ -90,8 +87,7 @@ def go_on(sweep: Path, later: list[Override]) -> None:
         stored = yaml.safe_load(path.read_text(encoding="utf-8"))["hydra"]
         told, own = ([str(text) for text in stored["overrides"][part]] for part in ("task", "hydra"))
         cwd = Path(stored["runtime"]["cwd"])
-        sources = stored["runtime"]["config_sources"]
-        config_dir = next((str(s["path"]) for s in sources if s["provider"] == "command-line"), None)
+        config_dir = app.typed_config_dir(stored["runtime"]["config_sources"])
         app.parse_overrides(told, sweep=True)
     except Exception as error:  # what is not what was written can fail in any way
         raise UserError(f"{path} is damaged: {app.one_line(error)[:200]}") from error
@@ -179,9 +175,7 @@ def composed_job(loader: ConfigLoader, config: DictConfig, overrides: list[str],
     folder = sweep / str(composed.hydra.sweep.subdir)
     if not folder.resolve().is_relative_to(sweep.resolve()):
         raise UserError(f"hydra.sweep.subdir={composed.hydra.sweep.subdir} leads out of the sweep's folder")
-    sources = composed.hydra.runtime.config_sources
-    config_dir = next((str(source.path) for source in sources if source.provider == "command-line"), None)
-    return Job(overrides, folder, config_dir), composed
+    return Job(overrides, folder, app.typed_config_dir(composed.hydra.runtime.config_sources)), composed
 
 
 def checked(loader: ConfigLoader, config: DictConfig, overrides: list[str], number: int) -> Job | JobReturn:
@@ -201,8 +195,7 @@ def checked(loader: ConfigLoader, config: DictConfig, overrides: list[str], numb
 def run_job(config: DictConfig) -> float:
     """What another launcher than ours runs, on its machine: the job's process. Returns its objective."""
     hydra = HydraConfig.get()
-    sources = hydra.runtime.config_sources
-    config_dir = next((str(source.path) for source in sources if source.provider == "command-line"), None)
+    config_dir = app.typed_config_dir(hydra.runtime.config_sources)
     job = Job(list(hydra.overrides.task), Path(hydra.runtime.output_dir), config_dir)
     (ended,) = run_jobs([job], at_once=1, forward=threading.current_thread() is threading.main_thread())
     return float(ended.return_value)

@@ -9,8 +9,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +21,7 @@ from rwkv_pl.cli import app, sweep
 from rwkv_pl.cli.folder import is_first_process, latest_run, locked, recorded, take_folder, write_result
 from rwkv_pl.cli.resume import StoredRun
 from rwkv_pl.config import DamagedError, Train, UserError
-from rwkv_pl.files import publish
+from rwkv_pl.files import located, publish
 
 if TYPE_CHECKING:
     from rwkv_pl.cli.prepare import Prepared
@@ -75,17 +74,8 @@ def _start(argv: Sequence[str], overrides: list[Override], config_dir: str | Non
         started[-1] = f"hydra.run.dir={app.quoted(folder)}"
     elif not is_first_process():
         started.append("hydra.output_subdir=null")
-    with locked(folder), recorded(folder), _names(folder):
+    with locked(folder), recorded(folder), located(folder):
         app.hand_over(lambda _: _run(prepared, folder), started)
-
-
-@contextmanager
-def _names(folder: Path) -> Iterator[None]:
-    """Says where, when the disk refuses what Hydra writes."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, error.filename or str(folder)) from error
 
 
 def _resume(folder: Path, later: list[Override]) -> None:

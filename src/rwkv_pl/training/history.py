@@ -5,8 +5,6 @@ import csv
 import io
 import os
 import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
-from rwkv_pl.files import publish
+from rwkv_pl.files import located, publish
 from rwkv_pl.training.curve import COLUMNS, draw, read_rows
 from rwkv_pl.training.loss import bits_per_byte, count_bytes
 
@@ -61,7 +59,8 @@ class History(Callback):
         if file := self.__dict__.get("_file"):
             os.fsync(file.fileno())
             for logger in trainer.loggers:
-                _named(logger.save, str(logger.save_dir))
+                with located(str(logger.save_dir)):
+                    logger.save()
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         self.begun = True
@@ -137,27 +136,21 @@ class History(Callback):
         if not trainer.is_global_zero:
             return
         self.rows.append(row)
-        _named(partial(_append, self._file, row), self.folder / "metrics.csv")
+        with located(self.folder / "metrics.csv"):
+            _append(self._file, row)
         self._log(trainer, row)
 
     @staticmethod
     def _log(trainer: Trainer, row: dict[str, float]) -> None:
         metrics = {name: value for name, value in row.items() if name != "step"}
         for logger in trainer.loggers:
-            _named(partial(logger.log_metrics, metrics, step=int(row["step"])), str(logger.save_dir))
+            with located(str(logger.save_dir)):
+                logger.log_metrics(metrics, step=int(row["step"]))
 
     def _draw(self, trainer: Trainer) -> None:
         if trainer.is_global_zero and self.rows:
             draw(self.rows, self.folder / "loss.png", self.baselines)
             self._drawn = time.perf_counter()
-
-
-def _named(write: Callable[[], Any], where: str | Path) -> None:
-    """Says where, when the disk refuses a write; a logger's own thread does not."""
-    try:
-        write()
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, error.filename or str(where)) from error
 
 
 def _begin(path: Path, rows: list[dict[str, float]]) -> Any:
