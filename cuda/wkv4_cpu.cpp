@@ -18,6 +18,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <optional>
 #include <type_traits>
 #include <vector>
 
@@ -141,9 +142,11 @@ void forward(const Arguments<T>& a, const T* state, T* output, T* new_state) {
   plan.parallel([&](int64_t b, int64_t chunk, int64_t c0, auto width) {
     const int64_t lanes = width;
     if (chunk == 0) {
-      const T* s = state + b * 3 * C + c0;
+      const T* s = state ? state + b * 3 * C + c0 : nullptr;
       const Saved<T> to = a.saved(b, 0, c0);
-      for (int64_t c = 0; c < lanes; ++c) to.set(c, {s[c], s[C + c], s[2 * C + c], T(0)});
+      for (int64_t c = 0; c < lanes; ++c) {
+        to.set(c, s ? wkv::State<T>{s[c], s[C + c], s[2 * C + c], T(0)} : wkv::empty_state<T>());
+      }
     }
     if (chunk == plan.chunks - 1) return;
     T w[LANES];
@@ -248,7 +251,7 @@ void walk_back(const Arguments<T>& a, const Gradients<T>& g, int64_t b, int64_t 
         const wkv::State<T> before = s.get(c);
         const wkv::Output<T> o = wkv::output(before, w[c], u[c], k[c], v[c]);
         const wkv::Update<T> next = wkv::update(before, w[c], k[c], v[c]);
-        const T h = gy[c] / o.den;
+        const T h = gy[c] * o.inverse;
         num[i][c] = before.num, den[i][c] = before.den;
         earlier[i][c] = next.factor.earlier, later[i][c] = next.factor.later;
         pull_earlier[i][c] = h * o.factor.earlier, pull_later[i][c] = h * o.factor.later;
@@ -293,9 +296,9 @@ void backward(const Arguments<T>& a, const Gradients<T>& g, const T* grad_new_st
     const int64_t lanes = width;
     if (chunk == plan.chunks - 1) {
       const Saved<T> last = a.saved(b, plan.steps, c0);
-      const T* gs = grad_new_state + b * 3 * C + c0;
+      const T* gs = grad_new_state ? grad_new_state + b * 3 * C + c0 : nullptr;
       T* to = adjoint(b, chunk) + c0;
-      for (int64_t c = 0; c < lanes; ++c) {
+      for (int64_t c = 0; gs && c < lanes; ++c) {
         const T scale = wkv::fold(last.get(c), wkv::decay(a.time_decay[c0 + c])).scale;
         to[c] = scale * gs[c], to[C + c] = scale * gs[C + c];
       }
@@ -351,14 +354,24 @@ template <typename T>
 T* data(const Tensor& t) {
   return static_cast<T*>(t.data_ptr());
 }
+template <typename T>
+T* data(const std::optional<Tensor>& t) {
+  return t ? data<T>(*t) : nullptr;
+}
+
+std::optional<Tensor> contiguous(const std::optional<Tensor>& t) {
+  return t ? std::optional<Tensor>(torch::stable::contiguous(*t)) : std::nullopt;
+}
 
 std::tuple<Tensor, Tensor, Tensor> wkv4_forward(const Tensor& time_decay, const Tensor& time_first, const Tensor& key,
-                                                const Tensor& value, const Tensor& state, int64_t tile) {
+                                                const Tensor& value, const std::optional<Tensor>& state,
+                                                int64_t tile) {
   using torch::stable::contiguous;
   using torch::stable::new_empty;
   const Plan plan(key, tile);
   const Tensor decay = contiguous(time_decay), first = contiguous(time_first), k = contiguous(key),
-               v = contiguous(value), s = contiguous(state);
+               v = contiguous(value);
+  const std::optional<Tensor> s = ::contiguous(state);
   const Tensor output = new_empty(key, {plan.batch, plan.steps, plan.channels});
   const Tensor new_state = new_empty(key, {plan.batch, 3, plan.channels});
   const Tensor tiles = new_empty(key, {plan.batch, plan.tiles + 1, 4, plan.channels});
@@ -374,13 +387,15 @@ std::tuple<Tensor, Tensor, Tensor> wkv4_forward(const Tensor& time_decay, const 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> wkv4_backward(const Tensor& time_decay, const Tensor& time_first,
                                                                  const Tensor& key, const Tensor& value,
                                                                  const Tensor& tiles, const Tensor& grad_output,
-                                                                 const Tensor& grad_new_state, int64_t tile) {
+                                                                 const std::optional<Tensor>& grad_new_state,
+                                                                 int64_t tile) {
   using torch::stable::contiguous;
   using torch::stable::new_empty;
   const Plan plan(key, tile);
   const Tensor decay = contiguous(time_decay), first = contiguous(time_first), k = contiguous(key),
-               v = contiguous(value), saved = contiguous(tiles), gy = contiguous(grad_output),
-               gs = contiguous(grad_new_state);
+               v = contiguous(value), saved = contiguous(tiles),
+               gy = contiguous(grad_output);
+  const std::optional<Tensor> gs = ::contiguous(grad_new_state);
   const Tensor grad_decay = new_empty(key, {plan.channels}), grad_first = new_empty(key, {plan.channels});
   const Tensor grad_key = new_empty(key, {plan.batch, plan.steps, plan.channels});
   const Tensor grad_value = new_empty(key, {plan.batch, plan.steps, plan.channels});
@@ -398,14 +413,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> wkv4_backward(const Tensor& t
 
 }  // namespace
 
-// All tensors of one dtype, float32 or float64. tiles (B, ceil(T / tile) + 1, 4, C) is for the backward pass alone: the
-// states before each tile and after the last step. tile is an argument and not a constant, so that a graph that
+// state, None for none, is (B, 3, C). All tensors are of one dtype, float32 or float64; on a GPU key, value, output and
+// their gradients may be float16 or bfloat16, all else being float32. tiles (B, ceil(T / tile) + 1, 4, C) is for the
+// backward pass alone: the states before each tile and after the last step. tile is an argument and not a constant, so that a graph that
 // torch.compile has kept on disk holds the one that its shapes were made with.
 STABLE_TORCH_LIBRARY(rwkv_pl, m) {
-  m.def("wkv4_forward(Tensor time_decay, Tensor time_first, Tensor key, Tensor value, Tensor state, int tile)"
+  m.def("wkv4_forward(Tensor time_decay, Tensor time_first, Tensor key, Tensor value, Tensor? state, int tile)"
         " -> (Tensor output, Tensor state, Tensor tiles)");
   m.def("wkv4_backward(Tensor time_decay, Tensor time_first, Tensor key, Tensor value, Tensor tiles,"
-        " Tensor grad_output, Tensor grad_new_state, int tile)"
+        " Tensor grad_output, Tensor? grad_new_state, int tile)"
         " -> (Tensor grad_time_decay, Tensor grad_time_first, Tensor grad_key, Tensor grad_value, Tensor grad_state)");
 }
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from rwkv_pl.files import cache_folder
-from rwkv_pl.ops.build import _digest, _flags, _try_load
+from rwkv_pl.ops.build import CPU_SOURCES, Recipe, _compile_cpu, _digest, _flags, _try_load
 from rwkv_pl.ops.toolchain import Compiler
 
 CALL = """
@@ -150,11 +150,14 @@ def test_the_cache_folder(monkeypatch, tmp_path):
 
 
 def test_the_name_has_all_that_a_library_was_made_from():
-    compiler = Compiler("c++", "/usr/bin/c++", "12.2")
+    def name(level: str, path: str, version: str) -> str:
+        compiler = Compiler("c++", path, version)
+        return _digest(Recipe("wkv4_cpu", level, CPU_SOURCES, compiler, _flags(level), 3, _compile_cpu))
+
     names = {
-        _digest(compiler, _flags("portable")),
-        _digest(compiler, _flags("x86-64-v3")),
-        _digest(Compiler("c++", "/usr/bin/c++", "13.1"), _flags("portable")),
-        _digest(Compiler("c++", "/opt/bin/c++", "12.2"), _flags("portable")),
+        name("portable", "/usr/bin/c++", "12.2"),
+        name("x86-64-v3", "/usr/bin/c++", "12.2"),
+        name("portable", "/usr/bin/c++", "13.1"),
+        name("portable", "/opt/bin/c++", "12.2"),
     }
     assert len(names) == 4

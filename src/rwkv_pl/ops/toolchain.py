@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -9,16 +10,23 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Compiler", "compiler_advice", "find_compiler"]
+__all__ = ["Compiler", "compiler_advice", "cuda_advice", "find_compiler", "find_nvcc"]
 
 
 @dataclass(frozen=True)
 class Compiler:
-    """A C++ compiler: the command as a shell would take it, the program's path, and its version in one line."""
+    """A compiler: the command as a shell would take it, the program's path, and its version in one line.
+
+    nvcc's version is its CUDA's, as in 13.0.
+    """
 
     command: str
     path: str
     version: str
+
+    @property
+    def title(self) -> str:
+        return f"nvcc of CUDA {self.version}" if self.command == "nvcc" else self.version
 
 
 def find_compiler() -> Compiler | None:
@@ -53,14 +61,37 @@ def compiler_advice() -> str:
     return "install g++ or clang++ with the system's package manager"
 
 
-def _version(command: list[str]) -> str:
+def find_nvcc() -> Compiler | None:
+    """nvcc: of ``CUDA_HOME``, on PATH, in this environment (``pip install rwkv_pl[cuda]``), or where CUDA goes."""
+    program = "nvcc.exe" if sys.platform == "win32" else "nvcc"
+    folders = [Path(os.environ[name], "bin") for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    folders += [Path(folder) for folder in os.environ.get("PATH", "").split(os.pathsep) if folder]
+    folders += [Path(folder, "nvidia", "cu13", "bin") for folder in sys.path if folder]
+    folders.append(Path("/usr/local/cuda/bin"))
+    for path in (folder / program for folder in folders):
+        if os.access(path, os.X_OK):
+            release = re.search(r"release (\d+\.\d+)", _version([str(path)], last=True))
+            if release:
+                return Compiler("nvcc", str(path), release[1])
+    return None
+
+
+def cuda_advice(cuda: str) -> str:
+    """How to get an nvcc that fits a torch of this CUDA, in one clause."""
+    if cuda.startswith("13."):
+        return 'run `pip install "rwkv_pl[cuda]"`'
+    return f"install the CUDA toolkit {cuda} and put its nvcc on PATH"
+
+
+def _version(command: list[str], last: bool = False) -> str:
     # cl knows no --version; it says its version before it complains.
     argument = [] if sys.platform == "win32" else ["--version"]
     try:
         run = subprocess.run([*command, *argument], capture_output=True, text=True, errors="replace", timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"version unknown ({error})"
-    return next(iter((run.stdout or run.stderr).splitlines()), "version unknown")
+    lines = (run.stdout or run.stderr).splitlines() or ["version unknown"]
+    return " ".join(lines[-2:]) if last else lines[0]
 
 
 def _visual_studio() -> Compiler | None:

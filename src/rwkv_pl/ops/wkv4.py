@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rwkv_pl.ops.build import BuildError, load_cpu_library
+from rwkv_pl.ops.build import BuildError, load_cpu_library, load_cuda_library
 from rwkv_pl.ops.wkv4_reference import EMPTY, wkv4_recurrence, wkv4_scan
 
 __all__ = ["KERNELS", "use_kernel", "wkv4"]
@@ -20,8 +20,11 @@ KERNELS = ("auto", "compiled", "scan", "recurrence")
 
 _kernel = "auto"
 
-# Steps between two states that the compiled operator saves for its backward pass: at most LONGEST_TILE in wkv4_cpu.cpp.
+# Steps between two states that the compiled operator saves for its backward pass: on the CPU at most LONGEST_TILE in
+# wkv4_cpu.cpp; on a GPU they also say which kernel runs, one that walks through time or one that scans it (those of
+# wkv4_launch.cuh).
 TILE = 32
+WALK, SCAN, LONG_SCAN, DOUBLE_SCAN = 64, 256, 1024, 128
 
 
 class use_kernel:
@@ -81,18 +84,41 @@ def wkv4(
     """
     _check(time_decay, time_first, key, value, state)
     dtype = torch.float64 if key.dtype == torch.float64 else torch.float32
+    compiled = _kernel in ("auto", "compiled") and _is_compiled(key.device.type, required=_kernel == "compiled")
+    # The GPU's kernels read and write halves.
+    io = key.dtype if compiled and key.device.type == "cuda" else dtype
+    weights, inputs = (time_decay.to(dtype), time_first.to(dtype)), (key.to(io), value.to(io))
+    if state is not None:
+        state = state.to(dtype)
+    if compiled:
+        output, state, _ = torch.ops.rwkv_pl.wkv4_forward(*weights, *inputs, state, _tile(key))
+        return output.to(key.dtype), state
     if state is None:
         batch, _, channels = key.shape
         state = key.new_zeros((batch, 3, channels), dtype=dtype)
         state[:, 2] = EMPTY
-    arguments = (time_decay.to(dtype), time_first.to(dtype), key.to(dtype), value.to(dtype), state.to(dtype))
-    if _kernel == "recurrence":
-        output, state = wkv4_recurrence(*arguments)
-    elif _kernel != "scan" and _is_compiled(key.device.type, required=_kernel == "compiled"):
-        output, state, _ = torch.ops.rwkv_pl.wkv4_forward(*arguments, TILE)
-    else:
-        output, state = wkv4_scan(*arguments)
+    plain = wkv4_recurrence if _kernel == "recurrence" else wkv4_scan
+    output, state = plain(*weights, *inputs, state)
     return output.to(key.dtype), state
+
+
+def _tile(key: Tensor) -> int:
+    """Steps between two saved states. On a GPU what was quickest on an H100: `python -m benchmarks.wkv_gpu --tiles`."""
+    batch, steps, channels = key.shape
+    if key.device.type != "cuda":
+        return TILE
+    rows = batch * channels / _multiprocessors(key.device.index)
+    # A walk needs some hundred channels for each multiprocessor, or little time to walk.
+    if rows >= 100 or steps <= 16 or (steps <= 64 and rows >= 16):
+        return WALK
+    if key.dtype == torch.float64:
+        return DOUBLE_SCAN
+    return LONG_SCAN if rows <= 8 and steps > 256 else SCAN
+
+
+@torch.compiler.assume_constant_result
+def _multiprocessors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _check(time_decay: Tensor, time_first: Tensor, key: Tensor, value: Tensor, state: Tensor | None) -> None:
@@ -117,39 +143,42 @@ def _check(time_decay: Tensor, time_first: Tensor, key: Tensor, value: Tensor, s
 
 
 _loading = threading.Lock()
-# Why the compiled operator could not be loaded, "" once it is; None before the first call.
-_failure: str | None = None
-_warned = False
+# By type of device why the compiled operator could not be loaded, "" once it is.
+_failures: dict[str, str] = {}
+_warned: set[str] = set()
 
 
 # torch.compile calls this while it traces and keeps the answer, so that loading breaks no graph.
 @torch.compiler.assume_constant_result
 def _is_compiled(device: str, required: bool) -> bool:
-    """Whether the compiled operator serves this type of device; the first call for the CPU builds or loads it.
+    """Whether the compiled operator serves this type of device; the first call for it builds or loads it.
 
     Raises RuntimeError where it is required and missing. Not required, a failed build is told by one warning.
     """
-    global _warned
-    failure = _load() if device == "cpu" else f"none is built for {device}"
+    failure = _load(device) if device in ("cpu", "cuda") else f"none is built for {device}"
     if failure and required:
         raise RuntimeError(f"wkv4: no compiled operator: {failure}; or choose use_kernel('auto')")
-    if failure and device == "cpu" and not _warned:
-        _warned = True
+    if failure and device in _failures and device not in _warned:
+        _warned.add(device)
         warnings.warn(f"wkv4 runs in plain torch, slower: {failure}", RuntimeWarning, stacklevel=2)
     return not failure
 
 
-def _load() -> str:
-    global _failure
+def _load(device: str) -> str:
+    # The CPU's library declares the operator for both.
+    failure = _load("cpu") if device == "cuda" else ""
     with _loading:
-        if _failure is None:
+        if device not in _failures:
             try:
-                load_cpu_library()
-                _register()
-                _failure = ""
+                if device == "cuda" and not failure:
+                    load_cuda_library()
+                elif device == "cpu":
+                    load_cpu_library()
+                    _register()
+                _failures[device] = failure
             except BuildError as error:
-                _failure = str(error)
-        return _failure
+                _failures[device] = str(error)
+        return _failures[device]
 
 
 def _register() -> None:
@@ -160,11 +189,12 @@ def _register() -> None:
 
 
 def _forward_fake(
-    time_decay: Tensor, time_first: Tensor, key: Tensor, value: Tensor, state: Tensor, tile: int
+    time_decay: Tensor, time_first: Tensor, key: Tensor, value: Tensor, state: Tensor | None, tile: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, steps, channels = key.shape
     saved = (steps + tile - 1) // tile + 1
-    return key.new_empty(key.shape), key.new_empty(state.shape), key.new_empty((batch, saved, 4, channels))
+    state, tiles = time_decay.new_empty((batch, 3, channels)), time_decay.new_empty((batch, saved, 4, channels))
+    return key.new_empty(key.shape), state, tiles
 
 
 def _backward_fake(
@@ -174,20 +204,29 @@ def _backward_fake(
     value: Tensor,
     tiles: Tensor,
     grad_output: Tensor,
-    grad_new_state: Tensor,
+    grad_new_state: Tensor | None,
     tile: int,
 ) -> tuple[Tensor, ...]:
-    shapes = (time_decay.shape, time_first.shape, key.shape, value.shape, grad_new_state.shape)
-    return tuple(key.new_empty(shape) for shape in shapes)
+    batch, _, channels = key.shape
+    grads = [x.new_empty(x.shape) for x in (time_decay, time_first, key, value)]
+    return *grads, time_decay.new_empty((batch, 3, channels))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *arguments, _, ctx.tile = inputs
+    *arguments, state, ctx.tile = inputs
+    ctx.has_state = state is not None
     ctx.save_for_backward(*arguments, output[2])
+    # A state whose gradient nobody asks for costs no zeros.
+    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad_output: Tensor, grad_state: Tensor, grad_tiles: Tensor) -> tuple[Tensor | None, ...]:
-    return *torch.ops.rwkv_pl.wkv4_backward(*ctx.saved_tensors, grad_output, grad_state, ctx.tile), None
+def _backward(
+    ctx: Any, grad_output: Tensor | None, grad_state: Tensor | None, grad_tiles: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    if grad_output is None:
+        grad_output = torch.zeros_like(ctx.saved_tensors[2])
+    *grads, grad_first = torch.ops.rwkv_pl.wkv4_backward(*ctx.saved_tensors, grad_output, grad_state, ctx.tile)
+    return *grads, grad_first if ctx.has_state else None, None
 
 
 def _double_backward(ctx: Any, *grads: Tensor) -> None:

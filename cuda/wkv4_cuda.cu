@@ -1,0 +1,130 @@
+// WKV-4 on a CUDA GPU: which kernels a call takes, and their registration for the schema in wkv4_cpu.cpp.
+//
+// `tile`, the steps between two saved states, says which: rwkv_pl/ops/wkv4.py chooses it from the shape and the chip.
+// Built by rwkv_pl.ops.build with the LibTorch stable ABI, so that one library serves every torch from 2.10, and loads
+// beside a torch without CUDA too.
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cuda_runtime.h>
+
+#include <optional>
+#include <tuple>
+
+#include "wkv4_launch.cuh"
+
+// Lives in libtorch_cuda alone, which a torch without CUDA lacks: weak, so that the library loads there too.
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream) __attribute__((weak));
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+cudaStream_t current_stream(const Tensor& t) {
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "wkv4: this torch has no CUDA");
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+void check(cudaError_t error) { STD_TORCH_CHECK(error == cudaSuccess, "wkv4: ", cudaGetErrorString(error)); }
+
+template <typename T>
+T* data(const Tensor& t) {
+  return static_cast<T*>(t.data_ptr());
+}
+template <typename T>
+T* data(const std::optional<Tensor>& t) {
+  return t ? data<T>(*t) : nullptr;
+}
+
+std::optional<Tensor> contiguous(const std::optional<Tensor>& t) {
+  return t ? std::optional<Tensor>(torch::stable::contiguous(*t)) : std::nullopt;
+}
+
+// f(a zero of key's dtype, a zero of that of the arithmetic).
+template <typename F>
+void dispatch(const Tensor& key, const F& f) {
+  switch (key.scalar_type()) {
+    case ScalarType::Float: return f(0.0f, 0.0f);
+    case ScalarType::Double: return f(0.0, 0.0);
+    case ScalarType::Half: return f(torch::headeronly::Half(0.0f), 0.0f);
+    case ScalarType::BFloat16: return f(torch::headeronly::BFloat16(0.0f), 0.0f);
+    default: STD_TORCH_CHECK(false, "wkv4: key must be float16, bfloat16, float32 or float64");
+  }
+}
+
+template <typename IO, typename T>
+wkv::Call<IO, T> call(const Tensor& time_decay, const Tensor& time_first, const Tensor& key, const Tensor& value,
+                      const Tensor& saved, int64_t tile) {
+  const int64_t steps = key.size(1);
+  return {key.size(0),      steps,         key.size(2),    tile, (steps + tile - 1) / tile, data<T>(time_decay),
+          data<T>(time_first), data<IO>(key), data<IO>(value), data<T>(saved)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> wkv4_forward(const Tensor& time_decay, const Tensor& time_first, const Tensor& key,
+                                                const Tensor& value, const std::optional<Tensor>& state,
+                                                int64_t tile) {
+  using torch::stable::new_empty;
+  const torch::stable::accelerator::DeviceGuard guard(key.get_device_index());
+  const int64_t batch = key.size(0), steps = key.size(1), channels = key.size(2);
+  const Tensor decay = torch::stable::contiguous(time_decay), first = torch::stable::contiguous(time_first),
+               k = torch::stable::contiguous(key), v = torch::stable::contiguous(value);
+  const std::optional<Tensor> s = contiguous(state);
+  const Tensor output = new_empty(k, {batch, steps, channels});
+  const Tensor new_state = new_empty(decay, {batch, 3, channels});
+  const Tensor saved = new_empty(decay, {batch, (steps + tile - 1) / tile + 1, 4, channels});
+  dispatch(key, [&](auto io, auto zero) {
+    using IO = decltype(io);
+    using T = decltype(zero);
+    check(wkv::launch_forward<IO, T>(call<IO, T>(decay, first, k, v, saved, tile),
+                                     {data<T>(s), data<IO>(output), data<T>(new_state)}, current_stream(key)));
+  });
+  return {output, new_state, saved};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> wkv4_backward(
+    const Tensor& time_decay, const Tensor& time_first, const Tensor& key, const Tensor& value, const Tensor& saved,
+    const Tensor& grad_output, const std::optional<Tensor>& grad_new_state, int64_t tile) {
+  using torch::stable::new_empty;
+  const torch::stable::accelerator::DeviceGuard guard(key.get_device_index());
+  const int64_t batch = key.size(0), steps = key.size(1), channels = key.size(2);
+  const Tensor decay = torch::stable::contiguous(time_decay), first = torch::stable::contiguous(time_first),
+               k = torch::stable::contiguous(key), v = torch::stable::contiguous(value),
+               tiles = torch::stable::contiguous(saved), gy = torch::stable::contiguous(grad_output);
+  const std::optional<Tensor> gs = contiguous(grad_new_state);
+  const Tensor grad_decay = new_empty(decay, {channels}), grad_first = new_empty(decay, {channels});
+  const Tensor grad_key = new_empty(k, {batch, steps, channels}), grad_value = new_empty(k, {batch, steps, channels});
+  const Tensor grad_state = new_empty(decay, {batch, 3, channels});
+  // Each sequence's share; a single one is the sum.
+  const Tensor shares = new_empty(decay, {2, batch == 1 ? 0 : batch, channels});
+  dispatch(key, [&](auto io, auto zero) {
+    using IO = decltype(io);
+    using T = decltype(zero);
+    T* first_share = batch == 1 ? data<T>(grad_first) : data<T>(shares);
+    T* decay_share = batch == 1 ? data<T>(grad_decay) : data<T>(shares) + batch * channels;
+    const cudaStream_t stream = current_stream(key);
+    check(wkv::launch_backward<IO, T>(call<IO, T>(decay, first, k, v, tiles, tile),
+                                      {data<IO>(gy), data<T>(gs), data<IO>(grad_key), data<IO>(grad_value),
+                                       data<T>(grad_state), first_share, decay_share},
+                                      stream));
+    if (batch != 1) {
+      check(wkv::launch_sum(batch, channels, first_share, decay_share, data<T>(grad_first), data<T>(grad_decay),
+                            stream));
+    }
+  });
+  return {grad_decay, grad_first, grad_key, grad_value, grad_state};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(rwkv_pl, CUDA, m) {
+  m.impl("wkv4_forward", TORCH_BOX(&wkv4_forward));
+  m.impl("wkv4_backward", TORCH_BOX(&wkv4_backward));
+}

@@ -1,0 +1,210 @@
+"""The CUDA kernels without a GPU: compiled by g++ and executed as written, a thread of the system for each of theirs.
+
+That proves the algebra, the geometry, the carries and (under ThreadSanitizer) the barriers; not the device's own
+exponential and rounding, for which `pytest -m gpu` is.
+"""
+
+import ctypes
+import re
+import shutil
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from test_wkv4 import assert_same, draw, results
+from torch import Tensor
+
+from rwkv_pl.ops.build import CUDA_FLAGS, nvcc_command
+from rwkv_pl.ops.toolchain import find_compiler, find_nvcc
+
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+HOST = Path(__file__).parent / "host"
+CUDA = Path(__file__).parents[2] / "cuda"
+
+# By their numbers in wkv4_on_host.cpp: a kernel and the tile that it walks in.
+WALK = (0, 64)
+SMALL_SCANS = [(1, 8), (2, 32), (3, 256)]
+
+
+def build(folder: Path, *flags: str, source: str = "wkv4_on_host.cpp", cuda: Path = CUDA) -> Path:
+    compiler = find_compiler()
+    assert compiler is not None
+    built = folder / "built"
+    command = [
+        compiler.path, "-std=c++20", "-O1", "-fPIC", "-pthread", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas",
+        "-isystem", str(Path(torch.__path__[0], "include")), f"-I{cuda}", *flags, str(HOST / source), "-o", str(built),
+    ]  # fmt: skip
+    subprocess.run(command, check=True)
+    return built
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    return ctypes.CDLL(str(build(tmp_path_factory.mktemp("host"), "-shared")))
+
+
+class OnHost(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, library, kernel, tile, time_decay, time_first, key, value, state):
+        B, T, C = key.shape
+        ctx.call, ctx.tile = partial(library.wkv4, DTYPES.index(key.dtype), kernel), tile
+        saved = time_decay.new_full((B, -(-T // tile) + 1, 4, C), torch.nan)
+        output, new_state = torch.full_like(key, torch.nan), time_decay.new_full((B, 3, C), torch.nan)
+        run(ctx.call, key, tile, 0, time_decay, time_first, key, value, saved, state, output, new_state)
+        ctx.save_for_backward(time_decay, time_first, key, value, saved)
+        ctx.set_materialize_grads(False)
+        return output, new_state
+
+    @staticmethod
+    def backward(ctx, grad_output, grad_state):
+        time_decay, time_first, key, value, saved = ctx.saved_tensors
+        B, _, C = key.shape
+        grads = [torch.full_like(x, torch.nan) for x in (key, value)]
+        grads.append(time_decay.new_full((B, 3, C), torch.nan))
+        shares = [time_decay.new_full((B, C), torch.nan) for _ in range(2)]
+        sums = [time_decay.new_full((C,), torch.nan) for _ in range(2)]
+        if grad_output is None:
+            grad_output = torch.zeros_like(key)
+        grad_output = grad_output.contiguous()
+        arguments = (time_decay, time_first, key, value, saved, grad_output, grad_state, *grads, *shares, *sums)
+        run(ctx.call, key, ctx.tile, 1, *arguments)
+        state = grads[2] if ctx.needs_input_grad[7] else None
+        return None, None, None, sums[1], sums[0], *grads[:2], state
+
+
+def run(call, key: Tensor, tile: int, backward: int, *tensors: Tensor | None) -> None:
+    sizes = (ctypes.c_int64 * 5)(*key.shape, tile, backward)
+    pointers = (ctypes.c_void_p * len(tensors))(*(0 if x is None else x.data_ptr() for x in tensors))
+    assert all(x is None or x.is_contiguous() for x in tensors)
+    assert call(sizes, pointers) == 0
+
+
+def operator(library, kernel: tuple[int, int], io: torch.dtype):
+    def wkv4(time_decay, time_first, key, value, state=None):
+        wide = [x if io == torch.float64 else x.float() for x in (time_decay, time_first)]
+        if state is not None:
+            state = state.to(wide[0].dtype)
+        return OnHost.apply(library, *kernel, *wide, key.to(io), value.to(io), state)
+
+    return wkv4
+
+
+@pytest.mark.parametrize("kernel", [WALK, *SMALL_SCANS], ids=str)
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    B=st.integers(1, 2),
+    T=st.sampled_from([1, 2, 7, 8, 9, 31, 33, 64, 70, 136]),
+    C=st.sampled_from([1, 3, 4, 8, 17]),
+    keys=st.sampled_from(["ordinary", "x10", "far apart", "near 1e4", "equal"]),
+    decays=st.sampled_from(["ordinary", "none", "all"]),
+    with_state=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+@example(B=1, T=300, C=5, keys="ordinary", decays="ordinary", with_state=True, dtype=torch.float32)
+def test_agrees_with_the_recurrence(library, kernel, B, T, C, keys, decays, with_state, dtype):
+    arguments = draw(B, T, C, keys, decays)
+    judge = results("recurrence", arguments, torch.float64, with_state=with_state)
+    ordinary = results("recurrence", draw(B, T, C), torch.float64)
+    # float32 as for the CPU's kernel, which has the same arithmetic. In float64 the judge is the less exact where keys
+    # are 1e4: it keeps an exponent in one number, whose half an ulp is then 1e-12.
+    tolerance = 5e-6 if dtype == torch.float32 else 1e-11
+    scale = [torch.maximum(a.norm(), b.norm()) for a, b in zip(judge, ordinary, strict=True)]
+    got = results(operator(library, kernel, dtype), arguments, dtype, with_state=with_state)
+    assert_same(got, judge, tolerance, scale)
+
+
+# The kernels as a GPU runs them, each with a tile that is cut short.
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tile", [WALK[1], 128, 256, 1024])
+def test_as_a_gpu_runs_them(library, tile, dtype):
+    if (tile == 128) != (dtype == torch.float64) and tile != WALK[1]:
+        pytest.skip("a scan of another dtype")
+    arguments = draw(1, 75, 6)
+    arguments[2:4] = [x.to(dtype).double() for x in arguments[2:4]]
+    judge = results("recurrence", arguments, torch.float64)
+    # A half is rounded once on its way out: 4e-3 for bfloat16.
+    tolerance = {torch.float32: 5e-6, torch.float64: 1e-11}.get(dtype, 1e-2)
+    wide = dtype if dtype == torch.float64 else torch.float32
+    assert_same(results(operator(library, (0, tile), dtype), arguments, wide), judge, tolerance)
+
+
+def test_pairs_that_do_not_begin_where_pairs_may(library):
+    arguments = [x.bfloat16() if i in (2, 3) else x.float() for i, x in enumerate(draw(1, 20, 4))]
+    expected = operator(library, WALK, torch.bfloat16)(*arguments)
+    arguments[3] = torch.cat((arguments[3].new_zeros(1), arguments[3].flatten()))[1:].view(1, 20, 4)
+    got = operator(library, WALK, torch.bfloat16)(*arguments)
+    assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
+
+
+def test_an_empty_batch(library):
+    arguments = [x.float().requires_grad_() for x in draw(0, 5, 3)]
+    output, state = operator(library, WALK, torch.float32)(*arguments)
+    assert output.shape == (0, 5, 3) and state.shape == (0, 3, 3)
+    output.sum().backward()
+    assert arguments[0].grad.abs().sum() == 0
+
+
+@pytest.mark.parametrize("kernel", [WALK, *SMALL_SCANS], ids=str)
+@pytest.mark.parametrize("which", ["nan key", "nan value", "minus infinity"])
+def test_not_a_number_where_the_judge_has_it(library, kernel, which):
+    arguments = draw(1, 40, 3)
+    arguments[3 if which == "nan value" else 2][0, 20, 1] = -torch.inf if which == "minus infinity" else torch.nan
+    judge = results("recurrence", arguments, torch.float64)
+    got = results(operator(library, kernel, torch.float32), arguments, torch.float32)
+    for x, y in zip(got, judge, strict=True):
+        assert torch.equal(x.isnan(), y.isnan())
+
+
+def test_what_a_launch_refuses_is_refused(library):
+    with pytest.raises(AssertionError):
+        operator(library, (0, 48), torch.float32)(*draw(1, 5, 3))
+
+
+PLANTED = {
+    "as it is": ("", ""),
+    "the barrier before the scan over warps": (
+        "__syncthreads();\n  if (thread < CH * WARPS)",
+        "if (thread < CH * WARPS)",
+    ),
+    "the barrier after it": ("  __syncthreads();\n  return {in_warp", "  return {in_warp"),
+    "one buffer for two tiles": ("totals[tile % 2]", "totals[0]"),
+    "the barrier before the sums": ("sum_w;\n  __syncthreads();", "sum_w;"),
+}
+
+
+@pytest.mark.parametrize("race", PLANTED)
+def test_races(tmp_path, race):
+    """ThreadSanitizer finds none, and each one that is planted."""
+    cuda = tmp_path / "cuda"
+    shutil.copytree(CUDA, cuda)
+    scan = cuda / "wkv4_scan.cuh"
+    old, new = PLANTED[race]
+    assert old in scan.read_text()
+    scan.write_text(scan.read_text().replace(old, new, 1) if old else scan.read_text())
+    program = build(tmp_path, "-fsanitize=thread", "-g", source="races.cpp", cuda=cuda)
+    run = subprocess.run([str(program)], capture_output=True, text=True, timeout=120)
+    # 66 is how the sanitizer ends a program in which it saw a race.
+    assert run.returncode == (66 if old else 0), run.stderr[-2000:]
+
+
+ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
+
+
+@pytest.mark.skipif(find_nvcc() is None, reason="needs nvcc")
+def test_every_architecture_compiles_without_spills_and_loads(tmp_path):
+    nvcc = find_nvcc()
+    chips = [f"-gencode=arch=compute_{chip},code=sm_{chip}" for chip in ARCHITECTURES]
+    library = tmp_path / "wkv4_cuda.so"
+    command = nvcc_command(nvcc, [*CUDA_FLAGS, *chips, "-Xptxas=-v", "--threads=2"], CUDA / "wkv4_cuda.cu", library)
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    spills = re.findall(r"(\d+) bytes spill stores", run.stderr)
+    assert len(spills) > 100 and set(spills) == {"0"}
+    # Beside a torch without CUDA too; that it links proves nothing.
+    load = f"import torch, rwkv_pl.ops.wkv4 as o; assert not o._load('cpu'); torch.ops.load_library({str(library)!r})"
+    subprocess.run([sys.executable, "-c", load], check=True)
