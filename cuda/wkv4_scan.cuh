@@ -133,12 +133,12 @@ __global__ void __launch_bounds__(CH* CHUNKS) scan_forward(Call<IO, T> a, Result
   const Place here(a);
   State<T> state = first_state(a, r, here.sequence, here.channel);
   const bool writes_state = here.chunk == 0 && here.inside;
+  T key[S], value[S];
+  int count = here.count(a, 0);
+  here.load(key, a.key, 0, count, NO_KEY<T>);
+  here.load(value, a.value, 0, count, T(0));
   for (int64_t tile = 0; tile < a.tiles; ++tile) {
     const int64_t t0 = tile * Place::TILE;
-    const int count = here.count(a, t0);
-    T key[S], value[S];
-    here.load(key, a.key, t0, count, NO_KEY<T>);
-    here.load(value, a.value, t0, count, T(0));
     if (writes_state) store_state(saved_at(a, here.sequence, tile, here.channel), a.channels, state);
     State<T> s = here.start(state, key, value, totals[tile % 2]);
     IO* output = r.output + here.at(t0);
@@ -147,6 +147,12 @@ __global__ void __launch_bounds__(CH* CHUNKS) scan_forward(Call<IO, T> a, Result
       const T y = wkv::output(s, here.w, here.u, key[i], value[i]).value;
       if (i < count) output[i * here.stride] = IO(y);
       s = update(s, here.w, key[i], value[i]).state;
+    }
+    // Here and not at the beginning: so the compiler needs 64 registers, and two blocks fit on a multiprocessor.
+    if (tile + 1 < a.tiles) {
+      count = here.count(a, t0 + Place::TILE);
+      here.load(key, a.key, t0 + Place::TILE, count, NO_KEY<T>);
+      here.load(value, a.value, t0 + Place::TILE, count, T(0));
     }
   }
   if (writes_state) {
