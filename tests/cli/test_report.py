@@ -89,9 +89,18 @@ def test_what_is_damaged_is_said_to_be(tmp_path, capsys, monkeypatch):
     make(tmp_path / "2", [5.0])
     (tmp_path / "1" / "metrics.csv").write_text("step,tokens\nx,y\n")
     (tmp_path / "2" / ".hydra" / "config.yaml").write_text("{")
+    make(tmp_path / "3", [6.0])
+    (tmp_path / "3" / "metrics.csv").write_text("")
+    make(tmp_path / "4", [float("nan")])
+    (tmp_path / "5").mkdir()
+    (tmp_path / "5" / "result.json").write_text('{"status": "failed", "overrides": 5}')
     code, out, _ = run(capsys, monkeypatch, tmp_path)
     assert code == 0
-    assert out.count("damaged") >= 2 and out.count("finished") == 1
+    assert out.count("damaged") >= 2 and out.count("finished") == 3
+    # What it has in common with the others is no column, though it can't be read.
+    assert "n_layer" not in out
+    assert "6.0000" in out and f"{tmp_path / '3' / 'metrics.csv'} holds no validation" in out
+    assert "best: 0, 5.0000 bits per byte" in out
 
 
 @pytest.mark.parametrize("content", ["[]", "{", "3", ""])
@@ -110,13 +119,12 @@ def test_words_and_mixed_values_have_a_picture_too(tmp_path, capsys, monkeypatch
 def test_runs_of_several_folders_go_where_it_is_said(tmp_path, capsys, monkeypatch):
     make(tmp_path / "a" / "x", [5.0])
     make(tmp_path / "b" / "y", [4.0])
-    (tmp_path / "out").mkdir()
     code, out, _ = run(capsys, monkeypatch, tmp_path / "a", tmp_path / "b" / "y", "--out", tmp_path / "out")
     assert code == 0 and "a/x" in out and "b/y" in out
     assert (tmp_path / "out" / "sweep.csv").exists() and not (tmp_path / "a" / "sweep.csv").exists()
 
 
-@pytest.mark.parametrize("arguments", [["nosuch"], ["empty"], ["empty", "--out", "nosuch"]])
+@pytest.mark.parametrize("arguments", [["nosuch"], ["empty"], ["empty", "--out", "new"]])
 def test_bad_input_is_one_line(tmp_path, capsys, monkeypatch, arguments):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()

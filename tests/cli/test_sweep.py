@@ -107,8 +107,24 @@ def test_a_signal_reaches_the_jobs_and_the_table_is_printed(folder):
     assert code == 143, out
     assert "stopped by SIGTERM after step" in out and "bits/byte" in out and "-m resume=" in out
     assert (folder / "sweep" / "0" / "checkpoints" / "last.ckpt").exists()
-    assert [row["status"] for row in table(folder).values()] == ["stopped"]
-    assert not (folder / "sweep" / "1").exists()
+    assert [(row["optim.lr"], row["status"]) for row in table(folder).values()] == [
+        ("0.01", "stopped"),
+        ("0.001", "waiting"),
+    ]
+    assert [path.name for path in (folder / "sweep" / "1").iterdir()] == ["result.json"]
+
+
+def test_under_nohup_a_closed_terminal_is_nothing(folder):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        process = start(folder, *QUICK, "trainer.max_steps=300", "trainer.val_check_interval=300", "optim.lr=1e-2,0")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    wait_for(lambda: has_begun(folder / "sweep" / "0"))
+    process.send_signal(signal.SIGHUP)
+    code, out = ended(process)
+    assert code == 1, out
+    assert [row["status"] for row in table(folder).values()] == ["finished", "failed"]
 
 
 def test_two_devices_in_a_sweep(folder):
@@ -154,6 +170,31 @@ def test_a_study(folder):
         if trial.state.name == "COMPLETE":
             assert trial.value == read_result(folder / "sweep" / str(trial.number))["objective"]
             assert len(trial.intermediate_values) > 1
+
+
+def test_a_study_outlives_its_sweeper_its_jobs_and_half_a_line(folder):
+    """What a killed sweeper left at work is waited for, and a trial that was killed is tried again."""
+    process = start(folder, *QUICK, "hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", "trainer.max_steps=800",
+                    "trainer.val_check_interval=400", "optim.lr=tag(log,interval(1e-4,1e-2))",
+                    "callbacks.last.every_n_train_steps=50")  # fmt: skip
+    first, second = (folder / "sweep" / name for name in "01")
+    wait_for(lambda: has_begun(first))
+    process.kill()
+    process.wait()  # not for its output, which the job holds too
+    with (folder / "sweep" / "study.journal").open("a") as journal:
+        journal.write('{"op_code": 4, "worker')
+    process = start(folder, "resume=sweep")
+    wait_for(lambda: (second / "checkpoints" / "last.ckpt").exists())
+    os.kill(process_of(second), signal.SIGKILL)
+    code, out = ended(process)
+    assert code == 1, out
+    assert "job 0 is still at work" in out and "study.journal ended in half a line" in out
+    assert [row["status"] for row in table(folder).values()] == ["finished", "failed"]
+    tried = table(folder)["1"]["optim.lr"]
+    code, out = ended(start(folder, "resume=sweep"))
+    assert code == 0, out
+    assert [row["status"] for row in table(folder).values()] == ["finished", "finished"]
+    assert table(folder)["1"]["optim.lr"] == tried
 
 
 def test_a_trial_that_falls_behind_is_pruned(train, tmp_path):
@@ -202,6 +243,9 @@ def test_another_launcher(folder):
         ("optim.lr=1e-3 hydra/sweeper=optuna", "nothing to search"),
         ("optim.lr=1e-3,1e-4 hydra/sweeper=optuna hydra.sweeper.sampler=x", "hydra.sweeper.sampler must be one of"),
         ("model=glob(*)", "list the names"),
+        ("data=text data.path=nosuch optim.lr=1,2", "data.path=nosuch: no such file"),
+        ("weights=nosuch seed=1,2", "weights=nosuch: no such file"),
+        ("seed=1,2 --cfg job", "leave out -m"),
         ("resume=nosuch", "is no folder of a sweep"),
         ("resume=nosuch optim.lr=1", "goes on with a sweep as it was"),
     ],

@@ -11,7 +11,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from rwkv_pl.cli.sweep import Job, checked
+from rwkv_pl.cli.sweep import Job, checked, foresee
 
 
 class JobSweeper(Sweeper):
@@ -41,6 +41,9 @@ class JobSweeper(Sweeper):
         outcomes = [
             checked(self.hydra_context.config_loader, self.config, list(job), first + i) for i, job in enumerate(jobs)
         ]
+        for outcome in outcomes:
+            if isinstance(outcome, Job):
+                foresee(outcome)
         good = [outcome.overrides for outcome in outcomes if isinstance(outcome, Job)]
         ended = iter(self.launcher.launch(good, initial_job_idx=first) if good else [])
         return [next(ended) if isinstance(outcome, Job) else outcome for outcome in outcomes]

@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
@@ -61,6 +62,7 @@ class StudySweeper(JobSweeper):
         fixed = [str(o.input_line) for o in overrides if not o.is_sweep_override()]
         space = _space(overrides)
         self.begin()
+        _cut_half_a_line(self.folder / JOURNAL)
         backend = JournalFileBackend(str(self.folder / JOURNAL))
         study = optuna.create_study(
             study_name=NAME, storage=optuna.storages.JournalStorage(backend), load_if_exists=True, direction="minimize"
@@ -68,7 +70,7 @@ class StudySweeper(JobSweeper):
         if not study.trials and (as_it_stands := self._default(space)):
             study.enqueue_trial(as_it_stands)
         if left_running := study.get_trials(states=[optuna.trial.TrialState.RUNNING]):
-            self._run(study, left_running, fixed)  # they go on in their folders
+            self._run(study, left_running, fixed)  # they go on in their folders, or are tried again there
         at_once: int = self.batch or int(getattr(self.launcher, "jobs", None) or 1)
         while (left := self.n_trials - self._begun(study)) > 0:
             asked = [self._ask(study, space) for _ in range(min(left, at_once))]
@@ -106,12 +108,11 @@ class StudySweeper(JobSweeper):
         self.launch(jobs, first=trials[0].number)
         for trial, folder in zip(trials, folders, strict=True):
             result = read_result(folder)
+            # One that failed is told nothing: -m resume= finds it as it finds one that was interrupted.
             if result.get("status") == "finished" and result.get("objective") is not None:
                 study.tell(trial.number, result["objective"])
-            else:
-                study.tell(
-                    trial.number, state=TrialState.PRUNED if result.get("status") == "pruned" else TrialState.FAIL
-                )
+            elif result.get("status") == "pruned":
+                study.tell(trial.number, state=TrialState.PRUNED)
 
     def _default(self, space: "dict[str, BaseDistribution]") -> dict[str, Any] | None:
         """The config's own values, where all of them lie in the search space."""
@@ -125,6 +126,16 @@ class StudySweeper(JobSweeper):
                 return None
             values[key] = value
         return values
+
+
+def _cut_half_a_line(journal: Path) -> None:
+    """What a full disk or a power cut left at its end would make optuna refuse the whole."""
+    content = journal.read_bytes() if journal.exists() else b""
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        print(f"{journal} ended in half a line, which is left out", flush=True)
+        with publish(journal) as file:
+            file.write(whole)
 
 
 def _space(overrides: Sequence[Override]) -> "dict[str, BaseDistribution]":

@@ -8,6 +8,8 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,6 +33,9 @@ OmegaConf.register_new_resolver("divide", lambda a, b: a / b, replace=True)
 CONFIG_MODULE = "rwkv_pl.conf"
 BAD_INPUT, FAILED = 2, 1
 
+# Loggers that are extras; the package's name is the module's.
+EXTRA_LOGGERS = ("wandb", "mlflow")
+
 
 def told_in_one_line(main: Callable[[], None]) -> Callable[[], None]:
     """A command that ends with one line and exit code 2 on bad input, 1 where the system refuses something."""
@@ -44,6 +49,10 @@ def told_in_one_line(main: Callable[[], None]) -> Callable[[], None]:
             sys.exit(_told(error, FAILED))
         except (UserError, HydraException, OmegaConfBaseException) as error:
             sys.exit(_told(error, BAD_INPUT))
+        except BrokenPipeError:
+            # As of `| head`. What Python would flush at its end goes nowhere.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(FAILED)
         except OSError as error:
             # A full disk, a folder that went away: what was written before is whole.
             sys.exit(_told(in_words(error), FAILED))
@@ -66,6 +75,9 @@ def one_line(error: BaseException | str) -> str:
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Hydra's own command line. Raises UserError for a flag that it does not have, or that is not used here."""
     parser = get_args_parser()
+    for action in parser._actions:
+        if action.dest == "version":
+            action.version = f"rwkv_pl {version('rwkv_pl')}"  # type: ignore[attr-defined]
 
     def refuse(message: str) -> NoReturn:
         raise UserError(f"{message}; settings are written key=value, see --help")
@@ -74,6 +86,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_intermixed_args(argv)
     if args.config_path or args.config_name:
         raise UserError("--config-path and --config-name are not used: put files of yours below a --config-dir")
+    if args.multirun and args.cfg:
+        raise UserError("--cfg shows the settings of one run: leave out -m")
     if args.experimental_rerun:
         raise UserError("--experimental-rerun is not used: go on with a run by resume=RUN")
     if args.config_dir:
@@ -241,6 +255,9 @@ def check(config: DictConfig, overrides: Sequence[Override] = (), config_dir: st
                 raise UserError(f"{group}.{name} must be a mapping that names its class as _target_, got {arguments}")
     for where, target in targets(plain):
         check_target(where, target)
+    for name in EXTRA_LOGGERS:
+        if name in plain["logger"] and not find_spec(name):
+            raise UserError(f"logger.{name} needs a package that is not installed: pip install 'rwkv_pl[{name}]'")
     if plain.pop("experiment", None) is not None:
         raise UserError(
             "an experiment's file begins with the line '# @package _global_': without it its settings go astray"

@@ -111,6 +111,21 @@ def locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
+def in_use(folder: Path) -> bool:
+    """Is a process at work there?"""
+    if not (folder / LOCK).exists():
+        return False
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return True
+    except OSError:
+        return False
+    lock.release()
+    return False
+
+
 def latest_run(outputs: Path) -> Path:
     """Of the runs below `outputs` that are neither finished nor in use, the one started last. Raises UserError."""
     from rwkv_pl.weights import read_checkpoint
@@ -131,7 +146,7 @@ def latest_run(outputs: Path) -> Path:
 
 
 def write_result(folder: Path, **figures: Any) -> None:
-    """result.json: the run's status (finished, pruned, stopped, failed), and its figures or its error."""
+    """result.json: the run's status (waiting, finished, pruned, stopped, failed), and its figures or its error."""
     plain = {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in figures.items()}
     with publish(folder / RESULT) as file:
         file.write(json.dumps(plain, indent=1).encode())

@@ -162,9 +162,10 @@ def prepare(config: Train, cwd: Path, resume_from: Path | None) -> Prepared:
     except RuntimeError as error:
         raise UserError(f"kernel={config.kernel}: {one_line(error)}") from error
     cost = footprint(module.to(trial.strategy.root_device), trial.precision_plugin)
+    found = None
     if config.trainer["accumulate_grad_batches"] == "auto":
         before = content["rwkv_pl"].get("accumulate") if content else None
-        config.trainer["accumulate_grad_batches"] = before or _accumulation(config, module, cost, trial)
+        found = config.trainer["accumulate_grad_batches"] = before or _accumulation(config, module, cost, trial)
     accumulate = config.trainer["accumulate_grad_batches"]
     micro_batch_rows(config.data.batch_size, world_size=trial.world_size, rank=0, accumulate=accumulate, micro_batch=0)
     limit = config.trainer["limit_val_batches"]
@@ -175,6 +176,8 @@ def prepare(config: Train, cwd: Path, resume_from: Path | None) -> Prepared:
     except MemoryError as error:
         raise UserError(f"data.batch_size={config.data.batch_size}: one batch does not fit in the memory") from error
     remarks = [f"weights {config.weights}"] if loaded is not None else []
+    if found:
+        remarks.append(f"batch   of {config.data.batch_size} as {found} micro-batches: accumulate_grad_batches=auto")
     return Prepared(
         config, data, module, max_steps, _baselines(config, data), resume_from, done_steps, ended, owes, cost, remarks
     )
@@ -332,9 +335,6 @@ def _instantiate(where: str, arguments: dict[str, Any], folder: Path) -> Any:
                 arguments[key] = str(folder / arguments[key])
         return target(**arguments)
     except Exception as error:
-        extra = where.removeprefix("logger.")
-        if isinstance(error, ModuleNotFoundError) and extra in ("wandb", "mlflow"):
-            raise UserError(f"{where} needs a package that is not installed: pip install 'rwkv_pl[{extra}]'") from error
         raise UserError(f"{where} refuses its settings: {one_line(error)}") from error
 
 

@@ -3,6 +3,7 @@
 import argparse
 import csv
 import io
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -10,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rwkv_pl.cli.app import told_in_one_line
-from rwkv_pl.cli.folder import DONE, LOCK, OVERRIDES, RESULT, begun, read_result
+from rwkv_pl.cli.folder import DONE, OVERRIDES, RESULT, begun, in_use, read_result
 from rwkv_pl.cli.resume import leaves
 from rwkv_pl.config import UserError
 from rwkv_pl.files import in_words, publish
@@ -27,9 +27,10 @@ NOT_COMPARED = ("resume", "weights", "logger.", "trainer.enable_")
 
 @dataclass
 class Run:
-    """A run as its folder tells it. settings: dotted key to value. rows: metrics.csv's."""
+    """A run as its folder tells it. settings: dotted key to value. rows: metrics.csv's. result: result.json's."""
 
     folder: Path
+    result: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     rows: list[dict[str, float]] = field(default_factory=list)
     status: str = ""
@@ -38,10 +39,14 @@ class Run:
     @property
     def best(self) -> float | None:
         """Bits per byte of the best validation."""
-        return min((row["val/bits_per_byte"] for row in self.rows if "val/bits_per_byte" in row), default=None)
+        validated = [row["val/bits_per_byte"] for row in self.rows if "val/bits_per_byte" in row]
+        if not validated and isinstance(objective := self.result.get("objective"), int | float):
+            validated = [objective]
+        return min((bits for bits in validated if math.isfinite(bits)), default=None)
 
     def latest(self, column: str) -> float | None:
-        return next((row[column] for row in reversed(self.rows) if column in row), None)
+        there: float | None = self.result.get(column)
+        return next((row[column] for row in reversed(self.rows) if column in row), there)
 
     @property
     def speed(self) -> float | None:
@@ -59,17 +64,18 @@ def main() -> None:
         epilog="example: rwkv-report multirun/2026-01-31/12-00-00",
     )
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="a run, a sweep, or any folder above them")
-    parser.add_argument("--out", type=Path, help="the folder for sweep.csv and sweep.png (default: a single PATH)")
+    parser.add_argument(
+        "--out", type=Path, help="the folder for sweep.csv and sweep.png (default: PATH, or . where there are several)"
+    )
     arguments = parser.parse_args()
     paths: list[Path] = arguments.paths
     for path in paths:
         if not path.is_dir():
             raise UserError(f"{path} is no folder")
     out = arguments.out or (paths[0] if len(paths) == 1 else Path.cwd())
-    if not out.is_dir():
-        raise UserError(f"--out {out} is no folder")
     if not find(paths):
         raise UserError(f"there is no run below {', '.join(map(str, paths))}")
+    out.mkdir(parents=True, exist_ok=True)
     report(paths, out)
 
 
@@ -110,8 +116,8 @@ def find(paths: Iterable[Path]) -> list[Path]:
 
 def read(folder: Path) -> Run:
     """What a run's folder holds. What is damaged in it makes the run's status."""
-    run = Run(folder)
     result = read_result(folder)
+    run = Run(folder, result)
     run.status, run.error = str(result.get("status", "")), str(result.get("error") or "")
     try:
         if begun(folder):
@@ -120,19 +126,22 @@ def read(folder: Path) -> Run:
             for entry in _yaml(later) if later.exists() else []:
                 run.settings |= leaves(entry["set"])
         else:
-            pairs = [text.partition("=") for text in result.get("overrides", [])]
+            overrides = result.get("overrides")
+            pairs = [str(text).partition("=") for text in (overrides if isinstance(overrides, list) else [])]
             run.settings = {key: yaml.safe_load(value) for key, _, value in pairs}
         run.rows = read_rows(folder / "metrics.csv", up_to=10**18)
     except (UserError, OSError, OmegaConfBaseException, yaml.YAMLError, LookupError, TypeError, ValueError) as error:
         run.status, run.error = "damaged", " ".join(str(error).split())
+    if run.status in DONE and run.latest("val/bits_per_byte") is None and run.best is not None:
+        run.error = f"{folder / 'metrics.csv'} holds no validation: only result.json's figures are known"
     if not run.status:
-        run.status = "running" if _in_use(folder) else "broken off"
+        run.status = "running" if in_use(folder) else "broken off"
     return run
 
 
 def differing(runs: Sequence[Run]) -> list[str]:
     """The settings that are not the same in all runs, in the order of the config."""
-    whole = [run for run in runs if begun(run.folder)]
+    whole = [run for run in runs if begun(run.folder) and run.status != "damaged"]
     found = []
     for key in dict.fromkeys(key for run in whole or runs for key in run.settings):
         # A job that never began knows only what it was told.
@@ -174,6 +183,10 @@ def _print_table(runs: Sequence[Run], names: Sequence[str], keys: Sequence[str])
     for run, name in zip(runs, names, strict=True):
         if run.error:
             console.print(f"{name}: {run.error}", markup=False, highlight=False, soft_wrap=True)
+    if best is not None and len(runs) > 1:
+        winner, name = next((run, name) for run, name in zip(runs, names, strict=True) if run.best == best)
+        how = ", ".join(f"{key}={_shown(winner.settings.get(key))}" for key in keys)
+        console.print(f"best: {name}, {best:.4f} bits per byte: {how}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _csv(runs: Sequence[Run], names: Sequence[str], keys: Sequence[str]) -> str:
@@ -195,20 +208,6 @@ def _names(folders: Sequence[Path]) -> list[str]:
     while not all(folder.is_relative_to(common) for folder in absolute):
         common = common.parent
     return [folder.relative_to(common).as_posix() for folder in absolute]
-
-
-def _in_use(folder: Path) -> bool:
-    if not (folder / LOCK).exists():
-        return False
-    lock = FileLock(folder / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        return True
-    except OSError:
-        return False
-    lock.release()
-    return False
 
 
 def _yaml(path: Path) -> Any:

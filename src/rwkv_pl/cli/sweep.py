@@ -31,14 +31,17 @@ from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from rwkv_pl.cli import app
-from rwkv_pl.cli.folder import DONE, begun, locked, read_result, take_folder, write_result
+from rwkv_pl.cli.folder import DONE, begun, in_use, locked, read_result, take_folder, write_result
 from rwkv_pl.config import RunError, UserError
 from rwkv_pl.files import publish
 
 MULTIRUN = "multirun.yaml"
 
+# In the environment of a job: what it would show of its text is left to its folder.
+OF_A_SWEEP = "RWKV_PL_OF_A_SWEEP"
+
 # Hydra's own part of a stored sweep that is used again: not what could start a stranger's program.
-STORED = ("hydra/sweeper", "hydra.sweeper.", "hydra.sweep.subdir")
+STORED = ("hydra/sweeper", "hydra.sweeper.", "hydra.sweep.subdir", "hydra.launcher.jobs=")
 
 
 @dataclass
@@ -96,6 +99,8 @@ def go_on(sweep: Path, later: list[Override]) -> None:
     os.chdir(cwd)
     told = [text for text in told if not text.startswith(("hydra.", "hydra/"))]
     own = [text for text in own if text.startswith(STORED) and "_target_" not in text]
+    if any(o.key_or_group == "hydra/launcher" for o in later):
+        own = [text for text in own if not text.startswith("hydra.launcher.")]
     given = [str(o.input_line) for o in later]
     _run(sweep, ["-m", *(["--config-dir", config_dir] if config_dir else []), *own, *given, *told])
 
@@ -154,12 +159,23 @@ def _check_plugins(composed: DictConfig, told: Sequence[Override]) -> None:
                 made.check(told)
 
 
+def foresee(job: Job) -> None:
+    """Leaves in its folder what a job will be told, so that one that is never begun is not forgotten."""
+    if not begun(job.folder) and not read_result(job.folder):
+        job.folder.mkdir(parents=True, exist_ok=True)
+        write_result(job.folder, status="waiting", overrides=job.settings)
+
+
 def _require_one_good(own: list[str], told: Sequence[Override], config_dir: str | None) -> None:
     """Raises the first job's UserError where no job's settings hold."""
     first = None
     for job in product(told):
         try:
-            app.check(app.compose([*own, *job], config_dir), app.parse_overrides(job), config_dir)
+            config = app.check(app.compose([*own, *job], config_dir), app.parse_overrides(job), config_dir)
+            corpus = config.data.path if config.data.name == "text" else None
+            for key, path in (("data.path", corpus), ("weights", config.weights)):
+                if path and not Path(path).exists():
+                    raise UserError(f"{key}={path}: no such file")
             return
         except UserError as error:
             first = first or error
@@ -227,18 +243,29 @@ def run_jobs(jobs: Sequence[Job], at_once: int, forward: bool = True) -> list[Jo
     outcomes: dict[Path, JobReturn] = {}
     waiting = deque(jobs)
     running: list[_Running] = []
+    elsewhere: set[Path] = set()
     common = set.intersection(*(set(job.settings) for job in jobs)) if len(jobs) > 1 else set()
     with _told(forward) as signals:
         while running or (waiting and not signals):
             while waiting and len(running) < at_once and not signals:
                 job = waiting.popleft()
+                # A sweep that was killed leaves its jobs at work.
+                if in_use(job.folder):
+                    if job.folder not in elsewhere:
+                        print(f"{job.name} is still at work: waits for it to end", flush=True)
+                    elsewhere.add(job.folder)
+                    waiting.append(job)
+                    if elsewhere >= {job.folder for job in waiting}:
+                        break
+                    continue
                 result = read_result(job.folder)
                 if result.get("status") in DONE:
                     outcomes[job.folder] = _outcome(job, result)
                     print(f"{job.name} was {result['status']} before", flush=True)
                 else:
                     own = shlex.join(text for text in job.settings if text not in common)
-                    print(f"{job.name} begins, {len(waiting)} to follow: {own}", flush=True)
+                    follow = f", {len(waiting)} to follow" if waiting else ""
+                    print(f"{job.name} begins{follow}: {own}", flush=True)
                     running.append(_begin(job, at_once))
             for entry in list(running):
                 for number in signals[entry.signals :]:
@@ -249,12 +276,12 @@ def run_jobs(jobs: Sequence[Job], at_once: int, forward: bool = True) -> list[Jo
                     outcomes[entry.job.folder] = _ended(entry)
             time.sleep(0.05)
     if signals:
-        sys.exit(130 if signals[0] == signal.SIGINT else 143)
+        sys.exit(128 + signals[0])
     return [outcomes[job.folder] for job in jobs]
 
 
 def _begin(job: Job, at_once: int) -> _Running:
-    environment = dict(os.environ)
+    environment = dict(os.environ) | {OF_A_SWEEP: "1"}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if at_once > 1:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // at_once)))
@@ -307,16 +334,18 @@ def _ended(entry: _Running) -> JobReturn:
         return _failed(job, "stopped by a signal", "stopped")
     if code < 0:
         return _failed(job, f"killed by {signal.Signals(-code).name}")
-    told = str(result.get("error") or next(iter(entry.last_line), f"exit code {code}"))
-    return _failed(job, told.removeprefix("rwkv-train: "))
+    last_line = next(iter(entry.last_line), "").removeprefix("rwkv-train: ")
+    told = str(result.get("error") or last_line or f"exit code {code}")
+    return _failed(job, told, shown=told == last_line)
 
 
 def _outcome(job: Job, result: dict[str, Any]) -> JobReturn:
     return JobReturn(overrides=job.overrides, _return_value=result.get("objective"), status=JobStatus.COMPLETED)
 
 
-def _failed(job: Job, told: str, status: str = "failed") -> JobReturn:
-    print(f"{job.name} {told if status in told else f'{status}: {told}'}", flush=True)
+def _failed(job: Job, told: str, status: str = "failed", shown: bool = False) -> JobReturn:
+    """told: why. shown: has the job said so itself?"""
+    print(f"{job.name} {status if shown else told if status in told else f'{status}: {told}'}", flush=True)
     # A folder in which another process is at work is that one's.
     with suppress(UserError, OSError):
         job.folder.mkdir(parents=True, exist_ok=True)
@@ -341,6 +370,8 @@ def _told(forward: bool) -> Iterator[list[int]]:
     received: list[int] = []
     names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if forward else ()
     numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    # Under nohup a closed terminal is nothing.
+    numbers = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in numbers}
     try:
         yield received

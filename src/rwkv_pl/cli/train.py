@@ -183,9 +183,16 @@ def _run(prepared: "Prepared", folder: Path, resumed: bool = False) -> None:
         log.info(f"length  {prepared.length()}")
         log.info(f"code    {code}")
         for logger in [] if resumed else trainer.loggers:
-            logger.log_hyperparams(asdict(config) | {"code": code})
-            if isinstance(logger, MLFlowLogger):
-                (folder / MLFLOW_RUN).write_text(str(logger.run_id))
+            try:
+                logger.log_hyperparams(asdict(config) | {"code": code})
+                if isinstance(logger, MLFlowLogger):
+                    (folder / MLFLOW_RUN).write_text(str(logger.run_id))
+            except OSError:
+                raise
+            except Exception as error:  # as without an account, or without its server
+                name = type(logger).__name__
+                hint = "; logger.wandb.offline=true needs no account" if name == "WandbLogger" else ""
+                raise UserError(f"{name} can't begin: {app.one_line(error)[:300]}{hint}") from error
     started = time.perf_counter()
     try:
         trainer.fit(module, data, ckpt_path=prepared.resume_from, weights_only=True)
@@ -202,7 +209,8 @@ def _run(prepared: "Prepared", folder: Path, resumed: bool = False) -> None:
         written = vocabulary.decode(sample_tokens(module.model, prompt, 400, config.seed))
         with publish(folder / "sample.txt") as file:
             file.write(written)
-        log.info(f"sample  (400 tokens, also in sample.txt)\n{_printable(written).rstrip()}\n")
+        if sweep.OF_A_SWEEP not in os.environ:
+            log.info(f"sample  (400 tokens, also in sample.txt)\n{_printable(written).rstrip()}\n")
     except FloatingPointError as error:
         log.info(f"sample  none: {error}")
 

@@ -90,20 +90,23 @@ def draw_sweep(
     keys = list(swept)[:6]
     figure = Figure(figsize=(8 + 3.2 * len(keys), 5), dpi=110, layout="constrained")
     axes, *beside = figure.subplots(1, 1 + len(keys), width_ratios=[2.4] + [1] * len(keys), squeeze=False)[0]
-    axes.set(xlabel="tokens", ylabel="bits per byte", title="validation, dots; training's running mean, lines")
+    axes.set(xlabel="tokens", ylabel="bits per byte", title="validation, dots; training's running mean, faint")
     ranked = sorted(curves, key=lambda name: best.get(name, math.inf))
     colors = {name: colormaps["viridis"](0.9 * i / max(1, len(ranked) - 1)) for i, name in enumerate(ranked)}
     heights = []
     for i, name in enumerate(ranked):
         train, val = (points(curves[name], column) for column in ("train/bits_per_byte", "val/bits_per_byte"))
-        label = f"{name}  {best[name]:.3f}" if name in best and i < 12 else None
+        # Up to three settings say which run it is, its number only where there are more.
+        told = [f"{key.rpartition('.')[2]} {_in_short(swept[key].get(name))}" for key in swept]
+        label = f"{', '.join(told) if 0 < len(told) <= 3 else name}: {best[name]:.3f}" if name in best else None
         if train:
             tokens, bits = zip(*train, strict=True)
             means = _running_mean(bits)
-            axes.plot(tokens, means, color=colors[name], linewidth=1, alpha=0.8, label=label)
+            axes.plot(tokens, means, color=colors[name], linewidth=1, alpha=0.4)
             heights += means[len(means) // 5 :]
         if val:
-            axes.plot(*zip(*val, strict=True), "o", color=colors[name], markersize=4)
+            shown = label if i < 12 else None
+            axes.plot(*zip(*val, strict=True), "o-", color=colors[name], markersize=4, linewidth=1.5, label=shown)
             heights += [value for _, value in val]
     if heights:
         low, high = min(heights), sorted(heights)[int(0.98 * (len(heights) - 1))]
@@ -116,12 +119,11 @@ def draw_sweep(
         numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
         x: list[Any] = values
         if numbers and len(numbers) == len(values):
-            if min(numbers) > 0 and max(numbers) / min(numbers) >= 3:
+            if min(numbers) > 0 and max(numbers) / min(numbers) >= 3 and key != "seed":
                 panel.set_xscale("log")
             if len(set(numbers)) <= 5:
-                panel.set_xticks(
-                    sorted(set(numbers)), [f"{number:.3g}" for number in sorted(set(numbers))], minor=False
-                )
+                ticks = sorted(set(numbers))
+                panel.set_xticks(ticks, [_in_short(number) for number in ticks], minor=False)
                 panel.set_xticks([], minor=True)
         else:
             x = [str(value) for value in values]
@@ -134,6 +136,10 @@ def draw_sweep(
         each.grid(alpha=0.3)
     with publish(path) as file:
         FigureCanvasAgg(figure).print_png(file)
+
+
+def _in_short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def points(rows: list[dict[str, float]], name: str) -> list[tuple[float, float]]:

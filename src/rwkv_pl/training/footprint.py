@@ -77,7 +77,9 @@ def _kept_for_backward(module: Any, n_tokens: int, precision: Precision) -> int:
 def free_memory(device: torch.device) -> int:
     """Bytes that a program can still have on the device; on the CPU within its control group."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        # What torch holds and does not use is free too.
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + held
     free = psutil.virtual_memory().available
     try:
         limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
