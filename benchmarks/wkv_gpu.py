@@ -132,7 +132,7 @@ class Classic:
     """benchmarks/classic_wkv4.cu by way of ctypes."""
 
     def __init__(self) -> None:
-        nvcc = find_nvcc()
+        nvcc = find_nvcc(str(torch.version.cuda))
         if nvcc is None:
             raise RuntimeError("no nvcc")
         folder = Path(tempfile.mkdtemp())

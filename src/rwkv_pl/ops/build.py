@@ -22,7 +22,7 @@ import torch
 from filelock import FileLock
 
 from rwkv_pl.files import cache_folder
-from rwkv_pl.ops.toolchain import Compiler, compiler_advice, cuda_advice, find_compiler, find_nvcc
+from rwkv_pl.ops.toolchain import Compiler, compiler_advice, find_compiler, find_nvcc, nvcc_trouble
 
 __all__ = ["CUDA_FLAGS", "LEVELS", "BuildError", "cpu_level", "load_cpu_library", "load_cuda_library", "nvcc_command"]
 
@@ -80,12 +80,10 @@ def load_cuda_library() -> None:
     """
     if torch.version.cuda is None:
         raise BuildError("this torch has no CUDA; install one that has, from pytorch.org")
-    host, nvcc = _host_compiler(), find_nvcc()
-    if nvcc is None:
-        raise BuildError(f"no nvcc; {cuda_advice(torch.version.cuda)}")
-    if nvcc.version.split(".")[0] != torch.version.cuda.split(".")[0]:
-        advice = cuda_advice(torch.version.cuda)
-        raise BuildError(f"{nvcc.path} is of CUDA {nvcc.version} and torch of {torch.version.cuda}; {advice}")
+    host, nvcc = _host_compiler(), find_nvcc(torch.version.cuda)
+    trouble = nvcc_trouble(nvcc, torch.version.cuda)
+    if trouble or nvcc is None:
+        raise BuildError(trouble)
     devices = range(torch.cuda.device_count())
     chips = sorted({"{}{}".format(*torch.cuda.get_device_capability(device)) for device in devices})
     flags = [f"-gencode=arch=compute_{chip},code=sm_{chip}" for chip in chips]
@@ -214,7 +212,7 @@ def _compile_cpu(folder: Path, recipe: Recipe) -> Path:
                 is_python_module=False,
             )
     except (ImportError, RuntimeError, OSError) as error:
-        raise _failure(compiler, str(error)) from error
+        raise _failure(recipe, folder, str(error)) from error
     # torch adds a number to the name where this process has built before.
     return next(folder.glob(f"{name}*{cpp_extension.LIB_EXT}"))
 
@@ -238,17 +236,19 @@ def _compile_cuda(folder: Path, recipe: Recipe) -> Path:
     command = nvcc_command(recipe.compiler, recipe.flags, folder / recipe.sources[0], library)
     run = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if run.returncode != 0:
-        raise _failure(recipe.compiler, run.stderr + run.stdout or f"exit status {run.returncode}")
+        raise _failure(recipe, folder, run.stderr + run.stdout or f"exit status {run.returncode}")
     # As cpp_extension does with what it builds.
     torch.ops.load_library(library)
     return library
 
 
-def _failure(compiler: Compiler, output: str) -> BuildError:
+def _failure(recipe: Recipe, folder: Path, output: str) -> BuildError:
     # As gcc, clang, cl, nvcc and their linkers begin an error; before it stand ninja's commands and any warnings.
     lines = output.splitlines()
     first = next((line for line in lines if re.search(r"\berror( [A-Z]+\d+)?:", line)), lines[0])
-    return BuildError(f"the build with {compiler.command} failed: {first}")
+    kept = folder.parent / f"{recipe.name}.log"
+    kept.write_text(output, encoding="utf-8")
+    return BuildError(f"the build with {recipe.compiler.command} failed: {first}; all that it said is in {kept}")
 
 
 @contextmanager

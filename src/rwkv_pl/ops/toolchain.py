@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Compiler", "compiler_advice", "cuda_advice", "find_compiler", "find_nvcc"]
+__all__ = ["Compiler", "compiler_advice", "find_compiler", "find_nvcc", "nvcc_trouble"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,8 @@ def find_compiler() -> Compiler | None:
 
 def compiler_advice() -> str:
     """How to get a C++ compiler on this system, in one clause."""
+    if os.environ.get("CXX"):
+        return "let CXX name one, or unset it"
     if sys.platform == "darwin":
         return "run `xcode-select --install`"
     if sys.platform == "win32":
@@ -61,8 +63,12 @@ def compiler_advice() -> str:
     return "install g++ or clang++ with the system's package manager"
 
 
-def find_nvcc() -> Compiler | None:
-    """nvcc: of ``CUDA_HOME``, on PATH, in this environment (``pip install rwkv_pl[cuda]``), or where CUDA goes."""
+def find_nvcc(cuda: str) -> Compiler | None:
+    """nvcc: of ``CUDA_HOME``, on PATH, in this environment (``pip install rwkv_pl[cuda]``), or where CUDA goes.
+
+    The first whose major version is that of `cuda`, torch's; else the first at all.
+    """
+    found = None
     program = "nvcc.exe" if sys.platform == "win32" else "nvcc"
     folders = [Path(os.environ[name], "bin") for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     folders += [Path(folder) for folder in os.environ.get("PATH", "").split(os.pathsep) if folder]
@@ -71,16 +77,28 @@ def find_nvcc() -> Compiler | None:
     for path in (folder / program for folder in folders):
         if os.access(path, os.X_OK):
             release = re.search(r"release (\d+\.\d+)", _version([str(path)], last=True))
-            if release:
+            if release and _major(release[1]) == _major(cuda):
                 return Compiler("nvcc", str(path), release[1])
-    return None
+            if release and found is None:
+                found = Compiler("nvcc", str(path), release[1])
+    return found
 
 
-def cuda_advice(cuda: str) -> str:
-    """How to get an nvcc that fits a torch of this CUDA, in one clause."""
-    if cuda.startswith("13."):
-        return 'run `pip install "rwkv_pl[cuda]"`'
-    return f"install the CUDA toolkit {cuda} and put its nvcc on PATH"
+def nvcc_trouble(nvcc: Compiler | None, cuda: str) -> str:
+    """Why this nvcc can't build for a torch of that CUDA, and what to do; "" where it can."""
+    advice = f"install the CUDA toolkit {cuda} and put its nvcc on PATH"
+    if _major(cuda) == 13:
+        advice = 'run `pip install "rwkv_pl[cuda]"`'
+    if nvcc is None:
+        return f"no nvcc; {advice}"
+    if _major(nvcc.version) != _major(cuda):
+        fault = "too old" if _major(nvcc.version) < _major(cuda) else "too new"
+        return f"{nvcc.path} is {fault}: its CUDA is {nvcc.version}, torch's {cuda}; {advice}"
+    return ""
+
+
+def _major(cuda: str) -> int:
+    return int(cuda.split(".")[0])
 
 
 def _version(command: list[str], last: bool = False) -> str:

@@ -1,0 +1,99 @@
+"""rwkv-doctor: what it finds, what it advises, and its verdict."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from filelock import FileLock
+
+from rwkv_pl.cli import doctor
+from rwkv_pl.ops.toolchain import Compiler, find_nvcc, nvcc_trouble
+
+
+def run(cache: Path, **environment: str) -> "subprocess.CompletedProcess[str]":
+    env = os.environ | {"RWKV_PL_CACHE": str(cache)} | environment
+    command = [sys.executable, "-m", "rwkv_pl.cli.doctor"]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+
+
+def test_all_is_well(tmp_path):
+    result = run(tmp_path / "a b \u00e9")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "cpu: kernel=auto uses the compiled kernel: there in " in result.stdout
+    for what in ("Python", torch.__version__, "C++ compiler", "ninja", "a b \u00e9"):
+        assert what in result.stdout
+    assert "Traceback" not in result.stderr
+
+
+def test_no_compiler(tmp_path):
+    result = run(tmp_path, CXX="/nowhere/c++")
+    assert result.returncode == 1
+    reason = "no C++ compiler (CXX=/nowhere/c++ is none); let CXX name one, or unset it"
+    assert result.stdout.splitlines()[-1] == f"cpu: kernel=auto uses the scan in plain torch: {reason}"
+
+
+def test_a_build_that_fails(tmp_path):
+    script = tmp_path / "c++"
+    script.write_text(
+        """#!/bin/sh\ncase "$*" in *" -c "*) echo 'a.cpp:1:2: error: no'; exit 1;; *) echo fake 1.0;; esac\n"""
+    )
+    script.chmod(0o755)
+    result = run(tmp_path, CXX=str(script))
+    assert result.returncode == 1
+    log = tmp_path / "kernels" / "wkv4_cpu.log"
+    assert result.stdout.splitlines()[-1].endswith(f"failed: a.cpp:1:2: error: no; all that it said is in {log}")
+    assert "a.cpp:1:2: error: no" in log.read_text()
+
+
+def finding(what: str) -> doctor.Finding:
+    return next(found for found in doctor.findings() if found.what == what)
+
+
+def test_the_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("RWKV_PL_CACHE", str(tmp_path))
+    kernels = tmp_path / "kernels"
+    (kernels / "building-x").mkdir(parents=True)
+    (kernels / "lock").write_text("of a process that died")
+    assert "1 builds that were broken off" in finding("cache").found
+    with FileLock(kernels / "lock"):
+        assert "another process builds" in finding("cache").found
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("RWKV_PL_CACHE", str(tmp_path / "file"))
+    assert "RWKV_PL_CACHE" in finding("cache").cure
+
+
+def fake_nvcc(folder: Path, release: str) -> None:
+    folder.mkdir()
+    script = folder / "nvcc"
+    script.write_text(
+        f"#!/bin/sh\necho nvcc: NVIDIA\necho Cuda compilation tools, release {release}, V{release}.1\necho Build\n"
+    )
+    script.chmod(0o755)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a program that is a shell script")
+def test_an_nvcc_of_another_cuda(monkeypatch, tmp_path):
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    for name, release in (("old", "11.8"), ("new", "99.1")):
+        fake_nvcc(tmp_path / name, release)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "nowhere"))
+    monkeypatch.setenv("PATH", os.pathsep.join((str(tmp_path / "new"), str(tmp_path / "old"), "/usr/bin", "/bin")))
+    # What fits goes before what comes first.
+    assert find_nvcc("11.7") == Compiler("nvcc", str(tmp_path / "old" / "nvcc"), "11.8")
+    assert find_nvcc("98.0") == Compiler("nvcc", str(tmp_path / "new" / "nvcc"), "99.1")
+    monkeypatch.setattr(torch.version, "cuda", "98.0")
+    found = finding("nvcc")
+    assert found.found == f"{tmp_path / 'new' / 'nvcc'} is too new: its CUDA is 99.1, torch's 98.0"
+    assert found.cure == "install the CUDA toolkit 98.0 and put its nvcc on PATH"
+
+
+def test_advice_on_nvcc():
+    old = Compiler("nvcc", "/cuda/nvcc", "11.8")
+    assert nvcc_trouble(old, "13.0").startswith(
+        "/cuda/nvcc is too old: its CUDA is 11.8, torch's 13.0; run `pip install"
+    )
+    assert nvcc_trouble(None, "12.8") == "no nvcc; install the CUDA toolkit 12.8 and put its nvcc on PATH"
+    assert nvcc_trouble(Compiler("nvcc", "/cuda/nvcc", "13.1"), "13.0") == ""
