@@ -12,20 +12,23 @@ from packaging.version import Version
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory) -> Path:
+def install(folder: Path, prebuilt: bool) -> Path:
     """A fresh venv with the built wheel in it; what the wheel depends on is lent from this one."""
-    folder = tmp_path_factory.mktemp("wheel")
     # From a copy: a build leaves files beside its sources.
     sources = folder / "sources"
+    ignored = shutil.ignore_patterns("__pycache__", "*.egg-info", "prebuilt")
     for name in ("src", "conf", "cuda"):
-        shutil.copytree(ROOT / name, sources / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copytree(ROOT / name, sources / name, ignore=ignored)
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, sources)
+    if prebuilt:
+        command = [sys.executable, "-m", "rwkv_pl.ops.prebuilt", "--no-cuda", "--out"]
+        subprocess.run([*command, str(sources / "src" / "rwkv_pl" / "prebuilt")], check=True)
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(sources)]
     done = subprocess.run(build, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     (wheel,) = folder.glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl") != prebuilt
     venv = folder / "an environment"
     subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
     python = next(path for path in (venv / "bin" / "python", venv / "Scripts" / "python.exe") if path.exists())
@@ -36,6 +39,22 @@ def environment(tmp_path_factory) -> Path:
     there = subprocess.run([str(python), "-c", query], check=True, capture_output=True, text=True).stdout.strip()
     Path(there, "lent.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return python.parent
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory) -> Path:
+    return install(tmp_path_factory.mktemp("wheel"), prebuilt=False)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there libraries are built at first use")
+def test_a_platform_wheel_needs_no_compiler(tmp_path):
+    programs = install(tmp_path, prebuilt=True)
+    # No compiler, and no ninja either.
+    hidden = {"PATH": str(programs), "HOME": str(tmp_path), "RWKV_PL_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run([programs / "rwkv-doctor"], env=hidden, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "none found" in done.stdout and "cpu: kernel=auto uses the compiled kernel" in done.stdout
+    assert not list((tmp_path / "cache" / "kernels").glob("wkv4*")), "it was built"
 
 
 def test_a_wheel_trains_from_any_folder(environment, tmp_path):

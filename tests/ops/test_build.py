@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from rwkv_pl.files import cache_folder
-from rwkv_pl.ops.build import CPU_SOURCES, Recipe, _compile_cpu, _digest, _flags, _try_load
+from rwkv_pl.ops.build import CPU_SOURCES, Recipe, _compile_cpu, _recipe_digest, _try_load, cpu_flags
 from rwkv_pl.ops.toolchain import Compiler
 
 CALL = """
@@ -152,7 +152,7 @@ def test_the_cache_folder(monkeypatch, tmp_path):
 def test_the_name_has_all_that_a_library_was_made_from():
     def name(level: str, path: str, version: str) -> str:
         compiler = Compiler("c++", path, version)
-        return _digest(Recipe("wkv4_cpu", level, CPU_SOURCES, compiler, _flags(level), 3, _compile_cpu))
+        return _recipe_digest(Recipe("wkv4_cpu", level, CPU_SOURCES, compiler, cpu_flags(level), 3, _compile_cpu))
 
     names = {
         name("portable", "/usr/bin/c++", "12.2"),

@@ -63,19 +63,22 @@ def findings() -> Iterator[Finding]:
     """One for each thing that a build takes."""
     import torch
 
-    from rwkv_pl.ops.build import cpu_level
+    from rwkv_pl.ops.build import PREBUILT, cpu_level
     from rwkv_pl.ops.toolchain import compiler_advice, find_compiler, find_nvcc, nvcc_trouble
 
     yield Finding("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     cuda = torch.version.cuda
     yield Finding("torch", f"{torch.__version__}, " + (f"CUDA {cuda}" if cuda else "no CUDA"))
     yield Finding("processor", f"{platform.processor() or platform.machine()}, level {cpu_level()}")
+    prebuilt = sorted(path.name.rpartition("-")[0] for path in PREBUILT.glob("*.so"))
+    if prebuilt:
+        yield Finding("built ahead", ", ".join(prebuilt))
     compiler = find_compiler()
     if compiler:
         yield Finding("C++ compiler", f"{compiler.version} ({compiler.path})")
     else:
         tried = f"CXX={os.environ['CXX']} is none" if os.environ.get("CXX") else "none found"
-        yield Finding("C++ compiler", tried, compiler_advice())
+        yield Finding("C++ compiler", tried, "" if prebuilt else compiler_advice())
     try:
         import ninja
 

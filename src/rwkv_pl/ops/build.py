@@ -1,5 +1,7 @@
 """Build the compiled operators at first use, keep them in the user's cache folder, and load them.
 
+A wheel may carry them built (see prebuilt.py); then nothing is built here.
+
 A library is named by a digest of all that it was made from. It is built aside and moved into place under a lock that
 the system takes from a process that dies, so that neither two processes at once nor a killed one disturb the next.
 """
@@ -24,7 +26,10 @@ from filelock import FileLock
 from rwkv_pl.files import cache_folder
 from rwkv_pl.ops.toolchain import Compiler, compiler_advice, find_compiler, find_nvcc, nvcc_trouble
 
-__all__ = ["CUDA_FLAGS", "LEVELS", "BuildError", "cpu_level", "load_cpu_library", "load_cuda_library", "nvcc_command"]
+__all__ = [
+    "CPU_SOURCES", "CUDA_FLAGS", "CUDA_SOURCES", "LEVELS", "PREBUILT", "BuildError", "cpu_flags", "cpu_level",
+    "load_cpu_library", "load_cuda_library", "nvcc_command", "prebuilt_name",
+]  # fmt: skip
 
 CPU_SOURCES = ("wkv4_cpu.cpp", "wkv4_math.h")
 CUDA_SOURCES = ("wkv4_cuda.cu", "wkv4_launch.cuh", "wkv4_scan.cuh", "wkv4_walk.cuh", "wkv4_gpu.h", "wkv4_math.h")
@@ -51,6 +56,11 @@ class BuildError(RuntimeError):
     """There is no compiled operator; the message says in one line why and what to do."""
 
 
+# Where a platform wheel carries libraries that are built already.
+PREBUILT = Path(__file__).parents[1] / "prebuilt"
+SUFFIX = ".pyd" if sys.platform == "win32" else ".so"
+
+
 @dataclass(frozen=True)
 class Recipe:
     """What one library is made of; ``compile(folder, recipe)`` makes it where the sources are, and loads it."""
@@ -70,7 +80,9 @@ def load_cpu_library() -> None:
     Raises BuildError without a compiler, where the build fails and where the cache folder cannot be written.
     """
     level = cpu_level()
-    _load_or_build(Recipe("wkv4_cpu", level, CPU_SOURCES, _host_compiler(), _flags(level), 3, _compile_cpu))
+    if _load_prebuilt(prebuilt_name("wkv4_cpu", level, CPU_SOURCES)):
+        return
+    _load_or_build(Recipe("wkv4_cpu", level, CPU_SOURCES, _host_compiler(), cpu_flags(level), 3, _compile_cpu))
 
 
 def load_cuda_library() -> None:
@@ -80,6 +92,8 @@ def load_cuda_library() -> None:
     """
     if torch.version.cuda is None:
         raise BuildError("this torch has no CUDA; install one that has, from pytorch.org")
+    if _load_prebuilt(prebuilt_name("wkv4_cuda", "all", CUDA_SOURCES)):
+        return
     host, nvcc = _host_compiler(), find_nvcc(torch.version.cuda)
     trouble = nvcc_trouble(nvcc, torch.version.cuda)
     if trouble or nvcc is None:
@@ -92,6 +106,19 @@ def load_cuda_library() -> None:
     _load_or_build(Recipe("wkv4_cuda", target, CUDA_SOURCES, nvcc, flags, 15, _compile_cuda))
 
 
+def prebuilt_name(name: str, target: str, sources: tuple[str, ...]) -> str:
+    """Of a library in a wheel. With a digest of its sources: in a checkout one that was made before is left alone."""
+    return f"{name}-{target}-{_digest(sources)}{SUFFIX}"
+
+
+def _load_prebuilt(name: str) -> bool:
+    try:
+        torch.ops.load_library(PREBUILT / name)
+    except OSError:  # there is none, or this system is older than the one that built it
+        return False
+    return True
+
+
 def _host_compiler() -> Compiler:
     compiler = find_compiler()
     if compiler is None:
@@ -102,8 +129,7 @@ def _host_compiler() -> Compiler:
 
 def _load_or_build(recipe: Recipe) -> None:
     folder = cache_folder() / "kernels"
-    suffix = ".pyd" if sys.platform == "win32" else ".so"
-    library = folder / f"{recipe.name}-{recipe.target}-{_digest(recipe)}{suffix}"
+    library = folder / f"{recipe.name}-{recipe.target}-{_recipe_digest(recipe)}{SUFFIX}"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder.chmod(0o700)
@@ -130,14 +156,15 @@ def cpu_level() -> str:
     return {"AVX512": "x86-64-v4", "AVX2": "x86-64-v3"}.get(capability, "portable")
 
 
-def _flags(level: str) -> list[str]:
+def cpu_flags(level: str) -> list[str]:
+    """The compiler's, for one of LEVELS."""
     if sys.platform == "win32":
         return ["/O2", STABLE_ABI, *MSVC_LEVELS[level]]
     # The two -fno: without them gcc keeps errno and floating-point flags right and makes no vectors.
     return ["-O3", "-fno-math-errno", "-fno-trapping-math", STABLE_ABI, *LEVELS[level]]
 
 
-def _digest(recipe: Recipe) -> str:
+def _recipe_digest(recipe: Recipe) -> str:
     compiler = recipe.compiler
     made_from = [
         compiler.command,
@@ -147,8 +174,12 @@ def _digest(recipe: Recipe) -> str:
         torch.__version__,
         platform.machine(),
     ]
-    digest = hashlib.sha256("\0".join(made_from).encode())
-    for name in recipe.sources:
+    return _digest(recipe.sources, "\0".join(made_from))
+
+
+def _digest(sources: tuple[str, ...], made_from: str = "") -> str:
+    digest = hashlib.sha256(made_from.encode())
+    for name in sources:
         digest.update(resources.files("rwkv_pl.cuda").joinpath(name).read_bytes())
     return digest.hexdigest()[:16]
 

@@ -1,0 +1,79 @@
+"""Builds every library that a platform wheel carries, so that whoever installs it needs no compiler: `make wheel`.
+
+    python -m rwkv_pl.ops.prebuilt [--no-cuda] [--out FOLDER]
+
+The CPU's for every level of the processor, and, where an nvcc is, CUDA's for every chip in one. They go into
+src/rwkv_pl/prebuilt/, where setup.py looks for them.
+"""
+
+import argparse
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from importlib import resources
+from pathlib import Path
+
+import torch
+
+from rwkv_pl.ops.build import (
+    CPU_SOURCES,
+    CUDA_FLAGS,
+    CUDA_SOURCES,
+    LEVELS,
+    PREBUILT,
+    cpu_flags,
+    nvcc_command,
+    prebuilt_name,
+)
+from rwkv_pl.ops.toolchain import compiler_advice, find_compiler, find_nvcc
+
+# From Turing on, which is what CUDA 13 compiles for; a chip that is newer translates the last one's PTX.
+CHIPS = (75, 80, 86, 89, 90, 100, 120)
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m rwkv_pl.ops.prebuilt", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--no-cuda", action="store_true", help="the CPU's libraries alone")
+    parser.add_argument("--out", type=Path, default=PREBUILT, help="the folder for them, which is emptied first")
+    options = parser.parse_args()
+    out: Path = options.out.absolute()
+    compiler = find_compiler()
+    if compiler is None:
+        sys.exit(f"there is no C++ compiler: {compiler_advice()}")
+    if sys.platform == "win32":
+        sys.exit("libraries are built ahead on Linux and macOS alone; on Windows they are built at first use")
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir()
+    torch_folder = Path(torch.__path__[0])
+    with resources.as_file(resources.files("rwkv_pl.cuda")) as sources:
+        for level in LEVELS if platform.machine() in ("x86_64", "AMD64") else ["portable"]:
+            command = [
+                *shlex.split(compiler.command), "-std=c++20", *cpu_flags(level), "-fPIC", "-shared",
+                "-isystem", str(torch_folder / "include"), str(sources / CPU_SOURCES[0]),
+                "-o", str(out / prebuilt_name("wkv4_cpu", level, CPU_SOURCES)),
+                f"-L{torch_folder / 'lib'}", "-ltorch_cpu",
+            ]  # fmt: skip
+            _run(command, f"the CPU's library for {level}")
+        nvcc = None if options.no_cuda else find_nvcc("13")
+        if nvcc is None:
+            print("CUDA's library is left out" + ("" if options.no_cuda else ": there is no nvcc"))
+            return
+        chips = [f"-gencode=arch=compute_{chip},code=sm_{chip}" for chip in CHIPS]
+        chips.append(f"-gencode=arch=compute_{CHIPS[-1]},code=compute_{CHIPS[-1]}")
+        library = out / prebuilt_name("wkv4_cuda", "all", CUDA_SOURCES)
+        flags = [*CUDA_FLAGS, *chips, f"--threads={os.cpu_count()}"]
+        _run(nvcc_command(nvcc, flags, sources / CUDA_SOURCES[0], library), f"CUDA's library for {len(chips)} chips")
+
+
+def _run(command: list[str], what: str) -> None:
+    print(f"builds {what} ...", flush=True)
+    if subprocess.run(command).returncode:
+        sys.exit(f"{what} could not be built: the compiler's words are above")
+
+
+if __name__ == "__main__":
+    main()
