@@ -174,7 +174,7 @@ def test_a_study(folder):
 
 def test_a_study_outlives_its_sweeper_its_jobs_and_half_a_line(folder):
     """What a killed sweeper left at work is waited for, and a trial that was killed is tried again."""
-    process = start(folder, *QUICK, "hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", "trainer.max_steps=800",
+    process = start(folder, *QUICK, "hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", "trainer.max_steps=400",
                     "trainer.val_check_interval=400", "optim.lr=tag(log,interval(1e-4,1e-2))",
                     "callbacks.last.every_n_train_steps=50")  # fmt: skip
     first, second = (folder / "sweep" / name for name in "01")

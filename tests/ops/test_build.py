@@ -7,9 +7,11 @@ import stat
 import subprocess
 import sys
 import time
+from importlib import resources
 from pathlib import Path
 
 import pytest
+import rwkv_pl.cuda
 
 from rwkv_pl.files import cache_folder
 from rwkv_pl.ops.build import CPU_SOURCES, Recipe, _compile_cpu, _recipe_digest, _try_load, cpu_flags
@@ -161,3 +163,11 @@ def test_the_name_has_all_that_a_library_was_made_from():
         name("portable", "/opt/bin/c++", "12.2"),
     }
     assert len(names) == 4
+
+
+@pytest.mark.parametrize(
+    "source", sorted(path.name for path in Path(rwkv_pl.cuda.__path__[0]).iterdir() if path.is_file())
+)
+def test_the_sources_are_ascii(source):
+    """A compiler on Windows reads them in the system's code page."""
+    assert resources.files("rwkv_pl.cuda").joinpath(source).read_bytes().isascii()

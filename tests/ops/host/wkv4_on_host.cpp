@@ -59,9 +59,11 @@ int call(int kernel, const int64_t* sizes, void* const* p) {
 extern "C" int wkv4(int dtype, int kernel, const int64_t* sizes, void* const* p) {
   switch (dtype) {
     case 0: return call<float, float>(kernel, sizes, p);
+#ifndef FLOAT_ALONE
     case 1: return call<double, double>(kernel, sizes, p);
     case 2: return call<torch::headeronly::Half, float>(kernel, sizes, p);
     case 3: return call<torch::headeronly::BFloat16, float>(kernel, sizes, p);
+#endif
     default: return cudaErrorInvalidValue;
   }
 }
