@@ -21,6 +21,7 @@ from torch import Tensor
 
 from rwkv_pl.ops.build import CUDA_FLAGS, nvcc_command
 from rwkv_pl.ops.toolchain import find_compiler, find_nvcc
+from rwkv_pl.ops.wkv4 import wkv4
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 HOST = Path(__file__).parent / "host"
@@ -208,3 +209,32 @@ def test_every_architecture_compiles_without_spills_and_loads(tmp_path):
     # Beside a torch without CUDA too; that it links proves nothing.
     load = f"import torch, rwkv_pl.ops.wkv4 as o; assert not o._load('cpu'); torch.ops.load_library({str(library)!r})"
     subprocess.run([sys.executable, "-c", load], check=True)
+
+
+def test_no_access_out_of_bounds(tmp_path):
+    program = build(tmp_path, "-fsanitize=address,undefined", "-fno-sanitize-recover=all", source="races.cpp")
+    run = subprocess.run([str(program)], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr[-2000:]
+
+
+@pytest.mark.parametrize("kernel", [WALK, *SMALL_SCANS], ids=str)
+def test_gradcheck(library, kernel):
+    def ratios(*arguments: Tensor) -> tuple[Tensor, ...]:
+        output, state = operator(library, kernel, torch.float64)(*arguments)
+        num, den, max_exp = state.unbind(1)
+        return output, num / den, max_exp + torch.log(den)
+
+    assert torch.autograd.gradcheck(ratios, [x.requires_grad_() for x in draw(1, 11, 2)])
+
+
+@pytest.mark.parametrize("kernel", [WALK, *SMALL_SCANS], ids=str)
+def test_a_key_of_plus_infinity(library, kernel):
+    """Its limit, or NaN where the judge has that; nothing else, and before it nothing at all."""
+    arguments = draw(1, 40, 3)
+    plain, _ = wkv4(*arguments)
+    arguments[2][0, 20, 1] = torch.inf
+    output, _ = operator(library, kernel, torch.float64)(*arguments)
+    torch.testing.assert_close(output[:, :20], plain[:, :20])
+    torch.testing.assert_close(output[..., [0, 2]], plain[..., [0, 2]])
+    after = output[0, 20:, 1]
+    assert (after.isnan() | (after == arguments[3][0, 20, 1])).all()

@@ -27,8 +27,8 @@ from rwkv_pl.files import cache_folder
 from rwkv_pl.ops.toolchain import Compiler, compiler_advice, find_compiler, find_nvcc, nvcc_trouble
 
 __all__ = [
-    "CPU_SOURCES", "CUDA_FLAGS", "CUDA_SOURCES", "LEVELS", "PREBUILT", "BuildError", "cpu_flags", "cpu_level",
-    "load_cpu_library", "load_cuda_library", "nvcc_command", "prebuilt_name",
+    "CPU_SOURCES", "CUDA_FLAGS", "CUDA_SOURCES", "LEVELS", "PREBUILT", "STABLE_ABI", "BuildError", "cpu_flags",
+    "cpu_level", "load_cpu_library", "load_cuda_library", "nvcc_command", "prebuilt_name",
 ]  # fmt: skip
 
 CPU_SOURCES = ("wkv4_cpu.cpp", "wkv4_math.h")
