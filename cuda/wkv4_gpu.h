@@ -1,7 +1,7 @@
 // WKV-4 on a GPU: what its two ways through time share.
 //
-// Letters: B sequences, T steps, C channels; IO is the dtype of key and value, T that of the arithmetic. Everything here
-// is plain CUDA C++ with static shared memory, so that a test can run it on a host as it stands.
+// Letters: B sequences, T steps, C channels; IO is the dtype of key and value, T that of the arithmetic. Everything
+// here is plain CUDA C++ with static shared memory, so that a test can run it on a host as it stands.
 
 #pragma once
 

@@ -51,14 +51,21 @@ struct Column {
   uint32_t stride;
 
   __device__ P* from(int64_t t) const { return reinterpret_cast<P*>(bytes(first) + t * int64_t(stride)); }
-  __device__ P& at(P* from, int i) const { return *reinterpret_cast<P*>(bytes(from) + uint64_t(stride) * uint32_t(i)); }
+  __device__ P& at(P* from, int i) const {
+    return *reinterpret_cast<P*>(bytes(from) + uint64_t(stride) * uint32_t(i));
+  }
 
  private:
   static __device__ char* bytes(P* p) { return reinterpret_cast<char*>(const_cast<std::remove_const_t<P>*>(p)); }
 };
 
-// Copies into shared memory are asked for in groups; arrived<N> waits until all but the last N groups are there, for the
-// thread that asked. Older chips and words of two bytes copy at once.
+// Copies into shared memory are asked for in groups, each begun by asking and ended by asked; arrived<N> waits until all
+// but the last N groups are there, for the thread that asked. Older chips and words of two bytes copy at once.
+__device__ inline void asking() {
+#if defined(__CUDA_ARCH__)
+  asm volatile("" ::: "memory");  // what was read of the place that is filled anew has been read
+#endif
+}
 template <typename P>
 __device__ void ask(P* shared, const P* global) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
@@ -250,12 +257,14 @@ __global__ void __launch_bounds__(THREADS) walk_backward(Call<IO, T> a, Gradient
   int64_t asked_tile = groups == 0 ? -1 : last;
   int asked_round = 0;
   const auto request = [&](int slot) {
+    asking();
     if (asked_tile >= 0) {
       const int n = groups_of(asked_tile), back = asked_round - (n - 1);
       const int64_t t = (asked_tile * GROUPS + (back < 0 ? asked_round : n - 1 - back)) * S;
       keys[slot].load(key, t), values[slot].load(value, t);
       if (back >= 0) grads[slot].load(grad, t);
-      if (back == n - 1) --asked_tile, asked_round = 0; else ++asked_round;
+      asked_round = back == n - 1 ? 0 : asked_round + 1;
+      if (back == n - 1) --asked_tile;
     }
     asked();
   };

@@ -93,7 +93,8 @@ N __shfl_down_sync(unsigned, N x, int lanes, int width = Block::WARP) {
 }
 
 template <typename... Parameters, typename... Arguments>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments... arguments) {
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments... arguments) {
   const int threads = config->blockDim.x;
   if (config->gridDim.x == 0 || threads == 0 || threads > 1024) return cudaErrorInvalidConfiguration;
   for (unsigned block = 0; block < config->gridDim.x; ++block) {
