@@ -35,6 +35,17 @@ def test_no_compiler(tmp_path):
     assert result.stdout.splitlines()[-1] == f"cpu: kernel=auto uses the scan in plain torch: {reason}"
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="a program that is a shell script")
+def test_a_compiler_that_is_none(tmp_path):
+    script = tmp_path / "c++"
+    script.write_text("#!/bin/sh\nexit 3\n")
+    script.chmod(0o755)
+    for command in (str(script), "g++ 'x"):
+        result = run(tmp_path, CXX=command)
+        assert (result.returncode, "Traceback" in result.stderr) == (1, False), result.stderr
+        assert result.stdout.splitlines()[-1].startswith("cpu: kernel=auto uses the scan in plain torch: ")
+
+
 def test_a_build_that_fails(tmp_path):
     script = tmp_path / "c++"
     script.write_text(

@@ -103,6 +103,27 @@ def test_what_is_damaged_is_said_to_be(tmp_path, capsys, monkeypatch):
     assert "best: 0, 5.0000 bits per byte" in out
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "status"),
+    [
+        (".hydra/config.yaml", "", "damaged"),
+        ("metrics.csv", "step,val/bits_per_byte\n1,2\n", "damaged"),
+        ("result.json", '{"status": "finished", "step": "abc", "seconds": {"a": 1}, "objective": []}', "finished"),
+    ],
+)
+def test_a_folder_of_another_content_spoils_nothing(tmp_path, capsys, monkeypatch, file, content, status):
+    # Names that rich would take for its own.
+    for name in ("[bold]", "q[/x]"):
+        make(tmp_path / name, [5.0])
+    (tmp_path / "[bold]" / file).write_text(content)
+    if file == "result.json":
+        (tmp_path / "[bold]" / "metrics.csv").unlink()
+    code, out, err = run(capsys, monkeypatch, tmp_path)
+    assert (code, err) == (0, "")
+    assert "[bold]" in out and "q[/x]" in out and status in out
+    assert (tmp_path / "sweep.csv").exists()
+
+
 @pytest.mark.parametrize("content", ["[]", "{", "3", ""])
 def test_a_strange_result_is_none(tmp_path, content):
     folder = make(tmp_path / "a", [5.0], status=None)

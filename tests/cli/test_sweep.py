@@ -172,6 +172,16 @@ def test_a_study(folder):
             assert len(trial.intermediate_values) > 1
 
 
+def test_a_job_outlives_whoever_reads_it(folder):
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "rwkv_pl.cli.train", *SMALL, "trainer.max_steps=3", "hydra.run.dir=run"]
+    environment = os.environ | {sweep.OF_A_SWEEP: "1"}
+    assert subprocess.run(command, cwd=folder, stdout=write, stderr=write, env=environment, timeout=60).returncode == 0
+    os.close(write)
+    assert read_result(folder / "run")["status"] == "finished"
+
+
 def test_a_study_outlives_its_sweeper_its_jobs_and_half_a_line(folder):
     """What a killed sweeper left at work is waited for, and a trial that was killed is tried again."""
     process = start(folder, *QUICK, "hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", "trainer.max_steps=400",

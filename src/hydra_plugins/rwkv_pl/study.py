@@ -67,8 +67,11 @@ class StudySweeper(JobSweeper):
         study = optuna.create_study(
             study_name=NAME, storage=optuna.storages.JournalStorage(backend), load_if_exists=True, direction="minimize"
         )
-        if not study.trials and (as_it_stands := self._default(space)):
-            study.enqueue_trial(as_it_stands)
+        if not study.trials:
+            if as_it_stands := self._default(space):
+                study.enqueue_trial(as_it_stands)
+            else:
+                print("the config as it stands lies outside the search: trial 0 is drawn too", flush=True)
         if left_running := study.get_trials(states=[optuna.trial.TrialState.RUNNING]):
             self._run(study, left_running, fixed)  # they go on in their folders, or are tried again there
         at_once: int = self.batch or int(getattr(self.launcher, "jobs", None) or 1)

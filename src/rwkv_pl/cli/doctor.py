@@ -42,13 +42,16 @@ def main() -> None:
     import rich
     import torch
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(header_style="bold", show_lines=False)
     for title in ("", "found", "cure"):
         table.add_column(title, overflow="fold")
     for finding in findings():
-        table.add_row(finding.what, finding.found, finding.cure or "-", style="red" if finding.cure else None)
+        table.add_row(
+            finding.what, escape(finding.found), escape(finding.cure or "-"), style="red" if finding.cure else None
+        )
     console = rich.get_console()
     if not console.is_terminal:
         console = Console(width=200)  # into a file or a pipe nothing has to be folded

@@ -21,6 +21,9 @@ from rwkv_pl.config import UserError
 from rwkv_pl.files import in_words, publish
 from rwkv_pl.training.curve import draw_sweep, read_rows
 
+# What reading a file of another content ends in.
+NOT_AS_WRITTEN = (OSError, LookupError, TypeError, ValueError, AttributeError)
+
 # Settings by which runs differ without being other trainings.
 NOT_COMPARED = ("resume", "weights", "logger.", "trainer.enable_")
 
@@ -40,12 +43,14 @@ class Run:
     def best(self) -> float | None:
         """Bits per byte of the best validation."""
         validated = [row["val/bits_per_byte"] for row in self.rows if "val/bits_per_byte" in row]
-        if not validated and isinstance(objective := self.result.get("objective"), int | float):
+        if not validated and (objective := _number(self.result.get("objective"))) is not None:
             validated = [objective]
+        if self.status == "damaged":
+            return None
         return min((bits for bits in validated if math.isfinite(bits)), default=None)
 
     def latest(self, column: str) -> float | None:
-        there: float | None = self.result.get(column)
+        there = _number(self.result.get(column))
         return next((row[column] for row in reversed(self.rows) if column in row), there)
 
     @property
@@ -86,7 +91,7 @@ def report(paths: Sequence[Path], out: Path) -> bool:
         return False
     names = _names([run.folder for run in runs])
     keys = differing(runs)
-    _print_table(runs, names, keys)
+    # The files first: whoever was to read the table may be gone.
     try:
         with publish(out / "sweep.csv") as file:
             file.write(_csv(runs, names, keys).encode())
@@ -95,9 +100,11 @@ def report(paths: Sequence[Path], out: Path) -> bool:
             best = {name: run.best for name, run in zip(names, runs, strict=True) if run.best is not None}
             swept = {key: {n: run.settings.get(key) for n, run in zip(names, runs, strict=True)} for key in keys}
             draw_sweep(curves, best, swept, out / "sweep.png")
-        print(f"also in {out / 'sweep.csv'}" + (f", the curves in {out / 'sweep.png'}" if curves else ""))
+        told = f"also in {out / 'sweep.csv'}" + (f", the curves in {out / 'sweep.png'}" if curves else "")
     except OSError as error:
-        print(f"rwkv-report: {in_words(error)}")
+        told = f"rwkv-report: {in_words(error)}"
+    _print_table(runs, names, keys)
+    print(told)
     return all(run.status in DONE for run in runs)
 
 
@@ -130,7 +137,7 @@ def read(folder: Path) -> Run:
             pairs = [str(text).partition("=") for text in (overrides if isinstance(overrides, list) else [])]
             run.settings = {key: yaml.safe_load(value) for key, _, value in pairs}
         run.rows = read_rows(folder / "metrics.csv", up_to=10**18)
-    except (UserError, OSError, OmegaConfBaseException, yaml.YAMLError, LookupError, TypeError, ValueError) as error:
+    except (UserError, OmegaConfBaseException, yaml.YAMLError, *NOT_AS_WRITTEN) as error:
         run.status, run.error = "damaged", " ".join(str(error).split())
     if run.status in DONE and run.latest("val/bits_per_byte") is None and run.best is not None:
         run.error = f"{folder / 'metrics.csv'} holds no validation: only result.json's figures are known"
@@ -154,6 +161,7 @@ def differing(runs: Sequence[Run]) -> list[str]:
 def _print_table(runs: Sequence[Run], names: Sequence[str], keys: Sequence[str]) -> None:
     import rich
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(header_style="bold")
@@ -167,13 +175,13 @@ def _print_table(runs: Sequence[Run], names: Sequence[str], keys: Sequence[str])
     for run, name in zip(runs, names, strict=True):
         bits, speed, seconds, step = run.best, run.speed, run.latest("seconds"), run.latest("step")
         table.add_row(
-            name,
-            *(_shown(run.settings.get(key, "")) for key in keys),
+            escape(name),
+            *(escape(_shown(run.settings.get(key, ""))) for key in keys),
             "" if bits is None else f"{bits:.4f}",
             "" if speed is None else f"{speed:,.0f}",
             "" if step is None else f"{step:,.0f}",
             "" if seconds is None else _duration(seconds),
-            run.status,
+            escape(run.status),
             style="bold green" if bits is not None and bits == best else None if run.status != "failed" else "red",
         )
     console = rich.get_console()
@@ -186,7 +194,8 @@ def _print_table(runs: Sequence[Run], names: Sequence[str], keys: Sequence[str])
     if best is not None and len(runs) > 1:
         winner, name = next((run, name) for run, name in zip(runs, names, strict=True) if run.best == best)
         how = ", ".join(f"{key}={_shown(winner.settings.get(key))}" for key in keys)
-        console.print(f"best: {name}, {best:.4f} bits per byte: {how}", markup=False, highlight=False, soft_wrap=True)
+        told = f"best: {name}, {best:.4f} bits per byte" + (f": {how}" if how else "")
+        console.print(told, markup=False, highlight=False, soft_wrap=True)
 
 
 def _csv(runs: Sequence[Run], names: Sequence[str], keys: Sequence[str]) -> str:
@@ -216,6 +225,10 @@ def _yaml(path: Path) -> Any:
         return OmegaConf.to_container(OmegaConf.create(text), resolve=True)
     # libyaml reads ten times as fast, where PyYAML has it.
     return yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+
+
+def _number(value: Any) -> float | None:
+    return value if isinstance(value, int | float) else None
 
 
 def _shown(value: Any) -> str:

@@ -5,6 +5,7 @@ then start the same processes by `run_job`. A job that was begun before goes on,
 again, so that `-m resume=SWEEP` is the same sweep once more.
 """
 
+import io
 import itertools
 import math
 import os
@@ -159,6 +160,32 @@ def _check_plugins(composed: DictConfig, told: Sequence[Override]) -> None:
                 made.check(told)
 
 
+class Unbroken(io.TextIOBase):
+    """A job's stdout or stderr: that the sweep which reads it was killed is no reason to end."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError, ValueError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def isatty(self) -> bool:
+        return bool(self._stream.isatty())
+
+    def fileno(self) -> int:
+        return int(self._stream.fileno())
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return str(self._stream.encoding)
+
+
 def foresee(job: Job) -> None:
     """Leaves in its folder what a job will be told, so that one that is never begun is not forgotten."""
     if not begun(job.folder) and not read_result(job.folder):
@@ -241,23 +268,22 @@ def run_jobs(jobs: Sequence[Job], at_once: int, forward: bool = True) -> list[Jo
     A signal goes on to the jobs that run, which save and end, and no other is begun; then the process exits by it.
     """
     outcomes: dict[Path, JobReturn] = {}
-    waiting = deque(jobs)
+    waiting = list(jobs)
     running: list[_Running] = []
-    elsewhere: set[Path] = set()
+    told: set[Path] = set()
     common = set.intersection(*(set(job.settings) for job in jobs)) if len(jobs) > 1 else set()
     with _told(forward) as signals:
         while running or (waiting and not signals):
-            while waiting and len(running) < at_once and not signals:
-                job = waiting.popleft()
-                # A sweep that was killed leaves its jobs at work.
-                if in_use(job.folder):
-                    if job.folder not in elsewhere:
-                        print(f"{job.name} is still at work: waits for it to end", flush=True)
-                    elsewhere.add(job.folder)
-                    waiting.append(job)
-                    if elsewhere >= {job.folder for job in waiting}:
-                        break
-                    continue
+            # A sweep that was killed leaves its jobs at work.
+            at_work = [job for job in waiting if in_use(job.folder)]
+            for job in at_work:
+                if job.folder not in told:
+                    print(f"{job.name} is still at work: waits for it to end", flush=True)
+                told.add(job.folder)
+            free = [job for job in waiting if job not in at_work]
+            while free and len(running) + len(at_work) < at_once and not signals:
+                job = free.pop(0)
+                waiting.remove(job)
                 result = read_result(job.folder)
                 if result.get("status") in DONE:
                     outcomes[job.folder] = _outcome(job, result)

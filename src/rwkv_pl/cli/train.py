@@ -32,6 +32,8 @@ log = logging.getLogger("rwkv_pl")
 @app.told_in_one_line
 def main() -> None:
     """The command. Exit codes: 0 trained, 1 failed while training, 2 bad input."""
+    if sweep.OF_A_SWEEP in os.environ:
+        sys.stdout, sys.stderr = sweep.Unbroken(sys.stdout), sweep.Unbroken(sys.stderr)
     argv = sys.argv[1:]
     args = app.parse_arguments(argv)
     overrides = app.parse_overrides(args.overrides, sweep=args.multirun)

@@ -242,7 +242,7 @@ def _compile_cpu(folder: Path, recipe: Recipe) -> Path:
                 build_directory=str(folder),
                 is_python_module=False,
             )
-    except (ImportError, RuntimeError, OSError) as error:
+    except (ImportError, RuntimeError, OSError, subprocess.SubprocessError) as error:
         raise _failure(recipe, folder, str(error)) from error
     # torch adds a number to the name where this process has built before.
     return next(folder.glob(f"{name}*{cpp_extension.LIB_EXT}"))

@@ -36,7 +36,10 @@ def find_compiler() -> Compiler | None:
     else:
         candidates = ["cl"] if sys.platform == "win32" else ["c++", "g++", "clang++"]
     for command in candidates:
-        words = shlex.split(command, posix=sys.platform != "win32")
+        try:
+            words = shlex.split(command, posix=sys.platform != "win32")
+        except ValueError:  # a quote that does not end
+            words = []
         path = shutil.which(words[0]) if words else None
         if path is not None:
             return Compiler(command, path, _version([path, *words[1:]]))

@@ -35,8 +35,8 @@ def read_rows(path: Path, up_to: int) -> list[dict[str, float]]:
             raise ValueError("a row without its step")
         if strange := {name for row in rows for name in row} - set(COLUMNS):
             raise ValueError(f"a column {min(map(str, strange))}")
-        if not all(math.isfinite(row.get("tokens", 0)) for row in rows):
-            raise ValueError("tokens that are no number")
+        if not all(math.isfinite(row.get("tokens", math.nan)) for row in rows):
+            raise ValueError("a row without its tokens")
     except (ValueError, TypeError, csv.Error) as error:
         raise UserError(f"{path} is damaged ({error}): move it away, and a new one is begun") from error
     return [row for row in rows if row["step"] <= up_to]

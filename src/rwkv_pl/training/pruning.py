@@ -25,7 +25,7 @@ class PruneTrial(Callback):
             "none": optuna.pruners.NopPruner(),
         }
         study = optuna.load_study(
-            study_name=None, storage=optuna.storages.JournalStorage(backend), pruner=pruners[told["pruner"]]
+            study_name="sweep", storage=optuna.storages.JournalStorage(backend), pruner=pruners[told["pruner"]]
         )
         self._trial = optuna.trial.Trial(study, told["id"])
         self.pruned = False
