@@ -33,12 +33,15 @@ RESULTS = Path(__file__).parent / "results" / "wkv.json"
 Operator = Callable[..., tuple[Tensor, Any]]
 
 
-def inputs() -> tuple[list[Tensor], Tensor]:
+def inputs(
+    B: int, T: int, C: int, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> tuple[list[Tensor], Tensor]:
     """time_decay, time_first, key and value, and the gradient in the output, of ordinary size."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     shapes = [(C,), (C,), (B, T, C), (B, T, C), (B, T, C)]
-    time_decay, time_first, key, value, grad = (torch.randn(shape, generator=generator) for shape in shapes)
-    return [time_decay - 1, time_first, key, value], grad
+    drawn = [torch.randn(shape, generator=generator, device=device) for shape in shapes]
+    time_decay, time_first, key, value, grad = drawn
+    return [time_decay - 1, time_first, key.to(dtype), value.to(dtype)], grad.to(dtype)
 
 
 def call(operator: Operator, arguments: list[Tensor], grad: Tensor) -> list[Tensor]:
@@ -47,9 +50,8 @@ def call(operator: Operator, arguments: list[Tensor], grad: Tensor) -> list[Tens
     return [output.detach(), *torch.autograd.grad(output, leaves, grad)]
 
 
-def errors(operator: Operator) -> dict[str, float]:
+def errors(operator: Operator, arguments: list[Tensor], grad: Tensor) -> dict[str, float]:
     """|x - judge| / |judge| for the output and each gradient, the judge being the recurrence in float64."""
-    arguments, grad = inputs()
     with use_kernel("recurrence"):
         judge = call(wkv4, [x.double() for x in arguments], grad.double())
     names = ["output", "time_decay", "time_first", "key", "value"]
@@ -59,7 +61,7 @@ def errors(operator: Operator) -> dict[str, float]:
 
 def timings(operators: dict[str, Operator], rounds: int, repeats: dict[str, int]) -> dict[str, list[float]]:
     """Seconds of each call; an operator with repeats makes so many calls a round."""
-    arguments, grad = inputs()
+    arguments, grad = inputs(B, T, C)
     seconds: dict[str, list[float]] = {name: [] for name in operators}
     for turn in range(rounds + 1):
         for name, operator in operators.items():
@@ -87,7 +89,9 @@ def with_kernel(name: str) -> Operator:
 
 def one_level(rounds: int) -> dict[str, Any]:
     operator = with_kernel("compiled")
-    return summary(timings({"compiled": operator}, rounds, {"compiled": 20})["compiled"], errors(operator))
+    return summary(
+        timings({"compiled": operator}, rounds, {"compiled": 20})["compiled"], errors(operator, *inputs(B, T, C))
+    )
 
 
 def main() -> None:
@@ -110,7 +114,7 @@ def main() -> None:
         f"compiled {best}": with_kernel("compiled"),
     }
     seconds = timings(operators, options.rounds, {f"compiled {best}": 20})
-    rows = {name: summary(seconds[name], errors(operator)) for name, operator in operators.items()}
+    rows = {name: summary(seconds[name], errors(operator, *inputs(B, T, C))) for name, operator in operators.items()}
     command = [sys.executable, "-m", "benchmarks.wkv", "--one-level", f"--threads={options.threads}", "--rounds=10"]
     for level in list(LEVELS)[list(LEVELS).index(best) + 1 :]:
         run = subprocess.run(command, env=os.environ | {"RWKV_PL_CPU_LEVEL": level}, stdout=subprocess.PIPE, check=True)

@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import RESULTS, machine
+from benchmarks.wkv import errors, inputs, with_kernel
 from rwkv_pl.ops.toolchain import find_nvcc
-from rwkv_pl.ops.wkv4 import LONG_SCAN, SCAN, WALK, _load, _tile, use_kernel, wkv4
+from rwkv_pl.ops.wkv4 import LONG_SCAN, SCAN, WALK, _load, _tile, wkv4
 
 SHAPES = [
     (1, 1024, 512, torch.float32),
@@ -39,16 +40,6 @@ SHAPES = [
 TILES = (WALK, SCAN, LONG_SCAN)
 
 Work = Callable[[], Any]
-
-
-def inputs(B: int, T: int, C: int, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
-    """time_decay, time_first, key and value, and the gradient in the output, of ordinary size."""
-    generator = torch.Generator("cuda").manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, device="cuda")
-
-    return [normal(C) - 1, normal(C), normal(B, T, C).to(dtype), normal(B, T, C).to(dtype)], normal(B, T, C).to(dtype)
 
 
 def graph_of(work: Work, calls: int) -> torch.cuda.CUDAGraph:
@@ -157,21 +148,6 @@ class Classic:
         )
 
 
-def relative_errors(arguments: list[Tensor], grad: Tensor, operator: Callable[..., Any]) -> dict[str, float]:
-    """|x - judge| / |judge|, the judge being the recurrence in float64 at the same values."""
-
-    def results(operator: Callable[..., Any], values: list[Tensor], g: Tensor) -> list[Tensor]:
-        leaves = [x.detach().clone().requires_grad_() for x in values]
-        output = operator(*leaves)[0]
-        return [output.detach(), *torch.autograd.grad(output, leaves, g)]
-
-    with use_kernel("recurrence"):
-        judge = results(wkv4, [x.double() for x in arguments], grad.double())
-    got = results(operator, arguments, grad)
-    names = ("output", "time_decay", "time_first", "key", "value")
-    return {name: ((x.double() - y).norm() / y.norm()).item() for name, x, y in zip(names, got, judge, strict=True)}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.wkv_gpu", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tiles", action="store_true", help="time every way through time at many shapes as well")
@@ -202,7 +178,7 @@ def main() -> None:
 
     rows = []
     for B, T, C, dtype in SHAPES:
-        arguments, grad = inputs(B, T, C, dtype)
+        arguments, grad = inputs(B, T, C, dtype, "cuda")
         moved = B * T * C * grad.element_size()
         tile = _tile(arguments[2])
         forward, backward = ours(arguments, grad, tile)
@@ -213,7 +189,7 @@ def main() -> None:
         if small:
             if classic:
                 works["classic forward"], works["classic backward"] = classic.works(arguments, grad)
-            works["scan in torch"] = with_scan(arguments, grad)
+            works["scan in torch"] = autograd(with_kernel("scan"), arguments, grad)
         times = microseconds(works)
         row: dict[str, Any] = {"shape": [B, T, C], "dtype": str(dtype), "tile": tile, "microseconds": times}
         row["bandwidth"] = {
@@ -221,7 +197,7 @@ def main() -> None:
             "backward": 5e6 * moved / times["backward"] / bandwidth,
         }
         if small:
-            row["relative_error"] = relative_errors(arguments, grad, wkv4)
+            row["relative_error"] = errors(wkv4, arguments, grad)
         rows.append(row)
         print(f"B{B} T{T} C{C} {str(dtype).removeprefix('torch.')}, tile {tile}")
         for name, taken in times.items():
@@ -241,14 +217,6 @@ def main() -> None:
     options.out.write_text(json.dumps(report, indent=2) + "\n")
 
 
-def with_scan(arguments: list[Tensor], grad: Tensor) -> Work:
-    def operator(*leaves: Tensor) -> tuple[Tensor, Tensor]:
-        with use_kernel("scan"):
-            return wkv4(*leaves)
-
-    return autograd(operator, arguments, grad)
-
-
 def tiles() -> list[dict[str, Any]]:
     rows = []
     print(f"\n{'forward / backward, us':32}" + "".join(f"{tile:>18}" for tile in TILES))
@@ -258,7 +226,7 @@ def tiles() -> list[dict[str, Any]]:
             (16384, 1024), (32768, 256), (32768, 1024), (65536, 256), (512, 8192), (4096, 8192),
         ]:  # fmt: skip
             B, C = max(1, channels // 512), 512
-            arguments, grad = inputs(B, T, C, dtype)
+            arguments, grad = inputs(B, T, C, dtype, "cuda")
             works = {}
             for tile in TILES:
                 works[f"{tile} forward"], works[f"{tile} backward"] = ours(arguments, grad, tile)

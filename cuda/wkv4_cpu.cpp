@@ -14,15 +14,13 @@
 // Built by rwkv_pl.ops.build with the LibTorch stable ABI: one library serves every torch from 2.10.
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <optional>
 #include <type_traits>
 #include <vector>
 
 #include "wkv4_math.h"
+#include "wkv4_tensor.h"
 
 // Before a loop over lanes: its iterations are independent. Not `omp simd`, which gcc 12 turns into arrays of structs.
 #if defined(__clang__)
@@ -38,6 +36,8 @@
 namespace {
 
 using torch::stable::Tensor;
+using wkv::contiguous;
+using wkv::data;
 
 constexpr int64_t LANES = 32;
 // Steps of the longest tile: what the backward pass keeps of one then fits the first cache.
@@ -350,28 +350,14 @@ void backward(const Arguments<T>& a, const Gradients<T>& g, const T* grad_new_st
 
 bool is_double(const Tensor& t) { return t.scalar_type() == torch::headeronly::ScalarType::Double; }
 
-template <typename T>
-T* data(const Tensor& t) {
-  return static_cast<T*>(t.data_ptr());
-}
-template <typename T>
-T* data(const std::optional<Tensor>& t) {
-  return t ? data<T>(*t) : nullptr;
-}
-
-std::optional<Tensor> contiguous(const std::optional<Tensor>& t) {
-  return t ? std::optional<Tensor>(torch::stable::contiguous(*t)) : std::nullopt;
-}
-
 std::tuple<Tensor, Tensor, Tensor> wkv4_forward(const Tensor& time_decay, const Tensor& time_first, const Tensor& key,
                                                 const Tensor& value, const std::optional<Tensor>& state,
                                                 int64_t tile) {
-  using torch::stable::contiguous;
   using torch::stable::new_empty;
   const Plan plan(key, tile);
   const Tensor decay = contiguous(time_decay), first = contiguous(time_first), k = contiguous(key),
                v = contiguous(value);
-  const std::optional<Tensor> s = ::contiguous(state);
+  const std::optional<Tensor> s = contiguous(state);
   const Tensor output = new_empty(key, {plan.batch, plan.steps, plan.channels});
   const Tensor new_state = new_empty(key, {plan.batch, 3, plan.channels});
   const Tensor tiles = new_empty(key, {plan.batch, plan.tiles + 1, 4, plan.channels});
@@ -389,13 +375,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> wkv4_backward(const Tensor& t
                                                                  const Tensor& tiles, const Tensor& grad_output,
                                                                  const std::optional<Tensor>& grad_new_state,
                                                                  int64_t tile) {
-  using torch::stable::contiguous;
   using torch::stable::new_empty;
   const Plan plan(key, tile);
   const Tensor decay = contiguous(time_decay), first = contiguous(time_first), k = contiguous(key),
                v = contiguous(value), saved = contiguous(tiles),
                gy = contiguous(grad_output);
-  const std::optional<Tensor> gs = ::contiguous(grad_new_state);
+  const std::optional<Tensor> gs = contiguous(grad_new_state);
   const Tensor grad_decay = new_empty(key, {plan.channels}), grad_first = new_empty(key, {plan.channels});
   const Tensor grad_key = new_empty(key, {plan.batch, plan.steps, plan.channels});
   const Tensor grad_value = new_empty(key, {plan.batch, plan.steps, plan.channels});

@@ -6,17 +6,15 @@
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
 #include <cuda_runtime.h>
 
-#include <optional>
 #include <tuple>
 
 #include "wkv4_launch.cuh"
+#include "wkv4_tensor.h"
 
 // Lives in libtorch_cuda alone, which a torch without CUDA lacks: weak, so that the library loads there too.
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream) __attribute__((weak));
@@ -25,6 +23,8 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using wkv::contiguous;
+using wkv::data;
 
 cudaStream_t current_stream(const Tensor& t) {
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "wkv4: this torch has no CUDA");
@@ -34,19 +34,6 @@ cudaStream_t current_stream(const Tensor& t) {
 }
 
 void check(cudaError_t error) { STD_TORCH_CHECK(error == cudaSuccess, "wkv4: ", cudaGetErrorString(error)); }
-
-template <typename T>
-T* data(const Tensor& t) {
-  return static_cast<T*>(t.data_ptr());
-}
-template <typename T>
-T* data(const std::optional<Tensor>& t) {
-  return t ? data<T>(*t) : nullptr;
-}
-
-std::optional<Tensor> contiguous(const std::optional<Tensor>& t) {
-  return t ? std::optional<Tensor>(torch::stable::contiguous(*t)) : std::nullopt;
-}
 
 // f(a zero of key's dtype, a zero of that of the arithmetic).
 template <typename F>
@@ -74,8 +61,8 @@ std::tuple<Tensor, Tensor, Tensor> wkv4_forward(const Tensor& time_decay, const 
   using torch::stable::new_empty;
   const torch::stable::accelerator::DeviceGuard guard(key.get_device_index());
   const int64_t batch = key.size(0), steps = key.size(1), channels = key.size(2);
-  const Tensor decay = torch::stable::contiguous(time_decay), first = torch::stable::contiguous(time_first),
-               k = torch::stable::contiguous(key), v = torch::stable::contiguous(value);
+  const Tensor decay = contiguous(time_decay), first = contiguous(time_first),
+               k = contiguous(key), v = contiguous(value);
   const std::optional<Tensor> s = contiguous(state);
   const Tensor output = new_empty(k, {batch, steps, channels});
   const Tensor new_state = new_empty(decay, {batch, 3, channels});
@@ -95,9 +82,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> wkv4_backward(
   using torch::stable::new_empty;
   const torch::stable::accelerator::DeviceGuard guard(key.get_device_index());
   const int64_t batch = key.size(0), steps = key.size(1), channels = key.size(2);
-  const Tensor decay = torch::stable::contiguous(time_decay), first = torch::stable::contiguous(time_first),
-               k = torch::stable::contiguous(key), v = torch::stable::contiguous(value),
-               tiles = torch::stable::contiguous(saved), gy = torch::stable::contiguous(grad_output);
+  const Tensor decay = contiguous(time_decay), first = contiguous(time_first),
+               k = contiguous(key), v = contiguous(value),
+               tiles = contiguous(saved), gy = contiguous(grad_output);
   const std::optional<Tensor> gs = contiguous(grad_new_state);
   const Tensor grad_decay = new_empty(decay, {channels}), grad_first = new_empty(decay, {channels});
   const Tensor grad_key = new_empty(k, {batch, steps, channels}), grad_value = new_empty(k, {batch, steps, channels});

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rwkv_pl.ops.build import CPU_SOURCES, LEVELS, STABLE_ABI, BuildError, cpu_level
+from rwkv_pl.ops.build import CPU_SOURCES, LEVELS, STABLE_ABI, BuildError, cpu_command, cpu_level
 from rwkv_pl.ops.toolchain import find_compiler
 from rwkv_pl.ops.wkv4 import _load, use_kernel, wkv4
 from rwkv_pl.ops.wkv4_reference import EMPTY
@@ -106,16 +107,18 @@ def test_agrees_with_the_recurrence(kernel, B, T, C, keys, decays, with_state, d
     assert_same(results(kernel, arguments, dtype, with_state=with_state), judge, tolerance, scale)
 
 
+def ratios(operator: Callable[..., Any], *arguments: Tensor) -> tuple[Tensor, ...]:
+    """The output, and what the state stands for."""
+    output, state = operator(*arguments)
+    num, den, max_exp = state.unbind(1)
+    return output, num / den, max_exp + torch.log(den)
+
+
 @pytest.mark.parametrize("kernel", [*FAST, "recurrence"])
 def test_gradcheck(kernel):
-    def ratios(*arguments: Tensor) -> tuple[Tensor, ...]:
-        output, state = wkv4(*arguments)
-        num, den, max_exp = state.unbind(1)
-        return output, num / den, max_exp + torch.log(den)
-
     with use_kernel(kernel):
         arguments = [x.requires_grad_() for x in draw(2, 5, 3)]
-        assert torch.autograd.gradcheck(ratios, arguments)
+        assert torch.autograd.gradcheck(partial(ratios, wkv4), arguments)
 
 
 @pytest.mark.parametrize("kernel", [*FAST, "recurrence"])
@@ -421,8 +424,7 @@ for B, T, C in [(0, 3, 2), (1, 1, 1), (2, 33, 5), (3, 100, 65), (1, 700, 33)]:
 @pytest.mark.skipif(sys.platform != "linux", reason="the sanitizers' libraries as gcc has them on Linux")
 def test_no_access_out_of_bounds(tmp_path):
     """The CPU's kernel under AddressSanitizer and UndefinedBehaviorSanitizer."""
-    compiler, torch_folder = find_compiler(), Path(torch.__path__[0])
-    source = Path(rwkv_pl.cuda.__path__[0], CPU_SOURCES[0])
+    compiler = find_compiler()
     assert compiler is not None
     where = subprocess.run(
         [compiler.path, "-print-file-name=libasan.so"], capture_output=True, text=True
@@ -430,11 +432,8 @@ def test_no_access_out_of_bounds(tmp_path):
     if not Path(where).is_absolute():
         pytest.skip(f"{compiler.version} has no libasan")
     library = tmp_path / "sanitized.so"
-    command = [
-        compiler.path, "-std=c++20", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fPIC",
-        "-shared", STABLE_ABI, "-isystem", str(torch_folder / "include"), str(source),
-        "-o", str(library), f"-L{torch_folder / 'lib'}", "-ltorch_cpu",
-    ]  # fmt: skip
+    flags = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", STABLE_ABI]
+    command = cpu_command(compiler, flags, Path(rwkv_pl.cuda.__path__[0], CPU_SOURCES[0]), library)
     subprocess.run(command, check=True)
     # Python itself frees not all that it takes.
     environment = os.environ | {"LD_PRELOAD": where, "ASAN_OPTIONS": "detect_leaks=0"}

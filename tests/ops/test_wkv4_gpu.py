@@ -16,10 +16,11 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from test_wkv4 import assert_same, draw, results
+from test_wkv4 import assert_same, draw, ratios, results
 from torch import Tensor
 
-from rwkv_pl.ops.build import CUDA_FLAGS, nvcc_command
+from rwkv_pl.ops.build import CUDA_FLAGS, chip_flags, nvcc_command
+from rwkv_pl.ops.prebuilt import CHIPS
 from rwkv_pl.ops.toolchain import find_compiler, find_nvcc
 from rwkv_pl.ops.wkv4 import wkv4
 
@@ -193,15 +194,14 @@ def test_races(tmp_path, race):
     assert run.returncode == (66 if old else 0), run.stderr[-2000:]
 
 
-ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
-
-
 @pytest.mark.skipif(find_nvcc("13") is None, reason="needs nvcc")
 def test_every_architecture_compiles_without_spills_and_loads(tmp_path):
     nvcc = find_nvcc("13")
-    chips = [f"-gencode=arch=compute_{chip},code=sm_{chip}" for chip in ARCHITECTURES]
+    assert CHIPS == (75, 80, 86, 89, 90, 100, 120)
     library = tmp_path / "wkv4_cuda.so"
-    command = nvcc_command(nvcc, [*CUDA_FLAGS, *chips, "-Xptxas=-v", "--threads=2"], CUDA / "wkv4_cuda.cu", library)
+    command = nvcc_command(
+        nvcc, [*CUDA_FLAGS, *chip_flags(CHIPS), "-Xptxas=-v", "--threads=2"], CUDA / "wkv4_cuda.cu", library
+    )
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     spills = re.findall(r"(\d+) bytes spill stores", run.stderr)
@@ -219,12 +219,8 @@ def test_no_access_out_of_bounds(tmp_path):
 
 @pytest.mark.parametrize("kernel", [WALK, *SMALL_SCANS], ids=str)
 def test_gradcheck(library, kernel):
-    def ratios(*arguments: Tensor) -> tuple[Tensor, ...]:
-        output, state = operator(library, kernel, torch.float64)(*arguments)
-        num, den, max_exp = state.unbind(1)
-        return output, num / den, max_exp + torch.log(den)
-
-    assert torch.autograd.gradcheck(ratios, [x.requires_grad_() for x in draw(1, 11, 2)])
+    judged = partial(ratios, operator(library, kernel, torch.float64))
+    assert torch.autograd.gradcheck(judged, [x.requires_grad_() for x in draw(1, 11, 2)])
 
 
 @pytest.mark.parametrize("kernel", [WALK, *SMALL_SCANS], ids=str)

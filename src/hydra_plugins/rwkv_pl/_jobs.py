@@ -41,9 +41,8 @@ class JobSweeper(Sweeper):
         outcomes = [
             checked(self.hydra_context.config_loader, self.config, list(job), first + i) for i, job in enumerate(jobs)
         ]
-        for outcome in outcomes:
-            if isinstance(outcome, Job):
-                foresee(outcome)
-        good = [outcome.overrides for outcome in outcomes if isinstance(outcome, Job)]
-        ended = iter(self.launcher.launch(good, initial_job_idx=first) if good else [])
+        good = [outcome for outcome in outcomes if isinstance(outcome, Job)]
+        for job in good:
+            foresee(job)
+        ended = iter(self.launcher.launch([job.overrides for job in good], initial_job_idx=first) if good else [])
         return [next(ended) if isinstance(outcome, Job) else outcome for outcome in outcomes]

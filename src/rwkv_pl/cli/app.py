@@ -11,7 +11,7 @@ from importlib import resources
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import hydra
 import yaml
@@ -26,6 +26,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rwkv_pl.config import GROUPS, TARGET_MODULES, RunError, Train, UserError, check_kinds, check_trainer, nearest
 from rwkv_pl.files import in_words
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 # For a number in a config that follows another: ${divide:1.5,${model.n_embd}}
 OmegaConf.register_new_resolver("divide", lambda a, b: a / b, replace=True)
@@ -65,6 +68,15 @@ def told_in_one_line(main: Callable[[], None]) -> Callable[[], None]:
 def _told(error: BaseException | str, code: int) -> int:
     print(f"{Path(sys.argv[0]).name}: {one_line(error)}", file=sys.stderr)
     return code
+
+
+def console() -> "Console":
+    """rich's, for a table."""
+    import rich
+    from rich.console import Console
+
+    there = rich.get_console()
+    return there if there.is_terminal else Console(width=200)  # into a file or a pipe nothing has to be folded
 
 
 def one_line(error: BaseException | str) -> str:

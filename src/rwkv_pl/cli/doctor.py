@@ -1,7 +1,6 @@
 """rwkv-doctor: what the compiled WKV kernel needs, what of it is here, and which kernel runs in the end."""
 
 import argparse
-import os
 import platform
 import statistics
 import sys
@@ -10,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from rwkv_pl.cli.app import told_in_one_line
+from rwkv_pl.cli.app import console, told_in_one_line
 from rwkv_pl.files import cache_folder
 
 
@@ -39,9 +38,7 @@ def main() -> None:
     if sys.stderr.isatty():
         print("loading torch ...", file=sys.stderr, flush=True)
 
-    import rich
     import torch
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
@@ -52,10 +49,7 @@ def main() -> None:
         table.add_row(
             finding.what, escape(finding.found), escape(finding.cure or "-"), style="red" if finding.cure else None
         )
-    console = rich.get_console()
-    if not console.is_terminal:
-        console = Console(width=200)  # into a file or a pipe nothing has to be folded
-    console.print(table)
+    console().print(table)
 
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     verdicts = [_tried(device) for device in devices]
@@ -67,7 +61,7 @@ def findings() -> Iterator[Finding]:
     import torch
 
     from rwkv_pl.ops.build import PREBUILT, cpu_level
-    from rwkv_pl.ops.toolchain import compiler_advice, find_compiler, find_nvcc, nvcc_trouble
+    from rwkv_pl.ops.toolchain import compiler_advice, compiler_tried, find_compiler, find_nvcc, nvcc_trouble
 
     yield Finding("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     cuda = torch.version.cuda
@@ -80,8 +74,7 @@ def findings() -> Iterator[Finding]:
     if compiler:
         yield Finding("C++ compiler", f"{compiler.version} ({compiler.path})")
     else:
-        tried = f"CXX={os.environ['CXX']} is none" if os.environ.get("CXX") else "none found"
-        yield Finding("C++ compiler", tried, "" if prebuilt else compiler_advice())
+        yield Finding("C++ compiler", compiler_tried(), "" if prebuilt else compiler_advice())
     try:
         import ninja
 

@@ -14,7 +14,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rwkv_pl.cli.app import told_in_one_line
+from rwkv_pl.cli.app import console, told_in_one_line
 from rwkv_pl.cli.folder import DONE, OVERRIDES, RESULT, begun, in_use, read_result
 from rwkv_pl.cli.resume import leaves
 from rwkv_pl.config import UserError
@@ -159,8 +159,6 @@ def differing(runs: Sequence[Run]) -> list[str]:
 
 
 def _print_table(runs: Sequence[Run], names: Sequence[str], keys: Sequence[str]) -> None:
-    import rich
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
@@ -184,18 +182,16 @@ def _print_table(runs: Sequence[Run], names: Sequence[str], keys: Sequence[str])
             escape(run.status),
             style="bold green" if bits is not None and bits == best else None if run.status != "failed" else "red",
         )
-    console = rich.get_console()
-    if not console.is_terminal:
-        console = Console(width=200)  # into a file or a pipe nothing has to be folded
-    console.print(table)
+    screen = console()
+    screen.print(table)
     for run, name in zip(runs, names, strict=True):
         if run.error:
-            console.print(f"{name}: {run.error}", markup=False, highlight=False, soft_wrap=True)
+            screen.print(f"{name}: {run.error}", markup=False, highlight=False, soft_wrap=True)
     if best is not None and len(runs) > 1:
         winner, name = next((run, name) for run, name in zip(runs, names, strict=True) if run.best == best)
         how = ", ".join(f"{key}={_shown(winner.settings.get(key))}" for key in keys)
         told = f"best: {name}, {best:.4f} bits per byte" + (f": {how}" if how else "")
-        console.print(told, markup=False, highlight=False, soft_wrap=True)
+        screen.print(told, markup=False, highlight=False, soft_wrap=True)
 
 
 def _csv(runs: Sequence[Run], names: Sequence[str], keys: Sequence[str]) -> str:

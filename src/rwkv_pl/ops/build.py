@@ -10,11 +10,12 @@ import hashlib
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
@@ -24,15 +25,17 @@ import torch
 from filelock import FileLock
 
 from rwkv_pl.files import cache_folder
-from rwkv_pl.ops.toolchain import Compiler, compiler_advice, find_compiler, find_nvcc, nvcc_trouble
+from rwkv_pl.ops.toolchain import Compiler, compiler_advice, compiler_tried, find_compiler, find_nvcc, nvcc_trouble
 
 __all__ = [
-    "CPU_SOURCES", "CUDA_FLAGS", "CUDA_SOURCES", "LEVELS", "PREBUILT", "STABLE_ABI", "BuildError", "cpu_flags",
-    "cpu_level", "load_cpu_library", "load_cuda_library", "nvcc_command", "prebuilt_name",
+    "CPU_SOURCES", "CUDA_FLAGS", "CUDA_SOURCES", "LEVELS", "PREBUILT", "STABLE_ABI", "BuildError", "chip_flags",
+    "cpu_command", "cpu_flags", "cpu_level", "load_cpu_library", "load_cuda_library", "nvcc_command", "prebuilt_name",
 ]  # fmt: skip
 
-CPU_SOURCES = ("wkv4_cpu.cpp", "wkv4_math.h")
-CUDA_SOURCES = ("wkv4_cuda.cu", "wkv4_launch.cuh", "wkv4_scan.cuh", "wkv4_walk.cuh", "wkv4_gpu.h", "wkv4_math.h")
+CPU_SOURCES = ("wkv4_cpu.cpp", "wkv4_math.h", "wkv4_tensor.h")
+CUDA_SOURCES = (
+    "wkv4_cuda.cu", "wkv4_launch.cuh", "wkv4_scan.cuh", "wkv4_walk.cuh", "wkv4_gpu.h", "wkv4_math.h", "wkv4_tensor.h",
+)  # fmt: skip
 
 # Not -march=native: its library, cached or copied, dies of an illegal instruction on the next machine.
 LEVELS = {
@@ -100,8 +103,7 @@ def load_cuda_library() -> None:
         raise BuildError(trouble)
     devices = range(torch.cuda.device_count())
     chips = sorted({"{}{}".format(*torch.cuda.get_device_capability(device)) for device in devices})
-    flags = [f"-gencode=arch=compute_{chip},code=sm_{chip}" for chip in chips]
-    flags = [*CUDA_FLAGS, *flags, *(["-ccbin", host.path] if sys.platform != "win32" else [])]
+    flags = [*CUDA_FLAGS, *chip_flags(chips), *(["-ccbin", host.path] if sys.platform != "win32" else [])]
     target = "-".join(f"sm_{chip}" for chip in chips)
     _load_or_build(Recipe("wkv4_cuda", target, CUDA_SOURCES, nvcc, flags, 15, _compile_cuda))
 
@@ -122,8 +124,7 @@ def _load_prebuilt(name: str) -> bool:
 def _host_compiler() -> Compiler:
     compiler = find_compiler()
     if compiler is None:
-        tried = f"CXX={os.environ['CXX']} is none" if os.environ.get("CXX") else "none found"
-        raise BuildError(f"no C++ compiler ({tried}); {compiler_advice()}")
+        raise BuildError(f"no C++ compiler ({compiler_tried()}); {compiler_advice()}")
     return compiler
 
 
@@ -246,6 +247,21 @@ def _compile_cpu(folder: Path, recipe: Recipe) -> Path:
         raise _failure(recipe, folder, str(error)) from error
     # torch adds a number to the name where this process has built before.
     return next(folder.glob(f"{name}*{cpp_extension.LIB_EXT}"))
+
+
+def chip_flags(chips: Iterable[object]) -> list[str]:
+    """nvcc's, for chips as in 90."""
+    return [f"-gencode=arch=compute_{chip},code=sm_{chip}" for chip in chips]
+
+
+def cpu_command(compiler: Compiler, flags: list[str], source: Path, library: Path) -> list[str]:
+    """The command that makes the CPU's library, without ninja; for gcc and clang."""
+    torch_folder = Path(torch.__path__[0])
+    return [
+        *shlex.split(compiler.command), "-std=c++20", *flags, "-fPIC", "-shared",
+        "-isystem", str(torch_folder / "include"), str(source), "-o", str(library),
+        f"-L{torch_folder / 'lib'}", "-ltorch_cpu",
+    ]  # fmt: skip
 
 
 def nvcc_command(nvcc: Compiler, flags: list[str], source: Path, library: Path) -> list[str]:

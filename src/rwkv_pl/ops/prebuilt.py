@@ -9,14 +9,11 @@ src/rwkv_pl/prebuilt/, where setup.py looks for them.
 import argparse
 import os
 import platform
-import shlex
 import shutil
 import subprocess
 import sys
 from importlib import resources
 from pathlib import Path
-
-import torch
 
 from rwkv_pl.ops.build import (
     CPU_SOURCES,
@@ -24,6 +21,8 @@ from rwkv_pl.ops.build import (
     CUDA_SOURCES,
     LEVELS,
     PREBUILT,
+    chip_flags,
+    cpu_command,
     cpu_flags,
     nvcc_command,
     prebuilt_name,
@@ -48,22 +47,16 @@ def main() -> None:
         sys.exit("libraries are built ahead on Linux and macOS alone; on Windows they are built at first use")
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
-    torch_folder = Path(torch.__path__[0])
     with resources.as_file(resources.files("rwkv_pl.cuda")) as sources:
         for level in LEVELS if platform.machine() in ("x86_64", "AMD64") else ["portable"]:
-            command = [
-                *shlex.split(compiler.command), "-std=c++20", *cpu_flags(level), "-fPIC", "-shared",
-                "-isystem", str(torch_folder / "include"), str(sources / CPU_SOURCES[0]),
-                "-o", str(out / prebuilt_name("wkv4_cpu", level, CPU_SOURCES)),
-                f"-L{torch_folder / 'lib'}", "-ltorch_cpu",
-            ]  # fmt: skip
+            library = out / prebuilt_name("wkv4_cpu", level, CPU_SOURCES)
+            command = cpu_command(compiler, cpu_flags(level), sources / CPU_SOURCES[0], library)
             _run(command, f"the CPU's library for {level}")
         nvcc = None if options.no_cuda else find_nvcc("13")
         if nvcc is None:
             print("CUDA's library is left out" + ("" if options.no_cuda else ": there is no nvcc"))
             return
-        chips = [f"-gencode=arch=compute_{chip},code=sm_{chip}" for chip in CHIPS]
-        chips.append(f"-gencode=arch=compute_{CHIPS[-1]},code=compute_{CHIPS[-1]}")
+        chips = [*chip_flags(CHIPS), f"-gencode=arch=compute_{CHIPS[-1]},code=compute_{CHIPS[-1]}"]
         library = out / prebuilt_name("wkv4_cuda", "all", CUDA_SOURCES)
         flags = [*CUDA_FLAGS, *chips, f"--threads={os.cpu_count()}"]
         _run(nvcc_command(nvcc, flags, sources / CUDA_SOURCES[0], library), f"CUDA's library for {len(chips)} chips")

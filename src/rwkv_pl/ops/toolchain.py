@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Compiler", "compiler_advice", "find_compiler", "find_nvcc", "nvcc_trouble"]
+__all__ = ["Compiler", "compiler_advice", "compiler_tried", "find_compiler", "find_nvcc", "nvcc_trouble"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,11 @@ def find_compiler() -> Compiler | None:
         if path is not None:
             return Compiler(command, path, _version([path, *words[1:]]))
     return _visual_studio() if sys.platform == "win32" and not os.environ.get("CXX") else None
+
+
+def compiler_tried() -> str:
+    """What was looked at in vain, where there is no C++ compiler."""
+    return f"CXX={os.environ['CXX']} is none" if os.environ.get("CXX") else "none found"
 
 
 def compiler_advice() -> str:
