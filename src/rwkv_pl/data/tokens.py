@@ -50,6 +50,8 @@ class Vocabulary:
             [np.ones(256, np.int64), 2 + (points >= 0x800).astype(np.int64) + (points >= 0x10000)]
         )
         """(size,) int64: how many bytes of text each token stands for."""
+        self.document_end = ord("\n")
+        """The token that a text follows which begins from nothing."""
         # Row i spells token i, from the left.
         self._spelling = np.zeros((self.size, 4), np.uint8)
         self._spelling[:256, 0] = np.arange(256)
