@@ -210,7 +210,7 @@ def test_what_rows_may_be(tmp_path: Path) -> None:
     assert joined(tmp_path / "rows.JSONL") == ("a\nb\nä😀".encode(), [3], ([10], 2))
 
 
-@pytest.mark.parametrize("damage", ["cut", "flip", "text", "behind", "header"])
+@pytest.mark.parametrize("damage", ["cut", "flip", "block", "text", "behind", "header"])
 def test_a_broken_gzip_is_one_line(tmp_path: Path, damage: str) -> None:
     content = gzip.compress(np.random.default_rng(0).bytes(10_000))
     flipped = bytearray(content)
@@ -218,6 +218,7 @@ def test_a_broken_gzip_is_one_line(tmp_path: Path, damage: str) -> None:
     broken = {
         "cut": content[:-100],
         "flip": bytes(flipped),
+        "block": content[:10] + b"\xff" + content[11:],  # of a kind that does not exist
         "text": b"no gzip at all",
         "behind": content + b"more",
         "header": content[:5],
