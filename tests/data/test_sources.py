@@ -157,7 +157,7 @@ def test_each_part_says_where_it_ends(tmp_path: Path) -> None:
     write(tmp_path, "a/1", "a/2", "b")
     assert joined(tmp_path / "a", tmp_path / "b") == (b"a/1\na/2\nb", [3, 7], ([7, 9], 3))
     (tmp_path / "b").write_bytes(b"")
-    with pytest.raises(UserError, match=r"part 1 names 1 file\(s\) without any text: .*b is empty"):
+    with pytest.raises(UserError, match=r"part 1 names 1 file\(s\) without any text, the first is .*b"):
         joined(tmp_path / "a", tmp_path / "b")
 
 

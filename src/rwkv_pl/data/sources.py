@@ -54,7 +54,7 @@ def is_plain(path: Path) -> bool:
 
 
 def find(path: Path, key: str) -> list[Source]:
-    """The files of a folder, of all in it, or of a glob (``**``: any folders), in the order of their POSIX paths.
+    """The file itself, all below a folder, or those that a glob matches (``**``: any folders), by their POSIX paths.
 
     Below the folder, or the part of a glob that has no wildcard, a name that begins with a dot is left out, and no link
     to a folder is followed but by a glob that names it (``*/*``).
@@ -110,7 +110,7 @@ def join(parts: dict[str, list[Source]], field: str, text: IO[bytes], document_e
                         documents += is_first
                         size += text.write(block)
             if size == begin:
-                raise UserError(f"{key} names {len(part):,} file(s) without any text: {part[0].path} is empty")
+                raise UserError(f"{key} names {len(part):,} file(s) without any text, the first is {part[0].path}")
             ends.append(size)
     for source in sources:
         if _look(source.path) != source:
