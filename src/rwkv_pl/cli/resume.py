@@ -22,6 +22,7 @@ FIXED = (
     "data.batch_size",
     "data.ctx_len",
     "data.vocab",
+    "data.vocab_path",
     "data.split",
     "model.name",
     "model.n_layer",
@@ -93,7 +94,8 @@ class StoredRun:
             entry["set"] = {key: value for key, value in now.items() if key not in then or then[key] != value}
         _apply(config, entry)
         values = {o.key_or_group: o.value() for o in later if not is_group_choice(o)}
-        if (path := values.get("data.path")) and Path(str(path)).exists():
+        path = values.get("data.path")
+        if path and any(Path(f"{path}{ending}").exists() for ending in ("", ".bin")):
             values["data.path"] = str(Path(str(path)).absolute())  # typed here and now, wherever the run began
         for key in values:
             require_key(key, config)

@@ -200,7 +200,8 @@ def _require_one_good(own: list[str], told: Sequence[Override], config_dir: str 
         try:
             config = app.check(app.compose([*own, *job], config_dir), app.parse_overrides(job), config_dir)
             corpus = config.data.path if config.data.name == "text" else None
-            for key, path in (("data.path", corpus), ("weights", config.weights)):
+            files = {"data.path": corpus, "data.vocab_path": config.data.vocab_path, "weights": config.weights}
+            for key, path in files.items():
                 if path and not Path(path).exists():
                     raise UserError(f"{key}={path}: no such file")
             return

@@ -47,7 +47,8 @@ class Splits(NamedTuple):
 class Corpus:
     """A plain file of bytes and how it is split.
 
-    ``digest`` (64 hex) says which text this is, wherever it lies: see ``file_digest``.
+    ``digest`` (64 hex) says which text this is, wherever it lies: see ``file_digest``. ``document_ends``, where the
+    documents are known that it was made of: a file of their ends, byte offsets, ascending, (n,) little-endian int64.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Corpus:
     splits: Splits
     digest: str
     description: str
+    document_ends: Path | None = None
 
     def __str__(self) -> str:
         """Which text this is, for people; figures on it mean nothing without that."""
