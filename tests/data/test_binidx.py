@@ -41,7 +41,7 @@ def opened(prefix: Path, vocabulary: Vocabulary, split: tuple[float, float, floa
     return open_binidx(corpus, index, vocabulary)
 
 
-SENTENCES = [SMALL.encode(f"{i} is a number, and so is\n  {i * i}.".encode()).tolist() + [0] for i in range(40)]
+SENTENCES = [[*SMALL.encode(f"{i} is a number, and so is\n  {i * i}.".encode()).tolist(), 0] for i in range(40)]
 
 
 @given(
