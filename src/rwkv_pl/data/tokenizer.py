@@ -7,6 +7,7 @@ open: a corpus goes through it in pieces, and tokens become bytes one by one.
 
 import itertools
 import json
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,6 +19,10 @@ from tokenizers import Tokenizer
 
 from rwkv_pl.config import UserError
 from rwkv_pl.data.tokens import NotSpelled, Tokens, Vocabulary
+
+# Before 0.23.1 the library warns at every fork that follows a use of its threads. What we fork, workers that gather
+# batches, does not use it.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 END_OF_TEXT = "<|endoftext|>"
 
