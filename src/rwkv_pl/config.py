@@ -39,7 +39,7 @@ class RWKV4Config:
 
 @dataclass
 class Data:
-    """Which text, cut into which windows. `path` and `val_path` count from the folder where the run first started."""
+    """Which text, cut into which windows. Paths count from the folder where the run first started."""
 
     name: str = "enwik8"
     path: str | None = None
@@ -48,19 +48,28 @@ class Data:
     batch_size: int = 1
     ctx_len: int = 1024
     vocab: str = "byte"
+    vocab_path: str | None = None
     split: list[float] = field(default_factory=lambda: [0.9, 0.05, 0.05])
     eval_batch_size: int = 8
     num_workers: int = 0
     field: str = "text"
 
     def __post_init__(self) -> None:
-        one_of("data.name", self.name, ("enwik8", "stdlib", "text"))
-        one_of("data.vocab", self.vocab, ("byte", "char"))
+        one_of("data.name", self.name, ("enwik8", "stdlib", "text", "binidx"))
+        one_of("data.vocab", self.vocab, ("byte", "char", "20b"))
+        if self.vocab_path and self.vocab != "20b":
+            raise UserError(f"data.vocab_path is the json of data.vocab=20b, the config has {self.vocab}: leave it out")
         if self.name == "text" and not self.path:
             raise UserError("data.path is missing: data=text reads a file of yours; give it as data.path=FILE")
         if self.val_path == "":
             raise UserError(
                 "data.val_path is empty: name a file, a folder or a glob; or null, to validate by data.split"
+            )
+        if self.name == "binidx" and not self.path:
+            raise UserError("data.path is missing: data=binidx reads PREFIX.bin and PREFIX.idx; give data.path=PREFIX")
+        if self.name == "binidx" and self.vocab == "char":
+            raise UserError(
+                "data.vocab=char is found in a text: data=binidx takes the vocabulary of its ids, byte or 20b"
             )
         for name in ("batch_size", "ctx_len", "eval_batch_size"):
             at_least(f"data.{name}", getattr(self, name), 1)

@@ -51,7 +51,7 @@ CASES = {
     "optim.weight_decay=-1": "optim.weight_decay must be at least 0",
     "data.ctx_len=0": "data.ctx_len must be at least 1, got 0",
     "data.batch_size=-1": "data.batch_size must be at least 1, got -1",
-    "data.vocab=word": "data.vocab must be one of byte, char, got 'word'",
+    "data.vocab=word": "data.vocab must be one of byte, char, 20b, got 'word'",
     "data.split=[1,2]": "data.split",
     "model.n_embd=0": "model.n_embd must be at least 1, got 0",
     "model.dropout=1": "model.dropout must be from 0 to below 1, got 1.0",
@@ -91,7 +91,7 @@ CASES = {
     "--config-dir=nosuch": "nosuch is no folder",
     "--config-name=x": "--config-dir",
     # choices and files
-    "data=nosuch": "there is no data=nosuch; there are: enwik8, stdlib, text",
+    "data=nosuch": "there is no data=nosuch; there are: binidx, enwik8, stdlib, text",
     "experiment=nosuch": "there is no experiment=nosuch",
     "callbacks=[default,nosuch]": "there is no callbacks=nosuch; there are: best, default, device_stats, "
     "early_stopping, ema, last, sample_text, weight_averaging",

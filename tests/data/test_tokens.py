@@ -121,8 +121,8 @@ def test_a_damaged_vocabulary_is_one_line(stored: object) -> None:
 
 
 def test_an_unknown_kind_names_the_known() -> None:
-    with pytest.raises(UserError, match=r"vocab=20b is not available.*byte, char"):
-        Vocabulary("20b")
+    with pytest.raises(UserError, match=r"vocab=word is not available.*byte, char, 20b"):
+        Vocabulary("word")
 
 
 TEXT = ("Zwölf Boxkämpfer jagen Viktor 😀 " * 20 + "über den großen Sylter Deich: 漢字").encode() + b"\xff\xe6\xbc\n"

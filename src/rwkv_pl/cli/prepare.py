@@ -27,9 +27,15 @@ from torch import nn
 
 from rwkv_pl.cli.app import load_target, one_line
 from rwkv_pl.config import Train, UserError
-from rwkv_pl.data.datamodule import CorpusDataModule, Enwik8DataModule, EvalBatches, StdlibDataModule
+from rwkv_pl.data.datamodule import (
+    BinidxDataModule,
+    CorpusDataModule,
+    Enwik8DataModule,
+    EvalBatches,
+    StdlibDataModule,
+)
 from rwkv_pl.data.order import micro_batch_rows
-from rwkv_pl.data.tokens import Vocabulary
+from rwkv_pl.data.tokens import Vocabulary, read_vocabulary
 from rwkv_pl.model import VERSIONS
 from rwkv_pl.ops.wkv4 import use_kernel, wkv4
 from rwkv_pl.training.checkpoints import BestCheckpoint, DurableCheckpointIO, LastCheckpoint
@@ -117,6 +123,11 @@ def prepare(config: Train, cwd: Path, resume_from: Path | None) -> Prepared:
             raise UserError(
                 f"weights={config.weights} was trained with data.vocab={vocabulary.kind}, "
                 f"the config has {config.data.vocab}: give data.vocab={vocabulary.kind} too"
+            )
+        if vocabulary and config.data.vocab_path and read_vocabulary(cwd / config.data.vocab_path) != vocabulary:
+            raise UserError(
+                f"data.vocab_path={config.data.vocab_path} is not the tokenizer that weights={config.weights} was "
+                "trained with, which it holds: leave it out"
             )
     data = build_data(config, cwd, vocabulary)
     data.prepare_data()
@@ -224,6 +235,7 @@ def build_data(config: Train, cwd: Path, vocabulary: Vocabulary | None) -> Corpu
         "num_workers": data.num_workers,
         "eval_batch_size": data.eval_batch_size,
         "vocabulary": vocabulary,
+        "vocab_path": cwd / data.vocab_path if data.vocab_path else None,
     }
     if data.name == "stdlib":
         return StdlibDataModule(**common)
@@ -231,6 +243,8 @@ def build_data(config: Train, cwd: Path, vocabulary: Vocabulary | None) -> Corpu
     if data.name == "enwik8":
         return Enwik8DataModule(cwd / data.path, **({"url": data.url} if data.url else {}), **common)
     train, val, test = data.split
+    if data.name == "binidx":
+        return BinidxDataModule(cwd / data.path, split=(train, val, test), **common)
     val_path = None if data.val_path is None else cwd / data.val_path
     return CorpusDataModule(cwd / data.path, split=(train, val, test), val_path=val_path, field=data.field, **common)
 
@@ -347,6 +361,8 @@ def _baselines(config: Train, data: CorpusDataModule) -> dict[str, float]:
         return {}
     targets = np.concatenate([windows[i][:, 1:].flatten().numpy() for i in range(n_batches)])
     text = data.vocabulary.decode(targets[targets >= 0])
+    if not 0 < len(text) <= BASELINE_BYTES:
+        return {}
     gzip = zlib.compressobj(9, zlib.DEFLATED, 31)
     sizes = {"gzip -9": len(gzip.compress(text) + gzip.flush()), "xz -9": len(lzma.compress(text, preset=9))}
     return {name: 8 * size / len(text) for name, size in sizes.items()}

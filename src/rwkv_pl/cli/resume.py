@@ -23,6 +23,7 @@ FIXED = (
     "data.batch_size",
     "data.ctx_len",
     "data.vocab",
+    "data.vocab_path",
     "data.split",
     "model.name",
     "model.n_layer",
@@ -95,8 +96,9 @@ class StoredRun:
         _apply(config, entry)
         values = {o.key_or_group: o.value() for o in later if not is_group_choice(o)}
         for key in ("data.path", "data.val_path"):
-            if (path := values.get(key)) and is_there(Path(str(path))):
-                values[key] = str(Path(str(path)).absolute())  # typed here and now, wherever the run began
+            path = str(values.get(key) or "")
+            if path and (is_there(Path(path)) or Path(f"{path}.bin").exists()):
+                values[key] = str(Path(path).absolute())  # typed here and now, wherever the run began
         for key in values:
             require_key(key, config)
         _apply(config, {"remove": [], "set": values})

@@ -204,8 +204,9 @@ def _require_one_good(own: list[str], told: Sequence[Override], config_dir: str 
             for key, path in texts.items() if config.data.name == "text" else ():
                 if path and not is_there(Path(path)):
                     raise UserError(f"{key}={path}: no such file")
-            if config.weights and not Path(config.weights).exists():
-                raise UserError(f"weights={config.weights}: no such file")
+            for key, path in {"data.vocab_path": config.data.vocab_path, "weights": config.weights}.items():
+                if path and not Path(path).exists():
+                    raise UserError(f"{key}={path}: no such file")
             return
         except UserError as error:
             first = first or error

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from rwkv_pl.config import UserError
 from rwkv_pl.data import corpus as corpora
 from rwkv_pl.data import order
+from rwkv_pl.data.binidx import binidx, open_binidx
 from rwkv_pl.data.corpus import Corpus
 from rwkv_pl.data.tokens import TokenFile, Tokens, Vocabulary, build_vocabulary, open_tokens
 from rwkv_pl.files import cache_folder
@@ -86,8 +87,9 @@ class CorpusDataModule(LightningDataModule):
     """A text file, folder or glob, split by fractions of its bytes, or validated on ``val_path``: see ``corpus.text``.
 
     ``batch_size`` counts the sequences of one optimizer step over all devices and accumulated batches;
-    ``eval_batch_size`` those of one validation or test batch on one device. ``vocab``: "byte" or "char";
-    ``vocabulary``, one that a checkpoint brought, is used instead where it is given.
+    ``eval_batch_size`` those of one validation or test batch on one device. ``vocab``: "byte", "char" or "20b", which
+    is read from the json ``vocab_path``; ``vocabulary``, one that a checkpoint brought, is used instead where it is
+    given.
 
     After ``setup``: ``corpus``, ``vocabulary``, ``train_tokens`` and ``steps_per_pass``. Without a trainer the loaders
     are those of one device from step 0.
@@ -105,6 +107,7 @@ class CorpusDataModule(LightningDataModule):
         batch_size: int = 1,
         ctx_len: int = 1024,
         vocab: str = "byte",
+        vocab_path: str | Path | None = None,
         split: tuple[float, float, float] = (0.9, 0.05, 0.05),
         val_path: str | Path | None = None,
         field: str = "text",
@@ -118,6 +121,7 @@ class CorpusDataModule(LightningDataModule):
         self.batch_size, self.ctx_len, self.seed = batch_size, ctx_len, seed
         self.vocab, self.split = vocab, split
         self.val_path, self.field = val_path, field
+        self.vocab_path = Path(vocab_path) if vocab_path is not None else None
         self.num_workers, self.eval_batch_size = num_workers, eval_batch_size
         self._given_vocabulary = vocabulary
         self._file: TokenFile | None = None
@@ -158,7 +162,7 @@ class CorpusDataModule(LightningDataModule):
         """What is trained on, in one line."""
         train, val, test = (f"{hi - lo:,}" for lo, hi in self._opened.splits)
         return (
-            f"{self.corpus}: {self.corpus.splits.test[1]:,} bytes, "
+            f"{self.corpus}: {sum(self._opened.n_bytes):,} bytes, "
             f"{train} / {val} / {test} tokens to train / validate / test, "
             f"vocabulary {self.vocabulary.kind} ({self.vocabulary.size})"
         )
@@ -207,7 +211,7 @@ class CorpusDataModule(LightningDataModule):
 
     def _open(self) -> tuple[Corpus, Vocabulary, TokenFile]:
         corpus = self.open_corpus()
-        vocabulary = self._given_vocabulary or build_vocabulary(self.vocab, corpus)
+        vocabulary = self._given_vocabulary or build_vocabulary(self.vocab, corpus, self.vocab_path)
         return corpus, vocabulary, open_tokens(corpus, vocabulary)
 
     def _place(self) -> tuple[int, int]:
@@ -250,3 +254,15 @@ class StdlibDataModule(CorpusDataModule):
 
     def open_corpus(self) -> Corpus:
         return corpora.stdlib()
+
+
+class BinidxDataModule(CorpusDataModule):
+    """Token ids in Megatron's format, ``path``.bin and ``path``.idx, split by fractions between documents.
+
+    ``vocab`` says what spells them: "byte" or "20b". The other arguments are those of CorpusDataModule.
+    """
+
+    def _open(self) -> tuple[Corpus, Vocabulary, TokenFile]:
+        corpus, index = binidx(self.path, self.split)
+        vocabulary = self._given_vocabulary or build_vocabulary(self.vocab, corpus, self.vocab_path)
+        return corpus, vocabulary, open_binidx(corpus, index, vocabulary)

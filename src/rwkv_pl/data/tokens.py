@@ -1,11 +1,12 @@
 """From bytes to tokens and back: the vocabulary, and the token file that training reads through a memory map.
 
-With the vocabulary ``byte`` the corpus is the token file. With ``char`` it is derived once, in pieces, so that neither
-way the size of a corpus costs memory.
+With the vocabulary ``byte`` the corpus is the token file. With the others it is derived once, in pieces, so that
+neither way the size of a corpus costs memory.
 """
 
 import functools
 import itertools
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,16 @@ from rwkv_pl.files import cache_folder, digest_of, publish, read_record, write_r
 
 Tokens = npt.NDArray[np.unsignedinteger]
 
-KINDS = ("byte", "char")
+KINDS = ("byte", "char", "20b")
 CHUNK = 1 << 22
+
+
+class NotSpelled(UserError):
+    """A text that a vocabulary has no tokens for, from byte ``offset`` on."""
+
+    def __init__(self, offset: int, why: str, where: str = "the text") -> None:
+        super().__init__(f"byte {offset:,} of {where} {why}")
+        self.offset, self.why = offset, why
 
 
 class Vocabulary:
@@ -28,14 +37,20 @@ class Vocabulary:
 
     ``byte``: 256 tokens, the bytes. ``char``: the 256 bytes first, then ``characters``, the ones that UTF-8 spells in
     more than one byte, in the order of their code points. A character that is not among them, and whatever is not
-    UTF-8, is spelled in byte tokens, so bits per byte stay exact on any text.
+    UTF-8, is spelled in byte tokens, so bits per byte stay exact on any text. (``20b`` is not of this class but of
+    ``tokenizer.Vocabulary20B``, which says what it does otherwise.)
 
     Raises UserError for another kind, ValueError for characters that cannot be such tokens.
     """
 
+    document_end = 10
+    """The token that stands between documents, and before a text that begins from nothing: here the newline."""
+
     def __init__(self, kind: str = "byte", characters: str = "") -> None:
         if kind not in KINDS:
             raise UserError(f"vocab={kind} is not available: choose one of {', '.join(KINDS)}")
+        if kind == "20b":
+            raise ValueError("vocabulary 20b is made of its json")
         points = np.array([ord(character) for character in characters], np.int64)
         surrogates = (points >= 0xD800) & (points < 0xE000)
         if (kind == "byte" and characters) or np.any(np.diff(points, prepend=0x7F) <= 0) or np.any(surrogates):
@@ -48,8 +63,6 @@ class Vocabulary:
             [np.ones(256, np.int64), 2 + (points >= 0x800).astype(np.int64) + (points >= 0x10000)]
         )
         """(size,) int64: how many bytes of text each token stands for."""
-        self.document_end = ord("\n")
-        """The token that a text follows which begins from nothing."""
         # Row i spells token i, from the left.
         self._spelling = np.zeros((self.size, 4), np.uint8)
         self._spelling[:256, 0] = np.arange(256)
@@ -73,6 +86,20 @@ class Vocabulary:
             keep[starts[lengths > i] + i] = False
         return ids[keep]
 
+    def encode_documents(self, text: bytes | npt.NDArray[np.uint8], ends: Iterable[int]) -> Tokens:
+        """The ids of ``text``, which has the end of a document at each of the bytes ``ends``, in order.
+
+        In bytes and characters that byte, a newline, is the end; 20b has ``document_end`` instead of it.
+        """
+        return self.encode(text)
+
+    def cut(self, data: npt.NDArray[np.uint8], lo: int, at: int) -> int:
+        """The last place in (lo, at] of ``data`` (N,) where the ids of the whole are those of the two parts.
+
+        ``lo``, where the text begins, if there is none.
+        """
+        return character_start(data, at)
+
     def decode(self, ids: npt.ArrayLike) -> bytes:
         """The text of ``ids`` (n,), any integers in [0, size); a cut inside a character that bytes spell stays one."""
         index = np.asarray(ids, np.int64)
@@ -87,8 +114,12 @@ class Vocabulary:
     def from_dict(cls, stored: dict[str, Any]) -> "Vocabulary":
         """The vocabulary that ``to_dict`` wrote. Raises UserError where ``stored`` is none, or of an unknown kind."""
         try:
+            if stored["kind"] == "20b":
+                from rwkv_pl.data.tokenizer import Vocabulary20B  # its library is for those who use it
+
+                return Vocabulary20B(str(stored["tokenizer"]))
             return cls(str(stored["kind"]), str(stored.get("characters", "")))
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
             raise UserError(f"the stored vocabulary is damaged: {error!r}") from error
 
     @property
@@ -100,7 +131,7 @@ class Vocabulary:
         return isinstance(other, Vocabulary) and self.to_dict() == other.to_dict()
 
     def __hash__(self) -> int:
-        return hash((self.kind, self.characters))
+        return hash(self.digest)
 
     def __repr__(self) -> str:
         return f"Vocabulary({self.kind!r}, size={self.size})"
@@ -109,7 +140,7 @@ class Vocabulary:
 class TokenFile:
     """Ids one after the other in a file, and the ranges of the splits, in tokens.
 
-    digest: of the file's content, by ``file_digest``.
+    digest: of the file's content, by ``file_digest``. n_bytes: how many bytes of text the splits stand for.
     """
 
     def __init__(
@@ -118,9 +149,10 @@ class TokenFile:
         dtype: np.dtype[np.unsignedinteger],
         splits: Splits,
         digest: str,
+        n_bytes: tuple[int, int, int],
         stamp: tuple[int, int] | None = None,
     ) -> None:
-        self.path, self.dtype, self.splits, self.digest = path, dtype, splits, digest
+        self.path, self.dtype, self.splits, self.digest, self.n_bytes = path, dtype, splits, digest, n_bytes
         self._stamp = stamp or _stamp(path)
 
     @functools.cached_property
@@ -132,6 +164,13 @@ class TokenFile:
         """The tokens of "train", "val" or "test", mapped, not read."""
         lo, hi = getattr(self.splits, name)
         return self.tokens[lo:hi]
+
+    def split_bytes(self, name: str) -> int:
+        """How many bytes the corpus file has between the edges of "train", "val" or "test".
+
+        Of the file itself, whatever its tokens spell: a vocabulary that normalises may spell some more, or fewer.
+        """
+        return self.n_bytes[Splits._fields.index(name)]
 
     def check(self) -> None:
         """Raises UserError where the file is no longer the one that was opened; asks for its size and time alone."""
@@ -149,7 +188,7 @@ class TokenFile:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # To a worker process goes the name: a memory map would be sent as the whole content.
-        return TokenFile, (self.path, self.dtype, self.splits, self.digest, self._stamp)
+        return TokenFile, (self.path, self.dtype, self.splits, self.digest, self.n_bytes, self._stamp)
 
 
 def _stamp(path: Path) -> tuple[int, int]:
@@ -158,54 +197,99 @@ def _stamp(path: Path) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def build_vocabulary(kind: str, corpus: Corpus) -> Vocabulary:
-    """The vocabulary of a corpus: for ``char``, of its training split, found once and kept in the cache folder.
+def build_vocabulary(kind: str, corpus: Corpus, vocab_path: Path | None = None) -> Vocabulary:
+    """The vocabulary of a corpus: for ``char``, of its training split, found once and kept in the cache folder; for
+    ``20b``, of the json ``vocab_path``.
 
-    Raises UserError for an unknown kind.
+    Raises UserError for an unknown kind, and where there is no such json.
     """
+    if kind == "20b":
+        if vocab_path is None:
+            raise UserError(
+                "data.vocab=20b needs the tokenizer's json: data.vocab_path=20B_tokenizer.json (it is in the source of "
+                "the official RWKV-4 code, and with GPT-NeoX-20B as tokenizer.json)"
+            )
+        return read_vocabulary(vocab_path)
     if kind != "char":
         return Vocabulary(kind)
-    path = cache_folder() / "tokens" / f"char-{digest_of(_source(corpus))[:16]}.json"
-    with writing(path.parent), FileLock(path.with_suffix(".lock")):
-        stored = read_record(path)
-        if stored is None:
-            seen = np.zeros(0x110000, bool)
-            data = np.memmap(corpus.path, np.uint8, mode="r")
-            train = _character_splits(corpus, data).train
-            for lo, hi in _chunks(data, *train):
-                seen[_long_characters(data[lo:hi])[2]] = True
-            stored = Vocabulary("char", "".join(map(chr, np.flatnonzero(seen)))).to_dict()
-            write_record(path, stored)
-        return Vocabulary.from_dict(stored)
+
+    def found() -> dict[str, Any]:
+        seen = np.zeros(0x110000, bool)
+        data = np.memmap(corpus.path, np.uint8, mode="r")
+        for lo, hi in _chunks(Vocabulary("char"), data, *_character_splits(corpus, data).train):
+            seen[_long_characters(data[lo:hi])[2]] = True
+        return Vocabulary("char", "".join(map(chr, np.flatnonzero(seen)))).to_dict()
+
+    return Vocabulary.from_dict(kept(f"char-{digest_of(_source(corpus))[:16]}.json", found))
+
+
+def read_vocabulary(path: Path) -> Vocabulary:
+    """The vocabulary ``20b`` of its json. Raises UserError where ``path`` is none."""
+    from rwkv_pl.data.tokenizer import Vocabulary20B  # its library is for those who use it
+
+    return Vocabulary20B.read(path)
 
 
 def open_tokens(corpus: Corpus, vocabulary: Vocabulary) -> TokenFile:
     """The corpus in tokens of ``vocabulary``, encoded at its first use and kept in the cache folder.
 
-    Where a split's edge would cut a character the split moves back to that character's start.
+    Where a split's edge would cut a character the split moves back to that character's start. Raises UserError where
+    the vocabulary cannot spell the corpus.
     """
     if vocabulary.kind == "byte":
-        return TokenFile(corpus.path, vocabulary.dtype, corpus.splits, corpus.digest)
-    key = digest_of([*_source(corpus), vocabulary.digest])[:16]
-    path = cache_folder() / "tokens" / f"{corpus.name}-{key}.{vocabulary.dtype.name}"
+        n_bytes = _lengths(corpus.splits)
+        return TokenFile(corpus.path, vocabulary.dtype, corpus.splits, corpus.digest, n_bytes)
+    data = np.memmap(corpus.path, np.uint8, mode="r")
+    splits = _character_splits(corpus, data)
+    key = [*_source(corpus), vocabulary.digest]
+    if corpus.ends_path is not None:
+        key.append(file_digest(corpus.ends_path))
+    path = cache_folder() / "tokens" / f"{corpus.name}-{digest_of(key)[:16]}.{vocabulary.dtype.name}"
     about = path.with_suffix(".json")
     with writing(path.parent), FileLock(path.with_suffix(".lock")):
         # Published last: where it is, the tokens are; and where they are not what it says, they are made again.
         stored = read_record(about)
         if stored is None or not path.is_file() or file_digest(path) != stored["digest"]:
-            data = np.memmap(corpus.path, np.uint8, mode="r")
+            document_ends = corpus.document_ends
             ends, count = [], 0
             with publish(path) as file:
-                for split in _character_splits(corpus, data):
-                    for lo, hi in _chunks(data, *split):
-                        ids = vocabulary.encode(data[lo:hi])
+                for split in splits:
+                    for lo, hi in watched(_chunks(vocabulary, data, *split), f"encoding {corpus.name}"):
+                        inside = slice(*np.searchsorted(document_ends, (lo, hi)))
+                        try:
+                            ids = vocabulary.encode_documents(data[lo:hi], document_ends[inside] - lo)
+                        except NotSpelled as error:
+                            raise NotSpelled(
+                                lo + error.offset, f"{error.why}; data.vocab=byte takes any file", str(corpus.path)
+                            ) from error
                         file.write(ids.data)
                         count += len(ids)
                     ends.append(count)
             stored = {"ends": ends, "digest": file_digest(path)}
             write_record(about, stored)
         train, val, test = stored["ends"]
-        return TokenFile(path, vocabulary.dtype, Splits((0, train), (train, val), (val, test)), stored["digest"])
+        edges = Splits((0, train), (train, val), (val, test))
+        return TokenFile(path, vocabulary.dtype, edges, stored["digest"], _lengths(splits))
+
+
+def kept(name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What ``make`` returns, made once and kept as ``name`` in the cache folder."""
+    path = cache_folder() / "tokens" / name
+    with writing(path.parent), FileLock(path.with_suffix(".lock")):
+        stored = read_record(path)
+        if stored is None:
+            stored = make()
+            write_record(path, stored)
+        return stored
+
+
+def watched(pieces: list[tuple[int, int]], what: str) -> Iterable[tuple[int, int]]:
+    """The pieces, with a bar on a terminal while they are worked off."""
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    return track(pieces, what, console=console, transient=True, disable=not console.is_terminal)
 
 
 def _long_characters(
@@ -231,15 +315,23 @@ def _long_characters(
     return starts[good], lengths[good], points[good]
 
 
-def _chunks(data: npt.NDArray[np.uint8], lo: int, hi: int) -> list[tuple[int, int]]:
-    """Ranges of about CHUNK bytes that make up [lo, hi) and cut no character."""
-    edges = [lo, *(character_start(data, at) for at in range(lo + CHUNK, hi, CHUNK)), hi]
-    return list(itertools.pairwise(edges))
+def _chunks(vocabulary: Vocabulary, data: npt.NDArray[np.uint8], lo: int, hi: int) -> list[tuple[int, int]]:
+    """Ranges of about CHUNK bytes that make up [lo, hi), cut where the tokens do not tell; longer where there is no
+    such place."""
+    edges = [lo]
+    for at in range(lo + CHUNK, hi, CHUNK):
+        edges.append(vocabulary.cut(data, edges[-1], at))
+    return [(begin, end) for begin, end in itertools.pairwise([*edges, hi]) if begin < end]
 
 
 def _character_splits(corpus: Corpus, data: npt.NDArray[np.uint8]) -> Splits:
     train, val = (character_start(data, end) for _, end in corpus.splits[:2])
     return Splits((0, train), (train, val), (val, corpus.splits.test[1]))
+
+
+def _lengths(splits: Splits) -> tuple[int, int, int]:
+    train, val, test = (hi - lo for lo, hi in splits)
+    return train, val, test
 
 
 def _source(corpus: Corpus) -> list[Any]:

@@ -1,0 +1,170 @@
+"""Megatron's binidx: a file of token ids and its index, the form in which existing RWKV trainers keep their corpora.
+
+PREFIX.bin: the ids of all sequences, one after the other. PREFIX.idx, little endian:
+
+    9 bytes  MMIDIDX and two zeros    uint64  version, 1    uint8   code of the ids' dtype
+    uint64   S, sequences             uint64  D, entries of the list of documents
+    (S,) int32 lengths in ids         (S,) int64 places in PREFIX.bin, in bytes
+    (D,) int64 first sequence of each document; most writers add S at the end
+
+The ids are read where they lie, mapped and not copied. Whether a document ends in a token that says so (0 in those of
+the RWKV tools) is as its writer had it: nothing is added.
+"""
+
+import bisect
+import struct
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from rwkv_pl.config import UserError
+from rwkv_pl.data.corpus import Corpus, Splits, file_digest
+from rwkv_pl.data.tokens import TokenFile, Vocabulary, kept, watched
+from rwkv_pl.files import digest_of
+
+MAGIC = b"MMIDIDX\0\0"
+HEADER = struct.Struct("<9sQBQQ")
+DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2", 9: "<u4", 10: "<u8"}
+FLOATS = (6, 7)
+BLOCK = 1 << 22
+
+
+class Index(NamedTuple):
+    """What PREFIX.idx says, found to be true of PREFIX.bin."""
+
+    path: Path
+    """PREFIX.bin."""
+    dtype: np.dtype[np.integer]
+    n_tokens: int
+    sequence_starts: npt.NDArray[np.int64]
+    """(S,) in bytes, mapped."""
+    documents: npt.NDArray[np.int64]
+    """(D,) first sequence of each, mapped; S: none."""
+
+    def document_start(self, at: int) -> int:
+        """Where the document begins that token ``at`` is of."""
+
+        def start(sequence: int) -> int:
+            there = sequence < len(self.sequence_starts)
+            return int(self.sequence_starts[sequence]) // self.dtype.itemsize if there else self.n_tokens
+
+        i = bisect.bisect_right(self.documents, at, key=start)
+        return start(self.documents[i - 1]) if i else 0
+
+
+def binidx(path: Path, split: tuple[float, float, float]) -> tuple[Corpus, Index]:
+    """PREFIX.bin and PREFIX.idx, of which ``path`` is the prefix or either name, split by fractions of the tokens.
+
+    The edges move back to the start of the document they cut; where so few documents leave a split empty, they stay.
+    The corpus is PREFIX.bin, its ``splits`` are of tokens.
+
+    Raises UserError where a file is missing or is not what the format says.
+    """
+    try:
+        index = _read_index(_prefix(path), path)
+        content = file_digest(index.path)
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename or path}: {error.strerror}") from error
+    n = index.n_tokens
+    cuts = round(n * split[0]), round(n * (split[0] + split[1]))
+    train, val = map(index.document_start, cuts)
+    if not 0 < train < val < n:
+        train, val = cuts
+    splits = Splits((0, train), (train, val), (val, n))
+    return Corpus(index.path.stem, index.path.absolute(), splits, content, str(path)), index
+
+
+def open_binidx(corpus: Corpus, index: Index, vocabulary: Vocabulary) -> TokenFile:
+    """The ids of a corpus, of which each is found to be one of ``vocabulary``: once, a file that does not change.
+
+    The bytes of a split are those that its tokens spell. Raises UserError where an id is none of the vocabulary.
+    """
+
+    def counted() -> dict[str, Any]:
+        return {"n_bytes": [_count(index, vocabulary, *split) for split in corpus.splits]}
+
+    key = [corpus.digest, index.path.stat().st_mtime_ns, index.dtype.str, corpus.splits, vocabulary.digest]
+    train, val, test = kept(f"binidx-{digest_of(key)[:16]}.json", counted)["n_bytes"]
+    # None of the ids is negative, so that they may be read without their sign, as all others are.
+    unsigned = np.dtype(f"<u{index.dtype.itemsize}")
+    return TokenFile(index.path, unsigned, corpus.splits, corpus.digest, (train, val, test))
+
+
+def _prefix(path: Path) -> str:
+    return str(path.absolute())[:-4] if path.suffix in (".bin", ".idx") else str(path.absolute())
+
+
+def _read_index(prefix: str, given: Path) -> Index:
+    data, path = Path(prefix + ".bin"), Path(prefix + ".idx")
+    for file in (data, path):
+        if not file.is_file():
+            raise UserError(
+                f"data.path={given}: there is no {file}; a binidx corpus is PREFIX.bin and PREFIX.idx, "
+                "if they were moved, give data.path= where they are now"
+            )
+    n_index, n_data = path.stat().st_size, data.stat().st_size
+    with path.open("rb") as opened:
+        header = opened.read(HEADER.size)
+    if not header.startswith(MAGIC) or len(header) < HEADER.size:
+        raise UserError(
+            f"{path} is no binidx index: it does not begin with MMIDIDX and a header of {HEADER.size} bytes"
+        )
+    _, version, code, n_sequences, n_documents = HEADER.unpack(header)
+    if version != 1:
+        raise UserError(f"{path} is of version {version} of the binidx format, known is 1")
+    if code not in DTYPES:
+        what = "floating-point numbers" if code in FLOATS else f"values of an unknown kind (code {code})"
+        raise UserError(f"{path} says that {data.name} holds {what}: token ids are whole numbers")
+    expected = HEADER.size + 12 * n_sequences + 8 * n_documents
+    if n_index != expected:
+        raise UserError(
+            f"{path} has {n_index:,} bytes, an index of {n_sequences:,} sequences and {n_documents:,} documents has "
+            f"{expected:,}: it is cut short, or not what its header says; copy or make it again"
+        )
+    dtype = np.dtype(DTYPES[code])
+    if n_sequences == 0 or n_data == 0:
+        raise UserError(f"data.path={given} is empty: {data} has {n_data:,} bytes in {n_sequences:,} sequences")
+
+    def mapped(kind: str, offset: int, count: int) -> npt.NDArray[Any]:
+        return np.asarray(np.memmap(path, kind, mode="r", offset=offset, shape=count)) if count else np.zeros(0, kind)
+
+    lengths = mapped("<i4", HEADER.size, n_sequences)
+    starts = mapped("<i8", HEADER.size + 4 * n_sequences, n_sequences)
+    documents = mapped("<i8", HEADER.size + 12 * n_sequences, n_documents)
+    end = 0
+    for lo in range(0, n_sequences, BLOCK):
+        n_bytes = lengths[lo : lo + BLOCK].astype(np.int64) * dtype.itemsize
+        ends = end + np.cumsum(n_bytes)
+        wrong = np.flatnonzero((n_bytes < 0) | (starts[lo : lo + BLOCK] != ends - n_bytes))
+        if wrong.size:
+            raise UserError(
+                f"{path}: sequence {lo + int(wrong[0]):,} does not follow the one before it in {data.name}; "
+                "only ids without gaps are read: make the corpus again"
+            )
+        end = int(ends[-1])
+    if end != n_data:
+        raise UserError(f"{data} has {n_data:,} bytes, its index {path.name} makes them {end:,}: copy or make it again")
+    for lo in range(0, n_documents, BLOCK):
+        some = documents[max(lo - 1, 0) : lo + BLOCK]
+        if some[0] < 0 or some[-1] > n_sequences or np.any(np.diff(some) < 0):
+            raise UserError(f"{path}: its documents do not follow each other in its {n_sequences:,} sequences")
+    return Index(data, dtype, n_data // dtype.itemsize, starts, documents)
+
+
+def _count(index: Index, vocabulary: Vocabulary, lo: int, hi: int) -> int:
+    """The bytes that the tokens [lo, hi) spell."""
+    tokens, n_bytes = np.memmap(index.path, index.dtype, mode="r"), 0
+    blocks = [(at, min(at + BLOCK, hi)) for at in range(lo, hi, BLOCK)]
+    for begin, end in watched(blocks, f"counting the bytes of {index.path.name}"):
+        block = tokens[begin:end]
+        unknown = np.flatnonzero((block < 0) | (block >= vocabulary.size))
+        if unknown.size:
+            at = int(unknown[0])
+            raise UserError(
+                f"{index.path}: token {begin + at:,} is {block[at]}, vocabulary {vocabulary.kind} has "
+                f"{vocabulary.size:,}: data.vocab must be what it was written with"
+            )
+        n_bytes += int(np.bincount(block.astype(np.int64), minlength=vocabulary.size) @ vocabulary.bytes_per_token)
+    return n_bytes

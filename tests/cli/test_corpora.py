@@ -1,0 +1,122 @@
+"""Runs on what other programs left: the official tokenizer's json, Megatron's token files."""
+
+import json
+import shutil
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from command import SMALL, TEXT
+from small_20b import small_20b
+
+from rwkv_pl import load_weights
+from rwkv_pl.data.tokenizer import Vocabulary20B
+
+VOCABULARY = Vocabulary20B(small_20b())
+SMALL_20B = (*SMALL, "data.vocab=20b", "data.vocab_path=tokenizer.json")
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Path:
+    path = tmp_path / "tokenizer.json"
+    path.write_text(small_20b(), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def megatron(tmp_path: Path) -> Path:
+    """corpus.bin and corpus.idx of uint16, in documents that end in token 0."""
+    documents = [[*VOCABULARY.encode(line).tolist(), 0] for line in TEXT.splitlines(keepends=True)]
+    lengths = np.array([len(document) for document in documents], "<i4")
+    starts = (np.cumsum(lengths) - lengths).astype("<i8") * 2
+    header = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 8, len(documents), len(documents) + 1)
+    index = header + lengths.tobytes() + starts.tobytes() + np.arange(len(documents) + 1, dtype="<i8").tobytes()
+    (tmp_path / "corpus.idx").write_bytes(index)
+    (tmp_path / "corpus.bin").write_bytes(np.concatenate(documents).astype("<u2").tobytes())
+    return tmp_path / "corpus"
+
+
+def weights_of(run: Path) -> dict[str, torch.Tensor]:
+    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+
+
+def test_a_run_in_20b_needs_its_json_once(train, tokenizer, tmp_path):
+    result = train(*SMALL_20B, "trainer.max_steps=6", "hydra.run.dir=unbroken")
+    assert result.code == 0, result.err
+    assert f"vocabulary 20b ({VOCABULARY.size})" in result.out
+    for shown in (f"{len(TEXT):,} bytes", "gzip -9", "this model"):
+        assert shown in result.out
+    assert train(*SMALL_20B, "hydra.run.dir=run").code == 0
+    tokenizer.unlink()
+    shutil.move(tmp_path / "run", tmp_path / "moved")
+    result = train("resume=moved", "trainer.max_steps=6")
+    assert result.code == 0, result.err
+    ours, theirs = weights_of(tmp_path / "moved"), weights_of(tmp_path / "unbroken")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert json.loads((tmp_path / "moved" / "vocab.json").read_text()) == VOCABULARY.to_dict()
+    model, vocabulary = load_weights(tmp_path / "moved")
+    assert vocabulary == VOCABULARY
+    assert model.config.vocab_size == VOCABULARY.size
+    # Weights bring their vocabulary along; that of another json is not theirs.
+    result = train(*SMALL, "data.vocab=20b", "weights=moved", "hydra.run.dir=tuned")
+    assert result.code == 0, result.err
+    tokenizer.write_text(small_20b().replace('"dropout":null', '"dropout":0.0'), encoding="utf-8")
+    result = train(*SMALL_20B, "weights=moved")
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert "data.vocab_path=tokenizer.json is not the tokenizer that weights=moved was trained with" in result.err
+    result = train("resume=moved", "trainer.max_steps=8", "data.vocab_path=other.json")
+    assert "data.vocab_path=other.json contradicts the past" in result.err
+
+
+def test_a_run_on_megatron_s_files(train, tokenizer, megatron, tmp_path):
+    settings = (*SMALL[2:], "data=binidx", "data.path=corpus", "data.vocab_path=tokenizer.json")
+    result = train(*settings, "hydra.run.dir=unbroken", "trainer.max_steps=6")
+    assert result.code == 0, result.err
+    for shown in (f"{len(TEXT):,} bytes", f"vocabulary 20b ({VOCABULARY.size})", "gzip -9", "this model"):
+        assert shown in result.out
+    assert train(*settings, "hydra.run.dir=run").code == 0
+    # The corpus moves too: it is known by its content.
+    for ending in (".bin", ".idx"):
+        shutil.move(f"{megatron}{ending}", tmp_path / f"elsewhere{ending}")
+    result = train("resume=run", "trainer.max_steps=6")
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert "there is no" in result.err
+    result = train("resume=run", "trainer.max_steps=6", "data.path=elsewhere")
+    assert result.code == 0, result.err
+    ours, theirs = weights_of(tmp_path / "run"), weights_of(tmp_path / "unbroken")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    content = (tmp_path / "elsewhere.bin").read_bytes()
+    (tmp_path / "elsewhere.bin").write_bytes(content[2:] + content[:2])
+    result = train("resume=run", "trainer.max_steps=8")
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert "is not the text that" in result.err
+
+
+BAD = {
+    "data.vocab_path=null": "data.vocab=20b needs the tokenizer's json: data.vocab_path=20B_tokenizer.json",
+    "data.vocab_path=nosuch.json": "nosuch.json: No such file",
+    "data.vocab_path=corpus.txt": "corpus.txt is not the json of the 20B tokenizer",
+    "data.vocab=byte": "data.vocab_path is the json of data.vocab=20b, the config has byte: leave it out",
+    "data.path=noise.txt": "byte 7,000 of",
+    "data=binidx data.path=null": "data.path is missing: data=binidx reads PREFIX.bin and PREFIX.idx",
+    "data=binidx data.path=nosuch": "there is no",
+    "data=binidx data.path=corpus.txt": "there is no",
+    "data=binidx data.path=page": "page.idx is no binidx index",
+    "data=binidx data.path=corpus data.vocab=char data.vocab_path=null": "data=binidx takes the vocabulary of its ids",
+    "data=binidx data.path=corpus data.vocab=byte data.vocab_path=null": "vocabulary byte has 256",
+    "data=binidx data.path=corpus data.ctx_len=100000": "one window of data.ctx_len=100000",
+}
+
+
+@pytest.mark.parametrize("arguments", BAD)
+def test_one_line_exit_2_no_folder(train, tokenizer, megatron, tmp_path, arguments):
+    (tmp_path / "noise.txt").write_bytes(TEXT[:7000] + b"\xff" + TEXT)
+    (tmp_path / "page.idx").write_bytes(b"<!DOCTYPE html>" * 9)
+    (tmp_path / "page.bin").write_bytes(b"")
+    before = sorted(tmp_path.rglob("*"))
+    result = train(*SMALL_20B, *arguments.split())
+    assert (result.code, result.err.count("\n")) == (2, 1), result.err
+    assert BAD[arguments] in result.err
+    assert sorted(tmp_path.rglob("*")) == before
