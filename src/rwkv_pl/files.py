@@ -4,6 +4,7 @@ import contextlib
 import errno
 import io
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,6 +48,26 @@ def publish(path: Path) -> Iterator[IO[bytes]]:
         raise OSError(failure.errno, failure.strerror, str(path)) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def publish_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill with files that are on the disk; it bears its name only then, and nothing is left of a failure.
+
+    `folder` is not there, or empty. For one writer at a time. Raises OSError.
+    """
+    partial = folder.with_name(folder.name + PARTIAL)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        _fsync_folder(partial)
+        if folder.exists():
+            folder.rmdir()  # which no system does to one that holds something
+        partial.rename(folder)
+        _fsync_folder(folder.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 class _Remembering(io.FileIO):
