@@ -63,7 +63,7 @@ def publish_folder(folder: Path) -> Iterator[Path]:
         yield partial
         _fsync_folder(partial)
         if folder.exists():
-            folder.rmdir()  # which no system does to one that holds something
+            folder.rmdir()  # Windows renames onto no folder, and no system removes one that holds something
         partial.rename(folder)
         _fsync_folder(folder.parent)
     finally:
