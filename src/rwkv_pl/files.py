@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,6 +70,26 @@ def read_record(path: Path) -> dict[str, Any] | None:
         return stored["content"] if stored["sum"] == digest_of(stored["content"]) else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
+
+
+@contextlib.contextmanager
+def publish_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill with files that are on the disk; it bears its name only then, and nothing is left of a failure.
+
+    `folder` is not there, or empty. For one writer at a time. Raises OSError.
+    """
+    partial = folder.with_name(folder.name + PARTIAL)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        _fsync_folder(partial)
+        if folder.exists():
+            folder.rmdir()  # Windows renames onto no folder, and no system removes one that holds something
+        partial.rename(folder)
+        _fsync_folder(folder.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 class _Remembering(io.FileIO):

@@ -121,7 +121,7 @@ CASES = {
     "weights=.": "no run folder",
     "weights=tensors.pth": "holds no RWKV weights",
     "weights=list.pth": "holds no weights",
-    "weights=larger.pth": "has n_layer 3, the config 2",
+    "weights=larger.pth": "are of 3 x 16, the config has 2 x 16: give model.n_layer=3 model.n_embd=16 too",
     "weights=partial.pth": "does not hold a whole rwkv4 model",
     "weights=rwkv5.pth": "holds a rwkv5 model; known here: rwkv4",
     "resume=nosuch": "is no run folder",

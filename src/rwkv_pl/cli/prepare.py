@@ -43,7 +43,7 @@ from rwkv_pl.training.footprint import Footprint, accumulation_that_fits, footpr
 from rwkv_pl.training.module import LitRWKV
 from rwkv_pl.training.optim import check_schedule
 from rwkv_pl.training.resume import agree, owes_validation, read_own, try_on
-from rwkv_pl.weights import load_weights
+from rwkv_pl.weights import Weights, read_weights
 
 # Compressing more would keep the user waiting for a figure that is only there to compare with.
 BASELINE_BYTES = 4_000_000
@@ -118,7 +118,8 @@ def prepare(config: Train, cwd: Path, resume_from: Path | None) -> Prepared:
         vocabulary, ended = Vocabulary.from_dict(about["vocabulary"]), about["finished"]
         owes = owes_validation(content)
     elif config.weights:
-        loaded, vocabulary = load_weights(cwd / config.weights)
+        loaded = read_weights(cwd / config.weights)
+        vocabulary = loaded.vocabulary
         if vocabulary and vocabulary.kind != config.data.vocab:
             raise UserError(
                 f"weights={config.weights} was trained with data.vocab={vocabulary.kind}, "
@@ -186,7 +187,7 @@ def prepare(config: Train, cwd: Path, resume_from: Path | None) -> Prepared:
         data.train_dataloader().dataset[0]
     except MemoryError as error:
         raise UserError(f"data.batch_size={config.data.batch_size}: one batch does not fit in the memory") from error
-    remarks = [f"weights {config.weights}"] if loaded is not None else []
+    remarks = [f"weights {loaded.path}:\n        {loaded}"] if loaded else []
     if found:
         remarks.append(f"batch   of {config.data.batch_size} as {found} micro-batches: accumulate_grad_batches=auto")
     return Prepared(
@@ -207,20 +208,26 @@ def _accumulation(config: Train, module: LitRWKV, cost: Footprint, trial: Traine
     return found
 
 
-def build_model(config: Train, vocab_size: int, loaded: nn.Module | None) -> nn.Module:
+def build_model(config: Train, vocab_size: int, loaded: Weights | None) -> nn.Module:
     """The config's model, initialised by the seed or with the weights of `loaded`. Raises UserError on a mismatch."""
     model_class, config_class = VERSIONS[config.model.name]
-    size = {key: value for key, value in vars(config.model).items() if key != "name"}
+    here = config_class(vocab_size=vocab_size, **{key: v for key, v in vars(config.model).items() if key != "name"})
+    if loaded:
+        there = loaded.config
+        if (there.n_layer, there.n_embd) != (here.n_layer, here.n_embd):
+            raise UserError(
+                f"weights={config.weights} are of {there.n_layer} x {there.n_embd}, the config has {here.n_layer} x "
+                f"{here.n_embd}: give model.n_layer={there.n_layer} model.n_embd={there.n_embd} too"
+            )
+        if there.vocab_size != here.vocab_size:
+            raise UserError(
+                f"weights={config.weights} know {there.vocab_size:,} tokens, data.vocab={config.data.vocab} has "
+                f"{here.vocab_size:,}: give the data.vocab that they were trained with"
+            )
     torch.manual_seed(config.seed)
-    model = model_class(config_class(vocab_size=vocab_size, **size))
-    if loaded is not None:
-        for key in ("vocab_size", "n_layer", "n_embd"):
-            there, here = getattr(loaded.config, key), getattr(model.config, key)
-            if there != here:
-                raise UserError(
-                    f"weights={config.weights} has {key} {there}, the config {here}: take the size of the weights"
-                )
-        model.load_state_dict(loaded.state_dict())
+    model = model_class(here)
+    if loaded:
+        model.load_state_dict(loaded.tensors)
     return model
 
 

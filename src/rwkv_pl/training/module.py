@@ -20,10 +20,9 @@ from rwkv_pl.config import Optim, RunError, Schedule
 from rwkv_pl.model import VERSIONS
 from rwkv_pl.training.loss import IGNORED, bits_per_byte, count_bytes, cross_entropy, l2wrap, split_tokens
 from rwkv_pl.training.optim import build_optimizer, learning_rate, parameter_groups, write_numbers
+from rwkv_pl.weights import CHECKPOINT_FORMAT
 
 log = logging.getLogger(__name__)
-
-CHECKPOINT_FORMAT = 1
 
 
 class LitRWKV(LightningModule):

@@ -16,6 +16,8 @@ def read_own(path: Path) -> dict[str, Any]:
     if "rwkv_pl" not in content:
         raise UserError(f"{path} was not written by rwkv-train: take it as weights={path}")
     check_about(content["rwkv_pl"], path)
+    if "optimizer_states" not in content and "loops" not in content:
+        raise UserError(f"{path} holds weights without the state of a training: take it as weights={path}")
     if type(content.get("global_step")) is not int or content["global_step"] < 0:
         raise DamagedError(f"{path} is not a whole checkpoint: it does not say its step")
     return content

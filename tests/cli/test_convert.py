@@ -1,0 +1,258 @@
+"""rwkv-convert as a command: what it writes, what it says, and what it leaves alone."""
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from command import SMALL, Result
+from test_disk_full import small_disk  # noqa: F401
+
+from rwkv_pl import RWKV4, RWKV4Config, load_weights
+from rwkv_pl.cli.convert import main
+from rwkv_pl.data.tokens import Vocabulary
+from rwkv_pl.weights import read_weights
+
+TRAINED = (*SMALL, "model.n_embd=64", "optim.lr=3e-3", "data.ctx_len=32", "trainer.max_steps=60")
+
+
+@pytest.fixture
+def convert(tmp_path, monkeypatch, capfd):
+    """convert(*arguments) -> Result, as the command does it, in `tmp_path`."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> Result:
+        monkeypatch.setattr(sys, "argv", ["rwkv-convert", *arguments])
+        capfd.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as exit:
+            code = int(exit.code or 0)
+        streams = capfd.readouterr()
+        return Result(code, streams.out, streams.err)
+
+    return run
+
+
+@pytest.fixture
+def official(tmp_path) -> Path:
+    """An official file, no parameter of which is as it was initialised."""
+    torch.manual_seed(1)
+    model = RWKV4(RWKV4Config(256, 2, 16))
+    tensors = {name: value + 0.2 * torch.randn_like(value) for name, value in model.state_dict().items()}
+    tensors["ln_out.bias"][0] = 0.0
+    torch.save(tensors, tmp_path / "official.pth")
+    return tmp_path / "official.pth"
+
+
+def assert_refused(result: Result, told: str, code: int = 2) -> None:
+    assert (result.code, result.err.count("\n")) == (code, 1), result.err
+    assert result.err.startswith("rwkv-convert: ")
+    assert told in result.err
+    assert "Traceback" not in result.err + result.out
+
+
+def test_a_trained_model_speaks_elsewhere_and_comes_back(train, convert, tmp_path):
+    assert train(*TRAINED, "hydra.run.dir=run").code == 0
+    result = convert("run", "folder")
+    assert result.code == 0, result.err
+    assert "run/checkpoints/best.ckpt" in result.out
+    assert convert("folder", "official.pth").code == 0
+    assert convert("official.pth", "back.ckpt").code == 0
+    there = torch.load(tmp_path / "run" / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
+    back = torch.load(tmp_path / "back.ckpt", weights_only=True)["state_dict"]
+    assert there.keys() == back.keys()
+    assert all(torch.equal(value.view(torch.int32), back[name].view(torch.int32)) for name, value in there.items())
+
+    model, vocabulary = load_weights(tmp_path / "folder")
+    assert vocabulary == Vocabulary()
+    tokens = torch.tensor([list(b"def test_weights_of_a_run_start_another(train, tmp_path):\n    assert")])
+    with torch.no_grad():
+        ours = model.eval()(tokens)[0]
+        transformers = pytest.importorskip("transformers")
+        peer = transformers.RwkvForCausalLM.from_pretrained(tmp_path / "folder").eval()
+        theirs = {"transformers": peer(tokens).logits}
+    os.environ |= {"RWKV_JIT_ON": "0", "RWKV_CUDA_ON": "0"}
+    package = pytest.importorskip("rwkv.model")
+    peer = package.RWKV(model=str(tmp_path / "official"), strategy="cpu fp32")
+    theirs["rwkv"] = peer.forward(tokens[0].tolist(), None, full_output=True)[0][None]
+    for name, logits in theirs.items():
+        # float32 keeps 6e-8 an operation; some hundred of them follow each other here.
+        assert (ours - logits).norm() / logits.norm() < 2e-5, name
+    # It has learned: chance is log 256 = 5.5 nats.
+    assert torch.nn.functional.cross_entropy(ours[0, :-1], tokens[0, 1:]) < 4
+
+
+def test_what_is_said(convert, official, tmp_path):
+    result = convert("official.pth", "half", "--dtype", "bfloat16")
+    assert result.code == 0, result.err
+    told = "rwkv4 2 x 16, 42 tensors, "
+    assert f"read    official.pth\n        official .pth, {told}" in result.out
+    assert "float32, 256 tokens (vocabulary not known)" in result.out
+    assert f"        Hugging Face folder, {told}" in result.out
+    assert "checked by reading it again, every tensor bit for bit; digest " in result.out
+    values = [value.flatten() for value in torch.load(official, weights_only=True).values()]
+    changed = int((torch.cat(values).bfloat16().float() != torch.cat(values)).sum())
+    assert f"rounded {changed:,} of {sum(map(len, values)):,} values, 0 of them to 0" in result.out
+    # Half to float32 and back is exact, and says nothing of rounding.
+    for arguments in (("half", "wide.ckpt", "--dtype", "float32"), ("wide.ckpt", "half.pth", "--dtype", "bfloat16")):
+        result = convert(*arguments)
+        assert result.code == 0, result.err
+        assert "rounded" not in result.out
+    half = read_weights(tmp_path / "half")
+    assert half.dtype == torch.bfloat16
+    for name, value in read_weights(tmp_path / "half.pth").tensors.items():
+        assert torch.equal(value.view(torch.int16), half.tensors[name].view(torch.int16))
+
+
+def test_a_vocabulary_that_is_left_behind_is_told(train, convert, tmp_path):
+    (tmp_path / "corpus.txt").write_text("Fünf größere Bären äßen Öl. " * 2000, encoding="utf-8")
+    assert train(*SMALL, "data.vocab=char", "hydra.run.dir=run").code == 0
+    assert "without the vocabulary (char)" in convert("run", "x.pth").out
+    for target in ("x.ckpt", "x"):
+        assert "without" not in convert("run", target).out
+        assert load_weights(tmp_path / target)[1].characters == "Ößäöü"
+
+
+def test_converted_weights_start_a_run_and_resume_none(train, convert, official, tmp_path):
+    assert convert("official.pth", "x.ckpt").code == 0
+    assert convert("official.pth", "folder").code == 0
+    result = train(*SMALL, "weights=folder", "hydra.run.dir=run", "optim.lr=1e-9", "trainer.max_steps=1")
+    assert result.code == 0, result.err
+    told = "Hugging Face folder, rwkv4 2 x 16, 42 tensors, 15,264 parameters, float32, 256 tokens"
+    told += " (vocabulary not known)"
+    assert told in (tmp_path / "run" / "train.log").read_text()
+    here = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    for name, value in torch.load(official, weights_only=True).items():
+        torch.testing.assert_close(here[f"model.{name}"], value, rtol=0, atol=1e-6)
+    result = train("resume=x.ckpt")
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    for path in last.parent.iterdir():
+        path.unlink()
+    last.write_bytes((tmp_path / "x.ckpt").read_bytes())
+    result = train("resume=run", "trainer.max_steps=3")
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert f"{last} holds weights without the state of a training: take it as weights=" in result.err
+
+
+def test_weights_of_another_vocabulary_start_no_run(train, convert, tmp_path):
+    torch.save(RWKV4(RWKV4Config(50277, 2, 16)).state_dict(), tmp_path / "x.pth")
+    result = train(*SMALL, "weights=x.pth")
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert "weights=x.pth know 50,277 tokens, data.vocab=byte has 256" in result.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("nosuch", "x"), "there are no weights at nosuch"),
+        (("official.pth", "official.pth"), "official.pth is there already"),
+        (("official.pth", "full"), "full is there already"),
+        (("official.pth", "link"), "link is there already"),
+        (("official.pth", "link.pth"), "link.pth is there already"),
+        (("official.pth", "empty.ckpt"), "empty.ckpt is there already"),
+        (("official.pth", "nosuch/x.pth"), "nosuch to write x.pth into"),
+        (("official.pth", "text/x.pth"), "text to write x.pth into"),
+        (("official.pth", "model.safetensors"), "is no name for it"),
+        (("official.pth", "x.PT"), "is no name for it"),
+        (("empty", "x.pth"), "is no run folder with weights"),
+        (("text", "x.pth"), "is not a checkpoint that can be read safely"),
+        (("hostile.pth", "x"), "is not a checkpoint that can be read safely"),
+        (("large.pth", "x", "--dtype", "float16"), "ln_out.bias holds 1e+09, too large for float16"),
+        (("nan.pth", "x"), "ln_out.bias holds NaN"),
+        (("partial.pth", "x"), "it lacks ln_out.bias"),
+    ],
+)
+def test_refused_in_one_line_with_nothing_left(convert, official, tmp_path, arguments, told):
+    class Hostile:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "owned",))
+
+    whole = torch.load(official, weights_only=True)
+    torch.save({"emb.weight": Hostile()}, tmp_path / "hostile.pth")
+    torch.save(whole | {"ln_out.bias": torch.full((16,), 1e9)}, tmp_path / "large.pth")
+    torch.save(whole | {"ln_out.bias": torch.full((16,), torch.nan)}, tmp_path / "nan.pth")
+    torch.save({name: value for name, value in whole.items() if name != "ln_out.bias"}, tmp_path / "partial.pth")
+    for name in ("full", "empty", "empty.ckpt"):
+        (tmp_path / name).mkdir()
+    for name in ("full/file", "text"):
+        (tmp_path / name).write_text("text")
+    for name in ("link", "link.pth"):
+        (tmp_path / name).symlink_to("nowhere")
+    before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+    assert_refused(convert(*arguments), told)
+    assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
+
+
+def test_names_with_anything_in_them(convert, official, tmp_path):
+    for name in ("empty folder", "a,b={c}'\"", "--x", "[bold]null", "größer"):
+        (tmp_path / name).mkdir()
+        result = convert("--", "official.pth", name)
+        assert result.code == 0, result.err
+        assert name in result.out
+        load_weights(tmp_path / name)
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_what_a_killed_conversion_left_is_no_obstacle(convert, official, tmp_path):
+    (tmp_path / "x.partial").mkdir()
+    (tmp_path / "x.partial" / "config.json").write_text("half")
+    (tmp_path / "x.pth.partial").write_text("half")
+    assert convert("official.pth", "x").code == 0
+    assert convert("official.pth", "x.pth").code == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["official.pth", "x", "x.pth"]
+
+
+@pytest.mark.parametrize("target", ["x.pth", "x.ckpt", "x"])
+def test_a_disk_that_does_not_keep_what_was_written(convert, official, tmp_path, monkeypatch, target):
+    from rwkv_pl import weights
+
+    def flipped(path: Path) -> weights.Weights:
+        read = read_weights(path)
+        if path != Path("official.pth"):
+            read.tensors["ln_out.bias"][0] = -0.0  # one bit, and equal as a number
+        return read
+
+    monkeypatch.setattr(weights, "read_weights", flipped)
+    assert_refused(convert("official.pth", target), "ln_out.bias was not written", code=1)
+    assert list(tmp_path.iterdir()) == [official]
+
+
+@pytest.mark.parametrize("target", ["x.pth", "x.ckpt", "x"])
+def test_a_full_disk(convert, small_disk, tmp_path, target):  # noqa: F811
+    torch.save(RWKV4(RWKV4Config(256, 4, 128)).state_dict(), tmp_path / "larger.pth")
+    assert (tmp_path / "larger.pth").stat().st_size > 3e6
+    assert_refused(convert("larger.pth", f"{small_disk}/{target}"), f"disk full: {small_disk}/{target}", code=1)
+    assert not list(small_disk.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("target", "call"),
+    [("x.pth", "os.fsync"), ("x.pth", "pathlib.Path.replace"), ("x", "os.fsync"), ("x", "pathlib.Path.rename")],
+)
+def test_a_system_that_refuses(convert, official, tmp_path, monkeypatch, target, call):
+    def refuse(*_, **__):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(call, refuse)
+    assert_refused(convert("official.pth", target), "Input/output error", code=1)
+    assert list(tmp_path.iterdir()) == [official]
+
+
+def test_help_imports_no_torch():
+    code = (
+        "import sys\n"
+        "from rwkv_pl.cli.convert import main\n"
+        "sys.argv = ['rwkv-convert', '--help']\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "sys.exit(3 if 'torch' in sys.modules else 0)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0
+    assert "examples:" in result.stdout
