@@ -45,7 +45,8 @@ NAMES = {
 }
 _OFFICIAL = {theirs: official for official, theirs in NAMES.items()}
 
-CONFIG, TENSORS, VOCABULARY = "config.json", "model.safetensors", "vocabulary.json"
+CONFIG, TENSORS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
+VOCABULARY = "vocabulary.json"  # of ours; not vocab.json, which transformers takes for a table of its own
 
 # In the order in which transformers looks for them.
 _TENSOR_FILES = (TENSORS, f"{TENSORS}.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")

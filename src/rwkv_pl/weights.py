@@ -1,5 +1,6 @@
 """Weights on disk, in and out: a run folder, a checkpoint of ours, an official RWKV-4 `.pth`, a Hugging Face folder."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from rwkv_pl import huggingface
 from rwkv_pl.config import DamagedError, RunError, UserError
-from rwkv_pl.data.tokens import Vocabulary
+from rwkv_pl.data.tokens import Vocabulary, read_vocabulary
 from rwkv_pl.files import publish, publish_folder
 from rwkv_pl.model import VERSIONS
 
@@ -146,8 +147,13 @@ def _read_folder(folder: Path) -> Weights:
         safe = path.suffix == ".safetensors"
         tensors |= huggingface.read_tensors(path) if safe else read_checkpoint(path)
     tensors = huggingface.to_official(tensors, config, folder)
-    stored = folder / huggingface.VOCABULARY
+    stored, tokenizer = folder / huggingface.VOCABULARY, folder / huggingface.TOKENIZER
     vocabulary = Vocabulary.from_dict(huggingface.read_json(stored)) if stored.exists() else None
+    if vocabulary is None and tokenizer.exists():
+        # The 20B tokenizer, or another that is not known here and leaves the weights what they are.
+        with contextlib.suppress(UserError):
+            known = read_vocabulary(tokenizer)
+            vocabulary = known if known.size == len(tensors["emb.weight"]) else None
     return _fitted(tensors, "rwkv4", folder, "Hugging Face folder", vocabulary=vocabulary)
 
 
@@ -227,6 +233,8 @@ def write_weights(weights: Weights, target: Path) -> Weights:
             _write_json(about, folder / huggingface.CONFIG)
             if weights.vocabulary:
                 _write_json(weights.vocabulary.to_dict(), folder / huggingface.VOCABULARY)
+                if weights.vocabulary.kind == "20b":
+                    _write_json(json.loads(weights.vocabulary.to_dict()["tokenizer"]), folder / huggingface.TOKENIZER)
             huggingface.write_tensors(weights.tensors, folder / huggingface.TENSORS)
             written = _read_again(folder, weights)
     return replace(written, path=target)

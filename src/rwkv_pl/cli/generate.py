@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rwkv_pl.inference.generate import Generation
     from rwkv_pl.inference.sampling import Sampling
     from rwkv_pl.model.state import State
+    from rwkv_pl.weights import Weights
 
 SECONDS_BEFORE_PROGRESS = 1
 
@@ -51,6 +52,7 @@ def parse() -> argparse.Namespace:
     add("--samples", type=int, default=1, metavar="N", help="so many texts (1)")
     add("--state-in", type=Path, metavar="FILE", help="goes on from this memory; PROMPT is what is said next")
     add("--state-out", type=Path, metavar="FILE", help="keeps the memory after the last token, --stop's text included")
+    add("--vocab", type=Path, metavar="JSON", help="the 20B tokenizer's, for weights that come without a vocabulary")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU where there is one (auto)")
     # The other form takes no PROMPT where options stand between it and WEIGHTS.
     arguments = parser.parse_intermixed_args()
@@ -73,9 +75,9 @@ def main() -> None:
     import torch
 
     from rwkv_pl.inference.generate import Generation, select
-    from rwkv_pl.inference.memory import Memory, check_replaceable, fingerprint, load_memory, save_memory
+    from rwkv_pl.inference.memory import Memory, check_replaceable, load_memory, save_memory
     from rwkv_pl.inference.sampling import Dice
-    from rwkv_pl.weights import load_weights
+    from rwkv_pl.weights import read_weights
 
     sampling = _sampling(arguments)
     if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -83,12 +85,13 @@ def main() -> None:
     on_gpu = arguments.device != "cpu" and torch.cuda.is_available()
     if arguments.state_out:
         check_replaceable(arguments.state_out)
-    model, vocabulary = load_weights(arguments.weights)
-    model = model.to("cuda" if on_gpu else "cpu").eval().requires_grad_(False)
-    vocabulary = vocabulary or _assumed(model, arguments.weights)
+    weights = read_weights(arguments.weights)
+    model = weights.model().to("cuda" if on_gpu else "cpu").eval().requires_grad_(False)
+    vocabulary = _vocabulary(weights, arguments.vocab)
     tokens = torch.from_numpy(vocabulary.encode(text).astype("int64"))
 
-    digest = fingerprint(model, vocabulary.digest) if arguments.state_in or arguments.state_out else ""
+    remembers = arguments.state_in or arguments.state_out
+    digest = f"{weights.digest} {vocabulary.digest}" if remembers else ""
     before = load_memory(arguments.state_in, model, digest) if arguments.state_in else None
     if not len(tokens) and not before:
         tokens = torch.tensor([vocabulary.document_end])
@@ -125,14 +128,20 @@ def _sampling(arguments: argparse.Namespace) -> "Sampling":
         raise UserError("--" + str(error).replace("_", "-", 1)) from error
 
 
-def _assumed(model: "nn.Module", source: Path) -> "Vocabulary":
-    """Of weights that come without their vocabulary. Raises UserError where it can't be told."""
-    from rwkv_pl.data.tokens import Vocabulary
+def _vocabulary(weights: "Weights", json: Path | None) -> "Vocabulary":
+    """That of the weights, or the one given; of 256 tokens the bytes. Raises UserError where it can't be told."""
+    from rwkv_pl.data.tokens import Vocabulary, read_vocabulary
 
-    size = model.config.vocab_size  # type: ignore[union-attr]
-    if size != 256:
-        raise UserError(f"{source} does not say what its {size:,} tokens are")
-    return Vocabulary("byte")
+    known, size, source = weights.vocabulary, weights.config.vocab_size, weights.path
+    given = read_vocabulary(json) if json else None
+    if known and given and given != known:
+        raise UserError(f"--vocab {json} is not the vocabulary that {source} was trained with, and holds: leave it out")
+    vocabulary = known or given or (Vocabulary("byte") if size == 256 else None)
+    if not vocabulary:
+        raise UserError(f"{source} does not say what its {size:,} tokens are: give --vocab 20B_tokenizer.json")
+    if vocabulary.size != size:
+        raise UserError(f"{json} has {vocabulary.size:,} tokens, {source} has {size:,}: it is of other weights")
+    return vocabulary
 
 
 def _read(model: "nn.Module", tokens: "Tensor", state: "State | None") -> "tuple[Tensor, State]":

@@ -1,11 +1,10 @@
 """A conversation's memory in a file: what a model knows after all that was read and written, to go on from later."""
 
-import hashlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rwkv_pl.config import DamagedError, UserError
 from rwkv_pl.files import publish
@@ -25,7 +24,7 @@ class Memory(NamedTuple):
 
 
 def save_memory(path: Path, memory: Memory, digest: str) -> None:
-    """Writes the file, whole or not at all. digest: of weights and vocabulary, see `fingerprint`."""
+    """Writes the file, whole or not at all. digest: says which weights and vocabulary these are."""
     content = {
         "rwkv_pl_memory": FORMAT,
         "digest": digest,
@@ -74,12 +73,3 @@ def _read(path: Path) -> dict[str, Any]:
     if content.get("rwkv_pl_memory") != FORMAT:
         raise UserError(f"{path} is no memory of rwkv-generate: it holds something else, and is left as it is")
     return content
-
-
-def fingerprint(model: nn.Module, vocabulary: str) -> str:
-    """64 hex digits for these weights and the vocabulary of that digest."""
-    digest = hashlib.sha256(vocabulary.encode())
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()

@@ -194,8 +194,12 @@ def test_bad_input_is_one_line(run, tmp_path, arguments, told):
 
 
 def test_a_diverged_model_is_one_line(model, run):
-    state = model.state_dict()
-    torch.save(state | {"ln_out.bias": torch.full((16,), float("nan"))}, "diverged.pth")
+    # Numbers all of them, and logits that are none.
+    state = {
+        name: 1e30 * value if name in ("head.weight", "ln_out.weight") else value
+        for name, value in model.state_dict().items()
+    }
+    torch.save(state, "diverged.pth")
     result = run("diverged.pth", "abc", "--seed", "1")
     assert (result.code, result.out) == (1, "")
     assert "not finite" in result.err and result.err.count("\n") == 1
