@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from small_20b import small_20b
 
 from rwkv_pl import RWKV4, RWKV4Config, huggingface, load_weights
 from rwkv_pl.config import DamagedError, UserError
@@ -121,6 +122,22 @@ def test_the_vocabulary_travels(tmp_path, vocabulary):
     assert there == vocabulary
     assert model.config == weights.config
     assert write_weights(weights, tmp_path / "x.pth").vocabulary is None
+
+
+def test_a_folder_of_20b_speaks_by_transformers_tokenizer_and_is_known_by_it(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    vocabulary = Vocabulary.from_dict({"kind": "20b", "tokenizer": small_20b()})
+    weights = random_weights(RWKV4Config(vocab_size=vocabulary.size, n_layer=1, n_embd=8))
+    write_weights(replace(weights, vocabulary=vocabulary), tmp_path / "there")
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "there" / "tokenizer.json"))
+    text = "Licensed to  you,\n\tnaïvely"
+    assert theirs(text)["input_ids"] == vocabulary.encode(text.encode()).tolist()
+    # As official folders are: with the tokenizer's file alone.
+    (tmp_path / "there" / "vocabulary.json").unlink()
+    assert read_weights(tmp_path / "there").vocabulary == vocabulary
+    for other in ("{}", small_20b().replace('"id":1259', '"id":1260')):
+        (tmp_path / "there" / "tokenizer.json").write_text(other, encoding="utf-8")
+        assert read_weights(tmp_path / "there").vocabulary is None
 
 
 def test_every_parameter_has_a_name_in_transformers():

@@ -10,10 +10,12 @@ from itertools import islice
 import pytest
 import torch
 from command import Result
+from small_20b import small_20b
 
 from rwkv_pl import RWKV4, RWKV4Config
 from rwkv_pl import generate as api
 from rwkv_pl.cli import generate
+from rwkv_pl.data.tokenizer import Vocabulary20B
 
 
 @pytest.fixture(scope="module")
@@ -203,6 +205,57 @@ def test_a_diverged_model_is_one_line(model, run):
     result = run("diverged.pth", "abc", "--seed", "1")
     assert (result.code, result.out) == (1, "")
     assert "not finite" in result.err and result.err.count("\n") == 1
+
+
+SMALL = Vocabulary20B(small_20b())
+
+
+@pytest.fixture
+def speaker(tmp_path):
+    """A model of the small 20b's tokens, its weights without their vocabulary, and the tokenizer's json."""
+    torch.manual_seed(1)
+    model = RWKV4(RWKV4Config(vocab_size=SMALL.size, n_layer=1, n_embd=16)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+    torch.save(model.state_dict(), "speaker.pth")
+    (tmp_path / "20b.json").write_text(small_20b(), encoding="utf-8")
+    return model
+
+
+@pytest.mark.parametrize("prompt", ["Licensed to", ""])
+def test_tokens_of_several_bytes_by_the_tokenizer_that_is_given(speaker, run, prompt):
+    result = run("speaker.pth", prompt, "--vocab", "20b.json", "--temperature", "0", "--max-tokens", "30")
+    tokens = SMALL.encode(prompt.encode()).tolist() or [0]
+    written = [int(token) for token in islice(api(speaker, torch.tensor([tokens]), temperature=0), 30)]
+    written = written[: written.index(0)] if 0 in written else written
+    assert result.out == SMALL.decode(written).decode(errors="replace") + "\n"
+
+
+def test_the_end_of_a_document_ends_the_text(speaker, run):
+    state = speaker.state_dict()
+    # <|endoftext|> follows whatever there is.
+    state["ln_out.bias"] += 5
+    state["head.weight"][0] = 9
+    torch.save(state, "speaker.pth")
+    result = run("speaker.pth", "Licensed", "--vocab", "20b.json", "--seed", "1", "--max-tokens", "-1")
+    assert (result.code, result.out) == (0, "\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["speaker.pth", "a"], "give --vocab"),
+        (["speaker.pth", "a", "--vocab", "nowhere"], "nowhere"),
+        (["speaker.pth", "a", "--vocab", "speaker.pth"], "speaker.pth"),
+        (["speaker.pth", os.fsdecode(b"ab\xff"), "--vocab", "20b.json"], "byte 2 of the text is not UTF-8"),
+        (["model.pth", "a", "--vocab", "20b.json"], "1,281 tokens, model.pth has 256"),
+    ],
+)
+def test_vocabularies_that_do_not_fit_are_one_line(speaker, run, arguments, told):
+    result = run(*arguments)
+    assert (result.code, result.out) == (2, "")
+    assert told in result.err and result.err.count("\n") == 1
 
 
 def command(*arguments: str) -> list[str]:
