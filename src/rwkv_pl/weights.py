@@ -363,7 +363,8 @@ def _without_memory(version: str, config: Any) -> nn.Module:
 
 
 def _is_finite(value: Tensor) -> bool:
-    return bool(torch.isfinite(value).all())
+    # Both are NaN where one value is. isfinite makes something as large as the tensor, and takes several times as long.
+    return not value.numel() or all(torch.isfinite(bound).item() for bound in torch.aminmax(value))
 
 
 def _packed(value: Tensor) -> Tensor:
