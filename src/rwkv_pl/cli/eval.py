@@ -113,6 +113,7 @@ def _evaluate(config: Eval, run: Path | None, given: set[str]) -> dict[str, Any]
 
     keep_freed_memory()
     source = Path(str(config.weights))
+    model: Any
     model, vocabulary = load_weights(source)
     file, step, trained_on = _origin(source)
     if vocabulary and "data.vocab" in given and vocabulary.kind != config.data.vocab:
