@@ -41,10 +41,11 @@ class RWKV4Config:
 
 @dataclass
 class Data:
-    """Which text, cut into which windows. `path` counts from the folder where the run first started."""
+    """Which text, cut into which windows. `path` and `val_path` count from the folder where the run first started."""
 
     name: str = "enwik8"
     path: str | None = None
+    val_path: str | None = None
     url: str | None = None
     batch_size: int = 1
     ctx_len: int = 1024
@@ -52,12 +53,17 @@ class Data:
     split: list[float] = field(default_factory=lambda: [0.9, 0.05, 0.05])
     eval_batch_size: int = 8
     num_workers: int = 0
+    field: str = "text"
 
     def __post_init__(self) -> None:
         one_of("data.name", self.name, ("enwik8", "stdlib", "text"))
         one_of("data.vocab", self.vocab, ("byte", "char"))
         if self.name == "text" and not self.path:
             raise UserError("data.path is missing: data=text reads a file of yours; give it as data.path=FILE")
+        if self.val_path == "":
+            raise UserError(
+                "data.val_path is empty: name a file, a folder or a glob; or null, to validate by data.split"
+            )
         for name in ("batch_size", "ctx_len", "eval_batch_size"):
             at_least(f"data.{name}", getattr(self, name), 1)
         at_least("data.num_workers", self.num_workers, 0)

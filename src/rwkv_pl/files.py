@@ -2,7 +2,9 @@
 
 import contextlib
 import errno
+import hashlib
 import io
+import json
 import os
 import time
 from collections.abc import Iterator
@@ -47,6 +49,26 @@ def publish(path: Path) -> Iterator[IO[bytes]]:
         raise OSError(failure.errno, failure.strerror, str(path)) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def digest_of(plain: Any) -> str:
+    """64 hex digits, the same for equal content of what JSON can hold."""
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def write_record(path: Path, content: dict[str, Any]) -> None:
+    """Publishes what JSON can hold, with a sum by which ``read_record`` knows it again."""
+    with publish(path) as file:
+        file.write(json.dumps({"content": content, "sum": digest_of(content)}).encode())
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """What ``write_record`` wrote there; None where that is not what the file holds."""
+    try:
+        stored = json.loads(path.read_bytes())
+        return stored["content"] if stored["sum"] == digest_of(stored["content"]) else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 class _Remembering(io.FileIO):

@@ -1,6 +1,7 @@
 """Bad input ends before any work: one readable line, exit code 2, nothing left behind."""
 
 import errno
+import gzip
 import http.server
 import threading
 from pathlib import Path
@@ -96,8 +97,17 @@ CASES = {
     "early_stopping, ema, last, sample_text, weight_averaging",
     "data.path=missing.txt": "missing.txt",
     "data.path=null": "data.path is missing",
-    "data.path=.": "",
     "data.path=empty.txt": "empty.txt",
+    "data.path=hollow": "hollow is a folder without files",
+    "data.path='*.md'": "no file matches",
+    "data.path=broken.txt.gz": "broken.txt.gz is not a whole gzip file",
+    "data.path=rows.jsonl": "rows.jsonl, line 2 has no field text; there are: words",
+    "data.path=rows.jsonl data.field=words": "rows.jsonl, line 3 is not JSON",
+    "data.field=null": "data.field",
+    "data.val_path=missing.txt": "data.val_path=",
+    "data.val_path=empty.txt": "data.val_path names 1 file(s) without any text",
+    "data.val_path=''": "data.val_path is empty",
+    "data.val_path=corpus.txt": "none is left to train on",
     "data.ctx_len=1000000": "one window of data.ctx_len=1000000",
     "weights=nosuch.pth": "nosuch.pth",
     "weights=dot.pth": "is not a checkpoint that can be read safely",
@@ -142,6 +152,9 @@ CASES = {
 @pytest.fixture
 def files(tmp_path):
     (tmp_path / "empty.txt").touch()
+    (tmp_path / "hollow").mkdir()
+    (tmp_path / "broken.txt.gz").write_bytes(gzip.compress(b"text" * 1000)[:-4])
+    (tmp_path / "rows.jsonl").write_text('{"text": "a", "words": "b"}\n{"words": "c"}\n{"words')
     torch.save({"a": torch.zeros(2)}, tmp_path / "tensors.pth")
     torch.save([1, 2], tmp_path / "list.pth")
     weights = RWKV4(RWKV4Config(256, 3, 16)).state_dict()

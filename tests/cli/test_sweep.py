@@ -254,6 +254,7 @@ def test_another_launcher(folder):
         ("optim.lr=1e-3,1e-4 hydra/sweeper=optuna hydra.sweeper.sampler=x", "hydra.sweeper.sampler must be one of"),
         ("model=glob(*)", "list the names"),
         ("data=text data.path=nosuch optim.lr=1,2", "data.path=nosuch: no such file"),
+        ("data.val_path='*.md' optim.lr=1,2", "data.val_path=*.md: no such file"),
         ("weights=nosuch seed=1,2", "weights=nosuch: no such file"),
         ("seed=1,2 --cfg job", "leave out -m"),
         ("resume=nosuch", "is no folder of a sweep"),

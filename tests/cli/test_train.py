@@ -1,6 +1,7 @@
 """rwkv-train, run as a person runs it, in small."""
 
 import csv
+import gzip
 import json
 import subprocess
 import sys
@@ -274,6 +275,35 @@ def test_resume_refuses_another_corpus_and_takes_the_same_elsewhere(train, tmp_p
     assert "is not the text that" in result.err
     (tmp_path / "corpus.txt").rename(tmp_path / "moved.txt")
     assert train("resume=run", "trainer.max_steps=5", "data.path=moved.txt").code == 0
+
+
+def test_a_folder_validated_on_rows(train, tmp_path, monkeypatch):
+    text = (tmp_path / "corpus.txt").read_text()
+    home = tmp_path / "home"
+    (home / "books" / "old").mkdir(parents=True)
+    (home / "books" / "a.txt").write_text(text)
+    (home / "books" / "old" / "b.txt.gz").write_bytes(gzip.compress(text[::-1].encode()))
+    (home / "rows.jsonl").write_text(json.dumps({"body": text[:3000]}) + "\n" + json.dumps({"body": text[3000:6000]}))
+    settings = ("data.path=books", "data.val_path=rows.jsonl", "data.field=body")
+    with monkeypatch.context() as there:
+        there.chdir(home)
+        result = train(*SMALL, *settings, "hydra.run.dir=run")
+    assert result.code == 0, result.err
+    n_train = 2 * len(text) + 2
+    assert f"{n_train + 6001:,} bytes, {n_train:,} / 6,001 / 0 tokens to train / validate / test" in result.out
+    # Its names count from where it began; a glob, and what is typed now, from here.
+    assert train("resume=home/run", "trainer.max_steps=5").code == 0
+    (home / "rows.jsonl").rename(tmp_path / "moved.jsonl")
+    (home / "books").rename(tmp_path / "moved")
+    elsewhere = ("data.path='moved/**/*'", "data.val_path=moved.jsonl")
+    assert train("resume=home/run", "trainer.max_steps=6", *elsewhere).code == 0
+    assert checkpoint(home / "run")["global_step"] == 6
+    assert train("resume=home/run", "trainer.max_steps=7").code == 0
+    (tmp_path / "moved.jsonl").write_text((tmp_path / "moved.jsonl").read_text().replace("a", "b"))
+    for change in ((), ("data.val_path=corpus.txt",), ("data.val_path=null",)):
+        result = train("resume=home/run", "trainer.max_steps=8", *change)
+        assert (result.code, result.err.count("\n")) == (2, 1)
+        assert "data.path, with data.val_path where there is one, is not the text that" in result.err
 
 
 def test_weights_of_a_run_start_another(train, tmp_path):

@@ -144,6 +144,23 @@ def test_characters_and_a_given_vocabulary(tmp_path: Path) -> None:
     assert "vocabulary char (257)" in data.description()
 
 
+@pytest.mark.parametrize("vocab", ["byte", "char"])
+def test_validation_on_a_text_of_its_own(tmp_path: Path, vocab: str) -> None:
+    """Its bytes are the targets, each once; it begins behind a document's end; and there is no test."""
+    (tmp_path / "train.txt").write_text("ä train " * 100)
+    (tmp_path / "val.txt").write_text("ä val ö " * 20)
+    data = module(tmp_path / "train.txt", val_path=tmp_path / "val.txt", vocab=vocab)
+    windows = torch.cat(list(data.val_dataloader()))
+    assert windows[0, 0] == 10
+    targets = windows[:, 1:].flatten()
+    assert data.vocabulary.decode(targets[targets >= 0]) == (tmp_path / "val.txt").read_bytes()
+    assert data.vocabulary.decode(data.train_tokens) == (tmp_path / "train.txt").read_bytes() + b"\n"
+    assert "ö" not in data.vocabulary.characters
+    assert len(data.test_dataloader()) == 0
+    with pytest.raises(UserError, match=r"no test split beside data.val_path: ask for val"):
+        data.setup("test")
+
+
 def test_a_corpus_that_is_too_short_is_one_line(tmp_path: Path) -> None:
     path = tmp_path / "text"
     path.write_bytes(b"x" * 100)

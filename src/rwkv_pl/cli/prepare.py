@@ -235,7 +235,8 @@ def build_data(data: Data, seed: int, cwd: Path, vocabulary: Vocabulary | None) 
     if data.name == "enwik8":
         return Enwik8DataModule(cwd / data.path, **({"url": data.url} if data.url else {}), **common)
     train, val, test = data.split
-    return CorpusDataModule(cwd / data.path, split=(train, val, test), **common)
+    val_path = None if data.val_path is None else cwd / data.val_path
+    return CorpusDataModule(cwd / data.path, split=(train, val, test), val_path=val_path, field=data.field, **common)
 
 
 def run_length(config: Train, steps_per_pass: int) -> int:

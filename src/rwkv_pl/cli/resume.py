@@ -12,9 +12,10 @@ from omegaconf import DictConfig, OmegaConf
 from rwkv_pl.cli.app import check, compose, is_group_choice, parse_overrides, require_key, typed_config_dir
 from rwkv_pl.cli.folder import begun
 from rwkv_pl.config import Train, UserError
+from rwkv_pl.data.sources import is_there
 from rwkv_pl.files import publish
 
-# What contradicts the past of a run. (data.path may change: the corpus is known by its content.)
+# What contradicts the past of a run. (data.path and data.val_path may change: the corpus is known by its content.)
 FIXED = (
     "seed",
     "weights",
@@ -93,8 +94,9 @@ class StoredRun:
             entry["set"] = {key: value for key, value in now.items() if key not in then or then[key] != value}
         _apply(config, entry)
         values = {o.key_or_group: o.value() for o in later if not is_group_choice(o)}
-        if (path := values.get("data.path")) and Path(str(path)).exists():
-            values["data.path"] = str(Path(str(path)).absolute())  # typed here and now, wherever the run began
+        for key in ("data.path", "data.val_path"):
+            if (path := values.get(key)) and is_there(Path(str(path))):
+                values[key] = str(Path(str(path)).absolute())  # typed here and now, wherever the run began
         for key in values:
             require_key(key, config)
         _apply(config, {"remove": [], "set": values})

@@ -34,6 +34,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rwkv_pl.cli import app
 from rwkv_pl.cli.folder import DONE, begun, in_use, locked, read_result, take_folder, write_result
 from rwkv_pl.config import RunError, UserError
+from rwkv_pl.data.sources import is_there
 from rwkv_pl.files import publish
 
 MULTIRUN = "multirun.yaml"
@@ -199,10 +200,12 @@ def _require_one_good(own: list[str], told: Sequence[Override], config_dir: str 
     for job in product(told):
         try:
             config = app.check(app.compose([*own, *job], config_dir), app.parse_overrides(job), config_dir)
-            corpus = config.data.path if config.data.name == "text" else None
-            for key, path in (("data.path", corpus), ("weights", config.weights)):
-                if path and not Path(path).exists():
+            texts = {"data.path": config.data.path, "data.val_path": config.data.val_path}
+            for key, path in texts.items() if config.data.name == "text" else ():
+                if path and not is_there(Path(path)):
                     raise UserError(f"{key}={path}: no such file")
+            if config.weights and not Path(config.weights).exists():
+                raise UserError(f"weights={config.weights}: no such file")
             return
         except UserError as error:
             first = first or error

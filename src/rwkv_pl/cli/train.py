@@ -206,7 +206,7 @@ def _run(prepared: "Prepared", folder: Path, resumed: bool = False) -> None:
     if not trainer.is_global_zero:
         return
 
-    prompt = vocabulary.encode(b"\n").tolist()
+    prompt = [vocabulary.document_end]
     try:
         written = vocabulary.decode(sample_tokens(module.model, prompt, 400, config.seed))
         with publish(folder / "sample.txt") as file:

@@ -1,4 +1,4 @@
-"""Where bytes come from: enwik8, the Python standard library, any file. A corpus is one plain file, split in three."""
+"""Where bytes come from: enwik8, the Python standard library, any text. A corpus is one plain file, split in three."""
 
 import contextlib
 import hashlib
@@ -13,14 +13,15 @@ import zlib
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from filelock import FileLock
 
 from rwkv_pl.config import UserError
-from rwkv_pl.files import cache_folder, made_for_success, publish, writing
+from rwkv_pl.data.sources import Source, bytes_progress, find, is_plain, join
+from rwkv_pl.files import cache_folder, digest_of, made_for_success, publish, read_record, write_record, writing
 
 ENWIK8_URL = "http://mattmahoney.net/dc/enwik8.zip"
 ENWIK8_BYTES = 100_000_000
@@ -47,7 +48,8 @@ class Splits(NamedTuple):
 class Corpus:
     """A plain file of bytes and how it is split.
 
-    ``digest`` (64 hex) says which text this is, wherever it lies: see ``file_digest``.
+    ``digest`` (64 hex) says which text this is, wherever it lies: see ``file_digest``. ``ends_path`` is the file behind
+    ``document_ends``, None where no documents are known.
     """
 
     name: str
@@ -55,6 +57,16 @@ class Corpus:
     splits: Splits
     digest: str
     description: str
+    ends_path: Path | None = None
+
+    @property
+    def document_ends(self) -> npt.NDArray[np.int64]:
+        """Offsets of the document ends, rising, mapped: (documents - 1,), or (0,) where no documents are known.
+
+        At each lies one byte 10, between two documents and of neither: a vocabulary with a token of its own for the
+        end of a document writes that for this byte.
+        """
+        return _offsets(self.ends_path)
 
     def __str__(self) -> str:
         """Which text this is, for people; figures on it mean nothing without that."""
@@ -116,28 +128,83 @@ def stdlib() -> Corpus:
     return Corpus("stdlib", path, split_by_fractions(path, (0.9, 0.05, 0.05)), digest, description)
 
 
-def text(path: str | Path, split: tuple[float, float, float] = (0.9, 0.05, 0.05)) -> Corpus:
-    """Any file, split by fractions of its bytes (train, val, test) that move back to the start of a character they cut.
+def text(
+    path: str | Path,
+    split: tuple[float, float, float] = (0.9, 0.05, 0.05),
+    *,
+    val_path: str | Path | None = None,
+    field: str = "text",
+) -> Corpus:
+    """Texts of any kind, split by fractions of their bytes (train, val, test); see ``split_by_fractions``.
 
-    Raises UserError where the file is missing, a folder or empty, or the fractions are no split.
+    ``path`` is a file, a folder or a glob: see ``sources.find``. A plain file is the corpus as it lies there. Of
+    anything else (several files, ``.gz``, the ``field`` of the rows of a ``.jsonl``) one plain file is made in the
+    cache folder, at the first use and again when a source has changed: see ``sources.join``. It takes the space of the
+    whole text, and its bytes, document ends among them, are those that bits per byte counts.
+
+    With ``val_path``, which takes the same, all of ``path`` is train, all of that val, and no test split is left. A
+    file that both name is validation's alone.
+
+    Raises UserError where there is no such text, it cannot be read or holds nothing, or the fractions are no split.
     """
     path = Path(path)
-    if path.is_dir():
-        raise UserError(f"data.path={path} is a folder: name one file")
-    if not path.is_file():
-        where = "" if path.is_absolute() else f" (looked for {path.absolute()})"
-        raise UserError(f"data.path={path}: no such file{where}; if it was moved, give data.path= where it is now")
-    if path.stat().st_size == 0:
-        raise UserError(f"data.path={path} is empty: name a file with text in it")
-    try:
-        splits, digest = split_by_fractions(path, split), file_digest(path)
-    except OSError as error:
-        raise UserError(f"cannot read data.path={path}: {error.strerror}") from error
-    return Corpus(path.name, path.absolute(), splits, digest, str(path))
+    parts = {"data.path": find(path, "data.path")}
+    if val_path is None and is_plain(path):
+        if path.stat().st_size == 0:
+            raise UserError(f"data.path={path} is empty: name a file with text in it")
+        try:
+            splits, digest = split_by_fractions(path, split), file_digest(path)
+        except OSError as error:
+            raise UserError(f"cannot read data.path={path}: {error.strerror}") from error
+        return Corpus(path.name, path.absolute(), splits, digest, str(path))
+    described = str(path)
+    if val_path is not None:
+        parts["data.val_path"] = find(Path(val_path), "data.val_path")
+        held_back = {source.path.resolve() for source in parts["data.val_path"]}
+        parts["data.path"] = [source for source in parts["data.path"] if source.path.resolve() not in held_back]
+        if not parts["data.path"]:
+            raise UserError(f"data.val_path={val_path} has all files of data.path={path}: none is left to train on")
+        described += f", validated on {val_path}"
+    joined, ends_path, about = _joined(parts, field)
+    if ends_path:
+        described += f", {about['documents']:,} documents"
+    if val_path is None:
+        splits = split_by_fractions(joined, split, ends_path)
+    else:
+        # The document end between the two is train's, and validation's first context.
+        train, end = about["ends"][0] + 1, about["ends"][1]
+        splits = Splits((0, train), (train, end), (end, end))
+    name = path.name if path.exists() else "text"  # a glob is no name for a file
+    return Corpus(name, joined, splits, about["digests"][0], described, ends_path)
 
 
-def split_by_fractions(path: Path, fractions: tuple[float, float, float]) -> Splits:
-    """Byte ranges for the fractions (train, val, test), each edge moved back to the start of the character it cuts.
+def _joined(parts: dict[str, list[Source]], field: str) -> tuple[Path, Path | None, dict[str, Any]]:
+    """The parts as one file in the cache folder, that of its document ends if it has any, and what ``join`` told."""
+    sources = [[(str(source.path.absolute()), *source[1:]) for source in part] for part in parts.values()]
+    path = cache_folder() / "corpora" / f"text-{digest_of([field, sources])[:16]}.txt"
+    ends_path, about = path.with_suffix(".ends"), path.with_suffix(".json")
+    with writing(path.parent), FileLock(path.with_suffix(".lock")):
+        # Published last: where it is, the text is; and where that is not what it says, it is made again.
+        stored = read_record(about)
+        there = path.is_file() and ends_path.is_file()
+        if stored is None or not there or stored["digests"] != [file_digest(path), file_digest(ends_path)]:
+            with publish(path) as file, publish(ends_path) as ends_file:
+                joined = join(parts, field, file, ends_file)
+            digests = [file_digest(path), file_digest(ends_path)]
+            stored = {**joined._asdict(), "digests": digests}
+            write_record(about, stored)
+        return path, ends_path if stored["documents"] > 1 else None, stored
+
+
+def _offsets(path: Path | None) -> npt.NDArray[np.int64]:
+    return np.empty(0, np.int64) if path is None else np.asarray(np.memmap(path, "<i8", mode="r"))
+
+
+def split_by_fractions(path: Path, fractions: tuple[float, float, float], ends_path: Path | None = None) -> Splits:
+    """Byte ranges for the fractions (train, val, test).
+
+    Each edge moves to the nearest start of a document where one lies within a tenth of the smallest fraction, so that
+    no split begins inside a document that another has seen; else back to the start of the character it cuts.
 
     Raises UserError where the fractions are not three numbers >= 0 with the sum 1.
     """
@@ -146,8 +213,15 @@ def split_by_fractions(path: Path, fractions: tuple[float, float, float]) -> Spl
         raise UserError(f"data.split={list(fractions)} is not three fractions >= 0 (train, val, test) with the sum 1")
     data = np.memmap(path, np.uint8, mode="r")
     n = len(data)
-    train = character_start(data, round(n * fractions[0]))
-    val = character_start(data, round(n * (fractions[0] + fractions[1])))
+    document_ends, reach = _offsets(ends_path), min(fractions) * n / 10
+
+    def edge(at: int) -> int:
+        place = int(np.searchsorted(document_ends, at))
+        starts = (document_ends[max(place - 1, 0) : place + 1] + 1).tolist()
+        near = [start for start in starts if abs(start - at) <= reach]
+        return min(near, key=lambda start: abs(start - at)) if near else character_start(data, at)
+
+    train, val = edge(round(n * fractions[0])), edge(round(n * (fractions[0] + fractions[1])))
     return Splits((0, train), (train, val), (val, n))
 
 
@@ -230,9 +304,6 @@ def _fetch_enwik8(path: Path, url: str, n_bytes: int, sha1: str) -> None:
 
 
 def _download(url: str, target: Path) -> None:
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
     instead = (
         f"place enwik8.zip from {ENWIK8_URL} in {target.parent.absolute()} by hand, "
         "or use data=stdlib, which needs no network"
@@ -249,12 +320,10 @@ def _download(url: str, target: Path) -> None:
         raise UserError(f"cannot download {url}: {_reason(error)}; {instead}") from error
     if response.status != HTTPStatus.PARTIAL_CONTENT:
         there = 0  # a server that sends the whole again
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with (
         response,
         target.open("ab" if there else "wb") as file,
-        Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as progress,
+        bytes_progress() as progress,
     ):
         header = response.headers.get("Content-Length")
         expected = there + int(header) if header and header.isdigit() else None

@@ -83,7 +83,7 @@ def _leave_signals_to_the_run(worker: int) -> None:
 
 
 class CorpusDataModule(LightningDataModule):
-    """Any text file, split by fractions of its bytes.
+    """A text file, folder or glob, split by fractions of its bytes, or validated on ``val_path``: see ``corpus.text``.
 
     ``batch_size`` counts the sequences of one optimizer step over all devices and accumulated batches;
     ``eval_batch_size`` those of one validation or test batch on one device. ``vocab``: "byte" or "char";
@@ -106,6 +106,8 @@ class CorpusDataModule(LightningDataModule):
         ctx_len: int = 1024,
         vocab: str = "byte",
         split: tuple[float, float, float] = (0.9, 0.05, 0.05),
+        val_path: str | Path | None = None,
+        field: str = "text",
         seed: int = 42,
         num_workers: int = 0,
         eval_batch_size: int = 8,
@@ -115,13 +117,14 @@ class CorpusDataModule(LightningDataModule):
         self.path = Path(path)
         self.batch_size, self.ctx_len, self.seed = batch_size, ctx_len, seed
         self.vocab, self.split = vocab, split
+        self.val_path, self.field = val_path, field
         self.num_workers, self.eval_batch_size = num_workers, eval_batch_size
         self._given_vocabulary = vocabulary
         self._file: TokenFile | None = None
 
     def open_corpus(self) -> Corpus:
         """The corpus, fetched or derived where it is not there yet. Raises UserError where it cannot be had."""
-        return corpora.text(self.path, self.split)
+        return corpora.text(self.path, self.split, val_path=self.val_path, field=self.field)
 
     def prepare_data(self) -> None:
         """Does once what several processes would do at the same time: fetch, check, encode. ``setup`` finds it done."""
@@ -137,7 +140,10 @@ class CorpusDataModule(LightningDataModule):
             self.steps_per_pass = order.steps_per_pass(splits.train[1], self.ctx_len, self.batch_size)
         for name, stages in {"val": (None, "fit", "validate"), "test": (None, "test")}.items():
             lo, hi = getattr(splits, name)
-            if stage in stages and order.eval_window_count(lo, hi, self.ctx_len) == 0:
+            if name == "test" and self.val_path is not None:
+                if stage == "test":
+                    raise UserError("there is no test split beside data.val_path: ask for val")
+            elif stage in stages and order.eval_window_count(lo, hi, self.ctx_len) == 0:
                 raise UserError(
                     f"the {name} split of {self.corpus.path} has {hi - lo} tokens, nothing to predict: "
                     "take a larger corpus, or another data.split"
@@ -223,7 +229,7 @@ class CorpusDataModule(LightningDataModule):
 class Enwik8DataModule(CorpusDataModule):
     """enwik8 in the folder ``path``, downloaded from ``url`` where it is not there; split 90/5/5 million bytes.
 
-    The other arguments are those of CorpusDataModule, without ``split``.
+    The other arguments are those of CorpusDataModule, without ``split``, ``val_path`` and ``field``.
     """
 
     def __init__(self, path: str | Path = "data/enwik8", *, url: str = corpora.ENWIK8_URL, **settings: Any) -> None:
@@ -237,7 +243,7 @@ class Enwik8DataModule(CorpusDataModule):
 class StdlibDataModule(CorpusDataModule):
     """The source of Python's standard library, split 90/5/5: text that needs no network.
 
-    The arguments are those of CorpusDataModule, without ``path`` and ``split``.
+    The arguments are those of CorpusDataModule, without ``path``, ``split``, ``val_path`` and ``field``.
     """
 
     def __init__(self, **settings: Any) -> None:

@@ -5,9 +5,7 @@ way the size of a corpus costs memory.
 """
 
 import functools
-import hashlib
 import itertools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ from filelock import FileLock
 
 from rwkv_pl.config import UserError
 from rwkv_pl.data.corpus import Corpus, Splits, character_start, file_digest
-from rwkv_pl.files import cache_folder, publish, writing
+from rwkv_pl.files import cache_folder, digest_of, publish, read_record, write_record, writing
 
 Tokens = npt.NDArray[np.unsignedinteger]
 
@@ -50,6 +48,8 @@ class Vocabulary:
             [np.ones(256, np.int64), 2 + (points >= 0x800).astype(np.int64) + (points >= 0x10000)]
         )
         """(size,) int64: how many bytes of text each token stands for."""
+        self.document_end = ord("\n")
+        """The token that a text follows which begins from nothing."""
         # Row i spells token i, from the left.
         self._spelling = np.zeros((self.size, 4), np.uint8)
         self._spelling[:256, 0] = np.arange(256)
@@ -94,7 +94,7 @@ class Vocabulary:
     @property
     def digest(self) -> str:
         """64 hex digits, the same for equal vocabularies."""
-        return _digest(self.to_dict())
+        return digest_of(self.to_dict())
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Vocabulary) and self.to_dict() == other.to_dict()
@@ -165,9 +165,9 @@ def build_vocabulary(kind: str, corpus: Corpus) -> Vocabulary:
     """
     if kind != "char":
         return Vocabulary(kind)
-    path = cache_folder() / "tokens" / f"char-{_digest(_source(corpus))[:16]}.json"
+    path = cache_folder() / "tokens" / f"char-{digest_of(_source(corpus))[:16]}.json"
     with writing(path.parent), FileLock(path.with_suffix(".lock")):
-        stored = _read(path)
+        stored = read_record(path)
         if stored is None:
             seen = np.zeros(0x110000, bool)
             data = np.memmap(corpus.path, np.uint8, mode="r")
@@ -175,7 +175,7 @@ def build_vocabulary(kind: str, corpus: Corpus) -> Vocabulary:
             for lo, hi in _chunks(data, *train):
                 seen[_long_characters(data[lo:hi])[2]] = True
             stored = Vocabulary("char", "".join(map(chr, np.flatnonzero(seen)))).to_dict()
-            _write(path, stored)
+            write_record(path, stored)
         return Vocabulary.from_dict(stored)
 
 
@@ -186,12 +186,12 @@ def open_tokens(corpus: Corpus, vocabulary: Vocabulary) -> TokenFile:
     """
     if vocabulary.kind == "byte":
         return TokenFile(corpus.path, vocabulary.dtype, corpus.splits, corpus.digest)
-    key = _digest([*_source(corpus), vocabulary.digest])[:16]
+    key = digest_of([*_source(corpus), vocabulary.digest])[:16]
     path = cache_folder() / "tokens" / f"{corpus.name}-{key}.{vocabulary.dtype.name}"
     about = path.with_suffix(".json")
     with writing(path.parent), FileLock(path.with_suffix(".lock")):
         # Published last: where it is, the tokens are; and where they are not what it says, they are made again.
-        stored = _read(about)
+        stored = read_record(about)
         if stored is None or not path.is_file() or file_digest(path) != stored["digest"]:
             data = np.memmap(corpus.path, np.uint8, mode="r")
             ends, count = [], 0
@@ -203,23 +203,9 @@ def open_tokens(corpus: Corpus, vocabulary: Vocabulary) -> TokenFile:
                         count += len(ids)
                     ends.append(count)
             stored = {"ends": ends, "digest": file_digest(path)}
-            _write(about, stored)
+            write_record(about, stored)
         train, val, test = stored["ends"]
         return TokenFile(path, vocabulary.dtype, Splits((0, train), (train, val), (val, test)), stored["digest"])
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    with publish(path) as file:
-        file.write(json.dumps({"content": content, "sum": _digest(content)}).encode())
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    """What ``_write`` wrote there; None where that is not what the file holds."""
-    try:
-        stored = json.loads(path.read_bytes())
-        return stored["content"] if stored["sum"] == _digest(stored["content"]) else None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
 
 
 def _long_characters(
@@ -259,7 +245,3 @@ def _character_splits(corpus: Corpus, data: npt.NDArray[np.uint8]) -> Splits:
 def _source(corpus: Corpus) -> list[Any]:
     """What a derived file depends on; the time too, since the digest of a large file does not see every change."""
     return [corpus.digest, corpus.path.stat().st_mtime_ns, corpus.splits]
-
-
-def _digest(plain: Any) -> str:
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()

@@ -1,43 +1,134 @@
-"""Text from a model, a token at a time: constant memory and time a token, whatever came before."""
+"""Text from a model, a token at a time: constant memory and time a token, whatever came before.
 
-from collections.abc import Iterator
+B  rows, the texts that are written at once    T  time    V  vocab_size
+"""
+
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rwkv_pl.inference.sampling import Dice, Sampling
+from rwkv_pl.model.state import BlockState, State
+
+# Tokens of a prompt that are read at once: enough to keep the products busy, and little memory.
+CHUNK = 1024
+
 
 def generate(
     model: nn.Module,
-    tokens: Tensor,
-    state: Any = None,
+    tokens: Tensor | Sequence[Tensor],
+    state: State | None = None,
     *,
-    temperature: float = 1.0,
-    generator: torch.Generator | None = None,
-) -> Iterator[Tensor]:
-    """Yields (B,) int64 tokens without end, drawn from the model's distribution at `temperature` (0: the likeliest).
+    seed: int | None = None,
+    **sampling: Any,
+) -> "Generation":
+    """Yields (B,) int64 tokens without end, by default drawn from the model's distribution at temperature 1.
 
-    tokens:    (B, T) int64, T >= 1: the prompt that is read first, in one parallel pass.
-    state:     the model's state before the prompt; the caller's is never changed.
-    generator: on the model's device; None is torch's own.
+    tokens:   (B, T) int64, or B prompts (T_i,) of any lengths, T >= 1. A text that begins from nothing begins with
+              its vocabulary's `document_end`.
+    state:    the model's state of B rows before the prompts; the caller's is never changed.
+    seed:     row i draws by (seed, i), whatever the other rows; None: by torch's own generator.
+    sampling: temperature, top_k, top_p, repetition and window: see `Sampling`.
 
-    Raises FloatingPointError where the model's logits are not finite.
+    Raises ValueError for an empty prompt or a number out of range, FloatingPointError where logits are not finite.
     """
-    while True:
-        tokens, state = _next(model, tokens, state, temperature, generator)
-        yield tokens[:, 0]
+    chosen = Sampling(**sampling)
+    prompts = list(tokens)
+    logits, state = read_all(model, prompts, state)
+    return Generation(model, logits, state, chosen, Dice(seed, len(prompts)), prompts)
+
+
+class Generation(Iterator[Tensor]):
+    """The texts that a model writes: an iterator of tokens (B,), without end.
+
+    logits (B, V) for the token that follows and the state that they came with; recent: of each row the tokens before,
+    for Sampling's repetition. After `catch_up`, `logits` and `state` are those after all tokens that were yielded.
+    """
+
+    def __init__(
+        self, model: nn.Module, logits: Tensor, state: State, sampling: Sampling, dice: Dice, recent: Sequence[Tensor]
+    ) -> None:
+        self.logits, self.state = logits, state
+        self._model, self._sampling, self._dice = model, sampling, dice
+        self.recent = [tokens[-sampling.window :].cpu() for tokens in recent]
+        self._unread: Tensor | None = None
+
+    def __next__(self) -> Tensor:
+        self.catch_up()
+        tokens = self._sampling.choose(self.logits, self.recent, self._dice.roll())
+        self.recent = [
+            torch.cat([before, token[None]])[-self._sampling.window :]
+            for before, token in zip(self.recent, tokens, strict=True)
+        ]
+        self._unread = tokens.to(self.logits.device)
+        return self._unread
+
+    def catch_up(self) -> None:
+        """Reads the token that was yielded last."""
+        if self._unread is not None:
+            self.logits, self.state = step(self._model, self._unread, self.state)
+            self._unread = None
+
+
+def read_all(model: nn.Module, prompts: Sequence[Tensor], state: State | None = None) -> tuple[Tensor, State]:
+    """Prompts (T_i,), one state row for each -> logits after them (B, V), and the state.
+
+    One by one where their lengths differ: to fill up the shorter ones would change what the model has read.
+    """
+    if not prompts:
+        raise ValueError("no prompt: give at least one")
+    if len({len(prompt) for prompt in prompts}) == 1:
+        return read(model, torch.stack(list(prompts)), state)
+    rows = [
+        read(model, prompt[None], None if state is None else select(state, slice(i, i + 1)))
+        for i, prompt in enumerate(prompts)
+    ]
+    logits, states = zip(*rows, strict=True)
+    joined = (BlockState(*map(torch.cat, zip(*blocks, strict=True))) for blocks in zip(*states, strict=True))
+    return torch.cat(logits), tuple(joined)
+
+
+def select(state: State, rows: slice | Tensor) -> State:
+    """Some rows of a state, e. g. `torch.zeros(5, dtype=torch.int64)`: five times the first."""
+    return tuple(BlockState(*(part[rows] for part in block)) for block in state)
 
 
 @torch.no_grad()
-def _next(
-    model: Any, tokens: Tensor, state: Any, temperature: float, generator: torch.Generator | None
-) -> tuple[Tensor, Any]:
-    """Reads tokens (B, T), draws the token after them, (B, 1)."""
-    hidden, state = model.hidden(tokens, state)
-    logits = model.head(hidden[:, -1]).float()
-    if not logits.isfinite().all():
-        raise FloatingPointError("the model's outputs are not finite: its training has diverged")
-    if temperature == 0:
-        return logits.argmax(-1, keepdim=True), state
-    probabilities = torch.softmax(logits / temperature, dim=-1)
-    return torch.multinomial(probabilities, 1, generator=generator), state
+def read(
+    model: Any, tokens: Tensor, state: State | None = None, progress: Callable[[int], None] = lambda done: None
+) -> tuple[Tensor, State]:
+    """tokens (B, T), T >= 1 -> the logits after the last one, (B, V) float32, and the state.
+
+    In chunks, each parallel in time. progress: is told how many tokens of each row are read.
+    """
+    if tokens.dim() != 2 or tokens.shape[1] == 0:
+        raise ValueError(f"an empty prompt, {tuple(tokens.shape)}: begin with the vocabulary's document_end")
+    with _evaluating(model):
+        for chunk in tokens.split(CHUNK, dim=1):
+            hidden, state = model.hidden(chunk, state)
+            progress(chunk.shape[1])
+        assert state is not None
+        return model.head(hidden[:, -1]).float(), state
+
+
+@torch.no_grad()
+def step(model: Any, tokens: Tensor, state: State) -> tuple[Tensor, State]:
+    """tokens (B,) -> the logits after them, (B, V) float32, and the state."""
+    return read(model, tokens[:, None], state)
+
+
+class _evaluating:
+    """The model without dropout, inside the block."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model, self._was = model, model.training
+
+    def __enter__(self) -> None:
+        if self._was:
+            self._model.eval()
+
+    def __exit__(self, *_: object) -> None:
+        if self._was:
+            self._model.train()

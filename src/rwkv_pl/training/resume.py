@@ -30,7 +30,7 @@ def agree(about: dict[str, Any], now: dict[str, Any], path: Path) -> None:
             continue
         if key == "corpus":
             raise UserError(
-                f"data.path is not the text that {path} was trained on "
+                f"data.path, with data.val_path where there is one, is not the text that {path} was trained on "
                 f"(digest {here[:12]}, there {str(there)[:12]}): give that one"
             )
         raise UserError(f"{key}={here} contradicts {path}, which was trained with {key}={there}")

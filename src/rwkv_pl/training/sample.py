@@ -14,14 +14,8 @@ from rwkv_pl.inference.generate import generate
 
 def sample_tokens(model: nn.Module, prompt: list[int], n_tokens: int, seed: int) -> list[int]:
     """`n_tokens` tokens that the model writes after `prompt`, the same for the same weights and seed."""
-    was_training = model.training
-    model.eval()
-    device = next(model.parameters()).device
-    generator = torch.Generator(device).manual_seed(seed)
-    tokens = generate(model, torch.tensor([prompt], device=device), generator=generator)
-    written = [int(token) for token in islice(tokens, n_tokens)]
-    model.train(was_training)
-    return written
+    tokens = torch.tensor([prompt], device=next(model.parameters()).device)
+    return [int(token) for token in islice(generate(model, tokens, seed=seed), n_tokens)]
 
 
 class SampleText(Callback):
@@ -40,7 +34,7 @@ class SampleText(Callback):
             return
         vocabulary = trainer.datamodule.vocabulary  # type: ignore[attr-defined]
         try:
-            tokens = sample_tokens(pl_module.model, vocabulary.encode(b"\n").tolist(), self.n_tokens, pl_module.seed)  # type: ignore[arg-type]
+            tokens = sample_tokens(pl_module.model, [vocabulary.document_end], self.n_tokens, pl_module.seed)  # type: ignore[arg-type]
         except FloatingPointError:
             return  # the next gradient says so too
         folder = Path(trainer.default_root_dir, "samples")

@@ -1,0 +1,235 @@
+"""rwkv-generate: text from a model, printed as it is written."""
+
+import argparse
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, NoReturn
+
+from rwkv_pl.cli.app import told_in_one_line
+from rwkv_pl.config import RunError, UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from rwkv_pl.data.tokens import Vocabulary
+    from rwkv_pl.inference.generate import Generation
+    from rwkv_pl.inference.sampling import Sampling
+    from rwkv_pl.model.state import State
+
+SECONDS_BEFORE_PROGRESS = 1
+
+
+def parse() -> argparse.Namespace:
+    """The command line. Raises UserError for one that can't be meant."""
+    parser = argparse.ArgumentParser(
+        prog="rwkv-generate",
+        usage="%(prog)s WEIGHTS [PROMPT or -] [options]",
+        description="Writes what follows PROMPT, as the model would have it.",
+        epilog="A prompt that begins with - follows --:  rwkv-generate RUN --max-tokens 50 -- '- a list'",
+        allow_abbrev=False,
+    )
+
+    def refuse(message: str) -> NoReturn:
+        raise UserError(f"{message}; a prompt that begins with - follows --, and --help tells the rest")
+
+    parser.error = refuse  # type: ignore[method-assign]
+    add = parser.add_argument
+    add("weights", type=Path, metavar="WEIGHTS", help="a run folder, .ckpt, .pth or Hugging Face folder")
+    add("prompt", nargs="?", default="", metavar="PROMPT", help="the text to go on from; - reads standard input")
+    add("--max-tokens", type=int, default=256, metavar="N", help="how many at most (256); -1 for no end")
+    add("--temperature", type=float, default=1.0, metavar="X", help="below 1 bolder; 0 takes the likeliest (1)")
+    add("--top-k", type=int, default=0, metavar="K", help="only the K likeliest tokens; 0 is off (0)")
+    add("--top-p", type=float, default=1.0, metavar="P", help="only the likeliest that together reach P; 1 is off (1)")
+    add("--repetition", type=float, default=1.0, metavar="X", help="above 1, what was there is less likely (1)")
+    add("--window", type=int, default=256, metavar="N", help="the last N tokens are what --repetition looks at (256)")
+    add("--seed", type=int, metavar="N", help="the same text for the same seed; else another each time")
+    add("--stop", action="append", default=[], metavar="TEXT", help="ends before this text; may be given several times")
+    add("--samples", type=int, default=1, metavar="N", help="so many texts (1)")
+    add("--state-in", type=Path, metavar="FILE", help="goes on from this memory; PROMPT is what is said next")
+    add("--state-out", type=Path, metavar="FILE", help="keeps the memory after the last token, --stop's text included")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU where there is one (auto)")
+    # The other form takes no PROMPT where options stand between it and WEIGHTS.
+    arguments = parser.parse_intermixed_args()
+    if arguments.max_tokens < -1:
+        raise UserError(f"--max-tokens must be at least 0, or -1 for no end, got {arguments.max_tokens}")
+    if arguments.samples < 1:
+        raise UserError(f"--samples must be at least 1, got {arguments.samples}")
+    if arguments.samples > 1 and arguments.state_out:
+        raise UserError("--state-out keeps the memory of one text: leave out --samples")
+    if not all(arguments.stop):
+        raise UserError("--stop must have at least one character: every text ends before an empty one")
+    return arguments
+
+
+@told_in_one_line
+def main() -> None:
+    arguments = parse()
+    text = sys.stdin.buffer.read() if arguments.prompt == "-" else os.fsencode(arguments.prompt)
+
+    import torch
+
+    from rwkv_pl.inference.generate import Generation, select
+    from rwkv_pl.inference.memory import Memory, check_replaceable, fingerprint, load_memory, save_memory
+    from rwkv_pl.inference.sampling import Dice
+    from rwkv_pl.weights import load_weights
+
+    sampling = _sampling(arguments)
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no GPU here; leave it out")
+    on_gpu = arguments.device != "cpu" and torch.cuda.is_available()
+    if arguments.state_out:
+        check_replaceable(arguments.state_out)
+    model, vocabulary = load_weights(arguments.weights)
+    model = model.to("cuda" if on_gpu else "cpu").eval().requires_grad_(False)
+    vocabulary = vocabulary or _assumed(model, arguments.weights)
+    tokens = torch.from_numpy(vocabulary.encode(text).astype("int64"))
+
+    digest = fingerprint(model, vocabulary.digest) if arguments.state_in or arguments.state_out else ""
+    before = load_memory(arguments.state_in, model, digest) if arguments.state_in else None
+    if not len(tokens) and not before:
+        tokens = torch.tensor([vocabulary.document_end])
+    recent = torch.cat([before.recent, tokens]) if before else tokens
+    try:
+        if len(tokens):
+            logits, state = _read(model, tokens, before.state if before else None)
+        elif before:
+            logits, state = before.logits, before.state
+        rows = torch.zeros(arguments.samples, dtype=torch.int64)
+        seed = int.from_bytes(os.urandom(4), "big") if arguments.seed is None else arguments.seed
+        dice = Dice(seed, arguments.samples)
+        generation = Generation(model, logits[rows], select(state, rows), sampling, dice, [recent] * arguments.samples)
+        stops = [os.fsencode(stop) for stop in arguments.stop]
+        if arguments.seed is None:
+            print(f"--seed {seed}", file=sys.stderr)
+        interrupted = _write(generation, vocabulary, stops, arguments.samples, arguments.max_tokens)
+        if arguments.state_out:
+            generation.catch_up()
+            save_memory(arguments.state_out, Memory(generation.logits, generation.state, generation.recent[0]), digest)
+    except FloatingPointError as error:
+        raise RunError(f"{arguments.weights}: {error}") from error
+    if interrupted:
+        sys.exit(130)
+
+
+def _sampling(arguments: argparse.Namespace) -> "Sampling":
+    from rwkv_pl.inference.sampling import Sampling
+
+    names = ("temperature", "top_k", "top_p", "repetition", "window")
+    try:
+        return Sampling(**{name: getattr(arguments, name) for name in names})
+    except ValueError as error:
+        raise UserError("--" + str(error).replace("_", "-", 1)) from error
+
+
+def _assumed(model: "nn.Module", source: Path) -> "Vocabulary":
+    """Of weights that come without their vocabulary. Raises UserError where it can't be told."""
+    from rwkv_pl.data.tokens import Vocabulary
+
+    size = model.config.vocab_size  # type: ignore[union-attr]
+    if size != 256:
+        raise UserError(f"{source} does not say what its {size:,} tokens are")
+    return Vocabulary("byte")
+
+
+def _read(model: "nn.Module", tokens: "Tensor", state: "State | None") -> "tuple[Tensor, State]":
+    """The logits after tokens (T,), and the state; with a bar where that takes long."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from rwkv_pl.inference.generate import read
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=True) as bar:
+        task = bar.add_task("reading the prompt", total=len(tokens))
+        started = time.perf_counter()
+
+        def progress(done: int) -> None:
+            if time.perf_counter() - started > SECONDS_BEFORE_PROGRESS and console.is_terminal and bar.disable:
+                bar.disable = False
+                bar.start()
+            bar.advance(task, done)
+
+        return read(model, tokens[None].to(next(model.parameters()).device), state, progress)
+
+
+class Turns:
+    """Texts that are written at once, printed one after the other: the one whose turn it is as it comes."""
+
+    def __init__(self, out: IO[bytes], texts: int) -> None:
+        self._out, self._texts = out, texts
+        self._waiting = [b""] * texts
+        self._turn = 0
+        self.going = set(range(texts))
+        self._announce()
+
+    def add(self, text: int, shown: bytes) -> None:
+        self._waiting[text] += shown
+        self._print()
+
+    def end(self, text: int) -> None:
+        self.going.discard(text)
+        self._print()
+
+    def _print(self) -> None:
+        while self._turn < self._texts:
+            self._out.write(self._waiting[self._turn])
+            self._waiting[self._turn] = b""
+            if self._turn in self.going:
+                break
+            self._out.write(b"\n")
+            self._turn += 1
+            self._announce()
+        self._out.flush()
+
+    def _announce(self) -> None:
+        if self._texts > 1 and self._turn < self._texts:
+            self._out.write(f"--- {self._turn + 1} of {self._texts} ---\n".encode())
+
+
+def _write(
+    generation: "Generation", vocabulary: "Vocabulary", stops: Sequence[bytes], samples: int, max_tokens: int
+) -> bool:
+    """Prints the texts, and on stderr how fast they came. Returns whether Ctrl-C ended them."""
+    from rwkv_pl.inference.text import TextStream
+
+    interrupted = False
+
+    def interrupt(*_: Any) -> None:
+        nonlocal interrupted
+        interrupted = True
+        signal.signal(signal.SIGINT, usual)
+
+    streams = [TextStream(stops) for _ in range(samples)]
+    turns = Turns(sys.stdout.buffer, samples)
+    steps = written = 0
+    started = time.perf_counter()
+    usual = signal.signal(signal.SIGINT, interrupt)
+    try:
+        while turns.going and not interrupted and steps != max_tokens:
+            tokens = next(generation).tolist()
+            steps += 1
+            written += len(turns.going)
+            for i in tuple(turns.going):
+                spelled = vocabulary.decode(tokens[i : i + 1])
+                turns.add(i, streams[i].feed(spelled))
+                # A token that spells nothing ends the document.
+                if streams[i].stopped or not spelled:
+                    turns.add(i, streams[i].close())
+                    turns.end(i)
+    finally:
+        signal.signal(signal.SIGINT, usual)
+    seconds = time.perf_counter() - started
+    for i in tuple(turns.going):
+        turns.add(i, streams[i].close())
+        turns.end(i)
+    if written:
+        print(f"{written:,} tokens, {written / seconds:,.0f} tokens/s", file=sys.stderr)
+    return interrupted
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""A conversation's memory in a file: what a model knows after all that was read and written, to go on from later."""
+
+import hashlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rwkv_pl.config import DamagedError, UserError
+from rwkv_pl.files import publish
+from rwkv_pl.inference.generate import read
+from rwkv_pl.model.state import BlockState, State
+from rwkv_pl.weights import read_checkpoint
+
+FORMAT = 1
+
+
+class Memory(NamedTuple):
+    """logits (1, V) for the token that follows, the state (one row) that they came with, the tokens before, (n,)."""
+
+    logits: Tensor
+    state: State
+    recent: Tensor
+
+
+def save_memory(path: Path, memory: Memory, digest: str) -> None:
+    """Writes the file, whole or not at all. digest: of weights and vocabulary, see `fingerprint`."""
+    content = {
+        "rwkv_pl_memory": FORMAT,
+        "digest": digest,
+        "logits": memory.logits.cpu(),
+        "state": [{name: part.cpu() for name, part in block._asdict().items()} for block in memory.state],
+        "recent": memory.recent.cpu(),
+    }
+    with publish(path) as file:
+        torch.save(content, file)
+
+
+def load_memory(path: Path, model: Any, digest: str) -> Memory:
+    """What `save_memory` wrote. Raises UserError, one line, where it is none, or of other weights or vocabulary."""
+    content = _read(path)
+    if content.get("digest") != digest:
+        raise UserError(f"{path} is the memory of other weights, or of another vocabulary: it means nothing to these")
+    device = next(model.parameters()).device
+    like, like_state = read(model, torch.zeros(1, 1, dtype=torch.int64, device=device))
+    try:
+        logits, recent = content["logits"].to(device), content["recent"]
+        state = tuple(
+            BlockState(*(block[name].to(device) for name in BlockState._fields)) for block in content["state"]
+        )
+        shapes, expected = ([[part.shape for part in block] for block in both] for both in (state, like_state))
+        if shapes != expected or logits.shape != like.shape or recent.dim() != 1:
+            raise ValueError("tensors of other shapes")
+        if recent.is_floating_point() or len(recent[(recent < 0) | (recent >= like.shape[1])]):
+            raise ValueError("tokens that are none")
+    except Exception as error:  # what was made by hand can fail in any way
+        raise DamagedError(f"{path} is no whole memory ({error})") from error
+    return Memory(logits, state, recent)
+
+
+def check_replaceable(path: Path) -> None:
+    """Raises UserError where `path` can't be written, or holds something else than a memory."""
+    if not path.parent.is_dir():
+        raise UserError(f"{path}: there is no folder {path.parent}")
+    if path.exists():
+        _read(path)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"there is no memory {path}" + (": it is a folder" if path.is_dir() else ""))
+    content = read_checkpoint(path)
+    if content.get("rwkv_pl_memory") != FORMAT:
+        raise UserError(f"{path} is no memory of rwkv-generate: it holds something else, and is left as it is")
+    return content
+
+
+def fingerprint(model: nn.Module, vocabulary: str) -> str:
+    """64 hex digits for these weights and the vocabulary of that digest."""
+    digest = hashlib.sha256(vocabulary.encode())
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,242 @@
+"""rwkv-generate: what is printed, byte for byte, and how it ends."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+from itertools import islice
+
+import pytest
+import torch
+from command import Result
+
+from rwkv_pl import RWKV4, RWKV4Config
+from rwkv_pl import generate as api
+from rwkv_pl.cli import generate
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    model = RWKV4(RWKV4Config(vocab_size=256, n_layer=2, n_embd=16)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+    return model
+
+
+@pytest.fixture(autouse=True)
+def weights(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(model.state_dict(), "model.pth")
+
+
+@pytest.fixture
+def run(monkeypatch, capfdbinary):
+    def run(*arguments: str, stdin: bytes = b"") -> Result:
+        monkeypatch.setattr(sys, "argv", ["rwkv-generate", *arguments])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        code = 0
+        try:
+            generate.main()
+        except SystemExit as exit:
+            code = int(exit.code or 0)
+        streams = capfdbinary.readouterr()
+        return Result(code, streams.out.decode(), streams.err.decode())
+
+    return run
+
+
+def expected(model, prompt: bytes, n: int, **sampling: object) -> str:
+    """What the Python API makes of the prompt, one newline behind it."""
+    tokens = api(model, torch.tensor([list(prompt)]), **sampling)
+    return bytes(int(token) for token in islice(tokens, n)).decode(errors="replace") + "\n"
+
+
+def test_it_prints_what_follows_the_prompt(model, run):
+    result = run("model.pth", "def f", "--seed", "3", "--max-tokens", "50")
+    assert (result.code, result.out) == (0, expected(model, b"def f", 50, seed=3))
+    assert result.err.startswith("50 tokens, ") and result.err.count("\n") == 1
+
+
+def test_the_options_are_those_of_the_api(model, run):
+    given = {"temperature": 0.7, "top_k": 40, "top_p": 0.9, "repetition": 1.2, "window": 9}
+    options = [text for name, value in given.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    result = run("model.pth", "abc", "--seed", "1", "--max-tokens", "60", *options)
+    assert result.out == expected(model, b"abc", 60, seed=1, **given)
+
+
+@pytest.mark.parametrize(
+    "prompt", ["a, b", "'q' \"r\"", "{x: [y]}", "null", "12", "a=b", "", "π€", "two\nlines", "x\0y"]
+)
+def test_a_prompt_is_taken_as_it_is(model, run, prompt):
+    result = run("model.pth", prompt, "--temperature", "0", "--max-tokens", "8")
+    assert result.out == expected(model, prompt.encode() or b"\n", 8, temperature=0)
+
+
+def test_a_prompt_of_binary_bytes(model, run):
+    prompt = b"\xff\xfe\x80ok"
+    result = run("model.pth", os.fsdecode(prompt), "--temperature", "0", "--max-tokens", "8")
+    assert result.out == expected(model, prompt, 8, temperature=0)
+
+
+def test_a_prompt_that_begins_with_a_dash(model, run):
+    result = run("model.pth", "--temperature", "0", "--max-tokens", "8", "--", "-5 --x")
+    assert result.out == expected(model, b"-5 --x", 8, temperature=0)
+    refused = run("model.pth", "--x")
+    assert refused.code == 2 and "follows --" in refused.err and refused.err.count("\n") == 1
+
+
+def test_a_megabyte_on_standard_input(run):
+    model = RWKV4(RWKV4Config(vocab_size=256, n_layer=1, n_embd=8)).eval()
+    torch.save(model.state_dict(), "model.pth")
+    prompt = bytes(range(256)) * 4096
+    result = run("model.pth", "-", "--temperature", "0", "--max-tokens", "4", stdin=prompt)
+    state = None
+    with torch.no_grad():
+        for piece in torch.tensor(list(prompt))[None].split(1 << 16, dim=1):
+            logits, state = model(piece, state)
+    assert result.code == 0
+    assert result.out.encode()[:1] == bytes([int(logits[0, -1].argmax())]).decode(errors="replace").encode()[:1]
+
+
+def test_a_stop_is_not_printed(model, run):
+    whole = bytes(map(int, islice(api(model, torch.tensor([list(b"abc")]), seed=1), 60)))
+    stop = whole[20:23]
+    stops = ("--stop", "never there", "--stop", os.fsdecode(stop))
+    result = run("model.pth", "abc", "--seed", "1", "--max-tokens", "60", *stops)
+    assert result.out == whole[: whole.index(stop)].decode(errors="replace") + "\n"
+
+
+def test_samples_come_one_after_the_other_and_each_has_its_own_seed(model, run):
+    tokens = api(model, torch.tensor([list(b"abc")] * 3), seed=4)
+    rows = torch.stack(list(islice(tokens, 30)), 1)
+    texts = [bytes(row.tolist()).decode(errors="replace") for row in rows]
+    result = run("model.pth", "abc", "--seed", "4", "--max-tokens", "30", "--samples", "3")
+    assert result.out == "".join(f"--- {i} of 3 ---\n{text}\n" for i, text in enumerate(texts, 1))
+    alone = run("model.pth", "abc", "--seed", "4", "--max-tokens", "30")
+    assert alone.out == texts[0] + "\n"
+
+
+def test_a_sample_whose_turn_has_not_come_waits(model, run):
+    rows = torch.stack(list(islice(api(model, torch.tensor([list(b"a")] * 2), seed=4), 30)), 1)
+    first, second = (bytes(row.tolist()) for row in rows)
+    stop = second[3:5]
+    assert stop not in first
+    result = run("model.pth", "a", "--seed", "4", "--max-tokens", "30", "--samples", "2", "--stop", os.fsdecode(stop))
+    shown = (text.decode(errors="replace") for text in (first, second[: second.index(stop)]))
+    assert result.out == "--- 1 of 2 ---\n{}\n--- 2 of 2 ---\n{}\n".format(*shown)
+
+
+def test_a_memory_goes_on_as_if_nothing_had_been_between(model, run):
+    whole = expected(model, b"abc", 40, temperature=0)
+    first = run("model.pth", "abc", "--temperature", "0", "--max-tokens", "15", "--state-out", "memory")
+    second = run("model.pth", "--temperature", "0", "--max-tokens", "25", "--state-in", "memory")
+    # Cut where no character of several bytes is.
+    assert whole.isascii() or "\ufffd" in whole
+    assert first.out[:-1] + second.out == whole
+    said = run("model.pth", "d", "--temperature", "0", "--max-tokens", "9", "--state-in", "memory")
+    written = list(islice(api(model, torch.tensor([list(b"abc")]), temperature=0), 15))
+    heard = b"abc" + bytes(map(int, written)) + b"d"
+    assert said.out == expected(model, heard, 9, temperature=0)
+
+
+def test_a_memory_can_be_kept_in_the_same_file_again_and_without_writing(run):
+    for _ in range(2):
+        kept = run("model.pth", "abc", "--max-tokens", "0", "--state-out", "memory", "--seed", "1")
+        assert (kept.code, kept.out, kept.err) == (0, "\n", "")
+    assert run("model.pth", "d", "--max-tokens", "3", "--state-in", "memory", "--state-out", "memory").code == 0
+
+
+def test_a_memory_of_other_weights_is_refused(model, run):
+    run("model.pth", "abc", "--max-tokens", "0", "--state-out", "memory")
+    state = model.state_dict()
+    torch.save({name: value + 1 if name == "ln_out.bias" else value for name, value in state.items()}, "other.pth")
+    refused = run("other.pth", "--state-in", "memory")
+    assert refused.code == 2 and "other weights" in refused.err and refused.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ([], "WEIGHTS"),
+        (["nowhere"], "no weights at nowhere"),
+        (["empty.pth"], "empty.pth"),
+        (["model.pth", "a", "b"], "unrecognized arguments: b"),
+        (["model.pth", "--temperature", "-1"], "--temperature must be at least 0"),
+        (["model.pth", "--temperature", "nan"], "--temperature"),
+        (["model.pth", "--top-k", "-2"], "--top-k must be at least 0"),
+        (["model.pth", "--top-p", "much"], "--top-p"),
+        (["model.pth", "--repetition", "0"], "--repetition must be a number above 0"),
+        (["model.pth", "--window", "0"], "--window must be at least 1"),
+        (["model.pth", "--max-tokens", "-2"], "--max-tokens must be at least 0"),
+        (["model.pth", "--max-tokens", "2.5"], "--max-tokens"),
+        (["model.pth", "--samples", "0"], "--samples must be at least 1"),
+        (["model.pth", "--stop", ""], "--stop must have at least one character"),
+        (["model.pth", "--state-in", "nowhere"], "no memory nowhere"),
+        (["model.pth", "--state-in", "model.pth"], "no memory of rwkv-generate"),
+        (["model.pth", "--state-out", "model.pth"], "left as it is"),
+        (["model.pth", "--state-out", "no/where"], "no folder no"),
+        (["model.pth", "--samples", "2", "--state-out", "x"], "one text"),
+        (["odd.pth"], "does not say what its 7 tokens are"),
+    ],
+)
+def test_bad_input_is_one_line(run, tmp_path, arguments, told):
+    (tmp_path / "empty.pth").touch()
+    torch.save(RWKV4(RWKV4Config(vocab_size=7, n_layer=1, n_embd=8)).state_dict(), "odd.pth")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    result = run(*arguments)
+    assert result.code == 2 and result.out == ""
+    assert result.err.startswith("rwkv-generate: ") and result.err.count("\n") == 1
+    assert told in result.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_a_diverged_model_is_one_line(model, run):
+    state = model.state_dict()
+    torch.save(state | {"ln_out.bias": torch.full((16,), float("nan"))}, "diverged.pth")
+    result = run("diverged.pth", "abc", "--seed", "1")
+    assert (result.code, result.out) == (1, "")
+    assert "not finite" in result.err and result.err.count("\n") == 1
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "rwkv_pl.cli.generate", *arguments]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT to one process")
+def test_ctrl_c_ends_cleanly_and_keeps_the_memory(tmp_path):
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    process = subprocess.Popen(
+        command("model.pth", "abc", "--max-tokens", "-1", "--state-out", "memory"),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0, env=environment,
+    )  # fmt: skip
+    begun = process.stdout.read(20)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    (begun + out).decode()
+    assert out.endswith(b"\n") and b"Traceback" not in err and b"tokens/s" in err
+    assert (tmp_path / "memory").is_file()
+    written = torch.load("memory", weights_only=True)["recent"][3:].tolist()
+    assert (begun + out)[:-1] == bytes(written).decode(errors="replace").encode()[-len(begun + out) + 1 :]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no pipes of this kind")
+def test_a_reader_that_goes_away_ends_it_quietly():
+    process = subprocess.Popen(
+        command("model.pth", "abc", "--max-tokens", "-1"), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.read(10)
+    process.stdout.close()
+    err = process.stderr.read()
+    assert process.wait(timeout=60) == 1
+    assert b"Traceback" not in err and b"Exception" not in err
+
+
+def test_help_imports_no_torch():
+    asked = "import sys; sys.argv[1:] = ['--help']\nfrom rwkv_pl.cli.generate import main\ntry: main()\n"
+    asked += "except SystemExit: assert 'torch' not in sys.modules"
+    told = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True).stdout
+    assert "begins with - follows --" in told

@@ -1,0 +1,275 @@
+"""Texts as people have them: what a path means, and one file made of it, document by document."""
+
+import gzip
+import io
+import itertools
+import json
+import os
+import sys
+import tempfile
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rwkv_pl.config import UserError
+from rwkv_pl.data import sources
+from rwkv_pl.data.sources import find, is_there, join
+
+
+def write(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(name.encode())
+
+
+def names(path: Path, below: Path) -> list[str]:
+    return [source.path.relative_to(below).as_posix() for source in find(path, "data.path")]
+
+
+def joined(*paths: Path, field: str = "text") -> tuple[bytes, list[int], sources.Joined]:
+    """The text, its document ends and what ``join`` says, of paths that are a part each."""
+    text, ends = io.BytesIO(), io.BytesIO()
+    parts = {f"part {i}": find(path, "data.path") for i, path in enumerate(paths)}
+    told = join(parts, field, text, ends)
+    return text.getvalue(), np.frombuffer(ends.getvalue(), "<i8").tolist(), told
+
+
+def test_a_folder_is_all_its_files_in_order(tmp_path: Path) -> None:
+    write(tmp_path, "b.txt", "a/z.txt", "a/y/1.txt", "a-1.txt", "a.txt", "B", ".hidden", ".git/config", "a/.x/1.txt")
+    (tmp_path / "empty").mkdir()
+    expected = ["B", "a-1.txt", "a.txt", "a/y/1.txt", "a/z.txt", "b.txt"]
+    assert names(tmp_path, tmp_path) == expected
+    # A link to a folder may lead round in a circle; one to a file is that file.
+    (tmp_path / "a" / "circle").symlink_to(tmp_path)
+    (tmp_path / "c.txt").symlink_to(tmp_path / "b.txt")
+    os.mkfifo(tmp_path / "pipe")
+    assert names(tmp_path, tmp_path) == [*expected, "c.txt"]
+    assert joined(tmp_path)[0] == "\n".join([*expected, "b.txt"]).encode()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("*.txt", ["a.txt", "b.txt"]),
+        ("?.txt", ["a.txt", "b.txt"]),
+        ("[!a].txt", ["b.txt"]),
+        ("**/*.txt", ["a.txt", "b.txt", "x/1.txt", "x/y/2.txt"]),
+        ("x/**", ["x/1.txt", "x/3.md", "x/y/2.txt"]),
+        ("*", ["a.txt", "b.txt"]),
+        ("x/*/*", ["x/circle/a.txt", "x/circle/b.txt", "x/y/2.txt"]),
+        ("x/../a.t*", ["x/../a.txt"]),
+    ],
+)
+def test_a_glob_is_the_files_it_matches_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str, expected: list[str]
+) -> None:
+    # The folder's own name is no wildcard.
+    folder = tmp_path / "[1] *"
+    write(folder, "b.txt", "a.txt", ".c.txt", "x/1.txt", "x/3.md", "x/y/2.txt", "x/.y/2.txt")
+    (folder / "x" / "circle").symlink_to(folder)
+    assert names(folder / pattern, folder) == expected
+    assert is_there(folder / pattern)
+    monkeypatch.chdir(folder)
+    assert names(Path(pattern), Path()) == expected
+
+
+def test_a_name_with_a_wildcard_is_that_name(tmp_path: Path) -> None:
+    write(tmp_path, "a[1].txt", "a1.txt", "*/1", "x/1")
+    assert names(tmp_path / "a[1].txt", tmp_path) == ["a[1].txt"]
+    assert names(tmp_path / "*", tmp_path) == ["*/1"]
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("empty", "data.path=.*empty is a folder without files"),
+        ("absent.txt", "data.path=.*absent.txt: no such file; if it was moved, give data.path= where it is now"),
+        ("file/absent.txt", "no such file"),
+        ("*.md", r"data.path=.*\*.md: no file matches in "),
+        ("absent/*.txt", "no file matches in "),
+        ("**x", "is no glob: .*" if sys.version_info < (3, 13) else "no file matches"),
+        ("dangling", "cannot read .*dangling/link: No such file"),
+        ("dangling/*", "cannot read .*dangling/link: No such file"),
+        ("x" * 300, "cannot read .*: File name too long"),
+    ],
+)
+def test_nothing_there_is_one_line(tmp_path: Path, name: str, says: str) -> None:
+    write(tmp_path, "file", "empty/.hidden", "dangling/file")
+    (tmp_path / "dangling" / "link").symlink_to("nowhere")
+    with pytest.raises(UserError, match=says) as caught:
+        find(tmp_path / name, "data.path")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_relative_name_says_where_was_looked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=rf"data.val_path=absent: no such file \(looked for {tmp_path}/absent\)"):
+        find(Path("absent"), "data.val_path")
+    assert not is_there(Path("absent"))
+    assert not is_there(Path("*.txt"))
+
+
+def test_a_folder_that_cannot_be_read_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: str) -> None:
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match=f"cannot read {tmp_path}: Permission denied"):
+        find(tmp_path, "data.path")
+
+
+# JSON holds text; half a surrogate pair is none, but JSON can spell it.
+DOCUMENTS = st.lists(
+    st.text(st.characters(codec=None), max_size=20).filter(lambda text: "\ufeff" not in text), max_size=8
+)
+
+
+@given(st.lists(st.tuples(st.sampled_from(["txt", "TXT.gz", "jsonl", "jsonl.gz"]), DOCUMENTS), min_size=1, max_size=4))
+def test_documents_are_joined_by_their_ends(files: list[tuple[str, list[str]]]) -> None:
+    documents: list[bytes] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for number, (kind, texts) in enumerate(files):
+            spelled = [text.encode("utf-8", "surrogatepass") for text in texts]
+            if "jsonl" in kind:
+                content = "\n".join(json.dumps({"id": 1, "words": text}) for text in texts).encode()
+                documents += spelled
+            else:
+                content = b"".join(spelled)
+                documents.append(content)
+            Path(folder, f"{number}.{kind}").write_bytes(gzip.compress(content) if kind.endswith("gz") else content)
+        documents = [document for document in documents if document]
+        if not documents:
+            with pytest.raises(UserError, match=r"part 0 names \d file\(s\) without any text"):
+                joined(Path(folder), field="words")
+            return
+        text, ends, told = joined(Path(folder), field="words")
+    assert text == b"\n".join(documents)
+    assert told == ([len(text)], len(documents))
+    edges = [-1, *ends, len(text)]
+    assert [text[lo + 1 : hi] for lo, hi in itertools.pairwise(edges)] == documents
+
+
+def test_each_part_says_where_it_ends(tmp_path: Path) -> None:
+    write(tmp_path, "a/1", "a/2", "b")
+    assert joined(tmp_path / "a", tmp_path / "b") == (b"a/1\na/2\nb", [3, 7], ([7, 9], 3))
+    (tmp_path / "b").write_bytes(b"")
+    with pytest.raises(UserError, match=r"part 1 names 1 file\(s\) without any text, the first is .*b"):
+        joined(tmp_path / "a", tmp_path / "b")
+
+
+def test_a_large_document_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "BLOCK", 7)
+    for name in ("a.txt", "b.txt.gz"):
+        content = bytes(range(100)) * 3
+        (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    assert joined(tmp_path) == (bytes(range(100)) * 3 + b"\n" + bytes(range(100)) * 3, [300], ([601], 2))
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        (b"{", "line 3 is not JSON"),
+        (b"text", "line 3 is not JSON"),
+        (b'{"text": "\xff"}', "line 3 is not JSON"),
+        (b"[" * 100_000, "line 3 is not JSON"),
+        (b'["text"]', "line 3 is no JSON object"),
+        (b"3", "line 3 is no JSON object"),
+        (
+            b'{"title": "", "body": ""}',
+            "line 3 has no field text; there are: title, body: name the text's by data.field",
+        ),
+        (b"{}", "line 3 has no field text; there are: none"),
+        (b'{"text": null}', "line 3: the field text holds no string"),
+        (b'{"text": ["a"]}', "line 3: the field text holds no string"),
+        (b'{"text": "%s"}' % (b"x" * 3000), "line 3 is longer than .* one document a line"),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_a_row_that_is_none_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: bytes, says: str, suffix: str
+) -> None:
+    if b"xxx" in row:
+        monkeypatch.setattr(sources, "LONGEST_ROW", 2000)
+    path = tmp_path / f"rows.jsonl{suffix}"
+    content = b'{"text": "a"}\r\n\n' + row + b"\n"
+    path.write_bytes(gzip.compress(content) if suffix else content)
+    with pytest.raises(UserError, match=f"rows.jsonl{suffix}, {says}") as caught:
+        joined(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_rows_may_be(tmp_path: Path) -> None:
+    """Blank lines, Windows's line ends, a byte order mark, no end of the last line, any field."""
+    (tmp_path / "rows.JSONL").write_bytes(
+        b'\xef\xbb\xbf{"text": "a\\nb"}\r\n\n  \n{"x": {}, "text": "\\u00e4\\ud83d\\ude00"}'
+    )
+    assert joined(tmp_path / "rows.JSONL") == ("a\nb\nä😀".encode(), [3], ([10], 2))
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "block", "text", "behind", "header"])
+def test_a_broken_gzip_is_one_line(tmp_path: Path, damage: str) -> None:
+    content = gzip.compress(np.random.default_rng(0).bytes(10_000))
+    flipped = bytearray(content)
+    flipped[5000] ^= 1
+    broken = {
+        "cut": content[:-100],
+        "flip": bytes(flipped),
+        "block": content[:10] + b"\xff" + content[11:],  # of a kind that does not exist
+        "text": b"no gzip at all",
+        "behind": content + b"more",
+        "header": content[:5],
+    }
+    path = tmp_path / "text.gz"
+    path.write_bytes(broken[damage])
+    with pytest.raises(UserError, match=f"{path} is not a whole gzip file") as caught:
+        joined(path)
+    assert "\n" not in str(caught.value)
+    # Members that follow each other are one file, as gzip has it.
+    path.write_bytes(gzip.compress(b"a") + gzip.compress(b"b"))
+    assert joined(path)[0] == b"ab"
+
+
+@pytest.mark.parametrize("change", ["grown", "touched", "gone"])
+def test_a_file_that_changes_meanwhile_is_told(tmp_path: Path, change: str) -> None:
+    write(tmp_path, "a", "b")
+    found = find(tmp_path, "data.path")
+    if change == "grown":
+        (tmp_path / "a").write_bytes(b"more")
+    elif change == "touched":
+        os.utime(tmp_path / "a", ns=(0, 0))
+    else:
+        (tmp_path / "b").unlink()
+    with pytest.raises(UserError, match="cannot read .*b: No such" if change == "gone" else "a has changed while"):
+        join({"data.path": found}, "text", io.BytesIO(), io.BytesIO())
+
+
+def test_half_a_gigabyte_costs_no_memory(tmp_path: Path) -> None:
+    path = tmp_path / "zeros.gz"
+    path.write_bytes(gzip.compress(bytes(1 << 20)) * 512)
+    with Path(os.devnull).open("wb") as nowhere:
+        tracemalloc.start()
+        told = join({"data.path": find(path, "data.path")}, "text", nowhere, nowhere)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert told == ([512 << 20], 1)
+    # A few blocks of 1 MiB, and what rich imports.
+    assert peak < 32 << 20
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_terminal_sees_how_far_it_is(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, terminal: bool
+) -> None:
+    monkeypatch.setenv("TTY_COMPATIBLE", str(int(terminal)))
+    content = np.random.default_rng(0).bytes(3_000_000)
+    (tmp_path / "a").write_bytes(content)
+    (tmp_path / "b.gz").write_bytes(gzip.compress(content))
+    joined(tmp_path)
+    said = capfd.readouterr()
+    assert said.out == ""
+    assert ("reading the corpus" in said.err) == terminal
+    assert ("6.0/6.0 MB" in said.err) == terminal

@@ -1,0 +1,95 @@
+"""A conversation's memory goes on where it was kept, and only with the weights and the vocabulary that kept it."""
+
+import copy
+
+import pytest
+import torch
+
+from rwkv_pl import RWKV4, RWKV4Config, generate
+from rwkv_pl.config import UserError
+from rwkv_pl.inference.memory import Memory, check_replaceable, fingerprint, load_memory, save_memory
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return RWKV4(RWKV4Config(vocab_size=7, n_layer=2, n_embd=16))
+
+
+@pytest.fixture
+def kept(model, tmp_path):
+    generation = generate(model, torch.tensor([[1, 2]]), seed=1)
+    next(generation)
+    generation.catch_up()
+    memory = Memory(generation.logits, generation.state, generation.recent[0])
+    save_memory(tmp_path / "m", memory, "digest")
+    return tmp_path / "m", memory
+
+
+def test_what_is_kept_is_what_was_there(model, kept):
+    path, memory = kept
+    got = load_memory(path, model, "digest")
+    assert torch.equal(got.logits, memory.logits) and torch.equal(got.recent, memory.recent)
+    for block, before in zip(got.state, memory.state, strict=True):
+        assert all(torch.equal(part, was) for part, was in zip(block, before, strict=True))
+
+
+def test_a_fingerprint_tells_weights_and_vocabulary(model):
+    first = fingerprint(model, "v")
+    assert fingerprint(copy.deepcopy(model), "v") == first
+    assert fingerprint(model, "w") != first
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.blocks[1].att.time_decay[3] += 1e-6
+    assert fingerprint(other, "v") != first
+
+
+def test_of_other_weights_it_is_refused(model, kept):
+    with pytest.raises(UserError, match="other weights"):
+        load_memory(kept[0], model, "another")
+
+
+CHANGES = {
+    "a block less": lambda c: c["state"].pop(),
+    "another size": lambda c: c["state"][0].update(wkv=torch.zeros(1, 3, 15)),
+    "two rows": lambda c: c["state"][0].update(att_shift=torch.zeros(2, 16)),
+    "no shift": lambda c: c["state"][1].pop("ffn_shift"),
+    "no tensor": lambda c: c.update(logits=[1.0]),
+    "a token too many": lambda c: c.update(recent=torch.tensor([7])),
+    "tokens that are none": lambda c: c.update(recent=torch.tensor([0.5])),
+    "no state": lambda c: c.pop("state"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_damaged_one_is_one_line(model, kept, change):
+    path, _ = kept
+    content = torch.load(path, weights_only=True)
+    change(content)
+    torch.save(content, path)
+    with pytest.raises(UserError, match="no whole memory") as error:
+        load_memory(path, model, "digest")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", None])
+def test_something_else_is_neither_read_nor_replaced(model, tmp_path, content):
+    path = tmp_path / "x"
+    if content is None:
+        torch.save({"emb.weight": torch.zeros(3)}, path)
+    else:
+        path.write_bytes(content)
+    before = path.read_bytes()
+    with pytest.raises(UserError):
+        load_memory(path, model, "digest")
+    with pytest.raises(UserError):
+        check_replaceable(path)
+    assert path.read_bytes() == before
+
+
+def test_a_place_that_cannot_be_written_is_told_before(tmp_path):
+    with pytest.raises(UserError, match="no folder"):
+        check_replaceable(tmp_path / "not" / "there")
+    with pytest.raises(UserError, match="is a folder"):
+        check_replaceable(tmp_path)
+    check_replaceable(tmp_path / "new")

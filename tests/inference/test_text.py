@@ -1,0 +1,55 @@
+"""What is shown is valid UTF-8 at every step, and the same however the bytes were cut."""
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from rwkv_pl.inference.text import TextStream
+
+PIECES = st.lists(st.one_of(st.binary(max_size=3), st.text(max_size=2).map(str.encode), st.sampled_from([b"a", b"b"])))
+
+
+@given(PIECES)
+@example([b"\xe2", b"\x82", b"\xac"])
+@example([b"\xe2", b"\x82"])
+def test_without_stops_it_is_the_decoded_text(pieces):
+    stream = TextStream()
+    shown = [stream.feed(piece) for piece in pieces] + [stream.close()]
+    for part in shown:
+        part.decode()
+    assert b"".join(shown).decode() == b"".join(pieces).decode(errors="replace")
+
+
+@given(PIECES, st.lists(st.text(alphabet="abü", min_size=1, max_size=4).map(str.encode), min_size=1, max_size=3))
+@example([b"abc", b"d"], [b"abcd", b"bc"])
+@example([b"abab", b"c"], [b"abc"])
+def test_a_stop_ends_it_and_is_not_shown(pieces, stops):
+    stream = TextStream(stops)
+    shown = b""
+    for piece in pieces:
+        part = stream.feed(piece)
+        part.decode()
+        shown += part
+    shown += stream.close()
+    text = b"".join(pieces)
+    expected, stopped = text, False
+    for end in range(len(text) + 1):
+        if whole := [stop for stop in stops if text[:end].endswith(stop)]:
+            expected, stopped = text[: end - len(max(whole, key=len))], True
+            break
+    assert shown.decode() == expected.decode(errors="replace")
+    assert stream.stopped == stopped
+    assert stream.feed(b"more") == b"" or not stopped
+
+
+def test_the_beginning_of_a_stop_waits():
+    stream = TextStream([b"\n\n"])
+    assert stream.feed(b"one\n") == b"one"
+    assert stream.feed(b"two\n") == b"\ntwo"
+    assert stream.feed(b"\nthree") == b""
+    assert stream.stopped
+
+
+def test_an_empty_stop_is_refused():
+    with pytest.raises(ValueError, match="at least one byte"):
+        TextStream([b""])
