@@ -9,6 +9,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+KERNELS = ("auto", "compiled", "scan", "recurrence")
+
 
 class UserError(Exception):
     """Something that a person can mend: one line that says what is wrong, where, and what to do."""
@@ -163,8 +165,40 @@ class Train:
 
     def __post_init__(self) -> None:
         at_least("skip_nonfinite", self.skip_nonfinite, 0)
-        one_of("kernel", self.kernel, ("auto", "compiled", "scan", "recurrence"))
+        one_of("kernel", self.kernel, KERNELS)
         between("seed", self.seed, 0, 2**63 - 1, inclusive=True)
+
+
+@dataclass
+class Eval:
+    """All of conf/eval.yaml. `weights` and `out` count from the folder where the command is given."""
+
+    data: Data = field(default_factory=Data)
+    weights: str | None = None
+    split: str = "val"
+    protocol: str = "both"
+    streams: int = 1
+    warmup: int = 1024
+    chunk_len: int = 1024
+    stride: int | None = None
+    accelerator: str = "auto"
+    precision: str = "32-true"
+    kernel: str = "auto"
+    out: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.weights:
+            raise UserError("weights is missing: name a run folder, .ckpt, .pth or Hugging Face folder, weights=RUN")
+        one_of("split", self.split, ("train", "val", "test"))
+        one_of("protocol", self.protocol, ("both", "carried", "windows"))
+        at_least("streams", self.streams, 1)
+        at_least("warmup", self.warmup, 0)
+        at_least("chunk_len", self.chunk_len, 1)
+        if self.stride is not None:
+            between("stride", self.stride, 1, self.data.ctx_len, inclusive=True)
+        one_of("accelerator", self.accelerator, ("auto", "cpu", "gpu", "cuda", "mps"))
+        one_of("precision", self.precision, ("32-true", "64-true", "bf16-mixed", "16-mixed"))
+        one_of("kernel", self.kernel, KERNELS)
 
 
 GROUPS = ("data", "model", "optim", "schedule", "trainer", "callbacks", "logger", "experiment")

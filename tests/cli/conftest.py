@@ -1,22 +1,25 @@
-"""Runs rwkv-train inside this process, as the command does."""
+"""Runs the commands inside this process, as they are run."""
 
+import functools
 import sys
+from collections.abc import Callable
 
 import pytest
 from command import TEXT, Result
 
-from rwkv_pl.cli.train import main
+from rwkv_pl.cli import eval as evaluation
+from rwkv_pl.cli import train as training
 
 
 @pytest.fixture
-def train(tmp_path, monkeypatch, capfd):
-    """train(*overrides) -> Result, in an empty folder with a corpus.txt."""
+def command(tmp_path, monkeypatch, capfd):
+    """command(main, name, *arguments) -> Result, in an empty folder with a corpus.txt."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     (tmp_path / "corpus.txt").write_bytes(TEXT)
 
-    def run(*arguments: str) -> Result:
-        monkeypatch.setattr(sys, "argv", ["rwkv-train", *arguments])
+    def run(main: Callable[[], None], name: str, *arguments: str) -> Result:
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
         capfd.readouterr()
         code = 0
         try:
@@ -27,3 +30,15 @@ def train(tmp_path, monkeypatch, capfd):
         return Result(code, streams.out, streams.err)
 
     return run
+
+
+@pytest.fixture
+def train(command):
+    """train(*overrides) -> Result"""
+    return functools.partial(command, training.main, "rwkv-train")
+
+
+@pytest.fixture
+def evaluate(command):
+    """evaluate(*overrides) -> Result"""
+    return functools.partial(command, evaluation.main, "rwkv-eval")

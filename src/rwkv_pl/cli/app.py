@@ -11,7 +11,7 @@ from importlib import resources
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import hydra
 import yaml
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 OmegaConf.register_new_resolver("divide", lambda a, b: a / b, replace=True)
 
 CONFIG_MODULE = "rwkv_pl.conf"
+
+Schema = TypeVar("Schema")
 BAD_INPUT, FAILED = 2, 1
 
 # Loggers that are extras; the package's name is the module's.
@@ -136,12 +138,12 @@ def parse_overrides(overrides: Sequence[str], sweep: bool = False) -> list[Overr
     return parsed
 
 
-def compose(overrides: Sequence[str], config_dir: str | None = None) -> DictConfig:
-    """conf/train.yaml with the overrides, Hydra's own part included. Raises UserError in one line."""
+def compose(overrides: Sequence[str], config_dir: str | None = None, name: str = "train") -> DictConfig:
+    """conf/NAME.yaml with the overrides, Hydra's own part included. Raises UserError in one line."""
     extra = [f"hydra.searchpath=[{quoted('file://' + config_dir)}]"] if config_dir else []
-    with initialize_config_module(CONFIG_MODULE, version_base="1.3", job_name="train"):
+    with initialize_config_module(CONFIG_MODULE, version_base="1.3", job_name=name):
         try:
-            return hydra_compose("train", overrides=[*overrides, *extra], return_hydra_config=True)
+            return hydra_compose(name, overrides=[*overrides, *extra], return_hydra_config=True)
         except MissingConfigException as error:
             group, _, name = (error.missing_cfg_file or "").rpartition("/")
             # Hydra lists them for a single choice, not for a list of them.
@@ -151,12 +153,14 @@ def compose(overrides: Sequence[str], config_dir: str | None = None) -> DictConf
             raise UserError(f"there is no {group}={name}; there are: {options}") from error
         except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
             reason = error
-    explain_unknown_key(overrides, config_dir)
+    explain_unknown_key(overrides, config_dir, name)
     cause = f" ({one_line(reason.__cause__)})" if reason.__cause__ else ""
     raise UserError(one_line(reason) + cause) from reason
 
 
-def hand_over(task: Callable[[DictConfig], Any], argv: Sequence[str], multirun: bool = False) -> None:
+def hand_over(
+    task: Callable[[DictConfig], Any], argv: Sequence[str], multirun: bool = False, name: str = "train"
+) -> None:
     """Lets Hydra make .hydra/ and train.log and call `task` with the composed config; under -m, its sweeper."""
     if multirun:
         plugins()
@@ -175,7 +179,7 @@ def hand_over(task: Callable[[DictConfig], Any], argv: Sequence[str], multirun: 
     sys.argv = [typed[0], *argv]
     try:
         to_run = task if multirun else run
-        hydra.main(version_base="1.3", config_path=f"pkg://{CONFIG_MODULE}", config_name="train")(to_run)()
+        hydra.main(version_base="1.3", config_path=f"pkg://{CONFIG_MODULE}", config_name=name)(to_run)()
     finally:
         sys.argv = typed
     if failure:
@@ -204,13 +208,13 @@ def typed_config_dir(sources: Any) -> str | None:
     return next((str(source["path"]) for source in sources if source["provider"] == "command-line"), None)
 
 
-def explain_unknown_key(overrides: Sequence[str], config_dir: str | None) -> None:
+def explain_unknown_key(overrides: Sequence[str], config_dir: str | None, name: str = "train") -> None:
     """Raises UserError, with the nearest key, for the first override whose key does not exist."""
     parsed = parse_overrides(overrides, sweep=True)
     choices = [override for override in parsed if is_group_choice(override)]
     if len(choices) == len(parsed):
         return
-    base = compose([str(override.input_line) for override in choices], config_dir)
+    base = compose([str(override.input_line) for override in choices], config_dir, name)
     for override in parsed:
         if override not in choices:
             require_key(override.key_or_group, base)
@@ -245,11 +249,7 @@ def trainer_defaults() -> dict[str, Any]:
 
 def check(config: DictConfig, overrides: Sequence[Override] = (), config_dir: str | None = None) -> Train:
     """The composed config, its types and ranges held. Raises UserError: the key, what was given, what is allowed."""
-    config = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-    try:
-        plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
-    except OmegaConfBaseException as error:
-        raise UserError(one_line(error)) from error
+    plain = resolved(config)
     for group in GROUPS[:-1]:
         if not isinstance(plain.get(group), dict):
             raise UserError(f"{group}={plain.get(group)} is not a choice of a file in conf/{group}")
@@ -274,13 +274,27 @@ def check(config: DictConfig, overrides: Sequence[Override] = (), config_dir: st
         raise UserError(
             "an experiment's file begins with the line '# @package _global_': without it its settings go astray"
         )
+    return typed(plain, Train)
+
+
+def resolved(config: DictConfig) -> dict[str, Any]:
+    """A composed config in plain types, without Hydra's part. Raises UserError where an interpolation leads nowhere."""
+    config = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Train), plain))  # type: ignore[return-value]
+        return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise UserError(one_line(error)) from error
+
+
+def typed(plain: dict[str, Any], schema: type[Schema]) -> Schema:
+    """`plain` as the dataclass `schema`. Raises UserError: the key, what was given, what is allowed."""
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), plain))  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         key = error.full_key or ""
         if "not in" in str(error.msg):
             parent = key.rpartition(".")[0]
-            keys = OmegaConf.select(OmegaConf.structured(Train), parent) if parent else OmegaConf.structured(Train)
+            keys = OmegaConf.select(OmegaConf.structured(schema), parent) if parent else OmegaConf.structured(schema)
             raise UserError(f"{key} is not a setting{nearest(key.rpartition('.')[2], keys)}") from error
         raise UserError(f"{key}: {one_line(str(error.msg).split('full_key')[0])}") from error
 

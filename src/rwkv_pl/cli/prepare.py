@@ -26,7 +26,7 @@ from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, Simpl
 from torch import nn
 
 from rwkv_pl.cli.app import load_target, one_line
-from rwkv_pl.config import Train, UserError
+from rwkv_pl.config import Data, Train, UserError
 from rwkv_pl.data.datamodule import (
     BinidxDataModule,
     CorpusDataModule,
@@ -130,7 +130,7 @@ def prepare(config: Train, cwd: Path, resume_from: Path | None) -> Prepared:
                 f"data.vocab_path={config.data.vocab_path} is not the tokenizer that weights={config.weights} was "
                 "trained with, which it holds: leave it out"
             )
-    data = build_data(config, cwd, vocabulary)
+    data = build_data(config.data, config.seed, cwd, vocabulary)
     data.prepare_data()
     data.setup("fit")
     past = {
@@ -167,12 +167,7 @@ def prepare(config: Train, cwd: Path, resume_from: Path | None) -> Prepared:
     with tempfile.TemporaryDirectory() as nowhere:
         callbacks, loggers = build_callbacks(config, Path(nowhere)), build_loggers(config, Path(nowhere), None)
         trial = build_trainer(config, Path(nowhere), max_steps, callbacks, loggers)
-    use_kernel(config.kernel)
-    one = torch.zeros(1, 1, 1, device=trial.strategy.root_device)
-    try:
-        wkv4(one[0, 0], one[0, 0], one, one)  # builds the kernel where that is still to be done
-    except RuntimeError as error:
-        raise UserError(f"kernel={config.kernel}: {one_line(error)}") from error
+    choose_kernel(config.kernel, trial.strategy.root_device)
     cost = footprint(module.to(trial.strategy.root_device), trial.precision_plugin)
     found = None
     if config.trainer["accumulate_grad_batches"] == "auto":
@@ -231,14 +226,23 @@ def build_model(config: Train, vocab_size: int, loaded: Weights | None) -> nn.Mo
     return model
 
 
-def build_data(config: Train, cwd: Path, vocabulary: Vocabulary | None) -> CorpusDataModule:
+def choose_kernel(name: str, device: torch.device) -> None:
+    """`use_kernel`, and the kernel is built where that is still to be done. Raises UserError where it can't be."""
+    use_kernel(name)
+    one = torch.zeros(1, 1, 1, device=device)
+    try:
+        wkv4(one[0, 0], one[0, 0], one, one)
+    except RuntimeError as error:
+        raise UserError(f"kernel={name}: {one_line(error)}") from error
+
+
+def build_data(data: Data, seed: int, cwd: Path, vocabulary: Vocabulary | None) -> CorpusDataModule:
     """The data module that `data.name` means."""
-    data = config.data
     common: dict[str, Any] = {
         "batch_size": data.batch_size,
         "ctx_len": data.ctx_len,
         "vocab": data.vocab,
-        "seed": config.seed,
+        "seed": seed,
         "num_workers": data.num_workers,
         "eval_batch_size": data.eval_batch_size,
         "vocabulary": vocabulary,

@@ -91,8 +91,8 @@ class CorpusDataModule(LightningDataModule):
     is read from the json ``vocab_path``; ``vocabulary``, one that a checkpoint brought, is used instead where it is
     given.
 
-    After ``setup``: ``corpus``, ``vocabulary``, ``train_tokens`` and ``steps_per_pass``. Without a trainer the loaders
-    are those of one device from step 0.
+    After ``setup``: ``corpus``, ``vocabulary``, ``token_file``, ``train_tokens`` and ``steps_per_pass``. Without a
+    trainer the loaders are those of one device from step 0.
 
     Under a trainer: ``use_distributed_sampler=False`` with several devices, and ``max_steps``, for an epoch has no end.
 
@@ -156,13 +156,13 @@ class CorpusDataModule(LightningDataModule):
     @property
     def train_tokens(self) -> Tokens:
         """The training split: (N,), mapped, not read."""
-        return self._opened.split("train")
+        return self.token_file.split("train")
 
     def description(self) -> str:
         """What is trained on, in one line."""
-        train, val, test = (f"{hi - lo:,}" for lo, hi in self._opened.splits)
+        train, val, test = (f"{hi - lo:,}" for lo, hi in self.token_file.splits)
         return (
-            f"{self.corpus}: {sum(self._opened.n_bytes):,} bytes, "
+            f"{self.corpus}: {sum(self.token_file.n_bytes):,} bytes, "
             f"{train} / {val} / {test} tokens to train / validate / test, "
             f"vocabulary {self.vocabulary.kind} ({self.vocabulary.size})"
         )
@@ -171,7 +171,7 @@ class CorpusDataModule(LightningDataModule):
         world_size, rank = self._place()
         accumulate = self.trainer.accumulate_grad_batches if self.trainer else 1
         batches = TrainBatches(
-            self._opened,
+            self.token_file,
             seed=self.seed,
             ctx_len=self.ctx_len,
             batch_size=self.batch_size,
@@ -184,15 +184,15 @@ class CorpusDataModule(LightningDataModule):
         return self._loader(batches, sampler=range(start, ENDLESS))
 
     def val_dataloader(self) -> DataLoader[Tensor]:
-        return self._eval_loader(self._opened.splits.val)
+        return self._eval_loader(self.token_file.splits.val)
 
     def test_dataloader(self) -> DataLoader[Tensor]:
-        return self._eval_loader(self._opened.splits.test)
+        return self._eval_loader(self.token_file.splits.test)
 
     def _eval_loader(self, split: tuple[int, int]) -> DataLoader[Tensor]:
         world_size, rank = self._place()
         batches = EvalBatches(
-            self._opened, split, ctx_len=self.ctx_len, rows=self.eval_batch_size, world_size=world_size, rank=rank
+            self.token_file, split, ctx_len=self.ctx_len, rows=self.eval_batch_size, world_size=world_size, rank=rank
         )
         return self._loader(batches, sampler=range(len(batches)))
 
@@ -223,7 +223,8 @@ class CorpusDataModule(LightningDataModule):
         return self.trainer.world_size, self.trainer.global_rank
 
     @property
-    def _opened(self) -> TokenFile:
+    def token_file(self) -> TokenFile:
+        """The corpus in tokens, and the ranges of its splits."""
         if self._file is None:
             raise RuntimeError("call setup() first: the corpus is not open yet")
         return self._file

@@ -1,0 +1,392 @@
+"""rwkv-eval: how well weights predict a text, as a table, a JSON file and a picture of loss against position."""
+
+import hashlib
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
+from hydra.core.override_parser.types import Override
+from omegaconf import OmegaConf
+
+from rwkv_pl.cli import app
+from rwkv_pl.cli.resume import StoredRun
+from rwkv_pl.config import Eval, RunError, UserError
+from rwkv_pl.files import cache_folder, made_for_success, publish, writing
+
+if TYPE_CHECKING:
+    import torch
+
+    from rwkv_pl.data.tokens import TokenFile, Vocabulary
+
+# Settings of the data that are paths.
+PATHS = ("path", "val_path", "vocab_path")
+
+
+@app.told_in_one_line
+def main() -> None:
+    """The command. Exit codes: 0 evaluated, 1 failed while evaluating, 2 bad input."""
+    argv = sys.argv[1:]
+    args = app.parse_arguments(argv)
+    if args.multirun:
+        raise UserError("rwkv-eval evaluates one model: leave out -m")
+    overrides = app.parse_overrides(args.overrides, sweep=True)
+    for override in overrides:
+        if override.is_sweep_override():
+            raise UserError(f"{override.input_line} names several values: give one, or write a list as [a,b]")
+        if override.key_or_group.startswith("hydra"):
+            raise UserError(f"{override.input_line} is not used: out=FOLDER says where the result goes")
+        if app.is_group_choice(override) and override.key_or_group != "data":
+            raise UserError(f"{override.input_line}: data alone is chosen here, the model is that of the weights")
+    if args.help or args.hydra_help or args.info or args.shell_completion or args.cfg in ("hydra", "all"):
+        app.hand_over(lambda _: None, argv, name="eval")
+        return
+    settings, run = composed(overrides, args.config_dir)
+    if args.cfg:
+        print(OmegaConf.to_yaml(OmegaConf.create(settings)), end="")
+        return
+    config = app.typed(settings, Eval)
+    out, name = destination(config, run)
+    with made_for_success(out), writing(out):
+        if not os.access(out, os.W_OK):
+            raise UserError(f"{out} can't be written to: give another folder by out=FOLDER")
+        if sys.stderr.isatty():
+            print("loading torch ...", file=sys.stderr, flush=True)
+        report = _evaluate(config, run, given={o.key_or_group for o in overrides})
+        _print(report)
+        _write(report, out, name)
+
+
+def composed(overrides: Sequence[Override], config_dir: str | None) -> tuple[dict[str, Any], Path | None]:
+    """All settings, in plain types, and the folder of the run that `weights` is, or lies in.
+
+    Where that is a run, and no other data is chosen, the data settings are the run's own, but for those that are given.
+    Raises UserError.
+    """
+    weights = next((o.value() for o in overrides if o.key_or_group == "weights"), None)
+    run = run_of(Path(str(weights))) if weights else None
+    told = [o.input_line or "" for o in overrides]
+    if run is None or any(o.key_or_group == "data" for o in overrides):
+        return app.resolved(app.compose(told, config_dir, "eval")), run
+    stored = StoredRun(run)
+    own = app.resolved(stored.config())["data"]
+    for key in PATHS:
+        if own.get(key):
+            own[key] = str(stored.cwd / own[key])
+    settings = app.resolved(app.compose([f"data={own['name']}", *told], config_dir, "eval"))
+    given = {o.key_or_group.split(".")[1] for o in overrides if o.key_or_group.startswith("data.")}
+    settings["data"] |= {key: value for key, value in own.items() if key not in given}
+    return settings, run
+
+
+def run_of(source: Path) -> Path | None:
+    """The run folder that `source` is, or in whose checkpoints/ it lies."""
+    folder = source.absolute().parent.parent if source.absolute().parent.name == "checkpoints" else source.absolute()
+    return folder if (folder / ".hydra" / "config.yaml").is_file() else None
+
+
+def destination(config: Eval, run: Path | None) -> tuple[Path, str]:
+    """The folder of the result, and its files' name: outside the run's folder, and where one of several checkpoints is
+    named, it says whose result it is."""
+    source = Path(str(config.weights)).absolute()
+    out = Path(config.out).absolute() if config.out else run or Path.cwd()
+    whose = "" if source == out else f"{source.name if source.is_dir() else source.stem}-"
+    return out, f"eval-{whose}{config.split}"
+
+
+def _evaluate(config: Eval, run: Path | None, given: set[str]) -> dict[str, Any]:
+    """Everything that the JSON file holds. run: that the weights are from. given: the keys that the user has set."""
+    import torch
+
+    from rwkv_pl.cli.prepare import build_data, choose_kernel, keep_freed_memory
+    from rwkv_pl.inference.evaluate import carried, figures, windows
+    from rwkv_pl.model import VERSIONS
+    from rwkv_pl.weights import load_weights
+
+    keep_freed_memory()
+    source = Path(str(config.weights))
+    model: Any
+    model, vocabulary = load_weights(source)
+    file, step, trained_on = _origin(source)
+    if vocabulary and "data.vocab" in given and vocabulary.kind != config.data.vocab:
+        raise UserError(f"weights={source} was trained with data.vocab={vocabulary.kind}: leave out data.vocab")
+    data = build_data(config.data, 0, Path.cwd(), vocabulary)
+    data.prepare_data()
+    data.setup({"val": "validate", "test": "test"}.get(config.split, "predict"))
+    corpus, vocabulary, tokens = data.corpus, data.vocabulary, data.token_file
+    if model.config.vocab_size != vocabulary.size:
+        raise UserError(
+            f"weights={source} predicts {model.config.vocab_size:,} tokens, data.vocab={vocabulary.kind} has "
+            f"{vocabulary.size:,}: give the vocabulary that it was trained with"
+        )
+    lo, hi = getattr(tokens.splits, config.split)
+    n_tokens, n_bytes = hi - max(lo, 1), scored_bytes(tokens, config.split, vocabulary)
+    if n_tokens < 1:
+        raise UserError(
+            f"the {config.split} split of {corpus.path} has {hi - lo} tokens, nothing to predict: "
+            "take a larger corpus, or another data.split"
+        )
+    if run and "data" not in given and trained_on not in (None, corpus.digest):
+        print(f"warning: {corpus.path} is not the text that the run was trained on", file=sys.stderr)
+    device = _device(config.accelerator)
+    choose_kernel(config.kernel, device)
+
+    report: dict[str, Any] = {
+        "weights": {
+            "source": str(source),
+            "file": str(file),
+            "step": step,
+            "model": next(name for name, (cls, _) in VERSIONS.items() if isinstance(model, cls)),
+            "config": asdict(model.config),
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        },
+        "text": {
+            "corpus": corpus.name,
+            "description": corpus.description,
+            "digest": corpus.digest,
+            "split": config.split,
+            "vocabulary": {"kind": vocabulary.kind, "size": vocabulary.size, "digest": vocabulary.digest},
+            "tokens": n_tokens,
+            "bytes": n_bytes,
+        },
+        "protocols": {},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "precision": config.precision,
+        "kernel": config.kernel,
+        "versions": {"rwkv_pl": version("rwkv_pl"), "torch": torch.__version__},
+    }
+    protocols: dict[str, tuple[dict[str, Any], Callable[..., Any]]] = {
+        "carried": (
+            {"streams": min(config.streams, n_tokens), "warmup": config.warmup, "chunk_len": config.chunk_len},
+            carried,
+        ),
+        "windows": (
+            {"ctx_len": config.data.ctx_len, "stride": config.stride or config.data.ctx_len},
+            lambda *text, **how: windows(*text, rows=config.data.eval_batch_size, **how),
+        ),
+    }
+    half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(config.precision)
+    try:
+        model.to(device, torch.float64 if config.precision == "64-true" else torch.float32)
+        for name, (how, protocol) in protocols.items():
+            if config.protocol not in (name, "both"):
+                continue
+            started = time.perf_counter()
+            with (
+                torch.autocast(device.type, half) if half else nullcontext(),
+                _Progress(name, n_tokens, n_bytes) as progress,
+            ):
+                nats, count = protocol(model, tokens.tokens, lo, hi, **how, told=progress.told)
+            seconds = time.perf_counter() - started
+            by_position = {}
+            if name == "windows":
+                means = [float(n) / int(c) if c else None for n, c in zip(nats, count, strict=True)]
+                by_position = {"loss_by_position": means}
+                nats, count = float(nats.sum()), int(count.sum())
+            report["protocols"][name] = {
+                **how,
+                "tokens": count,
+                "bytes": n_bytes,
+                "nats": nats,
+                **figures(nats, count, n_bytes),
+                "seconds": seconds,
+                "tokens_per_second": count / seconds,
+                **by_position,
+            }
+    except FloatingPointError as error:
+        raise RunError(f"weights={source}: {error}") from error
+    except (MemoryError, RuntimeError, TypeError) as error:
+        raise _explained(error) from error
+    tokens.check()
+    return report
+
+
+def scored_bytes(file: "TokenFile", split: str, vocabulary: "Vocabulary") -> int:
+    """The corpus file's own bytes in a split, but for those of token 0, which is never a target."""
+    lo, _ = getattr(file.splits, split)
+    return file.split_bytes(split) - (0 if lo else int(vocabulary.bytes_per_token[file.tokens[0]]))
+
+
+def _origin(source: Path) -> tuple[Path, int | None, str | None]:
+    """The file that `source` means; of a checkpoint of ours its step too, and the digest of what it was trained on."""
+    from rwkv_pl.weights import read_checkpoint, weights_path
+
+    path = weights_path(source)
+    try:
+        content = read_checkpoint(path, checked=False)
+    except UserError:  # another format
+        return path, None, None
+    if "rwkv_pl" not in content:
+        return path, None, None
+    return path, content.get("global_step"), content["rwkv_pl"].get("past", {}).get("corpus")
+
+
+def _device(accelerator: str) -> "torch.device":
+    import torch
+
+    there = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator == "cpu" or (accelerator == "auto" and there is None):
+        return torch.device("cpu")
+    if there is None or accelerator not in ("auto", "gpu", there.type):
+        raise UserError(
+            f"accelerator={accelerator} is not there: torch finds {there.type if there else 'the CPU alone'}"
+        )
+    return there
+
+
+def _explained(error: Exception) -> Exception:
+    """What a device refuses, in one line."""
+    import torch
+
+    reason = app.one_line(error).partition(". ")[0]
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in reason:
+        return RunError(
+            f"out of memory ({reason or 'the system gives no more'}): smaller streams, chunk_len and "
+            "data.eval_batch_size take less"
+        )
+    return RunError(f"{type(error).__name__}: {reason[:300]}")
+
+
+class _Progress:
+    """A bar on stderr, where that is a terminal: tokens/s, bits per byte so far, time left."""
+
+    def __init__(self, name: str, n_tokens: int, n_bytes: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+        console = Console(stderr=True)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[figures]}left"),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task(name, total=n_tokens, figures="")
+        self._bytes_per_token = n_bytes / n_tokens
+        self._count, self._nats = 0, 0.0
+        self._started = time.perf_counter()
+
+    def __enter__(self) -> "_Progress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def told(self, count: int, nats: float) -> None:
+        self._count, self._nats = self._count + count, self._nats + nats
+        if self._count:
+            bits = self._nats / math.log(2) / (self._count * self._bytes_per_token)
+            speed = self._count / (time.perf_counter() - self._started)
+            self._bar.update(
+                self._task, completed=self._count, figures=f"{bits:.4f} bits/byte  {speed:,.0f} tokens/s  "
+            )
+
+
+def _in_words(name: str, protocol: dict[str, Any]) -> str:
+    """A protocol with its settings."""
+    if name == "windows":
+        return f"windows of {protocol['ctx_len']:,}, stride {protocol['stride']:,}"
+    streams, warmup = protocol["streams"], protocol["warmup"]
+    return "carried, 1 stream" if streams == 1 else f"carried, {streams:,} streams, warmup {warmup:,}"
+
+
+def _print(report: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    from rwkv_pl.training.progress import duration
+
+    weights, text = report["weights"], report["text"]
+    size = weights["config"]
+    step = "" if weights["step"] is None else f", step {weights['step']:,}"
+    print(f"weights {weights['file']}{step}")
+    print(f"        {weights['model']}, {size['n_layer']} x {size['n_embd']}, {weights['parameters']:,} parameters")
+    vocabulary = text["vocabulary"]
+    print(f"text    {text['corpus']} ({text['description']}, digest {text['digest'][:12]}), {text['split']} split:")
+    print(f"        {text['bytes']:,} bytes, {text['tokens']:,} tokens, each counted once,", end=" ")
+    print(f"vocabulary {vocabulary['kind']} ({vocabulary['size']:,})")
+    print(f"device  {report['device']}, {report['precision']}", flush=True)
+    table = Table(header_style="bold")
+    for title in ("protocol", "bits per byte", "perplexity per token", "nats per token", "tokens/s", "time"):
+        table.add_column(title, justify="left" if title == "protocol" else "right")
+    for name, found in report["protocols"].items():
+        table.add_row(
+            _in_words(name, found),
+            f"{found['bits_per_byte']:.4f}",
+            f"{found['perplexity_per_token']:,.4f}",
+            f"{found['nats_per_token']:.4f}",
+            f"{found['tokens_per_second']:,.0f}",
+            duration(found["seconds"]),
+        )
+    app.console().print(table)
+
+
+def _write(report: dict[str, Any], out: Path, name: str) -> None:
+    """NAME.json, and of windows NAME.png, in the folder `out`; says where they are."""
+    locks = cache_folder() / "locks"
+    key = hashlib.sha256(str(out / name).encode()).hexdigest()[:16]
+    with writing(locks), FileLock(locks / f"eval-{key}"):
+        for found in report["protocols"].values():
+            if math.isinf(found["perplexity_per_token"]):
+                found["perplexity_per_token"] = None  # JSON has no infinity
+        with publish(out / f"{name}.json") as file:
+            file.write(json.dumps(report, indent=1, allow_nan=False).encode())
+        if "windows" in report["protocols"]:
+            draw(report, out / f"{name}.png")
+    print(f"result  {out / name}.json")
+    if "windows" in report["protocols"]:
+        print(f"picture {out / name}.png")
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    """Loss against position in the context: where the curve still falls, the model uses memory that far back."""
+    import numpy as np
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    text, protocols = report["text"], report["protocols"]
+    found = protocols["windows"]
+    loss = np.array(found["loss_by_position"], float) / math.log(2)  # None is NaN
+    context = 1 + np.flatnonzero(np.isfinite(loss))
+    bits = loss[context - 1]
+    whose = "/".join(Path(report["weights"]["source"]).parts[-3:])
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    axes.plot(context, bits, ".", color="tab:blue", alpha=0.2, markersize=4)
+    # Means over stretches that grow by a quarter: single positions scatter more than the curve still falls.
+    stretch = np.floor(np.log(context) / math.log(1.25)).astype(int)
+    members = [stretch == each for each in np.unique(stretch)]
+    axes.plot(
+        [context[m].mean() for m in members],
+        [bits[m].mean() for m in members],
+        color="tab:blue",
+        label=f"{_in_words('windows', found)}: {found['bits_per_token']:.3f} on average",
+    )
+    if carried := protocols.get("carried"):
+        mean = carried["bits_per_token"]
+        axes.axhline(
+            mean, color="gray", linestyle="--", linewidth=1, label=f"{_in_words('carried', carried)}: {mean:.3f}"
+        )
+    axes.set(
+        xscale="log",
+        xlabel="position in the context, tokens",
+        ylabel="bits per byte" if text["vocabulary"]["kind"] == "byte" else "bits per token",
+        title=f"Does the model use its memory?\n{whose} on {text['corpus']}, {text['split']} split",
+    )
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with publish(path) as file:
+        FigureCanvasAgg(figure).print_png(file)

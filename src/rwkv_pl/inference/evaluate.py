@@ -1,0 +1,170 @@
+"""How well a model predicts a text, in two protocols: streams that carry their state on, and independent windows.
+
+    N  tokens of the corpus    [lo, hi)  the split            V  vocab_size
+    R  rows read side by side  T         tokens of each row that one call reads
+
+In both each token of [lo, hi) is a target exactly once, and the first context is token lo - 1, read by a fresh state:
+nothing before it is ever read. Token 0 of a corpus has no context and is no target.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Tokens = npt.NDArray[np.unsignedinteger]
+Float64 = npt.NDArray[np.float64]
+Int64 = npt.NDArray[np.int64]
+
+# Logits that are there at once: 64 MiB in float32, whatever the vocabulary's size.
+LOGITS = 1 << 24
+
+
+def carried(
+    model: nn.Module,
+    tokens: Tokens,
+    lo: int,
+    hi: int,
+    *,
+    streams: int = 1,
+    warmup: int = 1024,
+    chunk_len: int = 1024,
+    told: Callable[[int, float], None] = lambda n_targets, nats: None,
+) -> tuple[float, int]:
+    """Reads the split as one text, `chunk_len` tokens in parallel, the state carried on: as a recurrent model is used.
+
+    tokens:    (N,), a memory map will do.
+    streams:   above 1 an approximation, for speed: the split is cut in as many parts, which are read side by side. Each
+               but the first reads up to `warmup` uncounted tokens before its own first context, none before lo - 1.
+    chunk_len: tokens of a stream in one call: memory and speed, not the result.
+    told:      hears after each call how many targets it counted, and their nats.
+
+    Returns the summed cross-entropy in nats, and the number of targets: hi - max(lo, 1).
+
+    Raises ValueError where the split has no target, FloatingPointError where the logits are not finite.
+    """
+    first = _first_target(lo, hi)
+    n_streams = min(streams, hi - first)
+    edges = first + np.arange(n_streams + 1) * (hi - first) // n_streams
+    start = np.maximum(edges[:-1] - 1 - warmup, first - 1)
+    total, count = 0.0, 0
+    with _evaluating(model):
+        for nats, counted in _read(model, tokens, start, edges[:-1], edges[1:], chunk_len):
+            total, count = total + nats.sum(), count + int(counted.sum())
+            told(int(counted.sum()), float(nats.sum()))
+    return float(total), count
+
+
+def windows(
+    model: nn.Module,
+    tokens: Tokens,
+    lo: int,
+    hi: int,
+    *,
+    ctx_len: int,
+    stride: int | None = None,
+    rows: int = 8,
+    told: Callable[[int, float], None] = lambda n_targets, nats: None,
+) -> tuple[Float64, Int64]:
+    """Reads windows of `ctx_len` targets, each from a fresh state: as a model of limited context is measured.
+
+    tokens: (N,), a memory map will do.
+    stride: from each window to the next; None is ctx_len, and the windows are those of training's validation. Below it
+            they overlap, and only the last `stride` targets of a window count, of the first one all: none has fewer
+            than ctx_len - stride tokens before it then, but in the first window.
+    rows:   windows of one call: memory and speed, not the result.
+    told:   hears after each call how many targets it counted, and their nats.
+
+    Returns by position in the context, (ctx_len,) each: the summed cross-entropy in nats, and the number of targets.
+    Position 0 has one token of context.
+
+    Raises ValueError where the split has no target, FloatingPointError where the logits are not finite.
+    """
+    stride = stride or ctx_len
+    first = _first_target(lo, hi)
+    n_windows = 1 + -(-max(hi - first - ctx_len, 0) // stride)
+    total, count = np.zeros(ctx_len), np.zeros(ctx_len, np.int64)
+    with _evaluating(model):
+        for k in range(0, n_windows, rows):
+            number = np.arange(k, min(k + rows, n_windows))
+            start = first - 1 + number * stride
+            end = np.minimum(start + 1 + ctx_len, hi)
+            begin = np.where(number == 0, first, start + 1 + ctx_len - stride)
+            for nats, counted in _read(model, tokens, start, begin, end, chunk_len=ctx_len):
+                total[: nats.shape[1]] += nats.sum(0)
+                count[: nats.shape[1]] += counted.sum(0)
+                told(int(counted.sum()), float(nats.sum()))
+    return total, count
+
+
+def figures(nats: float, n_tokens: int, n_bytes: int) -> dict[str, float]:
+    """What is reported of `n_tokens` targets that spell `n_bytes` bytes, from their summed cross-entropy in nats."""
+    per_token = nats / n_tokens
+    return {
+        "bits_per_byte": nats / math.log(2) / n_bytes,
+        "perplexity_per_token": math.exp(per_token) if per_token < 700 else math.inf,
+        "nats_per_token": per_token,
+        "bits_per_token": per_token / math.log(2),
+    }
+
+
+def _first_target(lo: int, hi: int) -> int:
+    if hi <= max(lo, 1):
+        raise ValueError(f"[{lo}, {hi}) has no target")
+    return max(lo, 1)
+
+
+def _read(
+    model: Any, tokens: Tokens, start: Int64, begin: Int64, end: Int64, chunk_len: int
+) -> Iterator[tuple[Float64, npt.NDArray[np.bool_]]]:
+    """Rows of text from a fresh state each, side by side: row r reads from token start[r] on, and of its targets those
+    of [begin[r], end[r]) count. All (R,).
+
+    Yields, a chunk of time after the other, (R, T): the nats of each target, 0 where it does not count, and whether it
+    does.
+    """
+    device = next(model.parameters()).device
+    length, state = int((end - 1 - start).max()), None
+    for t in range(0, length, chunk_len):
+        position = start[:, None] + np.arange(t, min(t + chunk_len, length))
+        counted = (begin[:, None] <= position + 1) & (position + 1 < end[:, None])
+        # A row that ends before the others reads on: what comes after a token changes nothing about it.
+        inputs = tokens[np.minimum(position, end.max() - 1)].astype(np.int64)
+        targets = tokens[(position + 1)[counted]].astype(np.int64)
+        hidden, state = model.hidden(torch.from_numpy(inputs).to(device), state)
+        nats = np.zeros(position.shape)
+        nats[counted] = _cross_entropy(
+            model, hidden[torch.from_numpy(counted).to(device)], torch.from_numpy(targets).to(device)
+        )
+        yield nats, counted
+
+
+def _cross_entropy(model: Any, hidden: Tensor, targets: Tensor) -> Float64:
+    """hidden (n, C), targets (n,) -> nats of each target (n,); logits of halves count as float32."""
+    rows, nats = max(1, LOGITS // model.config.vocab_size), []
+    for some_hidden, some_targets in zip(hidden.split(rows), targets.split(rows), strict=True):
+        logits = model.head(some_hidden)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if not logits.isfinite().all():
+            raise FloatingPointError("the model's outputs are not finite: its training has diverged")
+        # To the CPU first: not every device has float64.
+        nats.append(F.cross_entropy(logits, some_targets, reduction="none").cpu().double())
+    return torch.cat(nats).numpy()
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout and without gradients; the model's mode is given back."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(was_training)
