@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from rwkv_pl import RWKV4, RWKV4Config
-from rwkv_pl.cli import app
+from rwkv_pl.cli import app, generate
+from rwkv_pl.config import Eval
 from rwkv_pl.data.tokens import Vocabulary
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
@@ -27,15 +28,23 @@ def test_a_readme_command(line):
     parsed = app.parse_overrides(overrides, sweep)
     values = [o for o in parsed if o.key_or_group not in ("resume", "weights")]
     choices = [str(o.input_line) for o in values if "/" in o.key_or_group]
+    plain = [str(o.input_line) for o in values if not o.is_sweep_override()]
+    app.check(app.compose(plain))
     for override in values:
-        if override.is_interval_sweep():
-            continue
-        if override.is_sweep_override():
+        if override.is_sweep_override() and not override.is_interval_sweep():
             assert sweep
-            overrides = [f"{override.key_or_group}={v}" for v in override.sweep_string_iterator()]
+            app.check(app.compose(choices + [f"{override.key_or_group}={v}" for v in override.sweep_string_iterator()]))
+
+
+def test_the_other_commands_of_the_readme(monkeypatch):
+    lines = re.findall(r"^(rwkv-(?:generate|eval) .*?)(?:<.*?)?(?: *#.*)?$", README, flags=re.MULTILINE)
+    assert len(lines) > 3
+    for name, *arguments in map(shlex.split, lines):
+        if name == "rwkv-eval":
+            app.typed(app.resolved(app.compose(arguments, name="eval")), Eval)
         else:
-            overrides = [str(override.input_line)]
-        app.check(app.compose(choices + overrides + (["data.path=x"] if "data=text" in overrides else [])))
+            monkeypatch.setattr("sys.argv", [name, *arguments])
+            assert generate.parse().weights
 
 
 def test_the_mistake_that_the_readme_shows():
