@@ -16,7 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rwkv_pl.ops.build import CPU_SOURCES, LEVELS, STABLE_ABI, BuildError, cpu_command, cpu_level
+from rwkv_pl.ops.build import LEVELS, STABLE_ABI, BuildError, cpu_command, cpu_level
 from rwkv_pl.ops.toolchain import find_compiler
 from rwkv_pl.ops.wkv4 import _load, use_kernel, wkv4
 from rwkv_pl.ops.wkv4_reference import EMPTY
@@ -433,7 +433,7 @@ def test_no_access_out_of_bounds(tmp_path):
         pytest.skip(f"{compiler.version} has no libasan")
     library = tmp_path / "sanitized.so"
     flags = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", STABLE_ABI]
-    command = cpu_command(compiler, flags, Path(rwkv_pl.cuda.__path__[0], CPU_SOURCES[0]), library)
+    command = cpu_command(compiler, flags, Path(rwkv_pl.cuda.__path__[0]), library)
     subprocess.run(command, check=True)
     # Python itself frees not all that it takes.
     environment = os.environ | {"LD_PRELOAD": where, "ASAN_OPTIONS": "detect_leaks=0"}
