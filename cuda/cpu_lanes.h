@@ -13,6 +13,13 @@
 #define WKV_LANES
 #endif
 
+// A function apart, where mixed into a loop over its calls it would be made worse.
+#if defined(_MSC_VER)
+#define WKV_APART __declspec(noinline)
+#else
+#define WKV_APART __attribute__((noinline))
+#endif
+
 // Asks for the cache line at p ahead of its use, into the second cache: the first one's few places for lines on their
 // way are then free for what is used now. p may lie past the end of what is read.
 #if defined(__GNUC__)

@@ -35,11 +35,11 @@ constexpr int64_t CACHE_LINE = 64;
 // Fewer products than these (some 2 microseconds) are not worth a thread.
 constexpr int64_t LEAST_PRODUCTS = 32768;
 constexpr float EPSILON = 1e-5f;
-// Rows of a matrix and of the batch that are multiplied at once: as many sums as the registers hold.
+// Rows of the batch that a row of a matrix is multiplied with at once: as many sums as the registers hold.
 #if defined(__AVX512F__)
-constexpr int TILE_ROWS = 2, TILE_BATCH = 4;
+constexpr int TILE = 8;
 #else
-constexpr int TILE_ROWS = 1, TILE_BATCH = 2;
+constexpr int TILE = 4;
 #endif
 
 using bfloat16 = std::uint16_t;
@@ -71,56 +71,72 @@ WKV_INLINE float sum_lanes(const float* lanes) {
   }
 }
 
-// R rows of a matrix times N vectors: y[n * y_stride + r].
-template <int R, int N, typename W>
-void multiply_tile(const W* w, const float* x, int64_t columns, float* y, int64_t y_stride) {
-  alignas(64) float sums[R * N][LANES] = {};
-  const char* ahead = reinterpret_cast<const char*>(w) + AHEAD;
-  int64_t i = 0;
-  for (; i + LANES <= columns; i += LANES) {
-    for (int64_t line = 0; line < int64_t(R * LANES * sizeof(W)); line += CACHE_LINE) WKV_PREFETCH(ahead + line);
-    ahead += R * LANES * sizeof(W);
-    for (int r = 0; r < R; ++r) {
-      for (int n = 0; n < N; ++n) {
-        const W* row = w + r * columns + i;
-        const float* column = x + n * columns + i;
-        float* sum = sums[r * N + n];
-        WKV_LANES
-        for (int64_t l = 0; l < LANES; ++l) sum[l] = wkv::multiply_add(widen(row[l]), column[l], sum[l]);
-      }
-    }
-  }
-  for (int r = 0; r < R; ++r) {
-    for (int n = 0; n < N; ++n) {
-      for (int64_t l = 0; l < columns - i; ++l) {
-        float& sum = sums[r * N + n][l];
-        sum = wkv::multiply_add(widen(w[r * columns + i + l]), x[n * columns + i + l], sum);
-      }
-      y[n * y_stride + r] = sum_lanes<LANES>(sums[r * N + n]);
+WKV_APART float sum_of(const float (&lanes)[LANES]) { return sum_lanes<LANES>(lanes); }
+
+// sums (+)= weights x, LANES of each; FIRST: there are no sums yet. (Zeros written beforehand would be a memset, and the
+// sums in memory for it.)
+template <bool FIRST, int N, typename W>
+WKV_INLINE void accumulate(const W* weight, const float* x, int64_t x_stride, float (&sums)[N][LANES]) {
+  for (int n = 0; n < N; ++n) {
+    const float* with = x + n * x_stride;
+    float* sum = sums[n];
+    WKV_LANES
+    for (int64_t l = 0; l < LANES; ++l) {
+      sum[l] = FIRST ? widen(weight[l]) * with[l] : wkv::multiply_add(widen(weight[l]), with[l], sum[l]);
     }
   }
 }
 
-template <int R, typename W>
-void multiply_rows(const W* w, const float* x, int64_t batch, int64_t columns, float* y, int64_t y_stride) {
-  int64_t b = 0;
-  for (; b + TILE_BATCH <= batch; b += TILE_BATCH) {
-    multiply_tile<R, TILE_BATCH>(w, x + b * columns, columns, y + b * y_stride, y_stride);
-  }
-  for (; b < batch; ++b) multiply_tile<R, 1>(w, x + b * columns, columns, y + b * y_stride, y_stride);
+// The same for fewer than LANES, filled up with zeros.
+template <bool FIRST, int N, typename W>
+void accumulate_rest(const W* weight, const float* x, int64_t x_stride, int64_t width, float (&sums)[N][LANES]) {
+  W filled_weight[LANES] = {};
+  float filled[N][LANES] = {};
+  std::copy(weight, weight + width, filled_weight);
+  for (int n = 0; n < N; ++n) std::copy(x + n * x_stride, x + n * x_stride + width, filled[n]);
+  accumulate<FIRST>(filled_weight, filled[0], LANES, sums);
 }
 
 template <typename W>
-void multiply(const W* w, const Matrix& m, int64_t begin, int64_t end, const float* x, int64_t batch, float* y) {
-  int64_t row = begin;
-  // One row at a time where there is one vector: then memory is read strictly in order.
-  for (; batch > 1 && row + TILE_ROWS <= end; row += TILE_ROWS) {
-    multiply_rows<TILE_ROWS>(w + row * m.columns, x, batch, m.columns, y + row, m.rows);
+WKV_INLINE void prefetch(const W* weight) {
+  const char* ahead = reinterpret_cast<const char*>(weight) + AHEAD;
+  for (int64_t line = 0; line < int64_t(LANES * sizeof(W)); line += CACHE_LINE) WKV_PREFETCH(ahead + line);
+}
+
+// One row of a matrix times N vectors: y[n * y_stride].
+template <int N, typename W>
+void multiply_row(const W* row, const float* x, int64_t columns, float* y, int64_t y_stride) {
+  alignas(64) float sums[N][LANES];
+  int64_t i = std::min(columns, LANES);
+  if (columns < LANES) {
+    accumulate_rest<true>(row, x, columns, columns, sums);
+  } else {
+    prefetch(row);
+    accumulate<true>(row, x, columns, sums);
   }
-  for (; row < end; ++row) multiply_rows<1>(w + row * m.columns, x, batch, m.columns, y + row, m.rows);
+  for (; i + LANES <= columns; i += LANES) {
+    prefetch(row + i);
+    accumulate<false>(row + i, x + i, columns, sums);
+  }
+  if (i < columns) accumulate_rest<false>(row + i, x + i, columns, columns - i, sums);
+  for (int n = 0; n < N; ++n) y[n * y_stride] = sum_of(sums[n]);
+}
+
+// The same for a batch, N at a time, then half as many, as long as there are some.
+template <int N, typename W>
+WKV_INLINE void multiply_row(const W* row, const float* x, int64_t batch, int64_t columns, float* y, int64_t y_stride) {
+  int64_t b = 0;
+  for (; b + N <= batch; b += N) multiply_row<N>(row, x + b * columns, columns, y + b * y_stride, y_stride);
+  if constexpr (N > 1) multiply_row<N / 2>(row, x + b * columns, batch - b, columns, y + b * y_stride, y_stride);
 }
 
 // Rows begin to end of y (B, rows) = x (B, columns) m^T.
+template <typename W>
+void multiply(const W* w, const Matrix& m, int64_t begin, int64_t end, const float* x, int64_t batch, float* y) {
+  for (int64_t row = begin; row < end; ++row) {
+    multiply_row<TILE>(w + row * m.columns, x, batch, m.columns, y + row, m.rows);
+  }
+}
 void multiply(const Matrix& m, int64_t begin, int64_t end, const float* x, int64_t batch, float* y) {
   if (m.half) {
     multiply(static_cast<const bfloat16*>(m.data), m, begin, end, x, batch, y);

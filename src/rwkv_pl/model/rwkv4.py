@@ -156,10 +156,10 @@ class RWKV4(nn.Module):
 
     @torch.no_grad()
     def step(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """tokens (B,) int64, one of each text -> logits (B, V) float32, and the state after it: `forward`, for inference.
+        """`forward` for one token of each text: tokens (B,) int64 -> logits (B, V) float32, and the state after it.
 
-        No gradient passes through it. On the CPU, in float32 or bfloat16, it is one call of a compiled operator, which
-        computes in float32 and knows nothing of hooks on the modules inside.
+        For inference: no gradient passes through it. On the CPU, in float32 or bfloat16, it is one call of a compiled
+        operator, which computes in float32 and knows nothing of hooks on the modules.
         """
         parameters = _parameters(self)
         if step_serves(parameters) and not (self.training and self.config.dropout):
@@ -181,11 +181,11 @@ def depth(config: RWKV4Config, layer: int) -> tuple[float, float]:
     return layer / max(config.n_layer - 1, 1), 1 - layer / config.n_layer
 
 
-def _parameters(module: nn.Module) -> list[Tensor]:
+def _parameters(module: nn.Module) -> list[nn.Parameter]:
     """As list(module.parameters()), which takes a tenth of a token's time."""
     found = [parameter for parameter in module._parameters.values() if parameter is not None]
     for child in module._modules.values():
-        if child is not None:
+        if child is not None and (child._parameters or child._modules):
             found += _parameters(child)
     return found
 
