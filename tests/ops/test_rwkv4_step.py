@@ -135,6 +135,15 @@ def test_nan_stays_in_its_row():
     assert torch.equal(logits[others], clean[0][others])
 
 
+@pytest.mark.parametrize("place", [0, 1, 2, 3, 6, 8, 9, 12, 13, 14, 15, 16, 18, 19, 20, 21, 22, 23])
+def test_nan_of_a_parameter_reaches_the_logits(place):
+    parameters, state = draw_parameters(1, 40, 11, 160), draw_state(1, 2, 40)
+    parameters[place].view(-1)[-1] = torch.nan
+    logits, _ = rwkv4_step(parameters, torch.tensor([10, 10]), state)
+    judge, _ = rwkv4_step_reference(parameters, torch.tensor([10, 10]), state)
+    assert torch.equal(logits.isnan(), judge.isnan()) and logits.isnan().any()
+
+
 def test_a_rows_bits_depend_on_nothing_else():
     parameters, tokens, state = draw_parameters(2, 200, 65, 800), torch.randint(65, (13,)), draw_state(2, 13, 200)
     for matrices in (torch.float32, HALF):
