@@ -19,19 +19,9 @@
 #include <type_traits>
 #include <vector>
 
+#include "cpu_lanes.h"
 #include "wkv4_math.h"
 #include "wkv4_tensor.h"
-
-// Before a loop over lanes: its iterations are independent. Not `omp simd`, which gcc 12 turns into arrays of structs.
-#if defined(__clang__)
-#define WKV_LANES _Pragma("clang loop vectorize(assume_safety)")
-#elif defined(__GNUC__)
-#define WKV_LANES _Pragma("GCC ivdep")
-#elif defined(_MSC_VER)
-#define WKV_LANES __pragma(loop(ivdep))
-#else
-#define WKV_LANES
-#endif
 
 namespace {
 

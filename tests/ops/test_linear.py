@@ -58,3 +58,14 @@ def test_a_second_derivative_is_refused():
     (first,) = torch.autograd.grad(linear(x, torch.randn(2, 3)).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.sum().backward()
+
+
+def test_a_weight_of_another_dtype_is_cast_to_the_inputs():
+    layer, x = Linear(8, 4).bfloat16(), torch.randn(40, 8)
+    expected = F.linear(x, layer.weight.float())
+    y = layer(x)
+    torch.testing.assert_close(y, expected)
+    y.sum().backward()
+    assert layer.weight.grad is not None and layer.weight.grad.dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16

@@ -32,7 +32,7 @@ __all__ = [
     "cpu_command", "cpu_flags", "cpu_level", "load_cpu_library", "load_cuda_library", "nvcc_command", "prebuilt_name",
 ]  # fmt: skip
 
-CPU_SOURCES = ("wkv4_cpu.cpp", "wkv4_math.h", "wkv4_tensor.h")
+CPU_SOURCES = ("wkv4_cpu.cpp", "rwkv4_step_cpu.cpp", "cpu_lanes.h", "wkv4_math.h", "wkv4_tensor.h")
 CUDA_SOURCES = (
     "wkv4_cuda.cu", "wkv4_launch.cuh", "wkv4_scan.cuh", "wkv4_walk.cuh", "wkv4_gpu.h", "wkv4_math.h", "wkv4_tensor.h",
 )  # fmt: skip
@@ -78,14 +78,14 @@ class Recipe:
 
 
 def load_cpu_library() -> None:
-    """Register the CPU operators ``torch.ops.rwkv_pl.*``, building them where the cache has none (about 3 s).
+    """Register the CPU operators ``torch.ops.rwkv_pl.*``, building them where the cache has none (about 6 s).
 
     Raises BuildError without a compiler, where the build fails and where the cache folder cannot be written.
     """
     level = cpu_level()
     if _load_prebuilt(prebuilt_name("wkv4_cpu", level, CPU_SOURCES)):
         return
-    _load_or_build(Recipe("wkv4_cpu", level, CPU_SOURCES, _host_compiler(), cpu_flags(level), 3, _compile_cpu))
+    _load_or_build(Recipe("wkv4_cpu", level, CPU_SOURCES, _host_compiler(), cpu_flags(level), 6, _compile_cpu))
 
 
 def load_cuda_library() -> None:
@@ -238,7 +238,7 @@ def _compile_cpu(folder: Path, recipe: Recipe) -> Path:
         with _environment(PATH=os.pathsep.join((ninja.BIN_DIR, os.environ.get("PATH", ""))), CXX=compiler.command):
             cpp_extension.load(
                 name,
-                str(folder / recipe.sources[0]),
+                [str(folder / source) for source in translation_units(recipe.sources)],
                 extra_cflags=recipe.flags,
                 build_directory=str(folder),
                 is_python_module=False,
@@ -254,12 +254,18 @@ def chip_flags(chips: Iterable[object]) -> list[str]:
     return [f"-gencode=arch=compute_{chip},code=sm_{chip}" for chip in chips]
 
 
-def cpu_command(compiler: Compiler, flags: list[str], source: Path, library: Path) -> list[str]:
-    """The command that makes the CPU's library, without ninja; for gcc and clang."""
+def translation_units(sources: tuple[str, ...]) -> list[str]:
+    """Those that are compiled; the others are included by them."""
+    return [source for source in sources if source.endswith(".cpp")]
+
+
+def cpu_command(compiler: Compiler, flags: list[str], folder: Path, library: Path) -> list[str]:
+    """The command that makes the CPU's library from its sources in `folder`, without ninja; for gcc and clang."""
     torch_folder = Path(torch.__path__[0])
+    sources = [str(folder / source) for source in translation_units(CPU_SOURCES)]
     return [
         *shlex.split(compiler.command), "-std=c++20", *flags, "-fPIC", "-shared",
-        "-isystem", str(torch_folder / "include"), str(source), "-o", str(library),
+        "-isystem", str(torch_folder / "include"), *sources, "-o", str(library),
         f"-L{torch_folder / 'lib'}", "-ltorch_cpu",
     ]  # fmt: skip
 

@@ -50,7 +50,7 @@ def main() -> None:
     with resources.as_file(resources.files("rwkv_pl.cuda")) as sources:
         for level in LEVELS if platform.machine() in ("x86_64", "AMD64") else ["portable"]:
             library = out / prebuilt_name("wkv4_cpu", level, CPU_SOURCES)
-            command = cpu_command(compiler, cpu_flags(level), sources / CPU_SOURCES[0], library)
+            command = cpu_command(compiler, cpu_flags(level), sources, library)
             _run(command, f"the CPU's library for {level}")
         nvcc = None if options.no_cuda else find_nvcc("13")
         if nvcc is None:

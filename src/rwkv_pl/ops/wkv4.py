@@ -14,7 +14,7 @@ from torch import Tensor
 from rwkv_pl.ops.build import BuildError, load_cpu_library, load_cuda_library
 from rwkv_pl.ops.wkv4_reference import EMPTY, wkv4_recurrence, wkv4_scan
 
-__all__ = ["KERNELS", "use_kernel", "wkv4"]
+__all__ = ["KERNELS", "compiled_serves", "use_kernel", "wkv4"]
 
 KERNELS = ("auto", "compiled", "scan", "recurrence")
 
@@ -84,7 +84,7 @@ def wkv4(
     """
     _check(time_decay, time_first, key, value, state)
     dtype = torch.float64 if key.dtype == torch.float64 else torch.float32
-    compiled = _kernel in ("auto", "compiled") and _is_compiled(key.device.type, required=_kernel == "compiled")
+    compiled = compiled_serves(key.device.type)
     # The GPU's kernels read and write halves.
     io = key.dtype if compiled and key.device.type == "cuda" else dtype
     weights, inputs = (time_decay.to(dtype), time_first.to(dtype)), (key.to(io), value.to(io))
@@ -146,6 +146,11 @@ _loading = threading.Lock()
 # By type of device why the compiled operator could not be loaded, "" once it is.
 _failures: dict[str, str] = {}
 _warned: set[str] = set()
+
+
+def compiled_serves(device: str) -> bool:
+    """Whether the compiled operators are those to call for this type of device, by `use_kernel` and what is there."""
+    return _kernel in ("auto", "compiled") and _is_compiled(device, required=_kernel == "compiled")
 
 
 # torch.compile calls this while it traces and keeps the answer, so that loading breaks no graph.

@@ -1,0 +1,73 @@
+"""One token of RWKV-4 for every row of a batch, by one call of the compiled operator.
+
+Letters: B rows, L layers, C channels, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from rwkv_pl.ops.wkv4 import compiled_serves
+
+__all__ = ["rwkv4_step", "step_serves"]
+
+# Of the model: outside of its blocks (emb.weight, ln0, ln_out, head.weight), and in each.
+OUTSIDE, A_BLOCK = 6, 18
+
+
+def step_serves(parameters: Sequence[Tensor]) -> bool:
+    """Whether :func:`rwkv4_step` takes these: an RWKV-4 model's, on the CPU, each in float32 or bfloat16.
+
+    False without a compiled operator as well, which the first call builds or loads, and where `use_kernel` names a
+    plain form.
+    """
+    serves = (
+        len(parameters) >= OUTSIDE
+        and (len(parameters) - OUTSIDE) % A_BLOCK == 0
+        and parameters[0].device.type == "cpu"
+        and {parameter.dtype for parameter in parameters} <= {torch.float32, torch.bfloat16}
+        and compiled_serves("cpu")
+    )
+    if serves:
+        _register_fake()
+    return serves
+
+
+def rwkv4_step(
+    parameters: Sequence[Tensor], tokens: Tensor, state: Sequence[Tensor] = ()
+) -> tuple[Tensor, tuple[tuple[Tensor, Tensor, Tensor], ...]]:
+    """RWKV-4 (arXiv 2305.13048), one step of its recurrence through all layers: see `rwkv4_step_reference`.
+
+    Args:
+        parameters: those of the model in the order of its `parameters()`, float32 or bfloat16; read where they lie.
+        tokens: (B,) int64.
+        state: att_shift (B, C), wkv (B, 3, C) and ffn_shift (B, C) of every layer, one after another; none for a
+            text that begins.
+
+    Returns:
+        Logits (B, V), and the state after the tokens, a triple a layer; all float32, the dtype of all arithmetic.
+        A row's bits do not depend on the other rows, nor on the number of threads.
+
+    No gradient passes through it. Raises IndexError for a token outside of the vocabulary.
+    """
+    ids = tokens.tolist()
+    vocabulary = len(parameters[0])
+    if ids and not 0 <= min(ids) <= max(ids) < vocabulary:
+        raise IndexError(f"rwkv4_step: tokens from {min(ids)} to {max(ids)} for a vocabulary of {vocabulary}")
+    logits, shifts, wkv = torch.ops.rwkv_pl.rwkv4_step(parameters, tokens, [x.float() for x in state])
+    shift = shifts.unbind()
+    return logits, tuple(zip(shift[0::2], wkv.unbind(), shift[1::2], strict=True))
+
+
+@cache
+def _register_fake() -> None:
+    torch.library.register_fake("rwkv_pl::rwkv4_step", _fake)
+
+
+def _fake(parameters: list[Tensor], tokens: Tensor, state: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    (B,), (V, C), L = tokens.shape, parameters[-1].shape, (len(parameters) - OUTSIDE) // A_BLOCK
+    shapes = (B, V), (2 * L, B, C), (L, B, 3, C)
+    logits, shifts, wkv = (tokens.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    return logits, shifts, wkv

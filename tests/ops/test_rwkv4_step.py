@@ -1,0 +1,251 @@
+"""One token through the compiled operator against its plain form in float64."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from rwkv_pl.ops.build import LEVELS, cpu_level
+from rwkv_pl.ops.rwkv4_step import rwkv4_step, step_serves
+from rwkv_pl.ops.rwkv4_step_reference import rwkv4_step_reference
+from rwkv_pl.ops.wkv4 import use_kernel
+
+HALF = torch.bfloat16
+
+
+@pytest.fixture(scope="module", autouse=True)
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def draw_parameters(L: int, C: int, V: int, F: int, seed: int = 0, keys: float = 1.0) -> list[Tensor]:
+    """A model's, in float32, in order; keys: what the time mixing's are multiplied by."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator) / (shape[1] ** 0.5 if len(shape) == 2 else 1)
+
+    def norm() -> list[Tensor]:
+        return [1 + 0.3 * normal(C), 0.3 * normal(C)]
+
+    def mixes(count: int) -> list[Tensor]:
+        return list(torch.rand(count, 1, 1, C, generator=generator).unbind())
+
+    found = [normal(V, C), *norm()]
+    for _ in range(L):
+        att = [normal(C) - 1, normal(C), *mixes(3), keys * normal(C, C), *(normal(C, C) for _ in range(3))]
+        ffn = [*mixes(2), normal(F, C), normal(C, C), normal(C, F)]
+        found += [*norm(), *norm(), *att, *ffn]
+    return [*found, *norm(), normal(V, C)]
+
+
+def draw_state(L: int, B: int, C: int, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for _ in range(L):
+        num, den, max_exp, att, ffn = torch.randn(5, B, C, generator=generator)
+        found += [att, torch.stack((num, den.abs() + 0.5, max_exp), dim=1), ffn]
+    return found
+
+
+def with_dtypes(parameters: list[Tensor], matrices: torch.dtype, vectors: torch.dtype) -> list[Tensor]:
+    return [x.to(matrices if x.dim() == 2 else vectors) for x in parameters]
+
+
+def flat(results: tuple[Tensor, tuple[tuple[Tensor, Tensor, Tensor], ...]]) -> list[Tensor]:
+    """Logits, shifts and what the states stand for, in float64."""
+    logits, layers = results
+    found = [logits]
+    for att_shift, wkv, ffn_shift in layers:
+        num, den, max_exp = wkv.double().unbind(1)
+        found += [att_shift, num / den, max_exp + den.log(), ffn_shift]
+    return [x.double() for x in found]
+
+
+def step(parameters: list[Tensor], tokens: Tensor, state: list[Tensor] | tuple[()] = ()) -> list[Tensor]:
+    assert step_serves(parameters)
+    return flat(rwkv4_step(parameters, tokens, state))
+
+
+def assert_near(got: list[Tensor], judge: list[Tensor], tolerance: float) -> None:
+    for i, (x, expected) in enumerate(zip(got, judge, strict=True)):
+        assert x.shape == expected.shape
+        error, size = (x - expected).norm().item(), expected.norm().item()
+        assert error <= tolerance * (size + 1e-30), f"result {i}: error {error / size:.1e} > {tolerance:.0e}"
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    B=st.integers(0, 9),
+    L=st.integers(0, 3),
+    C=st.sampled_from([1, 3, 16, 31, 32, 40, 65]),
+    F=st.sampled_from([1, 7, 64, 100]),
+    V=st.sampled_from([1, 5, 33]),
+    matrices=st.sampled_from([torch.float32, HALF]),
+    vectors=st.sampled_from([torch.float32, HALF]),
+    with_state=st.booleans(),
+    threads=st.sampled_from([1, 2]),
+)
+@example(
+    B=9, L=2, C=192, F=768, V=257, matrices=torch.float32, vectors=torch.float32, with_state=True, threads=2
+)  # large enough for every phase to be shared by threads
+@example(B=3, L=2, C=200, F=801, V=257, matrices=HALF, vectors=HALF, with_state=False, threads=3)
+def test_agrees_with_the_plain_form(B, L, C, F, V, matrices, vectors, with_state, threads):
+    parameters = with_dtypes(draw_parameters(L, C, V, F), matrices, vectors)
+    tokens, state = torch.randint(V, (B,)), draw_state(L, B, C) if with_state else ()
+    judge = rwkv4_step_reference([x.double() for x in parameters], tokens, [x.double() for x in state])
+    torch.set_num_threads(threads)
+    try:
+        got = step(parameters, tokens, state)
+    finally:
+        torch.set_num_threads(2)
+    # Weights in bfloat16 are those of the judge, and nothing else is rounded to it. float32 keeps 6e-8 an operation;
+    # some tens of them follow each other, and a norm over few channels divides by what may be near nothing.
+    assert_near(got, flat(judge), 1e-5 if C >= 16 else 1e-3)
+
+
+@pytest.mark.parametrize("keys", [30.0, 1e3, 1e6, 1e30])
+def test_large_keys(keys):
+    """An exponent's error is 6e-8 of its key, and the results' likewise; of far larger keys only the largest counts."""
+    parameters, tokens, state = draw_parameters(2, 40, 11, 160, keys=keys), torch.arange(5), draw_state(2, 5, 40)
+    logits, layers = rwkv4_step(parameters, tokens, state)
+    assert logits.isfinite().all() and all(x.isfinite().all() for layer in layers for x in layer)
+    if keys <= 1e3:
+        judge = rwkv4_step_reference([x.double() for x in parameters], tokens, [x.double() for x in state])
+        assert_near([logits.double()], [judge[0]], 2e-6 * keys)
+
+
+def test_nan_stays_in_its_row():
+    parameters = draw_parameters(2, 40, 11, 160)
+    clean = rwkv4_step(parameters, torch.arange(4))
+    parameters[0][2, 7] = torch.nan
+    logits, layers = rwkv4_step(parameters, torch.arange(4))
+    assert logits.isnan().all(dim=1).tolist() == [False, False, True, False]
+    assert all(x[2].isnan().any() for layer in layers for x in layer)
+    others = [0, 1, 3]
+    assert torch.equal(logits[others], clean[0][others])
+
+
+@pytest.mark.parametrize("place", [0, 1, 2, 3, 6, 8, 9, 12, 13, 14, 15, 16, 18, 19, 20, 21, 22, 23])
+def test_nan_of_a_parameter_reaches_the_logits(place):
+    parameters, state = draw_parameters(1, 40, 11, 160), draw_state(1, 2, 40)
+    parameters[place].view(-1)[-1] = torch.nan
+    logits, _ = rwkv4_step(parameters, torch.tensor([10, 10]), state)
+    judge, _ = rwkv4_step_reference(parameters, torch.tensor([10, 10]), state)
+    assert torch.equal(logits.isnan(), judge.isnan()) and logits.isnan().any()
+
+
+def test_a_rows_bits_depend_on_nothing_else():
+    parameters, tokens, state = draw_parameters(2, 200, 65, 800), torch.randint(65, (13,)), draw_state(2, 13, 200)
+    for matrices in (torch.float32, HALF):
+        parameters = with_dtypes(parameters, matrices, torch.float32)
+        whole = step(parameters, tokens, state)
+        for threads in (1, 3, 7):
+            torch.set_num_threads(threads)
+            again = step(parameters, tokens, state)
+            torch.set_num_threads(2)
+            assert all(torch.equal(x, y) for x, y in zip(again, whole, strict=True)), f"{threads} threads"
+        for rows in ([0], [12], [3, 4, 5], list(range(8)), list(range(2, 9))):
+            part = step(parameters, tokens[rows], [x[rows] for x in state])
+            assert all(torch.equal(x, y[rows]) for x, y in zip(part, whole, strict=True)), f"rows {rows}"
+
+
+def test_strided_inputs():
+    parameters, tokens, state = draw_parameters(2, 40, 11, 160), torch.arange(6), draw_state(2, 6, 40)
+    expected = step(parameters, tokens, state)
+
+    def strided(x: Tensor) -> Tensor:
+        return x.T.contiguous().T if x.dim() == 2 else x.repeat_interleave(2, dim=-1)[..., ::2]
+
+    got = step([strided(x) for x in parameters], tokens.repeat_interleave(2)[::2], [strided(x) for x in state])
+    assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
+
+
+def test_the_arguments_are_not_written_to():
+    parameters, tokens, state = draw_parameters(2, 40, 11, 160), torch.arange(6), draw_state(2, 6, 40)
+    before = [x.clone() for x in (*parameters, tokens, *state)]
+    logits, layers = rwkv4_step(parameters, tokens, state)
+    assert all(torch.equal(x, y) for x, y in zip((*parameters, tokens, *state), before, strict=True))
+    assert logits.dtype == torch.float32 and all(x.dtype == torch.float32 for layer in layers for x in layer)
+
+
+@pytest.mark.parametrize("tokens", [[-1], [0, 11], [2**40]], ids=str)
+def test_a_token_out_of_the_vocabulary(tokens):
+    parameters = draw_parameters(1, 8, 11, 32)
+    assert step_serves(parameters)
+    with pytest.raises(IndexError, match=r"rwkv4_step: tokens from .* for a vocabulary of 11"):
+        rwkv4_step(parameters, torch.tensor(tokens))
+    with pytest.raises(RuntimeError, match=r"rwkv4_step: token .* of a vocabulary of 11"):
+        torch.ops.rwkv_pl.rwkv4_step(parameters, torch.tensor(tokens), [])
+
+
+def replace(tensors: list[Tensor], place: int, by: Tensor) -> list[Tensor]:
+    return [by if i == place % len(tensors) else x for i, x in enumerate(tensors)]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda p, t, s: (p[:-1], t, s), "rwkv4_step: 23 parameters are not those of an RWKV-4 model"),
+        (lambda p, t, s: (replace(p, 0, p[0][0]), t, s), "parameter 0 has not the shape of its place"),
+        (lambda p, t, s: (replace(p, 1, p[1][1:]), t, s), "parameter 1 has not 8 numbers"),
+        (lambda p, t, s: (replace(p, 12, p[12][1:]), t, s), "parameter 12 has not the shape of its place"),
+        (lambda p, t, s: (replace(p, 20, p[20].T), t, s), "parameter 20 has not the shape of its place"),
+        (lambda p, t, s: (replace(p, -1, p[-1].double()), t, s), "parameter 23 is neither float32 nor bfloat16"),
+        (lambda p, t, s: (p, t[None], s), "tokens must be"),
+        (lambda p, t, s: (p, t.int(), s), "tokens must be"),
+        (lambda p, t, s: (p, t, s[1:]), "a state of 2 tensors for 1 layers"),
+        (lambda p, t, s: (p, t[1:], s), "tensor 0 of the state"),
+        (lambda p, t, s: (p, t, replace(s, 1, s[1][:, 1:])), "tensor 1 of the state"),
+        (lambda p, t, s: (p, t, replace(s, 2, s[2].double())), "tensor 2 of the state"),
+    ],
+)
+def test_the_operator_checks_what_it_reads(change, words):
+    parameters = draw_parameters(1, 8, 11, 32)
+    assert step_serves(parameters)
+    with pytest.raises(RuntimeError, match=words):
+        torch.ops.rwkv_pl.rwkv4_step(*change(parameters, torch.arange(3), draw_state(1, 3, 8)))
+
+
+def test_which_parameters_it_takes():
+    parameters = draw_parameters(1, 8, 11, 32)
+    assert step_serves(parameters) and step_serves(with_dtypes(parameters, HALF, torch.float32))
+    assert not step_serves(parameters[:-1]) and not step_serves([])
+    assert not step_serves([x.double() for x in parameters])
+    assert not step_serves([x.to("meta") for x in parameters])
+    for kernel, serves in {"auto": True, "compiled": True, "scan": False, "recurrence": False}.items():
+        with use_kernel(kernel):
+            assert step_serves(parameters) == serves
+
+
+def test_opcheck():
+    parameters = draw_parameters(2, 8, 11, 32)
+    assert step_serves(parameters)
+    for state in ([], draw_state(2, 3, 8)):
+        torch.library.opcheck(torch.ops.rwkv_pl.rwkv4_step, (parameters, torch.arange(3), state))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_every_level_of_this_cpu(level):
+    order = list(LEVELS)
+    if order.index(level) < order.index(cpu_level()):
+        pytest.skip(f"this machine does not run {level}")
+    # A fresh process, since one holds one library; this file is imported as a module there.
+    code = (
+        "from test_rwkv4_step import *\n"
+        "test_agrees_with_the_plain_form.hypothesis.inner_test(7, 2, 200, 801, 33, HALF, torch.float32, True, 2)\n"
+        "test_agrees_with_the_plain_form.hypothesis.inner_test(9, 2, 65, 64, 33, torch.float32, HALF, True, 1)\n"
+        "test_a_rows_bits_depend_on_nothing_else()\n"
+    )
+    environment = os.environ | {"RWKV_PL_CPU_LEVEL": level, "PYTHONPATH": str(Path(__file__).parent)}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr

@@ -1,0 +1,57 @@
+"""The compiled operators of the CPU under the compiler's sanitizers."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import rwkv_pl.cuda
+
+from rwkv_pl.ops.build import STABLE_ABI, cpu_command
+from rwkv_pl.ops.toolchain import find_compiler
+
+SANITIZED = """
+import sys, torch
+torch.ops.load_library(sys.argv[1])
+torch.set_num_threads(3)
+for B, T, C in [(0, 3, 2), (1, 1, 1), (2, 33, 5), (3, 100, 65), (1, 700, 33)]:
+    for dtype in (torch.float32, torch.float64):
+        for state in (None, torch.rand(B, 3, C, dtype=dtype)):
+            w, u = torch.randn(2, C, dtype=dtype)
+            k, v = torch.randn(2, B, T, C, dtype=dtype)
+            output, last, tiles = torch.ops.rwkv_pl.wkv4_forward(w, u, k, v, state, 16)
+            torch.ops.rwkv_pl.wkv4_backward(w, u, k, v, tiles, output, last if state is not None else None, 16)
+from test_rwkv4_step import draw_parameters, draw_state
+for B, L, C, V, F in [(0, 2, 3, 5, 7), (1, 0, 1, 1, 1), (1, 2, 64, 9, 256), (13, 1, 33, 5, 70), (5, 1, 128, 40, 500)]:
+    for dtype in (torch.float32, torch.bfloat16):
+        for state in ([], draw_state(L, B, C)):
+            parameters = [x.to(dtype) for x in draw_parameters(L, C, V, F)]
+            torch.ops.rwkv_pl.rwkv4_step(parameters, torch.randint(V, (B,)), state)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the sanitizers' libraries as gcc has them on Linux")
+def test_no_access_out_of_bounds(tmp_path):
+    """The CPU's kernels under AddressSanitizer and UndefinedBehaviorSanitizer."""
+    compiler = find_compiler()
+    assert compiler is not None
+    where = subprocess.run(
+        [compiler.path, "-print-file-name=libasan.so"], capture_output=True, text=True
+    ).stdout.strip()
+    if not Path(where).is_absolute():
+        pytest.skip(f"{compiler.version} has no libasan")
+    library = tmp_path / "sanitized.so"
+    flags = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", STABLE_ABI]
+    command = cpu_command(compiler, flags, Path(rwkv_pl.cuda.__path__[0]), library)
+    subprocess.run(command, check=True)
+    # Python itself frees not all that it takes.
+    environment = os.environ | {
+        "LD_PRELOAD": where,
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "PYTHONPATH": str(Path(__file__).parent),
+    }
+    run = subprocess.run(
+        [sys.executable, "-c", SANITIZED, str(library)], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
