@@ -7,7 +7,7 @@ import torch
 
 from rwkv_pl import RWKV4, RWKV4Config, generate
 from rwkv_pl.inference import generate as module
-from rwkv_pl.inference.generate import read, step
+from rwkv_pl.inference.generate import read
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +131,7 @@ def test_recurrent_parallel_and_chunked_logits_agree_over_4096_tokens(monkeypatc
             position += length
         chunked_state, state = state, None
         for token in tokens[0]:
-            logits, state = step(model, token[None], state)
+            logits, state = model.step(token[None], state)
             recurrent.append(logits)
     # The three sum in different orders in float32: some roundings of the logits' size, over all tokens.
     norm = parallel.norm()

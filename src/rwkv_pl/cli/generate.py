@@ -52,6 +52,7 @@ def parse() -> argparse.Namespace:
     add("--samples", type=int, default=1, metavar="N", help="so many texts (1)")
     add("--state-in", type=Path, metavar="FILE", help="goes on from this memory; PROMPT is what is said next")
     add("--state-out", type=Path, metavar="FILE", help="keeps the memory after the last token, --stop's text included")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the matrices; the second is faster")
     add("--vocab", type=Path, metavar="JSON", help="the 20B tokenizer's, for weights that come without a vocabulary")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU where there is one (auto)")
     # The other form takes no PROMPT where options stand between it and WEIGHTS.
@@ -77,6 +78,7 @@ def main() -> None:
     from rwkv_pl.inference.generate import Generation, select
     from rwkv_pl.inference.memory import Memory, check_replaceable, load_memory, save_memory
     from rwkv_pl.inference.sampling import Dice
+    from rwkv_pl.ops.linear import matrices_to
     from rwkv_pl.weights import read_weights
 
     sampling = _sampling(arguments)
@@ -87,6 +89,7 @@ def main() -> None:
         check_replaceable(arguments.state_out)
     weights = read_weights(arguments.weights)
     model = weights.model().to("cuda" if on_gpu else "cpu").eval().requires_grad_(False)
+    matrices_to(model, getattr(torch, arguments.dtype))
     vocabulary = _vocabulary(weights, arguments.vocab)
     tokens = torch.from_numpy(vocabulary.encode(text).astype("int64"))
 

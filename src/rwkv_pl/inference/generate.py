@@ -17,7 +17,7 @@ CHUNK = 1024
 
 
 def generate(
-    model: nn.Module,
+    model: Any,
     tokens: Tensor | Sequence[Tensor],
     state: State | None = None,
     *,
@@ -26,6 +26,7 @@ def generate(
 ) -> "Generation":
     """Yields (B,) int64 tokens without end, by default drawn from the model's distribution at temperature 1.
 
+    model:    with `hidden`, `head` and `step`.
     tokens:   (B, T) int64, or B prompts (T_i,) of any lengths, T >= 1. A text that begins from nothing begins with
               its vocabulary's `document_end`.
     state:    the model's state of B rows before the prompts; the caller's is never changed.
@@ -48,7 +49,7 @@ class Generation(Iterator[Tensor]):
     """
 
     def __init__(
-        self, model: nn.Module, logits: Tensor, state: State, sampling: Sampling, dice: Dice, recent: Sequence[Tensor]
+        self, model: Any, logits: Tensor, state: State, sampling: Sampling, dice: Dice, recent: Sequence[Tensor]
     ) -> None:
         self.logits, self.state = logits, state
         self._model, self._sampling, self._dice = model, sampling, dice
@@ -68,11 +69,12 @@ class Generation(Iterator[Tensor]):
     def catch_up(self) -> None:
         """Reads the token that was yielded last."""
         if self._unread is not None:
-            self.logits, self.state = step(self._model, self._unread, self.state)
+            with _evaluating(self._model):
+                self.logits, self.state = self._model.step(self._unread, self.state)
             self._unread = None
 
 
-def read_all(model: nn.Module, prompts: Sequence[Tensor], state: State | None = None) -> tuple[Tensor, State]:
+def read_all(model: Any, prompts: Sequence[Tensor], state: State | None = None) -> tuple[Tensor, State]:
     """Prompts (T_i,), one state row for each -> logits after them (B, V), and the state.
 
     One by one where their lengths differ: to fill up the shorter ones would change what the model has read.
@@ -111,12 +113,6 @@ def read(
             progress(chunk.shape[1])
         assert state is not None
         return model.head(hidden[:, -1]).float(), state
-
-
-@torch.no_grad()
-def step(model: Any, tokens: Tensor, state: State) -> tuple[Tensor, State]:
-    """tokens (B,) -> the logits after them, (B, V) float32, and the state."""
-    return read(model, tokens[:, None], state)
 
 
 class _evaluating:
