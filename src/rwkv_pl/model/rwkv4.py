@@ -181,13 +181,12 @@ def depth(config: RWKV4Config, layer: int) -> tuple[float, float]:
     return layer / max(config.n_layer - 1, 1), 1 - layer / config.n_layer
 
 
-def _parameters(module: nn.Module) -> list[nn.Parameter]:
+def _parameters(module: Any) -> list[Tensor]:
     """As list(module.parameters()), which takes a tenth of a token's time."""
-    found = [parameter for parameter in module._parameters.values() if parameter is not None]
+    found = list(module._parameters.values())
     for child in module._modules.values():
-        if child is not None and (child._parameters or child._modules):
-            found += _parameters(child)
-    return found
+        found += _parameters(child) if child._modules else child._parameters.values()
+    return [parameter for parameter in found if parameter is not None]
 
 
 def _unsqueeze_time_mix(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:

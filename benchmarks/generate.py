@@ -1,0 +1,160 @@
+"""Tokens a second at the classic size: ours, BlinkDL's `rwkv` package and Hugging Face transformers, in the same run.
+
+    python -m benchmarks.generate [--rounds 15]
+
+A 12 x 512 RWKV-4 of bytes on the CPU, the likeliest token each time. The floor is one reading of the matrices' weights
+a token, by a vectorised sum over them on the same threads, compiled here. Writes benchmarks/results/generate.json.
+"""
+
+import argparse
+import importlib.resources
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.common import RESULTS, in_words, interleaved, machine
+from rwkv_pl import RWKV4, RWKV4Config
+from rwkv_pl.ops.build import STABLE_ABI, cpu_flags, cpu_level
+from rwkv_pl.ops.linear import matrices_to
+
+VOCAB, LAYERS, CHANNELS = 256, 12, 512
+# Of one call.
+TOKENS = 20
+
+Call = Callable[[], Any]
+
+
+def random_model() -> RWKV4:
+    """At the official initialisation most matrices are zeros."""
+    torch.manual_seed(0)
+    model = RWKV4(RWKV4Config(VOCAB, LAYERS, CHANNELS)).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter += 0.02 * torch.randn_like(parameter)
+    return model
+
+
+def generated(model: RWKV4, tokens: Tensor, state: Any) -> None:
+    """TOKENS of each row after tokens (B,)."""
+    for _ in range(TOKENS):
+        logits, state = model.step(tokens, state)
+        tokens = logits.argmax(-1)
+
+
+def ours(weights: torch.dtype = torch.float32, batch: int = 1, place: int = 10) -> Call:
+    """From the state after `place` tokens."""
+    model = random_model()
+    matrices_to(model, weights)
+    text, state = torch.randint(VOCAB, (batch, place)), None
+    for piece in text.split(1000, dim=1):
+        _, state = model.hidden(piece, state)
+    return partial(generated, model, text[:, -1], state)
+
+
+def rwkv_package() -> Call:
+    os.environ |= {"RWKV_JIT_ON": "1", "RWKV_CUDA_ON": "0"}
+    from rwkv.model import RWKV
+
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(random_model().state_dict(), Path(folder, "model.pth"))
+        peer = RWKV(model=str(Path(folder, "model")), strategy="cpu fp32", verbose=False)
+
+    def call() -> None:
+        token, state = 0, None
+        for _ in range(TOKENS):
+            logits, state = peer.forward([token], state)
+            token = int(logits.argmax())
+
+    return call
+
+
+def transformers_generate() -> Call:
+    import transformers
+
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    config = transformers.RwkvConfig(
+        vocab_size=VOCAB, context_length=1024, hidden_size=CHANNELS, num_hidden_layers=LAYERS, tie_word_embeddings=False
+    )
+    model = transformers.RwkvForCausalLM(config).eval()
+    prompt = torch.zeros(1, 1, dtype=torch.int64)
+
+    @torch.inference_mode()
+    def call() -> None:
+        model.generate(prompt, max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False, pad_token_id=0)
+
+    return call
+
+
+def reading() -> Call:
+    from torch.utils import cpp_extension
+
+    weights = [x.detach() for name, x in random_model().named_parameters() if x.dim() == 2 and name != "emb.weight"]
+    with importlib.resources.as_file(importlib.resources.files("rwkv_pl.cuda")) as headers:
+        cpp_extension.load(
+            "read_weights",
+            [str(Path(__file__).parent / "read_weights.cpp")],
+            extra_cflags=[*cpu_flags(cpu_level()), STABLE_ABI],
+            extra_include_paths=[str(headers)],
+            is_python_module=False,
+        )
+
+    def call() -> None:
+        for _ in range(TOKENS):
+            torch.ops.rwkv_pl_benchmarks.read_weights(weights)
+
+    return call
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.generate", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=15)
+    rounds = parser.parse_args().rounds
+    half = torch.bfloat16
+    makers: dict[str, Callable[[], Call]] = {
+        "reading the weights": reading,
+        "rwkv_pl": ours,
+        "rwkv_pl, token 10,000": partial(ours, place=10_000),
+        "rwkv_pl, batch 8": partial(ours, batch=8),
+        "rwkv_pl, bfloat16": partial(ours, half),
+        "rwkv_pl, bfloat16, batch 8": partial(ours, half, batch=8),
+        "rwkv package, cpu fp32": rwkv_package,
+        "transformers, generate": transformers_generate,
+    }
+    seconds = interleaved(makers, rounds)
+    rows = {}
+    for name, taken in seconds.items():
+        tokens = TOKENS * (8 if name.endswith("batch 8") else 1)
+        rows[name] = {"median": tokens / taken["median"], "min": tokens / taken["max"], "max": tokens / taken["min"]}
+
+    def ratio(one: str, other: str) -> float:
+        return rows[one]["median"] / rows[other]["median"]
+
+    ratios = {
+        "times the rwkv package": ratio("rwkv_pl", "rwkv package, cpu fp32"),
+        "reading the weights, times ours": ratio("reading the weights", "rwkv_pl"),
+        "bfloat16, times float32": ratio("rwkv_pl, bfloat16", "rwkv_pl"),
+        "batch 8, times batch 1": ratio("rwkv_pl, batch 8", "rwkv_pl"),
+        "batch 8, times batch 1, bfloat16": ratio("rwkv_pl, bfloat16, batch 8", "rwkv_pl, bfloat16"),
+        "token 10,000, times token 10": ratio("rwkv_pl, token 10,000", "rwkv_pl"),
+    }
+    title, about = f"tokens a second, {LAYERS} x {CHANNELS}, {VOCAB} tokens, CPU", machine()
+    print(f"{title}\n{in_words(about)}\n\n{'':30}{'median':>10}{'least':>10}{'most':>10}")
+    for name, row in rows.items():
+        print(f"{name:30}" + "".join(f"{row[column]:10.1f}" for column in ("median", "min", "max")))
+    print()
+    for name, value in ratios.items():
+        print(f"{name:36}{value:6.2f}")
+    RESULTS.mkdir(exist_ok=True)
+    content = {"title": title, "machine": about, "rounds": rounds, "tokens_per_second": rows, "ratios": ratios}
+    (RESULTS / "generate.json").write_text(json.dumps(content, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
