@@ -14,14 +14,16 @@ import os
 import tempfile
 from collections.abc import Callable
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks.common import RESULTS, in_words, interleaved, machine
 from rwkv_pl import RWKV4, RWKV4Config
+from rwkv_pl.inference.generate import Generation, read
+from rwkv_pl.inference.sampling import Dice, Sampling
 from rwkv_pl.ops.build import STABLE_ABI, cpu_flags, cpu_level
 from rwkv_pl.ops.linear import matrices_to
 
@@ -41,21 +43,19 @@ def random_model() -> RWKV4:
     return model
 
 
-def generated(model: RWKV4, tokens: Tensor, state: Any) -> None:
-    """TOKENS of each row after tokens (B,)."""
-    for _ in range(TOKENS):
-        logits, state = model.step(tokens, state)
-        tokens = logits.argmax(-1)
-
-
 def ours(weights: torch.dtype = torch.float32, batch: int = 1, place: int = 10) -> Call:
     """From the state after `place` tokens."""
     model = random_model()
     matrices_to(model, weights)
-    text, state = torch.randint(VOCAB, (batch, place)), None
-    for piece in text.split(1000, dim=1):
-        _, state = model.hidden(piece, state)
-    return partial(generated, model, text[:, -1], state)
+    text = torch.randint(VOCAB, (batch, place))
+    logits, state = read(model, text)
+
+    def call() -> None:
+        generation = Generation(model, logits, state, Sampling(temperature=0), Dice(0, batch), list(text))
+        for _ in islice(generation, TOKENS + 1):  # the first is chosen without a step
+            pass
+
+    return call
 
 
 def rwkv_package() -> Call:
