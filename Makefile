@@ -28,6 +28,7 @@ wheel: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.wkv
 	$(BIN)/python -m benchmarks.train_step
+	$(BIN)/python -m benchmarks.generate
 	$(BIN)/python -m benchmarks.checkpoint
 
 $(VENV)/.train: pyproject.toml constraints.txt
