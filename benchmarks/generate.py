@@ -26,6 +26,7 @@ from rwkv_pl.inference.generate import Generation, read
 from rwkv_pl.inference.sampling import Dice, Sampling
 from rwkv_pl.ops.build import STABLE_ABI, cpu_flags, cpu_level
 from rwkv_pl.ops.linear import matrices_to
+from rwkv_pl.ops.rwkv4_step import lay_together
 
 VOCAB, LAYERS, CHANNELS = 256, 12, 512
 # Of one call.
@@ -47,6 +48,7 @@ def ours(weights: torch.dtype = torch.float32, batch: int = 1, place: int = 10) 
     """From the state after `place` tokens."""
     model = random_model()
     matrices_to(model, weights)
+    lay_together(model)
     text = torch.randint(VOCAB, (batch, place))
     logits, state = read(model, text)
 
@@ -95,7 +97,9 @@ def transformers_generate() -> Call:
 def reading() -> Call:
     from torch.utils import cpp_extension
 
-    weights = [x.detach() for name, x in random_model().named_parameters() if x.dim() == 2 and name != "emb.weight"]
+    model = random_model()
+    lay_together(model)
+    weights = [x.detach() for name, x in model.named_parameters() if x.dim() == 2 and name != "emb.weight"]
     with importlib.resources.as_file(importlib.resources.files("rwkv_pl.cuda")) as headers:
         cpp_extension.load(
             "read_weights",

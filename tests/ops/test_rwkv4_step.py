@@ -1,5 +1,7 @@
 """One token through the compiled operator against its plain form in float64."""
 
+import gc
+import mmap
 import os
 import subprocess
 import sys
@@ -11,8 +13,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from rwkv_pl import RWKV4, RWKV4Config
 from rwkv_pl.ops.build import LEVELS, cpu_level
-from rwkv_pl.ops.rwkv4_step import rwkv4_step, step_serves
+from rwkv_pl.ops.linear import matrices_to
+from rwkv_pl.ops.rwkv4_step import lay_together, rwkv4_step, step_serves
 from rwkv_pl.ops.rwkv4_step_reference import rwkv4_step_reference
 from rwkv_pl.ops.wkv4 import use_kernel
 
@@ -249,3 +253,23 @@ def test_every_level_of_this_cpu(level):
     environment = os.environ | {"RWKV_PL_CPU_LEVEL": level, "PYTHONPATH": str(Path(__file__).parent)}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("large_pages", [True, False])
+def test_laid_together_a_model_is_the_same(monkeypatch, large_pages):
+    if not large_pages:
+        monkeypatch.delattr("mmap.MADV_HUGEPAGE", raising=False)
+    torch.manual_seed(0)
+    model = RWKV4(RWKV4Config(vocab_size=11, n_layer=2, n_embd=9)).requires_grad_(False)
+    matrices_to(model, HALF)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    logits, _ = model.step(torch.tensor([3]))
+    lay_together(model)
+    gc.collect()  # the piece lives as long as its parameters do
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        assert after[name].dtype == value.dtype and torch.equal(after[name], value)
+    assert torch.equal(model.step(torch.tensor([3]))[0], logits)
+    places = [parameter.data_ptr() for parameter in model.parameters()]
+    assert (places == sorted(places) and max(places) - min(places) < 1 << 20) or not hasattr(mmap, "MADV_HUGEPAGE")

@@ -79,6 +79,7 @@ def main() -> None:
     from rwkv_pl.inference.memory import Memory, check_replaceable, load_memory, save_memory
     from rwkv_pl.inference.sampling import Dice
     from rwkv_pl.ops.linear import matrices_to
+    from rwkv_pl.ops.rwkv4_step import lay_together
     from rwkv_pl.weights import read_weights
 
     sampling = _sampling(arguments)
@@ -90,6 +91,7 @@ def main() -> None:
     weights = read_weights(arguments.weights)
     model = weights.model().to("cuda" if on_gpu else "cpu").eval().requires_grad_(False)
     matrices_to(model, getattr(torch, arguments.dtype))
+    lay_together(model)
     vocabulary = _vocabulary(weights, arguments.vocab)
     tokens = torch.from_numpy(vocabulary.encode(text).astype("int64"))
 

@@ -3,18 +3,22 @@
 Letters: B rows, L layers, C channels, V vocabulary.
 """
 
+import contextlib
+import mmap
 from collections.abc import Sequence
 from functools import cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rwkv_pl.ops.wkv4 import compiled_serves
 
-__all__ = ["rwkv4_step", "step_serves"]
+__all__ = ["lay_together", "rwkv4_step", "step_serves"]
 
 # Of the model: outside of its blocks (emb.weight, ln0, ln_out, head.weight), and in each.
 OUTSIDE, A_BLOCK = 6, 18
+
+LARGE_PAGE, CACHE_LINE = 1 << 21, 64
 
 
 def step_serves(parameters: Sequence[Tensor]) -> bool:
@@ -33,6 +37,27 @@ def step_serves(parameters: Sequence[Tensor]) -> bool:
     if serves:
         _register_fake()
     return serves
+
+
+def lay_together(module: nn.Module) -> None:
+    """Moves the parameters into one piece of memory that Linux backs by large pages; elsewhere it does nothing.
+
+    A token reads them all, and by pages of 4 KB a sixth of its time goes into finding these.
+    """
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return
+    parameters = [parameter for parameter in module.parameters() if parameter.device.type == "cpu"]
+    sizes = [-(-parameter.nbytes // CACHE_LINE) * CACHE_LINE for parameter in parameters]
+    piece = mmap.mmap(-1, sum(sizes) + LARGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel that has none
+        piece.madvise(mmap.MADV_HUGEPAGE)
+    memory = torch.frombuffer(piece, dtype=torch.uint8)
+    at = -memory.data_ptr() % LARGE_PAGE
+    for parameter, size in zip(parameters, sizes, strict=True):
+        place = memory[at : at + parameter.nbytes].view(parameter.dtype).view(parameter.shape)
+        place.copy_(parameter.detach())
+        parameter.data = place
+        at += size
 
 
 def rwkv4_step(
