@@ -153,7 +153,7 @@ def _read_folder(folder: Path) -> Weights:
         # The 20B tokenizer, or another that is not known here and leaves the weights what they are.
         with contextlib.suppress(UserError):
             known = read_vocabulary(tokenizer)
-            vocabulary = known if known.size == len(tensors["emb.weight"]) else None
+            vocabulary = known if known.size == len(tensors.get("emb.weight", ())) else None
     return _fitted(tensors, "rwkv4", folder, "Hugging Face folder", vocabulary=vocabulary)
 
 
