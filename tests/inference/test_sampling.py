@@ -80,7 +80,7 @@ def test_temperature_0_is_the_argmax_after_repetition():
     top_k=st.integers(0, 12),
     top_p=st.floats(0, 2),
     repetition=st.floats(1e-3, 1e3),
-    uniform=st.floats(0, 1, exclude_max=True),
+    uniform=st.floats(0, 1, exclude_max=True) | st.just(math.nextafter(1, 0)),
 )
 def test_any_numbers_choose_a_token(logits, temperature, top_k, top_p, repetition, uniform):
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, repetition=repetition)
@@ -93,6 +93,8 @@ def test_any_numbers_choose_a_token(logits, temperature, top_k, top_p, repetitio
     rank = int((penalised > penalised[0, token]).sum())
     assert not top_k or rank < top_k
     assert top_p > 0 or rank == 0
+    if temperature > 0:
+        assert torch.softmax((penalised - penalised.amax()) / temperature, -1)[0, token] > 0
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

@@ -60,19 +60,21 @@ class Sampling:
                 row[seen] = torch.where(row[seen] > 0, row[seen] / self.repetition, row[seen] * self.repetition)
         if self.temperature == 0:
             return logits.argmax(-1)
-        scores, tokens = logits.sort(dim=-1, descending=True, stable=True)
-        scores = (scores - scores[:, :1]) / self.temperature
-        if self.top_k:
-            scores = scores[:, : self.top_k]
+        scores, tokens = (logits - logits.amax(-1, keepdim=True)) / self.temperature, None
+        if self.top_k or self.top_p < 1:
+            scores, tokens = scores.sort(dim=-1, descending=True, stable=True)
+            scores = scores[:, : self.top_k or None]
         shares = scores.softmax(-1)
         if self.top_p < 1:
             better = shares.cumsum(-1) - shares
             better[:, 0] = -1  # the best token has none before it, and stays with a top_p of 0 too
             shares = torch.where(better < self.top_p, shares, 0)
         sums = shares.cumsum(-1)
-        place = (sums <= uniform[:, None] * sums[:, -1:]).sum(-1, keepdim=True)
-        last = (shares > 0).sum(-1, keepdim=True) - 1
-        return tokens.gather(-1, torch.minimum(place, last))[:, 0]
+        whole = sums[:, -1:]
+        place = (sums <= uniform[:, None] * whole).sum(-1)
+        # Where the product is rounded up to the whole: the last token that has a share.
+        place = torch.minimum(place, (sums < whole).sum(-1))
+        return place if tokens is None else tokens.gather(-1, place[:, None])[:, 0]
 
 
 class Dice:
