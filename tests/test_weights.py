@@ -132,12 +132,25 @@ def test_a_folder_of_20b_speaks_by_transformers_tokenizer_and_is_known_by_it(tmp
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "there" / "tokenizer.json"))
     text = "Licensed to  you,\n\tnaïvely"
     assert theirs(text)["input_ids"] == vocabulary.encode(text.encode()).tolist()
+    assert (
+        transformers.AutoTokenizer.from_pretrained(tmp_path / "there")(text)["input_ids"] == theirs(text)["input_ids"]
+    )
     # As official folders are: with the tokenizer's file alone.
     (tmp_path / "there" / "vocabulary.json").unlink()
     assert read_weights(tmp_path / "there").vocabulary == vocabulary
     for other in ("{}", small_20b().replace('"id":1259', '"id":1260')):
         (tmp_path / "there" / "tokenizer.json").write_text(other, encoding="utf-8")
         assert read_weights(tmp_path / "there").vocabulary is None
+
+
+def test_bytes_are_the_tokens_of_transformers_too(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    weights = random_weights(RWKV4Config(vocab_size=256, n_layer=1, n_embd=8))
+    write_weights(replace(weights, vocabulary=Vocabulary()), tmp_path / "there")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "there")
+    text = " A naïve\n\n  text, isn't it? <|endoftext|>\t€ \0 e\u0301\x7f"
+    assert theirs(text)["input_ids"] == list(text.encode())
+    assert theirs.decode(list(text.encode())) == text
 
 
 def test_every_parameter_has_a_name_in_transformers():

@@ -219,6 +219,8 @@ def write_weights(weights: Weights, target: Path) -> Weights:
 
     Raises OSError where the disk refuses; nothing is left then.
     """
+    from rwkv_pl.data.tokenizer import as_tokenizer  # its library is for those who use it
+
     # Each in memory of its own: a part of something larger would be written as the whole of it.
     weights = replace(weights, tensors={name: _packed(value) for name, value in weights.tensors.items()})
     if target.suffix.lower() in (".pth", ".ckpt"):
@@ -233,8 +235,10 @@ def write_weights(weights: Weights, target: Path) -> Weights:
             _write_json(about, folder / huggingface.CONFIG)
             if weights.vocabulary:
                 _write_json(weights.vocabulary.to_dict(), folder / huggingface.VOCABULARY)
-                if weights.vocabulary.kind == "20b":
-                    _write_json(json.loads(weights.vocabulary.to_dict()["tokenizer"]), folder / huggingface.TOKENIZER)
+                if tokenizer := as_tokenizer(weights.vocabulary):
+                    _write_json(tokenizer, folder / huggingface.TOKENIZER)
+                    # Without it transformers takes a class for this model whose own settings override the json's.
+                    _write_json({"tokenizer_class": "PreTrainedTokenizerFast"}, folder / "tokenizer_config.json")
             huggingface.write_tensors(weights.tensors, folder / huggingface.TENSORS)
             written = _read_again(folder, weights)
     return replace(written, path=target)
@@ -274,9 +278,10 @@ def weights_path(source: Path) -> Path:
         return source
     if not source.exists():
         raise UserError(f"there are no weights at {source}: give a run folder, .ckpt, .pth or Hugging Face folder")
-    for name in ("best.ckpt", "last.ckpt"):
-        if (path := source / "checkpoints" / name).is_file():
-            return path
+    for folder in (source / "checkpoints", source):
+        for name in ("best.ckpt", "last.ckpt"):
+            if (path := folder / name).is_file():
+                return path
     if (source / huggingface.CONFIG).is_file():
         return source
     raise UserError(

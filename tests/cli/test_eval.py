@@ -116,11 +116,13 @@ def test_settings_of_the_run_and_the_ones_given(evaluate, run, tmp_path):
     assert result.code == 0, result.err
     assert "other.txt is not the text that the run was trained on" in result.err
     assert not list(run.glob("eval-*"))
-    report = json.loads((tmp_path / "results" / "new" / "eval-last-test.json").read_text())
+    report = json.loads((tmp_path / "results" / "new" / "eval-last-other-test.json").read_text())
     assert (report["text"]["corpus"], report["text"]["bytes"]) == ("other.txt", 200)
     carried, windows = report["protocols"]["carried"], report["protocols"]["windows"]
     assert (carried["streams"], carried["warmup"], carried["chunk_len"]) == (4, 5, 7)
     assert (windows["ctx_len"], windows["stride"], len(windows["loss_by_position"])) == (9, 3, 9)
+    # The first window counts whole, of the others the last three positions; 200 - 9 = 63 * 3 + 2.
+    assert windows["tokens_by_position"] == [1] * 6 + [65, 65, 64]
     assert "carried, 4 streams, warmup 5" in result.out
     shown = evaluate("--cfg", "job", f"weights={run}", "stride=3").out
     assert f"path: {run.parent / 'corpus.txt'}" in shown and "stride: 3" in shown and "ctx_len: 16" in shown
@@ -129,7 +131,7 @@ def test_settings_of_the_run_and_the_ones_given(evaluate, run, tmp_path):
 def test_another_text_and_one_protocol(evaluate, run, tmp_path):
     result = evaluate(f"weights={run}", "data=text", "data.path=corpus.txt", "data.ctx_len=1000", "protocol=windows")
     assert (result.code, result.err) == (0, "")
-    report = json.loads((run / "eval-val.json").read_text())
+    report = json.loads((run / "eval-corpus-val.json").read_text())
     assert list(report["protocols"]) == ["windows"]
     assert report["protocols"]["windows"]["ctx_len"] == 1000
     assert evaluate(f"weights={run}", "protocol=carried", "split=test").code == 0
@@ -216,6 +218,8 @@ def test_a_bar_where_there_is_a_terminal(evaluate, run, monkeypatch):
 
 
 CASES = {
+    "RUN": "what is evaluated is given as weights=",
+    "weights=RUN/../corpus.txt": "are of no run",
     "": "weights is missing",
     "weights=null": "weights is missing",
     "wieghts=x": "did you mean weights?",

@@ -87,7 +87,7 @@ def test_a_prompt_that_begins_with_a_dash(model, run):
     result = run("model.pth", "--temperature", "0", "--max-tokens", "8", "--", "-5 --x")
     assert result.out == expected(model, b"-5 --x", 8, temperature=0)
     refused = run("model.pth", "--x")
-    assert refused.code == 2 and "follows --" in refused.err and refused.err.count("\n") == 1
+    assert refused.code == 2 and "put -- before one that begins with -" in refused.err and refused.err.count("\n") == 1
 
 
 def test_a_megabyte_on_standard_input(run):

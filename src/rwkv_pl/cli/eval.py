@@ -38,6 +38,9 @@ def main() -> None:
     args = app.parse_arguments(argv)
     if args.multirun:
         raise UserError("rwkv-eval evaluates one model: leave out -m")
+    for word in args.overrides:
+        if "=" not in word and Path(word).exists():
+            raise UserError(f"{word}: what is evaluated is given as weights={word}")
     overrides = app.parse_overrides(args.overrides, sweep=True)
     for override in overrides:
         if override.is_sweep_override():
@@ -54,13 +57,19 @@ def main() -> None:
         print(OmegaConf.to_yaml(OmegaConf.create(settings)), end="")
         return
     config = app.typed(settings, Eval)
-    out, name = destination(config, run)
+    given = {o.key_or_group for o in overrides}
+    if run is None and "data" not in given and Path(str(config.weights)).exists():
+        raise UserError(
+            f"weights={config.weights} are of no run, which would know its text: choose one, data=text data.path=FILE, "
+            "data=enwik8 or data=stdlib"
+        )
+    out, name = destination(config, run, given)
     with made_for_success(out), writing(out):
         if not os.access(out, os.W_OK):
             raise UserError(f"{out} can't be written to: give another folder by out=FOLDER")
         if sys.stderr.isatty():
             print("loading torch ...", file=sys.stderr, flush=True)
-        report = _evaluate(config, run, given={o.key_or_group for o in overrides})
+        report = _evaluate(config, run, given)
         _print(report)
         _write(report, out, name)
 
@@ -93,13 +102,16 @@ def run_of(source: Path) -> Path | None:
     return folder if (folder / ".hydra" / "config.yaml").is_file() else None
 
 
-def destination(config: Eval, run: Path | None) -> tuple[Path, str]:
+def destination(config: Eval, run: Path | None, given: set[str]) -> tuple[Path, str]:
     """The folder of the result, and its files' name: outside the run's folder, and where one of several checkpoints is
-    named, it says whose result it is."""
+    named, it says whose result it is; and on which text, where that is not the run's own."""
     source = Path(str(config.weights)).absolute()
     out = Path(config.out).absolute() if config.out else run or Path.cwd()
     whose = "" if source == out else f"{source.name if source.is_dir() else source.stem}-"
-    return out, f"eval-{whose}{config.split}"
+    data = config.data
+    text = f"{Path(data.path).stem if data.name in ('text', 'binidx') and data.path else data.name}-"
+    other = run is not None and given & {"data", "data.path", "data.val_path"}
+    return out, f"eval-{whose}{text if other else ''}{config.split}"
 
 
 def _evaluate(config: Eval, run: Path | None, given: set[str]) -> dict[str, Any]:
@@ -135,7 +147,7 @@ def _evaluate(config: Eval, run: Path | None, given: set[str]) -> dict[str, Any]
             "take a larger corpus, or another data.split"
         )
     if run and "data" not in given and trained_on not in (None, corpus.digest):
-        print(f"warning: {corpus.path} is not the text that the run was trained on", file=sys.stderr)
+        print(f"warning: {corpus.description} is not the text that the run was trained on", file=sys.stderr)
     device = _device(config.accelerator)
     choose_kernel(config.kernel, device)
 
@@ -189,7 +201,7 @@ def _evaluate(config: Eval, run: Path | None, given: set[str]) -> dict[str, Any]
             by_position = {}
             if name == "windows":
                 means = [float(n) / int(c) if c else None for n, c in zip(nats, count, strict=True)]
-                by_position = {"loss_by_position": means}
+                by_position = {"loss_by_position": means, "tokens_by_position": count.tolist()}
                 nats, count = float(nats.sum()), int(count.sum())
             report["protocols"][name] = {
                 **how,
@@ -359,7 +371,9 @@ def draw(report: dict[str, Any], path: Path) -> None:
     text, protocols = report["text"], report["protocols"]
     found = protocols["windows"]
     loss = np.array(found["loss_by_position"], float) / math.log(2)  # None is NaN
-    context = 1 + np.flatnonzero(np.isfinite(loss))
+    counts = np.array(found["tokens_by_position"])
+    # Where windows overlap, most positions count in the first one alone, and a single loss says nothing.
+    context = 1 + np.flatnonzero(counts > counts.max() // 2)
     bits = loss[context - 1]
     whose = "/".join(Path(report["weights"]["source"]).parts[-3:])
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")

@@ -30,24 +30,28 @@ def parse() -> argparse.Namespace:
         prog="rwkv-generate",
         usage="%(prog)s WEIGHTS [PROMPT or -] [options]",
         description="Writes what follows PROMPT, as the model would have it.",
-        epilog="A prompt that begins with - follows --:  rwkv-generate RUN --max-tokens 50 -- '- a list'",
+        epilog="A prompt that begins with - follows --:   rwkv-generate RUN --max-tokens 50 -- '- a list'\n"
+        "A conversation in a file:   rwkv-generate RUN 'Hello.' --state-out memory\n"
+        "                            rwkv-generate RUN ' And you?' --state-in memory --state-out memory",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
 
     def refuse(message: str) -> NoReturn:
-        raise UserError(f"{message}; a prompt that begins with - follows --, and --help tells the rest")
+        hint = "quote a prompt of several words, and put -- before one that begins with -" if "unrec" in message else ""
+        raise UserError(f"{message}; {hint or 'see --help'}")
 
     parser.error = refuse  # type: ignore[method-assign]
     add = parser.add_argument
     add("weights", type=Path, metavar="WEIGHTS", help="a run folder, .ckpt, .pth or Hugging Face folder")
-    add("prompt", nargs="?", default="", metavar="PROMPT", help="the text to go on from; - reads standard input")
-    add("--max-tokens", type=int, default=256, metavar="N", help="how many at most (256); -1 for no end")
+    add("prompt", nargs="?", default="", metavar="PROMPT", help="the text to go on from; - reads all of standard input")
+    add("--max-tokens", type=int, default=256, metavar="N", help="at most so many (256); -1: no end; 0: only read")
     add("--temperature", type=float, default=1.0, metavar="X", help="below 1 bolder; 0 takes the likeliest (1)")
     add("--top-k", type=int, default=0, metavar="K", help="only the K likeliest tokens; 0 is off (0)")
     add("--top-p", type=float, default=1.0, metavar="P", help="only the likeliest that together reach P; 1 is off (1)")
     add("--repetition", type=float, default=1.0, metavar="X", help="above 1, what was there is less likely (1)")
     add("--window", type=int, default=256, metavar="N", help="the last N tokens are what --repetition looks at (256)")
-    add("--seed", type=int, metavar="N", help="the same text for the same seed; else another each time")
+    add("--seed", type=int, metavar="N", help="the same text again; without it another, whose seed is told")
     add("--stop", action="append", default=[], metavar="TEXT", help="ends before this text; may be given several times")
     add("--samples", type=int, default=1, metavar="N", help="so many texts (1)")
     add("--state-in", type=Path, metavar="FILE", help="goes on from this memory; PROMPT is what is said next")
@@ -111,8 +115,8 @@ def main() -> None:
         dice = Dice(seed, arguments.samples)
         generation = Generation(model, logits[rows], select(state, rows), sampling, dice, [recent] * arguments.samples)
         stops = [os.fsencode(stop) for stop in arguments.stop]
-        if arguments.seed is None:
-            print(f"--seed {seed}", file=sys.stderr)
+        if arguments.seed is None and sampling.temperature > 0 and arguments.max_tokens:
+            print(f"seed {seed} (--seed {seed} writes the same again)", file=sys.stderr)
         interrupted = _write(generation, vocabulary, stops, arguments.samples, arguments.max_tokens)
         if arguments.state_out:
             generation.catch_up()

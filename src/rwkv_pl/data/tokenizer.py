@@ -85,11 +85,11 @@ class Vocabulary20B(Vocabulary):
             described = json.loads(path.read_bytes())
             return cls(json.dumps(described, sort_keys=True, ensure_ascii=False, separators=(",", ":")))
         except OSError as error:
-            raise UserError(f"cannot read data.vocab_path={path}: {error.strerror}") from error
+            raise UserError(f"cannot read {path}: {error.strerror}") from error
         except (ValueError, RecursionError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(
-                f"data.vocab_path={path} is not the json of the 20B tokenizer ({reason}): name 20B_tokenizer.json"
+                f"{path} is not the json of the 20B tokenizer ({reason}): name 20B_tokenizer.json"
             ) from error
 
     def encode(self, text: bytes | npt.NDArray[np.uint8]) -> Tokens:
@@ -133,6 +133,23 @@ class Vocabulary20B(Vocabulary):
         return {"kind": self.kind, "tokenizer": self._json}
 
 
+def as_tokenizer(vocabulary: Vocabulary) -> dict[str, Any] | None:
+    """The json by which the library, and with it transformers, encodes and decodes alike; None where it cannot."""
+    stored = vocabulary.to_dict()
+    if vocabulary.kind == "20b":
+        return json.loads(stored["tokenizer"])
+    if vocabulary.kind != "byte":
+        return None
+    bytes_alone = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    return {
+        "version": "1.0",
+        "added_tokens": [],
+        "pre_tokenizer": bytes_alone,
+        "decoder": bytes_alone,
+        "model": {"type": "BPE", "vocab": BYTE_OF, "merges": []},
+    }
+
+
 def _decoded(data: bytes, lo: int, hi: int) -> str:
     try:
         return data[lo:hi].decode()
@@ -168,4 +185,4 @@ def _spelling(described: Any) -> list[bytes]:
             raise ValueError(f"its tokens are not 0, 1, 2, ..., of which 0 is {END_OF_TEXT}")
         return [spelling[i] for i in range(len(spelling))]
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"it lacks a part: {error!r}") from error
+        raise ValueError(f"{error} is missing in it, or of another kind") from error

@@ -68,8 +68,12 @@ def check_replaceable(path: Path) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise UserError(f"there is no memory {path}" + (": it is a folder" if path.is_dir() else ""))
-    content = read_checkpoint(path)
-    if content.get("rwkv_pl_memory") != FORMAT:
-        raise UserError(f"{path} is no memory of rwkv-generate: it holds something else, and is left as it is")
+        raise UserError(f"{path} is a folder" if path.is_dir() else f"there is no memory {path}: --state-out makes one")
+    try:
+        content = read_checkpoint(path)
+        known = content.get("rwkv_pl_memory") == FORMAT
+    except DamagedError:
+        known = False
+    if not known:
+        raise UserError(f"{path} is no memory of rwkv-generate, or a damaged one, and is left as it is")
     return content
