@@ -49,7 +49,8 @@ def publish(path: Path) -> Iterator[IO[bytes]]:
             raise
         raise OSError(failure.errno, failure.strerror, str(path)) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a disk that cannot be written holds nothing of ours
+            partial.unlink(missing_ok=True)
 
 
 def digest_of(plain: Any) -> str:
@@ -79,7 +80,6 @@ def publish_folder(folder: Path) -> Iterator[Path]:
     `folder` is not there, or empty. For one writer at a time. Raises OSError.
     """
     partial = folder.with_name(folder.name + PARTIAL)
-    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
         yield partial
@@ -88,6 +88,8 @@ def publish_folder(folder: Path) -> Iterator[Path]:
             folder.rmdir()  # Windows renames onto no folder, and no system removes one that holds something
         partial.rename(folder)
         _fsync_folder(folder.parent)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder)) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import warnings
 import zipfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
@@ -307,7 +308,9 @@ def read_checkpoint(path: Path, checked: bool = True) -> dict[str, Any]:
             with zipfile.ZipFile(path) as archive:
                 if damaged := archive.testzip():
                     raise zipfile.BadZipFile(f"{damaged} is not what was written")
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped or None)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, of a stranger's pickle, before it refuses it
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped or None)
     except Exception as error:  # a file that is no checkpoint can fail in any way
         raise DamagedError(
             f"{path} is not a checkpoint that can be read safely ({_first_sentence(error)}): "

@@ -151,6 +151,8 @@ def test_weights_of_another_vocabulary_start_no_run(train, convert, tmp_path):
     ("arguments", "told"),
     [
         (("nosuch", "x"), "there are no weights at nosuch"),
+        (("official.pth", "."), "has no name of its own"),
+        (("official.pth", ".."), "has no name of its own"),
         (("official.pth", "official.pth"), "official.pth is there already"),
         (("official.pth", "full"), "full is there already"),
         (("official.pth", "link"), "link is there already"),
@@ -199,13 +201,16 @@ def test_names_with_anything_in_them(convert, official, tmp_path):
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_what_a_killed_conversion_left_is_no_obstacle(convert, official, tmp_path):
+def test_what_a_killed_conversion_may_have_left_is_told_and_kept(convert, official, tmp_path):
     (tmp_path / "x.partial").mkdir()
     (tmp_path / "x.partial" / "config.json").write_text("half")
     (tmp_path / "x.pth.partial").write_text("half")
-    assert convert("official.pth", "x").code == 0
-    assert convert("official.pth", "x.pth").code == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["official.pth", "x", "x.pth"]
+    for target in ("x", "x.pth"):
+        result = convert("official.pth", target)
+        assert (result.code, result.err.count("\n")) == (2, 1)
+        assert f"{target}.partial is there" in result.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["official.pth", "x.partial", "x.pth.partial"]
+    assert (tmp_path / "x.partial" / "config.json").read_text() == "half"
 
 
 @pytest.mark.parametrize("target", ["x.pth", "x.ckpt", "x"])

@@ -174,7 +174,9 @@ def test_a_memory_of_other_weights_is_refused(model, run):
         (["model.pth", "--window", "0"], "--window must be at least 1"),
         (["model.pth", "--max-tokens", "-2"], "--max-tokens must be at least 0"),
         (["model.pth", "--max-tokens", "2.5"], "--max-tokens"),
-        (["model.pth", "--samples", "0"], "--samples must be at least 1"),
+        (["model.pth", "--samples", "0"], "--samples must be from 1 to 1,000"),
+        (["model.pth", "--samples", "1" + 30 * "0"], "--samples must be from 1 to 1,000"),
+        (["model.pth", "--state-out", "killed"], "killed.partial is there"),
         (["model.pth", "--stop", ""], "--stop must have at least one character"),
         (["model.pth", "--state-in", "nowhere"], "no memory nowhere"),
         (["model.pth", "--state-in", "model.pth"], "no memory of rwkv-generate"),
@@ -186,6 +188,7 @@ def test_a_memory_of_other_weights_is_refused(model, run):
 )
 def test_bad_input_is_one_line(run, tmp_path, arguments, told):
     (tmp_path / "empty.pth").touch()
+    (tmp_path / "killed.partial").touch()
     torch.save(RWKV4(RWKV4Config(vocab_size=7, n_layer=1, n_embd=8)).state_dict(), "odd.pth")
     before = sorted(path.name for path in tmp_path.iterdir())
     result = run(*arguments)
@@ -290,6 +293,21 @@ def test_a_reader_that_goes_away_ends_it_quietly():
     err = process.stderr.read()
     assert process.wait(timeout=60) == 1
     assert b"Traceback" not in err and b"Exception" not in err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no shell of this kind")
+@pytest.mark.parametrize("closed", ["- <&-", "hi >&-"])
+def test_closed_streams_are_one_line(closed):
+    line = f"{sys.executable} -m rwkv_pl.cli.generate model.pth {closed}"
+    ended = subprocess.run(["sh", "-c", line], stderr=subprocess.PIPE, text=True)
+    assert ended.returncode == 2 and "is closed" in ended.stderr and ended.stderr.count("\n") == 1
+
+
+def test_ctrl_c_while_torch_is_loaded_ends_it_at_once():
+    code = "import os, signal\nfrom rwkv_pl.cli.app import ended_by_ctrl_c\nwith ended_by_ctrl_c():\n"
+    code += "    try: os.kill(os.getpid(), signal.SIGINT)\n    except BaseException: pass\nprint('still here')"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.returncode != 0 and ended.stdout == ended.stderr == ""
 
 
 def test_help_imports_no_torch():

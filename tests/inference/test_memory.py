@@ -45,6 +45,10 @@ CHANGES = {
     "no tensor": lambda c: c.update(logits=[1.0]),
     "a token too many": lambda c: c.update(recent=torch.tensor([7])),
     "tokens that are none": lambda c: c.update(recent=torch.tensor([0.5])),
+    "whole numbers": lambda c: c["state"][0].update(wkv=c["state"][0]["wkv"].long()),
+    "complex numbers": lambda c: c["state"][1].update(wkv=c["state"][1]["wkv"].to(torch.complex64)),
+    "a NaN": lambda c: c["state"][0]["ffn_shift"].fill_(float("nan")),
+    "sparse logits": lambda c: c.update(logits=c["logits"].to_sparse()),
     "no state": lambda c: c.pop("state"),
 }
 

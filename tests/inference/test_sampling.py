@@ -62,6 +62,12 @@ def test_repetition_divides_positive_logits_and_multiplies_negative_ones():
     assert torch.allclose(got, expected, atol=10 * EXACT)
 
 
+def test_a_window_may_be_larger_than_any_text():
+    assert torch.equal(
+        shares(LOGITS, [0], n=100, repetition=2.0, window=10**30), shares(LOGITS, [0], n=100, repetition=2.0)
+    )
+
+
 def test_repetition_leaves_the_callers_logits():
     logits = LOGITS.clone()[None].double()
     Sampling(repetition=2.0).choose(logits, [torch.tensor([0])], torch.zeros(1, dtype=torch.float64))
@@ -79,7 +85,7 @@ def test_temperature_0_is_the_argmax_after_repetition():
     temperature=st.floats(0, 1e308) | st.sampled_from([5e-324, 1e-300]),
     top_k=st.integers(0, 12),
     top_p=st.floats(0, 2),
-    repetition=st.floats(1e-3, 1e3),
+    repetition=st.floats(1e-3, 1e3) | st.sampled_from([1e-320, 1e308]),
     uniform=st.floats(0, 1, exclude_max=True) | st.just(math.nextafter(1, 0)),
 )
 def test_any_numbers_choose_a_token(logits, temperature, top_k, top_p, repetition, uniform):
@@ -89,7 +95,8 @@ def test_any_numbers_choose_a_token(logits, temperature, top_k, top_p, repetitio
     token = int(sampling.choose(row, recent, torch.tensor([uniform], dtype=torch.float64)))
     assert 0 <= token < len(logits)
     penalised = row.double()
-    penalised[0, 0] *= 1 / repetition if penalised[0, 0] > 0 else repetition
+    penalised[0, 0] = penalised[0, 0] / repetition if penalised[0, 0] > 0 else penalised[0, 0] * repetition
+    penalised = penalised.clamp(-1e300, 1e300)
     rank = int((penalised > penalised[0, token]).sum())
     assert not top_k or rank < top_k
     assert top_p > 0 or rank == 0

@@ -4,7 +4,9 @@ Only Hydra and the standard library are imported here, so that a mistake is told
 """
 
 import argparse
+import contextlib
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
@@ -65,6 +67,18 @@ def told_in_one_line(main: Callable[[], None]) -> Callable[[], None]:
             sys.exit(130)
 
     return command
+
+
+@contextlib.contextmanager
+def ended_by_ctrl_c() -> Iterator[None]:
+    """Ctrl-C ends the process at once: an import may swallow what Python raises for it, or fail of it later."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _told(error: BaseException | str, code: int) -> int:

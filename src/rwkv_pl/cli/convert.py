@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rwkv_pl.cli.app import told_in_one_line
+from rwkv_pl.cli.app import ended_by_ctrl_c, told_in_one_line
 from rwkv_pl.config import UserError
+from rwkv_pl.files import PARTIAL
 
 if TYPE_CHECKING:
     from rwkv_pl.weights import Weights
@@ -22,8 +23,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="rwkv-convert",
         description="Writes the RWKV-4 weights of SRC in another form into DST, and compares every bit of it.",
-        epilog="examples: rwkv-convert outputs/DATE/TIME my-model      "
-        "rwkv-convert RWKV-4-Pile-169M.pth 169m.ckpt --dtype float32",
+        epilog="examples:\n  rwkv-convert outputs/DATE/TIME my-model\n"
+        "  rwkv-convert RWKV-4-Pile-169M.pth 169m.ckpt --dtype float32",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "source", metavar="SRC", type=Path, help="a run folder, a .ckpt, an official .pth or a Hugging Face folder"
@@ -50,9 +52,10 @@ def convert(source: Path, target: Path, dtype: str | None = None) -> None:
         raise UserError(f"there are no weights at {source}")
     if sys.stderr.isatty():
         print("loading torch ...", file=sys.stderr, flush=True)
-    import torch
+    with ended_by_ctrl_c():
+        import torch
 
-    from rwkv_pl.weights import read_weights, write_weights
+        from rwkv_pl.weights import read_weights, write_weights
 
     weights = read_weights(source)
     print(f"read    {weights.path}\n        {weights}")
@@ -76,6 +79,10 @@ def check_target(target: Path) -> None:
         raise UserError(f"{target} is no name for it: give NAME.pth, NAME.ckpt, or that of a Hugging Face folder")
     if not target.absolute().parent.is_dir():
         raise UserError(f"there is no folder {target.absolute().parent} to write {target.name} into")
+    if target.name in ("", ".."):
+        raise UserError(f"{target} has no name of its own: give that of a folder which is not there yet")
+    if os.path.lexists(partial := target.with_name(target.name + PARTIAL)):
+        raise UserError(f"{partial} is there: another conversion is at work, or was killed and left it; take it away")
     a_file = target.suffix.lower() in (".pth", ".ckpt")
     if os.path.lexists(target) and (a_file or target.is_symlink() or not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} is there already: nothing is written over, choose another name")

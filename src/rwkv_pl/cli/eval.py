@@ -64,9 +64,10 @@ def main() -> None:
             "data=enwik8 or data=stdlib"
         )
     out, name = destination(config, run, given)
-    with made_for_success(out), writing(out):
-        if not os.access(out, os.W_OK):
-            raise UserError(f"{out} can't be written to: give another folder by out=FOLDER")
+    with made_for_success(out):
+        with writing(out):
+            if not os.access(out, os.W_OK):
+                raise UserError(f"{out} can't be written to: give another folder by out=FOLDER")
         if sys.stderr.isatty():
             print("loading torch ...", file=sys.stderr, flush=True)
         report = _evaluate(config, run, given)
@@ -116,12 +117,13 @@ def destination(config: Eval, run: Path | None, given: set[str]) -> tuple[Path, 
 
 def _evaluate(config: Eval, run: Path | None, given: set[str]) -> dict[str, Any]:
     """Everything that the JSON file holds. run: that the weights are from. given: the keys that the user has set."""
-    import torch
+    with app.ended_by_ctrl_c():
+        import torch
 
-    from rwkv_pl.cli.prepare import build_data, choose_kernel, keep_freed_memory
-    from rwkv_pl.inference.evaluate import carried, figures, windows
-    from rwkv_pl.model import VERSIONS
-    from rwkv_pl.weights import load_weights
+        from rwkv_pl.cli.prepare import build_data, choose_kernel, keep_freed_memory
+        from rwkv_pl.inference.evaluate import carried, figures, windows
+        from rwkv_pl.model import VERSIONS
+        from rwkv_pl.weights import load_weights
 
     keep_freed_memory()
     source = Path(str(config.weights))
@@ -349,7 +351,9 @@ def _write(report: dict[str, Any], out: Path, name: str) -> None:
     """NAME.json, and of windows NAME.png, in the folder `out`; says where they are."""
     locks = cache_folder() / "locks"
     key = hashlib.sha256(str(out / name).encode()).hexdigest()[:16]
-    with writing(locks), FileLock(locks / f"eval-{key}"):
+    with writing(locks):
+        lock = FileLock(locks / f"eval-{key}")
+    with lock:
         for found in report["protocols"].values():
             if math.isinf(found["perplexity_per_token"]):
                 found["perplexity_per_token"] = None  # JSON has no infinity

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
-from rwkv_pl.cli.app import told_in_one_line
+from rwkv_pl.cli.app import ended_by_ctrl_c, told_in_one_line
 from rwkv_pl.config import RunError, UserError
 
 if TYPE_CHECKING:
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from rwkv_pl.weights import Weights
 
 SECONDS_BEFORE_PROGRESS = 1
+
+# They are written at once, each with a state of its own.
+MOST_SAMPLES = 1000
 
 
 def parse() -> argparse.Namespace:
@@ -63,8 +66,8 @@ def parse() -> argparse.Namespace:
     arguments = parser.parse_intermixed_args()
     if arguments.max_tokens < -1:
         raise UserError(f"--max-tokens must be at least 0, or -1 for no end, got {arguments.max_tokens}")
-    if arguments.samples < 1:
-        raise UserError(f"--samples must be at least 1, got {arguments.samples}")
+    if not 1 <= arguments.samples <= MOST_SAMPLES:
+        raise UserError(f"--samples must be from 1 to {MOST_SAMPLES:,}, got {arguments.samples}")
     if arguments.samples > 1 and arguments.state_out:
         raise UserError("--state-out keeps the memory of one text: leave out --samples")
     if not all(arguments.stop):
@@ -75,16 +78,19 @@ def parse() -> argparse.Namespace:
 @told_in_one_line
 def main() -> None:
     arguments = parse()
+    if sys.stdout is None or (arguments.prompt == "-" and sys.stdin is None):
+        raise UserError("standard input or output is closed, there is nothing to read from or to write to")
     text = sys.stdin.buffer.read() if arguments.prompt == "-" else os.fsencode(arguments.prompt)
 
-    import torch
+    with ended_by_ctrl_c():
+        import torch
 
-    from rwkv_pl.inference.generate import Generation, select
-    from rwkv_pl.inference.memory import Memory, check_replaceable, load_memory, save_memory
-    from rwkv_pl.inference.sampling import Dice
-    from rwkv_pl.ops.linear import matrices_to
-    from rwkv_pl.ops.rwkv4_step import lay_together
-    from rwkv_pl.weights import read_weights
+        from rwkv_pl.inference.generate import Generation, select
+        from rwkv_pl.inference.memory import Memory, check_replaceable, load_memory, save_memory
+        from rwkv_pl.inference.sampling import Dice
+        from rwkv_pl.ops.linear import matrices_to
+        from rwkv_pl.ops.rwkv4_step import lay_together
+        from rwkv_pl.weights import read_weights
 
     sampling = _sampling(arguments)
     if arguments.device == "cuda" and not torch.cuda.is_available():

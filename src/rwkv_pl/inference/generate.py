@@ -33,7 +33,8 @@ def generate(
     seed:     row i draws by (seed, i), whatever the other rows; None: by torch's own generator.
     sampling: temperature, top_k, top_p, repetition and window: see `Sampling`.
 
-    Raises ValueError for an empty prompt or a number out of range, FloatingPointError where logits are not finite.
+    Raises ValueError for an empty prompt or a setting out of its range, IndexError for a token outside of the
+    vocabulary, FloatingPointError where logits are not finite.
     """
     chosen = Sampling(**sampling)
     prompts = list(tokens)
@@ -53,18 +54,20 @@ class Generation(Iterator[Tensor]):
     ) -> None:
         self.logits, self.state = logits, state
         self._model, self._sampling, self._dice = model, sampling, dice
-        self.recent = [tokens[-sampling.window :].cpu() for tokens in recent]
+        self.recent = [self._last(tokens).cpu() for tokens in recent]
         self._unread: Tensor | None = None
 
     def __next__(self) -> Tensor:
         self.catch_up()
         tokens = self._sampling.choose(self.logits, self.recent, self._dice.roll())
         self.recent = [
-            torch.cat([before, token[None]])[-self._sampling.window :]
-            for before, token in zip(self.recent, tokens, strict=True)
+            self._last(torch.cat([before, token[None]])) for before, token in zip(self.recent, tokens, strict=True)
         ]
         self._unread = tokens.to(self.logits.device)
         return self._unread
+
+    def _last(self, tokens: Tensor) -> Tensor:
+        return tokens[max(0, len(tokens) - self._sampling.window) :]
 
     def catch_up(self) -> None:
         """Reads the token that was yielded last."""

@@ -1,5 +1,7 @@
 """A conversation's memory in a file: what a model knows after all that was read and written, to go on from later."""
 
+import os
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -7,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rwkv_pl.config import DamagedError, UserError
-from rwkv_pl.files import publish
+from rwkv_pl.files import PARTIAL, publish
 from rwkv_pl.inference.generate import read
 from rwkv_pl.model.state import BlockState, State
 from rwkv_pl.weights import read_checkpoint
@@ -48,10 +50,11 @@ def load_memory(path: Path, model: Any, digest: str) -> Memory:
         state = tuple(
             BlockState(*(block[name].to(device) for name in BlockState._fields)) for block in content["state"]
         )
-        shapes, expected = ([[part.shape for part in block] for block in both] for both in (state, like_state))
-        if shapes != expected or logits.shape != like.shape or recent.dim() != 1:
-            raise ValueError("tensors of other shapes")
-        if recent.is_floating_point() or len(recent[(recent < 0) | (recent >= like.shape[1])]):
+        for part, expected in zip([logits, *chain(*state)], [like, *chain(*like_state)], strict=True):
+            alike = (part.shape, part.dtype, part.layout) == (expected.shape, torch.float32, torch.strided)
+            if not alike or not part.isfinite().all():
+                raise ValueError("numbers that no model leaves")
+        if recent.dim() != 1 or recent.dtype != torch.int64 or bool(((recent < 0) | (recent >= like.shape[1])).any()):
             raise ValueError("tokens that are none")
     except Exception as error:  # what was made by hand can fail in any way
         raise DamagedError(f"{path} is no whole memory ({error})") from error
@@ -62,6 +65,8 @@ def check_replaceable(path: Path) -> None:
     """Raises UserError where `path` can't be written, or holds something else than a memory."""
     if not path.parent.is_dir():
         raise UserError(f"{path}: there is no folder {path.parent}")
+    if os.path.lexists(partial := path.with_name(path.name + PARTIAL)):
+        raise UserError(f"{partial} is there: another command is at work, or was killed and left it; take it away")
     if path.exists():
         _read(path)
 

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# A logit that is still a number when another is taken from it.
+LARGEST = 1e300
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -56,8 +59,9 @@ class Sampling:
         if self.repetition != 1:
             logits = logits.clone()
             for row, before in zip(logits, recent, strict=True):
-                seen = before[-self.window :]
+                seen = before[max(0, len(before) - self.window) :]
                 row[seen] = torch.where(row[seen] > 0, row[seen] / self.repetition, row[seen] * self.repetition)
+            logits = logits.clamp(-LARGEST, LARGEST)
         if self.temperature == 0:
             return logits.argmax(-1)
         scores, tokens = (logits - logits.amax(-1, keepdim=True)) / self.temperature, None
