@@ -9,7 +9,6 @@ nothing before it is ever read. Token 0 of a corpus has no context and is no tar
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from rwkv_pl.inference.generate import evaluating
 
 Tokens = npt.NDArray[np.unsignedinteger]
 Float64 = npt.NDArray[np.float64]
@@ -54,7 +55,7 @@ def carried(
     edges = first + np.arange(n_streams + 1) * (hi - first) // n_streams
     start = np.maximum(edges[:-1] - 1 - warmup, first - 1)
     total, count = 0.0, 0
-    with _evaluating(model):
+    with evaluating(model), torch.inference_mode():
         for nats, counted in _read(model, tokens, start, edges[:-1], edges[1:], chunk_len):
             total, count = total + nats.sum(), count + int(counted.sum())
             told(int(counted.sum()), float(nats.sum()))
@@ -90,7 +91,7 @@ def windows(
     first = _first_target(lo, hi)
     n_windows = 1 + -(-max(hi - first - ctx_len, 0) // stride)
     total, count = np.zeros(ctx_len), np.zeros(ctx_len, np.int64)
-    with _evaluating(model):
+    with evaluating(model), torch.inference_mode():
         for k in range(0, n_windows, rows):
             number = np.arange(k, min(k + rows, n_windows))
             start = first - 1 + number * stride
@@ -156,15 +157,3 @@ def _cross_entropy(model: Any, hidden: Tensor, targets: Tensor) -> Float64:
         # To the CPU first: not every device has float64.
         nats.append(F.cross_entropy(logits, some_targets, reduction="none").cpu().double())
     return torch.cat(nats).numpy()
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout and without gradients; the model's mode is given back."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        model.train(was_training)

@@ -72,7 +72,7 @@ class Generation(Iterator[Tensor]):
     def catch_up(self) -> None:
         """Reads the token that was yielded last."""
         if self._unread is not None:
-            with _evaluating(self._model):
+            with evaluating(self._model):
                 self.logits, self.state = self._model.step(self._unread, self.state)
             self._unread = None
 
@@ -110,7 +110,7 @@ def read(
     """
     if tokens.dim() != 2 or tokens.shape[1] == 0:
         raise ValueError(f"an empty prompt, {tuple(tokens.shape)}: begin with the vocabulary's document_end")
-    with _evaluating(model):
+    with evaluating(model):
         for chunk in tokens.split(CHUNK, dim=1):
             hidden, state = model.hidden(chunk, state)
             progress(chunk.shape[1])
@@ -118,8 +118,8 @@ def read(
         return model.head(hidden[:, -1]).float(), state
 
 
-class _evaluating:
-    """The model without dropout, inside the block."""
+class evaluating:
+    """The model without dropout, inside the block; costs nothing where it is so already."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model, self._was = model, model.training
