@@ -148,9 +148,13 @@ def wrong_checkpoints(run: Path, number: int, seed: int) -> Iterator[tuple[bytes
         yield file.getvalue(), f"{spot} = {value}"
 
 
-def test_a_hundred_checkpoints_of_another_content(run, tmp_path, command):
+HOW_MANY = pytest.mark.parametrize("n", [40, pytest.param(400, marks=pytest.mark.slow)])
+
+
+@HOW_MANY
+def test_checkpoints_of_another_content(run, tmp_path, command, n):
     """As a stranger might have made them. One that is taken leads to a run that ends in order."""
-    for file, what in wrong_checkpoints(run, 100, seed=2):
+    for file, what in wrong_checkpoints(run, n, seed=2):
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
         shutil.copytree(run, tmp_path / "run")
         (tmp_path / "run" / "checkpoints" / "last.prev.ckpt").unlink()
@@ -183,11 +187,12 @@ def wrong_config(text: str, draw: random.Random) -> str:
     return "".join(lines)
 
 
-def test_a_hundred_spoilt_configs(run, tmp_path, command):
+@HOW_MANY
+def test_spoilt_configs(run, tmp_path, command, n):
     text = (run / ".hydra" / "config.yaml").read_text()
     draw = random.Random(3)
     outcomes = {0: 0, 1: 0, 2: 0}
-    for _ in range(100):
+    for _ in range(n):
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
         shutil.copytree(run, tmp_path / "run")
         config = wrong_config(text, draw)
@@ -195,7 +200,7 @@ def test_a_hundred_spoilt_configs(run, tmp_path, command):
         result = command("resume=run", *HELD)
         assert is_clean(result), (config, result)
         outcomes[result.code] += 1
-    assert outcomes[2] > 30 and outcomes[0] > 10, outcomes
+    assert outcomes[2] > 0.3 * n and outcomes[0] > 0.1 * n, outcomes
 
 
 def test_two_hundred_spoilt_token_files(tmp_path, monkeypatch):

@@ -292,7 +292,7 @@ WRONG = {
 def test_another_json_is_one_line(tmp_path: Path, text: str) -> None:
     path = tmp_path / "20B_tokenizer.json"
     path.write_text(text, encoding="latin-1")
-    with pytest.raises(UserError, match=r"data.vocab_path=.*is not the json of the 20B tokenizer") as caught:
+    with pytest.raises(UserError, match=r"is not the json of the 20B tokenizer") as caught:
         Vocabulary20B.read(path)
     assert WRONG[text] in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -301,9 +301,9 @@ def test_another_json_is_one_line(tmp_path: Path, text: str) -> None:
 
 
 def test_no_json_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"cannot read data.vocab_path=.*nosuch.json: No such file"):
+    with pytest.raises(UserError, match=r"cannot read .*nosuch.json: No such file"):
         Vocabulary20B.read(tmp_path / "nosuch.json")
-    with pytest.raises(UserError, match=r"cannot read data.vocab_path="):
+    with pytest.raises(UserError, match=r"cannot read "):
         Vocabulary20B.read(tmp_path)
     with pytest.raises(UserError, match=r"data.vocab=20b needs the tokenizer's json: data.vocab_path="):
         build_vocabulary("20b", corpus_of(tmp_path, TEXT))

@@ -185,4 +185,4 @@ def _spelling(described: Any) -> list[bytes]:
             raise ValueError(f"its tokens are not 0, 1, 2, ..., of which 0 is {END_OF_TEXT}")
         return [spelling[i] for i in range(len(spelling))]
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{error} is missing in it, or of another kind") from error
+        raise ValueError("it lacks a part, or has one of another kind") from error
