@@ -7,7 +7,6 @@ import os
 import re
 import warnings
 import zipfile
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -43,6 +42,7 @@ class Weights:
     config:     of the version's config class.
     tensors:    by official name, in the model's shapes and the file's dtypes; mapped, and read when used.
     vocabulary: None where the file does not tell.
+    step:       of a run's checkpoint, how many optimizer steps it had made; trained_on: the digest of its corpus.
     """
 
     path: Path
@@ -51,6 +51,8 @@ class Weights:
     config: Any
     tensors: dict[str, Tensor]
     vocabulary: Vocabulary | None
+    step: int | None = None
+    trained_on: str | None = None
 
     def model(self) -> nn.Module:
         """On the CPU in float32 and in training mode, with copies of the tensors."""
@@ -136,9 +138,10 @@ def _read_file(path: Path) -> Weights:
     about = content["rwkv_pl"]
     check_about(about, path)
     vocabulary = Vocabulary.from_dict(about["vocabulary"]) if about["vocabulary"] else None
-    return _fitted(
+    weights = _fitted(
         _model_part(content["state_dict"]), about["model"], path, "checkpoint of rwkv_pl", about["config"], vocabulary
     )
+    return replace(weights, step=content.get("global_step"), trained_on=about.get("past", {}).get("corpus"))
 
 
 def _read_folder(folder: Path) -> Weights:
@@ -189,9 +192,9 @@ def _fitted(
     expected = _without_memory(version, made).state_dict()
     wrong = []
     if missing := [name for name in expected if name not in tensors]:
-        wrong.append(f"it lacks {_some(missing)}")
+        wrong.append(f"it lacks {huggingface.some(missing)}")
     if unknown := [name for name in tensors if name not in expected]:
-        wrong.append(f"{version} has no {_some(unknown)}")
+        wrong.append(f"{version} has no {huggingface.some(unknown)}")
     fitted = {}
     misshapen = []
     for name in expected.keys() & tensors.keys():
@@ -202,7 +205,7 @@ def _fitted(
             continue
         fitted[name] = value.reshape(shape)
     if misshapen:
-        wrong.append(_some(sorted(misshapen)))
+        wrong.append(huggingface.some(sorted(misshapen)))
     if wrong:
         size_told = f"{version} model of {made.n_layer} x {made.n_embd}"
         raise UserError(f"{path} does not hold a whole {size_told}: {'; '.join(wrong)}")
@@ -391,12 +394,6 @@ def _called(dtype: torch.dtype) -> str:
 
 def _shape(value: Tensor) -> str:
     return str(tuple(value.shape))
-
-
-def _some(names: Iterable[str]) -> str:
-    """The first three, and how many more there are."""
-    names = list(names)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _first_sentence(error: BaseException) -> str:

@@ -122,23 +122,21 @@ def _evaluate(config: Eval, run: Path | None, given: set[str]) -> dict[str, Any]
 
         from rwkv_pl.cli.prepare import build_data, choose_kernel, keep_freed_memory
         from rwkv_pl.inference.evaluate import carried, figures, windows
-        from rwkv_pl.model import VERSIONS
-        from rwkv_pl.weights import load_weights
+        from rwkv_pl.weights import read_weights
 
     keep_freed_memory()
     source = Path(str(config.weights))
-    model: Any
-    model, vocabulary = load_weights(source)
-    file, step, trained_on = _origin(source)
+    weights = read_weights(source)
+    vocabulary = weights.vocabulary
     if vocabulary and "data.vocab" in given and vocabulary.kind != config.data.vocab:
         raise UserError(f"weights={source} was trained with data.vocab={vocabulary.kind}: leave out data.vocab")
     data = build_data(config.data, 0, Path.cwd(), vocabulary)
     data.prepare_data()
     data.setup({"val": "validate", "test": "test"}.get(config.split, "predict"))
     corpus, vocabulary, tokens = data.corpus, data.vocabulary, data.token_file
-    if model.config.vocab_size != vocabulary.size:
+    if weights.config.vocab_size != vocabulary.size:
         raise UserError(
-            f"weights={source} predicts {model.config.vocab_size:,} tokens, data.vocab={vocabulary.kind} has "
+            f"weights={source} predicts {weights.config.vocab_size:,} tokens, data.vocab={vocabulary.kind} has "
             f"{vocabulary.size:,}: give the vocabulary that it was trained with"
         )
     lo, hi = getattr(tokens.splits, config.split)
@@ -148,7 +146,7 @@ def _evaluate(config: Eval, run: Path | None, given: set[str]) -> dict[str, Any]
             f"the {config.split} split of {corpus.path} has {hi - lo} tokens, nothing to predict: "
             "take a larger corpus, or another data.split"
         )
-    if run and "data" not in given and trained_on not in (None, corpus.digest):
+    if run and "data" not in given and weights.trained_on not in (None, corpus.digest):
         print(f"warning: {corpus.description} is not the text that the run was trained on", file=sys.stderr)
     device = _device(config.accelerator)
     choose_kernel(config.kernel, device)
@@ -156,11 +154,11 @@ def _evaluate(config: Eval, run: Path | None, given: set[str]) -> dict[str, Any]
     report: dict[str, Any] = {
         "weights": {
             "source": str(source),
-            "file": str(file),
-            "step": step,
-            "model": next(name for name, (cls, _) in VERSIONS.items() if isinstance(model, cls)),
-            "config": asdict(model.config),
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "file": str(weights.path),
+            "step": weights.step,
+            "model": weights.version,
+            "config": asdict(weights.config),
+            "parameters": sum(value.numel() for value in weights.tensors.values()),
         },
         "text": {
             "corpus": corpus.name,
@@ -189,7 +187,7 @@ def _evaluate(config: Eval, run: Path | None, given: set[str]) -> dict[str, Any]
     }
     half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(config.precision)
     try:
-        model.to(device, torch.float64 if config.precision == "64-true" else torch.float32)
+        model = weights.model().to(device, torch.float64 if config.precision == "64-true" else torch.float32)
         for name, (how, protocol) in protocols.items():
             if config.protocol not in (name, "both"):
                 continue
@@ -227,20 +225,6 @@ def scored_bytes(file: "TokenFile", split: str, vocabulary: "Vocabulary") -> int
     """The corpus file's own bytes in a split, but for those of token 0, which is never a target."""
     lo, _ = getattr(file.splits, split)
     return file.split_bytes(split) - (0 if lo else int(vocabulary.bytes_per_token[file.tokens[0]]))
-
-
-def _origin(source: Path) -> tuple[Path, int | None, str | None]:
-    """The file that `source` means; of a checkpoint of ours its step too, and the digest of what it was trained on."""
-    from rwkv_pl.weights import read_checkpoint, weights_path
-
-    path = weights_path(source)
-    try:
-        content = read_checkpoint(path, checked=False)
-    except UserError:  # another format
-        return path, None, None
-    if "rwkv_pl" not in content:
-        return path, None, None
-    return path, content.get("global_step"), content["rwkv_pl"].get("past", {}).get("corpus")
 
 
 def _device(accelerator: str) -> "torch.device":

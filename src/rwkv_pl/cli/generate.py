@@ -161,10 +161,14 @@ def _vocabulary(weights: "Weights", json: Path | None) -> "Vocabulary":
 
 def _read(model: "nn.Module", tokens: "Tensor", state: "State | None") -> "tuple[Tensor, State]":
     """The logits after tokens (T,), and the state; with a bar where that takes long."""
+    from rwkv_pl.inference.generate import CHUNK, read
+
+    tokens = tokens.to(next(model.parameters()).device)
+    if len(tokens) <= CHUNK:
+        return read(model, tokens[None], state)
+
     from rich.console import Console
     from rich.progress import Progress
-
-    from rwkv_pl.inference.generate import read
 
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=True) as bar:
@@ -177,7 +181,7 @@ def _read(model: "nn.Module", tokens: "Tensor", state: "State | None") -> "tuple
                 bar.start()
             bar.advance(task, done)
 
-        return read(model, tokens[None].to(next(model.parameters()).device), state, progress)
+        return read(model, tokens[None], state, progress)
 
 
 class Turns:

@@ -90,12 +90,13 @@ class Dice:
     def __init__(self, seed: int | None, rows: int) -> None:
         if seed is None:
             seed = int(torch.randint(2**62, ()))
-        self._generators = [torch.Generator().manual_seed(_mixed(seed, i)) for i in range(rows)]
+        self._generators = [torch.Generator().manual_seed(seed_of(seed, i)) for i in range(rows)]
 
     def roll(self) -> Tensor:
         """(rows,) float64."""
         return torch.cat([torch.rand(1, generator=g, dtype=torch.float64) for g in self._generators])
 
 
-def _mixed(seed: int, row: int) -> int:
-    return int.from_bytes(hashlib.blake2b(repr((seed, row)).encode(), digest_size=8).digest(), "big")
+def seed_of(*place: int) -> int:
+    """A generator's seed that is a function of several numbers, and unlike that of any others."""
+    return int.from_bytes(hashlib.blake2b(repr(place).encode(), digest_size=8).digest(), "big")

@@ -11,12 +11,13 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
+from rwkv_pl.ops.rwkv4_step_reference import A_BLOCK
 from rwkv_pl.ops.wkv4 import compiled_serves
 
 __all__ = ["lay_together", "rwkv4_step", "step_serves"]
 
-# Of the model: outside of its blocks (emb.weight, ln0, ln_out, head.weight), and in each.
-OUTSIDE, A_BLOCK = 6, 18
+# Parameters of the model outside of its blocks: emb.weight, ln0, ln_out, head.weight.
+OUTSIDE = 6
 
 LARGE_PAGE, CACHE_LINE = 1 << 21, 64
 

@@ -3,7 +3,6 @@
 B  batch, the rows of a micro-batch    T  time, ctx_len    V  vocab_size
 """
 
-import hashlib
 import importlib
 import logging
 import math
@@ -17,6 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from rwkv_pl.config import Optim, RunError, Schedule
+from rwkv_pl.inference.sampling import seed_of
 from rwkv_pl.model import VERSIONS
 from rwkv_pl.training.loss import IGNORED, bits_per_byte, count_bytes, cross_entropy, l2wrap, split_tokens
 from rwkv_pl.training.optim import build_optimizer, learning_rate, parameter_groups, write_numbers
@@ -84,8 +84,7 @@ class LitRWKV(LightningModule):
 
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
         # Dropout's masks are a function of the seed and the place in the run, so there is no generator to save.
-        place = (self.seed, self.trainer.fit_loop.epoch_loop.total_batch_idx, self.trainer.global_rank)
-        seed = int.from_bytes(hashlib.blake2b(repr(place).encode(), digest_size=8).digest(), "big")
+        seed = seed_of(self.seed, self.trainer.fit_loop.epoch_loop.total_batch_idx, self.trainer.global_rank)
         torch.default_generator.manual_seed(seed)
         if self.device.type == "cuda":
             torch.cuda.default_generators[self.device.index].manual_seed(seed)
