@@ -14,7 +14,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).with_name("cli")))
 
 import forks
-from command import SMALL, TEXT, Result
+from command import SMALL, TEXT, Result, call
 
 from rwkv_pl.cli.train import main
 from rwkv_pl.config import UserError
@@ -43,17 +43,7 @@ def command(monkeypatch, capfd, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "corpus.txt").write_bytes(TEXT)
 
-    def call(*arguments: str) -> Result:
-        monkeypatch.setattr(sys, "argv", ["rwkv-train", *arguments])
-        code = 0
-        try:
-            main()
-        except SystemExit as exit:
-            code = int(exit.code or 0)
-        streams = capfd.readouterr()
-        return Result(code, streams.out, streams.err)
-
-    return call
+    return lambda *arguments: call(main, ["rwkv-train", *arguments], monkeypatch, capfd)
 
 
 def is_clean(result: Result) -> bool:

@@ -1,11 +1,10 @@
 """Runs the commands inside this process, as they are run."""
 
 import functools
-import sys
 from collections.abc import Callable
 
 import pytest
-from command import TEXT, Result
+from command import TEXT, Result, call
 
 from rwkv_pl.cli import eval as evaluation
 from rwkv_pl.cli import train as training
@@ -19,15 +18,7 @@ def command(tmp_path, monkeypatch, capfd):
     (tmp_path / "corpus.txt").write_bytes(TEXT)
 
     def run(main: Callable[[], None], name: str, *arguments: str) -> Result:
-        monkeypatch.setattr(sys, "argv", [name, *arguments])
-        capfd.readouterr()
-        code = 0
-        try:
-            main()
-        except SystemExit as exit:
-            code = int(exit.code or 0)
-        streams = capfd.readouterr()
-        return Result(code, streams.out, streams.err)
+        return call(main, [name, *arguments], monkeypatch, capfd)
 
     return run
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command import SMALL, Result
+from command import SMALL, Result, call
 from test_disk_full import small_disk  # noqa: F401
 
 from rwkv_pl import RWKV4, RWKV4Config, load_weights
@@ -25,15 +25,7 @@ def convert(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: str) -> Result:
-        monkeypatch.setattr(sys, "argv", ["rwkv-convert", *arguments])
-        capfd.readouterr()
-        code = 0
-        try:
-            main()
-        except SystemExit as exit:
-            code = int(exit.code or 0)
-        streams = capfd.readouterr()
-        return Result(code, streams.out, streams.err)
+        return call(main, ["rwkv-convert", *arguments], monkeypatch, capfd)
 
     return run
 

@@ -9,7 +9,7 @@ from itertools import islice
 
 import pytest
 import torch
-from command import Result
+from command import Result, call
 from small_20b import small_20b
 
 from rwkv_pl import RWKV4, RWKV4Config
@@ -37,15 +37,9 @@ def weights(model, tmp_path, monkeypatch):
 @pytest.fixture
 def run(monkeypatch, capfdbinary):
     def run(*arguments: str, stdin: bytes = b"") -> Result:
-        monkeypatch.setattr(sys, "argv", ["rwkv-generate", *arguments])
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        code = 0
-        try:
-            generate.main()
-        except SystemExit as exit:
-            code = int(exit.code or 0)
-        streams = capfdbinary.readouterr()
-        return Result(code, streams.out.decode(), streams.err.decode())
+        result = call(generate.main, ["rwkv-generate", *arguments], monkeypatch, capfdbinary)
+        return Result(result.code, result.out.decode(), result.err.decode())  # strictly: all of it is UTF-8
 
     return run
 

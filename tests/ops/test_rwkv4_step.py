@@ -2,19 +2,16 @@
 
 import gc
 import mmap
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from levels import run_at
 from torch import Tensor
 
 from rwkv_pl import RWKV4, RWKV4Config
-from rwkv_pl.ops.build import LEVELS, cpu_level
+from rwkv_pl.ops.build import LEVELS
 from rwkv_pl.ops.linear import matrices_to
 from rwkv_pl.ops.rwkv4_step import lay_together, rwkv4_step, step_serves
 from rwkv_pl.ops.rwkv4_step_reference import rwkv4_step_reference
@@ -240,19 +237,13 @@ def test_opcheck():
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_every_level_of_this_cpu(level):
-    order = list(LEVELS)
-    if order.index(level) < order.index(cpu_level()):
-        pytest.skip(f"this machine does not run {level}")
-    # A fresh process, since one holds one library; this file is imported as a module there.
     code = (
         "from test_rwkv4_step import *\n"
         "test_agrees_with_the_plain_form.hypothesis.inner_test(7, 2, 200, 801, 33, HALF, torch.float32, True, 2)\n"
         "test_agrees_with_the_plain_form.hypothesis.inner_test(9, 2, 65, 64, 33, torch.float32, HALF, True, 1)\n"
         "test_a_rows_bits_depend_on_nothing_else()\n"
     )
-    environment = os.environ | {"RWKV_PL_CPU_LEVEL": level, "PYTHONPATH": str(Path(__file__).parent)}
-    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+    run_at(level, code)
 
 
 @pytest.mark.parametrize("large_pages", [True, False])

@@ -1,18 +1,15 @@
 """Every realisation of the operator against one judge: the plain recurrence in float64 under autograd."""
 
-import os
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from levels import run_at
 from torch import Tensor
 
 from rwkv_pl.ops.build import LEVELS, BuildError, cpu_level
@@ -382,10 +379,6 @@ def test_a_device_without_the_compiled_operator():
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_every_level_of_this_cpu(level):
-    order = list(LEVELS)
-    if order.index(level) < order.index(cpu_level()):
-        pytest.skip(f"this machine does not run {level}")
-    # A fresh process, since one holds one library; this file is imported as a module there.
     code = (
         "import torch; torch.set_num_threads(2); from test_wkv4 import *\n"
         "for shape in [(1, 100, 130), (2, 33, 5)]:\n"
@@ -394,9 +387,7 @@ def test_every_level_of_this_cpu(level):
         "        assert_same(results('compiled', arguments, dtype), results('recurrence', arguments, torch.float64),"
         " tolerance)\n"
     )
-    environment = os.environ | {"RWKV_PL_CPU_LEVEL": level, "PYTHONPATH": str(Path(__file__).parent)}
-    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+    run_at(level, code)
 
 
 def test_an_unknown_level_is_refused(monkeypatch):

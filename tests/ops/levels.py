@@ -1,0 +1,20 @@
+"""The CPU's library at one of its levels."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rwkv_pl.ops.build import LEVELS, cpu_level
+
+
+def run_at(level: str, code: str) -> None:
+    """Runs `code`, which may import this folder's tests, in a fresh process, since one holds one library."""
+    order = list(LEVELS)
+    if order.index(level) < order.index(cpu_level()):
+        pytest.skip(f"this machine does not run {level}")
+    environment = os.environ | {"RWKV_PL_CPU_LEVEL": level, "PYTHONPATH": str(Path(__file__).parent)}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
