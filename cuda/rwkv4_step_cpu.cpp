@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "cpu_lanes.h"
+#include "cpu_numbers.h"
 #include "wkv4_math.h"
 #include "wkv4_tensor.h"
 
@@ -27,6 +28,11 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using wkv::bfloat16;
+using wkv::sigmoid;
+using wkv::sum;
+using wkv::sum_lanes;
+using wkv::widen;
 
 constexpr int64_t LANES = 32;
 // Weights are asked for so many bytes before they are used.
@@ -42,34 +48,12 @@ constexpr int TILE = 8;
 constexpr int TILE = 4;
 #endif
 
-using bfloat16 = std::uint16_t;
-
-WKV_INLINE float widen(float x) { return x; }
-WKV_INLINE float widen(bfloat16 x) {
-  const std::uint32_t bits = std::uint32_t(x) << 16;
-  float wide;
-  std::memcpy(&wide, &bits, sizeof wide);
-  return wide;
-}
-
 // A row-major matrix where torch has it, float32 or bfloat16.
 struct Matrix {
   const void* data;
   int64_t rows, columns;
   bool half;
 };
-
-// The sum of lanes, in pairs.
-template <int64_t N>
-WKV_INLINE float sum_lanes(const float* lanes) {
-  if constexpr (N == 1) {
-    return lanes[0];
-  } else {
-    float halves[N / 2];
-    for (int64_t l = 0; l < N / 2; ++l) halves[l] = lanes[l] + lanes[l + N / 2];
-    return sum_lanes<N / 2>(halves);
-  }
-}
 
 WKV_APART float sum_of(const float (&lanes)[LANES]) { return sum_lanes<LANES>(lanes); }
 
@@ -151,19 +135,6 @@ void parallel(int64_t n, int64_t products, const F& f) {
   torch::stable::parallel_for(0, n, std::max<int64_t>(1, LEAST_PRODUCTS / std::max<int64_t>(1, products)), f);
 }
 
-// term(0) + ... + term(n - 1).
-template <typename F>
-WKV_INLINE float sum(int64_t n, const F& term) {
-  alignas(64) float sums[LANES] = {};
-  int64_t i = 0;
-  for (; i + LANES <= n; i += LANES) {
-    WKV_LANES
-    for (int64_t l = 0; l < LANES; ++l) sums[l] += term(i + l);
-  }
-  for (int64_t l = 0; l < n - i; ++l) sums[l] += term(i + l);
-  return sum_lanes<LANES>(sums);
-}
-
 struct Norm {
   const float *weight, *bias;
 };
@@ -187,11 +158,6 @@ void mix(const float* by, const float* x, const float* last, int64_t channels, f
   }
   WKV_LANES
   for (int64_t c = 0; c < channels; ++c) y[c] = wkv::multiply_add(by[c], x[c] - last[c], last[c]);
-}
-
-WKV_INLINE float sigmoid(float x) {
-  const float e = wkv::exp_negative(-std::fabs(x));
-  return (x < 0.0f ? e : 1.0f) / (1.0f + e);
 }
 
 // wkv::decay by our own exp, which a compiler can make vectors of.

@@ -20,12 +20,14 @@
 #include <vector>
 
 #include "cpu_lanes.h"
+#include "cpu_numbers.h"
 #include "wkv4_math.h"
 #include "wkv4_tensor.h"
 
 namespace {
 
 using torch::stable::Tensor;
+using wkv::bfloat16;
 using wkv::contiguous;
 using wkv::data;
 
@@ -36,13 +38,41 @@ constexpr int64_t LONGEST_TILE = 32;
 constexpr int64_t SHORTEST_CHUNK = 128;
 constexpr int64_t LEAST_KEYS = 16384;
 
-// LANES channels of one sequence, in memory or in a task's own arrays: p[row][lane].
+// LANES channels of one sequence, p[row][lane].
 template <typename T>
 struct Rows {
   T* p;
   int64_t stride;
   T* operator[](int64_t row) const { return p + row * stride; }
 };
+
+// LANES numbers in the type that is computed in: where they lie, or from bfloat16 into `own`.
+template <typename T, typename Width>
+WKV_INLINE const T* widened(const T* row, T*, Width) {
+  return row;
+}
+template <typename Width>
+WKV_INLINE const float* widened(const bfloat16* row, float* own, Width width) {
+  const int64_t lanes = width;
+  WKV_LANES
+  for (int64_t c = 0; c < lanes; ++c) own[c] = wkv::widen(row[c]);
+  return own;
+}
+
+// Where LANES results are to be put, and what takes them from there to memory.
+template <typename T>
+WKV_INLINE T* place(T* row, T*) {
+  return row;
+}
+WKV_INLINE float* place(bfloat16*, float* own) { return own; }
+template <typename T, typename Width>
+WKV_INLINE void write(const T*, T*, Width) {}
+template <typename Width>
+WKV_INLINE void write(const float* own, bfloat16* row, Width width) {
+  const int64_t lanes = width;
+  WKV_LANES
+  for (int64_t c = 0; c < lanes; ++c) row[c] = wkv::narrow<bfloat16>(own[c]);
+}
 
 // How one call is cut up. A task is a block of channels in one chunk of one sequence.
 struct Plan {
@@ -103,17 +133,16 @@ struct Saved {
   }
 };
 
-// The arguments of one call. tiles is (B, tiles + 1, 4, C): the state before each tile, and after the last step.
-template <typename T>
+// The arguments of one call, computed in T, with keys, values and outputs in IO. tiles is (B, tiles + 1, 4, C): the state before each tile, and after the last step.
+template <typename T, typename IO>
 struct Arguments {
   Plan plan;
-  const T *time_decay, *time_first, *key, *value;
+  const T *time_decay, *time_first;
+  const IO *key, *value;
   T* tiles;
 
-  Rows<const T> rows(const T* p, int64_t sequence, int64_t channel) const {
-    return {p + sequence * plan.steps * plan.channels + channel, plan.channels};
-  }
-  Rows<T> rows(T* p, int64_t sequence, int64_t channel) const {
+  template <typename P>
+  Rows<P> rows(P* p, int64_t sequence, int64_t channel) const {
     return {p + sequence * plan.steps * plan.channels + channel, plan.channels};
   }
   // The state before step t, t a multiple of plan.tile or T itself.
@@ -123,8 +152,8 @@ struct Arguments {
   }
 };
 
-template <typename T>
-void forward(const Arguments<T>& a, const T* state, T* output, T* new_state) {
+template <typename T, typename IO>
+void forward(const Arguments<T, IO>& a, const T* state, IO* output, T* new_state) {
   const Plan& plan = a.plan;
   const int64_t C = plan.channels;
 
@@ -143,9 +172,10 @@ void forward(const Arguments<T>& a, const T* state, T* output, T* new_state) {
     Lanes<T> s;
     for (int64_t c = 0; c < lanes; ++c) w[c] = wkv::decay(a.time_decay[c0 + c]);
     for (int64_t c = 0; c < lanes; ++c) s.set(c, wkv::empty_state<T>());
-    const Rows<const T> key = a.rows(a.key, b, c0), value = a.rows(a.value, b, c0);
+    const Rows<const IO> key = a.rows(a.key, b, c0), value = a.rows(a.value, b, c0);
+    alignas(64) T own_k[LANES], own_v[LANES];
     for (int64_t t = plan.start(chunk); t < plan.end(chunk); ++t) {
-      const T *k = key[t], *v = value[t];
+      const T *k = widened(key[t], own_k, width), *v = widened(value[t], own_v, width);
       WKV_LANES
       for (int64_t c = 0; c < lanes; ++c) s.set(c, wkv::update(s.get(c), w[c], k[c], v[c]).state);
     }
@@ -173,21 +203,23 @@ void forward(const Arguments<T>& a, const T* state, T* output, T* new_state) {
       u[c] = a.time_first[c0 + c];
       s.set(c, from.get(c));
     }
-    const Rows<const T> key = a.rows(a.key, b, c0), value = a.rows(a.value, b, c0);
-    const Rows<T> out = a.rows(output, b, c0);
+    const Rows<const IO> key = a.rows(a.key, b, c0), value = a.rows(a.value, b, c0);
+    const Rows<IO> out = a.rows(output, b, c0);
+    alignas(64) T own_k[LANES], own_v[LANES], own_y[LANES];
     for (int64_t t = plan.start(chunk); t < plan.end(chunk); ++t) {
       if (t % plan.tile == 0 && t != plan.start(chunk)) {
         const Saved<T> to = a.saved(b, t, c0);
         for (int64_t c = 0; c < lanes; ++c) to.set(c, s.get(c));
       }
-      const T *k = key[t], *v = value[t];
-      T* y = out[t];
+      const T *k = widened(key[t], own_k, width), *v = widened(value[t], own_v, width);
+      T* y = place(out[t], own_y);
       WKV_LANES
       for (int64_t c = 0; c < lanes; ++c) {
         const wkv::State<T> before = s.get(c);
         y[c] = wkv::output(before, w[c], u[c], k[c], v[c]).value;
         s.set(c, wkv::update(before, w[c], k[c], v[c]).state);
       }
+      write(y, out[t], width);
     }
     if (chunk == plan.chunks - 1) {
       const Saved<T> to = a.saved(b, plan.steps, c0);
@@ -203,21 +235,24 @@ void forward(const Arguments<T>& a, const T* state, T* output, T* new_state) {
 }
 
 // Where the backward pass writes; sums is (B, chunks, 2, C), gradients in u and w of each task.
-template <typename T>
+template <typename T, typename IO>
 struct Gradients {
-  const T* output;
-  T *key, *value, *sums;
+  const IO* output;
+  IO *key, *value;
+  T* sums;
 };
 
 // Back through one chunk, from the adjoint of the state after it (num and den of LANES channels) to that of the state
 // before. WRITE: the gradients are written as well.
-template <bool WRITE, typename T, typename Width>
-void walk_back(const Arguments<T>& a, const Gradients<T>& g, int64_t b, int64_t chunk, int64_t c0, Width width,
+template <bool WRITE, typename T, typename IO, typename Width>
+void walk_back(const Arguments<T, IO>& a, const Gradients<T, IO>& g, int64_t b, int64_t chunk, int64_t c0, Width width,
                T* adjoint_num, T* adjoint_den) {
   const int64_t lanes = width;
   const Plan& plan = a.plan;
-  // A tile, walked forwards: 7 arrays that stay in the first cache.
+  // A tile, walked forwards: 7 arrays that stay in the first cache, and the values where they are not read in place.
   using Tile = T[LONGEST_TILE][LANES];
+  alignas(64) T own_k[LANES], own_g[LANES], own_gk[LANES], own_gv[LANES];
+  alignas(64) Tile own_v;
   alignas(64) Tile num, den, earlier, later, pull_earlier, pull_later, out;
   alignas(64) T w[LANES], u[LANES], sum_u[LANES], sum_w[LANES];
   Lanes<T> s;
@@ -226,8 +261,8 @@ void walk_back(const Arguments<T>& a, const Gradients<T>& g, int64_t b, int64_t 
     u[c] = a.time_first[c0 + c];
     sum_u[c] = sum_w[c] = T(0);
   }
-  const Rows<const T> key = a.rows(a.key, b, c0), value = a.rows(a.value, b, c0), grad = a.rows(g.output, b, c0);
-  const Rows<T> grad_key = a.rows(g.key, b, c0), grad_value = a.rows(g.value, b, c0);
+  const Rows<const IO> key = a.rows(a.key, b, c0), value = a.rows(a.value, b, c0), grad = a.rows(g.output, b, c0);
+  const Rows<IO> grad_key = a.rows(g.key, b, c0), grad_value = a.rows(g.value, b, c0);
 
   const int64_t begin = plan.start(chunk), end = plan.end(chunk);
   for (int64_t t0 = begin + (end - begin - 1) / plan.tile * plan.tile; t0 >= begin; t0 -= plan.tile) {
@@ -235,7 +270,8 @@ void walk_back(const Arguments<T>& a, const Gradients<T>& g, int64_t b, int64_t 
     const Saved<T> from = a.saved(b, t0, c0);
     for (int64_t c = 0; c < lanes; ++c) s.set(c, from.get(c));
     for (int64_t i = 0; i < length; ++i) {
-      const T *k = key[t0 + i], *v = value[t0 + i], *gy = grad[t0 + i];
+      const T *k = widened(key[t0 + i], own_k, width), *v = widened(value[t0 + i], own_v[i], width);
+      const T* gy = widened(grad[t0 + i], own_g, width);
       WKV_LANES
       for (int64_t c = 0; c < lanes; ++c) {
         const wkv::State<T> before = s.get(c);
@@ -250,8 +286,9 @@ void walk_back(const Arguments<T>& a, const Gradients<T>& g, int64_t b, int64_t 
       }
     }
     for (int64_t i = length - 1; i >= 0; --i) {
-      const T* v = value[t0 + i];
-      T *gk = WRITE ? grad_key[t0 + i] : nullptr, *gv = WRITE ? grad_value[t0 + i] : nullptr;
+      const T* v = std::is_same_v<T, IO> ? widened(value[t0 + i], own_v[i], width) : own_v[i];
+      T *gk = WRITE ? place(grad_key[t0 + i], own_gk) : nullptr;
+      T *gv = WRITE ? place(grad_value[t0 + i], own_gv) : nullptr;
       WKV_LANES
       for (int64_t c = 0; c < lanes; ++c) {
         wkv::Adjoint<T> adjoint = {adjoint_num[c], adjoint_den[c]};
@@ -264,6 +301,7 @@ void walk_back(const Arguments<T>& a, const Gradients<T>& g, int64_t b, int64_t 
           sum_u[c] += step.u, sum_w[c] += step.w;
         }
       }
+      if (WRITE) write(gk, grad_key[t0 + i], width), write(gv, grad_value[t0 + i], width);
     }
   }
   if (WRITE) {
@@ -272,8 +310,8 @@ void walk_back(const Arguments<T>& a, const Gradients<T>& g, int64_t b, int64_t 
   }
 }
 
-template <typename T>
-void backward(const Arguments<T>& a, const Gradients<T>& g, const T* grad_new_state, T* grad_time_decay,
+template <typename T, typename IO>
+void backward(const Arguments<T, IO>& a, const Gradients<T, IO>& g, const T* grad_new_state, T* grad_time_decay,
               T* grad_time_first, T* grad_state) {
   const Plan& plan = a.plan;
   const int64_t C = plan.channels;
@@ -338,7 +376,15 @@ void backward(const Arguments<T>& a, const Gradients<T>& g, const T* grad_new_st
   for (int64_t c = 0; c < C; ++c) grad_time_decay[c] *= wkv::decay(a.time_decay[c]);
 }
 
-bool is_double(const Tensor& t) { return t.scalar_type() == torch::headeronly::ScalarType::Double; }
+// f(a number of the type that is computed in, one of the type that keys are in).
+template <typename F>
+void of_types(const Tensor& key, const F& f) {
+  using torch::headeronly::ScalarType;
+  const ScalarType type = key.scalar_type();
+  if (type == ScalarType::Double) return f(0.0, 0.0);
+  if (type == ScalarType::BFloat16) return f(0.0f, bfloat16());
+  f(0.0f, 0.0f);
+}
 
 std::tuple<Tensor, Tensor, Tensor> wkv4_forward(const Tensor& time_decay, const Tensor& time_first, const Tensor& key,
                                                 const Tensor& value, const std::optional<Tensor>& state,
@@ -349,14 +395,14 @@ std::tuple<Tensor, Tensor, Tensor> wkv4_forward(const Tensor& time_decay, const 
                v = contiguous(value);
   const std::optional<Tensor> s = contiguous(state);
   const Tensor output = new_empty(key, {plan.batch, plan.steps, plan.channels});
-  const Tensor new_state = new_empty(key, {plan.batch, 3, plan.channels});
-  const Tensor tiles = new_empty(key, {plan.batch, plan.tiles + 1, 4, plan.channels});
-  const auto run = [&](auto zero) {
+  const Tensor new_state = new_empty(decay, {plan.batch, 3, plan.channels});
+  const Tensor tiles = new_empty(decay, {plan.batch, plan.tiles + 1, 4, plan.channels});
+  of_types(key, [&](auto zero, auto io_zero) {
     using T = decltype(zero);
-    forward<T>({plan, data<T>(decay), data<T>(first), data<T>(k), data<T>(v), data<T>(tiles)}, data<T>(s),
-               data<T>(output), data<T>(new_state));
-  };
-  is_double(key) ? run(0.0) : run(0.0f);
+    using IO = decltype(io_zero);
+    forward<T, IO>({plan, data<T>(decay), data<T>(first), data<IO>(k), data<IO>(v), data<T>(tiles)}, data<T>(s),
+                   data<IO>(output), data<T>(new_state));
+  });
   return {output, new_state, tiles};
 }
 
@@ -371,25 +417,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> wkv4_backward(const Tensor& t
                v = contiguous(value), saved = contiguous(tiles),
                gy = contiguous(grad_output);
   const std::optional<Tensor> gs = contiguous(grad_new_state);
-  const Tensor grad_decay = new_empty(key, {plan.channels}), grad_first = new_empty(key, {plan.channels});
+  const Tensor grad_decay = new_empty(decay, {plan.channels}), grad_first = new_empty(decay, {plan.channels});
   const Tensor grad_key = new_empty(key, {plan.batch, plan.steps, plan.channels});
   const Tensor grad_value = new_empty(key, {plan.batch, plan.steps, plan.channels});
-  const Tensor grad_state = new_empty(key, {plan.batch, 3, plan.channels});
-  const Tensor sums = new_empty(key, {plan.batch, plan.chunks, 2, plan.channels});
-  const auto run = [&](auto zero) {
+  const Tensor grad_state = new_empty(decay, {plan.batch, 3, plan.channels});
+  const Tensor sums = new_empty(decay, {plan.batch, plan.chunks, 2, plan.channels});
+  of_types(key, [&](auto zero, auto io_zero) {
     using T = decltype(zero);
-    backward<T>({plan, data<T>(decay), data<T>(first), data<T>(k), data<T>(v), data<T>(saved)},
-                {data<T>(gy), data<T>(grad_key), data<T>(grad_value), data<T>(sums)}, data<T>(gs),
-                data<T>(grad_decay), data<T>(grad_first), data<T>(grad_state));
-  };
-  is_double(key) ? run(0.0) : run(0.0f);
+    using IO = decltype(io_zero);
+    backward<T, IO>({plan, data<T>(decay), data<T>(first), data<IO>(k), data<IO>(v), data<T>(saved)},
+                    {data<IO>(gy), data<IO>(grad_key), data<IO>(grad_value), data<T>(sums)}, data<T>(gs),
+                    data<T>(grad_decay), data<T>(grad_first), data<T>(grad_state));
+  });
   return {grad_decay, grad_first, grad_key, grad_value, grad_state};
 }
 
 }  // namespace
 
-// state, None for none, is (B, 3, C). All tensors are of one dtype, float32 or float64; on a GPU key, value, output and
-// their gradients may be float16 or bfloat16, all else being float32. tiles (B, ceil(T / tile) + 1, 4, C) is for the
+// state, None for none, is (B, 3, C). All tensors are of one dtype, float32 or float64; key, value, output and their
+// gradients may be bfloat16, on a GPU float16 too, all else being float32. tiles (B, ceil(T / tile) + 1, 4, C) is for the
 // backward pass alone: the states before each tile and after the last step. tile is an argument and not a constant, so that a graph that
 // torch.compile has kept on disk holds the one that its shapes were made with.
 STABLE_TORCH_LIBRARY(rwkv_pl, m) {

@@ -14,16 +14,12 @@ from torch import Tensor, nn
 
 from rwkv_pl.config import RWKV4Config
 from rwkv_pl.model.state import BlockState, State
+from rwkv_pl.ops.gate import gate
 from rwkv_pl.ops.linear import Linear
+from rwkv_pl.ops.norm_mix import norm_mix
 from rwkv_pl.ops.rwkv4_step import rwkv4_step, step_serves
 from rwkv_pl.ops.squared_relu import squared_relu
 from rwkv_pl.ops.wkv4 import wkv4
-
-
-def token_shift(x: Tensor, last: Tensor | None) -> Tensor:
-    """Each token's predecessor: x (B, T, C) moved one step, after `last` (B, C), or zeros where a text begins."""
-    first = torch.zeros_like(x[:, 0]) if last is None else last.to(x.dtype)
-    return torch.cat([first[:, None], x[:, :-1]], dim=1)
 
 
 class TimeMix(nn.Module):
@@ -41,6 +37,7 @@ class TimeMix(nn.Module):
         self.value = Linear(C, C)
         self.receptance = Linear(C, C)
         self.output = Linear(C, C)
+        self.dropout = nn.Dropout(config.dropout)
         self.register_load_state_dict_pre_hook(_unsqueeze_time_mix)
         self.reset_parameters(*depth(config, layer))
 
@@ -59,14 +56,13 @@ class TimeMix(nn.Module):
         for zero in (self.key, self.receptance, self.output):
             nn.init.zeros_(zero.weight)
 
-    def forward(self, x: Tensor, last: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, T, C), last (B, C), WKV state (B, 3, C) -> output (B, T, C), and last and state for what follows."""
-        previous = token_shift(x, last)
-        key = self.key(torch.lerp(previous, x, self.time_mix_k))
-        value = self.value(torch.lerp(previous, x, self.time_mix_v))
-        receptance = self.receptance(torch.lerp(previous, x, self.time_mix_r))
-        wkv, state = wkv4(self.time_decay, self.time_first, key, value, state)
-        return self.output(torch.sigmoid(receptance) * wkv), x[:, -1], state
+    def forward(
+        self, x: Tensor, norm: nn.LayerNorm, last: Tensor | None, state: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, T, C), its norm, last (B, C), WKV state (B, 3, C) -> x and what is added, and last and state after."""
+        (k, v, r), last = norm_mix(x, norm, (self.time_mix_k, self.time_mix_v, self.time_mix_r), last)
+        wkv, state = wkv4(self.time_decay, self.time_first, self.key(k), self.value(v), state)
+        return x + self.dropout(self.output(gate(self.receptance(r), wkv))), last, state
 
 
 class ChannelMix(nn.Module):
@@ -80,6 +76,7 @@ class ChannelMix(nn.Module):
         self.key = Linear(C, 4 * C)
         self.receptance = Linear(C, C)
         self.value = Linear(4 * C, C)
+        self.dropout = nn.Dropout(config.dropout)
         self.register_load_state_dict_pre_hook(_unsqueeze_time_mix)
         self.reset_parameters(*depth(config, layer))
 
@@ -94,12 +91,11 @@ class ChannelMix(nn.Module):
         for zero in (self.receptance, self.value):
             nn.init.zeros_(zero.weight)
 
-    def forward(self, x: Tensor, last: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x (B, T, C), last (B, C) -> output (B, T, C), and last for what follows."""
-        previous = token_shift(x, last)
-        key = self.key(torch.lerp(previous, x, self.time_mix_k))
-        receptance = self.receptance(torch.lerp(previous, x, self.time_mix_r))
-        return torch.sigmoid(receptance) * self.value(squared_relu(key)), x[:, -1]
+    def forward(self, x: Tensor, norm: nn.LayerNorm, last: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x (B, T, C), its norm, last (B, C) -> x and what is added, and last after it."""
+        (k, r), last = norm_mix(x, norm, (self.time_mix_k, self.time_mix_r), last)
+        value = self.value(squared_relu(self.key(k)))
+        return gate(self.receptance(r), self.dropout(value), residual=x), last
 
 
 class Block(nn.Module):
@@ -113,16 +109,13 @@ class Block(nn.Module):
         self.ln2 = nn.LayerNorm(config.n_embd)
         self.att = TimeMix(config, layer)
         self.ffn = ChannelMix(config, layer)
-        self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, state: BlockState | None) -> tuple[Tensor, BlockState]:
         """x (B, T, C) -> (B, T, C), and the block's memory after the last token."""
         att_shift, wkv, ffn_shift = state or (None, None, None)
-        x = self.ln0(x)
-        mixed, att_shift, wkv = self.att(self.ln1(x), att_shift, wkv)
-        x = x + self.dropout(mixed)
-        mixed, ffn_shift = self.ffn(self.ln2(x), ffn_shift)
-        return x + self.dropout(mixed), BlockState(att_shift, wkv, ffn_shift)
+        x, att_shift, wkv = self.att(self.ln0(x), self.ln1, att_shift, wkv)
+        x, ffn_shift = self.ffn(x, self.ln2, ffn_shift)
+        return x, BlockState(att_shift, wkv, ffn_shift)
 
 
 class RWKV4(nn.Module):

@@ -32,7 +32,10 @@ __all__ = [
     "cpu_command", "cpu_flags", "cpu_level", "load_cpu_library", "load_cuda_library", "nvcc_command", "prebuilt_name",
 ]  # fmt: skip
 
-CPU_SOURCES = ("wkv4_cpu.cpp", "rwkv4_step_cpu.cpp", "cpu_lanes.h", "wkv4_math.h", "wkv4_tensor.h")
+CPU_SOURCES = (
+    "wkv4_cpu.cpp", "norm_mix_cpu.cpp", "elementwise_cpu.cpp", "cross_entropy_cpu.cpp", "rwkv4_step_cpu.cpp",
+    "cpu_lanes.h", "cpu_numbers.h", "wkv4_math.h", "wkv4_tensor.h",
+)  # fmt: skip
 CUDA_SOURCES = (
     "wkv4_cuda.cu", "wkv4_launch.cuh", "wkv4_scan.cuh", "wkv4_walk.cuh", "wkv4_gpu.h", "wkv4_math.h", "wkv4_tensor.h",
 )  # fmt: skip

@@ -1,10 +1,15 @@
 """Cross-entropy, and the largest logit that L2Wrap pulls on, of each row of logits.
 
-    N  rows, one for each target    V  vocab_size
+N  rows, one for each target    V  vocab_size
 """
 
+from typing import Any
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from rwkv_pl.ops.wkv4 import compiled_serves
 
 IGNORED = -1  # a target that pads a short window; its loss does not count
 
@@ -14,6 +19,32 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns, in float32, the nats of each target (N,), 0 where it is ignored, and each row's largest logit (N,), whose
     gradient falls on the first such logit.
+
+    On the CPU, in float32 or bfloat16, the logits are read once each way.
     """
+    if _serves(logits):
+        return _CrossEntropy.apply(logits, targets)
     nats = F.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="none")
     return nats, logits.max(-1).values.float()
+
+
+def _serves(logits: Tensor) -> bool:
+    return (
+        logits.device.type == "cpu"
+        and logits.dtype in (torch.float32, torch.bfloat16)
+        and not torch.compiler.is_compiling()
+        and compiled_serves("cpu")
+    )
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        nats, largest, log_sum, top = torch.ops.rwkv_pl.cross_entropy(logits, targets)
+        ctx.save_for_backward(logits, targets, log_sum, top)
+        return nats, largest
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, of_nats: Tensor, of_largest: Tensor) -> tuple[Tensor, None]:
+        return torch.ops.rwkv_pl.cross_entropy_backward(*ctx.saved_tensors, of_nats, of_largest), None

@@ -1,12 +1,17 @@
 """The matrix products of the model: torch's own, by the faster of its two libraries.
 
-For float32 on a CPU torch calls MKL, which on processors of other makers than its own keeps to 256-bit vectors: 225
+For float32 on a CPU torch calls MKL, Intel's, which on processors of other makers keeps to 256-bit vectors: 225
 GFLOP/s where oneDNN, which torch carries as well, makes 500 on the same two AVX-512 cores. torch offers oneDNN's
-product to its compiler alone, by an operator without a gradient; this gives it one.
+product to its compiler alone, by an operator without a gradient; this gives it one. On Intel's own processors MKL is
+the faster: a gradient's product needs no transposed copies there.
 
     N  rows, all leading dimensions of x    I  in_features    O  out_features
 """
 
+import contextlib
+import platform
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,7 +52,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
         weight = weight.to(x.dtype)
     if not _serves(x, weight):
         return F.linear(x, weight)
-    return _Linear.apply(x.flatten(0, -2), weight).view(*x.shape[:-1], -1)
+    return _Linear.apply(x, weight)
 
 
 def _serves(x: Tensor, weight: Tensor) -> bool:
@@ -59,15 +64,20 @@ def _serves(x: Tensor, weight: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
         and torch.backends.mkldnn.enabled
-        and _has_product
+        and _is_faster
     )
 
 
-_has_product = (
-    torch.backends.mkldnn.is_available()
-    and torch.backends.cpu.get_cpu_capability() == "AVX512"
-    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-)
+def _is_intel() -> bool:
+    if sys.platform != "linux":
+        return "GenuineIntel" in platform.processor()
+    with contextlib.suppress(OSError), Path("/proc/cpuinfo").open() as file:
+        return any(line.startswith("vendor_id") and "GenuineIntel" in line for line in file)
+    return False
+
+
+_has_product = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+_is_faster = _has_product and torch.backends.cpu.get_cpu_capability() == "AVX512" and not _is_intel()
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -79,12 +89,15 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _product(x, weight)
+        # As torch's own product of matrices in more dimensions: no view to autograd, so what follows may overwrite it.
+        rows = _product(x.flatten(0, -2), weight)
+        return torch.ops.aten._unsafe_view(rows, (*x.shape[:-1], len(weight)))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        of_x = _product(gradient, weight.T) if ctx.needs_input_grad[0] else None
-        of_weight = _product(gradient.T, x.T) if ctx.needs_input_grad[1] else None
+        of_rows = gradient.flatten(0, -2)
+        of_x = _product(of_rows, weight.T).view_as(x) if ctx.needs_input_grad[0] else None
+        of_weight = _product(of_rows.T, x.flatten(0, -2).T) if ctx.needs_input_grad[1] else None
         return of_x, of_weight

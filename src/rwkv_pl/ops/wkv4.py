@@ -85,8 +85,8 @@ def wkv4(
     _check(time_decay, time_first, key, value, state)
     dtype = torch.float64 if key.dtype == torch.float64 else torch.float32
     compiled = compiled_serves(key.device.type)
-    # The GPU's kernels read and write halves.
-    io = key.dtype if compiled and key.device.type == "cuda" else dtype
+    # The kernels read and write halves, but for float16 on a CPU.
+    io = key.dtype if compiled and (key.device.type == "cuda" or key.dtype != torch.float16) else dtype
     weights, inputs = (time_decay.to(dtype), time_first.to(dtype)), (key.to(io), value.to(io))
     if state is not None:
         state = state.to(dtype)

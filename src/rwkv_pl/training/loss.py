@@ -7,7 +7,8 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from rwkv_pl.ops.cross_entropy import cross_entropy as ops_cross_entropy
 
 IGNORED = -1  # a target that pads a short window; its loss does not count
 
@@ -22,7 +23,7 @@ def split_tokens(tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """logits (B, T, V) in any float dtype, targets (B, T) -> nats of each target (B, T) in float32, 0 where ignored."""
-    nats = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="none")
+    nats, _ = ops_cross_entropy(logits.flatten(0, 1), targets.flatten())
     return nats.view_as(targets)
 
 

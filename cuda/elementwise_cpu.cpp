@@ -1,0 +1,131 @@
+// What RWKV-4 does to single numbers between its matrix products, each in one pass over memory, on the CPU.
+//
+//   squared ReLU   y = max(x, 0)^2, in place        dx = 2 sqrt(y) dy: y is what the next product keeps anyway
+//   gate           y = residual + sigmoid(r) x      dr = x s (1 - s) dy, dx = s dy with s = sigmoid(r)
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+
+#include "cpu_numbers.h"
+#include "wkv4_tensor.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using wkv::bfloat16;
+using wkv::data;
+using wkv::narrow;
+using wkv::widen;
+
+// Some 10 microseconds are worth a thread.
+constexpr int64_t GRAIN = 16384;
+
+// f(begin, end) over the numbers of t, by torch's threads.
+template <typename F>
+void parallel(const Tensor& t, const F& f) {
+  torch::stable::parallel_for(0, t.numel(), GRAIN, f);
+}
+
+bool is_half(const Tensor& t) { return t.scalar_type() == ScalarType::BFloat16; }
+
+// Calls f with a value of the type that t is of.
+template <typename F>
+void of_type(const Tensor& t, const F& f) {
+  is_half(t) ? f(bfloat16()) : f(float());
+}
+
+void squared_relu_(Tensor x) {
+  of_type(x, [&](auto zero) {
+    using T = decltype(zero);
+    T* p = data<T>(x);
+    parallel(x, [=](int64_t begin, int64_t end) {
+      WKV_LANES
+      for (int64_t i = begin; i < end; ++i) {
+        const float root = widen(p[i]) < 0.0f ? 0.0f : widen(p[i]);
+        p[i] = narrow<T>(root * root);
+      }
+    });
+  });
+}
+
+Tensor squared_relu_backward(const Tensor& grad, const Tensor& y) {
+  const Tensor g = torch::stable::contiguous(grad), dx = torch::stable::empty_like(y);
+  of_type(y, [&](auto zero) {
+    using T = decltype(zero);
+    const T *of = data<T>(g), *out = data<T>(y);
+    T* to = data<T>(dx);
+    parallel(y, [=](int64_t begin, int64_t end) {
+      WKV_LANES
+      for (int64_t i = begin; i < end; ++i) to[i] = narrow<T>(2.0f * std::sqrt(widen(out[i])) * widen(of[i]));
+    });
+  });
+  return dx;
+}
+
+Tensor gate(const Tensor& receptance, const Tensor& x, const std::optional<Tensor>& residual) {
+  const Tensor r = torch::stable::contiguous(receptance), xc = torch::stable::contiguous(x);
+  const std::optional<Tensor> rest = wkv::contiguous(residual);
+  const Tensor y = torch::stable::empty_like(rest ? *rest : xc);
+  of_type(x, [&](auto zero) {
+    using T = decltype(zero);
+    const T *by = data<T>(r), *value = data<T>(xc);
+    const float* old = data<float>(rest);
+    T* out = rest ? nullptr : data<T>(y);
+    float* sum = rest ? data<float>(y) : nullptr;
+    parallel(xc, [=](int64_t begin, int64_t end) {
+      if (old) {
+        WKV_LANES
+        for (int64_t i = begin; i < end; ++i) {
+          sum[i] = wkv::multiply_add(wkv::sigmoid(widen(by[i])), widen(value[i]), old[i]);
+        }
+      } else {
+        WKV_LANES
+        for (int64_t i = begin; i < end; ++i) out[i] = narrow<T>(wkv::sigmoid(widen(by[i])) * widen(value[i]));
+      }
+    });
+  });
+  return y;
+}
+
+std::tuple<Tensor, Tensor> gate_backward(const Tensor& grad, const Tensor& receptance, const Tensor& x) {
+  const Tensor g = torch::stable::contiguous(grad), r = torch::stable::contiguous(receptance),
+               xc = torch::stable::contiguous(x);
+  const Tensor dr = torch::stable::empty_like(r), dx = torch::stable::empty_like(xc);
+  of_type(x, [&](auto zero) {
+    of_type(g, [&](auto grad_zero) {
+      using T = decltype(zero);
+      using G = decltype(grad_zero);
+      const T *by = data<T>(r), *value = data<T>(xc);
+      const G* of = data<G>(g);
+      T *to_r = data<T>(dr), *to_x = data<T>(dx);
+      parallel(xc, [=](int64_t begin, int64_t end) {
+        WKV_LANES
+        for (int64_t i = begin; i < end; ++i) {
+          const float s = wkv::sigmoid(widen(by[i])), dx_i = s * widen(of[i]);
+          to_x[i] = narrow<T>(dx_i);
+          to_r[i] = narrow<T>(dx_i * (1.0f - s) * widen(value[i]));
+        }
+      });
+    });
+  });
+  return {dr, dx};
+}
+
+}  // namespace
+
+// All float32 or all bfloat16, but for residual, and then the gradient, which are float32.
+STABLE_TORCH_LIBRARY_FRAGMENT(rwkv_pl, m) {
+  m.def("squared_relu_(Tensor(a!) x) -> ()");
+  m.def("squared_relu_backward(Tensor grad, Tensor y) -> Tensor");
+  m.def("gate(Tensor receptance, Tensor x, Tensor? residual) -> Tensor");
+  m.def("gate_backward(Tensor grad, Tensor receptance, Tensor x) -> (Tensor grad_receptance, Tensor grad_x)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(rwkv_pl, CPU, m) {
+  m.impl("squared_relu_", TORCH_BOX(&squared_relu_));
+  m.impl("squared_relu_backward", TORCH_BOX(&squared_relu_backward));
+  m.impl("gate", TORCH_BOX(&gate));
+  m.impl("gate_backward", TORCH_BOX(&gate_backward));
+}

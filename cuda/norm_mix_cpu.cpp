@@ -1,0 +1,281 @@
+// LayerNorm, token shift and the mixes of RWKV-4, in one pass over memory each way, on the CPU.
+//
+//   y_t = (x_t - mean) / sqrt(variance + epsilon) weight + bias          over the C channels of a token
+//   mixed_j,t = y_{t-1} + mix_j (y_t - y_{t-1})                          y_{-1} = last, or 0 where a text begins
+//
+// Letters: B sequences, T steps, C channels, j the mixes (key, value, receptance). A task walks through some steps of
+// one sequence, each row and its predecessor staying in the first cache. y is never written: the backward pass makes it
+// again from x and the two figures of each row. Sums over rows are kept apart by task and added in order, and where the
+// tasks begin does not depend on the threads: the same bits on any number of them.
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "cpu_numbers.h"
+#include "wkv4_tensor.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using wkv::bfloat16;
+using wkv::contiguous;
+using wkv::data;
+using wkv::multiply_add;
+
+constexpr int64_t MOST_MIXES = 3;
+// Rows of a task; each task makes one row more than it owns.
+constexpr int64_t STEPS = 64;
+
+struct Norm {
+  const float *weight, *bias;
+  int64_t channels;
+
+  void write(const float* x, float mean, float scale, float* y) const {
+    WKV_LANES
+    for (int64_t c = 0; c < channels; ++c) y[c] = multiply_add((x[c] - mean) * scale, weight[c], bias[c]);
+  }
+};
+
+struct Plan {
+  int64_t batch, steps, channels, tasks;
+
+  explicit Plan(const Tensor& x)
+      : batch(x.size(0)), steps(x.size(1)), channels(x.size(2)), tasks((steps + STEPS - 1) / STEPS) {}
+
+  // f(task, sequence, first step, end) for all tasks.
+  template <typename F>
+  void parallel(const F& f) const {
+    // Some 20 microseconds are worth a thread.
+    const int64_t grain = std::max<int64_t>(1, 32768 / (STEPS * channels));
+    torch::stable::parallel_for(0, batch * tasks, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t first = task % tasks * STEPS;
+        f(task, task / tasks, first, std::min(steps, first + STEPS));
+      }
+    });
+  }
+};
+
+// Rows of C numbers apart by a little more than C: rows of a power of two would share their places in the cache.
+class Buffer {
+ public:
+  Buffer(int64_t rows, int64_t channels) : stride_((channels + 15) / 16 * 16 + 16), all_(rows * stride_) {}
+  float* operator[](int64_t row) { return all_.data() + row * stride_; }
+
+ private:
+  int64_t stride_;
+  std::vector<float> all_;
+};
+
+template <int64_t J, typename Out>
+void forward(const Plan& plan, const Norm& norm, const float* x, const float* const* mix, const float* last,
+             float epsilon, Out* const* mixed, float* new_last, float* figures) {
+  const int64_t C = plan.channels;
+  plan.parallel([&](int64_t, int64_t b, int64_t begin, int64_t end) {
+    Buffer rows(2, C);
+    float *y = rows[0], *before = rows[1];
+    for (int64_t t = std::max<int64_t>(0, begin - 1); t < end; ++t) {
+      const int64_t row = b * plan.steps + t;
+      const float* xt = x + row * C;
+      const float mean = wkv::sum(C, [=](int64_t c) { return xt[c]; }) / float(C);
+      const float variance = wkv::sum(C, [=](int64_t c) { return (xt[c] - mean) * (xt[c] - mean); }) / float(C);
+      const float scale = 1.0f / std::sqrt(variance + epsilon);
+      norm.write(xt, mean, scale, y);
+      if (t >= begin) {
+        figures[2 * row] = mean, figures[2 * row + 1] = scale;
+        // `before` is 0 where the text begins: it was made so.
+        if (t == 0 && last) std::copy(last + b * C, last + (b + 1) * C, before);
+        Out* out[J];
+        const float* by[J];
+        for (int64_t j = 0; j < J; ++j) out[j] = mixed[j] + row * C, by[j] = mix[j];
+        WKV_LANES
+        for (int64_t c = 0; c < C; ++c) {
+          const float step = y[c] - before[c];
+          for (int64_t j = 0; j < J; ++j) out[j][c] = wkv::narrow<Out>(multiply_add(by[j][c], step, before[c]));
+        }
+      }
+      std::swap(y, before);
+    }
+    if (end == plan.steps) std::copy(before, before + C, new_last + b * C);
+  });
+}
+
+// What the backward pass reads and writes beside x; sums is (tasks, J + 2, C): of the mixes, weight and bias.
+struct Gradients {
+  const float* new_last;
+  float *x, *last, *sums;
+};
+
+template <int64_t J, typename Out>
+void backward(const Plan& plan, const Norm& norm, const float* x, const float* const* mix, const float* last,
+              const float* figures, const Out* const* grad, const Gradients& to) {
+  const int64_t C = plan.channels;
+  plan.parallel([&](int64_t task, int64_t b, int64_t begin, int64_t end) {
+    Buffer rows(4 + J + 2, C);
+    // y and its predecessor; the gradient in y; what the next step's mixes pull on this one's y.
+    float *y = rows[0], *before = rows[1], *grad_y = rows[2], *pull = rows[3];
+    float *sum_weight = rows[4 + J], *sum_bias = rows[5 + J], *sum_mix[J];
+    for (int64_t j = 0; j < J; ++j) sum_mix[j] = rows[4 + j];
+    const auto normalised = [&](int64_t t, float* out) {
+      const int64_t row = b * plan.steps + t;
+      norm.write(x + row * C, figures[2 * row], figures[2 * row + 1], out);
+    };
+    // g[j]: the gradients in step t's mixes.
+    const auto gradients = [&](int64_t t, const Out** g, const float** by) {
+      for (int64_t j = 0; j < J; ++j) g[j] = grad[j] + (b * plan.steps + t) * C, by[j] = mix[j];
+    };
+    const Out* g[J];
+    const float* by[J];
+    if (end < plan.steps) {
+      gradients(end, g, by);
+      WKV_LANES
+      for (int64_t c = 0; c < C; ++c) {
+        float through = 0.0f;
+        for (int64_t j = 0; j < J; ++j) through += (1.0f - by[j][c]) * wkv::widen(g[j][c]);
+        pull[c] = through;
+      }
+    } else if (to.new_last) {
+      std::copy(to.new_last + b * C, to.new_last + (b + 1) * C, pull);
+    }
+    normalised(end - 1, y);
+    for (int64_t t = end - 1; t >= begin; --t) {
+      const int64_t row = b * plan.steps + t;
+      const float *xt = x + row * C, mean = figures[2 * row], scale = figures[2 * row + 1];
+      if (t > 0) {
+        normalised(t - 1, before);
+      } else if (last) {
+        std::copy(last + b * C, last + (b + 1) * C, before);
+      } else {
+        std::fill(before, before + C, 0.0f);
+      }
+      gradients(t, g, by);
+      WKV_LANES
+      for (int64_t c = 0; c < C; ++c) {
+        const float step = y[c] - before[c];
+        float here = pull[c], through = 0.0f;
+        for (int64_t j = 0; j < J; ++j) {
+          const float of = wkv::widen(g[j][c]);
+          sum_mix[j][c] = multiply_add(of, step, sum_mix[j][c]);
+          here = multiply_add(by[j][c], of, here);
+          through += multiply_add(-by[j][c], of, of);
+        }
+        grad_y[c] = here;
+        pull[c] = through;
+      }
+      // LayerNorm's own: dx = scale (dn - mean(dn) - n mean(dn n)), n the normalised x and dn the gradient in it.
+      const float* weight = norm.weight;
+      const float of_mean = wkv::sum(C, [=](int64_t c) { return grad_y[c] * weight[c]; }) / float(C);
+      const float of_scale =
+          wkv::sum(C, [=](int64_t c) { return grad_y[c] * weight[c] * ((xt[c] - mean) * scale); }) / float(C);
+      float* dx = to.x + row * C;
+      WKV_LANES
+      for (int64_t c = 0; c < C; ++c) {
+        const float n = (xt[c] - mean) * scale;
+        sum_weight[c] = multiply_add(grad_y[c], n, sum_weight[c]);
+        sum_bias[c] += grad_y[c];
+        dx[c] = scale * (multiply_add(grad_y[c], weight[c], -of_mean) - n * of_scale);
+      }
+      std::swap(y, before);
+    }
+    if (begin == 0) std::copy(pull, pull + C, to.last + b * C);
+    for (int64_t j = 0; j < J + 2; ++j) std::copy(rows[4 + j], rows[4 + j] + C, to.sums + (task * (J + 2) + j) * C);
+  });
+}
+
+// f(number of mixes, a value of the type that they are written in), both as constants.
+template <typename F>
+void dispatch(int64_t mixes, bool half, const F& f) {
+  STD_TORCH_CHECK(mixes >= 1 && mixes <= MOST_MIXES, "norm_mix: 1 to ", MOST_MIXES, " mixes, not ", mixes);
+  const auto of = [&](auto j) { half ? f(j, bfloat16()) : f(j, float()); };
+  if (mixes == 1) of(std::integral_constant<int64_t, 1>());
+  if (mixes == 2) of(std::integral_constant<int64_t, 2>());
+  if (mixes == 3) of(std::integral_constant<int64_t, 3>());
+}
+
+std::vector<Tensor> contiguous_all(const std::vector<Tensor>& tensors) {
+  std::vector<Tensor> all;
+  for (const Tensor& t : tensors) all.push_back(torch::stable::contiguous(t));
+  return all;
+}
+
+template <typename T>
+std::vector<T*> pointers(const std::vector<Tensor>& tensors) {
+  std::vector<T*> all;
+  for (const Tensor& t : tensors) all.push_back(data<T>(t));
+  return all;
+}
+
+std::tuple<std::vector<Tensor>, Tensor, Tensor> norm_mix(const Tensor& x, const Tensor& weight, const Tensor& bias,
+                                                         std::vector<Tensor> mix, const std::optional<Tensor>& last,
+                                                         double epsilon, bool half) {
+  using torch::stable::new_empty;
+  const Plan plan(x);
+  const Tensor xc = torch::stable::contiguous(x), w = torch::stable::contiguous(weight),
+               b = torch::stable::contiguous(bias);
+  const std::optional<Tensor> l = contiguous(last);
+  const std::vector<Tensor> m = contiguous_all(mix);
+  std::vector<Tensor> mixed;
+  for (size_t j = 0; j < m.size(); ++j) {
+    mixed.push_back(new_empty(x, {plan.batch, plan.steps, plan.channels},
+                              half ? ScalarType::BFloat16 : ScalarType::Float));
+  }
+  const Tensor new_last = new_empty(x, {plan.batch, plan.channels}), figures = new_empty(x, {plan.batch, plan.steps, 2});
+  dispatch(int64_t(m.size()), half, [&](auto J, auto zero) {
+    using Out = decltype(zero);
+    forward<J, Out>(plan, {data<float>(w), data<float>(b), plan.channels}, data<float>(xc),
+                    pointers<float>(m).data(), data<float>(l), float(epsilon), pointers<Out>(mixed).data(),
+                    data<float>(new_last), data<float>(figures));
+  });
+  return {mixed, new_last, figures};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_mix_backward(
+    const Tensor& x, const Tensor& weight, const Tensor& bias, std::vector<Tensor> mix,
+    const std::optional<Tensor>& last, const Tensor& figures, std::vector<Tensor> grad,
+    const std::optional<Tensor>& grad_last) {
+  using torch::stable::new_empty;
+  const Plan plan(x);
+  const int64_t C = plan.channels, J = int64_t(mix.size());
+  const Tensor xc = torch::stable::contiguous(x), w = torch::stable::contiguous(weight),
+               b = torch::stable::contiguous(bias);
+  const std::optional<Tensor> l = contiguous(last), gl = contiguous(grad_last);
+  const std::vector<Tensor> m = contiguous_all(mix), g = contiguous_all(grad);
+  const Tensor dx = new_empty(x, {plan.batch, plan.steps, C}), d_last = new_empty(x, {plan.batch, C});
+  const Tensor d_weight = new_empty(x, {C}), d_bias = new_empty(x, {C}), d_mix = new_empty(x, {J, C});
+  std::vector<float> sums(plan.batch * plan.tasks * (J + 2) * C);
+  dispatch(J, g[0].scalar_type() == ScalarType::BFloat16, [&](auto j, auto zero) {
+    using Out = decltype(zero);
+    backward<j, Out>(plan, {data<float>(w), data<float>(b), C}, data<float>(xc), pointers<float>(m).data(),
+                     data<float>(l), data<float>(figures), pointers<Out>(g).data(),
+                     {data<float>(gl), data<float>(dx), data<float>(d_last), sums.data()});
+  });
+  for (int64_t j = 0; j < J + 2; ++j) {
+    float* to = j < J ? data<float>(d_mix) + j * C : data<float>(j == J ? d_weight : d_bias);
+    std::fill(to, to + C, 0.0f);
+    for (int64_t task = 0; task < plan.batch * plan.tasks; ++task) {
+      const float* from = sums.data() + (task * (J + 2) + j) * C;
+      for (int64_t c = 0; c < C; ++c) to[c] += from[c];
+    }
+  }
+  return {dx, d_weight, d_bias, d_mix, d_last};
+}
+
+}  // namespace
+
+// x (B, T, C), weight and bias (C,), each mix of C numbers, last (B, C), figures (B, T, 2) and their gradients are
+// float32; the mixed (B, T, C), and the gradients in them, are all float32 or, where half, all bfloat16.
+STABLE_TORCH_LIBRARY_FRAGMENT(rwkv_pl, m) {
+  m.def("norm_mix(Tensor x, Tensor weight, Tensor bias, Tensor[] mix, Tensor? last, float epsilon, bool half)"
+        " -> (Tensor[] mixed, Tensor last, Tensor figures)");
+  m.def("norm_mix_backward(Tensor x, Tensor weight, Tensor bias, Tensor[] mix, Tensor? last, Tensor figures,"
+        " Tensor[] grad, Tensor? grad_last)"
+        " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_mix, Tensor grad_last)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(rwkv_pl, CPU, m) {
+  m.impl("norm_mix", TORCH_BOX(&norm_mix));
+  m.impl("norm_mix_backward", TORCH_BOX(&norm_mix_backward));
+}
