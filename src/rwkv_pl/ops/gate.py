@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rwkv_pl.ops.linear import remade
 from rwkv_pl.ops.wkv4 import compiled_serves
 
 
@@ -14,9 +15,14 @@ def gate(receptance: Tensor, x: Tensor, residual: Tensor | None = None) -> Tenso
     Differentiable once. On the CPU, in float32 or bfloat16 with a residual in float32, one pass over memory each way.
     """
     if _serves(receptance, x, residual):
-        return _Gate.apply(receptance, x, residual)
+        gated = _Gate.apply(receptance, x, residual)
+        return gated if residual is not None else remade(gated, _gated, receptance, x)
     gated = torch.sigmoid(receptance) * x
     return gated if residual is None else residual + gated
+
+
+def _gated(receptance: Tensor, x: Tensor) -> Tensor:
+    return torch.ops.rwkv_pl.gate(receptance, x, None)
 
 
 def _serves(receptance: Tensor, x: Tensor, residual: Tensor | None) -> bool:

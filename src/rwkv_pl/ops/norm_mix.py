@@ -4,11 +4,13 @@ B  batch    T  time    C  channels
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rwkv_pl.ops.linear import remade
 from rwkv_pl.ops.wkv4 import compiled_serves
 
 
@@ -33,9 +35,21 @@ def norm_mix(
     """
     if not _serves(x, norm, mixes):
         return norm_mix_plain(x, norm, mixes, last)
+    last = None if last is None else last.float()
     half = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-    *mixed, last = _NormMix.apply(x, norm.weight, norm.bias, norm.eps, half, last, *mixes)
-    return tuple(mixed), last
+    *mixed, new_last = _NormMix.apply(x, norm.weight, norm.bias, norm.eps, half, last, *mixes)
+    # Of a layer's memory for the backward pass, the mixed would be a quarter.
+    again = partial(_one_mixed, norm.eps, half)
+    return tuple(
+        remade(y, again, x, norm.weight, norm.bias, mix, last) for y, mix in zip(mixed, mixes, strict=True)
+    ), new_last
+
+
+def _one_mixed(
+    eps: float, half: bool, x: Tensor, weight: Tensor, bias: Tensor, mix: Tensor, last: Tensor | None
+) -> Tensor:
+    (mixed,), _, _ = torch.ops.rwkv_pl.norm_mix(x, weight, bias, [mix], last, eps, half)
+    return mixed
 
 
 def norm_mix_plain(
@@ -62,7 +76,6 @@ class _NormMix(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, half: bool, last: Tensor | None, *mixes: Tensor
     ) -> tuple[Tensor, ...]:
-        last = None if last is None else last.float()
         mixed, new_last, figures = torch.ops.rwkv_pl.norm_mix(x, weight, bias, mixes, last, eps, half)
         ctx.save_for_backward(x, weight, bias, last, figures, *mixes)
         ctx.set_materialize_grads(False)
