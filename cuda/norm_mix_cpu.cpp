@@ -25,7 +25,6 @@ using wkv::contiguous;
 using wkv::data;
 using wkv::multiply_add;
 
-constexpr int64_t MOST_MIXES = 3;
 // Rows of a task; each task makes one row more than it owns.
 constexpr int64_t STEPS = 64;
 
@@ -70,9 +69,9 @@ class Buffer {
   std::vector<float> all_;
 };
 
-template <int64_t J, typename Out>
-void forward(const Plan& plan, const Norm& norm, const float* x, const float* const* mix, const float* last,
-             float epsilon, Out* const* mixed, float* new_last, float* figures) {
+template <typename Out>
+void forward(const Plan& plan, const Norm& norm, const float* x, const std::vector<const float*>& mix,
+             const float* last, float epsilon, const std::vector<Out*>& mixed, float* new_last, float* figures) {
   const int64_t C = plan.channels;
   plan.parallel([&](int64_t, int64_t b, int64_t begin, int64_t end) {
     Buffer rows(2, C);
@@ -88,13 +87,11 @@ void forward(const Plan& plan, const Norm& norm, const float* x, const float* co
         figures[2 * row] = mean, figures[2 * row + 1] = scale;
         // `before` is 0 where the text begins: it was made so.
         if (t == 0 && last) std::copy(last + b * C, last + (b + 1) * C, before);
-        Out* out[J];
-        const float* by[J];
-        for (int64_t j = 0; j < J; ++j) out[j] = mixed[j] + row * C, by[j] = mix[j];
-        WKV_LANES
-        for (int64_t c = 0; c < C; ++c) {
-          const float step = y[c] - before[c];
-          for (int64_t j = 0; j < J; ++j) out[j][c] = wkv::narrow<Out>(multiply_add(by[j][c], step, before[c]));
+        for (size_t j = 0; j < mix.size(); ++j) {
+          const float* by = mix[j];
+          Out* out = mixed[j] + row * C;
+          WKV_LANES
+          for (int64_t c = 0; c < C; ++c) out[c] = wkv::narrow<Out>(multiply_add(by[c], y[c] - before[c], before[c]));
         }
       }
       std::swap(y, before);
@@ -109,9 +106,10 @@ struct Gradients {
   float *x, *last, *sums;
 };
 
+// J: the number of mixes, a constant, so that one loop over C holds them all.
 template <int64_t J, typename Out>
-void backward(const Plan& plan, const Norm& norm, const float* x, const float* const* mix, const float* last,
-              const float* figures, const Out* const* grad, const Gradients& to) {
+void backward(const Plan& plan, const Norm& norm, const float* x, const std::vector<const float*>& mix,
+              const float* last, const float* figures, const std::vector<const Out*>& grad, const Gradients& to) {
   const int64_t C = plan.channels;
   plan.parallel([&](int64_t task, int64_t b, int64_t begin, int64_t end) {
     Buffer rows(4 + J + 2, C);
@@ -185,16 +183,6 @@ void backward(const Plan& plan, const Norm& norm, const float* x, const float* c
   });
 }
 
-// f(number of mixes, a value of the type that they are written in), both as constants.
-template <typename F>
-void dispatch(int64_t mixes, bool half, const F& f) {
-  STD_TORCH_CHECK(mixes >= 1 && mixes <= MOST_MIXES, "norm_mix: 1 to ", MOST_MIXES, " mixes, not ", mixes);
-  const auto of = [&](auto j) { half ? f(j, bfloat16()) : f(j, float()); };
-  if (mixes == 1) of(std::integral_constant<int64_t, 1>());
-  if (mixes == 2) of(std::integral_constant<int64_t, 2>());
-  if (mixes == 3) of(std::integral_constant<int64_t, 3>());
-}
-
 std::vector<Tensor> contiguous_all(const std::vector<Tensor>& tensors) {
   std::vector<Tensor> all;
   for (const Tensor& t : tensors) all.push_back(torch::stable::contiguous(t));
@@ -223,12 +211,12 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> norm_mix(const Tensor& x, const 
                               half ? ScalarType::BFloat16 : ScalarType::Float));
   }
   const Tensor new_last = new_empty(x, {plan.batch, plan.channels}), figures = new_empty(x, {plan.batch, plan.steps, 2});
-  dispatch(int64_t(m.size()), half, [&](auto J, auto zero) {
+  const auto run = [&](auto zero) {
     using Out = decltype(zero);
-    forward<J, Out>(plan, {data<float>(w), data<float>(b), plan.channels}, data<float>(xc),
-                    pointers<float>(m).data(), data<float>(l), float(epsilon), pointers<Out>(mixed).data(),
-                    data<float>(new_last), data<float>(figures));
-  });
+    forward<Out>(plan, {data<float>(w), data<float>(b), plan.channels}, data<float>(xc), pointers<const float>(m),
+                 data<float>(l), float(epsilon), pointers<Out>(mixed), data<float>(new_last), data<float>(figures));
+  };
+  half ? run(bfloat16()) : run(float());
   return {mixed, new_last, figures};
 }
 
@@ -246,12 +234,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_mix_backward(
   const Tensor dx = new_empty(x, {plan.batch, plan.steps, C}), d_last = new_empty(x, {plan.batch, C});
   const Tensor d_weight = new_empty(x, {C}), d_bias = new_empty(x, {C}), d_mix = new_empty(x, {J, C});
   std::vector<float> sums(plan.batch * plan.tasks * (J + 2) * C);
-  dispatch(J, g[0].scalar_type() == ScalarType::BFloat16, [&](auto j, auto zero) {
+  STD_TORCH_CHECK(J == 2 || J == 3, "norm_mix: 2 or 3 mixes have a gradient, not ", J);
+  const auto run = [&](auto j, auto zero) {
     using Out = decltype(zero);
-    backward<j, Out>(plan, {data<float>(w), data<float>(b), C}, data<float>(xc), pointers<float>(m).data(),
-                     data<float>(l), data<float>(figures), pointers<Out>(g).data(),
+    backward<j, Out>(plan, {data<float>(w), data<float>(b), C}, data<float>(xc), pointers<const float>(m),
+                     data<float>(l), data<float>(figures), pointers<const Out>(g),
                      {data<float>(gl), data<float>(dx), data<float>(d_last), sums.data()});
-  });
+  };
+  const auto of = [&](auto j) {
+    g[0].scalar_type() == ScalarType::BFloat16 ? run(j, bfloat16()) : run(j, float());
+  };
+  J == 2 ? of(std::integral_constant<int64_t, 2>()) : of(std::integral_constant<int64_t, 3>());
   for (int64_t j = 0; j < J + 2; ++j) {
     float* to = j < J ? data<float>(d_mix) + j * C : data<float>(j == J ? d_weight : d_bias);
     std::fill(to, to + C, 0.0f);

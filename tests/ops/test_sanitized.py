@@ -22,6 +22,26 @@ for B, T, C in [(0, 3, 2), (1, 1, 1), (2, 33, 5), (3, 100, 65), (1, 700, 33)]:
             k, v = torch.randn(2, B, T, C, dtype=dtype)
             output, last, tiles = torch.ops.rwkv_pl.wkv4_forward(w, u, k, v, state, 16)
             torch.ops.rwkv_pl.wkv4_backward(w, u, k, v, tiles, output, last if state is not None else None, 16)
+        if dtype == torch.float32:
+            half = k.bfloat16(), v.bfloat16()
+            output, last, tiles = torch.ops.rwkv_pl.wkv4_forward(w, u, *half, None, 16)
+            torch.ops.rwkv_pl.wkv4_backward(w, u, *half, tiles, output, None, 16)
+ops = torch.ops.rwkv_pl
+for B, T, C, J in [(0, 3, 2, 2), (1, 1, 1, 2), (2, 65, 5, 3), (1, 200, 33, 2)]:
+    for half in (False, True):
+        dtype = torch.bfloat16 if half else torch.float32
+        x, w, b, last, mix = torch.randn(B, T, C), *torch.randn(2, C), torch.randn(B, C), list(torch.randn(J, C))
+        for before in (None, last):
+            mixed, after, figures = ops.norm_mix(x, w, b, mix, before, 1e-5, half)
+            ops.norm_mix_backward(x, w, b, mix, before, figures, mixed, after if half else None)
+        r, y = torch.randn(2, B, T, C).to(dtype)
+        ops.gate_backward(ops.gate(r, y, x), r, y)
+        ops.gate_backward(ops.gate(r, y, None), r, y)
+        ops.squared_relu_(y)
+        ops.squared_relu_backward(r, y)
+        logits, targets = torch.randn(B * T, C).to(dtype), torch.randint(-1, C, (B * T,))
+        nats, largest, *kept = ops.cross_entropy(logits, targets)
+        ops.cross_entropy_backward(logits, targets, *kept, nats, largest)
 from test_rwkv4_step import draw_parameters, draw_state
 for B, L, C, V, F in [(0, 2, 3, 5, 7), (1, 0, 1, 1, 1), (1, 2, 64, 9, 256), (13, 1, 33, 5, 70), (5, 1, 128, 40, 500)]:
     for dtype in (torch.float32, torch.bfloat16):

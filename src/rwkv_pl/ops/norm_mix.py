@@ -24,7 +24,7 @@ def norm_mix(
     Args:
         x: (B, T, C), the residual stream.
         norm: over C, with weight and bias.
-        mixes: up to three, each of C numbers.
+        mixes: two or three, each of C numbers.
         last: (B, C), the y before the first; None for zeros, where a text begins.
 
     Returns:
