@@ -22,7 +22,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
-from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
+from lightning.pytorch.profilers import AdvancedProfiler, PassThroughProfiler, PyTorchProfiler, SimpleProfiler
 from torch import nn
 
 from rwkv_pl.cli.app import load_target, one_line
@@ -50,6 +50,16 @@ BASELINE_BYTES = 4_000_000
 
 # What a validation reports, and callbacks can watch.
 MONITORED = ("val/bits_per_byte", "val/loss")
+
+
+class NoProfiler(PassThroughProfiler):
+    """Lightning's, which makes a context by a generator for each of a hundred calls a step, to do nothing in it."""
+
+    _nothing = contextlib.nullcontext()
+
+    def profile(self, action_name: str) -> Any:
+        return self._nothing
+
 
 PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
 
@@ -287,6 +297,8 @@ def build_trainer(
             raise UserError(f"trainer.profiler must be one of {', '.join(PROFILERS)}, got {name}")
         # By its name alone Lightning's would only log, at a level that is not shown.
         arguments["profiler"] = PROFILERS[name](dirpath=folder, filename="profile")
+    else:
+        arguments["profiler"] = NoProfiler()
     try:
         return Trainer(
             **arguments,

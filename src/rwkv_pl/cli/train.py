@@ -148,6 +148,7 @@ def _run(prepared: "Prepared", folder: Path, resumed: bool = False) -> None:
     from rwkv_pl.training.faults import StopOnSignal, explained
     from rwkv_pl.training.footprint import free_memory, in_units
     from rwkv_pl.training.history import History
+    from rwkv_pl.training.peak import measured_peak, product_dtype
     from rwkv_pl.training.progress import TrainingProgress, duration
     from rwkv_pl.training.pruning import PruneTrial
     from rwkv_pl.training.sample import sample_tokens
@@ -155,7 +156,10 @@ def _run(prepared: "Prepared", folder: Path, resumed: bool = False) -> None:
     config, data, module = prepared.config, prepared.data, prepared.module
     vocabulary = data.vocabulary
     tokens_per_step = config.data.batch_size * config.data.ctx_len
-    history = History(folder, tokens_per_step, prepared.baselines, redo_validation=prepared.owes_validation)
+    cost = prepared.cost
+    history = History(
+        folder, tokens_per_step, prepared.baselines, prepared.owes_validation, flops_per_token=cost.flops
+    )
     progress = [TrainingProgress(history)] if config.trainer["enable_progress_bar"] else []
     trial = [PruneTrial(folder)] if (folder / "trial.json").exists() else []
     callbacks = [history, *progress, *trial, *build_callbacks(config, folder), StopOnSignal()]
@@ -167,7 +171,10 @@ def _run(prepared: "Prepared", folder: Path, resumed: bool = False) -> None:
     if trainer.is_global_zero:
         with publish(folder / "vocab.json") as file:
             file.write(json.dumps(vocabulary.to_dict()).encode())
-        model, cost, trained = config.model, prepared.cost, config.data
+        model, trained, device = config.model, config.data, trainer.strategy.root_device
+        dtype = product_dtype(device, trainer.precision_plugin)
+        peak = measured_peak(device, dtype)
+        history.peak = peak * trainer.world_size
         rows = trained.batch_size // (trainer.world_size * trainer.accumulate_grad_batches)
         log.info(f"run     {folder}")
         for remark in prepared.remarks:
@@ -180,8 +187,10 @@ def _run(prepared: "Prepared", folder: Path, resumed: bool = False) -> None:
         )
         log.info(
             f"memory  about {in_units(cost.bytes(rows * trained.ctx_len))} for weights, optimizer and a micro-batch of "
-            f"{rows} x {trained.ctx_len:,} tokens, of {in_units(free_memory(trainer.strategy.root_device))} free"
+            f"{rows} x {trained.ctx_len:,} tokens, of {in_units(free_memory(device))} free"
         )
+        each = f"{trainer.world_size} x " if trainer.world_size > 1 else ""
+        log.info(f"machine {each}{in_units(peak, 'FLOP/s')} of {str(dtype).removeprefix('torch.')} products, measured")
         log.info(f"length  {prepared.length()}")
         log.info(f"code    {code}")
         for logger in [] if resumed else trainer.loggers:

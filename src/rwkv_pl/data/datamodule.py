@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
@@ -24,6 +25,9 @@ from rwkv_pl.files import cache_folder
 # More than any run reads, and little enough that Lightning's float arithmetic on lengths stays exact.
 ENDLESS = 2**50
 
+# Places in the order are computed for so many rows at once: numpy takes little longer for them than for one.
+ROWS_TOGETHER = 1024
+
 
 class TrainBatches(Dataset[Tensor]):
     """Micro-batch m of one process, m = n * accumulate + a: (B / (A * D), T+1) int64 of batch n."""
@@ -33,6 +37,8 @@ class TrainBatches(Dataset[Tensor]):
     ) -> None:
         self.file, self.seed, self.ctx_len, self.batch_size = file, seed, ctx_len, batch_size
         self.accumulate = accumulate
+        self._together = max(1, ROWS_TOGETHER // batch_size)
+        self._starts: tuple[int, order.Int64] = -1, np.empty(0, np.int64)
         self.rows = [
             order.micro_batch_rows(batch_size, world_size=world_size, rank=rank, accumulate=accumulate, micro_batch=a)
             for a in range(accumulate)
@@ -42,10 +48,18 @@ class TrainBatches(Dataset[Tensor]):
         n, a = divmod(m, self.accumulate)
         self.file.check()
         tokens = self.file.split("train")
-        starts = order.window_starts(
-            n, seed=self.seed, n_tokens=len(tokens), ctx_len=self.ctx_len, batch_size=self.batch_size
-        )
-        return torch.from_numpy(order.read_windows(tokens, starts[self.rows[a]], self.ctx_len))
+        block, place = divmod(n, self._together)
+        if self._starts[0] != block:
+            # Rows are counted through the whole run, so several batches are a large one.
+            starts = order.window_starts(
+                block,
+                seed=self.seed,
+                n_tokens=len(tokens),
+                ctx_len=self.ctx_len,
+                batch_size=self._together * self.batch_size,
+            )
+            self._starts = block, starts.reshape(self._together, self.batch_size)
+        return torch.from_numpy(order.read_windows(tokens, self._starts[1][place, self.rows[a]], self.ctx_len))
 
 
 class EvalBatches(Dataset[Tensor]):

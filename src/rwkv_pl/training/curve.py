@@ -20,6 +20,8 @@ COLUMNS = (
     "tokens_per_second",
     "val/loss",
     "val/bits_per_byte",
+    "model_flops_per_second",
+    "mfu",
 )
 
 

@@ -56,6 +56,8 @@ class StopOnSignal(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # Lightning's handlers raise, or save, wherever the training is: inside an optimizer step too.
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+        # They are what it would ask all processes for at each micro-batch, and wait for the GPU.
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
         environment = trainer._accelerator_connector.cluster_environment
         if isinstance(environment, SLURMEnvironment):
             environment.auto_requeue = False

@@ -17,19 +17,24 @@ from rwkv_pl.training.curve import COLUMNS, draw, read_rows
 from rwkv_pl.training.loss import bits_per_byte, count_bytes
 
 SECONDS_BETWEEN_DRAWINGS = 30
+SHARE_OF_DRAWING = 0.003
 
 
 class History(Callback):
     """Writes a row for step 1, every `trainer.log_every_n_steps` optimizer steps, and for each validation.
 
     A row is of one whole step, all its micro-batches and processes: train/loss and train/l2wrap in nats a token,
-    train/grad_norm before clipping, lr the one used, tokens since the run began, tokens_per_second since the last row,
-    seconds of training and validation since the run began. Rows past the step that a run is resumed from are dropped.
+    train/grad_norm before clipping, lr the one used, tokens since the run began, tokens_per_second since the last row
+    without validations and checkpoints, model_flops_per_second, the matrix products' floating-point operations at that
+    speed, mfu, their share of `peak`; seconds of training and validation since the run began. Rows past the step that
+    a run is resumed from are dropped.
 
     folder:    the run folder.
     tokens_per_step: batch_size * ctx_len.
     baselines: bits per byte of other ways to predict the validation text, drawn as lines; {"gzip -9": 2.0}.
     redo_validation: the run goes on with the validation of the step where it was stopped, whose row is then dropped.
+    flops_per_token: of training, forward and backward; None leaves model_flops_per_second out.
+    peak:      floating-point operations a second that all devices of the run can do; None leaves mfu out.
     """
 
     def __init__(
@@ -38,14 +43,18 @@ class History(Callback):
         tokens_per_step: int,
         baselines: dict[str, float] | None = None,
         redo_validation: bool = False,
+        flops_per_token: int | None = None,
+        peak: float | None = None,
     ) -> None:
         self.folder = folder
         self.tokens_per_step = tokens_per_step
         self.baselines = baselines or {}
         self.redo_validation = redo_validation
+        self.flops_per_token, self.peak = flops_per_token, peak
         self.rows: list[dict[str, float]] = []
         self.latest: dict[str, float] = {}
         self.begun = False
+        self._paused_at: float | None = None
         self._seconds_before = 0.0
 
     def state_dict(self) -> dict[str, Any]:
@@ -55,6 +64,7 @@ class History(Callback):
         self._seconds_before = state_dict["seconds"]
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        self._pause(pl_module)
         # A checkpoint's step must not be on the disk without its rows.
         if file := self.__dict__.get("_file"):
             os.fsync(file.fileno())
@@ -66,6 +76,7 @@ class History(Callback):
         self.begun = True
         self._started = self._drawn = time.perf_counter()
         self._timed_from, self._timed_step = self._started, trainer.global_step
+        self._drawing, self._paused_at = 0.0, None
         self._sums: list[Tensor] = []
         if trainer.is_global_zero:
             self.rows = read_rows(self.folder / "metrics.csv", up_to=trainer.global_step)
@@ -77,43 +88,59 @@ class History(Callback):
                         self._log(trainer, row)  # TensorBoard has dropped all of the step
             self._file = _begin(self.folder / "metrics.csv", self.rows)
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Tensor, batch_idx: int) -> None:
+        if self._paused_at is not None:
+            self._timed_from += time.perf_counter() - self._paused_at
+            self._paused_at = None
+
+    def _pause(self, pl_module: Any) -> None:
+        """Until the next micro-batch begins the time is not the training's."""
+        if self._paused_at is None:
+            if pl_module.device.type == "cuda":
+                torch.cuda.synchronize(pl_module.device)  # what it still computes is
+            self._paused_at = time.perf_counter()
+
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Tensor, batch_idx: int) -> None:
         ended = not trainer.fit_loop.epoch_loop._should_accumulate()
         step = trainer.global_step + (not ended)  # the step of this micro-batch, counted from 1
         if step % trainer.log_every_n_steps and step != 1:  # type: ignore[attr-defined]
             return
+        if ended:
+            pl_module.read_findings()  # a batch that stops the run has no row
         n_bytes = count_bytes(batch[:, 1:], pl_module.bytes_per_token)
         self._sums.append(torch.stack([outputs["nats"], outputs["l2wrap"], n_bytes]))
         if not ended:
             return
         sums = trainer.strategy.reduce(torch.stack(self._sums).mean(0), reduce_op="mean")
         nats, pull, n_bytes = sums.tolist()
+        grad_norm = float(pl_module.grad_norm)
         tokens_per_micro_batch = batch[:, 1:].numel()
         self._sums = []
         now = time.perf_counter()
+        speed = (step - self._timed_step) * self.tokens_per_step / (now - self._timed_from)
         self._write(
             trainer,
             {
                 "train/loss": nats,
                 "train/bits_per_byte": bits_per_byte(nats * tokens_per_micro_batch, n_bytes),
                 "train/l2wrap": pull,
-                "train/grad_norm": pl_module.grad_norm,
+                "train/grad_norm": grad_norm,
                 "lr": pl_module.used_lr,
-                "tokens_per_second": (step - self._timed_step) * self.tokens_per_step / (now - self._timed_from),
+                "tokens_per_second": speed,
+                **self._arithmetic(speed),
             },
         )
         self._timed_from, self._timed_step = now, step
-        if now - self._drawn > SECONDS_BETWEEN_DRAWINGS:
+        if now - self._drawn > max(SECONDS_BETWEEN_DRAWINGS, self._drawing / SHARE_OF_DRAWING):
             self._draw(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
-        self._validation_started = time.perf_counter()
+        if trainer.state.fn == "fit":
+            self._pause(pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         if trainer.state.fn != "fit":
             return
-        # A validation is not the training's speed.
-        self._timed_from += time.perf_counter() - self._validation_started
         metrics = trainer.callback_metrics
         self._write(trainer, {name: float(metrics[name]) for name in ("val/loss", "val/bits_per_byte")})
         self._draw(trainer)
@@ -125,6 +152,12 @@ class History(Callback):
         if file := self.__dict__.pop("_file", None):
             with contextlib.suppress(OSError):  # of a full disk, again
                 file.close()
+
+    def _arithmetic(self, tokens_per_second: float) -> dict[str, float]:
+        if self.flops_per_token is None:
+            return {}
+        speed = tokens_per_second * self.flops_per_token
+        return {"model_flops_per_second": speed} | ({"mfu": speed / self.peak} if self.peak else {})
 
     def _seconds(self) -> float:
         return self._seconds_before + time.perf_counter() - self._started
@@ -149,8 +182,10 @@ class History(Callback):
 
     def _draw(self, trainer: Trainer) -> None:
         if trainer.is_global_zero and self.rows:
+            began = time.perf_counter()
             draw(self.rows, self.folder / "loss.png", self.baselines)
             self._drawn = time.perf_counter()
+            self._drawing = self._drawn - began
 
 
 def _begin(path: Path, rows: list[dict[str, float]]) -> Any:

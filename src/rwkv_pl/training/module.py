@@ -36,7 +36,8 @@ class LitRWKV(LightningModule):
     past:            plain JSON types, carried in every checkpoint: what a run that goes on from it has to agree with.
     skip_nonfinite:  how many batches with a NaN or Inf loss or gradient a run leaves out; the next one raises RunError.
 
-    After each optimizer step `grad_norm` is its gradient's norm before clipping, and `used_lr` its learning rate.
+    After each optimizer step `grad_norm` is its gradient's norm before clipping, where the gradient lies (`float` of it
+    waits for a GPU), and `used_lr` its learning rate.
     """
 
     def __init__(
@@ -60,8 +61,10 @@ class LitRWKV(LightningModule):
         self.past = past or {}
         self.skip_nonfinite = skip_nonfinite
         self.skipped = 0
-        self.grad_norm = self.used_lr = math.nan
+        self.grad_norm: Tensor | float = math.nan
+        self.used_lr = math.nan
         self._loss: Tensor | float = 0.0
+        self._unread: tuple[int, Tensor, torch.cuda.Event | None] | None = None
         self.bytes_per_token: Tensor | None
         self.register_buffer("bytes_per_token", bytes_per_token, persistent=False)
 
@@ -145,11 +148,16 @@ class LitRWKV(LightningModule):
     @property
     def current_lr(self) -> float:
         """The rate of the optimizer step under way."""
-        return learning_rate(self.trainer.global_step, self.optim, self.schedule, self.trainer.max_steps)
+        return self.rate_of(self.trainer.global_step)
+
+    def rate_of(self, step: int) -> float:
+        """The rate of an optimizer step, counted from 0."""
+        return learning_rate(step, self.optim, self.schedule, self.trainer.max_steps)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        self.used_lr = self.current_lr
         for group in optimizer.param_groups:
-            group["lr"] = self.current_lr * group["lr_scale"]
+            group["lr"] = self.used_lr * group["lr_scale"]
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         if self.trainer.global_step + 1 == self.trainer.max_steps:
             # Lightning counts this step when the hook returns. A run that is told to stop validates before it ends,
@@ -160,30 +168,55 @@ class LitRWKV(LightningModule):
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         """Takes the gradient's norm, once, for the record, for the clipping, and to see whether it is a number."""
-        parameters = [parameter for parameter in self.parameters() if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        self.read_findings()
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         loss = torch.as_tensor(self._loss, device=norm.device) / self.trainer.accumulate_grad_batches
         self._loss = 0.0
-        # float16's loss scaler probes for the largest scale, and itself leaves out the steps of the Inf that it makes.
-        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
-        if scaled and self.trainer.world_size > 1:
+        if self._scaled and self.trainer.world_size > 1:
             loss = self.trainer.strategy.reduce(loss, reduce_op="mean")
-        self.used_lr = self.current_lr
-        self.grad_norm, mean_loss = torch.stack([norm, loss.to(norm.dtype)]).tolist()
-        if not math.isfinite(mean_loss) or not (scaled or math.isfinite(self.grad_norm)):
-            self._leave_out(mean_loss)
-            for parameter in parameters:
-                parameter.grad = None  # an optimizer step without gradients changes nothing
-        elif gradient_clip_val and gradient_clip_algorithm == "norm":
+        self.grad_norm = norm
+        figures, step = torch.stack([norm, loss.to(norm.dtype)]), self.trainer.global_step
+        if self.leaves_out_on_the_device(optimizer):
+            # Read before the next step, when the GPU has the next gradient to compute already.
+            optimizer.found_inf = (figures * 0 != 0).any().float()  # type: ignore[attr-defined]
+            there, copied = figures.to("cpu", non_blocking=True), torch.cuda.Event() if figures.is_cuda else None
+            if copied:
+                copied.record()
+            self._unread = step, there, copied
+        else:
+            self._unread = step, figures, None
+            if self.read_findings():
+                for parameter in parameters:
+                    parameter.grad = None  # an optimizer step without gradients changes nothing
+                return
+        if gradient_clip_val and gradient_clip_algorithm == "norm":
             torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
-    def _leave_out(self, loss: float) -> None:
-        step = self.trainer.global_step
+    @property
+    def _scaled(self) -> bool:
+        # float16's loss scaler probes for the largest scale, and itself leaves out the steps of the Inf that it makes.
+        return getattr(self.trainer.precision_plugin, "scaler", None) is not None
+
+    def leaves_out_on_the_device(self, optimizer: Optimizer) -> bool:
+        """Does the optimizer itself leave out a step of NaN? To be told of it first is to wait for a GPU at each step."""
+        return self.device.type == "cuda" and bool(optimizer.defaults.get("fused")) and not self._scaled
+
+    def read_findings(self) -> bool:
+        """Was the batch that last went backwards left out? A warning, or RunError, has said so by then."""
+        if self._unread is None:
+            return False
+        (step, figures, copied), self._unread = self._unread, None
+        if copied:
+            copied.synchronize()
+        norm, loss = figures.tolist()
+        if math.isfinite(loss) and (self._scaled or math.isfinite(norm)):
+            return False
         told = (
             f"the {'gradient' if math.isfinite(loss) else 'loss'} of batch {step:,} is not finite "
-            f"(loss {loss:.4g}, gradient norm {self.grad_norm:.4g}, learning rate {self.used_lr:.3g})"
+            f"(loss {loss:.4g}, gradient norm {norm:.4g}, learning rate {self.rate_of(step):.3g})"
         )
         if self.skipped >= self.skip_nonfinite:
             raise RunError(
@@ -193,10 +226,18 @@ class LitRWKV(LightningModule):
         self.skipped += 1
         if self.trainer.is_global_zero:
             log.warning(f"{told}: left out, {self.skipped} of at most {self.skip_nonfinite}")
+        return True
+
+    def on_validation_start(self) -> None:
+        self.read_findings()
+
+    def on_train_end(self) -> None:
+        self.read_findings()
 
     # Checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.read_findings()
         checkpoint["rwkv_pl"] = {
             "format": CHECKPOINT_FORMAT,
             "model": next(name for name, (cls, _) in VERSIONS.items() if isinstance(self.model, cls)),

@@ -16,6 +16,7 @@ from rwkv_pl.training.history import History
 log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 10
+SECONDS_BETWEEN_BARS = 0.5
 
 
 class ConsoleHandler(logging.Handler):
@@ -39,7 +40,7 @@ class LogFile(logging.FileHandler):
 
 
 class TrainingProgress(ProgressBar):
-    """Steps, loss, bits per byte, tokens/s and the time left; the figures are those that `history` logged last."""
+    """Steps, loss, bits per byte, tokens/s, MFU and the time left; the figures are those that `history` logged last."""
 
     def __init__(self, history: History) -> None:
         super().__init__()
@@ -66,7 +67,7 @@ class TrainingProgress(ProgressBar):
                 TextColumn("left"),
                 TimeRemainingColumn(compact=True),
                 console=console,
-                refresh_per_second=2,
+                auto_refresh=False,  # by a thread of its own, which would stop the training as long
             )
             total = trainer.max_steps if trainer.max_steps > 0 else None
             self._task = self._bar.add_task("", total=total, completed=trainer.global_step, figures="")
@@ -75,35 +76,45 @@ class TrainingProgress(ProgressBar):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        now = time.perf_counter()
         if self._bar:
-            self._bar.update(self._task, completed=trainer.global_step, figures=self._figures())
-        elif time.perf_counter() - self._told >= SECONDS_BETWEEN_LINES and trainer.is_global_zero:
-            self._told = time.perf_counter()
+            if now - self._told >= SECONDS_BETWEEN_BARS:
+                self._told = now
+                self._show(completed=trainer.global_step, figures=self._figures())
+        elif now - self._told >= SECONDS_BETWEEN_LINES and trainer.is_global_zero:
+            self._told = now
             log.info(f"step {self._place(trainer)}  {self._figures()}  {self._time_left(trainer)}")
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._bar:
-            self._bar.update(self._task, description="validating ", figures="")
+            self._show(completed=trainer.global_step, description="validating ", figures="")
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
-        if self._bar:
-            self._bar.update(self._task, figures=f"call {batch_idx + 1:,} of {trainer.num_val_batches[0]:,}")
+        if self._bar and time.perf_counter() - self._told >= SECONDS_BETWEEN_BARS:
+            self._told = time.perf_counter()
+            self._show(figures=f"call {batch_idx + 1:,} of {trainer.num_val_batches[0]:,}")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != "fit" or not trainer.is_global_zero:
             return
         if self._bar:
-            self._bar.update(self._task, description="", figures=self._figures())
+            self._show(description="", figures=self._figures())
         bits = float(trainer.callback_metrics["val/bits_per_byte"])
         log.info(f"step {self._place(trainer)}  validation {bits:.4f} bits per byte")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._bar:
+            self._show(completed=trainer.global_step, figures=self._figures())
         self._stop()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._stop()
+
+    def _show(self, **changes: Any) -> None:
+        if self._bar:
+            self._bar.update(self._task, refresh=True, **changes)
 
     def _stop(self) -> None:
         if self._bar:
@@ -119,7 +130,7 @@ class TrainingProgress(ProgressBar):
             return ""
         return (
             f"loss {latest['train/loss']:.3f}  {latest['train/bits_per_byte']:.3f} bits/byte  "
-            f"{latest['tokens_per_second']:,.0f} tokens/s"
+            f"{latest['tokens_per_second']:,.0f} tokens/s" + (f"  {latest['mfu']:.0%} MFU" if "mfu" in latest else "")
         )
 
     def _time_left(self, trainer: Trainer) -> str:

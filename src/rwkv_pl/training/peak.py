@@ -1,0 +1,81 @@
+"""How fast the machine multiplies matrices: what a training's own speed is measured against."""
+
+import contextlib
+import platform
+import time
+
+import torch
+from filelock import FileLock
+from lightning.pytorch.plugins import Precision
+
+from rwkv_pl.files import cache_folder, digest_of, read_record, write_record
+from rwkv_pl.ops.linear import linear
+
+SECONDS = 0.3
+SECONDS_KEPT = 24 * 3600
+LARGEST = 8192
+
+
+def product_dtype(device: torch.device, precision: Precision) -> torch.dtype:
+    """The dtype in which the model's matrix products run."""
+    with precision.forward_context(), torch.no_grad():
+        return linear(torch.ones(32, 32, device=device), torch.ones(32, 32, device=device)).dtype
+
+
+def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations a second of matrix products, as `measure` finds them.
+
+    Kept for a day in the cache folder, for the same machine, threads and torch: a figure that other work has spoilt
+    does not stay.
+    """
+    asked = {
+        "machine": platform.node(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
+        "dtype": f"{dtype}, {torch.get_float32_matmul_precision()}",
+        "torch": torch.__version__,
+    }
+    path = cache_folder() / "peaks" / f"{digest_of(asked)[:16]}.json"
+    with contextlib.ExitStack() as stack:
+        writable = True
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(FileLock(path.with_suffix(".lock")))  # two would measure each other
+        except OSError:
+            writable = False
+        kept = read_record(path)
+        if kept and time.time() - path.stat().st_mtime < SECONDS_KEPT:
+            return float(kept["flops_per_second"])
+        peak = measure(device, dtype)
+        if writable:
+            with contextlib.suppress(OSError):
+                write_record(path, {"flops_per_second": peak} | asked)
+    return peak
+
+
+def measure(device: torch.device, dtype: torch.dtype, seconds: float = SECONDS) -> float:
+    """Floating-point operations a second of the fastest square product, of growing sizes, a few times each."""
+    best, ends, side = 0.0, time.perf_counter() + seconds, 256
+    # Zeros and ones cost a GPU less power than numbers, and are multiplied faster.
+    numbers = torch.Generator(device).manual_seed(0)
+    with torch.inference_mode():
+        while side <= LARGEST:
+            try:
+                a, b = (torch.randn(side, side, device=device, generator=numbers).to(dtype) for _ in range(2))
+                times = [_seconds(a, b, device) for _ in range(4)]
+            except torch.OutOfMemoryError:
+                break
+            best = max(best, 2 * side**3 / min(times))
+            side *= 2
+            # Eight times the arithmetic; what would not end in time is left out.
+            if time.perf_counter() + 8 * sum(times) > ends:
+                break
+    return best
+
+
+def _seconds(a: torch.Tensor, b: torch.Tensor, device: torch.device) -> float:
+    began = time.perf_counter()
+    linear(a, b)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
