@@ -47,13 +47,16 @@ def state(run: Path, name: str) -> dict[str, torch.Tensor]:
     return weights | {f"{n}.{k}": v for n, of in moments.items() for k, v in of.items()}
 
 
+SPEEDS = ("tokens_per_second", "model_flops_per_second", "mfu")
+
+
 def figures(run: Path) -> list[list[str]]:
     """metrics.csv without what the clock says, which must only rise."""
     lines = [line.split(",") for line in (run / "metrics.csv").read_text().splitlines()]
     clock = lines[0].index("seconds")
     seconds = [float(line[clock]) for line in lines[1:]]
     assert seconds == sorted(seconds)
-    timed = {clock, lines[0].index("tokens_per_second")}
+    timed = {clock, *(lines[0].index(name) for name in SPEEDS)}
     return [[cell for i, cell in enumerate(line) if i not in timed] for line in lines]
 
 
@@ -63,7 +66,7 @@ def tensorboard(run: Path) -> list[tuple[str, int, float]]:
 
     events = EventAccumulator(str(run), size_guidance={"scalars": 0})
     events.Reload()
-    names = [name for name in events.Tags()["scalars"] if name not in ("seconds", "tokens_per_second", "epoch")]
+    names = [name for name in events.Tags()["scalars"] if name not in ("seconds", *SPEEDS, "epoch")]
     return [(name, event.step, event.value) for name in names for event in events.Scalars(name)]
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rwkv_pl.config import UserError
 from rwkv_pl.data import corpus as corpora
+from rwkv_pl.data import datamodule
 from rwkv_pl.data.datamodule import CorpusDataModule, Enwik8DataModule, EvalBatches, StdlibDataModule
 from rwkv_pl.data.order import read_windows, window_starts
 from rwkv_pl.data.tokens import Vocabulary, open_tokens
@@ -53,7 +54,9 @@ def module(path: Path, **settings: Any) -> CorpusDataModule:
     return data
 
 
-def test_a_batch_is_the_contract_s(path: Path) -> None:
+@pytest.mark.parametrize("together", [1, 24, 60, 1024])
+def test_a_batch_is_the_contract_s(path: Path, monkeypatch: pytest.MonkeyPatch, together: int) -> None:
+    monkeypatch.setattr(datamodule, "ROWS_TOGETHER", together)
     data = module(path, seed=7)
     train = np.frombuffer(NOISE, np.uint8)[: data.corpus.splits.train[1]]
     assert np.array_equal(data.train_tokens, train)

@@ -1,8 +1,14 @@
-"""metrics.csv survives what happens to files, and the curve is drawn from any rows."""
+"""metrics.csv survives what happens to files, its speeds are those of the steps, the curve is drawn from any rows."""
+
+from types import SimpleNamespace
 
 import pytest
+from lightning.pytorch import Trainer
 
-from rwkv_pl.training.history import COLUMNS, draw, read_rows
+from rwkv_pl import RWKV4, CorpusDataModule, LitRWKV, RWKV4Config
+from rwkv_pl.training import history
+from rwkv_pl.training.checkpoints import LastCheckpoint
+from rwkv_pl.training.history import COLUMNS, History, draw, read_rows
 
 HEADER = ",".join(COLUMNS) + "\n"
 
@@ -38,3 +44,59 @@ def test_a_curve_of_few_or_broken_rows(tmp_path, rows):
     draw(rows, tmp_path / "loss.png", {"gzip -9": 2.0})
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in tmp_path.iterdir()] == ["loss.png"]
+
+
+def test_a_file_from_before_a_column_was_added_goes_on(tmp_path):
+    path = tmp_path / "metrics.csv"
+    old = COLUMNS[: COLUMNS.index("model_flops_per_second")]
+    path.write_text(",".join(old) + "\n" + ",".join(["2", "20"] + ["1"] * (len(old) - 2)) + "\n")
+    with history._begin(path, read_rows(path, up_to=9)) as file:
+        history._append(file, {"step": 4, "tokens": 40, "mfu": 0.5})
+    first, second = read_rows(path, up_to=9)
+    assert first == dict.fromkeys(old, 1.0) | {"step": 2, "tokens": 20}
+    assert second == {"step": 4, "tokens": 40, "mfu": 0.5}
+
+
+def test_speeds_are_those_of_the_steps_alone(tmp_path, monkeypatch):
+    """By a clock that a step moves by 2 seconds, a validation's call by 100, and a checkpoint by 50."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(history, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+
+    class Timed(LitRWKV):
+        def training_step(self, batch, batch_idx):
+            clock.now += 2
+            return super().training_step(batch, batch_idx)
+
+        def validation_step(self, batch, batch_idx):
+            clock.now += 100
+            super().validation_step(batch, batch_idx)
+
+        def on_save_checkpoint(self, checkpoint):
+            clock.now += 50
+            super().on_save_checkpoint(checkpoint)
+
+    (tmp_path / "corpus.txt").write_bytes(b"The quick brown fox jumps over the lazy dog. " * 100)
+    monkeypatch.setattr(history, "draw", lambda *_: None)
+    record = History(tmp_path, tokens_per_step=32, flops_per_token=1000, peak=64_000)
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=9,
+        max_epochs=-1,
+        log_every_n_steps=2,
+        val_check_interval=3,
+        limit_val_batches=2,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[record, LastCheckpoint(str(tmp_path), every_n_train_steps=2)],
+    )
+    trainer.fit(
+        Timed(RWKV4(RWKV4Config(256, 1, 8))), CorpusDataModule(tmp_path / "corpus.txt", batch_size=2, ctx_len=16)
+    )
+    rows = [row for row in read_rows(tmp_path / "metrics.csv", up_to=9) if "train/loss" in row]
+    assert [row["step"] for row in rows] == [1, 2, 4, 6, 8]
+    for row in rows:
+        assert (row["tokens_per_second"], row["model_flops_per_second"], row["mfu"]) == (16, 16_000, 0.25)
+    assert record.latest["seconds"] == 9 * 2 + 3 * 200 + 4 * 50

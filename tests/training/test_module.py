@@ -1,12 +1,15 @@
 """LitRWKV in a plain Trainer, as somebody uses it from Python."""
 
 import math
+from collections import Counter
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 
 from rwkv_pl import RWKV4, CorpusDataModule, LitRWKV, RWKV4Config
+from rwkv_pl.config import RunError
+from rwkv_pl.training.history import History
 from rwkv_pl.training.loss import cross_entropy, split_tokens
 
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
@@ -70,3 +73,88 @@ def test_the_test_split_has_the_same_figures(data):
 def test_other_precisions(data, precision):
     trainer, _ = trained(data, precision=precision)
     assert float(trainer.callback_metrics["val/bits_per_byte"]) < 3
+
+
+class Spoilt(LitRWKV):
+    """The loss of batch 3 is NaN. late: what a fused optimizer finds is read a step later, as on a GPU."""
+
+    late = False
+
+    def training_step(self, batch, batch_idx):
+        parts = super().training_step(batch, batch_idx)
+        if batch_idx == 3:
+            parts["loss"] = parts["loss"] * math.nan
+            self._loss = self._loss * math.nan
+        return parts
+
+    def leaves_out_on_the_device(self, optimizer):
+        return self.late and optimizer.defaults["fused"]
+
+
+def spoilt(data, late, skip, steps):
+    torch.manual_seed(0)
+    module = Spoilt(RWKV4(RWKV4Config(256, 2, 32)), skip_nonfinite=skip)
+    module.late, module.optim.lr = late, 1e-2
+    trainer = Trainer(accelerator="cpu", max_steps=steps, val_check_interval=100, **QUIET, **ENDLESS)
+    error = None
+    try:
+        trainer.fit(module, data)
+    except RunError as raised:
+        error = str(raised)
+    state = trainer.optimizers[0].state_dict()["state"]
+    return (
+        error,
+        module.skipped,
+        list(module.model.state_dict().values()) + [v for s in state.values() for v in s.values()],
+    )
+
+
+@pytest.mark.parametrize("steps", [4, 6])
+def test_a_gpu_leaves_out_a_batch_without_being_asked(data, steps):
+    """The same bits as where the host looks first, also where nothing follows the batch but the validation."""
+    early, late = (spoilt(data, late, skip=1, steps=steps) for late in (False, True))
+    assert (early[:2], late[:2]) == ((None, 1), (None, 1))
+    assert all(torch.equal(a, b) and a.isfinite().all() for a, b in zip(early[2], late[2], strict=True))
+
+
+@pytest.mark.parametrize("steps", [4, 6])
+def test_a_gpu_is_stopped_before_the_step_that_would_be_spoilt(data, steps):
+    early, late = (spoilt(data, late, skip=0, steps=steps) for late in (False, True))
+    assert "loss of batch 3 is not finite" in early[0] and "before optimizer step 4" in early[0]
+    assert late[0] == early[0]
+    assert all(torch.equal(a, b) for a, b in zip(early[2], late[2], strict=True))
+
+
+def test_what_the_host_asks_of_the_device_in_a_step(data, tmp_path, monkeypatch):
+    """Each asking is a wait for a GPU: at steps that are not logged one, for what was found the step before."""
+    asked, logged = Counter(), Counter()
+    step = 0
+
+    def watched(name, whole):
+        def call(tensor, *arguments):
+            asked[step] += 1
+            return whole(tensor, *arguments)
+
+        monkeypatch.setattr(torch.Tensor, name, call)
+
+    class Steps(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            nonlocal step
+            step = trainer.global_step + 1
+
+        def on_train_batch_end(self, *_):
+            nonlocal step
+            step = 0
+
+    for name in ("tolist", "item", "cpu", "numpy", "__float__", "__int__", "__bool__", "__index__"):
+        watched(name, getattr(torch.Tensor, name))
+    monkeypatch.setattr(LitRWKV, "leaves_out_on_the_device", lambda self, optimizer: optimizer.defaults["fused"])
+    monkeypatch.setattr(LitRWKV, "log", lambda self, *_, **__: logged.update([step]))
+    callbacks = [History(tmp_path, 4 * 32), Steps()]
+    trained(data, max_steps=8, val_check_interval=100, limit_val_batches=0, log_every_n_steps=5, callbacks=callbacks)
+    assert {step: asked[step] for step in range(2, 9) if step != 5} == dict.fromkeys((2, 3, 4, 6, 7, 8), 1) | {
+        2: 0,
+        6: 0,
+    }
+    assert asked[5] <= 4
+    assert not logged

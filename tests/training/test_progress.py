@@ -23,7 +23,7 @@ def run(tmp_path, monkeypatch, terminal: bool) -> str:
     handler = ConsoleHandler()
     progress.log.addHandler(handler)
     progress.log.setLevel(logging.INFO)
-    history = History(tmp_path, tokens_per_step=32)
+    history = History(tmp_path, tokens_per_step=32, flops_per_token=6000, peak=1e9)
     trainer = Trainer(
         accelerator="cpu",
         max_steps=4,
@@ -44,7 +44,7 @@ def run(tmp_path, monkeypatch, terminal: bool) -> str:
     return screen.file.getvalue()
 
 
-FIGURES = r"loss \d+\.\d+  \d+\.\d+ bits/byte  [\d,]+ tokens/s"
+FIGURES = r"loss \d+\.\d+  \d+\.\d+ bits/byte  [\d,]+ tokens/s  \d+% MFU"
 
 
 def test_plain_lines(tmp_path, monkeypatch):

@@ -56,8 +56,16 @@ class Run:
     @property
     def speed(self) -> float | None:
         """Tokens a second, the median of those logged."""
-        speeds = [row["tokens_per_second"] for row in self.rows if "tokens_per_second" in row]
-        return statistics.median(speeds) if speeds else None
+        return self._median("tokens_per_second")
+
+    @property
+    def mfu(self) -> float | None:
+        """The share of the machine's measured peak, the median of those logged."""
+        return self._median("mfu")
+
+    def _median(self, column: str) -> float | None:
+        values = [row[column] for row in self.rows if column in row]
+        return statistics.median(values) if values else None
 
 
 @told_in_one_line
@@ -197,12 +205,12 @@ def _print_table(runs: Sequence[Run], names: Sequence[str], keys: Sequence[str])
 def _csv(runs: Sequence[Run], names: Sequence[str], keys: Sequence[str]) -> str:
     text = io.StringIO()
     writer = csv.writer(text)
-    figures = ("val/bits_per_byte", "tokens_per_second", "step", "tokens", "seconds", "status", "error")
+    figures = ("val/bits_per_byte", "tokens_per_second", "mfu", "step", "tokens", "seconds", "status", "error")
     writer.writerow(["run", *keys, *figures])
     for run, name in zip(runs, names, strict=True):
         latest = [run.latest(column) for column in ("step", "tokens", "seconds")]
         values = [run.settings.get(key) for key in keys]
-        writer.writerow([name, *values, run.best, run.speed, *latest, run.status, run.error])
+        writer.writerow([name, *values, run.best, run.speed, run.mfu, *latest, run.status, run.error])
     return text.getvalue()
 
 

@@ -157,9 +157,7 @@ def _run(prepared: "Prepared", folder: Path, resumed: bool = False) -> None:
     vocabulary = data.vocabulary
     tokens_per_step = config.data.batch_size * config.data.ctx_len
     cost = prepared.cost
-    history = History(
-        folder, tokens_per_step, prepared.baselines, prepared.owes_validation, flops_per_token=cost.flops
-    )
+    history = History(folder, tokens_per_step, prepared.baselines, prepared.owes_validation, flops_per_token=cost.flops)
     progress = [TrainingProgress(history)] if config.trainer["enable_progress_bar"] else []
     trial = [PruneTrial(folder)] if (folder / "trial.json").exists() else []
     callbacks = [history, *progress, *trial, *build_callbacks(config, folder), StopOnSignal()]

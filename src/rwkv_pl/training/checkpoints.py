@@ -1,6 +1,7 @@
 """best.ckpt and last.ckpt, and how checkpoints reach the disk."""
 
 import contextlib
+import functools
 import logging
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -119,6 +120,11 @@ class BestCheckpoint(ModelCheckpoint):
     What last.ckpt says of it may be older than the file, where a run was killed between the two, or speak of a file
     that is damaged or gone.
     """
+
+    @functools.cached_property
+    def state_key(self) -> str:  # type: ignore[override]
+        # Lightning asks for it at each of its hooks, and would write out the settings each time.
+        return super().state_key
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         def here(path: str) -> str:

@@ -68,6 +68,13 @@ class LitRWKV(LightningModule):
         self.bytes_per_token: Tensor | None
         self.register_buffer("bytes_per_token", bytes_per_token, persistent=False)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "_current_fx_name":
+            # Lightning notes the hook that it calls fifty times a step; nn.Module would look for parameters in it.
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
     def forward(self, tokens: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         """tokens (B, T) -> logits (B, T, V) and the state after them, as the model itself."""
         return self.model(tokens, state)
@@ -201,7 +208,7 @@ class LitRWKV(LightningModule):
         return getattr(self.trainer.precision_plugin, "scaler", None) is not None
 
     def leaves_out_on_the_device(self, optimizer: Optimizer) -> bool:
-        """Does the optimizer itself leave out a step of NaN? To be told of it first is to wait for a GPU at each step."""
+        """Does the optimizer itself leave out a step of NaN? On a GPU to look first is to wait at each step."""
         return self.device.type == "cuda" and bool(optimizer.defaults.get("fused")) and not self._scaled
 
     def read_findings(self) -> bool:
