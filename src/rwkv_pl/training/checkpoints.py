@@ -122,7 +122,7 @@ class BestCheckpoint(ModelCheckpoint):
     """
 
     @functools.cached_property
-    def state_key(self) -> str:  # type: ignore[override]
+    def state_key(self) -> str:
         # Lightning asks for it at each of its hooks, and would write out the settings each time.
         return super().state_key
 
