@@ -29,10 +29,10 @@ def spoil(monkeypatch):
     def begin(*calls: int, factor: float = float("nan")) -> None:
         count = 0
 
-        def l2wrap(logits):
+        def l2wrap(largest):
             nonlocal count
             count += 1
-            pull = whole(logits)
+            pull = whole(largest)
             if count not in calls:
                 return pull
             return pull * factor if factor != factor else pull * factor - (pull * (factor - 1)).detach()

@@ -74,7 +74,7 @@ def test_a_device_that_refuses_is_believed(module, monkeypatch):
 
     assert f.is_enough(module, 2, 16, Precision())
     assert all(parameter.grad is None for parameter in module.parameters())
-    monkeypatch.setattr(f, "cross_entropy", refuse)
+    monkeypatch.setattr(LitRWKV, "loss", refuse)
     assert not f.is_enough(module, 2, 16, Precision())
 
 

@@ -16,9 +16,9 @@ def test_split_tokens_shifts_once_and_clamps_the_padding_of_inputs_alone():
 
 
 def test_cross_entropy_is_per_target_and_zero_where_ignored():
-    logits = torch.zeros(1, 3, 4)
-    nats = cross_entropy(logits, torch.tensor([[0, 3, IGNORED]]))
+    nats, largest = cross_entropy(torch.nn.Identity(), torch.zeros(1, 3, 4), torch.tensor([[0, 3, IGNORED]]))
     torch.testing.assert_close(nats, torch.tensor([[math.log(4), math.log(4), 0.0]]))
+    assert torch.equal(largest, torch.zeros(1, 3))
 
 
 def test_l2wrap_has_the_official_gradient():
@@ -26,22 +26,70 @@ def test_l2wrap_has_the_official_gradient():
     torch.manual_seed(0)
     B, T, V = 2, 5, 7
     logits = torch.randn(B, T, V, dtype=torch.float64, requires_grad=True)
-    (gradient,) = torch.autograd.grad(l2wrap(logits.double()), logits)
+    _, of_each = cross_entropy(torch.nn.Identity(), logits, torch.zeros(B, T, dtype=torch.int64))
+    (gradient,) = torch.autograd.grad(l2wrap(of_each), logits)
     largest, place = logits.detach().max(-1, keepdim=True)
     official = torch.zeros_like(logits).scatter_(-1, place, largest * 1e-4 / (B * T))
     torch.testing.assert_close(gradient, official, rtol=1e-6, atol=0)
 
 
 def test_l2wrap_is_right_under_accumulation():
-    logits = torch.randn(4, 6, 9)
-    torch.testing.assert_close((l2wrap(logits[:2]) + l2wrap(logits[2:])) / 2, l2wrap(logits))
+    largest = torch.randn(4, 6)
+    torch.testing.assert_close((l2wrap(largest[:2]) + l2wrap(largest[2:])) / 2, l2wrap(largest))
 
 
 def test_the_loss_is_computed_in_float32():
     logits = (8 * torch.randn(1, 64, 256)).bfloat16()
     targets = torch.randint(256, (1, 64))
+    nats, largest = cross_entropy(torch.nn.Identity(), logits, targets)
     expected = F.cross_entropy(logits[0].double(), targets[0], reduction="none")[None]
-    torch.testing.assert_close(cross_entropy(logits, targets).double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(nats.double(), expected, rtol=1e-5, atol=1e-5)
+    assert nats.dtype == largest.dtype == torch.float32
+
+
+def value_and_gradients(chunk_len, autocast):
+    """Of the whole loss in a head of 50 tokens, before it 21 places of which one is ignored."""
+    torch.manual_seed(0)
+    head, hidden = torch.nn.Linear(8, 50, bias=False), torch.randn(3, 7, 8, requires_grad=True)
+    targets = torch.randint(50, (3, 7))
+    targets[1, 2] = IGNORED
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        nats, largest = cross_entropy(head, hidden, targets, chunk_len)
+        loss = nats.mean() + 1e4 * l2wrap(largest)  # as strong as the cross-entropy
+    (2.0**10 * loss).backward()  # as a loss scaler does
+    return nats.detach(), hidden.grad, head.weight.grad
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("chunk_len", [1, 4, 20, 21, 1000])
+def test_a_loss_in_chunks_is_the_same(chunk_len, autocast):
+    for whole, chunked in zip(
+        value_and_gradients(None, autocast), value_and_gradients(chunk_len, autocast), strict=True
+    ):
+        # Of the head's gradient the whole is rounded once in bfloat16, each chunk's part on its own.
+        error = (chunked - whole).norm() / whole.norm()
+        assert error < (1e-2 if autocast else 1e-6)
+
+
+def test_the_logits_of_one_chunk_are_there_at_once():
+    widest = 0
+
+    def head(hidden):
+        nonlocal widest
+        widest = max(widest, len(hidden))
+        return hidden
+
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            hidden = torch.randn(2, 8, 5, requires_grad=grad)
+            kept = []
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+                nats, _ = cross_entropy(head, hidden, torch.zeros(2, 8, dtype=torch.int64), 3)
+            assert nats.shape == (2, 8)
+            assert {t.untyped_storage().data_ptr() for t in kept if t.dtype.is_floating_point and t.numel()} <= {
+                hidden.untyped_storage().data_ptr()
+            }
+    assert widest == 3
 
 
 def test_bits_per_byte_counts_the_bytes_of_characters():

@@ -53,7 +53,7 @@ def test_validation_is_the_mean_over_every_byte(data):
     with torch.no_grad():
         for batch in data.val_dataloader():
             inputs, targets = split_tokens(batch)
-            nats += float(cross_entropy(module(inputs)[0], targets).sum())
+            nats += float(cross_entropy(module.model.head, module.model.hidden(inputs)[0], targets)[0].sum())
             n_targets += int((targets >= 0).sum())
     lo, hi = data.corpus.splits.val
     assert n_targets == hi - lo

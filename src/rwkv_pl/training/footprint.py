@@ -9,8 +9,6 @@ import torch
 from lightning.pytorch.plugins import Precision
 from torch import Tensor
 
-from rwkv_pl.training.loss import cross_entropy, l2wrap
-
 # Of what is free; the rest is for what the estimate does not know: workspaces, fragments, other programs.
 SHARE_OF_FREE_MEMORY = 0.8
 
@@ -68,8 +66,7 @@ def _kept_for_backward(module: Any, n_tokens: int, precision: Precision) -> int:
         precision.forward_context(),
         torch.autograd.graph.saved_tensors_hooks(seen, lambda tensor: tensor),
     ):
-        logits, _ = module.model(tokens)
-        loss = cross_entropy(logits, tokens).mean() + l2wrap(logits)
+        loss, *_ = module.loss(tokens, tokens)
     del loss
     return total
 
@@ -106,8 +103,7 @@ def is_enough(module: Any, rows: int, ctx_len: int, precision: Precision) -> boo
     tokens = torch.zeros(rows, ctx_len, dtype=torch.int64, device=next(module.parameters()).device)
     try:
         with precision.forward_context():
-            logits, _ = module.model(tokens)
-            loss = cross_entropy(logits, tokens).mean() + l2wrap(logits)
+            loss, *_ = module.loss(tokens, tokens)
         loss.backward()
         return True
     except torch.OutOfMemoryError:

@@ -1,16 +1,17 @@
 """What is minimised, and what is reported.
 
-B  batch    T  time    V  vocab_size    N  targets of a batch, B * T less the padded ones
+B  batch    T  time    C  channels, n_embd    V  vocab_size
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from rwkv_pl.ops.cross_entropy import cross_entropy as ops_cross_entropy
-
-IGNORED = -1  # a target that pads a short window; its loss does not count
+from rwkv_pl.ops.cross_entropy import IGNORED
+from rwkv_pl.ops.cross_entropy import cross_entropy as cross_entropy_of_rows
 
 # L2Wrap's factor in the official RWKV trainers, there divided by B * T as here.
 L2WRAP = 0.5e-4
@@ -21,19 +22,41 @@ def split_tokens(tokens: Tensor) -> tuple[Tensor, Tensor]:
     return tokens[:, :-1].clamp(min=0), tokens[:, 1:]
 
 
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """logits (B, T, V) in any float dtype, targets (B, T) -> nats of each target (B, T) in float32, 0 where ignored."""
-    nats, _ = ops_cross_entropy(logits.flatten(0, 1), targets.flatten())
-    return nats.view_as(targets)
+def cross_entropy(
+    head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, chunk_len: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """What the model's `head` makes of its `hidden` (B, T, C), judged by targets (B, T).
+
+    Returns, in float32, the nats of each target (B, T), 0 where it is ignored, and each place's largest logit (B, T).
+
+    chunk_len: the logits of so many tokens are there at once, and are made again in the backward pass; None: all of
+        them. The same numbers but for the order in which a gradient of the head is summed.
+    """
+
+    def of(some_hidden: Tensor, some_targets: Tensor) -> tuple[Tensor, Tensor]:
+        return cross_entropy_of_rows(head(some_hidden), some_targets)
+
+    rows, flat_targets = hidden.flatten(0, 1), targets.flatten()
+    if chunk_len is None or chunk_len >= len(rows):
+        nats, largest = of(rows, flat_targets)
+        return nats.view_as(targets), largest.view_as(targets)
+    chunks = zip(rows.split(chunk_len), flat_targets.split(chunk_len), strict=True)
+    if torch.is_grad_enabled():
+        # The head draws no random numbers, so there is no generator to put back.
+        parts = [checkpoint(of, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
+    else:
+        parts = [of(*chunk) for chunk in chunks]
+    nats, largest = (torch.cat(part) for part in zip(*parts, strict=True))
+    return nats.view_as(targets), largest.view_as(targets)
 
 
-def l2wrap(logits: Tensor) -> Tensor:
-    """The pull of the largest logit toward 0: 0.5e-4 * mean(max_logit^2), a scalar in float32.
+def l2wrap(largest: Tensor) -> Tensor:
+    """The pull of the largest logits (B, T) toward 0: 0.5e-4 * mean(largest^2), a scalar.
 
     Its gradient is that of the official trainers' L2Wrap; as a term of the loss it stays right under gradient
     accumulation and loss scaling.
     """
-    return L2WRAP * logits.max(-1).values.float().square().mean()
+    return L2WRAP * largest.square().mean()
 
 
 def bits_per_byte(nats: float, n_bytes: float) -> float:

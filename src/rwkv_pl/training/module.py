@@ -34,6 +34,7 @@ class LitRWKV(LightningModule):
     vocabulary:      plain JSON types, carried in every checkpoint.
     bytes_per_token: (V,) int64, for bits per byte; None: each token is one byte.
     past:            plain JSON types, carried in every checkpoint: what a run that goes on from it has to agree with.
+    loss_chunk_len:  tokens whose logits are there at once, which a large vocabulary makes worth while; None: all of them.
     skip_nonfinite:  how many batches with a NaN or Inf loss or gradient a run leaves out; the next one raises RunError.
 
     After each optimizer step `grad_norm` is its gradient's norm before clipping, where the gradient lies (`float` of it
@@ -50,6 +51,7 @@ class LitRWKV(LightningModule):
         vocabulary: dict[str, Any] | None = None,
         bytes_per_token: Tensor | None = None,
         past: dict[str, Any] | None = None,
+        loss_chunk_len: int | None = None,
         skip_nonfinite: int = 0,
     ) -> None:
         super().__init__()
@@ -59,6 +61,7 @@ class LitRWKV(LightningModule):
         self.seed = seed
         self.vocabulary = vocabulary
         self.past = past or {}
+        self.loss_chunk_len = loss_chunk_len
         self.skip_nonfinite = skip_nonfinite
         self.skipped = 0
         self.grad_norm: Tensor | float = math.nan
@@ -84,13 +87,16 @@ class LitRWKV(LightningModule):
 
         Nothing is logged here: a self.log costs 0.45 ms whether or not the step is logged. `History` reads these.
         """
-        inputs, targets = split_tokens(batch)
-        logits, _ = self.model(inputs)
-        nats = cross_entropy(logits, targets).mean()
-        pull = l2wrap(logits)
-        loss = nats + pull
+        loss, nats, pull = self.loss(*split_tokens(batch))
         self._loss = self._loss + loss.detach()
         return {"loss": loss, "nats": nats.detach(), "l2wrap": pull.detach()}
+
+    def loss(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """inputs, targets (B, T) -> what is minimised, and its two parts, cross-entropy and L2Wrap. Scalars, in nats."""
+        hidden, _ = self.model.hidden(inputs)
+        nats, largest = cross_entropy(self.model.head, hidden, targets, self.loss_chunk_len)
+        mean, pull = nats.mean(), l2wrap(largest)
+        return mean + pull, mean, pull
 
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
         # Dropout's masks are a function of the seed and the place in the run, so there is no generator to save.
@@ -109,8 +115,8 @@ class LitRWKV(LightningModule):
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         """batch: tokens (B, T+1), targets padded with -1. Adds up nats, targets and bytes."""
         inputs, targets = split_tokens(batch)
-        logits, _ = self.model(inputs)
-        nats = cross_entropy(logits, targets)
+        hidden, _ = self.model.hidden(inputs)
+        nats, _ = cross_entropy(self.model.head, hidden, targets, self.loss_chunk_len)
         n_targets = (targets != IGNORED).sum()
         # To the CPU first: not every device adds in float64.
         sums = torch.stack([nats.sum(), n_targets, count_bytes(targets, self.bytes_per_token)])
