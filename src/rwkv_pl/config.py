@@ -158,6 +158,10 @@ class Train:
     callbacks: dict[str, Any] = field(default_factory=dict)
     logger: dict[str, Any] = field(default_factory=dict)
     kernel: str = "auto"
+    compile: bool = False
+    activation_checkpointing: bool = False
+    loss_chunk_len: int | None = None
+    tf32: bool = True
     seed: int = 42
     skip_nonfinite: int = 0
     resume: str | None = None
@@ -165,6 +169,8 @@ class Train:
 
     def __post_init__(self) -> None:
         at_least("skip_nonfinite", self.skip_nonfinite, 0)
+        if self.loss_chunk_len is not None:
+            at_least("loss_chunk_len", self.loss_chunk_len, 1)
         one_of("kernel", self.kernel, KERNELS)
         between("seed", self.seed, 0, 2**63 - 1, inclusive=True)
 
@@ -267,6 +273,11 @@ def check_trainer(trainer: dict[str, Any], defaults: dict[str, Any]) -> None:
         if isinstance(limit, float) and limit > 1:
             raise UserError(f"trainer.{key} must be a share from 0.0 to 1.0, or a whole number, got {limit}")
         at_least(f"trainer.{key}", limit, 0)
+    if trainer["precision"] == "16-true":
+        raise UserError(
+            "trainer.precision=16-true is not offered, Adam's eps and small gradients are 0 in float16: use 16-mixed, "
+            "which scales the loss, or bf16-true"
+        )
     if trainer["gradient_clip_val"] is not None:
         at_least("trainer.gradient_clip_val", trainer["gradient_clip_val"], 0)
 

@@ -39,6 +39,7 @@ from rwkv_pl.data.tokens import Vocabulary, read_vocabulary
 from rwkv_pl.model import VERSIONS
 from rwkv_pl.ops.wkv4 import use_kernel, wkv4
 from rwkv_pl.training.checkpoints import BestCheckpoint, DurableCheckpointIO, LastCheckpoint
+from rwkv_pl.training.compiled import compile_blocks
 from rwkv_pl.training.footprint import Footprint, accumulation_that_fits, footprint, in_units
 from rwkv_pl.training.module import LitRWKV
 from rwkv_pl.training.optim import check_schedule
@@ -168,6 +169,7 @@ def prepare(config: Train, cwd: Path, resume_from: Path | None) -> Prepared:
         vocabulary=data.vocabulary.to_dict(),
         bytes_per_token=torch.from_numpy(data.vocabulary.bytes_per_token) if data.vocabulary.size > 256 else None,
         past=past,
+        loss_chunk_len=config.loss_chunk_len,
         skip_nonfinite=config.skip_nonfinite,
     )
     # Built for their errors, here where no folder is made yet; the run builds its own.
@@ -177,8 +179,11 @@ def prepare(config: Train, cwd: Path, resume_from: Path | None) -> Prepared:
     with tempfile.TemporaryDirectory() as nowhere:
         callbacks, loggers = build_callbacks(config, Path(nowhere)), build_loggers(config, Path(nowhere), None)
         trial = build_trainer(config, Path(nowhere), max_steps, callbacks, loggers)
-    choose_kernel(config.kernel, trial.strategy.root_device)
-    cost = footprint(module.to(trial.strategy.root_device), trial.precision_plugin)
+    device = trial.strategy.root_device
+    choose_precision(config, device)
+    choose_kernel(config.kernel, device)
+    module.model.activation_checkpointing = config.activation_checkpointing
+    cost = footprint(trial.precision_plugin.convert_module(module.to(device)), trial.precision_plugin)
     found = None
     if config.trainer["accumulate_grad_batches"] == "auto":
         before = content["rwkv_pl"].get("accumulate") if content else None
@@ -195,6 +200,9 @@ def prepare(config: Train, cwd: Path, resume_from: Path | None) -> Prepared:
     remarks = [f"weights {loaded.path}:\n        {loaded}"] if loaded else []
     if found:
         remarks.append(f"batch   of {config.data.batch_size} as {found} micro-batches: accumulate_grad_batches=auto")
+    if config.compile:
+        rows = config.data.batch_size // (trial.world_size * accumulate)
+        remarks.append(compile_blocks(module, rows, config.data.ctx_len, trial.precision_plugin))
     return Prepared(
         config, data, module, max_steps, _baselines(config, data), resume_from, done_steps, ended, owes, cost, remarks
     )
@@ -234,6 +242,15 @@ def build_model(config: Train, vocab_size: int, loaded: Weights | None) -> nn.Mo
     if loaded:
         model.load_state_dict(loaded.tensors)
     return model
+
+
+def choose_precision(config: Train, device: torch.device) -> None:
+    """Of float32's products on a GPU. Raises UserError for a trainer.precision that the device does not have."""
+    if device.type == "cpu" and str(config.trainer["precision"]) in ("16-mixed", "16"):
+        raise UserError("trainer.precision=16-mixed is of GPUs: on a CPU give trainer.precision=bf16-mixed")
+    if device.type == "cuda":
+        # Elsewhere it would round as well: on a CPU to bfloat16 or tf32, by oneDNN.
+        torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
 
 
 def choose_kernel(name: str, device: torch.device) -> None:
@@ -423,6 +440,7 @@ def _quiet() -> None:
         ".*ended before the epoch ended and your dataloader is not resumable.*",
         ".*recommended to use .*sync_dist=True.*",
         ".*callbacks used to create the checkpoint need to be provided.*",
+        ".*AMP with fp16 is not supported on CPU.*",  # which choose_precision refuses
     ):
         warnings.filterwarnings("ignore", message=message)
     # TensorBoard's thread: what the disk refused is raised again at its next figure.

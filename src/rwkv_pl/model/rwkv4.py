@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from rwkv_pl.config import RWKV4Config
 from rwkv_pl.model.state import BlockState, State
@@ -124,6 +125,9 @@ class RWKV4(nn.Module):
     # The official optimizer treatment: the learning rate's factor by the last part of a parameter's name.
     lr_scale = {"time_decay": 2.0, "time_first": 3.0}  # noqa: RUF012
 
+    activation_checkpointing = False
+    """Keep of a block only what it reads, and compute the rest again in the backward pass? The gradients are the same."""
+
     def __init__(self, config: RWKV4Config) -> None:
         super().__init__()
         self.config = config
@@ -137,8 +141,9 @@ class RWKV4(nn.Module):
         """tokens (B, T) int64, T >= 1 -> what the head reads, (B, T, C), and the state after the last token."""
         x = self.emb(tokens)
         after = []
+        again = self.activation_checkpointing and torch.is_grad_enabled()
         for block, before in zip(self.blocks, state or [None] * len(self.blocks), strict=True):
-            x, block_state = block(x, before)
+            x, block_state = checkpoint(block, x, before, use_reentrant=False) if again else block(x, before)
             after.append(block_state)
         return self.ln_out(x), tuple(after)
 
