@@ -121,6 +121,35 @@ def test_hidden_and_head_are_forward():
     torch.testing.assert_close(model.head(hidden), model(tokens)[0])
 
 
+@pytest.mark.parametrize(("dropout", "autocast"), [(0.0, False), (0.3, False), (0.3, True)])
+def test_activation_checkpointing_changes_no_bit_of_a_gradient(dropout, autocast):
+    tokens = torch.randint(VOCAB, (2, 40))
+    gradients, kept = {}, {}
+    for again in (False, True):
+        model = perturbed_model(dropout=dropout)
+        model.activation_checkpointing = again
+        storages = {}
+
+        def keep(tensor, storages=storages):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        torch.manual_seed(1)
+        with (
+            torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        ):
+            _, state = model.hidden(tokens[:, :3])
+            hidden, state = model.hidden(tokens, state)
+            loss = hidden.square().mean() + sum((block.wkv[:, 0] / block.wkv[:, 1]).sum() for block in state)
+        loss.backward()
+        gradients[again] = [parameter.grad for parameter in model.blocks.parameters()]
+        kept[again] = sum(storages.values())
+    assert all(torch.equal(*pair) for pair in zip(*gradients.values(), strict=True))
+    assert all(gradient.norm() > 0 for gradient in gradients[True])
+    assert kept[True] < kept[False] / 2
+
+
 def test_the_official_names_and_shapes():
     state = RWKV4(RWKV4Config(vocab_size=7, n_layer=2, n_embd=8)).state_dict()
     layer = {

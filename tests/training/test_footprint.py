@@ -60,6 +60,25 @@ def test_bfloat16_keeps_less(module):
     assert mixed.per_token < 0.8 * f.footprint(module, Precision()).per_token
 
 
+def test_checkpointing_keeps_one_block_at_a_time_and_the_inputs_of_all():
+    module = LitRWKV(RWKV4(RWKV4Config(vocab_size=4, n_layer=8, n_embd=32)))
+    plain = f.footprint(module, Precision()).per_token
+    module.model.activation_checkpointing = True
+    per_token = f.footprint(module, Precision()).per_token
+    assert plain / 8 + 8 * 4 * 32 < per_token < plain / 4
+    assert module.model.activation_checkpointing
+
+
+def test_logits_in_chunks_do_not_grow_with_the_tokens():
+    module = LitRWKV(RWKV4(RWKV4Config(vocab_size=5000, n_layer=1, n_embd=16)))
+    plain = f.footprint(module, Precision())
+    module.loss_chunk_len = 100
+    cost = f.footprint(module, Precision())
+    assert cost.bytes(0) - plain.bytes(0) == 100 * 5000 * 12
+    assert plain.per_token - cost.per_token == pytest.approx(5000 * 8, rel=0.01)
+    assert module.loss_chunk_len == 100
+
+
 @pytest.mark.parametrize(("free_rows", "accumulate"), [(100, 1), (12, 1), (11, 2), (6, 2), (4, 3), (1, 12), (0, None)])
 def test_the_fewest_micro_batches_that_fit(module, monkeypatch, free_rows, accumulate):
     cost = f.footprint(module, Precision())

@@ -126,7 +126,7 @@ class RWKV4(nn.Module):
     lr_scale = {"time_decay": 2.0, "time_first": 3.0}  # noqa: RUF012
 
     activation_checkpointing = False
-    """Keep of a block only what it reads, and compute the rest again in the backward pass? The gradients are the same."""
+    """Keep of a block what it reads, and compute the rest again in the backward pass? The gradients are the same."""
 
     def __init__(self, config: RWKV4Config) -> None:
         super().__init__()

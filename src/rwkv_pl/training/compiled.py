@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 def compile_blocks(module: Any, rows: int, ctx_len: int, precision: Precision) -> str:
-    """Compiles the blocks of a LitRWKV's model, and tries them on a step of (rows, ctx_len) tokens that changes nothing.
+    """Compiles the blocks of LitRWKV's model, and tries them on a step of (rows, ctx_len) tokens without a trace.
 
     Returns what became of it, a line. Other shapes, as a validation's, are compiled when they come; where that fails,
     all blocks run eagerly from then on, and a warning says why.

@@ -38,11 +38,30 @@ def footprint(module: Any, precision: Precision) -> Footprint:
     flops = 6 * sum(p.numel() for p in matrices)
     # Weights, gradients, and Adam's two moments.
     fixed = 4 * sum(p.numel() * p.element_size() for p in parameters)
+    model, chunk_len = module.model, module.loss_chunk_len
+    if chunk_len:
+        # Logits, their softmax and its gradient, of one chunk at a time.
+        fixed += 3 * 4 * chunk_len * model.config.vocab_size
+        module.loss_chunk_len = 1 << 5  # short enough for what is measured here
+        per_token = _kept_per_token(module, precision)
+        module.loss_chunk_len = chunk_len
+    else:
+        # The logits' own gradient comes on top, when the rest is still there.
+        per_token = _kept_per_token(module, precision) + 4 * model.config.vocab_size
+    return Footprint(sum(p.numel() for p in parameters), flops, fixed, per_token)
+
+
+def _kept_per_token(module: Any, precision: Precision) -> float:
     few, more = 64, 128
     kept = [_kept_for_backward(module, n_tokens, precision) for n_tokens in (few, more)]
-    # The logits' own gradient comes on top, when the rest is still there.
-    logits = 4 * module.model.config.vocab_size
-    return Footprint(sum(p.numel() for p in parameters), flops, fixed, (kept[1] - kept[0]) / (more - few) + logits)
+    per_token = (kept[1] - kept[0]) / (more - few)
+    if getattr(module.model, "activation_checkpointing", False):
+        # The backward pass makes what one block keeps again, block by block.
+        module.model.activation_checkpointing = False
+        whole = _kept_per_token(module, precision)
+        module.model.activation_checkpointing = True
+        per_token += (whole - per_token) / module.model.config.n_layer
+    return per_token
 
 
 def _kept_for_backward(module: Any, n_tokens: int, precision: Precision) -> int:

@@ -34,7 +34,7 @@ class LitRWKV(LightningModule):
     vocabulary:      plain JSON types, carried in every checkpoint.
     bytes_per_token: (V,) int64, for bits per byte; None: each token is one byte.
     past:            plain JSON types, carried in every checkpoint: what a run that goes on from it has to agree with.
-    loss_chunk_len:  tokens whose logits are there at once, which a large vocabulary makes worth while; None: all of them.
+    loss_chunk_len:  tokens whose logits are there at once, worth while with a large vocabulary; None: all of them.
     skip_nonfinite:  how many batches with a NaN or Inf loss or gradient a run leaves out; the next one raises RunError.
 
     After each optimizer step `grad_norm` is its gradient's norm before clipping, where the gradient lies (`float` of it
@@ -92,7 +92,7 @@ class LitRWKV(LightningModule):
         return {"loss": loss, "nats": nats.detach(), "l2wrap": pull.detach()}
 
     def loss(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """inputs, targets (B, T) -> what is minimised, and its two parts, cross-entropy and L2Wrap. Scalars, in nats."""
+        """inputs, targets (B, T) -> scalars: what is minimised, and its parts, nats a token and L2Wrap."""
         hidden, _ = self.model.hidden(inputs)
         nats, largest = cross_entropy(self.model.head, hidden, targets, self.loss_chunk_len)
         mean, pull = nats.mean(), l2wrap(largest)

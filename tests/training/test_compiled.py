@@ -1,0 +1,102 @@
+"""Blocks that are compiled in place: the same names, the same numbers, and never an error."""
+
+import copy
+import functools
+import logging
+
+import pytest
+import torch
+from lightning.pytorch.plugins import MixedPrecision, Precision
+from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.utils import counters
+
+from rwkv_pl import RWKV4, RWKV4Config
+from rwkv_pl.training.compiled import compile_blocks
+from rwkv_pl.training.module import LitRWKV
+
+whole = torch.compile
+
+
+@pytest.fixture
+def module():
+    torch.manual_seed(0)
+    return LitRWKV(RWKV4(RWKV4Config(vocab_size=9, n_layer=2, n_embd=8)))
+
+
+def loss_and_gradients(module):
+    loss, *_ = module.loss(torch.arange(8).view(2, 4), torch.ones(2, 4, dtype=torch.int64))
+    loss.backward()
+    gradients = [parameter.grad for parameter in module.parameters()]
+    module.zero_grad(set_to_none=True)
+    return [loss.detach(), *gradients]
+
+
+def test_two_graphs_serve_a_training(module, monkeypatch):
+    """Traced as ever, but run by torch itself: the compiler alone takes most of a minute."""
+    monkeypatch.setattr(torch, "compile", functools.partial(whole, backend="eager"))
+    torch._dynamo.reset()
+    counters.clear()
+    names, expected = list(module.state_dict()), loss_and_gradients(module)
+    model, tokens = copy.deepcopy(module.model), torch.arange(8).view(2, 4)
+    assert compile_blocks(module, 2, 4, Precision()).startswith("compile 2 blocks, in ")
+    assert list(module.state_dict()) == names
+    assert all(parameter.grad is None for parameter in module.parameters())
+    # The first block has a norm more than the others.
+    assert (counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())) == (2, 0)
+    module.model.activation_checkpointing = True
+    for found, wanted in zip(loss_and_gradients(module), expected, strict=True):
+        torch.testing.assert_close(found, wanted)
+    # What follows a state is text that is written, and a copy is not compiled.
+    with torch.no_grad():
+        _, state = module.model.hidden(tokens[:, :1])
+        torch.testing.assert_close(module.model(tokens, state)[0], model(tokens, state)[0])
+    copy.deepcopy(module).model(tokens[:, :3])
+    assert counters["stats"]["unique_graphs"] == 2
+    # A validation is compiled anew.
+    module.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(module.model(tokens)[0], model(tokens)[0])
+    assert (counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())) == (4, 0)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no compiler\nis here"), TorchDynamoException("no compiler\nis here")])
+@pytest.mark.parametrize("when", ["at once", "called"])
+def test_what_is_not_compiled_at_first_runs_eagerly(module, monkeypatch, error, when):
+    def refuse(*_, **__):
+        raise error
+
+    monkeypatch.setattr(torch, "compile", refuse if when == "at once" else lambda *_, **__: refuse)
+    expected = loss_and_gradients(module)
+    assert compile_blocks(module, 2, 4, MixedPrecision("bf16-mixed", "cpu")) == "compile off: no compiler is here"
+    assert all(torch.equal(*pair) for pair in zip(loss_and_gradients(module), expected, strict=True))
+
+
+def test_what_is_not_compiled_later_runs_eagerly(module, monkeypatch, caplog):
+    def compiled(call, **_):
+        def refuse(x, state):
+            if not module.training:
+                raise TorchDynamoException("no compiler\nis here")
+            return call(x, state)
+
+        return refuse
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    expected = loss_and_gradients(module)
+    assert compile_blocks(module, 2, 4, Precision()).startswith("compile 2 blocks, in ")
+    module.eval()
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            found = loss_and_gradients(module)
+    assert [record.message for record in caplog.records] == ["compile off: no compiler is here"]
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+def test_memory_that_ends_is_no_reason_not_to_compile(module, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda call, **_: call)
+
+    def refuse(*_):
+        raise torch.OutOfMemoryError("no")
+
+    monkeypatch.setattr(module, "loss", refuse)
+    assert compile_blocks(module, 2, 4, Precision()).startswith("compile 2 blocks, in ")
+    assert module.model.blocks[0]._compiled_call_impl
