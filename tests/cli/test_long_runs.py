@@ -24,19 +24,23 @@ EVERY = ("trainer.log_every_n_steps=1", "trainer.max_steps=8", "callbacks.last.e
 @pytest.fixture
 def spoil(monkeypatch):
     """spoil(3, 5): the losses of these micro-batches, from 1, are NaN; factor=1e38: their gradients alone are Inf."""
-    whole = module.l2wrap
+    whole, step = module.l2wrap, LitRWKV.training_step
 
     def begin(*calls: int, factor: float = float("nan")) -> None:
         count = 0
 
-        def l2wrap(largest):
+        def training_step(*arguments):
             nonlocal count
             count += 1
+            return step(*arguments)
+
+        def l2wrap(largest):
             pull = whole(largest)
             if count not in calls:
                 return pull
             return pull * factor if factor != factor else pull * factor - (pull * (factor - 1)).detach()
 
+        monkeypatch.setattr(LitRWKV, "training_step", training_step)
         monkeypatch.setattr(module, "l2wrap", l2wrap)
 
     return begin
