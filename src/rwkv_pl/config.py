@@ -275,7 +275,7 @@ def check_trainer(trainer: dict[str, Any], defaults: dict[str, Any]) -> None:
         at_least(f"trainer.{key}", limit, 0)
     if trainer["precision"] == "16-true":
         raise UserError(
-            "trainer.precision=16-true is not offered, Adam's eps and small gradients are 0 in float16: use 16-mixed, "
+            "trainer.precision=16-true is not offered, its small gradients are 0 and it ends in NaN: use 16-mixed, "
             "which scales the loss, or bf16-true"
         )
     if trainer["gradient_clip_val"] is not None:

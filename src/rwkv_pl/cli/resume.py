@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -65,8 +66,9 @@ class StoredRun:
         return content
 
     def config(self) -> DictConfig:
-        """As of the last resume."""
-        config = cast(DictConfig, OmegaConf.create(self.first))
+        """As of the last resume. A setting that was not there when the run started has its default."""
+        defaults = {field.name: field.default for field in fields(Train) if field.default is not MISSING}
+        config = cast(DictConfig, OmegaConf.create(defaults | self.first))
         for entry in self.resumes:
             _apply(config, entry)
         return config
