@@ -12,8 +12,12 @@ from packaging.version import Version
 ROOT = Path(__file__).parents[1]
 
 
+# The level of this machine alone: tests/ops builds them all.
+PREBUILD = "from rwkv_pl.ops import build, prebuilt; prebuilt.LEVELS = [build.cpu_level()]; prebuilt.main()"
+
+
 def install(folder: Path, prebuilt: bool) -> Path:
-    """A fresh venv with the built wheel in it; what the wheel depends on is lent from this one."""
+    """A fresh venv with the built wheel in it; what the wheel depends on, pip too, is lent from this one."""
     # From a copy: a build leaves files beside its sources.
     sources = folder / "sources"
     ignored = shutil.ignore_patterns("__pycache__", "*.egg-info", "prebuilt")
@@ -22,7 +26,7 @@ def install(folder: Path, prebuilt: bool) -> Path:
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, sources)
     if prebuilt:
-        command = [sys.executable, "-m", "rwkv_pl.ops.prebuilt", "--no-cuda", "--out"]
+        command = [sys.executable, "-c", PREBUILD, "--no-cuda", "--out"]
         subprocess.run([*command, str(sources / "src" / "rwkv_pl" / "prebuilt")], check=True)
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(sources)]
     done = subprocess.run(build, capture_output=True, text=True)
@@ -30,10 +34,10 @@ def install(folder: Path, prebuilt: bool) -> Path:
     (wheel,) = folder.glob("*.whl")
     assert wheel.name.endswith("-py3-none-any.whl") != prebuilt
     venv = folder / "an environment"
-    subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True)
     python = next(path for path in (venv / "bin" / "python", venv / "Scripts" / "python.exe") if path.exists())
-    install = [str(python), "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", str(wheel)]
-    subprocess.run(install, check=True, capture_output=True)
+    pip = [sys.executable, "-m", "pip", "--python", str(python)]
+    subprocess.run([*pip, "install", "--quiet", "--no-deps", "--no-index", str(wheel)], check=True, capture_output=True)
     # A line in a .pth file adds a folder, and not the .pth files in it: this checkout's editable install stays out.
     query = "import sysconfig; print(sysconfig.get_path('purelib'))"
     there = subprocess.run([str(python), "-c", query], check=True, capture_output=True, text=True).stdout.strip()

@@ -10,7 +10,9 @@ import torch
 from filelock import FileLock
 
 from rwkv_pl.cli import doctor
+from rwkv_pl.files import cache_folder
 from rwkv_pl.ops.toolchain import Compiler, find_nvcc, nvcc_trouble
+from rwkv_pl.ops.wkv4 import _load
 
 
 def run(cache: Path, **environment: str) -> "subprocess.CompletedProcess[str]":
@@ -20,19 +22,16 @@ def run(cache: Path, **environment: str) -> "subprocess.CompletedProcess[str]":
 
 
 def test_all_is_well(tmp_path):
+    # In a folder with a blank and a letter that is not ASCII; built it is in test_build.py.
+    assert _load("cpu") == ""
+    (tmp_path / "a b \u00e9").mkdir()
+    (tmp_path / "a b \u00e9" / "kernels").symlink_to(cache_folder() / "kernels")
     result = run(tmp_path / "a b \u00e9")
     assert result.returncode == 0, result.stdout + result.stderr
     assert "cpu: kernel=auto uses the compiled kernel: there in " in result.stdout
     for what in ("Python", torch.__version__, "C++ compiler", "ninja", "a b \u00e9"):
         assert what in result.stdout
     assert "Traceback" not in result.stderr
-
-
-def test_no_compiler(tmp_path):
-    result = run(tmp_path, CXX="/nowhere/c++")
-    assert result.returncode == 1
-    reason = "no C++ compiler (CXX=/nowhere/c++ is none); let CXX name one, or unset it"
-    assert result.stdout.splitlines()[-1] == f"cpu: kernel=auto uses the scan in plain torch: {reason}"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a program that is a shell script")
@@ -99,6 +98,33 @@ def test_an_nvcc_of_another_cuda(monkeypatch, tmp_path):
     found = finding("nvcc")
     assert found.found == f"{tmp_path / 'new' / 'nvcc'} is too new: its CUDA is 99.1, torch's 98.0"
     assert found.cure == "install the CUDA toolkit 98.0 and put its nvcc on PATH"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a program that is a shell script")
+def test_the_table_where_nothing_fits(tmp_path):
+    """No compiler, an nvcc of another CUDA, and what a process left that died as it built."""
+    fake_nvcc(tmp_path / "bin", "99.1")
+    (tmp_path / "kernels" / "building-x").mkdir(parents=True)
+    (tmp_path / "kernels" / "lock").write_text("of a process that died")
+    # This torch may have no CUDA, of which nvcc would then be no matter.
+    code = (
+        "import torch; torch.version.cuda = '98.0'\n"
+        "from rich.console import Console; from rwkv_pl.cli import doctor\n"
+        "doctor.console = lambda: Console(width=400); doctor.main()"
+    )
+    hidden = {"RWKV_PL_CACHE": str(tmp_path), "PATH": str(tmp_path / "bin"), "CXX": "/nowhere/c++"}
+    env = {name: value for name, value in os.environ.items() if name not in ("CUDA_HOME", "CUDA_PATH")} | hidden
+    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    assert (result.returncode, "Traceback" in result.stderr) == (1, False), result.stderr
+    cells = [[cell.strip() for cell in line.split("\u2502")[1:4]] for line in result.stdout.splitlines()]
+    table = {row[0]: row[1:] for row in cells if len(row) == 3}
+    assert table["C++ compiler"] == ["CXX=/nowhere/c++ is none", "let CXX name one, or unset it"]
+    fault = f"{tmp_path / 'bin' / 'nvcc'} is too new: its CUDA is 99.1, torch's 98.0"
+    assert table["nvcc"] == [fault, "install the CUDA toolkit 98.0 and put its nvcc on PATH"]
+    left = "0 libraries, 0.0 MB; 1 builds that were broken off, which the next one clears away"
+    assert table["cache"] == [f"{tmp_path / 'kernels'}: {left}", "-"]
+    reason = "no C++ compiler (CXX=/nowhere/c++ is none); let CXX name one, or unset it"
+    assert result.stdout.splitlines()[-1] == f"cpu: kernel=auto uses the scan in plain torch: {reason}"
 
 
 def test_advice_on_nvcc():
