@@ -183,6 +183,31 @@ def test_the_name_has_all_that_a_library_was_made_from():
     assert len(names) == 4
 
 
+BESIDE_CUDA = """
+import torch
+from rwkv_pl.cli.doctor import WORST_ERROR, _worst_error
+from rwkv_pl.ops.wkv4 import _load, use_kernel
+assert torch.version.cuda is not None
+assert (_load("cpu"), _load("cuda")) == ("", "")
+for name in ("rwkv_pl::wkv4_forward", "rwkv_pl::wkv4_backward"):
+    for key in ("CPU", "CUDA"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(name, key), (name, key)
+use_kernel("compiled")
+assert _worst_error("cpu") <= WORST_ERROR
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    "RWKV_PL_CUDA_PYTHON" not in os.environ, reason="RWKV_PL_CUDA_PYTHON names no Python with a torch of CUDA"
+)
+def test_beside_a_torch_with_cuda(tmp_path):
+    """Both libraries load there, with a GPU or without; that Python has rwkv_pl installed, from a wheel or editable."""
+    command = [os.environ["RWKV_PL_CUDA_PYTHON"], "-c", BESIDE_CUDA]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
 @pytest.mark.parametrize(
     "source", sorted(path.name for path in Path(rwkv_pl.cuda.__path__[0]).iterdir() if path.is_file())
 )

