@@ -227,7 +227,9 @@ def test_every_architecture_compiles_without_spills_and_loads(tmp_path, chips):
     nvcc = find_nvcc("13")
     assert CHIPS == (75, 80, 86, 89, 90, 100, 120)
     library = tmp_path / "wkv4_cuda.so"
-    command = nvcc_command(nvcc, [*CUDA_FLAGS, *chip_flags(chips), "-Xptxas=-v", "--threads=2"], CUDA / "wkv4_cuda.cu", library)
+    command = nvcc_command(
+        nvcc, [*CUDA_FLAGS, *chip_flags(chips), "-Xptxas=-v", "--threads=2"], CUDA / "wkv4_cuda.cu", library
+    )
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     assert set(re.findall(r"for 'sm_(\d+)'", run.stderr)) == {str(chip) for chip in chips}
