@@ -26,10 +26,7 @@ wheel: $(VENV)/.dev
 	rm -rf src/rwkv_pl/prebuilt build
 
 bench: $(VENV)/.dev
-	$(BIN)/python -m benchmarks.wkv
-	$(BIN)/python -m benchmarks.train_step
-	$(BIN)/python -m benchmarks.generate
-	$(BIN)/python -m benchmarks.checkpoint
+	$(BIN)/python -m benchmarks all
 
 $(VENV)/.train: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -1,13 +1,12 @@
 """What a checkpoint blocks, and what a resume costs, at the classic setting (12 x 512, 1 x 1,024 bytes, Adam).
 
-    python -m benchmarks.checkpoint [--saves 5]
+    python -m benchmarks checkpoint [--rounds 5]
 
 Both in the command itself, on the standard library's text. A save blocks from the training's last instruction to its
 next: state, logs and file flushed to the disk, the name in place. A resume is counted from the command's first line to
 the first optimizer step, without the imports, which are given apart; then its parts.
 """
 
-import argparse
 import json
 import statistics
 import subprocess
@@ -17,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import RESULTS, in_words, machine
+from benchmarks.common import arguments, begin, save, summary
 
 SETTINGS = ("data=stdlib", "trainer.limit_val_batches=1", "trainer.log_every_n_steps=1")
 
@@ -54,9 +53,9 @@ def command(folder: Path, *arguments: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--saves", type=int, default=5)
-    saves = parser.parse_args().saves
+    options = arguments("checkpoint", __doc__, rounds=5).parse_args()
+    saves, title = options.rounds, "a checkpoint at the classic setting"
+    begin(title, options.threads)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         every = "callbacks.last.every_n_train_steps=3"
@@ -69,28 +68,27 @@ def main() -> None:
         (folder / "copy").write_bytes((folder / "run" / "checkpoints" / "last.ckpt").read_bytes())
         copied = time.perf_counter() - started
     steps = [b - a for a, b in zip(first["steps"], first["steps"][1:], strict=False)]
-    step, blocked = statistics.median(steps), statistics.median(first["blocked"])
-    result = {
-        "title": "a checkpoint at the classic setting",
-        "machine": machine(),
-        "checkpoint_bytes": size,
-        "seconds_blocked": {"median": blocked, "min": min(first["blocked"]), "max": max(first["blocked"])},
-        "seconds_a_step": step,
-        "share_of_time_every_1000_steps": blocked / (1000 * step + blocked),
-        "seconds_of_imports": first["imports"],
-        "seconds_to_first_step": {"resumed": statistics.median(resumed), "fresh": statistics.median(fresh)},
-        "seconds_to_copy_the_file": copied,
-    }
-    least, most = min(first["blocked"]), max(first["blocked"])
+    step, blocked = statistics.median(steps), summary(first["blocked"])
+    share = blocked["median"] / (1000 * step + blocked["median"])
+    to_first_step = {"resumed": statistics.median(resumed), "fresh": statistics.median(fresh)}
     print(
-        f"{result['title']}\n{in_words(result['machine'])}\n\n"
-        f"{size / 1e6:,.0f} MB, blocks {blocked:.2f} s ({least:.2f} to {most:.2f}), a step {step:.2f} s: "
-        f"every 1,000 steps {result['share_of_time_every_1000_steps']:.2%} of the time\n"
-        f"to the first step: resumed {statistics.median(resumed):.2f} s, fresh {statistics.median(fresh):.2f} s, "
+        f"\n{size / 1e6:,.0f} MB, blocks {blocked['median']:.2f} s ({blocked['min']:.2f} to {blocked['max']:.2f}), "
+        f"a step {step:.2f} s: every 1,000 steps {share:.2%} of the time\n"
+        f"to the first step: resumed {to_first_step['resumed']:.2f} s, fresh {to_first_step['fresh']:.2f} s, "
         f"and the imports {first['imports']:.2f} s; the file copied in {copied:.2f} s"
     )
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "checkpoint.json").write_text(json.dumps(result, indent=2) + "\n")
+    save(
+        options.results,
+        "checkpoint",
+        title,
+        checkpoint_bytes=size,
+        seconds_blocked=blocked,
+        seconds_a_step=step,
+        share_of_time_every_1000_steps=share,
+        seconds_of_imports=first["imports"],
+        seconds_to_first_step=to_first_step,
+        seconds_to_copy_the_file=copied,
+    )
 
 
 if __name__ == "__main__":

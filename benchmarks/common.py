@@ -1,11 +1,14 @@
-"""What every benchmark here shares: the machine's name, interleaved runs, a table and a JSON file."""
+"""What every benchmark here shares: the machine's name, contestants that take turns, a table and a JSON file."""
 
+import argparse
 import json
 import multiprocessing
+import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +16,38 @@ import torch
 
 RESULTS = Path(__file__).parent / "results"
 
+Call = Callable[[], Any]
+Maker = Callable[[], Call]
+# Low and high are the quartiles.
+Summary = dict[str, float]
+
+
+def arguments(name: str, about: str | None, rounds: int) -> argparse.ArgumentParser:
+    """The options that every benchmark has."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks {name}", description=(about or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=rounds, help=f"turns of each contestant ({rounds})")
+    parser.add_argument("--threads", type=int, default=2, help="of every contestant (2)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of the JSON file")
+    return parser
+
+
+def begin(title: str, threads: int) -> None:
+    """Tells what is measured on what, and sets the threads of this process and of those that it starts."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    torch.set_num_threads(threads)
+    print(f"{title}\n{in_words(machine())}", flush=True)
+
 
 def machine() -> dict[str, Any]:
     """The device that the figures belong to."""
     cpu = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":")[1].strip() for line in cpu.read_text().splitlines() if "model name" in line]
-        if cpu.exists()
-        else []
-    )
-    flags = (
-        next((line for line in cpu.read_text().splitlines() if line.startswith("flags")), "") if cpu.exists() else ""
-    )
-    features = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {flag}" in flags]
+    lines = cpu.read_text().splitlines() if cpu.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if "model name" in line]
+    flags = next((line.split() for line in lines if line.startswith("flags")), [])
     return {
+        "device": "cpu",
         "cpu": names[0] if names else platform.processor() or platform.machine(),
-        "cpu_features": features,
+        "cpu_features": [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags],
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -40,53 +59,136 @@ def in_words(about: dict[str, Any]) -> str:
     return f"{about['cpu']} ({', '.join(about['cpu_features'])}), {about['threads']} threads, torch {about['torch']}"
 
 
-def interleaved(makers: dict[str, Callable[[], Callable[[], Any]]], rounds: int) -> dict[str, dict[str, float]]:
-    """Seconds of each contestant's call, median with least and most.
+class Failed(Exception):
+    """A contestant that cannot take part, and why."""
 
-    Each lives in a process of its own, as it is used, where no other's memory is in its way. It is made and called
-    twice there, then they take turns, one call each a round, so that a slow minute falls on all.
+
+class Contestant:
+    """Work in a process of its own, as it is used, where no other's memory is in its way; it rests until it is asked.
+
+    work: gets the process's end of a pipe, sends one message when it is ready, then one for each that it receives.
     """
-    context = multiprocessing.get_context("spawn")
-    seconds: dict[str, list[float]] = {name: [] for name in makers}
-    pipes, processes = {}, []
-    for name, maker in makers.items():
-        pipes[name], theirs = context.Pipe()
-        processes.append(context.Process(target=_contestant, args=(maker, theirs), daemon=True))
-        processes[-1].start()
-        pipes[name].recv()
-    for _ in range(rounds):
-        for name, pipe in pipes.items():
-            pipe.send("go")
-            seconds[name].append(pipe.recv())
-    for process in processes:
-        process.terminate()
-    return {
-        name: {"median": statistics.median(taken), "min": min(taken), "max": max(taken)}
-        for name, taken in seconds.items()
-    }
+
+    def __init__(self, work: Callable[[Any], None]) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_process, args=(work, theirs), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def answer(self) -> Any:
+        """What it sends next. Raises Failed."""
+        try:
+            message = self._pipe.recv()
+        except (EOFError, ConnectionResetError):
+            self._process.join()
+            raise Failed(f"its process ended with exit code {self._process.exitcode}") from None
+        if isinstance(message, Failed):
+            raise message
+        return message
+
+    def ask(self, *about: Any) -> Any:
+        """Lets it work on `about`, and returns its answer. Raises Failed."""
+        self._pipe.send(about)
+        return self.answer()
+
+    def stop(self) -> None:
+        self._process.terminate()
+        self._process.join()
 
 
-def _contestant(maker: Callable[[], Callable[[], Any]], pipe: Any) -> None:
+def _process(work: Callable[[Any], None], pipe: Any) -> None:
+    try:
+        work(pipe)
+    except Exception as error:
+        pipe.send(Failed(f"{type(error).__name__}: {error}".splitlines()[0]))
+
+
+def once(function: Callable[..., Any], *arguments: Any) -> Any:
+    """The function's result, from a fresh process. Raises Failed."""
+    contestant = Contestant(partial(_send_result, partial(function, *arguments)))
+    try:
+        return contestant.answer()
+    finally:
+        contestant.stop()
+
+
+def _send_result(function: Call, pipe: Any) -> None:
+    pipe.send(function())
+
+
+def take_turns(makers: Mapping[str, Maker], rounds: int, seconds_a_turn: float = 0.0) -> dict[str, list[float]]:
+    """Seconds of a call of each contestant, in each round.
+
+    Each is made and called twice in its process, then they take turns, so that a slow minute falls on all, and calls of
+    the same round make pairs. A turn is one call, or as many as fill `seconds_a_turn`, of which the mean counts. One
+    that cannot take part is left out, which is told.
+    """
+    contestants: dict[str, Contestant] = {}
+    seconds: dict[str, list[float]] = {}
+    try:
+        for name, maker in makers.items():
+            contestant = Contestant(partial(_timed, maker, seconds_a_turn))
+            try:
+                contestant.answer()
+            except Failed as why:
+                print(f"left out: {name}: {why}")
+            else:
+                contestants[name], seconds[name] = contestant, []
+        for _ in range(rounds):
+            for name, contestant in contestants.items():
+                seconds[name].append(contestant.ask())
+    finally:
+        for contestant in contestants.values():
+            contestant.stop()
+    return seconds
+
+
+def _timed(maker: Maker, seconds_a_turn: float, pipe: Any) -> None:
     call = maker()
     call()
+    started = time.perf_counter()
     call()
+    calls = max(1, int(seconds_a_turn / (time.perf_counter() - started)))
     pipe.send("ready")
     while True:
         pipe.recv()
         started = time.perf_counter()
-        call()
-        pipe.send(time.perf_counter() - started)
+        for _ in range(calls):
+            call()
+        pipe.send((time.perf_counter() - started) / calls)
 
 
-def report(name: str, title: str, times: dict[str, dict[str, float]], against: str, **more: Any) -> None:
-    """Prints a table of milliseconds, with each median as a multiple of `against`'s, and writes results/NAME.json."""
-    about = machine()
-    print(title)
-    print(f"{in_words(about)}\n")
-    print(f"{'':34}{'median ms':>12}{'least':>12}{'most':>12}{'x ' + against:>14}")
-    for row, taken in times.items():
-        ratio = taken["median"] / times[against]["median"]
-        print(f"{row:34}" + "".join(f"{1e3 * taken[k]:12.2f}" for k in ("median", "min", "max")) + f"{ratio:14.2f}")
-    RESULTS.mkdir(exist_ok=True)
-    content = {"title": title, "machine": about, "seconds": times, **more}
-    (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+def summary(values: Sequence[float]) -> Summary:
+    """The median, the quartiles as low and high, least and most."""
+    median = statistics.median(values)
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [median] * 3
+    return {"median": median, "low": low, "high": high, "min": min(values), "max": max(values)}
+
+
+def spread(values: Sequence[float]) -> float:
+    """From least to most, as a share of the median."""
+    return (max(values) - min(values)) / statistics.median(values)
+
+
+def cells(of: Summary, factor: float = 1.0, digits: int = 2) -> list[str]:
+    """The median and the quartiles, for a table."""
+    median, low, high = (f"{factor * of[name]:,.{digits}f}" for name in ("median", "low", "high"))
+    return [median, f"{low} to {high}"]
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Prints rows of words below their heads, the first column to the left."""
+    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
+    print()
+    for row in (head, *rows):
+        padded = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+        print("   ".join([row[0].ljust(widths[0]), *padded[1:]]).rstrip())
+    print(flush=True)
+
+
+def save(folder: Path, name: str, title: str, **content: Any) -> None:
+    """Writes NAME.json: the title, the machine and the figures."""
+    folder.mkdir(parents=True, exist_ok=True)
+    about = {"title": title, "machine": machine(), **content}
+    (folder / f"{name}.json").write_text(json.dumps(about, indent=2) + "\n")

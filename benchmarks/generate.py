@@ -1,26 +1,22 @@
 """Tokens a second at the classic size: ours, BlinkDL's `rwkv` package and Hugging Face transformers, in the same run.
 
-    python -m benchmarks.generate [--rounds 15]
+    python -m benchmarks generate [--rounds 15]
 
 A 12 x 512 RWKV-4 of bytes on the CPU, the likeliest token each time. The floor is one reading of the matrices' weights
 a token, by a vectorised sum over them on the same threads, compiled here. Writes benchmarks/results/generate.json.
 """
 
-import argparse
 import importlib.resources
-import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from benchmarks.common import RESULTS, in_words, interleaved, machine
+from benchmarks.common import Call, Maker, arguments, begin, cells, save, summary, table, take_turns
 from rwkv_pl import RWKV4, RWKV4Config
 from rwkv_pl.inference.generate import Generation, read
 from rwkv_pl.inference.sampling import Dice, Sampling
@@ -31,8 +27,6 @@ from rwkv_pl.ops.rwkv4_step import lay_together
 VOCAB, LAYERS, CHANNELS = 256, 12, 512
 # Of one call.
 TOKENS = 20
-
-Call = Callable[[], Any]
 
 
 def random_model() -> RWKV4:
@@ -117,11 +111,11 @@ def reading() -> Call:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.generate", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=15)
-    rounds = parser.parse_args().rounds
+    rounds = (options := arguments("generate", __doc__, rounds=15).parse_args()).rounds
+    title = f"tokens a second, {LAYERS} x {CHANNELS}, {VOCAB} tokens"
+    begin(title, options.threads)
     half = torch.bfloat16
-    makers: dict[str, Callable[[], Call]] = {
+    makers: dict[str, Maker] = {
         "reading the weights": reading,
         "rwkv_pl": ours,
         "rwkv_pl, token 10,000": partial(ours, place=10_000),
@@ -131,33 +125,26 @@ def main() -> None:
         "rwkv package, cpu fp32": rwkv_package,
         "transformers, generate": transformers_generate,
     }
-    seconds = interleaved(makers, rounds)
     rows = {}
-    for name, taken in seconds.items():
+    for name, taken in take_turns(makers, rounds).items():
         tokens = TOKENS * (8 if name.endswith("batch 8") else 1)
-        rows[name] = {"median": tokens / taken["median"], "min": tokens / taken["max"], "max": tokens / taken["min"]}
-
-    def ratio(one: str, other: str) -> float:
-        return rows[one]["median"] / rows[other]["median"]
-
-    ratios = {
-        "times the rwkv package": ratio("rwkv_pl", "rwkv package, cpu fp32"),
-        "reading the weights, times ours": ratio("reading the weights", "rwkv_pl"),
-        "bfloat16, times float32": ratio("rwkv_pl, bfloat16", "rwkv_pl"),
-        "batch 8, times batch 1": ratio("rwkv_pl, batch 8", "rwkv_pl"),
-        "batch 8, times batch 1, bfloat16": ratio("rwkv_pl, bfloat16, batch 8", "rwkv_pl, bfloat16"),
-        "token 10,000, times token 10": ratio("rwkv_pl, token 10,000", "rwkv_pl"),
+        rows[name] = summary([tokens / seconds for seconds in taken])
+    compared = {
+        "times the rwkv package": ("rwkv_pl", "rwkv package, cpu fp32"),
+        "reading the weights, times ours": ("reading the weights", "rwkv_pl"),
+        "bfloat16, times float32": ("rwkv_pl, bfloat16", "rwkv_pl"),
+        "batch 8, times batch 1": ("rwkv_pl, batch 8", "rwkv_pl"),
+        "batch 8, times batch 1, bfloat16": ("rwkv_pl, bfloat16, batch 8", "rwkv_pl, bfloat16"),
+        "token 10,000, times token 10": ("rwkv_pl, token 10,000", "rwkv_pl"),
     }
-    title, about = f"tokens a second, {LAYERS} x {CHANNELS}, {VOCAB} tokens, CPU", machine()
-    print(f"{title}\n{in_words(about)}\n\n{'':30}{'median':>10}{'least':>10}{'most':>10}")
-    for name, row in rows.items():
-        print(f"{name:30}" + "".join(f"{row[column]:10.1f}" for column in ("median", "min", "max")))
-    print()
-    for name, value in ratios.items():
-        print(f"{name:36}{value:6.2f}")
-    RESULTS.mkdir(exist_ok=True)
-    content = {"title": title, "machine": about, "rounds": rounds, "tokens_per_second": rows, "ratios": ratios}
-    (RESULTS / "generate.json").write_text(json.dumps(content, indent=2) + "\n")
+    ratios = {
+        about: rows[one]["median"] / rows[other]["median"]
+        for about, (one, other) in compared.items()
+        if one in rows and other in rows
+    }
+    table(["", "tokens/s", "quartiles"], [[name, *cells(row, 1, 1)] for name, row in rows.items()])
+    table(["", "times"], [[about, f"{ratio:.2f}"] for about, ratio in ratios.items()])
+    save(options.results, "generate", title, rounds=rounds, tokens_per_second=rows, ratios=ratios)
 
 
 if __name__ == "__main__":

@@ -1,38 +1,137 @@
-"""A training step at the classic setting, ours and Hugging Face transformers', in the same run.
+"""A training step and its matrix products alone, ours and Hugging Face transformers', in turns.
 
-    python -m benchmarks.train_step [--rounds 3]
+    python -m benchmarks train_step [--rounds 7] [--settings classic quickstart] [--profile]
 
-Forward, loss, backward and Adam of a 12 x 512 RWKV-4 on 1 x 1,024 bytes, float32. The floor is the step's matrix
-products alone, each with its two of the backward pass, as the model makes them. Ours has its memory set up as
-rwkv-train does it.
+Forward, loss, backward and Adam. What is not a matrix product is the median of paired differences: in each round the
+products are made once, then the step once, each in a process of its own. A run whose products spread over 5% is
+repeated. The products are those of the model, each with its two of the backward pass, by the model's own way; in
+bfloat16 without the casts. `full` has gradient clipping and L2Wrap, as rwkv-train does it; the peer has neither.
+--profile adds where the time goes, by parts.
 """
 
-import argparse
 import logging
-from collections.abc import Callable
+import re
+import statistics
+from collections import Counter
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.common import interleaved, report
+from benchmarks.common import (
+    Call,
+    Maker,
+    Summary,
+    arguments,
+    begin,
+    cells,
+    once,
+    save,
+    spread,
+    summary,
+    table,
+    take_turns,
+)
 from rwkv_pl import RWKV4, LitRWKV, RWKV4Config
 from rwkv_pl.cli.prepare import keep_freed_memory
+from rwkv_pl.ops.cross_entropy import cross_entropy
 from rwkv_pl.ops.linear import linear
 
-B, T, VOCAB, LAYERS, CHANNELS = 1, 1024, 256, 12, 512
+VOCAB = 256
 
 
-def our_step(precision: torch.dtype | None = None) -> Callable[[], None]:
-    """What LitRWKV and its optimizer do in one step; precision: of an autocast around the forward pass."""
+@dataclass(frozen=True)
+class Setting:
+    """A model of bytes, and its batch: rows of `steps` tokens."""
+
+    n_layer: int
+    n_embd: int
+    rows: int
+    steps: int
+
+    def __str__(self) -> str:
+        return f"{self.n_layer} x {self.n_embd}, {self.rows} x {self.steps:,} tokens"
+
+
+SETTINGS = {
+    "classic": Setting(12, 512, 1, 1024),
+    "quickstart": Setting(2, 192, 6, 256),
+    "tiny": Setting(2, 32, 2, 64),  # to try the program
+}
+PRECISIONS = ("float32", "bf16-mixed")
+
+# A run whose products spread more than this is repeated, so often.
+SPREAD, TRIES = 0.05, 5
+
+
+def random_tokens(setting: Setting) -> Tensor:
+    return torch.randint(VOCAB, (setting.rows, setting.steps + 1))
+
+
+def autocast(precision: str) -> AbstractContextManager[Any]:
+    return torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed")
+
+
+def our_module(setting: Setting) -> LitRWKV:
+    """With the memory set up as rwkv-train does it."""
     keep_freed_memory()
-    module = LitRWKV(RWKV4(RWKV4Config(VOCAB, LAYERS, CHANNELS)))
+    return LitRWKV(RWKV4(RWKV4Config(VOCAB, setting.n_layer, setting.n_embd)))
+
+
+def our_step(setting: Setting, precision: str, full: bool = False, compiled: bool = False) -> Call:
+    """What LitRWKV and its optimizer do in one step; full: with gradient clipping and L2Wrap."""
+    module = our_module(setting)
+    if compiled:
+        for block in module.model.blocks:
+            block.compile()
     optimizer = module.configure_optimizers()
-    tokens = torch.randint(VOCAB, (B, T + 1))
+    tokens = random_tokens(setting)
 
     def step() -> None:
-        with torch.autocast("cpu", precision or torch.bfloat16, enabled=precision is not None):
-            loss = module.training_step(tokens, 0)["loss"]
+        with autocast(precision):
+            if full:
+                loss = module.training_step(tokens, 0)["loss"]
+            else:
+                logits, _ = module.model(tokens[:, :-1])
+                loss = cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())[0].mean()
+        loss.backward()
+        if full:
+            torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def transformers_model(setting: Setting) -> Any:
+    import transformers
+
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    config = transformers.RwkvConfig(
+        vocab_size=VOCAB,
+        context_length=setting.steps,
+        hidden_size=setting.n_embd,
+        num_hidden_layers=setting.n_layer,
+        tie_word_embeddings=False,
+        rescale_every=0,
+    )
+    return transformers.RwkvForCausalLM(config).train()
+
+
+def transformers_step(setting: Setting, precision: str) -> Call:
+    """The same size and text through transformers' RwkvForCausalLM."""
+    model = transformers_model(setting)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-5, fused=True)
+    tokens = random_tokens(setting)
+
+    def step() -> None:
+        with autocast(precision):
+            logits = model(tokens[:, :-1], use_cache=False).logits
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -40,32 +139,13 @@ def our_step(precision: torch.dtype | None = None) -> Callable[[], None]:
     return step
 
 
-def transformers_step() -> Callable[[], None]:
-    """The same size and text through transformers' RwkvForCausalLM."""
-    import transformers
-
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    config = transformers.RwkvConfig(
-        vocab_size=VOCAB, context_length=T, hidden_size=CHANNELS, num_hidden_layers=LAYERS, tie_word_embeddings=False
-    )
-    model = transformers.RwkvForCausalLM(config).train()
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-5, fused=True)
-    tokens = torch.randint(VOCAB, (B, T + 1))
-
-    def step() -> None:
-        logits = model(tokens[:, :-1], use_cache=False).logits
-        F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
-
-
-def products() -> Callable[[], None]:
+def products(setting: Setting, precision: str) -> Call:
     """The matrix products of a step and nothing else."""
-    shapes = [(CHANNELS, CHANNELS)] * 5 + [(CHANNELS, 4 * CHANNELS), (4 * CHANNELS, CHANNELS)]
-    weights = [torch.randn(out, into) for out, into in shapes * LAYERS + [(VOCAB, CHANNELS)]]
-    inputs = {width: torch.randn(B * T, width) for width in (VOCAB, CHANNELS, 4 * CHANNELS)}
+    keep_freed_memory()
+    C, dtype = setting.n_embd, torch.float32 if precision == "float32" else torch.bfloat16
+    shapes = [(C, C)] * 5 + [(C, 4 * C), (4 * C, C)]
+    weights = [torch.randn(out, into).to(dtype) for out, into in shapes * setting.n_layer + [(VOCAB, C)]]
+    inputs = {width: torch.randn(setting.rows * setting.steps, width).to(dtype) for width in (VOCAB, C, 4 * C)}
 
     @torch.no_grad()
     def step() -> None:
@@ -78,26 +158,133 @@ def products() -> Callable[[], None]:
     return step
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=3)
-    rounds = parser.parse_args().rounds
-    makers: dict[str, Callable[[], Callable[[], None]]] = {
-        "products alone": products,
-        "rwkv_pl": our_step,
-        "rwkv_pl, bf16-mixed": partial(our_step, torch.bfloat16),
-        "transformers": transformers_step,
+# The first that matches the name of an operator, or else of the nearest caller, has its time.
+PARTS = {
+    "matrix products": r"::(mm|addmm|bmm|_linear_pointwise|mkldnn_linear|linear)$",
+    "Adam": r"adam|Optimizer",
+    "WKV": r"wkv",
+    "squared ReLU": r"relu|addcmul",
+    "cross-entropy": r"cross_?entropy|softmax|nll_loss|::max$|MaxBackward|logsumexp",
+    "LayerNorm, shift, mixes": r"norm|shift|mix|lerp|::cat$|Cat|Lerp|Slice|::slice",
+    "gates": r"gate|sigmoid|MulBackward",
+    "copies and casts": r"copy_|::to$|_to_copy|contiguous|clone",
+}
+
+
+def profile(setting: Setting, precision: str, full: bool = False, steps: int = 5) -> dict[str, Any]:
+    """Milliseconds a step of each part, by the CPU's time of its own, and the largest operators of the rest."""
+    step = our_step(setting, precision, full)
+    step()
+    step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        for _ in range(steps):
+            step()
+    parts: Counter[str] = Counter()
+    rest: Counter[str] = Counter()
+    for event in profiler.events():
+        milliseconds = event.self_cpu_time_total / 1000 / steps
+        part = part_of(event)
+        parts[part] += milliseconds
+        if part == "rest":
+            rest[event.name] += milliseconds
+    return {"milliseconds": dict(parts.most_common()), "largest_of_the_rest": dict(rest.most_common(5))}
+
+
+def part_of(event: Any) -> str:
+    """The part that an operator of the profile belongs to, by its own name or by its callers', nearest first."""
+    own = event.name
+    while event is not None:
+        for part, pattern in PARTS.items():
+            if re.search(pattern, event.name, re.IGNORECASE):
+                return part
+        event = event.cpu_parent
+    return "gates" if own == "aten::mul" else "rest"
+
+
+def measured_pairs(setting: Setting, rounds: int) -> tuple[dict[str, list[float]], dict[str, float], int]:
+    """Seconds of products and steps in turns, the products' spread, and which try it was."""
+    makers: dict[str, Maker] = {}
+    for precision in PRECISIONS:
+        makers[f"products, {precision}"] = partial(products, setting, precision)
+        makers[f"rwkv_pl, {precision}"] = partial(our_step, setting, precision)
+    tries = []
+    for attempt in range(1, TRIES + 1):
+        seconds = take_turns(makers, rounds)
+        spreads = {precision: spread(seconds[f"products, {precision}"]) for precision in PRECISIONS}
+        tries.append((seconds, spreads, attempt))
+        if max(spreads.values()) <= SPREAD:
+            break
+        print(f"the products spread over {max(spreads.values()):.0%}, try {attempt} of {TRIES}", flush=True)
+    return min(tries, key=lambda one: max(one[1].values()))
+
+
+def remainders(seconds: dict[str, list[float]]) -> dict[str, dict[str, Summary]]:
+    """What is not a matrix product, of each precision: as a share of the float32 products' time, and of its own."""
+    found = {}
+    for precision in PRECISIONS:
+        alone = seconds[f"products, {precision}"]
+        rest = [step - bare for step, bare in zip(seconds[f"rwkv_pl, {precision}"], alone, strict=True)]
+        shares = {}
+        for of, times in (("float32 products", seconds["products, float32"]), ("its own products", alone)):
+            shares[of] = summary([value / statistics.median(times) for value in rest])
+        found[precision] = shares
+    return found
+
+
+def measured(setting: Setting, rounds: int, profiled: bool) -> dict[str, Any]:
+    """Everything of one setting, told as it comes."""
+    print(f"\n{setting}", flush=True)
+    pairs, spreads, attempt = measured_pairs(setting, rounds)
+    makers: dict[str, Maker] = {}
+    for precision in PRECISIONS:
+        makers |= {
+            f"rwkv_pl, {precision}": partial(our_step, setting, precision),
+            f"rwkv_pl, full, {precision}": partial(our_step, setting, precision, True),
+            f"rwkv_pl, full, compiled, {precision}": partial(our_step, setting, precision, True, True),
+            f"transformers, {precision}": partial(transformers_step, setting, precision),
+        }
+    beside = take_turns(makers, max(1, rounds // 2))
+    rows = {name: summary(taken) for name, taken in (pairs | beside | pairs).items()}
+    ratios = {}
+    for name, taken in beside.items():
+        ours = statistics.median(beside[f"rwkv_pl, {name.split(', ')[-1]}"])
+        ratios[name] = statistics.median(taken) / ours
+    lines = [[name, *cells(row, 1e3), f"{ratios.get(name, float('nan')):.2f}"] for name, row in rows.items()]
+    table(["", "ms", "quartiles", "x rwkv_pl"], lines)
+
+    rest = remainders(pairs)
+    lines = [[precision, of, *cells(share, 1, 3)] for precision, shares in rest.items() for of, share in shares.items()]
+    table(["not a matrix product", "as a share of", "median", "quartiles"], lines)
+    reached = "" if max(spreads.values()) <= SPREAD else f", over {SPREAD:.0%} in {TRIES} tries: not a quiet machine"
+    told = ", ".join(f"{value:.1%} in {precision}" for precision, value in spreads.items())
+    print(f"try {attempt}: the products spread over {told}{reached}", flush=True)
+
+    profiles = {}
+    for precision in PRECISIONS if profiled else ():
+        profiles[precision] = found = once(profile, setting, precision)
+        total = sum(found["milliseconds"].values())
+        lines = [[part, f"{taken:.2f}", f"{taken / total:.1%}"] for part, taken in found["milliseconds"].items()]
+        table([f"profile, {precision}", "ms", "of the step"], lines)
+        print("rest: " + ", ".join(f"{name} {taken:.2f} ms" for name, taken in found["largest_of_the_rest"].items()))
+    return {
+        "setting": asdict(setting),
+        "seconds": rows,
+        "times_ours": ratios,
+        "not_a_matrix_product": rest,
+        "products_spread": spreads,
+        "profiles": profiles,
     }
-    times = interleaved(makers, rounds)
-    ratio = times["transformers"]["median"] / times["rwkv_pl"]["median"]
-    report(
-        "train_step",
-        f"one training step, {LAYERS} x {CHANNELS}, {B} x {T:,} tokens, float32",
-        times,
-        against="rwkv_pl",
-        times_faster_than_transformers=ratio,
-    )
-    print(f"\n{ratio:.1f} times faster than transformers")
+
+
+def main() -> None:
+    parser = arguments("train_step", __doc__, rounds=7)
+    parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=["classic", "quickstart"])
+    parser.add_argument("--profile", action="store_true", help="where the time goes, by parts")
+    options = parser.parse_args()
+    title = "one training step: forward, loss, backward, Adam"
+    begin(title, options.threads)
+    settings = {name: measured(SETTINGS[name], options.rounds, options.profile) for name in options.settings}
+    save(options.results, "train_step", title, rounds=options.rounds, settings=settings)
 
 
 if __name__ == "__main__":

@@ -1,36 +1,37 @@
-"""The WKV-4 operator, forward and backward, beside transformers' loop on the CPU.
+"""The WKV-4 operator, forward and backward, beside transformers' loop, the scan in torch and the memory's speed.
 
-    python -m benchmarks.wkv [--rounds N] [--threads N]
+    python -m benchmarks wkv [--rounds 10] [--longest 16384]
 
-At B1 T1024 C512 in float32, as the peer is used: checked against the plain recurrence in float64 first, then timed.
-The contestants take turns, one call each a round, so that a change of the machine's mood meets all of them; medians
-and quartiles are of whole calls from Python, gradients of all four inputs included. The kernel's other CPU levels run
-in processes of their own, since a process holds one library. Writes benchmarks/results/wkv.json.
+First at B1 T1024 C512 in float32, as the peer is used, each checked against the plain recurrence in float64: the
+kernel's levels for other CPUs too, by which a process holds one library. Then ours at other sizes, against the floor:
+the bytes that it must move (forward key, value and output, backward key, value, the output's gradient and both their
+gradients) at the speed of a large copy. The contestants take turns; what is timed are whole calls from Python,
+gradients of all four inputs included.
 """
 
-import argparse
-import json
 import os
-import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.common import in_words, machine
+from benchmarks.common import Call, Maker, arguments, begin, cells, once, save, summary, table, take_turns
 from rwkv_pl.ops.build import LEVELS, cpu_level
 from rwkv_pl.ops.toolchain import find_compiler
 from rwkv_pl.ops.wkv4 import use_kernel, wkv4
 
-B, T, C = 1, 1024, 512
-RESULTS = Path(__file__).parent / "results" / "wkv.json"
-
 Operator = Callable[..., tuple[Tensor, Any]]
+Shape = tuple[int, int, int]
+
+CLASSIC: Shape = (1, 1024, 512)
+LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+OTHERS: tuple[Shape, ...] = ((6, 256, 192), (8, 1024, 512), (64, 1024, 512))
+LONGEST_OF_THE_SCAN = 4096
+
+# Short calls: as many a turn as fill this.
+SECONDS_A_TURN = 0.05
 
 
 def inputs(
@@ -59,26 +60,6 @@ def errors(operator: Operator, arguments: list[Tensor], grad: Tensor) -> dict[st
     return {n: ((x - y).norm() / y.norm()).item() for n, x, y in zip(names, got, judge, strict=True)}
 
 
-def timings(operators: dict[str, Operator], rounds: int, repeats: dict[str, int]) -> dict[str, list[float]]:
-    """Seconds of each call; an operator with repeats makes so many calls a round."""
-    arguments, grad = inputs(B, T, C)
-    seconds: dict[str, list[float]] = {name: [] for name in operators}
-    for turn in range(rounds + 1):
-        for name, operator in operators.items():
-            for _ in range(repeats.get(name, 1)):
-                start = time.perf_counter()
-                call(operator, arguments, grad)
-                # The first round builds, loads and warms up.
-                if turn > 0:
-                    seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def summary(seconds: list[float], error: dict[str, float]) -> dict[str, Any]:
-    low, median, high = statistics.quantiles(seconds, n=4)
-    return {"median_s": median, "quartiles_s": [low, high], "calls": len(seconds), "relative_error": error}
-
-
 def with_kernel(name: str) -> Operator:
     def operator(*arguments: Tensor) -> tuple[Tensor, Tensor]:
         with use_kernel(name):
@@ -87,61 +68,125 @@ def with_kernel(name: str) -> Operator:
     return operator
 
 
-def one_level(rounds: int) -> dict[str, Any]:
-    operator = with_kernel("compiled")
-    return summary(
-        timings({"compiled": operator}, rounds, {"compiled": 20})["compiled"], errors(operator, *inputs(B, T, C))
+def operator_of(name: str) -> Operator:
+    """transformers, scan, or compiled LEVEL, which a process can have of one level only."""
+    if name == "transformers":
+        from transformers.models.rwkv.modeling_rwkv import rwkv_linear_attention_cpu
+
+        return rwkv_linear_attention_cpu
+    kernel, _, level = name.partition(" ")
+    if level:
+        os.environ["RWKV_PL_CPU_LEVEL"] = level
+    return with_kernel(kernel)
+
+
+def both_ways(name: str, shape: Shape, dtype: torch.dtype = torch.float32) -> Call:
+    return partial(call, operator_of(name), *inputs(*shape, dtype))
+
+
+def worst_error(name: str, shape: Shape) -> float:
+    return max(errors(operator_of(name), *inputs(*shape)).values())
+
+
+def copy() -> Call:
+    source = torch.randn(2**26)
+    return partial(torch.empty_like(source).copy_, source)
+
+
+def moved(shape: Shape, dtype: torch.dtype) -> int:
+    """Bytes that forward and backward must read and write."""
+    B, T, C = shape
+    return 8 * B * T * C * dtype.itemsize
+
+
+def peers(shape: Shape, rounds: int) -> dict[str, dict[str, Any]]:
+    """All who compute it, at one shape."""
+    levels = list(LEVELS)
+    compiled = [f"compiled {level}" for level in levels[levels.index(cpu_level()) :]]
+    makers: dict[str, Maker] = {name: partial(both_ways, name, shape) for name in ("transformers", "scan", *compiled)}
+    seconds = take_turns(makers, rounds, SECONDS_A_TURN)
+    rows: dict[str, dict[str, Any]] = {}
+    for name, taken in seconds.items():
+        rows[name] = {"seconds": summary(taken), "worst_relative_error": once(worst_error, name, shape)}
+    best = rows[compiled[0]]["seconds"]["median"]
+    lines = []
+    for name, row in rows.items():
+        row["times_ours"] = row["seconds"]["median"] / best
+        lines.append(
+            [name, *cells(row["seconds"], 1e3, 3), f"{row['times_ours']:.2f}", f"{row['worst_relative_error']:.1e}"]
+        )
+    table(["B{} T{} C{}, float32".format(*shape), "ms", "quartiles", "x ours", "worst error"], lines)
+    return rows
+
+
+def sizes(shapes: list[Shape], rounds: int) -> tuple[float, list[dict[str, Any]]]:
+    """Bytes a second of a copy, read and written, and a row for each shape and way."""
+    contestants = [
+        (name, shape, dtype)
+        for shape in shapes
+        for name, dtype in (("compiled", torch.float32), ("compiled", torch.bfloat16), ("scan", torch.float32))
+        if name == "compiled" or shape[0] * shape[1] <= LONGEST_OF_THE_SCAN
+    ]
+    rows: list[dict[str, Any]] = []
+    bandwidths = []
+    # A few at a time: each is a process.
+    for shape in shapes:
+        own = {str(one[:1] + one[2:]): one for one in contestants if one[1] == shape}
+        makers: dict[str, Maker] = {key: partial(both_ways, *one) for key, one in own.items()}
+        seconds = take_turns({"copy": copy, **makers}, rounds, SECONDS_A_TURN)
+        bandwidths.append(2 * 4 * 2**26 / summary(seconds.pop("copy"))["median"])
+        for key, taken in seconds.items():
+            name, _, dtype = own[key]
+            floor = moved(shape, dtype) / bandwidths[-1]
+            rows.append(
+                {
+                    "operator": name,
+                    "shape": list(shape),
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "seconds": summary(taken),
+                    "floor_seconds": floor,
+                    "microseconds_a_token": 1e6 * summary(taken)["median"] / (shape[0] * shape[1]),
+                }
+            )
+    lines = [
+        [
+            "B{} T{:,} C{}".format(*row["shape"]),
+            f"{row['operator']}, {row['dtype']}",
+            *cells(row["seconds"], 1e3, 3),
+            f"{row['microseconds_a_token']:.3f}",
+            f"{1e3 * row['floor_seconds']:.3f}",
+        ]
+        for row in rows
+    ]
+    bandwidth = summary(bandwidths)["median"]
+    table(["", "", "ms", "quartiles", "us a token", "floor, ms"], lines)
+    print(
+        f"a copy moves {bandwidth / 1e9:.1f} GB/s, read and written; what fits the caches can be faster than the floor"
     )
+    return bandwidth, rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.wkv", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--one-level", action="store_true", help="only the kernel, as JSON: how the levels are run")
+    parser = arguments("wkv", __doc__, rounds=10)
+    parser.add_argument("--longest", type=int, default=LENGTHS[-1], help="leave out longer texts")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    if options.one_level:
-        print(json.dumps(one_level(options.rounds)))
-        return
-
-    from transformers.models.rwkv.modeling_rwkv import rwkv_linear_attention_cpu
-
-    best = cpu_level()
-    operators: dict[str, Operator] = {
-        "transformers": rwkv_linear_attention_cpu,
-        "scan": with_kernel("scan"),
-        f"compiled {best}": with_kernel("compiled"),
-    }
-    seconds = timings(operators, options.rounds, {f"compiled {best}": 20})
-    rows = {name: summary(seconds[name], errors(operator, *inputs(B, T, C))) for name, operator in operators.items()}
-    command = [sys.executable, "-m", "benchmarks.wkv", "--one-level", f"--threads={options.threads}", "--rounds=10"]
-    for level in list(LEVELS)[list(LEVELS).index(best) + 1 :]:
-        run = subprocess.run(command, env=os.environ | {"RWKV_PL_CPU_LEVEL": level}, stdout=subprocess.PIPE, check=True)
-        rows[f"compiled {level}"] = json.loads(run.stdout)
-
+    title = "WKV-4 forward and backward"
+    begin(title, options.threads)
+    longest = options.longest
+    rows = peers((1, min(longest, CLASSIC[1]), CLASSIC[2]), options.rounds)
+    shapes = [(1, T, 512) for T in LENGTHS if longest >= T] + [one for one in OTHERS if one[0] * one[1] <= longest * 8]
+    bandwidth, by_size = sizes(shapes, options.rounds)
     compiler = find_compiler()
-    peer = rows["transformers"]["median_s"]
-    rows = {name: row | {"times_transformers": peer / row["median_s"]} for name, row in rows.items()}
-    about = machine()
-    report = {
-        "what": f"WKV-4 forward and backward, B{B} T{T} C{C}, float32",
-        "machine": about,
-        "compiler": compiler.version if compiler else None,
-        "rows": rows,
-    }
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(report, indent=2) + "\n")
-
-    print(f"{report['what']}\n{in_words(about)}\n")
-    print(f"{'':<22}{'median':>11}{'quartiles':>22}{'speed':>9}{'worst error':>13}")
-    for name, row in rows.items():
-        low, high = (1e3 * x for x in row["quartiles_s"])
-        worst = max(row["relative_error"].values())
-        print(
-            f"{name:<22}{1e3 * row['median_s']:>8.3f} ms{low:>10.3f} to {high:>5.3f} ms"
-            f"{row['times_transformers']:>8.0f}x{worst:>13.1e}"
-        )
+    save(
+        options.results,
+        "wkv",
+        title,
+        compiler=compiler.version if compiler else None,
+        rounds=options.rounds,
+        rows=rows,
+        copy_bytes_per_second=bandwidth,
+        by_size=by_size,
+    )
 
 
 if __name__ == "__main__":

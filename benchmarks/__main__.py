@@ -1,0 +1,40 @@
+"""The benchmarks by name.
+
+python -m benchmarks NAME [options]     NAME --help tells its options
+python -m benchmarks all [options]      one after another, then the plot
+"""
+
+import ast
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+NAMES = ("wkv", "train_step", "generate", "loop", "memory", "startup", "checkpoint", "race", "plot")
+ON_A_GPU = ("wkv_gpu",)
+
+
+def about(name: str) -> str:
+    """The first line of what a benchmark says of itself, without importing it."""
+    source = Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8")
+    return (ast.get_docstring(ast.parse(source)) or "").splitlines()[0]
+
+
+def main() -> None:
+    name, *options = sys.argv[1:] or ["--help"]
+    if name == "all":
+        commands = {each: [sys.executable, "-m", "benchmarks", each, *options] for each in NAMES}
+        failed = [each for each, command in commands.items() if subprocess.run(command).returncode]
+        sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
+    if name in (*NAMES, *ON_A_GPU):
+        sys.argv = [f"benchmarks {name}", *options]
+        import_module(f"benchmarks.{name}").main()
+        return
+    print(__doc__)
+    for each in (*NAMES, *ON_A_GPU):
+        print(f"    {each:12}{about(each)}")
+    sys.exit(0 if name in ("-h", "--help") else f"\nthere is no benchmark {name}")
+
+
+if __name__ == "__main__":
+    main()

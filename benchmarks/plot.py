@@ -1,0 +1,160 @@
+"""docs/benchmarks.png and docs/race.png, drawn from the JSON files of the others.
+
+    python -m benchmarks plot
+
+Peers side by side, and what the machine allows as a dashed line: the step's matrix products alone, the bytes over the
+bandwidth of a copy, the reading of the weights.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from benchmarks.common import RESULTS, in_words
+
+DOCS = Path(__file__).parents[1] / "docs"
+OURS, OTHERS = "tab:blue", "tab:gray"
+
+
+def bars(
+    axes: Axes, title: str, unit: str, rows: dict[str, dict[str, float]], factor: float, limit: dict[str, float]
+) -> None:
+    """rows: names to summaries; limit: names to a figure each, drawn as dashed lines."""
+    names = list(reversed(rows))
+    heights = [factor * rows[name]["median"] for name in names]
+    errors = [
+        [abs(factor * rows[name][end] - h) for name, h in zip(names, heights, strict=True)] for end in ("low", "high")
+    ]
+    colors = [OURS if name.startswith(("rwkv_pl", "compiled")) else OTHERS for name in names]
+    axes.barh(names, heights, xerr=errors, color=colors, height=0.7)
+    for place, height in enumerate(heights):
+        axes.text(height, place, f" {height:,.3g}", va="center", fontsize="small")
+    if max(heights) > 20 * min(heights):
+        axes.set_xscale("log")
+        axes.set_xlim(min([*heights, *(factor * x for x in limit.values())]) / 2, 5 * max(heights))
+    else:
+        axes.set_xlim(0, 1.2 * max(heights))
+    for (name, value), color in zip(limit.items(), ("tab:red", "tab:orange"), strict=False):
+        axes.axvline(factor * value, color=color, linestyle="--", linewidth=1.2, label=name)
+    axes.legend(fontsize="x-small", loc="lower right")
+    axes.set(title=title, xlabel=unit)
+
+
+def train_step(setting: str, axes: Axes, content: dict[str, Any]) -> None:
+    about = content["settings"][setting]
+    seconds, size = about["seconds"], about["setting"]
+    limit = {name: row["median"] for name, row in seconds.items() if name.startswith("products")}
+    rows = {name: row for name, row in seconds.items() if name not in limit}
+    title = f"a training step, {size['n_layer']} x {size['n_embd']}, {size['rows']} x {size['steps']:,} tokens"
+    bars(axes, title, "ms", rows, 1e3, {f"matrix {name}": value for name, value in limit.items()})
+
+
+def wkv(axes: Axes, content: dict[str, Any]) -> None:
+    rows = {name: row["seconds"] for name, row in content["rows"].items()}
+    floor = 8 * 4 * 1024 * 512 / content["copy_bytes_per_second"]
+    bars(axes, "WKV forward and backward, B1 T1,024 C512", "ms", rows, 1e3, {"bytes over a copy's speed": floor})
+
+
+def generate(axes: Axes, content: dict[str, Any]) -> None:
+    rows = dict(content["tokens_per_second"])
+    limit = {name: rows.pop(name)["median"] for name in list(rows) if name.startswith("reading")}
+    bars(axes, "generation, 12 x 512", "tokens a second", rows, 1, limit)
+
+
+def lines(field: str, factor: float, title: str, unit: str, axes: Axes, content: dict[str, Any]) -> None:
+    for name in dict.fromkeys(row["contestant"] for row in content["by_length"]):
+        own = [row for row in content["by_length"] if row["contestant"] == name]
+        color, style = (OURS, "o--" if "," in name else "o-") if name.startswith("rwkv_pl") else (OTHERS, "o-")
+        values = [factor * (row[field]["median"] - (row["gradients_mb"] if field == "peak_mb" else 0)) for row in own]
+        axes.plot([row["steps"] for row in own], values, style, color=color, markersize=4, label=name)
+        if name == "rwkv_pl":
+            ends = [own[0]["steps"], own[-1]["steps"]]
+            axes.plot(ends, [values[-1] * end / ends[1] for end in ends], ":", color="tab:red", label="linear")
+    axes.set(title=title, xlabel="context, tokens", ylabel=unit, xscale="log", yscale="log")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="x-small")
+
+
+def memory(axes: Axes, content: dict[str, Any]) -> None:
+    lines("peak_mb", 1, "memory of a step above weights and gradients, bf16-mixed", "MB", axes, content)
+
+
+def time(axes: Axes, content: dict[str, Any]) -> None:
+    lines("seconds", 1e3, "time of a step, 12 x 512, one row, bf16-mixed", "ms", axes, content)
+
+
+PANELS: list[tuple[str, Callable[[Axes, dict[str, Any]], None]]] = [
+    ("train_step", lambda axes, content: train_step("classic", axes, content)),
+    ("train_step", lambda axes, content: train_step("quickstart", axes, content)),
+    ("wkv", wkv),
+    ("generate", generate),
+    ("memory", time),
+    ("memory", memory),
+]
+
+
+def read(results: Path, name: str) -> dict[str, Any] | None:
+    path = results / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def write(figure: Figure, path: Path) -> None:
+    FigureCanvasAgg(figure).print_png(path)
+    print(path)
+
+
+def draw_all(results: Path = RESULTS, docs: Path = DOCS) -> None:
+    figure = Figure(figsize=(14, 11), dpi=100, layout="constrained")
+    machines = set()
+    for axes, (name, draw) in zip(figure.subplots(3, 2).flat, PANELS, strict=True):
+        content = read(results, name)
+        try:
+            if content is None:
+                raise KeyError(name)
+            draw(axes, content)
+            machines.add(in_words(content["machine"]))
+        except KeyError:  # a benchmark, or a setting of it, that has not been run
+            axes.text(0.5, 0.5, f"python -m benchmarks {name}", ha="center", va="center")
+            axes.set_axis_off()
+    figure.suptitle("\n".join(sorted(machines)), fontsize="small")
+    write(figure, docs / "benchmarks.png")
+
+
+def draw_race(results: Path = RESULTS, docs: Path = DOCS) -> None:
+    content = read(results, "race")
+    if content is None:
+        return
+    figure = Figure(figsize=(8, 5), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    for (name, one), color in zip(content["contestants"].items(), (OURS, "tab:orange", "tab:green"), strict=False):
+        x, y, steps = zip(*((p["seconds"], p["bits_per_byte"], p["steps"]) for p in one["curve"]), strict=True)
+        axes.plot(x, y, "o-", color=color, markersize=3, label=f"{name}: {y[-1]:.2f} in {steps[-1]:,} steps")
+    for (name, bits), color in zip(content["compressors"].items(), ("gray", "black"), strict=False):
+        axes.axhline(bits, color=color, linestyle="--", linewidth=1, label=f"{name} {bits:.2f}")
+    best = list(content["compressors"].values())
+    best += [p["bits_per_byte"] for one in content["contestants"].values() for p in one["curve"]]
+    axes.set_ylim(0.9 * min(best), 5)
+    axes.set(xlabel="seconds of training", ylabel="bits per byte of held-back text", title=content["title"])
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.suptitle(in_words(content["machine"]), fontsize="x-small")
+    write(figure, docs / "race.png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks plot", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of the JSON files")
+    parser.add_argument("--docs", type=Path, default=DOCS, help="where the pictures go")
+    options, _ = parser.parse_known_args()  # those of `all` are for the others
+    draw_all(options.results, options.docs)
+    draw_race(options.results, options.docs)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""A race: bits per byte of text that was held back, against seconds of training on the same cores.
+
+    python -m benchmarks race [--seconds 100] [--data FILE]
+    python -m benchmarks race --rates 1e-3 3e-3 1e-2      which learning rate suits each, the way RATES were found
+
+Ours, transformers' Rwkv and a GPT of torch's own layers train on the same batches, in float32, with Adam and clipped
+gradients, from scratch, taking turns of some seconds; a validation in between is off the clock. All are of 6 x 256, 5
+million parameters. The rate rises over the first twentieth of the time, then stays. gzip and xz stand for the whole
+validation part, the contestants' figure is of windows spread evenly over it. Writes race.json, and draws docs/race.png.
+"""
+
+import gzip
+import lzma
+import math
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks.common import Contestant, Failed, arguments, begin, save, table
+from benchmarks.train_step import VOCAB, Setting, our_module, transformers_model
+from rwkv_pl import CorpusDataModule
+from rwkv_pl.cli.prepare import keep_freed_memory
+from rwkv_pl.data.datamodule import StdlibDataModule
+
+SIZE = Setting(n_layer=6, n_embd=256, rows=4, steps=512)
+TINY = Setting(n_layer=2, n_embd=32, rows=2, steps=32)
+
+# The best of 1e-3, 3e-3 and 1e-2 for each, in a short race.
+RATES = {"rwkv_pl": 3e-3, "transformers Rwkv": 3e-3, "GPT of torch's layers": 1e-3}
+BETAS = (0.9, 0.99)
+TURNS = 20
+WINDOWS = 128  # of the validation
+
+
+class GPT(nn.Module):
+    """A GPT-2 of torch.nn's TransformerEncoderLayer, with GPT-2's initialisation."""
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__()
+        C = setting.n_embd
+        self.emb, self.pos = nn.Embedding(VOCAB, C), nn.Embedding(setting.steps, C)
+        layer = nn.TransformerEncoderLayer(
+            C, max(1, C // 64), 4 * C, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        )
+        self.blocks = nn.TransformerEncoder(layer, setting.n_layer, nn.LayerNorm(C), enable_nested_tensor=False)
+        self.head = nn.Linear(C, VOCAB, bias=False)
+        self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(setting.steps))
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                into_residual = name.endswith(("out_proj.weight", "linear2.weight"))
+                nn.init.normal_(parameter, std=0.02 / (math.sqrt(2 * setting.n_layer) if into_residual else 1))
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens (B, T) -> logits (B, T, VOCAB)."""
+        x = self.emb(tokens) + self.pos.weight[: tokens.shape[1]]
+        return self.head(self.blocks(x, mask=self.mask, is_causal=True))
+
+
+def nats(logits: Tensor, tokens: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+
+def built(name: str, setting: Setting) -> tuple[nn.Module, Any, Any]:
+    """The model, its loss in training, and its cross-entropy in validation, both of tokens (B, T+1)."""
+    torch.manual_seed(0)
+    keep_freed_memory()  # for all
+    if name == "rwkv_pl":
+        module = our_module(setting)
+        return module, lambda x: module.training_step(x, 0)["loss"], lambda x: nats(module(x[:, :-1])[0], x)
+    if name == "transformers Rwkv":
+        model = transformers_model(setting)
+
+        def loss(tokens: Tensor) -> Tensor:
+            return nats(model(tokens[:, :-1], use_cache=False).logits, tokens)
+
+        return model, loss, loss
+    gpt = GPT(setting)
+    return gpt, lambda x: nats(gpt(x[:, :-1]), x), lambda x: nats(gpt(x[:, :-1]), x)
+
+
+def text(setting: Setting, path: Path | None) -> CorpusDataModule:
+    settings: dict[str, Any] = {"batch_size": setting.rows, "ctx_len": setting.steps, "eval_batch_size": 8}
+    data = CorpusDataModule(path, **settings) if path else StdlibDataModule(**settings)
+    data.setup("fit")
+    return data
+
+
+def runner(name: str, setting: Setting, rate: float, seconds: float, path: Path | None, pipe: Any) -> None:
+    """Trains for as long as it is asked to, and answers how far it is and how well it does."""
+    model, loss, cross_entropy = built(name, setting)
+    optimizer = torch.optim.Adam(model.parameters(), lr=rate, betas=BETAS, fused=True)
+    data = text(setting, path)
+    batches, held_back = data.train_dataloader().dataset, data.val_dataloader().dataset
+    # The last batch of the validation is padded.
+    whole = len(held_back) - 1
+    places = np.unique(np.linspace(0, max(whole - 1, 0), max(1, WINDOWS // 8)).astype(int))
+    loss(batches[0]).backward()  # builds and loads what there is to
+    model.zero_grad()
+    steps, clock = 0, 0.0
+
+    @torch.no_grad()
+    def bits_per_byte() -> float:
+        model.eval()
+        bits = float(np.mean([float(cross_entropy(held_back[int(i)])) for i in places])) / math.log(2)
+        model.train()
+        return bits
+
+    pipe.send(sum(p.numel() for p in model.parameters()))
+    while True:
+        (budget,) = pipe.recv()
+        before = clock
+        while clock - before < budget:
+            started = time.perf_counter()
+            for group in optimizer.param_groups:
+                group["lr"] = rate * min(1.0, (clock + 0.01 * seconds) / (0.05 * seconds))
+            loss(batches[steps]).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            steps += 1
+            clock += time.perf_counter() - started
+        pipe.send({"seconds": clock, "steps": steps, "bits_per_byte": bits_per_byte()})
+
+
+def race(entries: dict[str, tuple[str, float]], setting: Setting, seconds: float, path: Path | None) -> dict[str, Any]:
+    """entries: what a curve is called to the contestant and its rate. Returns each one's size, rate and curve."""
+    runners: dict[str, Contestant] = {}
+    found: dict[str, Any] = {}
+    try:
+        for label, (name, rate) in entries.items():
+            contestant = Contestant(partial(runner, name, setting, rate, seconds, path))
+            try:
+                found[label] = {"parameters": contestant.answer(), "rate": rate, "curve": [contestant.ask(0.0)]}
+                runners[label] = contestant
+            except Failed as why:
+                print(f"left out: {label}: {why}")
+        for turn in range(1, TURNS + 1):
+            for label, contestant in runners.items():
+                curve = found[label]["curve"]
+                # A step that overran its turn is taken from the next.
+                curve.append(contestant.ask(turn * seconds / TURNS - curve[-1]["seconds"]))
+            told = ", ".join(f"{label} {one['curve'][-1]['bits_per_byte']:.3f}" for label, one in found.items())
+            print(f"{turn * seconds / TURNS:5.0f} s: {told}", flush=True)
+    finally:
+        for contestant in runners.values():
+            contestant.stop()
+    return found
+
+
+def compressors(data: CorpusDataModule) -> dict[str, float]:
+    lo, hi = data.token_file.splits.val
+    content = np.asarray(data.token_file.tokens[lo:hi]).astype(np.uint8).tobytes()
+    sizes = {"gzip -9": len(gzip.compress(content, 9)), "xz -9": len(lzma.compress(content, preset=9))}
+    return {name: 8 * size / len(content) for name, size in sizes.items()}
+
+
+def main() -> None:
+    parser = arguments("race", __doc__, rounds=1)
+    parser.add_argument("--seconds", type=float, default=100, help="of training, for each (100)")
+    parser.add_argument("--data", type=Path, help="a text of yours instead of the standard library's source")
+    parser.add_argument("--rates", type=float, nargs="+", help="a race of learning rates; nothing is written")
+    parser.add_argument("--tiny", action="store_true", help="of tiny models, to try the program")
+    options = parser.parse_args()
+    setting = TINY if options.tiny else SIZE
+    path = options.data.absolute() if options.data else None
+    title = f"bits per byte of held-back text, {options.seconds:g} s each, {setting}, float32"
+    begin(title, options.threads)
+    data = text(setting, path)
+    print(data.description())
+    if options.rates:
+        entries = {f"{name}, {rate:g}": (name, rate) for name in RATES for rate in options.rates}
+    else:
+        entries = {name: (name, rate) for name, rate in RATES.items()}
+    found = race(entries, setting, options.seconds, path)
+    lines = []
+    for label, one in found.items():
+        last = one["curve"][-1]
+        numbers = [f"{one['parameters']:,}", f"{one['rate']:g}", f"{last['steps']:,}", f"{last['seconds']:.1f}"]
+        lines.append([label, *numbers, f"{last['bits_per_byte']:.3f}"])
+    compressed = compressors(data)
+    lines += [[name, "", "", "", "", f"{bits:.3f}"] for name, bits in compressed.items()]
+    table(["", "parameters", "rate", "steps", "seconds", "bits per byte"], lines)
+    if not options.rates:
+        save(options.results, "race", title, corpus=data.description(), contestants=found, compressors=compressed)
+        from benchmarks.plot import draw_race
+
+        draw_race(options.results)
+
+
+if __name__ == "__main__":
+    main()

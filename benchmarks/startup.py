@@ -1,0 +1,58 @@
+"""How long a command takes to begin: whole processes, beside the bare imports of torch and lightning.
+
+python -m benchmarks startup [--rounds 7]
+"""
+
+import subprocess
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+
+from benchmarks.common import Call, Maker, arguments, begin, cells, save, summary, table, take_turns
+
+TINY = [
+    "data=text", "data.path=text.txt", "data.ctx_len=64", "model.n_layer=2", "model.n_embd=64",
+    "trainer.max_steps=1", "trainer.limit_val_batches=1",
+]  # fmt: skip
+TRAIN = ["-m", "rwkv_pl.cli.train"]
+
+# As the commands of the README, by the interpreter that runs this.
+COMMANDS = {
+    "python -c pass": ["-c", "pass"],
+    "import torch": ["-c", "import torch"],
+    "import lightning.pytorch": ["-c", "import lightning.pytorch"],
+    "import rwkv_pl": ["-c", "import rwkv_pl"],
+    "rwkv-train --help": [*TRAIN, "--help"],
+    "rwkv-train --cfg job": [*TRAIN, "--cfg", "job"],
+    "rwkv-train, a tiny run of one step": [*TRAIN, *TINY],
+    "rwkv-generate, 8 tokens of a tiny run": ["-m", "rwkv_pl.cli.generate", "run", "def ", "--max-tokens=8"],
+}
+
+
+def run(folder: Path, arguments: list[str]) -> None:
+    done = subprocess.run([sys.executable, *arguments], cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip().splitlines()[-1])
+
+
+def command(folder: Path, arguments: list[str]) -> Call:
+    return partial(run, folder, arguments)
+
+
+def main() -> None:
+    options = arguments("startup", __doc__, rounds=7).parse_args()
+    title = "start to end of a command"
+    begin(title, options.threads)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "text.txt").write_bytes(bytes(range(32, 127)) * 50)
+        run(folder, [*TRAIN, *TINY, "hydra.run.dir=run"])
+        makers: dict[str, Maker] = {about: partial(command, folder, words) for about, words in COMMANDS.items()}
+        rows = {about: summary(taken) for about, taken in take_turns(makers, options.rounds).items()}
+    table(["", "s", "quartiles"], [[about, *cells(row)] for about, row in rows.items()])
+    save(options.results, "startup", title, rounds=options.rounds, seconds=rows)
+
+
+if __name__ == "__main__":
+    main()
