@@ -93,13 +93,16 @@ class Contestant:
         return self.answer()
 
     def stop(self) -> None:
-        self._process.terminate()
-        self._process.join()
+        self._pipe.close()
+        self._process.join(20)
+        self._process.kill()
 
 
 def _process(work: Callable[[Any], None], pipe: Any) -> None:
     try:
         work(pipe)
+    except EOFError:  # nothing more is asked
+        pass
     except Exception as error:
         pipe.send(Failed(f"{type(error).__name__}: {error}".splitlines()[0]))
 

@@ -28,9 +28,8 @@ def bars(
     """rows: names to summaries; limit: names to a figure each, drawn as dashed lines."""
     names = list(reversed(rows))
     heights = [factor * rows[name]["median"] for name in names]
-    errors = [
-        [abs(factor * rows[name][end] - h) for name, h in zip(names, heights, strict=True)] for end in ("low", "high")
-    ]
+    ends = [[factor * rows[name][end] for name in names] for end in ("low", "high")]
+    errors = [[abs(end - height) for end, height in zip(each, heights, strict=True)] for each in ends]
     colors = [OURS if name.startswith(("rwkv_pl", "compiled")) else OTHERS for name in names]
     axes.barh(names, heights, xerr=errors, color=colors, height=0.7)
     for place, height in enumerate(heights):

@@ -160,7 +160,7 @@ def products(setting: Setting, precision: str) -> Call:
 
 # The first that matches the name of an operator, or else of the nearest caller, has its time.
 PARTS = {
-    "matrix products": r"::(mm|addmm|bmm|_linear_pointwise|mkldnn_linear|linear)$",
+    "matrix products": r"::(mm|addmm|bmm|_linear_pointwise|linear)$|MmBackward|_Linear",
     "Adam": r"adam|Optimizer",
     "WKV": r"wkv",
     "squared ReLU": r"relu|addcmul",
@@ -249,7 +249,7 @@ def measured(setting: Setting, rounds: int, profiled: bool) -> dict[str, Any]:
     for name, taken in beside.items():
         ours = statistics.median(beside[f"rwkv_pl, {name.split(', ')[-1]}"])
         ratios[name] = statistics.median(taken) / ours
-    lines = [[name, *cells(row, 1e3), f"{ratios.get(name, float('nan')):.2f}"] for name, row in rows.items()]
+    lines = [[name, *cells(row, 1e3), f"{ratios[name]:.2f}" if name in ratios else ""] for name, row in rows.items()]
     table(["", "ms", "quartiles", "x rwkv_pl"], lines)
 
     rest = remainders(pairs)

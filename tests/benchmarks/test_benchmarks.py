@@ -1,0 +1,156 @@
+"""The benchmarks' own parts, at tiny sizes."""
+
+import json
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from benchmarks import common, memory, plot, race, train_step, wkv
+from benchmarks.train_step import SETTINGS, our_step, products
+
+TINY = SETTINGS["tiny"]
+ROOT = Path(__file__).parents[2]
+
+
+class Pipe(list):
+    """What a contestant sends, and turns as many as are given."""
+
+    def __init__(self, *asked):
+        super().__init__()
+        self.asked = list(asked)
+
+    send = list.append
+
+    def recv(self):
+        if not self.asked:
+            raise EOFError
+        return self.asked.pop(0)
+
+
+def test_the_list_needs_no_torch():
+    code = "import sys; sys.argv=['benchmarks']; import benchmarks.__main__ as b; b.main()"
+    done = subprocess.run([sys.executable, "-X", "importtime", "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "train_step  A training step" in done.stdout
+    assert "| torch" not in done.stderr
+
+
+def test_a_contestant_is_warmed_up_then_timed_by_the_turn():
+    calls = []
+
+    def maker():
+        return lambda: calls.append(time.sleep(0.004))
+
+    pipe = Pipe((), ())
+    with pytest.raises(EOFError):
+        common._timed(maker, 0.02, pipe)
+    ready, first, second = pipe
+    a_turn = (len(calls) - 2) // 2
+    assert ready == "ready" and 2 <= a_turn <= 5
+    assert min(first, second) >= 0.004 and max(first, second) < 0.02
+
+
+def test_one_that_fails_says_why():
+    pipe = Pipe()
+    common._process(lambda _: 1 / 0, pipe)
+    assert isinstance(pipe[0], common.Failed) and str(pipe[0]) == "ZeroDivisionError: division by zero"
+
+
+def test_figures():
+    assert common.summary([1.0, 2.0, 3.0, 4.0, 5.0]) == {"median": 3, "low": 2, "high": 4, "min": 1, "max": 5}
+    assert common.summary([7.0])["high"] == 7
+    assert common.spread([0.95, 1.0, 1.02]) == pytest.approx(0.07)
+    assert memory.grown([1.0, 2, 4, 8, 16, 32], [0, 0, 0, 5.0, 20, 80]) == pytest.approx(2)
+
+
+def test_the_remainder_is_that_of_pairs():
+    seconds = {
+        "products, float32": [1.0, 2.0, 1.0],
+        "rwkv_pl, float32": [1.2, 2.2, 1.2],  # the slow minute falls on both
+        "products, bf16-mixed": [0.5, 0.5, 0.5],
+        "rwkv_pl, bf16-mixed": [0.75, 0.65, 0.75],
+    }
+    found = train_step.remainders(seconds)
+    assert found["float32"]["float32 products"]["median"] == pytest.approx(0.2)
+    assert found["bf16-mixed"]["float32 products"]["median"] == pytest.approx(0.25)
+    assert found["bf16-mixed"]["its own products"]["median"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("precision", train_step.PRECISIONS)
+def test_steps_and_products(precision):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        products(TINY, precision)()
+    of_products = [e for e in profiler.events() if e.name in ("aten::mm", "mkldnn::_linear_pointwise")]
+    assert len(of_products) == 3 * (7 * TINY.n_layer + 1)
+    our_step(TINY, precision)()
+    found = train_step.profile(TINY, precision, full=True, steps=1)["milliseconds"]
+    assert set(train_step.PARTS) <= set(found)
+
+
+def test_a_part_is_that_of_the_nearest_caller():
+    node = SimpleNamespace(name="autograd::engine::evaluate_function: LerpBackward1", cpu_parent=None)
+    assert train_step.part_of(SimpleNamespace(name="aten::mul", cpu_parent=node)) == "LayerNorm, shift, mixes"
+    assert train_step.part_of(SimpleNamespace(name="aten::mul", cpu_parent=None)) == "gates"
+    assert train_step.part_of(SimpleNamespace(name="rwkv_pl::wkv4_backward", cpu_parent=None)) == "WKV"
+    assert train_step.part_of(SimpleNamespace(name="aten::add", cpu_parent=None)) == "rest"
+
+
+@pytest.mark.parametrize("name", ["rwkv_pl", "GPT of torch's layers"])
+def test_a_runner_of_the_race_learns(name, tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_bytes(b"abcdefgh" * 2000)
+    pipe = Pipe((0.0,), (0.3,))
+    with pytest.raises(EOFError):
+        race.runner(name, race.TINY, 1e-2, 0.3, path, pipe)
+    size, before, after = pipe
+    assert size > 10_000
+    assert before["steps"] == 0 and before["bits_per_byte"] == pytest.approx(8, abs=1)
+    assert after["seconds"] >= 0.3 and after["steps"] > 1 and after["bits_per_byte"] < before["bits_per_byte"] - 0.3
+    assert race.compressors(race.text(race.TINY, path))["xz -9"] < 2
+
+
+def test_the_gpt_sees_no_future():
+    gpt = race.GPT(race.TINY)
+    tokens = torch.zeros(1, race.TINY.steps, dtype=torch.int64)
+    later = tokens.clone()
+    later[:, 20:] = 7
+    changed = (gpt(tokens) - gpt(later)).abs().amax(-1)[0]
+    assert changed[:20].max() < 1e-5 and changed[20:].min() > 1e-4
+
+
+@pytest.mark.skipif(not memory.STATUS.exists(), reason="no /proc")
+def test_memory_of_a_step():
+    figures = memory.measure("rwkv_pl", TINY, "float32")
+    assert figures["peak_mb"] > 0 and figures["seconds"] > 0
+    assert figures["gradients_mb"] == pytest.approx(4 * 42_560 / 2**20, rel=0.1)
+
+
+def test_the_pictures(tmp_path):
+    about = {"title": "made up", "machine": common.machine()}
+    row = common.summary([1.0, 2.0, 4.0])
+    names = ["products, float32", "rwkv_pl, float32", "transformers, float32"]
+    step = {"setting": {"n_layer": 1, "n_embd": 2, "rows": 3, "steps": 4}, "seconds": dict.fromkeys(names, row)}
+    curve = [{"seconds": x, "steps": x, "bits_per_byte": 8 / (x + 1)} for x in range(4)]
+    length = {"contestant": "rwkv_pl", "peak_mb": row, "gradients_mb": 0.5, "seconds": row}
+    files = {
+        "train_step": {"settings": {"classic": step}},
+        "wkv": {"rows": {"scan": {"seconds": row}}, "copy_bytes_per_second": 1e10},
+        "generate": {"tokens_per_second": {"reading the weights": row, "rwkv_pl": row}},
+        "memory": {"by_length": [length | {"steps": 128}, length | {"steps": 256}]},
+        "race": {"contestants": {"rwkv_pl": {"curve": curve}}, "compressors": {"gzip -9": 2.0}},
+    }
+    for name, content in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(about | content))
+    plot.draw_all(tmp_path, tmp_path)
+    plot.draw_race(tmp_path, tmp_path)
+    assert (tmp_path / "benchmarks.png").stat().st_size > 10_000
+    assert (tmp_path / "race.png").stat().st_size > 10_000
+
+
+def test_the_floor_of_wkv():
+    assert wkv.moved((2, 3, 5), torch.bfloat16) == 8 * 30 * 2
+    assert math.isfinite(wkv.worst_error("scan", (1, 5, 3)))
