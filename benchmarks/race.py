@@ -1,7 +1,7 @@
 """A race: bits per byte of text that was held back, against seconds of training on the same cores.
 
-    python -m benchmarks race [--seconds 100] [--data FILE]
-    python -m benchmarks race --rates 1e-3 3e-3 1e-2      which learning rate suits each, the way RATES were found
+    python -m benchmarks race [--seconds 100] [--rounds 20] [--data FILE]
+    python -m benchmarks race --rates 1e-3 3e-3 1e-2 --rounds 2     which learning rate suits each, the way RATES were found
 
 Ours, transformers' Rwkv and a GPT of torch's own layers train on the same batches, in float32, with Adam and clipped
 gradients, from scratch, taking turns of some seconds; a validation in between is off the clock. All are of 6 x 256, 5
@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.common import Contestant, Failed, arguments, begin, save, table
+from benchmarks.common import RESULTS, Contestant, Failed, arguments, begin, save, table
+from benchmarks.plot import DOCS, draw_race
 from benchmarks.train_step import VOCAB, Setting, our_module, transformers_model
 from rwkv_pl import CorpusDataModule
 from rwkv_pl.cli.prepare import keep_freed_memory
@@ -34,7 +35,6 @@ TINY = Setting(n_layer=2, n_embd=32, rows=2, steps=32)
 # The best of 1e-3, 3e-3 and 1e-2 for each, in a short race.
 RATES = {"rwkv_pl": 3e-3, "transformers Rwkv": 3e-3, "GPT of torch's layers": 1e-3}
 BETAS = (0.9, 0.99)
-TURNS = 20
 WINDOWS = 128  # of the validation
 
 
@@ -130,7 +130,9 @@ def runner(name: str, setting: Setting, rate: float, seconds: float, path: Path 
         pipe.send({"seconds": clock, "steps": steps, "bits_per_byte": bits_per_byte()})
 
 
-def race(entries: dict[str, tuple[str, float]], setting: Setting, seconds: float, path: Path | None) -> dict[str, Any]:
+def race(
+    entries: dict[str, tuple[str, float]], setting: Setting, seconds: float, turns: int, path: Path | None
+) -> dict[str, Any]:
     """entries: what a curve is called to the contestant and its rate. Returns each one's size, rate and curve."""
     runners: dict[str, Contestant] = {}
     found: dict[str, Any] = {}
@@ -142,13 +144,13 @@ def race(entries: dict[str, tuple[str, float]], setting: Setting, seconds: float
                 runners[label] = contestant
             except Failed as why:
                 print(f"left out: {label}: {why}")
-        for turn in range(1, TURNS + 1):
+        for turn in range(1, turns + 1):
             for label, contestant in runners.items():
                 curve = found[label]["curve"]
                 # A step that overran its turn is taken from the next.
-                curve.append(contestant.ask(turn * seconds / TURNS - curve[-1]["seconds"]))
+                curve.append(contestant.ask(turn * seconds / turns - curve[-1]["seconds"]))
             told = ", ".join(f"{label} {one['curve'][-1]['bits_per_byte']:.3f}" for label, one in found.items())
-            print(f"{turn * seconds / TURNS:5.0f} s: {told}", flush=True)
+            print(f"{turn * seconds / turns:5.0f} s: {told}", flush=True)
     finally:
         for contestant in runners.values():
             contestant.stop()
@@ -163,7 +165,7 @@ def compressors(data: CorpusDataModule) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = arguments("race", __doc__, rounds=1)
+    parser = arguments("race", __doc__, rounds=20)
     parser.add_argument("--seconds", type=float, default=100, help="of training, for each (100)")
     parser.add_argument("--data", type=Path, help="a text of yours instead of the standard library's source")
     parser.add_argument("--rates", type=float, nargs="+", help="a race of learning rates; nothing is written")
@@ -179,7 +181,7 @@ def main() -> None:
         entries = {f"{name}, {rate:g}": (name, rate) for name in RATES for rate in options.rates}
     else:
         entries = {name: (name, rate) for name, rate in RATES.items()}
-    found = race(entries, setting, options.seconds, path)
+    found = race(entries, setting, options.seconds, options.rounds, path)
     lines = []
     for label, one in found.items():
         last = one["curve"][-1]
@@ -190,9 +192,7 @@ def main() -> None:
     table(["", "parameters", "rate", "steps", "seconds", "bits per byte"], lines)
     if not options.rates:
         save(options.results, "race", title, corpus=data.description(), contestants=found, compressors=compressed)
-        from benchmarks.plot import draw_race
-
-        draw_race(options.results)
+        draw_race(options.results, DOCS if options.results == RESULTS else options.results)
 
 
 if __name__ == "__main__":
