@@ -1,7 +1,7 @@
 """A race: bits per byte of text that was held back, against seconds of training on the same cores.
 
     python -m benchmarks race [--seconds 100] [--rounds 20] [--data FILE]
-    python -m benchmarks race --rates 1e-3 3e-3 1e-2 --rounds 2     which learning rate suits each, the way RATES were found
+    python -m benchmarks race --rates 1e-3 3e-3 1e-2 --rounds 2     which learning rate suits each
 
 Ours, transformers' Rwkv and a GPT of torch's own layers train on the same batches, in float32, with Adam and clipped
 gradients, from scratch, taking turns of some seconds; a validation in between is off the clock. All are of 6 x 256, 5

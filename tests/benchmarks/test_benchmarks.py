@@ -154,3 +154,25 @@ def test_the_pictures(tmp_path):
 def test_the_floor_of_wkv():
     assert wkv.moved((2, 3, 5), torch.bfloat16) == 8 * 30 * 2
     assert math.isfinite(wkv.worst_error("scan", (1, 5, 3)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "line",
+    [
+        "train_step --settings tiny --rounds 1",
+        "loop --settings tiny --rounds 2",
+        "memory --tiny --longest 256 --rounds 1",
+        "race --tiny --seconds 1 --rounds 2",
+        "wkv --longest 128 --rounds 1",
+        "startup --rounds 1",
+        "generate --rounds 1",
+    ],
+)
+def test_a_benchmark_from_end_to_end(line, tmp_path):
+    name, *options = line.split()
+    command = [sys.executable, "-m", "benchmarks", name, *options, "--threads=1", f"--results={tmp_path}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "left out" not in done.stdout.replace("left out: rwkv_pl, checkpointing", "")
+    assert json.loads((tmp_path / f"{name}.json").read_text())["machine"]["threads"] == 1
