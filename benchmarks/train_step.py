@@ -3,10 +3,10 @@
     python -m benchmarks train_step [--rounds 7] [--settings classic quickstart] [--profile]
 
 Forward, loss, backward and Adam. What is not a matrix product is the median of paired differences: in each round the
-products are made once, then the step once, each in a process of its own. A run whose products spread over 5% is
-repeated. The products are those of the model, each with its two of the backward pass, by the model's own way; in
-bfloat16 without the casts. `full` has gradient clipping and L2Wrap, as rwkv-train does it; the peer has neither.
---profile adds where the time goes, by parts.
+products are made once, then the step once (short ones as often as fill 0.2 s), each in a process of its own. A run
+whose products spread over 5%, from least to most, is repeated. The products are those of the model, each with its two
+of the backward pass, by the model's own way; in bfloat16 without the casts. `full` has gradient clipping and L2Wrap, as
+rwkv-train does it; the peer has neither. --profile adds where the time goes, by parts.
 """
 
 import logging
@@ -66,6 +66,9 @@ PRECISIONS = ("float32", "bf16-mixed")
 
 # A run whose products spread more than this is repeated, so often.
 SPREAD, TRIES = 0.05, 5
+
+# A call of some milliseconds alone is that of caches and threads that the others' turns have left cold.
+SECONDS_A_TURN = 0.2
 
 
 def random_tokens(setting: Setting) -> Tensor:
@@ -209,7 +212,7 @@ def measured_pairs(setting: Setting, rounds: int) -> tuple[dict[str, list[float]
         makers[f"rwkv_pl, {precision}"] = partial(our_step, setting, precision)
     tries = []
     for attempt in range(1, TRIES + 1):
-        seconds = take_turns(makers, rounds)
+        seconds = take_turns(makers, rounds, SECONDS_A_TURN)
         spreads = {precision: spread(seconds[f"products, {precision}"]) for precision in PRECISIONS}
         tries.append((seconds, spreads, attempt))
         if max(spreads.values()) <= SPREAD:
@@ -243,7 +246,7 @@ def measured(setting: Setting, rounds: int, profiled: bool) -> dict[str, Any]:
             f"rwkv_pl, full, compiled, {precision}": partial(our_step, setting, precision, True, True),
             f"transformers, {precision}": partial(transformers_step, setting, precision),
         }
-    beside = take_turns(makers, max(1, rounds // 2))
+    beside = take_turns(makers, max(1, rounds // 2), SECONDS_A_TURN)
     rows = {name: summary(taken) for name, taken in (pairs | beside | pairs).items()}
     ratios = {}
     for name, taken in beside.items():
