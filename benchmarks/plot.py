@@ -33,7 +33,7 @@ def bars(
     colors = [OURS if name.startswith(("rwkv_pl", "compiled")) else OTHERS for name in names]
     axes.barh(names, heights, xerr=errors, color=colors, height=0.7)
     for place, height in enumerate(heights):
-        axes.text(height, place, f" {height:,.3g}", va="center", fontsize="small")
+        axes.text(height, place, f"  {height:,.{0 if height >= 100 else 2}f}", va="center", fontsize="small")
     if max(heights) > 20 * min(heights):
         axes.set_xscale("log")
         axes.set_xlim(min([*heights, *(factor * x for x in limit.values())]) / 2, 5 * max(heights))
@@ -42,14 +42,17 @@ def bars(
     for (name, value), color in zip(limit.items(), ("tab:red", "tab:orange"), strict=False):
         axes.axvline(factor * value, color=color, linestyle="--", linewidth=1.2, label=name)
     axes.legend(fontsize="x-small", loc="lower right")
-    axes.set(title=title, xlabel=unit)
+    axes.set_title(title, fontsize="medium")
+    axes.set_xlabel(unit)
 
 
 def train_step(setting: str, axes: Axes, content: dict[str, Any]) -> None:
     about = content["settings"][setting]
     seconds, size = about["seconds"], about["setting"]
     limit = {name: row["median"] for name, row in seconds.items() if name.startswith("products")}
-    rows = {name: row for name, row in seconds.items() if name not in limit}
+    # By precision, the slowest first.
+    names = sorted(seconds.keys() - limit, key=lambda name: ("bf16" in name, -seconds[name]["median"]))
+    rows = {name: seconds[name] for name in names}
     title = f"a training step, {size['n_layer']} x {size['n_embd']}, {size['rows']} x {size['steps']:,} tokens"
     bars(axes, title, "ms", rows, 1e3, {f"matrix {name}": value for name, value in limit.items()})
 
@@ -75,7 +78,8 @@ def lines(field: str, factor: float, title: str, unit: str, axes: Axes, content:
         if name == "rwkv_pl":
             ends = [own[0]["steps"], own[-1]["steps"]]
             axes.plot(ends, [values[-1] * end / ends[1] for end in ends], ":", color="tab:red", label="linear")
-    axes.set(title=title, xlabel="context, tokens", ylabel=unit, xscale="log", yscale="log")
+    axes.set_title(title, fontsize="medium")
+    axes.set(xlabel="context, tokens", ylabel=unit, xscale="log", yscale="log")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="x-small")
 
