@@ -45,7 +45,6 @@ def machine() -> dict[str, Any]:
     names = [line.split(":")[1].strip() for line in lines if "model name" in line]
     flags = next((line.split() for line in lines if line.startswith("flags")), [])
     return {
-        "device": "cpu",
         "cpu": names[0] if names else platform.processor() or platform.machine(),
         "cpu_features": [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags],
         "threads": torch.get_num_threads(),
