@@ -90,7 +90,7 @@ def our_step(setting: Setting, precision: str, full: bool = False, compiled: boo
     module = our_module(setting)
     if compiled:
         for block in module.model.blocks:
-            block.compile()
+            block.compile(dynamic=False)
     optimizer = module.configure_optimizers()
     tokens = random_tokens(setting)
 
