@@ -185,8 +185,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     print()
     for row in (head, *rows):
         padded = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
-        print("   ".join([row[0].ljust(widths[0]), *padded[1:]]).rstrip())
-    print(flush=True)
+        print("   ".join([row[0].ljust(widths[0]), *padded[1:]]).rstrip(), flush=True)
 
 
 def save(folder: Path, name: str, title: str, **content: Any) -> None:
