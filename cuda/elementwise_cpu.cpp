@@ -1,6 +1,6 @@
 // What RWKV-4 does to single numbers between its matrix products, each in one pass over memory, on the CPU.
 //
-//   squared ReLU   y = max(x, 0)^2, in place        dx = 2 sqrt(y) dy: y is what the next product keeps anyway
+//   squared ReLU   y = max(x, 0)^2, in place        dx = 2 sqrt(y) dy, in place: y is what the next product keeps anyway
 //   gate           y = residual + sigmoid(r) x      dr = x s (1 - s) dy, dx = s dy with s = sigmoid(r)
 
 #include <torch/csrc/stable/library.h>
@@ -50,18 +50,16 @@ void squared_relu_(Tensor x) {
   });
 }
 
-Tensor squared_relu_backward(const Tensor& grad, const Tensor& y) {
-  const Tensor g = torch::stable::contiguous(grad), dx = torch::stable::empty_like(y);
+void squared_relu_backward_(Tensor grad, const Tensor& y) {
   of_type(y, [&](auto zero) {
     using T = decltype(zero);
-    const T *of = data<T>(g), *out = data<T>(y);
-    T* to = data<T>(dx);
+    const T* out = data<T>(y);
+    T* g = data<T>(grad);
     parallel(y, [=](int64_t begin, int64_t end) {
       WKV_LANES
-      for (int64_t i = begin; i < end; ++i) to[i] = narrow<T>(2.0f * std::sqrt(widen(out[i])) * widen(of[i]));
+      for (int64_t i = begin; i < end; ++i) g[i] = narrow<T>(2.0f * std::sqrt(widen(out[i])) * widen(g[i]));
     });
   });
-  return dx;
 }
 
 Tensor gate(const Tensor& receptance, const Tensor& x, const std::optional<Tensor>& residual) {
@@ -118,14 +116,14 @@ std::tuple<Tensor, Tensor> gate_backward(const Tensor& grad, const Tensor& recep
 // All float32 or all bfloat16, but for residual, and then the gradient, which are float32.
 STABLE_TORCH_LIBRARY_FRAGMENT(rwkv_pl, m) {
   m.def("squared_relu_(Tensor(a!) x) -> ()");
-  m.def("squared_relu_backward(Tensor grad, Tensor y) -> Tensor");
+  m.def("squared_relu_backward_(Tensor(a!) grad, Tensor y) -> ()");
   m.def("gate(Tensor receptance, Tensor x, Tensor? residual) -> Tensor");
   m.def("gate_backward(Tensor grad, Tensor receptance, Tensor x) -> (Tensor grad_receptance, Tensor grad_x)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rwkv_pl, CPU, m) {
   m.impl("squared_relu_", TORCH_BOX(&squared_relu_));
-  m.impl("squared_relu_backward", TORCH_BOX(&squared_relu_backward));
+  m.impl("squared_relu_backward_", TORCH_BOX(&squared_relu_backward_));
   m.impl("gate", TORCH_BOX(&gate));
   m.impl("gate_backward", TORCH_BOX(&gate_backward));
 }

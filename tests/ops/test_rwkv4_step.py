@@ -243,11 +243,11 @@ def test_every_level_of_this_cpu(level):
         "test_agrees_with_the_plain_form.hypothesis.inner_test(9, 2, 65, 64, 33, torch.float32, HALF, True, 1)\n"
         "test_a_rows_bits_depend_on_nothing_else()\n"
         "import test_fused\n"
-        "test_fused.test_norm_mix.hypothesis.inner_test(2, 130, 33, 3, True, True, True, True, 1.0, 0)\n"
-        "test_fused.test_norm_mix.hypothesis.inner_test(1, 70, 64, 2, False, False, False, False, 1.0, 0)\n"
+        "test_fused.test_mixed_products.hypothesis.inner_test(2, 130, 33, 3, True, True, True, True, 1.0, 0)\n"
+        "test_fused.test_mixed_products.hypothesis.inner_test(1, 70, 64, 2, False, False, False, False, 1.0, 0)\n"
         "for dtype in (torch.float32, HALF):\n"
-        "    test_fused.test_squared_relu.hypothesis.inner_test([3, 70], dtype, 0)\n"
-        "    test_fused.test_gate.hypothesis.inner_test([3, 70], dtype, True, 1.0, 0)\n"
+        "    test_fused.test_squared_relu_product.hypothesis.inner_test([3, 70], dtype, 0)\n"
+        "    test_fused.test_gates.hypothesis.inner_test([3, 70], dtype, 1.0, 0)\n"
         "    test_fused.test_cross_entropy.hypothesis.inner_test(5, 5000, dtype, 50.0, True, 0)\n"
     )
     run_at(level, code)

@@ -38,7 +38,7 @@ for B, T, C, J in [(0, 3, 2, 2), (1, 1, 1, 2), (2, 65, 5, 3), (1, 200, 33, 2)]:
         ops.gate_backward(ops.gate(r, y, x), r, y)
         ops.gate_backward(ops.gate(r, y, None), r, y)
         ops.squared_relu_(y)
-        ops.squared_relu_backward(r, y)
+        ops.squared_relu_backward_(r, y)
         logits, targets = torch.randn(B * T, C).to(dtype), torch.randint(-1, C, (B * T,))
         nats, largest, *kept = ops.cross_entropy(logits, targets)
         ops.cross_entropy_backward(logits, targets, *kept, nats, largest)

@@ -15,11 +15,11 @@ from torch.utils.checkpoint import checkpoint
 
 from rwkv_pl.config import RWKV4Config
 from rwkv_pl.model.state import BlockState, State
-from rwkv_pl.ops.gate import gate
+from rwkv_pl.ops.gate import gate, gated_product
 from rwkv_pl.ops.linear import Linear
-from rwkv_pl.ops.norm_mix import norm_mix
+from rwkv_pl.ops.norm_mix import mixed_products
 from rwkv_pl.ops.rwkv4_step import rwkv4_step, step_serves
-from rwkv_pl.ops.squared_relu import squared_relu
+from rwkv_pl.ops.squared_relu import squared_relu_product
 from rwkv_pl.ops.wkv4 import wkv4
 
 
@@ -61,9 +61,10 @@ class TimeMix(nn.Module):
         self, x: Tensor, norm: nn.LayerNorm, last: Tensor | None, state: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, C), its norm, last (B, C), WKV state (B, 3, C) -> x and what is added, and last and state after."""
-        (k, v, r), last = norm_mix(x, norm, (self.time_mix_k, self.time_mix_v, self.time_mix_r), last)
-        wkv, state = wkv4(self.time_decay, self.time_first, self.key(k), self.value(v), state)
-        return x + self.dropout(self.output(gate(self.receptance(r), wkv))), last, state
+        mixes = (self.time_mix_k, self.key), (self.time_mix_v, self.value), (self.time_mix_r, self.receptance)
+        (key, value, receptance), last = mixed_products(x, norm, last, *mixes)
+        wkv, state = wkv4(self.time_decay, self.time_first, key, value, state)
+        return x + self.dropout(gated_product(receptance, wkv, self.output)), last, state
 
 
 class ChannelMix(nn.Module):
@@ -94,9 +95,10 @@ class ChannelMix(nn.Module):
 
     def forward(self, x: Tensor, norm: nn.LayerNorm, last: Tensor | None) -> tuple[Tensor, Tensor]:
         """x (B, T, C), its norm, last (B, C) -> x and what is added, and last after it."""
-        (k, r), last = norm_mix(x, norm, (self.time_mix_k, self.time_mix_r), last)
-        value = self.value(squared_relu(self.key(k)))
-        return gate(self.receptance(r), self.dropout(value), residual=x), last
+        mixes = (self.time_mix_k, self.key), (self.time_mix_r, self.receptance)
+        (key, receptance), last = mixed_products(x, norm, last, *mixes)
+        value = squared_relu_product(key, self.value)
+        return gate(receptance, self.dropout(value), residual=x), last
 
 
 class Block(nn.Module):

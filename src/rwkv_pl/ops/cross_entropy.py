@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rwkv_pl.ops.wkv4 import compiled_serves
+from rwkv_pl.ops.wkv4 import fused_serves
 
 IGNORED = -1  # a target that pads a short window; its loss does not count
 
@@ -22,19 +22,10 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
     On the CPU, in float32 or bfloat16, the logits are read once each way.
     """
-    if _serves(logits):
+    if fused_serves(logits, io=True):
         return _CrossEntropy.apply(logits, targets)
     nats = F.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="none")
     return nats, logits.max(-1).values.float()
-
-
-def _serves(logits: Tensor) -> bool:
-    return (
-        logits.device.type == "cpu"
-        and logits.dtype in (torch.float32, torch.bfloat16)
-        and not torch.compiler.is_compiling()
-        and compiled_serves("cpu")
-    )
 
 
 class _CrossEntropy(torch.autograd.Function):

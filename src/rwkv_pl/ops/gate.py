@@ -1,50 +1,60 @@
-"""The receptance's gate, by which RWKV-4 lets a mixing's result through."""
+"""The receptance's gate, by which RWKV-4 lets a mixing's result through, and the product that reads it."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rwkv_pl.ops.linear import remade
-from rwkv_pl.ops.wkv4 import compiled_serves
+from rwkv_pl.ops.linear import Linear, gradient_of_input, gradient_of_weight, product
+from rwkv_pl.ops.wkv4 import fused_serves
 
 
-def gate(receptance: Tensor, x: Tensor, residual: Tensor | None = None) -> Tensor:
-    """sigmoid(receptance) * x, and the residual stream's x added where one is given: all of one shape.
+def gate(receptance: Tensor, x: Tensor, residual: Tensor) -> Tensor:
+    """residual + sigmoid(receptance) * x, all of one shape.
 
     Differentiable once. On the CPU, in float32 or bfloat16 with a residual in float32, one pass over memory each way.
     """
-    if _serves(receptance, x, residual):
-        gated = _Gate.apply(receptance, x, residual)
-        return gated if residual is not None else remade(gated, _gated, receptance, x)
-    gated = torch.sigmoid(receptance) * x
-    return gated if residual is None else residual + gated
+    if fused_serves(x, receptance, io=True) and residual.dtype == torch.float32:
+        return _Gate.apply(receptance, x, residual)
+    return residual + torch.sigmoid(receptance) * x
 
 
-def _gated(receptance: Tensor, x: Tensor) -> Tensor:
-    return torch.ops.rwkv_pl.gate(receptance, x, None)
+def gated_product(receptance: Tensor, x: Tensor, linear: Linear) -> Tensor:
+    """linear(sigmoid(receptance) * x) of receptance and x (..., I). Differentiable once.
 
-
-def _serves(receptance: Tensor, x: Tensor, residual: Tensor | None) -> bool:
-    return (
-        x.device.type == "cpu"
-        and x.dtype == receptance.dtype
-        and x.dtype in (torch.float32, torch.bfloat16)
-        and (residual is None or residual.dtype == torch.float32)
-        and not torch.compiler.is_compiling()
-        and compiled_serves("cpu")
-    )
+    On the CPU, in float32 or bfloat16, what the product reads is not kept for the backward pass, but made again there.
+    """
+    if fused_serves(x, receptance, io=True):
+        return _GatedProduct.apply(receptance, x, linear.weight)
+    return linear(torch.sigmoid(receptance) * x)
 
 
 class _Gate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, receptance: Tensor, x: Tensor, residual: Tensor | None) -> Tensor:
+    def forward(ctx: Any, receptance: Tensor, x: Tensor, residual: Tensor) -> Tensor:
         ctx.save_for_backward(receptance, x)
-        ctx.has_residual = residual is not None
         return torch.ops.rwkv_pl.gate(receptance, x, residual)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         of_receptance, of_x = torch.ops.rwkv_pl.gate_backward(gradient, *ctx.saved_tensors)
-        return of_receptance, of_x, gradient if ctx.has_residual else None
+        return of_receptance, of_x, gradient
+
+
+class _GatedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, receptance: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        matrix = weight.to(x.dtype)
+        ctx.save_for_backward(receptance, x, matrix)
+        return product(torch.ops.rwkv_pl.gate(receptance, x, None), matrix)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        receptance, x, matrix = ctx.saved_tensors
+        of_weight = None
+        if ctx.needs_input_grad[2]:
+            of_weight = gradient_of_weight(gradient, torch.ops.rwkv_pl.gate(receptance, x, None)).float()
+        of_gated = gradient_of_input(gradient, matrix)
+        return *torch.ops.rwkv_pl.gate_backward(of_gated, receptance, x), of_weight

@@ -11,7 +11,6 @@ the faster: a gradient's product needs no transposed copies there.
 import contextlib
 import platform
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,30 +46,14 @@ def matrices_to(module: nn.Module, dtype: torch.dtype) -> None:
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x (..., I), weight (O, I) -> x weight^T (..., O), as torch.nn.functional.linear. Differentiable once.
 
-    A weight of another dtype is cast to x's: one that is kept in bfloat16 rounds nothing but itself. An x that
-    :func:`remade` has marked is not kept for the backward pass.
+    A weight of another dtype is cast to x's: one that is kept in bfloat16 rounds nothing but itself.
     """
-    own_dtype = not torch.is_autocast_enabled(x.device.type) or torch.get_autocast_dtype(x.device.type) == x.dtype
-    if weight.dtype != x.dtype and own_dtype:
+    if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
         weight = weight.to(x.dtype)
-    # torch's compiler chooses for itself, and autocast casts what F.linear reads.
-    if own_dtype and not torch.compiler.is_compiling():
-        make, *tensors = getattr(x, "_rwkv_pl_remade", (None,))
-        if torch.is_grad_enabled() and make:
-            return _Linear.apply(x, weight, make, *tensors)
-        if _by_onednn(x) and x.numel() >= FEWEST_ROWS * x.shape[-1]:
-            return _Linear.apply(x, weight, None)
+    # The compiler chooses for itself, and autocast casts what F.linear reads.
+    if _by_onednn(x) and not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu"):
+        return _Linear.apply(x, weight)
     return F.linear(x, weight)
-
-
-def remade(x: Tensor, make: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
-    """Marks x, on the CPU, as cheaply made by make(*tensors): a product that reads it keeps those, and makes x again.
-
-    What makes x keeps the tensors for its own backward pass anyway. Returns x.
-    """
-    if torch.is_grad_enabled():
-        x._rwkv_pl_remade = (make, *tensors)  # type: ignore[attr-defined]
-    return x
 
 
 def _is_intel() -> bool:
@@ -86,10 +69,36 @@ _is_faster = _has_product and torch.backends.cpu.get_cpu_capability() == "AVX512
 
 
 def _by_onednn(x: Tensor) -> bool:
-    return bool(_is_faster and x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.enabled)
+    return (
+        _is_faster
+        and x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and x.numel() >= FEWEST_ROWS * x.shape[-1]
+        and bool(torch.backends.mkldnn.enabled)
+    )
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
+# For the functions that bring their own gradient: a product, and the gradients in its two factors, of one dtype.
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x (..., I), weight (O, I) -> (..., O)."""
+    rows = _rows_product(x.flatten(0, -2), weight)
+    # As torch's own product of matrices in more dimensions: no view to autograd, so what follows may overwrite it.
+    return torch.ops.aten._unsafe_view(rows, (*x.shape[:-1], len(weight)))
+
+
+def gradient_of_input(gradient: Tensor, weight: Tensor) -> Tensor:
+    """gradient (..., O), weight (O, I) -> (..., I)."""
+    return _rows_product(gradient.flatten(0, -2), weight.T).view(*gradient.shape[:-1], weight.shape[1])
+
+
+def gradient_of_weight(gradient: Tensor, x: Tensor) -> Tensor:
+    """gradient (..., O), x (..., I) -> (O, I)."""
+    return _rows_product(gradient.flatten(0, -2).T, x.flatten(0, -2).T)
+
+
+def _rows_product(a: Tensor, b: Tensor) -> Tensor:
     """a (N, I), b (O, I) -> a b^T (N, O)."""
     if _by_onednn(a):
         return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
@@ -98,23 +107,14 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, make: Callable[..., Tensor] | None, *tensors: Tensor | None
-    ) -> Tensor:
-        ctx.make = make
-        ctx.save_for_backward(weight, *(tensors if make else [x]))
-        # As torch's own product of matrices in more dimensions: no view to autograd, so what follows may overwrite it.
-        rows = _product(x.flatten(0, -2), weight)
-        return torch.ops.aten._unsafe_view(rows, (*x.shape[:-1], len(weight)))
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return product(x, weight)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        weight, *tensors = ctx.saved_tensors
-        of_rows, of_x, of_weight = gradient.flatten(0, -2), None, None
-        if ctx.needs_input_grad[0]:
-            of_x = _product(of_rows, weight.T).view(*gradient.shape[:-1], -1)
-        if ctx.needs_input_grad[1]:
-            x = ctx.make(*tensors) if ctx.make else tensors[0]
-            of_weight = _product(of_rows.T, x.flatten(0, -2).T)
-        return of_x, of_weight, *(None for _ in ctx.needs_input_grad[2:])
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        of_x = gradient_of_input(gradient, weight) if ctx.needs_input_grad[0] else None
+        of_weight = gradient_of_weight(gradient, x) if ctx.needs_input_grad[1] else None
+        return of_x, of_weight

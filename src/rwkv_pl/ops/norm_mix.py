@@ -1,95 +1,87 @@
-"""LayerNorm, token shift and the mixes of RWKV-4: what stands between the residual stream and the matrix products.
+"""From the residual stream to the first matrix products of a mixing: LayerNorm, token shift, the mixes, the products.
 
-B  batch    T  time    C  channels
+B  batch    T  time    C  channels    O  out_features of a product
 """
 
-from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rwkv_pl.ops.linear import remade
-from rwkv_pl.ops.wkv4 import compiled_serves
+from rwkv_pl.ops.linear import Linear, gradient_of_input, gradient_of_weight, product
+from rwkv_pl.ops.wkv4 import fused_serves
+
+# Of so many tokens and more, what the products read is made again in the backward pass: a quarter of a layer's memory,
+# and 1 to 2% of a step's time.
+REMADE_FROM = 4096
 
 
-def norm_mix(
-    x: Tensor, norm: nn.LayerNorm, mixes: Sequence[Tensor], last: Tensor | None
+def mixed_products(
+    x: Tensor, norm: nn.LayerNorm, last: Tensor | None, *pairs: tuple[Tensor, Linear]
 ) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Normalises each token, and mixes it with its predecessor (arXiv 2305.13048, equations 11 to 13).
+    """Normalises each token, mixes it with its predecessor, and multiplies (arXiv 2305.13048, equations 11 to 13).
 
-        y_t = norm(x_t)        mixed_t = mix * y_t + (1 - mix) * y_{t-1}
+        y_t = norm(x_t)        product_t = linear(mix * y_t + (1 - mix) * y_{t-1})
 
     Args:
         x: (B, T, C), the residual stream.
         norm: over C, with weight and bias.
-        mixes: two or three, each of C numbers.
         last: (B, C), the y before the first; None for zeros, where a text begins.
+        pairs: two or three, a mix of C numbers and the linear layer that reads what it makes.
 
     Returns:
-        A mixed tensor (B, T, C) for each mix, and the last y (B, C), which goes before what follows.
+        A product (B, T, O) for each pair, and the last y (B, C), which goes before what follows.
 
-    On the CPU, in float32, one compiled pass over memory each way; under autocast it writes the mixed in bfloat16,
-    as the products take them. Else, and under torch.compile, plainly: `norm_mix_plain`.
+    On the CPU, in float32 or autocast to bfloat16, a compiled operator makes the mixed by one pass over memory each
+    way. Differentiable once.
     """
-    if not _serves(x, norm, mixes):
-        return norm_mix_plain(x, norm, mixes, last)
-    last = None if last is None else last.float()
-    half = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-    *mixed, new_last = _NormMix.apply(x, norm.weight, norm.bias, norm.eps, half, last, *mixes)
-    # Of a layer's memory for the backward pass, the mixed would be a quarter.
-    again = partial(_one_mixed, norm.eps, half)
-    return tuple(
-        remade(y, again, x, norm.weight, norm.bias, mix, last) for y, mix in zip(mixed, mixes, strict=True)
-    ), new_last
+    if not fused_serves(x, norm.weight, norm.bias, *(mix for mix, _ in pairs)):
+        mixed, last = norm_mix(x, norm, last, *(mix for mix, _ in pairs))
+        return tuple(linear(y) for y, (_, linear) in zip(mixed, pairs, strict=True)), last
+    half = torch.is_autocast_enabled("cpu")
+    mixes, weights = [mix for mix, _ in pairs], [linear.weight for _, linear in pairs]
+    *products, last = _MixedProducts.apply(
+        x, norm.weight, norm.bias, norm.eps, half, None if last is None else last.float(), *mixes, *weights
+    )
+    return tuple(products), last
 
 
-def _one_mixed(
-    eps: float, half: bool, x: Tensor, weight: Tensor, bias: Tensor, mix: Tensor, last: Tensor | None
-) -> Tensor:
-    (mixed,), _, _ = torch.ops.rwkv_pl.norm_mix(x, weight, bias, [mix], last, eps, half)
-    return mixed
-
-
-def norm_mix_plain(
-    x: Tensor, norm: nn.LayerNorm, mixes: Sequence[Tensor], last: Tensor | None
-) -> tuple[tuple[Tensor, ...], Tensor]:
-    """The same in torch's own operations, which judges the compiled operator and serves every device."""
+def norm_mix(x: Tensor, norm: nn.LayerNorm, last: Tensor | None, *mixes: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    """What the products read, (B, T, C) for each mix, and the last y (B, C), in torch's own operations."""
     y = norm(x)
     first = torch.zeros_like(y[:, 0]) if last is None else last.to(y.dtype)
     before = torch.cat([first[:, None], y[:, :-1]], dim=1)
     return tuple(torch.lerp(before, y, mix) for mix in mixes), y[:, -1]
 
 
-def _serves(x: Tensor, norm: nn.LayerNorm, mixes: Sequence[Tensor]) -> bool:
-    return (
-        x.device.type == "cpu"
-        and {tensor.dtype for tensor in (x, norm.weight, norm.bias, *mixes)} == {torch.float32}
-        and not torch.compiler.is_compiling()
-        and compiled_serves("cpu")
-    )
-
-
-class _NormMix(torch.autograd.Function):
+class _MixedProducts(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, half: bool, last: Tensor | None, *mixes: Tensor
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, half: bool, last: Tensor | None, *pairs: Tensor
     ) -> tuple[Tensor, ...]:
+        ctx.n, ctx.eps, ctx.half = len(pairs) // 2, eps, half
+        mixes = pairs[: ctx.n]
+        matrices = [matrix.to(torch.bfloat16 if half else torch.float32) for matrix in pairs[ctx.n :]]
         mixed, new_last, figures = torch.ops.rwkv_pl.norm_mix(x, weight, bias, mixes, last, eps, half)
-        ctx.save_for_backward(x, weight, bias, last, figures, *mixes)
-        ctx.set_materialize_grads(False)
-        return *mixed, new_last
+        kept = mixed if x.shape[0] * x.shape[1] < REMADE_FROM else []
+        ctx.save_for_backward(x, weight, bias, last, figures, *mixes, *matrices, *kept)
+        return *(product(y, matrix) for y, matrix in zip(mixed, matrices, strict=True)), new_last
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, weight, bias, last, figures, *mixes = ctx.saved_tensors
-        *of_mixed, of_last = grads
-        dtype = next((g.dtype for g in of_mixed if g is not None), x.dtype)
-        of_mixed = [torch.zeros_like(x, dtype=dtype) if g is None else g for g in of_mixed]
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, last, figures, *others = ctx.saved_tensors
+        mixes, matrices, mixed = others[: ctx.n], others[ctx.n : 2 * ctx.n], others[2 * ctx.n :]
+        *of_products, of_last = gradients
+        of_matrices: list[Tensor | None] = [None] * ctx.n
+        if any(ctx.needs_input_grad[-ctx.n :]):
+            if not mixed:
+                mixed, *_ = torch.ops.rwkv_pl.norm_mix(x, weight, bias, mixes, last, ctx.eps, ctx.half)
+            of_matrices = [gradient_of_weight(g, y).float() for g, y in zip(of_products, mixed, strict=True)]
+            del mixed
+        of_mixed = [gradient_of_input(g, matrix) for g, matrix in zip(of_products, matrices, strict=True)]
         of_x, of_weight, of_bias, of_mixes, of_first = torch.ops.rwkv_pl.norm_mix_backward(
             x, weight, bias, mixes, last, figures, of_mixed, of_last
         )
         shaped = (g.view_as(mix) for g, mix in zip(of_mixes, mixes, strict=True))
-        return of_x, of_weight, of_bias, None, None, None if last is None else of_first, *shaped
+        return of_x, of_weight, of_bias, None, None, None if last is None else of_first, *shaped, *of_matrices

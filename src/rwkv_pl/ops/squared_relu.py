@@ -1,45 +1,46 @@
-"""max(x, 0)^2, the activation of RWKV's channel mixing."""
+"""max(x, 0)^2, the activation of RWKV's channel mixing, and the product that reads it."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rwkv_pl.ops.wkv4 import compiled_serves
+from rwkv_pl.ops.linear import Linear, gradient_of_input, gradient_of_weight, product
+from rwkv_pl.ops.wkv4 import fused_serves
 
 
-def squared_relu(x: Tensor) -> Tensor:
-    """max(x, 0)^2 of any shape and floating dtype. Differentiable once: the gradient is 2 max(x, 0).
+def squared_relu_product(x: Tensor, linear: Linear) -> Tensor:
+    """linear(max(x, 0)^2) of x (..., I) in any floating dtype. Differentiable once.
 
-    On the CPU it may be written over x, which is then no longer to be read: the result, kept by the product that
-    follows, is all that the backward pass needs. A step so keeps a third less memory for the channel mixing.
+    On the CPU, in float32 or bfloat16, the square is written over x, which is then no longer to be read: it is all that
+    the backward pass needs, whose gradient 2 max(x, 0) is twice its root.
     """
-    if _serves(x):
-        return _SquaredReLU.apply(x)
-    return torch.relu(x).square()
+    if fused_serves(x, io=True) and x.is_contiguous() and not (x.is_leaf and x.requires_grad):
+        return _SquaredReLUProduct.apply(x, linear.weight)[0]
+    return linear(torch.relu(x).square())
 
 
-def _serves(x: Tensor) -> bool:
-    return (
-        x.device.type == "cpu"
-        and x.dtype in (torch.float32, torch.bfloat16)
-        and x.is_contiguous()
-        and not (x.is_leaf and x.requires_grad)
-        and not torch.compiler.is_compiling()
-        and compiled_serves("cpu")
-    )
-
-
-class _SquaredReLU(torch.autograd.Function):
+class _SquaredReLUProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        matrix = weight.to(x.dtype)
         torch.ops.rwkv_pl.squared_relu_(x)
         ctx.mark_dirty(x)
-        ctx.save_for_backward(x)
-        return x
+        ctx.save_for_backward(x, matrix)
+        ctx.set_materialize_grads(False)
+        return product(x, matrix), x  # autograd wants to see again what was written over
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        (y,) = ctx.saved_tensors
-        return torch.ops.rwkv_pl.squared_relu_backward(gradient, y)
+    def backward(ctx: Any, gradient: Tensor | None, of_square: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        square, matrix = ctx.saved_tensors
+        of_weight = None
+        if gradient is None:
+            of_x = torch.zeros_like(square)
+        else:
+            of_weight = gradient_of_weight(gradient, square).float() if ctx.needs_input_grad[1] else None
+            of_x = gradient_of_input(gradient, matrix)
+        if of_square is not None:
+            of_x += of_square
+        torch.ops.rwkv_pl.squared_relu_backward_(of_x, square)
+        return of_x, of_weight
