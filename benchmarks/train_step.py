@@ -165,7 +165,7 @@ def products(setting: Setting, precision: str) -> Call:
 PARTS = {
     "matrix products": r"::(mm|addmm|bmm|_linear_pointwise|linear)$|MmBackward|_Linear",
     "Adam": r"adam|Optimizer",
-    "WKV": r"wkv",
+    "WKV": r"wkv4",
     "squared ReLU": r"relu|addcmul",
     "cross-entropy": r"cross_?entropy|softmax|nll_loss|::max$|MaxBackward|logsumexp",
     "LayerNorm, shift, mixes": r"norm|shift|mix|lerp|::cat$|Cat|Lerp|Slice|::slice",
