@@ -51,6 +51,7 @@ for B, L, C, V, F in [(0, 2, 3, 5, 7), (1, 0, 1, 1, 1), (1, 2, 64, 9, 256), (13,
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the sanitizers' libraries as gcc has them on Linux")
 def test_no_access_out_of_bounds(tmp_path):
     """The CPU's kernels under AddressSanitizer and UndefinedBehaviorSanitizer."""

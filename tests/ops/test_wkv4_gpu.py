@@ -201,6 +201,7 @@ PLANTED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("race", PLANTED)
 def test_races(tmp_path, race):
     """ThreadSanitizer finds none, and each one that is planted."""
@@ -217,15 +218,10 @@ def test_races(tmp_path, race):
 
 
 @pytest.mark.skipif(find_nvcc("13") is None, reason="needs nvcc")
-@pytest.mark.parametrize(
-    # 14 s of CPU each: the oldest, the one that was measured and the newest, or all of a wheel.
-    "chips",
-    [(75, 90, 120), pytest.param(CHIPS, marks=pytest.mark.slow)],
-    ids=["three", "all"],
-)
-def test_every_architecture_compiles_without_spills_and_loads(tmp_path, chips):
-    nvcc = find_nvcc("13")
-    assert CHIPS == (75, 80, 86, 89, 90, 100, 120)
+@pytest.mark.slow
+def test_every_architecture_compiles_without_spills_and_loads(tmp_path):
+    nvcc, chips = find_nvcc("13"), (75, 80, 86, 89, 90, 100, 120)
+    assert chips == CHIPS
     library = tmp_path / "wkv4_cuda.so"
     command = nvcc_command(
         nvcc, [*CUDA_FLAGS, *chip_flags(chips), "-Xptxas=-v", "--threads=2"], CUDA / "wkv4_cuda.cu", library
@@ -240,6 +236,7 @@ def test_every_architecture_compiles_without_spills_and_loads(tmp_path, chips):
     subprocess.run([sys.executable, "-c", load], check=True)
 
 
+@pytest.mark.slow
 def test_no_access_out_of_bounds(tmp_path):
     program = build(tmp_path, "-fsanitize=address,undefined", "-fno-sanitize-recover=all", source="races.cpp")
     run = subprocess.run([str(program)], capture_output=True, text=True, timeout=120)
