@@ -16,7 +16,13 @@ from rwkv_pl.ops import norm_mix as nm
 from rwkv_pl.ops.gate import gate, gated_product
 from rwkv_pl.ops.linear import Linear
 from rwkv_pl.ops.squared_relu import squared_relu_product
-from rwkv_pl.ops.wkv4 import fused_serves, use_kernel
+from rwkv_pl.ops.wkv4 import compiled_serves, fused_serves, use_kernel
+
+
+@pytest.fixture(scope="module", autouse=True)
+def loaded():
+    assert compiled_serves("cpu")
+
 
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 2**-8}
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])

@@ -15,9 +15,14 @@ from rwkv_pl.ops.build import LEVELS
 from rwkv_pl.ops.linear import matrices_to
 from rwkv_pl.ops.rwkv4_step import lay_together, rwkv4_step, step_serves
 from rwkv_pl.ops.rwkv4_step_reference import rwkv4_step_reference
-from rwkv_pl.ops.wkv4 import use_kernel
+from rwkv_pl.ops.wkv4 import compiled_serves, use_kernel
 
 HALF = torch.bfloat16
+
+
+@pytest.fixture(scope="module", autouse=True)
+def loaded():
+    assert compiled_serves("cpu")
 
 
 @pytest.fixture(scope="module", autouse=True)

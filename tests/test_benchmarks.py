@@ -15,7 +15,7 @@ from benchmarks import common, memory, plot, race, train_step, wkv
 from benchmarks.train_step import SETTINGS, our_step, products
 
 TINY = SETTINGS["tiny"]
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 
 
 class Pipe(list):
