@@ -81,14 +81,14 @@ class Recipe:
 
 
 def load_cpu_library() -> None:
-    """Register the CPU operators ``torch.ops.rwkv_pl.*``, building them where the cache has none (about 6 s).
+    """Register the CPU operators ``torch.ops.rwkv_pl.*``, building them where the cache has none (about 15 s).
 
     Raises BuildError without a compiler, where the build fails and where the cache folder cannot be written.
     """
     level = cpu_level()
     if _load_prebuilt(prebuilt_name("wkv4_cpu", level, CPU_SOURCES)):
         return
-    _load_or_build(Recipe("wkv4_cpu", level, CPU_SOURCES, _host_compiler(), cpu_flags(level), 6, _compile_cpu))
+    _load_or_build(Recipe("wkv4_cpu", level, CPU_SOURCES, _host_compiler(), cpu_flags(level), 15, _compile_cpu))
 
 
 def load_cuda_library() -> None:
