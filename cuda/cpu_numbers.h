@@ -17,6 +17,12 @@ WKV_INLINE float widen(bfloat16 x) {
   return wide;
 }
 
+// Calls f with a number of the type in which a tensor's are: bfloat16 where half, else float32.
+template <typename F>
+void of_type(bool half, const F& f) {
+  half ? f(bfloat16()) : f(float());
+}
+
 template <typename T>
 WKV_INLINE T narrow(float x);
 template <>

@@ -16,7 +16,6 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-using wkv::bfloat16;
 using wkv::data;
 using wkv::widen;
 
@@ -104,11 +103,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy(const Tensor& logits, c
   }
   const Tensor nats = new_empty(x, {N}, ScalarType::Float), largest = new_empty(x, {N}, ScalarType::Float);
   const Tensor log_sum = new_empty(x, {N}, ScalarType::Float), top = new_empty(x, {N}, ScalarType::Long);
-  const auto run = [&](auto zero) {
+  wkv::of_type(x.scalar_type() == ScalarType::BFloat16, [&](auto zero) {
     forward(data<decltype(zero)>(x), target, N, V, data<float>(nats), data<float>(largest), data<float>(log_sum),
             data<int64_t>(top));
-  };
-  x.scalar_type() == ScalarType::BFloat16 ? run(bfloat16()) : run(float());
+  });
   return {nats, largest, log_sum, top};
 }
 
@@ -118,12 +116,11 @@ Tensor cross_entropy_backward(const Tensor& logits, const Tensor& targets, const
   const Tensor x = torch::stable::contiguous(logits), t = torch::stable::contiguous(targets),
                gn = torch::stable::contiguous(grad_nats), gl = torch::stable::contiguous(grad_largest);
   const Tensor grad = torch::stable::empty_like(x);
-  const auto run = [&](auto zero) {
+  wkv::of_type(x.scalar_type() == ScalarType::BFloat16, [&](auto zero) {
     using T = decltype(zero);
     backward(data<T>(x), data<int64_t>(t), N, V, data<float>(log_sum), data<int64_t>(top), data<float>(gn),
              data<float>(gl), data<T>(grad));
-  };
-  x.scalar_type() == ScalarType::BFloat16 ? run(bfloat16()) : run(float());
+  });
   return grad;
 }
 

@@ -14,9 +14,9 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-using wkv::bfloat16;
 using wkv::data;
 using wkv::narrow;
+using wkv::of_type;
 using wkv::widen;
 
 // Some 10 microseconds are worth a thread.
@@ -30,14 +30,8 @@ void parallel(const Tensor& t, const F& f) {
 
 bool is_half(const Tensor& t) { return t.scalar_type() == ScalarType::BFloat16; }
 
-// Calls f with a value of the type that t is of.
-template <typename F>
-void of_type(const Tensor& t, const F& f) {
-  is_half(t) ? f(bfloat16()) : f(float());
-}
-
 void squared_relu_(Tensor x) {
-  of_type(x, [&](auto zero) {
+  of_type(is_half(x), [&](auto zero) {
     using T = decltype(zero);
     T* p = data<T>(x);
     parallel(x, [=](int64_t begin, int64_t end) {
@@ -51,7 +45,7 @@ void squared_relu_(Tensor x) {
 }
 
 void squared_relu_backward_(Tensor grad, const Tensor& y) {
-  of_type(y, [&](auto zero) {
+  of_type(is_half(y), [&](auto zero) {
     using T = decltype(zero);
     const T* out = data<T>(y);
     T* g = data<T>(grad);
@@ -66,7 +60,7 @@ Tensor gate(const Tensor& receptance, const Tensor& x, const std::optional<Tenso
   const Tensor r = torch::stable::contiguous(receptance), xc = torch::stable::contiguous(x);
   const std::optional<Tensor> rest = wkv::contiguous(residual);
   const Tensor y = torch::stable::empty_like(rest ? *rest : xc);
-  of_type(x, [&](auto zero) {
+  of_type(is_half(x), [&](auto zero) {
     using T = decltype(zero);
     const T *by = data<T>(r), *value = data<T>(xc);
     const float* old = data<float>(rest);
@@ -91,8 +85,8 @@ std::tuple<Tensor, Tensor> gate_backward(const Tensor& grad, const Tensor& recep
   const Tensor g = torch::stable::contiguous(grad), r = torch::stable::contiguous(receptance),
                xc = torch::stable::contiguous(x);
   const Tensor dr = torch::stable::empty_like(r), dx = torch::stable::empty_like(xc);
-  of_type(x, [&](auto zero) {
-    of_type(g, [&](auto grad_zero) {
+  of_type(is_half(x), [&](auto zero) {
+    of_type(is_half(g), [&](auto grad_zero) {
       using T = decltype(zero);
       using G = decltype(grad_zero);
       const T *by = data<T>(r), *value = data<T>(xc);

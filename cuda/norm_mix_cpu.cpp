@@ -20,7 +20,6 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-using wkv::bfloat16;
 using wkv::contiguous;
 using wkv::data;
 using wkv::multiply_add;
@@ -211,12 +210,11 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> norm_mix(const Tensor& x, const 
                               half ? ScalarType::BFloat16 : ScalarType::Float));
   }
   const Tensor new_last = new_empty(x, {plan.batch, plan.channels}), figures = new_empty(x, {plan.batch, plan.steps, 2});
-  const auto run = [&](auto zero) {
+  wkv::of_type(half, [&](auto zero) {
     using Out = decltype(zero);
     forward<Out>(plan, {data<float>(w), data<float>(b), plan.channels}, data<float>(xc), pointers<const float>(m),
                  data<float>(l), float(epsilon), pointers<Out>(mixed), data<float>(new_last), data<float>(figures));
-  };
-  half ? run(bfloat16()) : run(float());
+  });
   return {mixed, new_last, figures};
 }
 
@@ -235,14 +233,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_mix_backward(
   const Tensor d_weight = new_empty(x, {C}), d_bias = new_empty(x, {C}), d_mix = new_empty(x, {J, C});
   std::vector<float> sums(plan.batch * plan.tasks * (J + 2) * C);
   STD_TORCH_CHECK(J == 2 || J == 3, "norm_mix: 2 or 3 mixes have a gradient, not ", J);
-  const auto run = [&](auto j, auto zero) {
-    using Out = decltype(zero);
-    backward<j, Out>(plan, {data<float>(w), data<float>(b), C}, data<float>(xc), pointers<const float>(m),
-                     data<float>(l), data<float>(figures), pointers<const Out>(g),
-                     {data<float>(gl), data<float>(dx), data<float>(d_last), sums.data()});
-  };
   const auto of = [&](auto j) {
-    g[0].scalar_type() == ScalarType::BFloat16 ? run(j, bfloat16()) : run(j, float());
+    wkv::of_type(g[0].scalar_type() == ScalarType::BFloat16, [&](auto zero) {
+      using Out = decltype(zero);
+      backward<j, Out>(plan, {data<float>(w), data<float>(b), C}, data<float>(xc), pointers<const float>(m),
+                       data<float>(l), data<float>(figures), pointers<const Out>(g),
+                       {data<float>(gl), data<float>(dx), data<float>(d_last), sums.data()});
+    });
   };
   J == 2 ? of(std::integral_constant<int64_t, 2>()) : of(std::integral_constant<int64_t, 3>());
   for (int64_t j = 0; j < J + 2; ++j) {

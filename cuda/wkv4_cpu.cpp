@@ -133,7 +133,8 @@ struct Saved {
   }
 };
 
-// The arguments of one call, computed in T, with keys, values and outputs in IO. tiles is (B, tiles + 1, 4, C): the state before each tile, and after the last step.
+// The arguments of one call, computed in T, with keys, values and outputs in IO. tiles is (B, tiles + 1, 4, C): the
+// state before each tile, and after the last step.
 template <typename T, typename IO>
 struct Arguments {
   Plan plan;
