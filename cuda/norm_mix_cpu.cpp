@@ -101,7 +101,7 @@ void forward(const Plan& plan, const Norm& norm, const float* x, const std::vect
 
 // What the backward pass reads and writes beside x; sums is (tasks, J + 2, C): of the mixes, weight and bias.
 struct Gradients {
-  const float* new_last;
+  const float *residual, *new_last;
   float *x, *last, *sums;
 };
 
@@ -168,12 +168,13 @@ void backward(const Plan& plan, const Norm& norm, const float* x, const std::vec
       const float of_scale =
           wkv::sum(C, [=](int64_t c) { return grad_y[c] * weight[c] * ((xt[c] - mean) * scale); }) / float(C);
       float* dx = to.x + row * C;
+      const float* beside = to.residual + row * C;
       WKV_LANES
       for (int64_t c = 0; c < C; ++c) {
         const float n = (xt[c] - mean) * scale;
         sum_weight[c] = multiply_add(grad_y[c], n, sum_weight[c]);
         sum_bias[c] += grad_y[c];
-        dx[c] = scale * (multiply_add(grad_y[c], weight[c], -of_mean) - n * of_scale);
+        dx[c] = multiply_add(scale, multiply_add(grad_y[c], weight[c], -of_mean) - n * of_scale, beside[c]);
       }
       std::swap(y, before);
     }
@@ -218,19 +219,21 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> norm_mix(const Tensor& x, const 
   return {mixed, new_last, figures};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_mix_backward(
+std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>, Tensor> norm_mix_backward(
     const Tensor& x, const Tensor& weight, const Tensor& bias, std::vector<Tensor> mix,
-    const std::optional<Tensor>& last, const Tensor& figures, std::vector<Tensor> grad,
+    const std::optional<Tensor>& last, const Tensor& figures, std::vector<Tensor> grad, const Tensor& grad_residual,
     const std::optional<Tensor>& grad_last) {
   using torch::stable::new_empty;
   const Plan plan(x);
   const int64_t C = plan.channels, J = int64_t(mix.size());
   const Tensor xc = torch::stable::contiguous(x), w = torch::stable::contiguous(weight),
-               b = torch::stable::contiguous(bias);
+               b = torch::stable::contiguous(bias), beside = torch::stable::contiguous(grad_residual);
   const std::optional<Tensor> l = contiguous(last), gl = contiguous(grad_last);
   const std::vector<Tensor> m = contiguous_all(mix), g = contiguous_all(grad);
   const Tensor dx = new_empty(x, {plan.batch, plan.steps, C}), d_last = new_empty(x, {plan.batch, C});
-  const Tensor d_weight = new_empty(x, {C}), d_bias = new_empty(x, {C}), d_mix = new_empty(x, {J, C});
+  const Tensor d_weight = new_empty(x, {C}), d_bias = new_empty(x, {C});
+  std::vector<Tensor> d_mix;
+  for (const Tensor& of : mix) d_mix.push_back(new_empty(x, of.sizes()));
   std::vector<float> sums(plan.batch * plan.tasks * (J + 2) * C);
   STD_TORCH_CHECK(J == 2 || J == 3, "norm_mix: 2 or 3 mixes have a gradient, not ", J);
   const auto of = [&](auto j) {
@@ -238,12 +241,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_mix_backward(
       using Out = decltype(zero);
       backward<j, Out>(plan, {data<float>(w), data<float>(b), C}, data<float>(xc), pointers<const float>(m),
                        data<float>(l), data<float>(figures), pointers<const Out>(g),
-                       {data<float>(gl), data<float>(dx), data<float>(d_last), sums.data()});
+                       {data<float>(beside), data<float>(gl), data<float>(dx), data<float>(d_last), sums.data()});
     });
   };
   J == 2 ? of(std::integral_constant<int64_t, 2>()) : of(std::integral_constant<int64_t, 3>());
   for (int64_t j = 0; j < J + 2; ++j) {
-    float* to = j < J ? data<float>(d_mix) + j * C : data<float>(j == J ? d_weight : d_bias);
+    float* to = data<float>(j < J ? d_mix[j] : j == J ? d_weight : d_bias);
     std::fill(to, to + C, 0.0f);
     for (int64_t task = 0; task < plan.batch * plan.tasks; ++task) {
       const float* from = sums.data() + (task * (J + 2) + j) * C;
@@ -256,13 +259,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_mix_backward(
 }  // namespace
 
 // x (B, T, C), weight and bias (C,), each mix of C numbers, last (B, C), figures (B, T, 2) and their gradients are
-// float32; the mixed (B, T, C), and the gradients in them, are all float32 or, where half, all bfloat16.
+// float32; the mixed (B, T, C), and the gradients in them, are all float32 or, where half, all bfloat16. grad_x holds
+// grad_residual, the gradient in x of what reads x beside the norm.
 STABLE_TORCH_LIBRARY_FRAGMENT(rwkv_pl, m) {
   m.def("norm_mix(Tensor x, Tensor weight, Tensor bias, Tensor[] mix, Tensor? last, float epsilon, bool half)"
         " -> (Tensor[] mixed, Tensor last, Tensor figures)");
   m.def("norm_mix_backward(Tensor x, Tensor weight, Tensor bias, Tensor[] mix, Tensor? last, Tensor figures,"
-        " Tensor[] grad, Tensor? grad_last)"
-        " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_mix, Tensor grad_last)");
+        " Tensor[] grad, Tensor grad_residual, Tensor? grad_last)"
+        " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor[] grad_mix, Tensor grad_last)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rwkv_pl, CPU, m) {

@@ -72,7 +72,8 @@ def test_mixed_products(B, T, C, n_mixes, has_last, autocast, transposed, remade
     outs = [5, C, 7][:n_mixes]
     weights = [torch.randn(out, C).bfloat16().float() for out in outs]
     gradients = [torch.randn(B, T, out).bfloat16().float() for out in outs[:-1]]
-    gradients += [torch.randn(outs[-1]).bfloat16().float().expand(B, T, outs[-1]), torch.randn(B, C)]
+    gradients += [torch.randn(outs[-1]).bfloat16().float().expand(B, T, outs[-1])]
+    gradients += [torch.randn(C).expand(B, T, C), torch.randn(B, C)]  # of the residual, and of the last y
     tensors = [x, torch.randn(C), torch.randn(C), *mixes, *weights, *([torch.randn(B, C)] if has_last else [])]
 
     def run(function, x, weight, bias, *others):
@@ -80,8 +81,8 @@ def test_mixed_products(B, T, C, n_mixes, has_last, autocast, transposed, remade
         del norm._parameters["weight"], norm._parameters["bias"]
         norm.weight, norm.bias = weight, bias
         layers = [of(Linear(C, out), w) for out, w in zip(outs, others[n_mixes : 2 * n_mixes], strict=True)]
-        products, last = function(x, norm, others[-1] if has_last else None, *zip(others, layers, strict=False))
-        return *products, last
+        products, x, last = function(x, norm, others[-1] if has_last else None, *zip(others, layers, strict=False))
+        return *products, x, last
 
     assert fused_serves(*tensors)
     with pytest.MonkeyPatch.context() as patch:
@@ -91,7 +92,7 @@ def test_mixed_products(B, T, C, n_mixes, has_last, autocast, transposed, remade
         doubles = [tensor.double() for tensor in tensors]
         judge, judge_gradients = gradients_of(lambda *t: run(nm.mixed_products, *t), doubles, gradients)
     dtype = torch.bfloat16 if autocast else torch.float32
-    assert [y.dtype for y in got] == [dtype] * n_mixes + [torch.float32]
+    assert [y.dtype for y in got] == [dtype] * n_mixes + [torch.float32] * 2
     for y, expected in zip(got, judge, strict=True):
         close(y, expected, dtype, slack=4)  # what a product reads is rounded as well, and its terms partly cancel
     for g, expected, tensor in zip(got_gradients, judge_gradients, tensors, strict=True):
@@ -218,10 +219,10 @@ def test_the_bits_do_not_depend_on_the_threads():
     tensors = [torch.randn(2, 300, 70), torch.rand(70), torch.rand(70)]
 
     def run(x, first, second):
-        products, last = nm.mixed_products(x, norm, None, (first, layer), (second, layer))
-        return *products, last
+        products, x, last = nm.mixed_products(x, norm, None, (first, layer), (second, layer))
+        return *products, x, last
 
-    gradients = [torch.randn(2, 300, 70), torch.randn(2, 300, 70), torch.randn(2, 70)]
+    gradients = [*torch.randn(3, 2, 300, 70), torch.randn(2, 70)]
     threads = torch.get_num_threads()
     results = []
     for count in (1, 3):

@@ -62,7 +62,7 @@ class TimeMix(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, C), its norm, last (B, C), WKV state (B, 3, C) -> x and what is added, and last and state after."""
         mixes = (self.time_mix_k, self.key), (self.time_mix_v, self.value), (self.time_mix_r, self.receptance)
-        (key, value, receptance), last = mixed_products(x, norm, last, *mixes)
+        (key, value, receptance), x, last = mixed_products(x, norm, last, *mixes)
         wkv, state = wkv4(self.time_decay, self.time_first, key, value, state)
         return x + self.dropout(gated_product(receptance, wkv, self.output)), last, state
 
@@ -96,7 +96,7 @@ class ChannelMix(nn.Module):
     def forward(self, x: Tensor, norm: nn.LayerNorm, last: Tensor | None) -> tuple[Tensor, Tensor]:
         """x (B, T, C), its norm, last (B, C) -> x and what is added, and last after it."""
         mixes = (self.time_mix_k, self.key), (self.time_mix_r, self.receptance)
-        (key, receptance), last = mixed_products(x, norm, last, *mixes)
+        (key, receptance), x, last = mixed_products(x, norm, last, *mixes)
         value = squared_relu_product(key, self.value)
         return gate(receptance, self.dropout(value), residual=x), last
 

@@ -55,6 +55,6 @@ class _GatedProduct(torch.autograd.Function):
         receptance, x, matrix = ctx.saved_tensors
         of_weight = None
         if ctx.needs_input_grad[2]:
-            of_weight = gradient_of_weight(gradient, torch.ops.rwkv_pl.gate(receptance, x, None)).float()
+            of_weight = gradient_of_weight(gradient, torch.ops.rwkv_pl.gate(receptance, x, None))
         of_gated = gradient_of_input(gradient, matrix)
         return *torch.ops.rwkv_pl.gate_backward(of_gated, receptance, x), of_weight

@@ -18,7 +18,7 @@ REMADE_FROM = 4096
 
 def mixed_products(
     x: Tensor, norm: nn.LayerNorm, last: Tensor | None, *pairs: tuple[Tensor, Linear]
-) -> tuple[tuple[Tensor, ...], Tensor]:
+) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
     """Normalises each token, mixes it with its predecessor, and multiplies (arXiv 2305.13048, equations 11 to 13).
 
         y_t = norm(x_t)        product_t = linear(mix * y_t + (1 - mix) * y_{t-1})
@@ -30,20 +30,21 @@ def mixed_products(
         pairs: two or three, a mix of C numbers and the linear layer that reads what it makes.
 
     Returns:
-        A product (B, T, O) for each pair, and the last y (B, C), which goes before what follows.
+        A product (B, T, O) for each pair; x again, for the residual connection, so that its gradient is added by the
+        same pass; and the last y (B, C), which goes before what follows.
 
     On the CPU, in float32 or autocast to bfloat16, a compiled operator makes the mixed by one pass over memory each
     way. Differentiable once.
     """
     if not fused_serves(x, norm.weight, norm.bias, *(mix for mix, _ in pairs)):
         mixed, last = norm_mix(x, norm, last, *(mix for mix, _ in pairs))
-        return tuple(linear(y) for y, (_, linear) in zip(mixed, pairs, strict=True)), last
+        return tuple(linear(y) for y, (_, linear) in zip(mixed, pairs, strict=True)), x, last
     half = torch.is_autocast_enabled("cpu")
     mixes, weights = [mix for mix, _ in pairs], [linear.weight for _, linear in pairs]
-    *products, last = _MixedProducts.apply(
+    *products, x, last = _MixedProducts.apply(
         x, norm.weight, norm.bias, norm.eps, half, None if last is None else last.float(), *mixes, *weights
     )
-    return tuple(products), last
+    return tuple(products), x, last
 
 
 def norm_mix(x: Tensor, norm: nn.LayerNorm, last: Tensor | None, *mixes: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
@@ -65,23 +66,22 @@ class _MixedProducts(torch.autograd.Function):
         mixed, new_last, figures = torch.ops.rwkv_pl.norm_mix(x, weight, bias, mixes, last, eps, half)
         kept = mixed if x.shape[0] * x.shape[1] < REMADE_FROM else []
         ctx.save_for_backward(x, weight, bias, last, figures, *mixes, *matrices, *kept)
-        return *(product(y, matrix) for y, matrix in zip(mixed, matrices, strict=True)), new_last
+        return *(product(y, matrix) for y, matrix in zip(mixed, matrices, strict=True)), x, new_last
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, last, figures, *others = ctx.saved_tensors
         mixes, matrices, mixed = others[: ctx.n], others[ctx.n : 2 * ctx.n], others[2 * ctx.n :]
-        *of_products, of_last = gradients
+        *of_products, of_residual, of_last = gradients
         of_matrices: list[Tensor | None] = [None] * ctx.n
         if any(ctx.needs_input_grad[-ctx.n :]):
             if not mixed:
                 mixed, *_ = torch.ops.rwkv_pl.norm_mix(x, weight, bias, mixes, last, ctx.eps, ctx.half)
-            of_matrices = [gradient_of_weight(g, y).float() for g, y in zip(of_products, mixed, strict=True)]
+            of_matrices = [gradient_of_weight(g, y) for g, y in zip(of_products, mixed, strict=True)]
             del mixed
         of_mixed = [gradient_of_input(g, matrix) for g, matrix in zip(of_products, matrices, strict=True)]
         of_x, of_weight, of_bias, of_mixes, of_first = torch.ops.rwkv_pl.norm_mix_backward(
-            x, weight, bias, mixes, last, figures, of_mixed, of_last
+            x, weight, bias, mixes, last, figures, of_mixed, of_residual, of_last
         )
-        shaped = (g.view_as(mix) for g, mix in zip(of_mixes, mixes, strict=True))
-        return of_x, of_weight, of_bias, None, None, None if last is None else of_first, *shaped, *of_matrices
+        return of_x, of_weight, of_bias, None, None, None if last is None else of_first, *of_mixes, *of_matrices

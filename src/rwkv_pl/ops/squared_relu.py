@@ -38,7 +38,7 @@ class _SquaredReLUProduct(torch.autograd.Function):
         if gradient is None:
             of_x = torch.zeros_like(square)
         else:
-            of_weight = gradient_of_weight(gradient, square).float() if ctx.needs_input_grad[1] else None
+            of_weight = gradient_of_weight(gradient, square) if ctx.needs_input_grad[1] else None
             of_x = gradient_of_input(gradient, matrix)
         if of_square is not None:
             of_x += of_square
