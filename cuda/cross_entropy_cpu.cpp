@@ -1,7 +1,8 @@
 // Cross-entropy and the largest logit of each row, by one reading of the logits each way, on the CPU.
 //
-//   nats = log sum_v e^{x_v} - x_target           d/dx_v = softmax_v - [v = target]
-//   largest = x_top                               d/dx_v = [v = top], top the first of the largest
+//   largest = x_top                                      d/dx_v = [v = top], top the first of the largest
+//   log_sum = log sum_v e^{x_v - largest}
+//   nats = log_sum + largest - x_target                  d/dx_v = softmax_v - [v = target]
 //
 // Letters: N rows, V vocabulary.
 
@@ -62,7 +63,7 @@ void forward(const T* logits, const int64_t* targets, int64_t N, int64_t V, floa
         const T* piece = x + v;
         total += wkv::sum(std::min(BLOCK, V - v), [=](int64_t i) { return wkv::exp_negative(widen(piece[i]) - most); });
       }
-      log_sum[n] = float(double(most) + std::log(total));
+      log_sum[n] = float(std::log(total));
       nats[n] = targets[n] == IGNORED ? 0.0f : float(double(most) - double(widen(x[targets[n]])) + std::log(total));
       // A NaN is no maximum, but makes the sum NaN.
       largest[n] = total == total ? most : log_sum[n];
@@ -72,15 +73,16 @@ void forward(const T* logits, const int64_t* targets, int64_t N, int64_t V, floa
 }
 
 template <typename T>
-void backward(const T* logits, const int64_t* targets, int64_t N, int64_t V, const float* log_sum, const int64_t* top,
-              const float* grad_nats, const float* grad_largest, T* grad) {
+void backward(const T* logits, const int64_t* targets, int64_t N, int64_t V, const float* largest, const float* log_sum,
+              const int64_t* top, const float* grad_nats, const float* grad_largest, T* grad) {
   parallel(N, V, [=](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
       const T* x = logits + n * V;
       T* to = grad + n * V;
       const bool counts = targets[n] != IGNORED;
-      const float of = counts ? grad_nats[n] : 0.0f, log_sum_n = log_sum[n];
-      const auto softmax = [=](int64_t v) { return of * wkv::exp_negative(widen(x[v]) - log_sum_n); };
+      const float of = counts ? grad_nats[n] : 0.0f, most = largest[n], log_sum_n = log_sum[n];
+      // Apart, as the sum of the two would be rounded to a share of the largest.
+      const auto softmax = [=](int64_t v) { return of * wkv::exp_negative(widen(x[v]) - most - log_sum_n); };
       WKV_LANES
       for (int64_t v = 0; v < V; ++v) to[v] = wkv::narrow<T>(softmax(v));
       // The two of their own are made again, so that each is rounded once.
@@ -94,7 +96,9 @@ void backward(const T* logits, const int64_t* targets, int64_t N, int64_t V, con
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy(const Tensor& logits, const Tensor& targets) {
   using torch::stable::new_empty;
+  STD_TORCH_CHECK(logits.dim() == 2 && logits.size(1) > 0, "cross_entropy: logits must be (N, V) with V at least 1");
   const int64_t N = logits.size(0), V = logits.size(1);
+  wkv::expect("cross_entropy: targets", targets, {N}, ScalarType::Long);
   const Tensor x = torch::stable::contiguous(logits), t = torch::stable::contiguous(targets);
   const int64_t* target = data<int64_t>(t);
   for (int64_t n = 0; n < N; ++n) {
@@ -110,16 +114,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy(const Tensor& logits, c
   return {nats, largest, log_sum, top};
 }
 
-Tensor cross_entropy_backward(const Tensor& logits, const Tensor& targets, const Tensor& log_sum, const Tensor& top,
-                              const Tensor& grad_nats, const Tensor& grad_largest) {
+Tensor cross_entropy_backward(const Tensor& logits, const Tensor& targets, const Tensor& largest, const Tensor& log_sum,
+                              const Tensor& top, const Tensor& grad_nats, const Tensor& grad_largest) {
   const int64_t N = logits.size(0), V = logits.size(1);
   const Tensor x = torch::stable::contiguous(logits), t = torch::stable::contiguous(targets),
                gn = torch::stable::contiguous(grad_nats), gl = torch::stable::contiguous(grad_largest);
   const Tensor grad = torch::stable::empty_like(x);
   wkv::of_type(x.scalar_type() == ScalarType::BFloat16, [&](auto zero) {
     using T = decltype(zero);
-    backward(data<T>(x), data<int64_t>(t), N, V, data<float>(log_sum), data<int64_t>(top), data<float>(gn),
-             data<float>(gl), data<T>(grad));
+    backward(data<T>(x), data<int64_t>(t), N, V, data<float>(largest), data<float>(log_sum), data<int64_t>(top),
+             data<float>(gn), data<float>(gl), data<T>(grad));
   });
   return grad;
 }
@@ -129,8 +133,8 @@ Tensor cross_entropy_backward(const Tensor& logits, const Tensor& targets, const
 // logits (N, V) float32 or bfloat16, their gradient likewise; targets and top (N,) int64; all else (N,) float32.
 STABLE_TORCH_LIBRARY_FRAGMENT(rwkv_pl, m) {
   m.def("cross_entropy(Tensor logits, Tensor targets) -> (Tensor nats, Tensor largest, Tensor log_sum, Tensor top)");
-  m.def("cross_entropy_backward(Tensor logits, Tensor targets, Tensor log_sum, Tensor top, Tensor grad_nats,"
-        " Tensor grad_largest) -> Tensor");
+  m.def("cross_entropy_backward(Tensor logits, Tensor targets, Tensor largest, Tensor log_sum, Tensor top,"
+        " Tensor grad_nats, Tensor grad_largest) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rwkv_pl, CPU, m) {

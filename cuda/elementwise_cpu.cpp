@@ -44,7 +44,14 @@ void squared_relu_(Tensor x) {
   });
 }
 
+void expect_alike(const char* what, const Tensor& a, const Tensor& b, bool same_type = true) {
+  bool fits = a.dim() == b.dim() && (!same_type || a.scalar_type() == b.scalar_type());
+  for (int64_t axis = 0; fits && axis < a.dim(); ++axis) fits = a.size(axis) == b.size(axis);
+  STD_TORCH_CHECK(fits, what, " are not alike");
+}
+
 void squared_relu_backward_(Tensor grad, const Tensor& y) {
+  expect_alike("squared_relu_backward_: grad and y", grad, y);
   of_type(is_half(y), [&](auto zero) {
     using T = decltype(zero);
     const T* out = data<T>(y);
@@ -57,6 +64,8 @@ void squared_relu_backward_(Tensor grad, const Tensor& y) {
 }
 
 Tensor gate(const Tensor& receptance, const Tensor& x, const std::optional<Tensor>& residual) {
+  expect_alike("gate: receptance and x", receptance, x);
+  if (residual) expect_alike("gate: residual and x", *residual, x, /*same_type=*/false);
   const Tensor r = torch::stable::contiguous(receptance), xc = torch::stable::contiguous(x);
   const std::optional<Tensor> rest = wkv::contiguous(residual);
   const Tensor y = torch::stable::empty_like(rest ? *rest : xc);
@@ -82,6 +91,7 @@ Tensor gate(const Tensor& receptance, const Tensor& x, const std::optional<Tenso
 }
 
 std::tuple<Tensor, Tensor> gate_backward(const Tensor& grad, const Tensor& receptance, const Tensor& x) {
+  expect_alike("gate_backward: grad and x", grad, x, /*same_type=*/false);
   const Tensor g = torch::stable::contiguous(grad), r = torch::stable::contiguous(receptance),
                xc = torch::stable::contiguous(x);
   const Tensor dr = torch::stable::empty_like(r), dx = torch::stable::empty_like(xc);

@@ -80,7 +80,8 @@ void forward(const Plan& plan, const Norm& norm, const float* x, const std::vect
       const float* xt = x + row * C;
       const float mean = wkv::sum(C, [=](int64_t c) { return xt[c]; }) / float(C);
       const float variance = wkv::sum(C, [=](int64_t c) { return (xt[c] - mean) * (xt[c] - mean); }) / float(C);
-      const float scale = 1.0f / std::sqrt(variance + epsilon);
+      // A variance beyond float32 leaves no figure, rather than a wrong one.
+      const float scale = (1.0f + 0.0f * variance) / std::sqrt(variance + epsilon);
       norm.write(xt, mean, scale, y);
       if (t >= begin) {
         figures[2 * row] = mean, figures[2 * row + 1] = scale;
@@ -183,6 +184,18 @@ void backward(const Plan& plan, const Norm& norm, const float* x, const std::vec
   });
 }
 
+void expect_all(const Plan& plan, const Tensor& x, const Tensor& weight, const Tensor& bias,
+                const std::vector<Tensor>& mix, const std::optional<Tensor>& last) {
+  wkv::expect("norm_mix: x", x, {plan.batch, plan.steps, plan.channels}, ScalarType::Float);
+  wkv::expect("norm_mix: weight", weight, {plan.channels}, ScalarType::Float);
+  wkv::expect("norm_mix: bias", bias, {plan.channels}, ScalarType::Float);
+  wkv::expect("norm_mix: last", last, {plan.batch, plan.channels}, ScalarType::Float);
+  for (const Tensor& by : mix) {
+    STD_TORCH_CHECK(by.numel() == plan.channels && by.scalar_type() == ScalarType::Float, "norm_mix: a mix has not ",
+                    plan.channels, " numbers of float32");
+  }
+}
+
 std::vector<Tensor> contiguous_all(const std::vector<Tensor>& tensors) {
   std::vector<Tensor> all;
   for (const Tensor& t : tensors) all.push_back(torch::stable::contiguous(t));
@@ -201,6 +214,7 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> norm_mix(const Tensor& x, const 
                                                          double epsilon, bool half) {
   using torch::stable::new_empty;
   const Plan plan(x);
+  expect_all(plan, x, weight, bias, mix, last);
   const Tensor xc = torch::stable::contiguous(x), w = torch::stable::contiguous(weight),
                b = torch::stable::contiguous(bias);
   const std::optional<Tensor> l = contiguous(last);
@@ -226,6 +240,15 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>, Tensor> norm_mix_backwar
   using torch::stable::new_empty;
   const Plan plan(x);
   const int64_t C = plan.channels, J = int64_t(mix.size());
+  expect_all(plan, x, weight, bias, mix, last);
+  STD_TORCH_CHECK(J == 2 || J == 3, "norm_mix: 2 or 3 mixes have a gradient, not ", J);
+  STD_TORCH_CHECK(int64_t(grad.size()) == J, "norm_mix: ", grad.size(), " gradients of ", J, " mixes");
+  for (const Tensor& of : grad) {
+    wkv::expect("norm_mix: a gradient", of, {plan.batch, plan.steps, C}, grad[0].scalar_type());
+  }
+  wkv::expect("norm_mix: figures", figures, {plan.batch, plan.steps, 2}, ScalarType::Float);
+  wkv::expect("norm_mix: the residual's gradient", grad_residual, {plan.batch, plan.steps, C}, ScalarType::Float);
+  wkv::expect("norm_mix: the gradient of last", grad_last, {plan.batch, C}, ScalarType::Float);
   const Tensor xc = torch::stable::contiguous(x), w = torch::stable::contiguous(weight),
                b = torch::stable::contiguous(bias), beside = torch::stable::contiguous(grad_residual);
   const std::optional<Tensor> l = contiguous(last), gl = contiguous(grad_last);
@@ -235,7 +258,6 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>, Tensor> norm_mix_backwar
   std::vector<Tensor> d_mix;
   for (const Tensor& of : mix) d_mix.push_back(new_empty(x, of.sizes()));
   std::vector<float> sums(plan.batch * plan.tasks * (J + 2) * C);
-  STD_TORCH_CHECK(J == 2 || J == 3, "norm_mix: 2 or 3 mixes have a gradient, not ", J);
   const auto of = [&](auto j) {
     wkv::of_type(g[0].scalar_type() == ScalarType::BFloat16, [&](auto zero) {
       using Out = decltype(zero);

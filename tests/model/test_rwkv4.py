@@ -221,6 +221,30 @@ def test_one_layer_and_one_channel():
     assert logits.isfinite().all()
 
 
+def test_hooks_and_replaced_layers_act_as_in_plain_torch():
+    tokens = torch.randint(VOCAB, (2, 9))
+    inside = [f"att.{name}" for name in ("key", "value", "receptance", "output")]
+    inside += ["ffn.key", "ffn.value", "ffn.receptance", "ln1", "ln2"]
+    model = perturbed_model()
+    called = []
+    for name in inside:
+        layer = model.blocks[1].get_submodule(name)
+        layer.register_forward_hook(lambda layer, given, output, name=name: called.append(name) or 0.5 * output)
+    hooked = model(tokens)[0]
+    assert sorted(called) == sorted(inside)
+    with use_kernel("scan"):
+        torch.testing.assert_close(hooked, model(tokens)[0], rtol=1e-5, atol=1e-5)
+    for name in inside:
+        model = perturbed_model()
+        parent, _, child = name.rpartition(".")
+        within = model.blocks[1].get_submodule(parent)
+        within.register_module(child, torch.nn.Sequential(getattr(within, child), torch.nn.Hardtanh(-0.1, 0.1)))
+        replaced = model(tokens)[0]
+        assert relative_error(replaced, perturbed_model()(tokens)[0]) > 1e-3
+        with use_kernel("scan"):
+            torch.testing.assert_close(replaced, model(tokens)[0], rtol=1e-5, atol=1e-5)
+
+
 def test_dropout_acts_in_training_alone():
     model = perturbed_model(dropout=0.5)
     tokens = torch.randint(VOCAB, (1, 8))

@@ -253,7 +253,7 @@ def test_every_level_of_this_cpu(level):
         "for dtype in (torch.float32, HALF):\n"
         "    test_fused.test_squared_relu_product.hypothesis.inner_test([3, 70], dtype, 0)\n"
         "    test_fused.test_gates.hypothesis.inner_test([3, 70], dtype, 1.0, 0)\n"
-        "    test_fused.test_cross_entropy.hypothesis.inner_test(5, 5000, dtype, 50.0, True, 0)\n"
+        "    test_fused.test_cross_entropy.hypothesis.inner_test(5, 5000, dtype, 50.0, 1e6, True, 0)\n"
     )
     run_at(level, code)
 

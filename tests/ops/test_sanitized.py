@@ -41,7 +41,7 @@ for B, T, C, J in [(0, 3, 2, 2), (1, 1, 1, 2), (2, 65, 5, 3), (1, 200, 33, 2)]:
         ops.squared_relu_backward_(r, y)
         logits, targets = torch.randn(B * T, C).to(dtype), torch.randint(-1, C, (B * T,))
         nats, largest, *kept = ops.cross_entropy(logits, targets)
-        ops.cross_entropy_backward(logits, targets, *kept, nats, largest)
+        ops.cross_entropy_backward(logits, targets, largest, *kept, nats, largest)
 from test_rwkv4_step import draw_parameters, draw_state
 for B, L, C, V, F in [(0, 2, 3, 5, 7), (1, 0, 1, 1, 1), (1, 2, 64, 9, 256), (13, 1, 33, 5, 70), (5, 1, 128, 40, 500)]:
     for dtype in (torch.float32, torch.bfloat16):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rwkv_pl.ops.wkv4 import fused_serves
+from rwkv_pl.ops.fused import fused_serves, once_differentiable
 
 IGNORED = -1  # a target that pads a short window; its loss does not count
 
@@ -32,10 +32,10 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         nats, largest, log_sum, top = torch.ops.rwkv_pl.cross_entropy(logits, targets)
-        ctx.save_for_backward(logits, targets, log_sum, top)
+        ctx.save_for_backward(logits, targets, largest, log_sum, top)
         return nats, largest
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, of_nats: Tensor, of_largest: Tensor) -> tuple[Tensor, None]:
         return torch.ops.rwkv_pl.cross_entropy_backward(*ctx.saved_tensors, of_nats, of_largest), None

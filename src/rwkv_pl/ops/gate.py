@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rwkv_pl.ops.fused import fused_serves, is_itself, once_differentiable
 from rwkv_pl.ops.linear import Linear, gradient_of_input, gradient_of_weight, product
-from rwkv_pl.ops.wkv4 import fused_serves
 
 
 def gate(receptance: Tensor, x: Tensor, residual: Tensor) -> Tensor:
@@ -14,7 +14,8 @@ def gate(receptance: Tensor, x: Tensor, residual: Tensor) -> Tensor:
 
     Differentiable once. On the CPU, in float32 or bfloat16 with a residual in float32, one pass over memory each way.
     """
-    if fused_serves(x, receptance, io=True) and residual.dtype == torch.float32:
+    fits = receptance.shape == x.shape == residual.shape and residual.dtype == torch.float32
+    if fits and fused_serves(x, receptance, io=True):
         return _Gate.apply(receptance, x, residual)
     return residual + torch.sigmoid(receptance) * x
 
@@ -24,7 +25,7 @@ def gated_product(receptance: Tensor, x: Tensor, linear: Linear) -> Tensor:
 
     On the CPU, in float32 or bfloat16, what the product reads is not kept for the backward pass, but made again there.
     """
-    if fused_serves(x, receptance, io=True):
+    if receptance.shape == x.shape and is_itself(linear, Linear) and fused_serves(x, receptance, io=True):
         return _GatedProduct.apply(receptance, x, linear.weight)
     return linear(torch.sigmoid(receptance) * x)
 
@@ -36,7 +37,7 @@ class _Gate(torch.autograd.Function):
         return torch.ops.rwkv_pl.gate(receptance, x, residual)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         of_receptance, of_x = torch.ops.rwkv_pl.gate_backward(gradient, *ctx.saved_tensors)
         return of_receptance, of_x, gradient
@@ -50,7 +51,7 @@ class _GatedProduct(torch.autograd.Function):
         return product(torch.ops.rwkv_pl.gate(receptance, x, None), matrix)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         receptance, x, matrix = ctx.saved_tensors
         of_weight = None

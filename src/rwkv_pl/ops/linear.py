@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rwkv_pl.ops.fused import once_differentiable
+
 # Below this many rows oneDNN's preparation costs more than it saves.
 FEWEST_ROWS = 32
 
@@ -109,7 +111,7 @@ class _Linear(torch.autograd.Function):
         return product(x, weight)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         of_x = gradient_of_input(gradient, weight) if ctx.needs_input_grad[0] else None

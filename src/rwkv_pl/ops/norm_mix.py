@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rwkv_pl.ops.fused import fused_serves, is_itself, once_differentiable
 from rwkv_pl.ops.linear import Linear, gradient_of_input, gradient_of_weight, product
-from rwkv_pl.ops.wkv4 import fused_serves
 
 # Of so many tokens and more, what the products read is made again in the backward pass: a quarter of a layer's memory,
 # and 1 to 2% of a step's time.
@@ -36,7 +36,8 @@ def mixed_products(
     On the CPU, in float32 or autocast to bfloat16, a compiled operator makes the mixed by one pass over memory each
     way. Differentiable once.
     """
-    if not fused_serves(x, norm.weight, norm.bias, *(mix for mix, _ in pairs)):
+    served = is_itself(norm, nn.LayerNorm) and all(is_itself(linear, Linear) for _, linear in pairs)
+    if not (served and fused_serves(x, norm.weight, norm.bias, *(mix for mix, _ in pairs))):
         mixed, last = norm_mix(x, norm, last, *(mix for mix, _ in pairs))
         return tuple(linear(y) for y, (_, linear) in zip(mixed, pairs, strict=True)), x, last
     half = torch.is_autocast_enabled("cpu")
@@ -69,7 +70,7 @@ class _MixedProducts(torch.autograd.Function):
         return *(product(y, matrix) for y, matrix in zip(mixed, matrices, strict=True)), x, new_last
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, last, figures, *others = ctx.saved_tensors
         mixes, matrices, mixed = others[: ctx.n], others[ctx.n : 2 * ctx.n], others[2 * ctx.n :]

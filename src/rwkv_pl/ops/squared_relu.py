@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rwkv_pl.ops.fused import fused_serves, is_itself, once_differentiable
 from rwkv_pl.ops.linear import Linear, gradient_of_input, gradient_of_weight, product
-from rwkv_pl.ops.wkv4 import fused_serves
 
 
 def squared_relu_product(x: Tensor, linear: Linear) -> Tensor:
@@ -15,9 +15,14 @@ def squared_relu_product(x: Tensor, linear: Linear) -> Tensor:
     On the CPU, in float32 or bfloat16, the square is written over x, which is then no longer to be read: it is all that
     the backward pass needs, whose gradient 2 max(x, 0) is twice its root.
     """
-    if fused_serves(x, io=True) and x.is_contiguous() and not (x.is_leaf and x.requires_grad):
+    if fused_serves(x, io=True) and is_itself(linear, Linear) and _may_be_written(x):
         return _SquaredReLUProduct.apply(x, linear.weight)[0]
     return linear(torch.relu(x).square())
+
+
+def _may_be_written(x: Tensor) -> bool:
+    """No view of a larger tensor and no parameter."""
+    return x.dim() > 1 and x.is_contiguous() and not x._is_view() and not (x.is_leaf and x.requires_grad)
 
 
 class _SquaredReLUProduct(torch.autograd.Function):
@@ -31,7 +36,7 @@ class _SquaredReLUProduct(torch.autograd.Function):
         return product(x, matrix), x  # autograd wants to see again what was written over
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor | None, of_square: Tensor | None) -> tuple[Tensor, Tensor | None]:
         square, matrix = ctx.saved_tensors
         of_weight = None

@@ -150,22 +150,9 @@ _warned: set[str] = set()
 
 def compiled_serves(device: str) -> bool:
     """Whether the compiled operators are those to call for this type of device, by `use_kernel` and what is there."""
+    if _kernel == "auto" and not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return False
     return _kernel in ("auto", "compiled") and _is_compiled(device, required=_kernel == "compiled")
-
-
-def fused_serves(*tensors: Tensor, io: bool = False) -> bool:
-    """Whether the operators between the matrix products take these: compiled ones, on the CPU, all in float32.
-
-    io: bfloat16 too, if all are. Under torch.compile they are left to it, under an autocast to float16 to torch.
-    """
-    dtype = tensors[0].dtype
-    return (
-        all(tensor.device.type == "cpu" and tensor.dtype == dtype for tensor in tensors)
-        and (dtype == torch.float32 or (io and dtype == torch.bfloat16))
-        and not torch.compiler.is_compiling()
-        and (not torch.is_autocast_enabled("cpu") or torch.get_autocast_dtype("cpu") == torch.bfloat16)
-        and compiled_serves("cpu")
-    )
 
 
 # torch.compile calls this while it traces and keeps the answer, so that loading breaks no graph.
