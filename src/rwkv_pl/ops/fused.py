@@ -24,7 +24,6 @@ def fused_serves(*tensors: Tensor, io: bool = False) -> bool:
             type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu" and tensor.dtype == dtype
             for tensor in tensors
         )
-        and not torch._C._are_functorch_transforms_active()
         and (not torch.is_autocast_enabled("cpu") or torch.get_autocast_dtype("cpu") == torch.bfloat16)
         and compiled_serves("cpu")
     )
