@@ -1,7 +1,7 @@
 """The benchmarks by name.
 
 python -m benchmarks NAME [options]     NAME --help tells its options
-python -m benchmarks all [options]      one after another, then the plot
+python -m benchmarks all [options]      one after another, then the plot; the options are those that all have
 """
 
 import ast
@@ -20,10 +20,18 @@ def about(name: str) -> str:
     return (ast.get_docstring(ast.parse(source)) or "").splitlines()[0]
 
 
+def of_all(options: list[str]) -> dict[str, list[str]]:
+    """The options of each when all are run with `options`. Ends the process where they are wrong."""
+    from benchmarks.common import arguments  # imports torch, which the list does without
+
+    results = arguments("all", "All but wkv_gpu, one after another, then the plot", None).parse_args(options).results
+    return {name: [f"--results={results}"] if name == "plot" else options for name in NAMES}
+
+
 def main() -> None:
     name, *options = sys.argv[1:] or ["--help"]
     if name == "all":
-        commands = {each: [sys.executable, "-m", "benchmarks", each, *options] for each in NAMES}
+        commands = {each: [sys.executable, "-m", "benchmarks", each, *words] for each, words in of_all(options).items()}
         failed = [each for each, command in commands.items() if subprocess.run(command).returncode]
         sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
     if name in (*NAMES, *ON_A_GPU):

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -22,13 +23,56 @@ Maker = Callable[[], Call]
 Summary = dict[str, float]
 
 
-def arguments(name: str, about: str | None, rounds: int) -> argparse.ArgumentParser:
-    """The options that every benchmark has."""
+# A process's steps still take page faults in its first ten or so, most in the first six.
+WARM_UP = 6
+# Whose second call takes so many seconds has had its two: four more would take longer than what they mend.
+SLOW = 5.0
+
+
+def arguments(name: str, about: str | None, rounds: int | None) -> argparse.ArgumentParser:
+    """The options that every benchmark has; no rounds: each benchmark has its own number of them."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks {name}", description=(about or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=rounds, help=f"turns of each contestant ({rounds})")
-    parser.add_argument("--threads", type=int, default=2, help="of every contestant (2)")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of the JSON file")
+    told = rounds or "each has its own number"
+    parser.add_argument("--rounds", type=at_least(1), default=rounds, help=f"turns of each contestant ({told})")
+    parser.add_argument("--threads", type=at_least(1), default=2, help="of every contestant (2)")
+    parser.add_argument("--results", type=folder, default=RESULTS, help="the folder of the JSON file")
     return parser
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """An argparse type: a whole number from `least`."""
+
+    def number(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{text} is not a whole number from {least:,}")
+        return value
+
+    return number
+
+
+def above_zero(text: str) -> float:
+    """An argparse type: a finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return value
+
+
+def folder(text: str) -> Path:
+    """An argparse type: a folder to write into, made where there is none: not to fail when all has been measured."""
+    path = Path(text)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{path} cannot be made a folder: {error.strerror}") from None
+    return path
 
 
 def begin(title: str, threads: int) -> None:
@@ -122,7 +166,7 @@ def _send_result(function: Call, pipe: Any) -> None:
 def take_turns(makers: Mapping[str, Maker], rounds: int, seconds_a_turn: float = 0.0) -> dict[str, list[float]]:
     """Seconds of a call of each contestant, in each round.
 
-    Each is made and called twice in its process, then they take turns, so that a slow minute falls on all, and calls of
+    Each is made and warmed up in its process, then they take turns, so that a slow minute falls on all, and calls of
     the same round make pairs. A turn is one call, or as many as fill `seconds_a_turn`, of which the mean counts. One
     that cannot take part is left out, which is told.
     """
@@ -148,10 +192,14 @@ def take_turns(makers: Mapping[str, Maker], rounds: int, seconds_a_turn: float =
 
 def _timed(maker: Maker, seconds_a_turn: float, pipe: Any) -> None:
     call = maker()
-    call()
-    started = time.perf_counter()
-    call()
-    calls = max(1, int(seconds_a_turn / (time.perf_counter() - started)))
+    call()  # builds and loads what there is to, so its time says nothing
+    for _ in range(WARM_UP - 1):
+        started = time.perf_counter()
+        call()
+        taken = time.perf_counter() - started
+        if taken >= SLOW:
+            break
+    calls = max(1, int(seconds_a_turn / taken))
     pipe.send("ready")
     while True:
         pipe.recv()

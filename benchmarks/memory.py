@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.common import Failed, arguments, begin, once, save, summary, table
+from benchmarks.common import Failed, arguments, at_least, begin, once, save, summary, table
 from benchmarks.train_step import SETTINGS, Setting, autocast, our_module, random_tokens, transformers_model
 
 LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
@@ -159,7 +159,9 @@ def growth(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 def main() -> None:
     parser = arguments("memory", __doc__, rounds=3)
-    parser.add_argument("--longest", type=int, default=LENGTHS[-1], help="leave out longer contexts")
+    parser.add_argument(
+        "--longest", type=at_least(LENGTHS[0]), default=LENGTHS[-1], help="leave out longer contexts"
+    )
     parser.add_argument("--tiny", action="store_true", help="of a tiny model, to try the program")
     options = parser.parse_args()
     if not STATUS.exists():

@@ -1,14 +1,15 @@
 """docs/benchmarks.png and docs/race.png, drawn from the JSON files of the others.
 
-    python -m benchmarks plot
+    python -m benchmarks plot [--results FOLDER] [--docs FOLDER]
 
 Peers side by side, and what the machine allows as a dashed line: the step's matrix products alone, the bytes over the
-bandwidth of a copy, the reading of the weights.
+bandwidth of a copy, the reading of the weights. Of what has not been measured yet there is no panel, which is told.
 """
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,14 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from benchmarks.common import RESULTS, in_words
+from benchmarks.common import RESULTS, folder, in_words
 
 DOCS = Path(__file__).parents[1] / "docs"
 OURS, OTHERS = "tab:blue", "tab:gray"
+
+
+class Unreadable(Exception):
+    """Why there is nothing to draw."""
 
 
 def bars(
@@ -49,7 +54,10 @@ def bars(
 def train_step(setting: str, axes: Axes, content: dict[str, Any]) -> None:
     about = content["settings"][setting]
     seconds, size = about["seconds"], about["setting"]
-    limit = {name: row["median"] for name, row in seconds.items() if name.startswith("products")}
+    # An older result has the products of another run than that of the bars, and so without a ratio.
+    limit = {name: seconds[name]["median"] for name in about["times_ours"] if name.startswith("products")}
+    if not limit:
+        raise KeyError("products in times_ours")
     # By precision, the slowest first.
     names = sorted(seconds.keys() - limit, key=lambda name: ("bf16" in name, -seconds[name]["median"]))
     rows = {name: seconds[name] for name in names}
@@ -92,19 +100,36 @@ def time(axes: Axes, content: dict[str, Any]) -> None:
     lines("seconds", 1e3, "time of a step, 12 x 512, one row, bf16-mixed", "ms", axes, content)
 
 
-PANELS: list[tuple[str, Callable[[Axes, dict[str, Any]], None]]] = [
-    ("train_step", lambda axes, content: train_step("classic", axes, content)),
-    ("train_step", lambda axes, content: train_step("quickstart", axes, content)),
-    ("wkv", wkv),
-    ("generate", generate),
-    ("memory", time),
-    ("memory", memory),
+# What a panel is called where it is left out, the benchmark whose result it shows, and how it is drawn.
+PANELS: list[tuple[str, str, Callable[[Axes, dict[str, Any]], None]]] = [
+    ("train_step classic", "train_step", partial(train_step, "classic")),
+    ("train_step quickstart", "train_step", partial(train_step, "quickstart")),
+    ("wkv", "wkv", wkv),
+    ("generate", "generate", generate),
+    ("time by context", "memory", time),
+    ("memory by context", "memory", memory),
 ]
 
 
-def read(results: Path, name: str) -> dict[str, Any] | None:
-    path = results / f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else None
+def read(results: Path, name: str) -> dict[str, Any]:
+    """Raises Unreadable."""
+    try:
+        return json.loads((results / f"{name}.json").read_text())
+    except FileNotFoundError:
+        raise Unreadable("not measured") from None
+    except (OSError, ValueError):
+        raise Unreadable("not readable") from None
+
+
+def draw(panel: Callable[[Axes, dict[str, Any]], None], axes: Axes, content: dict[str, Any]) -> None:
+    """Raises Unreadable."""
+    try:
+        in_words(content["machine"])
+        panel(axes, content)
+    except KeyError as error:  # of an older form, or without this setting
+        raise Unreadable(f"the result has no {error}") from None
+    except (AttributeError, IndexError, TypeError, ValueError):
+        raise Unreadable("the result has another form") from None
 
 
 def write(figure: Figure, path: Path) -> None:
@@ -112,29 +137,36 @@ def write(figure: Figure, path: Path) -> None:
     print(path)
 
 
+def tell_left_out(whys: dict[str, str], names: Iterable[str]) -> None:
+    """One line: what is not drawn and why, and the benchmarks that measure it."""
+    if whys:
+        told = ", ".join(f"{what} ({why})" for what, why in whys.items())
+        print(f"left out: {told}; made by: {', '.join(f'python -m benchmarks {name}' for name in dict.fromkeys(names))}")
+
+
 def draw_all(results: Path = RESULTS, docs: Path = DOCS) -> None:
-    figure = Figure(figsize=(14, 11), dpi=100, layout="constrained")
-    machines = set()
-    for axes, (name, draw) in zip(figure.subplots(3, 2).flat, PANELS, strict=True):
-        content = read(results, name)
+    panels, left_out, names = [], {}, []
+    for title, name, panel in PANELS:
         try:
-            if content is None:
-                raise KeyError(name)
-            draw(axes, content)
-            machines.add(in_words(content["machine"]))
-        except KeyError:  # a benchmark, or a setting of it, that has not been run
-            axes.text(0.5, 0.5, f"python -m benchmarks {name}", ha="center", va="center")
-            axes.set_axis_off()
-    figure.suptitle("\n".join(sorted(machines)), fontsize="small")
+            content = read(results, name)
+            draw(panel, Figure().subplots(), content)  # a trial: the layout needs to know how many there are
+            panels.append((panel, content))
+        except Unreadable as why:
+            left_out[title] = str(why)
+            names.append(name)
+    tell_left_out(left_out, names)
+    if not panels:
+        return
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(7 * columns, 0.5 + 3.5 * rows), dpi=100, layout="constrained")
+    for place, (panel, content) in enumerate(panels, 1):
+        draw(panel, figure.add_subplot(rows, columns, place), content)
+    figure.suptitle("\n".join(sorted({in_words(content["machine"]) for _, content in panels})), fontsize="small")
     write(figure, docs / "benchmarks.png")
 
 
-def draw_race(results: Path = RESULTS, docs: Path = DOCS) -> None:
-    content = read(results, "race")
-    if content is None:
-        return
-    figure = Figure(figsize=(8, 5), dpi=100, layout="constrained")
-    axes = figure.subplots()
+def race(axes: Axes, content: dict[str, Any]) -> None:
     for (name, one), color in zip(content["contestants"].items(), (OURS, "tab:orange", "tab:green"), strict=False):
         x, y, steps = zip(*((p["seconds"], p["bits_per_byte"], p["steps"]) for p in one["curve"]), strict=True)
         axes.plot(x, y, "o-", color=color, markersize=3, label=f"{name}: {y[-1]:.2f} in {steps[-1]:,} steps")
@@ -146,6 +178,16 @@ def draw_race(results: Path = RESULTS, docs: Path = DOCS) -> None:
     axes.set(xlabel="seconds of training", ylabel="bits per byte of held-back text", title=content["title"])
     axes.grid(alpha=0.3)
     axes.legend()
+
+
+def draw_race(results: Path = RESULTS, docs: Path = DOCS) -> None:
+    figure = Figure(figsize=(8, 5), dpi=100, layout="constrained")
+    try:
+        content = read(results, "race")
+        draw(race, figure.subplots(), content)
+    except Unreadable as why:
+        tell_left_out({"race": str(why)}, ["race"])
+        return
     figure.suptitle(in_words(content["machine"]), fontsize="x-small")
     write(figure, docs / "race.png")
 
@@ -153,8 +195,10 @@ def draw_race(results: Path = RESULTS, docs: Path = DOCS) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks plot", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of the JSON files")
-    parser.add_argument("--docs", type=Path, default=DOCS, help="where the pictures go")
-    options, _ = parser.parse_known_args()  # those of `all` are for the others
+    parser.add_argument("--docs", type=folder, default=DOCS, help="where the pictures go")
+    options = parser.parse_args()
+    if not options.results.is_dir():
+        parser.error(f"argument --results: there is no folder {options.results}")
     draw_all(options.results, options.docs)
     draw_race(options.results, options.docs)
 

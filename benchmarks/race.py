@@ -22,11 +22,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.common import RESULTS, Contestant, Failed, arguments, begin, save, table
+from benchmarks.common import RESULTS, Contestant, Failed, above_zero, arguments, begin, save, table
 from benchmarks.plot import DOCS, draw_race
 from benchmarks.train_step import VOCAB, Setting, our_module, transformers_model
 from rwkv_pl import CorpusDataModule
 from rwkv_pl.cli.prepare import keep_freed_memory
+from rwkv_pl.config import UserError
 from rwkv_pl.data.datamodule import StdlibDataModule
 
 SIZE = Setting(n_layer=6, n_embd=256, rows=4, steps=512)
@@ -167,16 +168,19 @@ def compressors(data: CorpusDataModule) -> dict[str, float]:
 
 def main() -> None:
     parser = arguments("race", __doc__, rounds=20)
-    parser.add_argument("--seconds", type=float, default=100, help="of training, for each (100)")
+    parser.add_argument("--seconds", type=above_zero, default=100, help="of training, for each (100)")
     parser.add_argument("--data", type=Path, help="a text of yours instead of the standard library's source")
-    parser.add_argument("--rates", type=float, nargs="+", help="a race of learning rates; nothing is written")
+    parser.add_argument("--rates", type=above_zero, nargs="+", help="a race of learning rates; nothing is written")
     parser.add_argument("--tiny", action="store_true", help="of tiny models, to try the program")
     options = parser.parse_args()
     setting = TINY if options.tiny else SIZE
     path = options.data.absolute() if options.data else None
     title = f"bits per byte of held-back text, {options.seconds:g} s each, {setting}, float32"
+    try:
+        data = text(setting, path)
+    except UserError as error:
+        parser.error(str(error))
     begin(title, options.threads)
-    data = text(setting, path)
     print(data.description())
     if options.rates:
         entries = {f"{name}, {rate:g}": (name, rate) for name in RATES for rate in options.rates}

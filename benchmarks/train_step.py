@@ -2,11 +2,12 @@
 
     python -m benchmarks train_step [--rounds 7] [--settings classic quickstart] [--profile]
 
-Forward, loss, backward and Adam. What is not a matrix product is the median of paired differences: in each round the
-products are made once, then the step once (short ones as often as fill 0.2 s), each in a process of its own. A run
-whose products spread over 5%, from least to most, is repeated. The products are those of the model, each with its two
-of the backward pass, by the model's own way; in bfloat16 without the casts. `full` has gradient clipping and L2Wrap, as
-rwkv-train does it; the peer has neither. --profile adds where the time goes, by parts.
+Forward, loss, backward and Adam. The times and their ratios are of one run in which all take turns, in half as many
+rounds, but three at least. What is not a matrix product is of another run, the pairs: the median of differences, where
+in each round the products are made once, then the step once (short ones as often as fill 0.2 s), each in a process of
+its own. Pairs whose products spread over 5%, from least to most, are repeated. The products are those of the model,
+each with its two of the backward pass, by the model's own way; in bfloat16 without the casts. `full` has gradient
+clipping and L2Wrap, as rwkv-train does it; the peer has neither. --profile adds where the time goes, by parts.
 """
 
 import logging
@@ -64,7 +65,7 @@ SETTINGS = {
 }
 PRECISIONS = ("float32", "bf16-mixed")
 
-# A run whose products spread more than this is repeated, so often.
+# Pairs whose products spread more than this are repeated, so often.
 SPREAD, TRIES = 0.05, 5
 
 # A call of some milliseconds alone is that of caches and threads that the others' turns have left cold.
@@ -241,18 +242,15 @@ def measured(setting: Setting, rounds: int, profiled: bool) -> dict[str, Any]:
     makers: dict[str, Maker] = {}
     for precision in PRECISIONS:
         makers |= {
+            f"products, {precision}": partial(products, setting, precision),
             f"rwkv_pl, {precision}": partial(our_step, setting, precision),
             f"rwkv_pl, full, {precision}": partial(our_step, setting, precision, True),
             f"rwkv_pl, full, compiled, {precision}": partial(our_step, setting, precision, True, True),
             f"transformers, {precision}": partial(transformers_step, setting, precision),
         }
-    beside = take_turns(makers, max(1, rounds // 2), SECONDS_A_TURN)
-    rows = {name: summary(taken) for name, taken in (pairs | beside | pairs).items()}
-    ratios = {}
-    for name, taken in beside.items():
-        ours = statistics.median(beside[f"rwkv_pl, {name.split(', ')[-1]}"])
-        ratios[name] = statistics.median(taken) / ours
-    lines = [[name, *cells(row, 1e3), f"{ratios[name]:.2f}" if name in ratios else ""] for name, row in rows.items()]
+    rows = {name: summary(taken) for name, taken in take_turns(makers, max(3, rounds // 2), SECONDS_A_TURN).items()}
+    ratios = {name: row["median"] / rows[f"rwkv_pl, {name.split(', ')[-1]}"]["median"] for name, row in rows.items()}
+    lines = [[name, *cells(row, 1e3), f"{ratios[name]:.2f}"] for name, row in rows.items()]
     table(["", "ms", "quartiles", "x rwkv_pl"], lines)
 
     rest = remainders(pairs)
@@ -273,6 +271,7 @@ def measured(setting: Setting, rounds: int, profiled: bool) -> dict[str, Any]:
         "setting": asdict(setting),
         "seconds": rows,
         "times_ours": ratios,
+        "pairs": {name: summary(taken) for name, taken in pairs.items()},
         "not_a_matrix_product": rest,
         "products_spread": spreads,
         "profiles": profiles,

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import Call, Maker, arguments, begin, cells, once, save, summary, table, take_turns
+from benchmarks.common import Call, Maker, arguments, at_least, begin, cells, once, save, summary, table, take_turns
 from rwkv_pl.ops.build import LEVELS, cpu_level
 from rwkv_pl.ops.toolchain import find_compiler
 from rwkv_pl.ops.wkv4 import use_kernel, wkv4
@@ -168,7 +168,9 @@ def sizes(shapes: list[Shape], rounds: int) -> tuple[float, list[dict[str, Any]]
 
 def main() -> None:
     parser = arguments("wkv", __doc__, rounds=10)
-    parser.add_argument("--longest", type=int, default=LENGTHS[-1], help="leave out longer texts")
+    parser.add_argument(
+        "--longest", type=at_least(LENGTHS[0]), default=LENGTHS[-1], help="leave out longer texts"
+    )
     options = parser.parse_args()
     title = "WKV-4 forward and backward"
     begin(title, options.threads)

@@ -1,6 +1,6 @@
 """The WKV-4 operator on a GPU, beside the kernels that others use and beside the memory's own speed.
 
-    python -m benchmarks.wkv_gpu [--tiles]
+    python -m benchmarks wkv_gpu [--rounds 15] [--tiles]
 
 Each contestant's calls are captured in a CUDA graph, whose replays are timed by the GPU itself: what Python costs is
 not in the figures. Contestants take turns; medians. `bandwidth` is the bytes that a call must move (forward key, value
@@ -11,9 +11,7 @@ which `_tile` in rwkv_pl/ops/wkv4.py was chosen. Writes benchmarks/results/wkv_g
 fla-core and nvcc are needed for two of the peers; one that cannot be had is left out and named.
 """
 
-import argparse
 import ctypes
-import json
 import statistics
 import subprocess
 import tempfile
@@ -24,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import RESULTS, machine
+from benchmarks import common
 from benchmarks.wkv import errors, inputs, with_kernel
 from rwkv_pl.ops.toolchain import find_nvcc
 from rwkv_pl.ops.wkv4 import LONG_SCAN, SCAN, WALK, _load, _tile, wkv4
@@ -149,22 +147,23 @@ class Classic:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.wkv_gpu", description=(__doc__ or "").splitlines()[0])
+    parser = common.arguments("wkv_gpu", __doc__, rounds=15)
     parser.add_argument("--tiles", action="store_true", help="time every way through time at many shapes as well")
-    parser.add_argument("--out", type=Path, default=RESULTS / "wkv_gpu.json")
     options = parser.parse_args()
     if failure := _load("cuda"):
         parser.error(failure)
+    title = "WKV-4 on a GPU"
+    common.begin(title, options.threads)
 
     copies = copy_bandwidth()
     bandwidth = max(copies.values())
-    about = machine() | {
+    about = common.machine() | {
         "gpu": torch.cuda.get_device_name(),
         "cuda": torch.version.cuda,
         "multiprocessors": torch.cuda.get_device_properties(0).multi_processor_count,
         "copy_bytes_per_second": copies,
     }
-    print(f"{about['gpu']}, torch {about['torch']}, CUDA {about['cuda']}")
+    print(f"{about['gpu']}, CUDA {about['cuda']}")
     print("a copy moves " + ", ".join(f"{x / 1e12:.2f} TB/s ({name})" for name, x in copies.items()) + "\n")
     left_out = []
     peer = flash_linear_attention()
@@ -190,7 +189,7 @@ def main() -> None:
             if classic:
                 works["classic forward"], works["classic backward"] = classic.works(arguments, grad)
             works["scan in torch"] = autograd(with_kernel("scan"), arguments, grad)
-        times = microseconds(works)
+        times = microseconds(works, options.rounds)
         row: dict[str, Any] = {"shape": [B, T, C], "dtype": str(dtype), "tile": tile, "microseconds": times}
         row["bandwidth"] = {
             "forward": 3e6 * moved / times["forward"] / bandwidth,
@@ -208,13 +207,12 @@ def main() -> None:
         del arguments, grad, works, forward, backward
         torch.cuda.empty_cache()
 
-    report: dict[str, Any] = {"machine": about, "rows": rows, "left_out": left_out}
+    report: dict[str, Any] = {"machine": about, "rounds": options.rounds, "rows": rows, "left_out": left_out}
     if options.tiles:
         report["tiles"] = tiles()
     for line in left_out:
         print(line)
-    options.out.parent.mkdir(exist_ok=True)
-    options.out.write_text(json.dumps(report, indent=2) + "\n")
+    common.save(options.results, "wkv_gpu", title, **report)
 
 
 def tiles() -> list[dict[str, Any]]:
