@@ -159,9 +159,7 @@ def growth(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 def main() -> None:
     parser = arguments("memory", __doc__, rounds=3)
-    parser.add_argument(
-        "--longest", type=at_least(LENGTHS[0]), default=LENGTHS[-1], help="leave out longer contexts"
-    )
+    parser.add_argument("--longest", type=at_least(LENGTHS[0]), default=LENGTHS[-1], help="leave out longer contexts")
     parser.add_argument("--tiny", action="store_true", help="of a tiny model, to try the program")
     options = parser.parse_args()
     if not STATUS.exists():

@@ -141,7 +141,8 @@ def tell_left_out(whys: dict[str, str], names: Iterable[str]) -> None:
     """One line: what is not drawn and why, and the benchmarks that measure it."""
     if whys:
         told = ", ".join(f"{what} ({why})" for what, why in whys.items())
-        print(f"left out: {told}; made by: {', '.join(f'python -m benchmarks {name}' for name in dict.fromkeys(names))}")
+        commands = ", ".join(f"python -m benchmarks {name}" for name in dict.fromkeys(names))
+        print(f"left out: {told}; made by: {commands}")
 
 
 def draw_all(results: Path = RESULTS, docs: Path = DOCS) -> None:

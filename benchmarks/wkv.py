@@ -168,9 +168,7 @@ def sizes(shapes: list[Shape], rounds: int) -> tuple[float, list[dict[str, Any]]
 
 def main() -> None:
     parser = arguments("wkv", __doc__, rounds=10)
-    parser.add_argument(
-        "--longest", type=at_least(LENGTHS[0]), default=LENGTHS[-1], help="leave out longer texts"
-    )
+    parser.add_argument("--longest", type=at_least(LENGTHS[0]), default=LENGTHS[-1], help="leave out longer texts")
     options = parser.parse_args()
     title = "WKV-4 forward and backward"
     begin(title, options.threads)

@@ -6,11 +6,13 @@ import re
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from benchmarks import __main__ as benchmarks
 from benchmarks import common, memory, plot, race, train_step, wkv
 from benchmarks.train_step import SETTINGS, our_step, products
 
@@ -50,9 +52,17 @@ def test_a_contestant_is_warmed_up_then_timed_by_the_turn():
     with pytest.raises(EOFError):
         common._timed(maker, 0.02, pipe)
     ready, first, second = pipe
-    a_turn = (len(calls) - 2) // 2
+    a_turn = (len(calls) - common.WARM_UP) // 2
     assert ready == "ready" and 2 <= a_turn <= 5
     assert min(first, second) >= 0.004 and max(first, second) < 0.02
+
+
+def test_a_slow_one_is_called_twice_before_its_turns(monkeypatch):
+    calls = []
+    monkeypatch.setattr(common, "SLOW", 0.0)
+    with pytest.raises(EOFError):
+        common._timed(lambda: lambda: calls.append(1), 0.0, Pipe())
+    assert len(calls) == 2
 
 
 def test_one_that_fails_says_why():
@@ -79,6 +89,31 @@ def test_the_remainder_is_that_of_pairs():
     assert found["float32"]["float32 products"]["median"] == pytest.approx(0.1)
     assert found["bf16-mixed"]["float32 products"]["median"] == pytest.approx(0.125)
     assert found["bf16-mixed"]["its own products"]["median"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(("rounds", "beside"), [(1, 3), (10, 5)])
+def test_times_and_ratios_are_of_one_run_and_remainders_of_the_pairs(rounds, beside, monkeypatch):
+    runs = []
+
+    def take_turns(makers, rounds, _):
+        runs.append((list(makers), rounds))
+        of_pairs = {"products, float32": 1.0, "products, bf16-mixed": 0.5}
+        if len(runs) == 1:
+            return {name: [of_pairs.get(name, 1.5)] * rounds for name in makers}
+        return {name: [10.0 + place] * rounds for place, name in enumerate(makers)}
+
+    monkeypatch.setattr(train_step, "take_turns", take_turns)
+    found = train_step.measured(TINY, rounds, profiled=False)
+    (_, of_pairs), (names, of_beside) = runs
+    assert (of_pairs, of_beside) == (rounds, beside)
+    who = ("products", "rwkv_pl", "rwkv_pl, full", "rwkv_pl, full, compiled", "transformers")
+    assert {f"{each}, {precision}" for each in who for precision in train_step.PRECISIONS} == set(names)
+    medians = {name: row["median"] for name, row in found["seconds"].items()}
+    assert medians == {name: 10.0 + place for place, name in enumerate(names)}
+    for name in names:
+        assert found["times_ours"][name] == medians[name] / medians[f"rwkv_pl, {name.split(', ')[-1]}"]
+    assert {name: row["median"] for name, row in found["pairs"].items()}["products, bf16-mixed"] == 0.5
+    assert found["not_a_matrix_product"]["bf16-mixed"]["its own products"]["median"] == 2
 
 
 @pytest.mark.parametrize("precision", train_step.PRECISIONS)
@@ -130,26 +165,101 @@ def test_memory_of_a_step():
     assert figures["gradients_mb"] == pytest.approx(4 * 42_560 / 2**20, rel=0.1)
 
 
-def test_the_pictures(tmp_path):
+def results(folder):
+    """Made up results of all that is drawn but the quickstart's step."""
     about = {"title": "made up", "machine": common.machine()}
     row = common.summary([1.0, 2.0, 4.0])
-    names = ["products, float32", "rwkv_pl, float32", "transformers, float32"]
-    step = {"setting": {"n_layer": 1, "n_embd": 2, "rows": 3, "steps": 4}, "seconds": dict.fromkeys(names, row)}
+    steps = dict.fromkeys(["products, float32", "rwkv_pl, float32", "transformers, float32"], row)
+    step = {"setting": {"n_layer": 1, "n_embd": 2, "rows": 3, "steps": 4}, "seconds": steps}
     curve = [{"seconds": x, "steps": x, "bits_per_byte": 8 / (x + 1)} for x in range(4)]
     length = {"contestant": "rwkv_pl", "peak_mb": row, "gradients_mb": 0.5, "seconds": row}
     files = {
-        "train_step": {"settings": {"classic": step}},
+        "train_step": {"settings": {"classic": step | {"times_ours": dict.fromkeys(steps, 1.0)}}},
         "wkv": {"rows": {"scan": {"seconds": row}}, "copy_bytes_per_second": 1e10},
         "generate": {"tokens_per_second": {"reading the weights": row, "rwkv_pl": row}},
         "memory": {"by_length": [length | {"steps": 128}, length | {"steps": 256}]},
         "race": {"contestants": {"rwkv_pl": {"curve": curve}}, "compressors": {"gzip -9": 2.0}},
     }
     for name, content in files.items():
-        (tmp_path / f"{name}.json").write_text(json.dumps(about | content))
+        (folder / f"{name}.json").write_text(json.dumps(about | content))
+    return files
+
+
+def test_the_pictures(tmp_path):
+    results(tmp_path)
     plot.draw_all(tmp_path, tmp_path)
     plot.draw_race(tmp_path, tmp_path)
     assert (tmp_path / "benchmarks.png").stat().st_size > 10_000
     assert (tmp_path / "race.png").stat().st_size > 10_000
+
+
+def test_panels_are_those_of_readable_results(tmp_path, monkeypatch, capsys):
+    figures = []
+    monkeypatch.setattr(plot, "write", lambda figure, _: figures.append(figure))
+    step = results(tmp_path)["train_step"]["settings"]["classic"]
+    # The products of another run than the bars have no ratio.
+    old = step | {"times_ours": {"rwkv_pl, float32": 1.0}}
+    content = {"machine": common.machine(), "settings": {"classic": old}}
+    (tmp_path / "train_step.json").write_text(json.dumps(content))
+    (tmp_path / "wkv.json").write_text("{")
+    content = {"machine": common.machine(), "tokens_per_second": {"rwkv_pl": {"median": 1.0}}}
+    (tmp_path / "generate.json").write_text(json.dumps(content))
+    plot.draw_all(tmp_path, tmp_path)
+    assert [axes.get_title().split()[0] for axes in figures[0].axes] == ["time", "memory"]
+    (told,) = capsys.readouterr().out.splitlines()
+    what, _, how = told.partition("; made by: ")
+    reasons = ["classic (the result has no 'prod", "quickstart (", "wkv (not readable)", "generate (the result"]
+    assert all(reason in what for reason in reasons)
+    assert how == ", ".join(f"python -m benchmarks {name}" for name in ("train_step", "wkv", "generate"))
+
+
+def test_no_picture_of_nothing(tmp_path, capsys):
+    plot.draw_all(tmp_path, tmp_path)
+    plot.draw_race(tmp_path, tmp_path)
+    assert not list(tmp_path.iterdir())
+    told, of_race = capsys.readouterr().out.splitlines()
+    assert told.count("not measured") == len(plot.PANELS) and of_race.endswith("python -m benchmarks race")
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("startup --threads 0", "--threads: 0 is not a whole number from 1"),
+        ("loop --rounds -3", "--rounds: -3 is not a whole number from 1"),
+        ("generate --rounds x", "--rounds: x is not"),
+        ("memory --longest 1", "--longest: 1 is not a whole number from 128"),
+        ("wkv --longest 127", "--longest: 127 is not"),
+        ("race --data nosuch", "nosuch"),
+        ("race --seconds nan", "--seconds: nan is not a number above 0"),
+        ("checkpoint --results taken", "--results: taken cannot be made a folder"),
+        ("plot --docs taken", "--docs: taken cannot be made a folder"),
+        ("plot --results nosuch", "there is no folder nosuch"),
+        ("plot --reslts x", "unrecognized arguments: --reslts x"),
+        ("all --reslts x", "unrecognized arguments: --reslts x"),
+        ("all --threads 0", "--threads: 0 is not"),
+    ],
+)
+def test_wrong_options_are_refused(line, told, tmp_path, monkeypatch, capsys):
+    (tmp_path / "taken").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["benchmarks", *line.split()])
+    with pytest.raises(SystemExit) as end:
+        benchmarks.main()
+    printed = capsys.readouterr()
+    assert end.value.code == 2 and told in printed.err.splitlines()[-1] and not printed.out
+
+
+def test_options_that_all_benchmarks_have(tmp_path, monkeypatch, capsys):
+    for name in (*benchmarks.NAMES, *benchmarks.ON_A_GPU):
+        monkeypatch.setattr(sys, "argv", ["benchmarks", "--help"])
+        with pytest.raises(SystemExit):
+            import_module(f"benchmarks.{name}").main()
+        told = capsys.readouterr().out
+        options = ("--results", "--docs") if name == "plot" else ("--results", "--rounds", "--threads")
+        assert all(option in told for option in options)
+    given = ["--rounds=1", f"--results={tmp_path}"]
+    words = benchmarks.of_all(given)
+    assert words.pop("plot") == given[1:] and all(each == given for each in words.values())
 
 
 def test_the_floor_of_wkv():
