@@ -179,7 +179,7 @@ def main() -> None:
     try:
         data = text(setting, path)
     except UserError as error:
-        parser.error(str(error))
+        parser.error(f"argument --data: {error}")
     begin(title, options.threads)
     print(data.description())
     if options.rates:
