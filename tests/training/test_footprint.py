@@ -40,7 +40,7 @@ def test_arithmetic_is_six_operations_a_weight_of_a_matrix(module):
 
 def test_memory_is_that_of_a_whole_micro_batch(module):
     cost = f.footprint(module, Precision())
-    working = (4 * 4 + 2 * 4) * 32
+    working = 2 * (4 * 4 + 2 * 4) * 32
     for rows, n_tokens in ((1, 256), (4, 512)):
         tokens = rows * n_tokens
         # Masks and the states between the kernel's tiles do not grow exactly with the tokens.
@@ -62,7 +62,7 @@ def test_bfloat16_keeps_less(module):
 
 def test_checkpointing_keeps_two_blocks_at_a_time_and_the_inputs_of_all():
     module = LitRWKV(RWKV4(RWKV4Config(vocab_size=4, n_layer=8, n_embd=32)))
-    plain, working = f.footprint(module, Precision()).per_token, (4 * 4 + 2 * 4) * 32
+    plain, working = f.footprint(module, Precision()).per_token, 2 * (4 * 4 + 2 * 4) * 32
     module.model.activation_checkpointing = True
     per_token = f.footprint(module, Precision()).per_token
     whole = plain - working
@@ -74,7 +74,7 @@ def test_a_long_micro_batch_keeps_no_mixed_inputs(module, monkeypatch):
     cost = f.footprint(module, Precision())
     monkeypatch.setattr(f.norm_mix, "REMADE_FROM", 256)
     assert cost.bytes(256) < cost.bytes(255)
-    working, logits, fixed = 24 * 32, 4 * 256, cost.fixed
+    working, logits, fixed = 48 * 32, 4 * 256, cost.fixed
     assert cost.bytes(512) - fixed - 512 * (working + logits) == pytest.approx(kept(module, 1, 512), rel=0.05)
 
 

@@ -59,9 +59,10 @@ def footprint(module: Any, precision: Precision) -> Footprint:
         _, per_token = _kept(module, precision, chunk_len=FEW // 2)
         per_logits += whole - per_token
         per_token_remade -= whole - per_token
-    # Of the widest layer the gradient, of the residual stream that before the block and that behind it.
+    # Of the widest layer the gradient, of the residual stream that before the block and that behind it; as much again
+    # of holes in the heap.
     dtype = product_dtype(parameters[0].device, precision)
-    working = (4 * dtype.itemsize + 2 * 4) * config.n_embd
+    working = 2 * (4 * dtype.itemsize + 2 * 4) * config.n_embd
     n_parameters = sum(p.numel() for p in parameters)
     return Footprint(
         n_parameters, flops, fixed + casts, per_token + working, per_token - per_token_remade, per_logits, chunk_len
