@@ -46,9 +46,10 @@ CASES = {
     "optim.betas=[0.9,1]": "optim.betas",
     "optim.eps=-1": "optim.eps",
     "skip_nonfinite=-1": "skip_nonfinite must be at least 0, got -1",
-    "compile=perhaps": "compile: Value 'perhaps'",
-    "activation_checkpointing=null": "activation_checkpointing",
-    "tf32=maybe": "tf32: Value 'maybe'",
+    "compile=perhaps": "compile must be true or false, got 'perhaps'",
+    "activation_checkpointing=null": "activation_checkpointing must be true or false, got None",
+    "activation_checkpointing=3": "activation_checkpointing must be true or false, got 3",
+    "tf32=0.5": "tf32 must be true or false, got 0.5",
     "loss_chunk_len=0": "loss_chunk_len must be at least 1, got 0",
     "loss_chunk_len=half": "loss_chunk_len: Value 'half'",
     "trainer.precision=16-mixed": "trainer.precision=16-mixed is of GPUs: on a CPU give trainer.precision=bf16-mixed",
@@ -185,6 +186,11 @@ def test_one_line_exit_2_no_folder(train, files, tmp_path, arguments):
     assert CASES[arguments] in result.err
     assert "Traceback" not in result.err + result.out
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_old_name_of_a_precision_is_told_by_no_warning(train, recwarn):
+    assert train(*SMALL, "trainer.precision=16").code == 2
+    assert not [each for each in recwarn if "precision" in str(each.message)]
 
 
 def test_a_text_without_a_path(train, tmp_path):

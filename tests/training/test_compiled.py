@@ -71,6 +71,33 @@ def test_what_is_not_compiled_at_first_runs_eagerly(module, monkeypatch, error, 
     assert all(torch.equal(*pair) for pair in zip(loss_and_gradients(module), expected, strict=True))
 
 
+ADVICE = "\n\nSet TORCHDYNAMO_VERBOSE=1 for the internal stack trace\n"
+OF_GCC = f"CppCompileError: C++ compile error\n\nCommand:\ng++ {'-O3 ' * 99}\n\nOutput:\n"
+
+
+@pytest.mark.parametrize(
+    ("message", "told"),
+    [
+        (
+            f"InvalidCxxCompiler: No working C++ compiler found{ADVICE}",
+            "InvalidCxxCompiler: No working C++ compiler found",
+        ),
+        (
+            f"{OF_GCC}a.h: In file\na.cpp:3:1: fatal error: no a.h\n  3 |\na.cpp:9: error: b{ADVICE}",
+            "a.cpp:3:1: fatal error: no a.h",
+        ),
+        ("", "RuntimeError"),
+    ],
+    ids=["no compiler", "a compiler's error", "no word"],
+)
+def test_the_reason_is_one_short_line(module, monkeypatch, message, told):
+    def refuse(*_, **__):
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    assert compile_blocks(module, 2, 4, Precision()) == f"compile off: {told}"
+
+
 def test_what_is_not_compiled_later_runs_eagerly(module, monkeypatch, caplog):
     def compiled(call, **_):
         def refuse(x, state):

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
 from importlib import resources
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -26,7 +27,17 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rwkv_pl.config import GROUPS, TARGET_MODULES, RunError, Train, UserError, check_kinds, check_trainer, nearest
+from rwkv_pl.config import (
+    GROUPS,
+    TARGET_MODULES,
+    RunError,
+    Train,
+    UserError,
+    check_kind,
+    check_kinds,
+    check_trainer,
+    nearest,
+)
 from rwkv_pl.files import in_words
 
 if TYPE_CHECKING:
@@ -302,6 +313,9 @@ def resolved(config: DictConfig) -> dict[str, Any]:
 
 def typed(plain: dict[str, Any], schema: type[Schema]) -> Schema:
     """`plain` as the dataclass `schema`. Raises UserError: the key, what was given, what is allowed."""
+    for of in fields(schema):  # type: ignore[arg-type]
+        if of.type is bool and of.name in plain:  # OmegaConf takes any number for true
+            check_kind(of.name, plain[of.name], (bool,))
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), plain))  # type: ignore[return-value]
     except OmegaConfBaseException as error:

@@ -452,6 +452,7 @@ def _quiet() -> None:
         ".*ended before the epoch ended and your dataloader is not resumable.*",
         ".*recommended to use .*sync_dist=True.*",
         ".*callbacks used to create the checkpoint need to be provided.*",
+        ".*is supported for historical reasons.*",  # trainer.precision=16
         ".*AMP with fp16 is not supported on CPU.*",  # which choose_precision refuses
     ):
         warnings.filterwarnings("ignore", message=message)

@@ -4,6 +4,7 @@ Blocks of one make share a graph. The embedding and the head stay as they are: t
 """
 
 import logging
+import re
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +14,8 @@ from lightning.pytorch.plugins import Precision
 from torch import nn
 
 log = logging.getLogger(__name__)
+
+LONGEST_REASON = 200
 
 
 def compile_blocks(module: Any, rows: int, ctx_len: int, precision: Precision) -> str:
@@ -64,4 +67,12 @@ def _guard(block: Any, blocks: Sequence[nn.Module]) -> None:
 def _leave_eager(blocks: Sequence[nn.Module], error: Exception) -> str:
     for block in blocks:
         block._compiled_call_impl = None
-    return f"compile off: {' '.join(str(error).split())[:300]}"
+    return f"compile off: {_reason(error)}"
+
+
+def _reason(error: Exception) -> str:
+    """The first line of a C++ compiler's output that tells an error, else what stands before torch's advice."""
+    told = str(error)
+    found = re.search(r"^.*\berror: .*$", told, re.MULTILINE)
+    reason = " ".join((found[0] if found else told.strip().partition("\n\n")[0]).split())
+    return reason[:LONGEST_REASON] or type(error).__name__

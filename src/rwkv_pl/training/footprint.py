@@ -9,25 +9,36 @@ import torch
 from lightning.pytorch.plugins import Precision
 from torch import Tensor
 
+from rwkv_pl.ops import norm_mix
+from rwkv_pl.training.peak import product_dtype
+
 # Of what is free; the rest is for what the estimate does not know: workspaces, fragments, other programs.
 SHARE_OF_FREE_MEMORY = 0.8
+# Tokens of what is measured, once and twice.
+FEW = 64
 
 
 @dataclass
 class Footprint:
     """parameters: their number. flops: floating-point operations of training on one token, forward and backward, of the
-    matrix products. fixed and per_token: bytes of memory: of weights, gradients and optimizer; and of what the backward
-    pass keeps for each token of a micro-batch.
+    matrix products. Bytes of memory: fixed, of weights, gradients, optimizer and the weights' casts; per_token, of what
+    the backward pass keeps and works with, for each token of a micro-batch; per_remade, of that, what is not kept from
+    REMADE_FROM tokens on; per_logits, for each token whose logits are there at once, at most chunk_len.
     """
 
     parameters: int
     flops: int
     fixed: int
     per_token: float
+    per_remade: float
+    per_logits: float
+    chunk_len: int | None
 
     def bytes(self, tokens: int) -> int:
         """Of a micro-batch of so many tokens."""
-        return self.fixed + int(self.per_token * tokens)
+        per_token = self.per_token - (self.per_remade if tokens >= norm_mix.REMADE_FROM else 0)
+        judged = tokens if self.chunk_len is None else min(tokens, self.chunk_len)
+        return self.fixed + int(per_token * tokens + self.per_logits * judged)
 
 
 def footprint(module: Any, precision: Precision) -> Footprint:
@@ -38,30 +49,45 @@ def footprint(module: Any, precision: Precision) -> Footprint:
     flops = 6 * sum(p.numel() for p in matrices)
     # Weights, gradients, and Adam's two moments.
     fixed = 4 * sum(p.numel() * p.element_size() for p in parameters)
-    model, chunk_len = module.model, module.loss_chunk_len
+    config, chunk_len = module.model.config, module.loss_chunk_len
+    casts, per_token = _kept(module, precision, chunk_len=None)
+    _, per_token_remade = _kept(module, precision, chunk_len=None, remade=True)
+    # The logits' own gradient comes on top, when the rest is still there.
+    per_logits = 4.0 * config.vocab_size
     if chunk_len:
-        # Logits, their softmax and its gradient, of one chunk at a time.
-        fixed += 3 * 4 * chunk_len * model.config.vocab_size
-        module.loss_chunk_len = 1 << 5  # short enough for what is measured here
-        per_token = _kept_per_token(module, precision)
-        module.loss_chunk_len = chunk_len
-    else:
-        # The logits' own gradient comes on top, when the rest is still there.
-        per_token = _kept_per_token(module, precision) + 4 * model.config.vocab_size
-    return Footprint(sum(p.numel() for p in parameters), flops, fixed, per_token)
+        whole = per_token
+        _, per_token = _kept(module, precision, chunk_len=FEW // 2)
+        per_logits += whole - per_token
+        per_token_remade -= whole - per_token
+    # Of the widest layer the gradient, of the residual stream that before the block and that behind it; as much again
+    # of holes in the heap.
+    dtype = product_dtype(parameters[0].device, precision)
+    working = 2 * (4 * dtype.itemsize + 2 * 4) * config.n_embd
+    n_parameters = sum(p.numel() for p in parameters)
+    return Footprint(
+        n_parameters, flops, fixed + casts, per_token + working, per_token - per_token_remade, per_logits, chunk_len
+    )
 
 
-def _kept_per_token(module: Any, precision: Precision) -> float:
-    few, more = 64, 128
-    kept = [_kept_for_backward(module, n_tokens, precision) for n_tokens in (few, more)]
-    per_token = (kept[1] - kept[0]) / (more - few)
-    if getattr(module.model, "activation_checkpointing", False):
-        # The backward pass makes what one block keeps again, block by block.
-        module.model.activation_checkpointing = False
-        whole = _kept_per_token(module, precision)
-        module.model.activation_checkpointing = True
-        per_token += (whole - per_token) / module.model.config.n_layer
-    return per_token
+def _kept(module: Any, precision: Precision, chunk_len: int | None, remade: bool = False) -> tuple[int, float]:
+    """Bytes that autograd keeps of a forward pass: whatever its length, and for each token."""
+    before, threshold = module.loss_chunk_len, norm_mix.REMADE_FROM
+    module.loss_chunk_len, norm_mix.REMADE_FROM = chunk_len, 0 if remade else 2 * FEW + 1
+    try:
+        few, more = (_kept_for_backward(module, n_tokens, precision) for n_tokens in (FEW, 2 * FEW))
+        if getattr(module.model, "activation_checkpointing", False):
+            module.model.activation_checkpointing = False
+            whole = [_kept_for_backward(module, n_tokens, precision) for n_tokens in (FEW, 2 * FEW)]
+            module.model.activation_checkpointing = True
+            # The backward pass makes what one block keeps again, block by block; in the heap each finds the holes of
+            # the one before too small, so that two are there.
+            few, more = (
+                kept + 2 * (all_kept - kept) // module.model.config.n_layer
+                for kept, all_kept in zip((few, more), whole, strict=True)
+            )
+    finally:
+        module.loss_chunk_len, norm_mix.REMADE_FROM = before, threshold
+    return max(0, 2 * few - more), (more - few) / FEW
 
 
 def _kept_for_backward(module: Any, n_tokens: int, precision: Precision) -> int:

@@ -157,7 +157,11 @@ class History(Callback):
         if self.flops_per_token is None:
             return {}
         speed = tokens_per_second * self.flops_per_token
-        return {"model_flops_per_second": speed} | ({"mfu": speed / self.peak} if self.peak else {})
+        if self.peak is None:
+            return {"model_flops_per_second": speed}
+        # Other work may have slowed the products that it was measured by; a speed that is reached is a lower bound.
+        self.peak = max(self.peak, speed)
+        return {"model_flops_per_second": speed, "mfu": speed / self.peak}
 
     def _seconds(self) -> float:
         return self._seconds_before + time.perf_counter() - self._started
