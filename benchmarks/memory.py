@@ -5,8 +5,8 @@
 12 x 512, one row of 128 to 16,384 tokens, bf16-mixed, plain and with activation checkpointing; transformers' Rwkv as
 far as 1,024; then 2 x 192 with 1 to 64 rows of 1,024 tokens. Each length in a fresh process, which takes a step of a
 few tokens first, so that the optimizer has its memory. The peak is what the process holds at most during a step, above
-what it held before: activations, and gradients as large as the weights. Steady is that of the steps after it, which find
-the heap in pieces; their time is told. Each is measured again in every round; medians.
+what it held before: activations, and gradients as large as the weights. Steady is that of the steps after it, which
+find the heap in pieces; their time is told. Each is measured again in every round; medians.
 """
 
 import ctypes
