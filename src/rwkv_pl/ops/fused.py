@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -46,12 +47,9 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(backward)
     def once(ctx: Any, *gradients: Tensor | None) -> Any:
         again = torch.is_grad_enabled()  # asked for by create_graph
-        if torch.is_autocast_enabled("cpu"):
-            with torch.no_grad(), torch.autocast("cpu", enabled=False):
-                found = backward(ctx, *gradients)
-        else:
-            with torch.no_grad():
-                found = backward(ctx, *gradients)
+        autocast_off = torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext()
+        with torch.no_grad(), autocast_off:
+            found = backward(ctx, *gradients)
         if not again:
             return found
         why = f"{type(ctx).__name__} is differentiable once; use_kernel('scan') has a second derivative"

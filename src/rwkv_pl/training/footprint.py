@@ -50,44 +50,40 @@ def footprint(module: Any, precision: Precision) -> Footprint:
     # Weights, gradients, and Adam's two moments.
     fixed = 4 * sum(p.numel() * p.element_size() for p in parameters)
     config, chunk_len = module.model.config, module.loss_chunk_len
-    casts, per_token = _kept(module, precision, chunk_len=None)
-    _, per_token_remade = _kept(module, precision, chunk_len=None, remade=True)
+    few, more = (_kept(module, precision, n_tokens) for n_tokens in (FEW, 2 * FEW))
+    casts, per_token = max(0, 2 * few - more), (more - few) / FEW
+    per_remade = (few - _kept(module, precision, FEW, remade=True)) / FEW
     # The logits' own gradient comes on top, when the rest is still there.
     per_logits = 4.0 * config.vocab_size
     if chunk_len:
-        whole = per_token
-        _, per_token = _kept(module, precision, chunk_len=FEW // 2)
-        per_logits += whole - per_token
-        per_token_remade -= whole - per_token
+        few, more = (_kept(module, precision, n_tokens, chunk_len=FEW // 2) for n_tokens in (FEW, 2 * FEW))
+        without_logits = (more - few) / FEW
+        per_logits += per_token - without_logits
+        per_token = without_logits
     # Of the widest layer the gradient, of the residual stream that before the block and that behind it; as much again
     # of holes in the heap.
     dtype = product_dtype(parameters[0].device, precision)
-    working = 2 * (4 * dtype.itemsize + 2 * 4) * config.n_embd
+    per_token += 2 * (4 * dtype.itemsize + 2 * 4) * config.n_embd
     n_parameters = sum(p.numel() for p in parameters)
-    return Footprint(
-        n_parameters, flops, fixed + casts, per_token + working, per_token - per_token_remade, per_logits, chunk_len
-    )
+    return Footprint(n_parameters, flops, fixed + casts, per_token, per_remade, per_logits, chunk_len)
 
 
-def _kept(module: Any, precision: Precision, chunk_len: int | None, remade: bool = False) -> tuple[int, float]:
-    """Bytes that autograd keeps of a forward pass: whatever its length, and for each token."""
-    before, threshold = module.loss_chunk_len, norm_mix.REMADE_FROM
-    module.loss_chunk_len, norm_mix.REMADE_FROM = chunk_len, 0 if remade else 2 * FEW + 1
+def _kept(module: Any, precision: Precision, n_tokens: int, chunk_len: int | None = None, remade: bool = False) -> int:
+    """Bytes that autograd keeps of a forward pass over so many tokens."""
+    model, before, threshold = module.model, module.loss_chunk_len, norm_mix.REMADE_FROM
+    module.loss_chunk_len, norm_mix.REMADE_FROM = chunk_len, 0 if remade else n_tokens + 1
     try:
-        few, more = (_kept_for_backward(module, n_tokens, precision) for n_tokens in (FEW, 2 * FEW))
-        if getattr(module.model, "activation_checkpointing", False):
-            module.model.activation_checkpointing = False
-            whole = [_kept_for_backward(module, n_tokens, precision) for n_tokens in (FEW, 2 * FEW)]
-            module.model.activation_checkpointing = True
+        kept = _kept_for_backward(module, n_tokens, precision)
+        if getattr(model, "activation_checkpointing", False):
+            model.activation_checkpointing = False
+            whole = _kept_for_backward(module, n_tokens, precision)
+            model.activation_checkpointing = True
             # The backward pass makes what one block keeps again, block by block; in the heap each finds the holes of
             # the one before too small, so that two are there.
-            few, more = (
-                kept + 2 * (all_kept - kept) // module.model.config.n_layer
-                for kept, all_kept in zip((few, more), whole, strict=True)
-            )
+            kept += 2 * (whole - kept) // model.config.n_layer
     finally:
         module.loss_chunk_len, norm_mix.REMADE_FROM = before, threshold
-    return max(0, 2 * few - more), (more - few) / FEW
+    return kept
 
 
 def _kept_for_backward(module: Any, n_tokens: int, precision: Precision) -> int:
