@@ -176,6 +176,13 @@ def test_strided_inputs():
     assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
 
 
+def test_its_logits_are_no_part_of_a_graph():
+    """Without this torch would only warn in backward(), and leave the gradients out."""
+    parameters = [x.requires_grad_() for x in draw_parameters(1, 4, 5, 8)]
+    logits, state = rwkv4_step(parameters, torch.zeros(2, dtype=torch.int64))
+    assert not any(x.requires_grad for x in (logits, *state[0]))
+
+
 def test_the_arguments_are_not_written_to():
     parameters, tokens, state = draw_parameters(2, 40, 11, 160), torch.arange(6), draw_state(2, 6, 40)
     before = [x.clone() for x in (*parameters, tokens, *state)]

@@ -37,5 +37,5 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, of_nats: Tensor, of_largest: Tensor) -> tuple[Tensor, None]:
-        return torch.ops.rwkv_pl.cross_entropy_backward(*ctx.saved_tensors, of_nats, of_largest), None
+    def backward(ctx: Any, saved: tuple[Tensor, ...], of_nats: Tensor, of_largest: Tensor) -> tuple[Tensor, None]:
+        return torch.ops.rwkv_pl.cross_entropy_backward(*saved, of_nats, of_largest), None

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -37,24 +37,46 @@ def is_itself(module: nn.Module, kind: type[nn.Module]) -> bool:
     )
 
 
-def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """A backward of an autograd.Function that itself has no gradient: to differentiate its results raises RuntimeError.
+def autocast_casts(x: Tensor) -> bool:
+    """Whether autocast would cast what a matrix product reads."""
+    return torch.is_autocast_enabled("cpu") and x.dtype != torch.get_autocast_dtype("cpu")
 
-    torch's own decorator raises only where an incoming gradient is differentiated, else the result is wrongly 0.
-    Autocast is off in it, as what it computes has the dtypes of the forward pass.
+
+def autocast_off() -> AbstractContextManager[Any]:
+    """For a backward pass, whose tensors already have the dtypes of the forward pass."""
+    return torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext()
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """The backward of an autograd.Function that has no second derivative: asking for one raises RuntimeError.
+
+    Decorates `backward(ctx, saved, *gradients)`; saved is ctx.saved_tensors, which checkpointing allows to read once.
+
+    torch's own decorator raises only if an incoming gradient is differentiated, else the result is silently 0. Here the
+    results also depend on the saved tensors, so the forward pass has to save every input that its gradients depend on
+    (a cast copy of an input is not connected to it).
     """
 
     @functools.wraps(backward)
     def once(ctx: Any, *gradients: Tensor | None) -> Any:
-        again = torch.is_grad_enabled()  # asked for by create_graph
-        autocast_off = torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext()
-        with torch.no_grad(), autocast_off:
-            found = backward(ctx, *gradients)
-        if not again:
+        create_graph, saved = torch.is_grad_enabled(), ctx.saved_tensors
+        with torch.no_grad(), autocast_off():
+            found = backward(ctx, saved, *gradients)
+        if not create_graph:
             return found
-        why = f"{type(ctx).__name__} is differentiable once; use_kernel('scan') has a second derivative"
-        refuse: Any = torch._C._functions.DelayedError(why, len(found))
-        refused = refuse(*(None if g is None else g.detach().requires_grad_() for g in found))
-        return tuple(None if g is None else one for g, one in zip(found, refused, strict=True))
+        return _NoSecondDerivative.apply(type(ctx).__name__, len(found), *found, *gradients, *saved)
 
     return once
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """Passes on its first `count` tensors; whoever differentiates them in any of its tensors gets a RuntimeError."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.name = name
+        return tensors[:count]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        raise RuntimeError(f"{ctx.name} is differentiable once; use_kernel('scan') has a second derivative")

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rwkv_pl.ops.fused import fused_serves, is_itself, once_differentiable
+from rwkv_pl.ops.fused import autocast_casts, fused_serves, is_itself, once_differentiable
 from rwkv_pl.ops.linear import Linear, gradient_of_input, gradient_of_weight, product
 
 
@@ -25,7 +25,8 @@ def gated_product(receptance: Tensor, x: Tensor, linear: Linear) -> Tensor:
 
     On the CPU, in float32 or bfloat16, what the product reads is not kept for the backward pass, but made again there.
     """
-    if receptance.shape == x.shape and is_itself(linear, Linear) and fused_serves(x, receptance, io=True):
+    fits = receptance.shape == x.shape and is_itself(linear, Linear) and not autocast_casts(x)
+    if fits and fused_serves(x, receptance, io=True):
         return _GatedProduct.apply(receptance, x, linear.weight)
     return linear(torch.sigmoid(receptance) * x)
 
@@ -38,8 +39,8 @@ class _Gate(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        of_receptance, of_x = torch.ops.rwkv_pl.gate_backward(gradient, *ctx.saved_tensors)
+    def backward(ctx: Any, saved: tuple[Tensor, ...], gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        of_receptance, of_x = torch.ops.rwkv_pl.gate_backward(gradient, *saved)
         return of_receptance, of_x, gradient
 
 
@@ -47,13 +48,13 @@ class _GatedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, receptance: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         matrix = weight.to(x.dtype)
-        ctx.save_for_backward(receptance, x, matrix)
+        ctx.save_for_backward(receptance, x, matrix, weight)
         return product(torch.ops.rwkv_pl.gate(receptance, x, None), matrix)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        receptance, x, matrix = ctx.saved_tensors
+    def backward(ctx: Any, saved: tuple[Tensor, ...], gradient: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        receptance, x, matrix, _ = saved
         of_weight = None
         if ctx.needs_input_grad[2]:
             of_weight = gradient_of_weight(gradient, torch.ops.rwkv_pl.gate(receptance, x, None))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rwkv_pl.ops.fused import once_differentiable
+from rwkv_pl.ops.fused import autocast_off
 
 # Below this many rows oneDNN's preparation costs more than it saves.
 FEWEST_ROWS = 32
@@ -46,16 +46,16 @@ def matrices_to(module: nn.Module, dtype: torch.dtype) -> None:
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x (..., I), weight (O, I) -> x weight^T (..., O), as torch.nn.functional.linear. Differentiable once.
+    """x (..., I), weight (O, I) -> x weight^T (..., O), as torch.nn.functional.linear.
 
     A weight of another dtype is cast to x's: one that is kept in bfloat16 rounds nothing but itself.
     """
     if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
         weight = weight.to(x.dtype)
-    # The compiler chooses for itself, and autocast casts what F.linear reads.
-    if _by_onednn(x) and not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu"):
-        return _Linear.apply(x, weight)
-    return F.linear(x, weight)
+    # The compiler chooses for itself, autocast casts what F.linear reads, and torch.func transforms torch's own.
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or torch._C._are_functorch_transforms_active():
+        return F.linear(x, weight)
+    return product(x, weight)
 
 
 def _is_intel() -> bool:
@@ -101,6 +101,8 @@ def gradient_of_weight(gradient: Tensor, x: Tensor) -> Tensor:
 
 
 def _onednn(x: Tensor, weight: Tensor) -> Tensor:
+    if torch.is_grad_enabled():  # the operator itself has no gradient, and would break the graph silently
+        return _Linear.apply(x, weight)
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
@@ -111,9 +113,9 @@ class _Linear(torch.autograd.Function):
         return product(x, weight)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        of_x = gradient_of_input(gradient, weight) if ctx.needs_input_grad[0] else None
-        of_weight = gradient_of_weight(gradient, x) if ctx.needs_input_grad[1] else None
+        with autocast_off():
+            of_x = gradient_of_input(gradient, weight) if ctx.needs_input_grad[0] else None
+            of_weight = gradient_of_weight(gradient, x) if ctx.needs_input_grad[1] else None
         return of_x, of_weight

@@ -62,18 +62,18 @@ class _MixedProducts(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, half: bool, last: Tensor | None, *pairs: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.n, ctx.eps, ctx.half = len(pairs) // 2, eps, half
-        mixes = pairs[: ctx.n]
-        matrices = [matrix.to(torch.bfloat16 if half else torch.float32) for matrix in pairs[ctx.n :]]
+        mixes, weights = pairs[: ctx.n], pairs[ctx.n :]
+        matrices = [matrix.to(torch.bfloat16 if half else torch.float32) for matrix in weights]
         mixed, new_last, figures = torch.ops.rwkv_pl.norm_mix(x, weight, bias, mixes, last, eps, half)
         kept = mixed if x.shape[0] * x.shape[1] < REMADE_FROM else []
-        ctx.save_for_backward(x, weight, bias, last, figures, *mixes, *matrices, *kept)
+        ctx.save_for_backward(x, weight, bias, last, figures, *mixes, *weights, *matrices, *kept)
         return *(product(y, matrix) for y, matrix in zip(mixed, matrices, strict=True)), x, new_last
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, last, figures, *others = ctx.saved_tensors
-        mixes, matrices, mixed = others[: ctx.n], others[ctx.n : 2 * ctx.n], others[2 * ctx.n :]
+    def backward(ctx: Any, saved: tuple[Tensor, ...], *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, last, figures, *others = saved
+        mixes, matrices, mixed = others[: ctx.n], others[2 * ctx.n : 3 * ctx.n], others[3 * ctx.n :]
         *of_products, of_residual, of_last = gradients
         of_matrices: list[Tensor | None] = [None] * ctx.n
         if any(ctx.needs_input_grad[-ctx.n :]):

@@ -61,6 +61,7 @@ def lay_together(module: nn.Module) -> None:
         at += size
 
 
+@torch.no_grad()
 def rwkv4_step(
     parameters: Sequence[Tensor], tokens: Tensor, state: Sequence[Tensor] = ()
 ) -> tuple[Tensor, tuple[tuple[Tensor, Tensor, Tensor], ...]]:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rwkv_pl.ops.fused import fused_serves, is_itself, once_differentiable
+from rwkv_pl.ops.fused import autocast_casts, fused_serves, is_itself, once_differentiable
 from rwkv_pl.ops.linear import Linear, gradient_of_input, gradient_of_weight, product
 
 
@@ -15,7 +15,8 @@ def squared_relu_product(x: Tensor, linear: Linear) -> Tensor:
     On the CPU, in float32 or bfloat16, the square is written over x, which is then no longer to be read: it is all that
     the backward pass needs, whose gradient 2 max(x, 0) is twice its root.
     """
-    if fused_serves(x, io=True) and is_itself(linear, Linear) and _may_be_written(x):
+    fits = is_itself(linear, Linear) and not autocast_casts(x) and _may_be_written(x)
+    if fits and fused_serves(x, io=True):
         return _SquaredReLUProduct.apply(x, linear.weight)[0]
     return linear(torch.relu(x).square())
 
@@ -31,14 +32,16 @@ class _SquaredReLUProduct(torch.autograd.Function):
         matrix = weight.to(x.dtype)
         torch.ops.rwkv_pl.squared_relu_(x)
         ctx.mark_dirty(x)
-        ctx.save_for_backward(x, matrix)
+        ctx.save_for_backward(x, matrix, weight)
         ctx.set_materialize_grads(False)
         return product(x, matrix), x  # autograd wants to see again what was written over
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor | None, of_square: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        square, matrix = ctx.saved_tensors
+    def backward(
+        ctx: Any, saved: tuple[Tensor, ...], gradient: Tensor | None, of_square: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        square, matrix, _ = saved
         of_weight = None
         if gradient is None:
             of_x = torch.zeros_like(square)

@@ -1,0 +1,239 @@
+"""A second derivative is right or it raises, for every operator, under every kernel and with both matrix products.
+
+The reference is the plain recurrence in float64. `torch.autograd.grad` with inputs is the call that matters: it visits
+only the nodes between the loss and those inputs, so it never sees a refusal that stands anywhere else.
+"""
+
+import re
+from functools import cache
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import gradgradcheck
+from torch.nn import functional as F
+
+from rwkv_pl import RWKV4, RWKV4Config, use_kernel
+from rwkv_pl.ops import linear as linear_module
+from rwkv_pl.ops.cross_entropy import cross_entropy
+from rwkv_pl.ops.gate import gate, gated_product
+from rwkv_pl.ops.linear import FEWEST_ROWS, Linear, linear
+from rwkv_pl.ops.norm_mix import mixed_products
+from rwkv_pl.ops.squared_relu import squared_relu_product
+from rwkv_pl.ops.wkv4 import KERNELS, compiled_serves, wkv4
+
+B, T, C = 2, FEWEST_ROWS // 2, 6  # just the rows from which oneDNN's product is used
+REFUSED = re.compile("differentiable once|no second derivative")
+
+
+@pytest.fixture(params=["torch's product", "oneDNN's product"])
+def product(request, monkeypatch):
+    """Either product, whichever is the faster on this processor."""
+    if request.param == "oneDNN's product" and not linear_module._has_product:
+        pytest.skip("this torch has no oneDNN product")
+    monkeypatch.setattr(linear_module, "_is_faster", request.param == "oneDNN's product")
+
+
+def with_weight(weight: torch.Tensor) -> Linear:
+    layer = Linear(weight.shape[1], weight.shape[0])
+    del layer._parameters["weight"]
+    layer.weight = weight
+    return layer
+
+
+def mixed(x, norm_weight, norm_bias, last, mix_1, mix_2, weight_1, weight_2):
+    norm = nn.LayerNorm(C)
+    del norm._parameters["weight"], norm._parameters["bias"]
+    norm.weight, norm.bias = norm_weight, norm_bias
+    products, x, last = mixed_products(x, norm, last, (mix_1, with_weight(weight_1)), (mix_2, with_weight(weight_2)))
+    return *products, x, last
+
+
+def wkv4_invariants(time_decay, time_first, key, value, state):
+    """The output, and a state's ratio and magnitude: its rows are relative to max_exp, which carries no gradient."""
+    output, (num, den, max_exp) = (x := wkv4(time_decay, time_first, key, value, state))[0], x[1].unbind(1)
+    return output, num / den, den.log() + max_exp
+
+
+def cross_entropy_of(x):
+    return cross_entropy(x.flatten(0, 1), TARGETS)
+
+
+def cross_entropy_in_float64(x):
+    """The operator's plain form computes in float32."""
+    logits = x.flatten(0, 1)
+    return F.cross_entropy(logits, TARGETS, reduction="none"), logits.max(-1).values
+
+
+TEXT, TARGETS = (B, T, C), torch.arange(B * T) % C
+OPERATORS = {
+    "wkv4": (wkv4_invariants, [(C,), (C,), TEXT, TEXT, (B, 3, C)]),
+    "linear": (lambda x, weight: (linear(x, weight),), [TEXT, (5, C)]),
+    "mixed_products": (mixed, [TEXT, (C,), (C,), (B, C), (1, 1, C), (1, 1, C), (C, C), (5, C)]),
+    "squared_relu_product": (lambda x, weight: (squared_relu_product(x * 1, with_weight(weight)),), [TEXT, (5, C)]),
+    "gate": (lambda *x: (gate(*x),), [TEXT, TEXT, TEXT]),
+    "gated_product": (lambda r, x, weight: (gated_product(r, x, with_weight(weight)),), [TEXT, TEXT, (5, C)]),
+    "cross_entropy": (cross_entropy_of, [TEXT]),
+}
+REFERENCES = {name: operator for name, (operator, _) in OPERATORS.items()} | {"cross_entropy": cross_entropy_in_float64}
+
+
+def leaves_of(name: str, dtype=torch.float64) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    tensors = [torch.randn(shape, dtype=torch.float64) for shape in OPERATORS[name][1]]
+    if name == "wkv4":
+        tensors[4][:, 1].abs_()  # den is a sum of exponentials
+    return [tensor.to(dtype).requires_grad_() for tensor in tensors]
+
+
+def loss_of(outputs, is_linear: bool) -> torch.Tensor:
+    """is_linear: its gradient does not depend on the outputs, and reaches the operators as a constant."""
+    terms = (y.double() * torch.linspace(-1, 1, y.numel()).view(y.shape) for y in outputs)
+    return sum(term.sum() if is_linear else term.square().sum() for term in terms)
+
+
+def second_derivatives(outputs, leaves, is_linear):
+    """Of the squared norm of the gradient in leaf i, in leaf j; None if it is refused."""
+    loss = loss_of(outputs, is_linear)
+    found = {}
+    for i, first in enumerate(leaves):
+        (gradient,) = torch.autograd.grad(loss, first, create_graph=True)
+        for j, second in enumerate(leaves):
+            found[i, j] = torch.zeros_like(second)
+            if gradient.requires_grad:
+                try:
+                    (found[i, j],) = torch.autograd.grad(
+                        gradient.square().sum(), second, retain_graph=True, materialize_grads=True
+                    )
+                except RuntimeError as error:
+                    assert REFUSED.search(str(error)), error
+                    found[i, j] = None
+    return found
+
+
+@cache
+def reference(name, is_linear):
+    with use_kernel("recurrence"):
+        leaves = leaves_of(name)
+        return second_derivatives(REFERENCES[name](*leaves), leaves, is_linear)
+
+
+def assert_close(got, judge, tolerance):
+    # What is 0 in float64 is a rounding error in float32, of the size of what was added up.
+    torch.testing.assert_close(got.double(), judge, rtol=tolerance, atol=tolerance * float(judge.abs().max() + 1))
+
+
+@pytest.mark.parametrize("is_linear", [True, False], ids=["linear loss", "squared loss"])
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "autocast"])
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("name", OPERATORS)
+def test_each_input_by_each_input(name, kernel, half, is_linear, product):
+    with use_kernel(kernel):
+        leaves = leaves_of(name, torch.float32)
+        # In the model, what the gates and the square read is bfloat16 under autocast.
+        given = leaves[:2] if name in ("squared_relu_product", "gate", "gated_product") and half else []
+        inputs = [x.bfloat16() if any(x is y for y in given) and x.dim() == 3 else x for x in leaves]
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            outputs = OPERATORS[name][0](*inputs)
+        got = second_derivatives(outputs, leaves, is_linear)
+    for pair, judge in reference(name, is_linear).items():
+        if got[pair] is None:
+            # The message of a refusal names use_kernel('scan').
+            assert kernel in ("auto", "compiled") and name != "linear"
+        else:
+            assert_close(got[pair], judge, 0.1 if half else 1e-4)  # bfloat16 rounds each of several factors by 2^-9
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("name", OPERATORS)
+def test_backward_with_create_graph(name, kernel, product):
+    """The other way to ask: gradients are accumulated in all leaves, then differentiated."""
+    found = []
+    for operator, dtype in ((REFERENCES[name], torch.float64), (OPERATORS[name][0], torch.float32)):
+        leaves = leaves_of(name, dtype)
+        with use_kernel("recurrence" if dtype == torch.float64 else kernel):
+            loss_of(operator(*leaves), False).backward(create_graph=True, inputs=leaves)
+        penalty = sum(x.grad.square().sum() for x in leaves)
+        for x in leaves:
+            x.grad = None
+        if dtype == torch.float32 and kernel in ("auto", "compiled") and name != "linear":
+            with pytest.raises(RuntimeError, match=REFUSED):
+                penalty.backward()
+            return
+        penalty.backward()
+        found.append([x.grad for x in leaves])
+    for judge, mine in zip(*found, strict=True):
+        assert_close(mine, judge, 1e-4)
+
+
+@pytest.mark.parametrize("kernel", ["scan", "recurrence"])
+@pytest.mark.parametrize("name", [name for name in OPERATORS if name != "cross_entropy"])
+def test_the_plain_forms_in_float64(name, kernel):
+    leaves = leaves_of(name)
+    if name == "squared_relu_product":  # away from the kink of its second derivative
+        leaves = [(x + x.sign()).detach().requires_grad_() for x in leaves]
+    with use_kernel(kernel):
+        assert gradgradcheck(OPERATORS[name][0], leaves, fast_mode=True)
+
+
+def model_of(dtype) -> RWKV4:
+    torch.manual_seed(0)
+    model = RWKV4(RWKV4Config(vocab_size=11, n_layer=2, n_embd=8)).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+    return model.to(dtype)
+
+
+def gradient_penalties(dtype, kernel, checkpointing=False, half=False):
+    """For each parameter of the model, the derivatives of its gradient's squared norm; None if they are refused."""
+    torch.manual_seed(1)
+    tokens = torch.randint(11, (B, T + 1))
+    model = model_of(dtype)
+    model.activation_checkpointing = checkpointing
+    parameters = list(model.parameters())
+    found = []
+    with use_kernel(kernel), torch.autocast("cpu", torch.bfloat16, enabled=half):
+        logits, _ = model(tokens[:, :-1])
+        loss = cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())[0].mean()
+        for parameter in parameters:
+            (gradient,) = torch.autograd.grad(loss, parameter, create_graph=True)
+            try:
+                penalty = gradient.square().sum()
+                found.append(torch.autograd.grad(penalty, parameters, retain_graph=True, materialize_grads=True))
+            except RuntimeError as error:
+                assert REFUSED.search(str(error)), error
+                found.append(None)
+    return found
+
+
+@cache
+def penalties_in_float64():
+    return gradient_penalties(torch.float64, "recurrence")
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "autocast"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+def test_a_gradient_penalty_of_any_parameter_is_refused(checkpointing, half, product):
+    assert set(gradient_penalties(torch.float32, "auto", checkpointing, half)) == {None}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+def test_a_gradient_penalty_of_each_parameter_in_the_plain_model(checkpointing, product):
+    judge = penalties_in_float64()
+    for mine, expected in zip(gradient_penalties(torch.float32, "scan", checkpointing), judge, strict=True):
+        scale = max(float(x.norm()) for x in expected)
+        for x, y in zip(mine, expected, strict=True):
+            assert (x.double() - y).norm() <= 1e-4 * scale
+
+
+def test_a_refusal_keeps_infinities_and_names_the_operator():
+    """The first derivative is the same with and without create_graph, a gradient beyond float32 among them."""
+    assert compiled_serves("cpu")
+    r, x = torch.tensor([[1.0, 2.0]]).requires_grad_(), torch.tensor([[3e38, 1.0]]).requires_grad_()
+    loss = (gate(r, x, torch.zeros(1, 2)) * 1e30).sum()
+    plain = torch.autograd.grad(loss, (r, x), retain_graph=True)
+    again = torch.autograd.grad(loss, (r, x), create_graph=True)
+    assert plain[0].isinf().any() and all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+    with pytest.raises(RuntimeError, match=r"_Gate.* use_kernel\('scan'\)"):
+        torch.autograd.grad(again[0].sum(), r)
