@@ -14,7 +14,8 @@ from rwkv_pl.cli import train as training
 def command(tmp_path, monkeypatch, capfd):
     """command(main, name, *arguments) -> Result, in an empty folder with a corpus.txt."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    for name in ("LOCAL_RANK", "WORLD_SIZE", "NODE_RANK"):  # as a run of two devices in this process leaves them
+        monkeypatch.delenv(name, raising=False)
     (tmp_path / "corpus.txt").write_bytes(TEXT)
 
     def run(main: Callable[[], None], name: str, *arguments: str) -> Result:

@@ -1,5 +1,6 @@
 """The launcher that -m uses unless told otherwise: each job is a process of its own."""
 
+import os
 from collections.abc import Sequence
 
 from hydra.core.utils import JobReturn
@@ -30,4 +31,6 @@ class ProcessLauncher(Launcher):
             composed_job(loader, self.config, list(overrides), number)[0]
             for number, overrides in enumerate(job_overrides, initial_job_idx)
         ]
-        return run_jobs(jobs, at_once=self.jobs)
+        # In a SLURM allocation each job is a run of its own, not one task of several.
+        one_task = {"SLURM_NTASKS": "1"} if "SLURM_NTASKS" in os.environ else {}
+        return run_jobs(jobs, at_once=self.jobs, environment=one_task)

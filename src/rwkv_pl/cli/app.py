@@ -64,16 +64,16 @@ def told_in_one_line(main: Callable[[], None]) -> Callable[[], None]:
         try:
             main()
         except RunError as error:
-            sys.exit(_told(error, FAILED))
+            sys.exit(print_error(error, FAILED))
         except (UserError, HydraException, OmegaConfBaseException) as error:
-            sys.exit(_told(error, BAD_INPUT))
+            sys.exit(print_error(error))
         except BrokenPipeError:
             # As of `| head`. What Python would flush at its end goes nowhere.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(FAILED)
         except OSError as error:
             # A full disk, a folder that went away: what was written before is whole.
-            sys.exit(_told(in_words(error), FAILED))
+            sys.exit(print_error(in_words(error), FAILED))
         except KeyboardInterrupt:
             sys.exit(130)
 
@@ -92,7 +92,8 @@ def ended_by_ctrl_c() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _told(error: BaseException | str, code: int) -> int:
+def print_error(error: BaseException | str, code: int = BAD_INPUT) -> int:
+    """One line on stderr, with the command's name. Returns the exit code."""
     print(f"{Path(sys.argv[0]).name}: {one_line(error)}", file=sys.stderr)
     return code
 

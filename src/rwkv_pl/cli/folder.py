@@ -11,6 +11,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from rwkv_pl.cli.ranks import is_first_process
 from rwkv_pl.config import UserError
 from rwkv_pl.files import PARTIAL, in_words, made_for_success, publish
 
@@ -26,11 +27,6 @@ DONE = ("finished", "pruned")
 
 # What a sweep leaves in the folder of a job, before it and after it has failed.
 OF_SWEEP = ("trial.json", "error.txt", RESULT)
-
-
-def is_first_process() -> bool:
-    """Of the processes of one run, the one that makes, locks and describes its folder."""
-    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
 
 
 def take_folder(folder: Path, typed: bool) -> Path:

@@ -27,6 +27,7 @@ from lightning.pytorch.profilers import AdvancedProfiler, PassThroughProfiler, P
 from torch import nn
 
 from rwkv_pl.cli.app import load_target, one_line
+from rwkv_pl.cli.ranks import check_world_size
 from rwkv_pl.config import Data, Train, UserError
 from rwkv_pl.data.datamodule import (
     BinidxDataModule,
@@ -190,6 +191,7 @@ def prepare(config: Train, cwd: Path, resume_from: Path | None) -> Prepared:
         before = content["rwkv_pl"].get("accumulate") if content else None
         found = config.trainer["accumulate_grad_batches"] = before or _accumulation(config, module, cost, trial)
     accumulate = config.trainer["accumulate_grad_batches"]
+    check_world_size(trial.world_size)
     micro_batch_rows(config.data.batch_size, world_size=trial.world_size, rank=0, accumulate=accumulate, micro_batch=0)
     limit = config.trainer["limit_val_batches"]
     if limit and not _validation_batches(config, data):

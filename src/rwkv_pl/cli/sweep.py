@@ -266,8 +266,12 @@ class _Running:
     last_line: deque[str] = field(default_factory=lambda: deque(maxlen=1))
 
 
-def run_jobs(jobs: Sequence[Job], at_once: int, forward: bool = True) -> list[JobReturn]:
+def run_jobs(
+    jobs: Sequence[Job], at_once: int, forward: bool = True, environment: Mapping[str, str] | None = None
+) -> list[JobReturn]:
     """Runs the jobs, `at_once` at a time, and returns what became of each, in their order.
+
+    environment: of the jobs, besides this process's own.
 
     A signal goes on to the jobs that run, which save and end, and no other is begun; then the process exits by it.
     """
@@ -296,7 +300,7 @@ def run_jobs(jobs: Sequence[Job], at_once: int, forward: bool = True) -> list[Jo
                     own = shlex.join(text for text in job.settings if text not in common)
                     follow = f", {len(waiting)} to follow" if waiting else ""
                     print(f"{job.name} begins{follow}: {own}", flush=True)
-                    running.append(_begin(job, at_once))
+                    running.append(_begin(job, at_once, environment or {}))
             for entry in list(running):
                 for number in signals[entry.signals :]:
                     _pass_on(entry.process, number)
@@ -310,8 +314,8 @@ def run_jobs(jobs: Sequence[Job], at_once: int, forward: bool = True) -> list[Jo
     return [outcomes[job.folder] for job in jobs]
 
 
-def _begin(job: Job, at_once: int) -> _Running:
-    environment = dict(os.environ) | {OF_A_SWEEP: "1"}
+def _begin(job: Job, at_once: int, more: Mapping[str, str]) -> _Running:
+    environment = {**os.environ, OF_A_SWEEP: "1", **more}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if at_once > 1:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // at_once)))

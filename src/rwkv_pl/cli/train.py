@@ -4,6 +4,7 @@ The order is that of what can go wrong: the config is checked before anything he
 weights are opened before there is a run folder, and only then the folder is taken and Hydra starts the run in it.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -17,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf
 
-from rwkv_pl.cli import app, sweep
-from rwkv_pl.cli.folder import is_first_process, latest_run, locked, recorded, take_folder, write_result
+from rwkv_pl.cli import app, ranks, sweep
+from rwkv_pl.cli.folder import latest_run, locked, recorded, take_folder, write_result
+from rwkv_pl.cli.ranks import is_first_process
 from rwkv_pl.cli.resume import StoredRun
 from rwkv_pl.config import DamagedError, Train, UserError
 from rwkv_pl.files import located, publish
@@ -46,8 +48,10 @@ def main() -> None:
             app.compose([str(o.input_line) for o in overrides if not o.is_sweep_override()], args.config_dir)
         app.hand_over(lambda _: None, argv)
     elif args.multirun and resume is not None:
+        ranks.refuse_sweep()
         sweep.go_on(Path(str(resume)).absolute(), [o for o in overrides if o.key_or_group != "resume"])
     elif args.multirun:
+        ranks.refuse_sweep()
         sweep.start(argv, overrides, args.config_dir)
     elif resume is not None:
         if args.config_dir:
@@ -62,22 +66,32 @@ def main() -> None:
 
 
 def _run_folder(resume: Any) -> Path:
-    return latest_run(Path("outputs").absolute()) if resume == "latest" else Path(str(resume)).absolute()
+    if resume == "latest":
+        return Path(ranks.first_decides("latest", lambda: str(latest_run(Path("outputs").absolute()))))
+    return Path(str(resume)).absolute()
 
 
 def _start(argv: Sequence[str], overrides: list[Override], config_dir: str | None) -> None:
     composed = app.compose([str(o.input_line) for o in overrides], config_dir)
     config = app.check(composed, overrides, config_dir)
     prepared = _prepare(config, Path.cwd())
-    folder = Path(composed.hydra.run.dir).absolute()
-    started = [*argv, f"hydra.run.dir={app.quoted(folder)}"]
-    if is_first_process() and "LOCAL_RANK" not in os.environ:
-        folder = take_folder(folder, typed=any(o.key_or_group == "hydra.run.dir" for o in overrides))
-        started[-1] = f"hydra.run.dir={app.quoted(folder)}"
-    elif not is_first_process():
-        started.append("hydra.output_subdir=null")
-    with locked(folder), recorded(folder), located(folder):
-        app.hand_over(lambda _: _run(prepared, folder), started)
+    with contextlib.ExitStack() as lock:
+
+        def take() -> str:
+            """The folder's name. Its lock is held until the run ends."""
+            if attempt := int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+                raise UserError(f"torchrun's restart {attempt} would start at step 0 again: go on with resume=RUN")
+            typed = any(o.key_or_group == "hydra.run.dir" for o in overrides)
+            folder = take_folder(Path(composed.hydra.run.dir).absolute(), typed)
+            lock.enter_context(locked(folder))
+            return str(folder)
+
+        folder = Path(
+            os.environ[ranks.RUN_FOLDER] if ranks.launched_by_lightning() else ranks.first_decides("folder", take)
+        )
+        started = [*argv, f"hydra.run.dir={app.quoted(folder)}", *ranks.hydra_part()]
+        with recorded(folder), located(folder), ranks.leading(folder):
+            app.hand_over(lambda _: _run(prepared, folder), started)
 
 
 def _resume(folder: Path, later: list[Override]) -> None:
@@ -86,18 +100,25 @@ def _resume(folder: Path, later: list[Override]) -> None:
     if is_first_process() and any(o.key_or_group == "hydra.run.dir" for o in later):
         raise UserError("a run goes on in its own folder: leave out hydra.run.dir, or move the folder")
     config, entry = stored.resumed_with(settings)
-    with locked(folder):
+    with contextlib.ExitStack() as lock:
+
+        def take() -> str:
+            lock.enter_context(locked(folder))
+            return str(folder)
+
+        ranks.first_decides("resume", take)
         prepared = _prepare_resumed(config, stored)
         if told := prepared.over(settings=bool(settings)):
-            print(f"{folder} is finished, {told}")
+            if is_first_process():
+                print(f"{folder} is finished, {told}")
             return
         if is_first_process():
             stored.keep(entry)
         prepared.remarks += [f"changed {key} = {value}" for key, value in entry["set"].items()]
         prepared.remarks += [f"changed {key} falls away" for key in entry["remove"]]
         hydra_part = [str(o.input_line) for o in later if o.key_or_group.startswith("hydra")]
-        argv = [*hydra_part, f"hydra.run.dir={app.quoted(folder)}", "hydra.output_subdir=null"]
-        with recorded(folder):
+        argv = [*hydra_part, f"hydra.run.dir={app.quoted(folder)}", "hydra.output_subdir=null", *ranks.hydra_part()]
+        with recorded(folder), ranks.leading(folder):
             app.hand_over(lambda _: _run(prepared, folder, resumed=True), argv)
 
 

@@ -1,0 +1,220 @@
+"""The processes of one run: which of them decides, and how the others hear of it.
+
+Lightning starts the processes of further devices itself, unless torchrun or SLURM has started them all. Then every one
+of these begins like an ordinary command, and has to share the run folder that rank 0 takes.
+"""
+
+import functools
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from rwkv_pl.cli.app import BAD_INPUT, one_line, print_error
+from rwkv_pl.config import RunError, UserError
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+# In the environment of the processes that Lightning starts: the run folder, which their parent has taken.
+RUN_FOLDER = "RWKV_PL_RUN_FOLDER"
+
+# Seconds that a process waits for another one.
+PATIENCE = 120.0
+
+REFUSED = "\0refused"  # no folder's name
+
+# Lightning, too, takes an interactive shell in an allocation for an ordinary process.
+INTERACTIVE = ("bash", "interactive")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Several processes of one run that torchrun or SLURM started. address, port: where their store listens."""
+
+    rank: int
+    size: int
+    address: str
+    port: int
+    by_slurm: bool = False
+
+    @property
+    def may_be_alone(self) -> bool:
+        """A batch script without srun runs one process, though SLURM counts the tasks of the allocation."""
+        return self.by_slurm and self.rank == 0
+
+
+def is_first_process() -> bool:
+    """Whether this process makes, locks and describes the run's folder, of all the processes of the run."""
+    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
+
+
+def launched_by_lightning() -> bool:
+    """Whether another process of this run has started this one, and has taken the folder."""
+    return RUN_FOLDER in os.environ and os.environ.get("LOCAL_RANK", "0") != "0"
+
+
+@contextmanager
+def leading(folder: Path) -> Iterator[None]:
+    """Lets the processes that Lightning starts inside know that they are of this run."""
+    before = os.environ.get(RUN_FOLDER)
+    os.environ[RUN_FOLDER] = str(folder)
+    try:
+        yield
+    finally:
+        os.environ.pop(RUN_FOLDER)
+        if before is not None:
+            os.environ[RUN_FOLDER] = before
+
+
+def hydra_part() -> list[str]:
+    """Hydra's settings in a process that is not the run's first: it leaves the folder's files to that one."""
+    group = current_group()
+    if group is None or group.rank == 0:
+        return []
+    return ["hydra.output_subdir=null", f"hydra.job.name=train_rank_{group.rank}"]
+
+
+def current_group() -> Group | None:
+    """The group that this process is one of; None if the run has one process, or if Lightning started this one.
+
+    Raises UserError if the environment names a rank, but not where the others are.
+    """
+    environment = os.environ
+    if launched_by_lightning():
+        return None
+    if (size := _number("WORLD_SIZE", 1)) > 1:
+        if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]:
+            raise UserError(f"WORLD_SIZE={size} needs {' and '.join(missing)} too: torchrun sets them")
+        # Without torchrun's RANK there is one command for each node, and Lightning starts the node's other processes.
+        rank = _number("RANK", _number("NODE_RANK", 0))
+        return Group(rank, size, environment["MASTER_ADDR"], _number("MASTER_PORT", 0))
+    alone = "RANK" in environment or "SLURM_PROCID" not in environment
+    if not alone and _number("SLURM_NTASKS", 1) > 1 and environment.get("SLURM_JOB_NAME") not in INTERACTIVE:
+        from lightning.pytorch.plugins.environments import SLURMEnvironment
+
+        try:
+            slurm = SLURMEnvironment(auto_requeue=False)
+        except RuntimeError as error:  # --ntasks without --ntasks-per-node
+            raise UserError(one_line(error)) from error
+        return Group(slurm.global_rank(), slurm.world_size(), slurm.main_address, slurm.main_port, by_slurm=True)
+    if not is_first_process():
+        raise UserError("the environment has a rank above 0 but no WORLD_SIZE above 1: start with torchrun or srun")
+    return None
+
+
+def _number(name: str, default: int) -> int:
+    try:
+        return int(os.environ.get(name, default))
+    except ValueError:
+        raise UserError(f"the environment has {name}={os.environ[name]}, which is not a whole number") from None
+
+
+def first_decides(question: str, decide: Callable[[], str]) -> str:
+    """What `decide` returns in rank 0, which alone calls it; in a run of one process, simply what it returns.
+
+    A UserError of rank 0 ends all ranks with exit code 2, and rank 0 prints it. Raises RunError in a rank that waits
+    too long for another.
+    """
+    group = current_group()
+    if group is None:
+        return decide()
+    if group.rank > 0:
+        answer = _answer(group, question)
+        if answer == REFUSED:
+            _store(group).add(f"{question}/heard", 1)
+            _exit_refused()
+        return answer
+    try:
+        answer = decide()
+    except UserError as error:
+        print_error(error)
+        _store(group).set(question, REFUSED)
+        _await_others(group, question)
+        _exit_refused()
+    _store(group).set(question, answer)
+    return answer
+
+
+def check_world_size(world_size: int) -> None:
+    """Raises UserError if the Trainer's number of processes is not that of the group: each would train for itself."""
+    group = current_group()
+    if group and group.size != world_size and not (group.may_be_alone and world_size == 1):
+        raise UserError(
+            f"{group.size} processes were started, but trainer.devices x trainer.num_nodes is {world_size}: "
+            "choose trainer=ddp, and give trainer.devices the number of processes on each node"
+        )
+
+
+def refuse_sweep() -> None:
+    """Raises UserError in a group: a sweep starts the processes of its jobs itself."""
+    group = current_group()
+    if group and not group.may_be_alone:
+        raise UserError("-m starts the processes of its jobs itself: use it without torchrun or srun")
+
+
+def _exit_refused() -> NoReturn:
+    """Exits with code 2 whichever rank is the first to: torchrun then sends SIGTERM to the others."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(BAD_INPUT)
+
+
+def _answer(group: Group, question: str) -> str:
+    """Rank 0's answer."""
+    deadline = time.monotonic() + PATIENCE
+    # Of a server that is not there yet, torch's client prints several lines for each attempt.
+    while time.monotonic() < deadline:
+        try:
+            socket.create_connection((group.address, group.port), timeout=1).close()
+            break
+        except OSError:
+            time.sleep(0.1)
+    else:
+        raise _silence(group)
+    try:
+        store = _store(group)
+        store.wait([question], timedelta(seconds=max(1.0, deadline - time.monotonic())))
+        return store.get(question).decode()
+    except RuntimeError as error:
+        raise _silence(group) from error
+
+
+def _silence(group: Group) -> RunError:
+    return RunError(
+        f"rank {group.rank} got no answer from rank 0 at {group.address}:{group.port} within {PATIENCE:.0f} seconds: "
+        "see the output of rank 0"
+    )
+
+
+def _await_others(group: Group, question: str) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while _store(group).add(f"{question}/heard", 0) < group.size - 1 and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+@functools.cache
+def _store(group: Group) -> "Store":
+    """The store at the group's address, which torch.distributed uses as well; rank 0 keeps it open until it ends."""
+    from torch.distributed import PrefixStore, TCPStore
+
+    try:
+        store = TCPStore(
+            group.address,
+            group.port,
+            # torchrun's own process has one there already.
+            is_master=group.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
+            timeout=timedelta(seconds=PATIENCE),
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
+    except RuntimeError as error:
+        where, reason = f"{group.address}:{group.port}", str(error).splitlines()[0]
+        raise RunError(f"rank {group.rank} can't open the store at {where}, see MASTER_PORT: {reason}") from error
+    return PrefixStore("rwkv_pl", store)

@@ -1,0 +1,252 @@
+"""Runs whose processes torchrun or SLURM has started: one folder, nothing overwritten, no rank waits for ever."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import forks
+import pytest
+from command import SMALL, TEXT, Result
+from forks import Strike, kill
+
+from rwkv_pl.cli import ranks
+from rwkv_pl.config import UserError
+
+TWO = (*SMALL, "trainer=ddp", "trainer.devices=2")
+SCHEDULERS = ("torchrun", "SLURM", "one command a node")
+
+
+def lose_patience() -> None:
+    ranks.PATIENCE = 3.0
+
+
+def die_slowly() -> None:
+    time.sleep(1)
+    kill()
+
+
+IMPATIENT = Strike("rwkv_pl.cli.train:main", 1, lose_patience)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    (tmp_path / "corpus.txt").write_bytes(TEXT)
+    return tmp_path
+
+
+def free_port() -> str:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return str(listener.getsockname()[1])
+
+
+def environment(scheduler: str, rank: int, port: str) -> dict[str, str]:
+    store = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    if scheduler == "torchrun":
+        return store | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    if scheduler == "one command a node":
+        return store | {"NODE_RANK": str(rank), "WORLD_SIZE": "2"}
+    slurm = {"SLURM_NTASKS": "2", "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_NODEID": "0"}
+    # Lightning derives the address from the first node, and the port from the job: 15,000 and its last four digits.
+    job = 10000 + (int(port) - 15000) % 10000
+    return slurm | {
+        "SLURM_NTASKS_PER_NODE": "2",
+        "SLURM_JOB_ID": str(job),
+        "SLURM_JOB_NAME": "rwkv",
+        "SLURM_NODELIST": "127.0.0.1",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def begin(folder: Path, scheduler: str, rank: int, port: str, *arguments: str, strikes=()):
+    """One rank, in a folder of its own for what it prints, inside of `folder`."""
+    place = folder / f"rank {rank}"
+    place.mkdir(exist_ok=True)
+    inside = [argument.replace("data.path=", f"data.path={folder}/") for argument in arguments]
+    process = forks.start(place, *inside, strikes=strikes, **environment(scheduler, rank, port))
+    return lambda: forks.finish(process, place)
+
+
+def both(folder: Path, scheduler: str, *arguments: str) -> list[Result]:
+    port = free_port()
+    if scheduler == "one command a node":
+        arguments = (*arguments, "trainer.num_nodes=2", "trainer.devices=1")
+    ends = [begin(folder, scheduler, rank, port, *arguments) for rank in (1, 0)]
+    return [end() for end in ends][::-1]
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_two_ranks_share_one_folder_and_a_second_start_is_refused(folder, scheduler):
+    run = folder / "run"
+    arguments = (*TWO, f"hydra.run.dir={run}")
+    for result in both(folder, scheduler, *arguments):
+        assert result.code == 0, result.err
+    before = content(run)
+    assert before[".hydra/overrides.yaml"] and before["checkpoints/last.ckpt"]
+    first, second = both(folder, scheduler, *arguments, "optim.lr=1")
+    assert (first.code, second.code) == (2, 2), first.err + second.err
+    assert first.err.count("\n") == 1 and f"go on with a run by resume={run}" in first.err
+    assert second.err == ""
+    assert content(run) == before
+
+
+def test_a_dated_folder_is_that_of_rank_0(folder):
+    """Rank 1 starts seconds later, so that its own dated name would be another."""
+    port = free_port()
+    first = begin(folder, "torchrun", 0, port, *TWO)
+    time.sleep(1.2)
+    second = begin(folder, "torchrun", 1, port, *TWO)
+    for result in (first(), second()):
+        assert result.code == 0, result.err
+    assert len(list((folder / "rank 0" / "outputs").glob("*/*"))) == 1
+    assert not (folder / "rank 1" / "outputs").exists()
+
+
+def test_a_resume_is_refused_on_all_ranks_while_the_run_is_in_use(folder):
+    from rwkv_pl.cli.folder import locked
+
+    run = folder / "run"
+    assert forks.run(folder, *SMALL, f"hydra.run.dir={run}").code == 0
+    before = content(run)
+    more = ("trainer.max_steps=6", "trainer=ddp", "trainer.devices=2")
+    with locked(run):
+        first, second = both(folder, "torchrun", f"resume={run}", *more)
+    assert (first.code, second.code) == (2, 2), first.err + second.err
+    assert "is in use by process" in first.err and second.err == ""
+    assert {**content(run), ".lock": b""} == {**before, ".lock": b""}
+    for result in both(folder, "torchrun", f"resume={run}", *more):
+        assert result.code == 0, result.err
+    assert (run / "metrics.csv").read_text().splitlines()[-1].startswith("6,")
+
+
+def test_resume_latest_is_rank_0s_choice(folder):
+    """Rank 0 has the run in use when rank 1 looks, which would choose another, or none."""
+    assert forks.run(folder, *SMALL).code == 0
+    port, more = free_port(), ("resume=latest", "trainer.max_steps=6", "trainer=ddp", "trainer.devices=2")
+    (run,) = (folder / "outputs").glob("*/*")
+    (run / "result.json").unlink()
+    (run / "checkpoints" / "last.ckpt").unlink()  # a finished run is not the latest to go on with
+    (folder / "rank 0").mkdir()
+    (folder / "outputs").rename(folder / "rank 0" / "outputs")
+    ends = [begin(folder, "torchrun", rank, port, *more) for rank in (0, 1)]
+    first, second = (end() for end in ends)
+    assert (first.code, second.code) == (0, 0), first.err + second.err
+
+
+def test_a_rank_whose_rank_0_never_comes_ends_in_one_line(folder):
+    result = begin(folder, "torchrun", 1, port := free_port(), *TWO, strikes=[IMPATIENT])()
+    assert result.code == 1
+    line = (
+        f"rwkv-train: rank 1 got no answer from rank 0 at 127.0.0.1:{port} within 3 seconds: see the output of rank 0\n"
+    )
+    assert result.err == line
+
+
+def test_a_rank_whose_rank_0_dies_before_it_answers_ends_in_one_line(folder):
+    port = free_port()
+    dies = Strike("rwkv_pl.cli.train:take_folder", 1, die_slowly)
+    first = begin(folder, "torchrun", 0, port, *TWO, strikes=[dies])
+    result = begin(folder, "torchrun", 1, port, *TWO, strikes=[IMPATIENT])()
+    assert first().code == -9
+    assert (result.code, result.err.count("\n")) == (1, 1), result.err
+    assert "rank 1 got no answer from rank 0" in result.err
+
+
+def test_a_port_that_is_taken(folder):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = str(listener.getsockname()[1])
+        result = begin(folder, "torchrun", 0, port, *TWO)()
+    assert (result.code, result.err.splitlines()[-1].split(":")[:2]) == (
+        1,
+        ["rwkv-train", " rank 0 can't open the store at 127.0.0.1"],
+    )
+
+
+def test_processes_that_would_each_train_for_themselves_are_refused(folder):
+    for result in both(folder, "torchrun", *SMALL, "hydra.run.dir=run"):
+        assert result.code == 2
+        assert "2 processes were started, but trainer.devices x trainer.num_nodes is 1" in result.err
+    assert not (folder / "rank 0" / "run").exists()
+
+
+def test_a_worker_that_torchrun_restarts_is_refused(train, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    result = train(*SMALL)
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert "torchrun's restart 1 would start at step 0 again" in result.err
+    assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.parametrize(
+    ("variables", "told"),
+    [
+        ({"WORLD_SIZE": "2", "RANK": "1"}, "WORLD_SIZE=2 needs MASTER_ADDR and MASTER_PORT too"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two, which is not a whole number"),
+        ({"LOCAL_RANK": "1"}, "a rank above 0 but no WORLD_SIZE above 1"),
+    ],
+)
+def test_an_environment_that_makes_no_sense(train, tmp_path, monkeypatch, variables, told):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    result = train(*SMALL)
+    assert (result.code, result.err.count("\n"), told in result.err) == (2, 1, True), result.err
+    assert not (tmp_path / "outputs").exists()
+
+
+@pytest.fixture
+def in_slurm(monkeypatch):
+    """The first of two tasks. Lightning writes what it derives into the environment."""
+    for name, value in environment("SLURM", 0, "19500").items():
+        monkeypatch.setenv(name, value)
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "restored later")
+        monkeypatch.delenv(name)
+    return monkeypatch
+
+
+def test_one_task_is_an_ordinary_run(in_slurm):
+    assert ranks.current_group() == ranks.Group(0, 2, "127.0.0.1", 19500, by_slurm=True)
+    in_slurm.setenv("SLURM_NTASKS", "1")
+    assert ranks.current_group() is None
+    in_slurm.setenv("SLURM_NTASKS", "2")
+    in_slurm.setenv("SLURM_JOB_NAME", "bash")
+    assert ranks.current_group() is None
+
+
+def test_a_batch_script_without_srun_sweeps_and_trains_alone(in_slurm):
+    ranks.refuse_sweep()
+    ranks.check_world_size(1)
+    in_slurm.setenv("SLURM_PROCID", "1")
+    with pytest.raises(UserError, match="-m starts the processes of its jobs itself"):
+        ranks.refuse_sweep()
+    with pytest.raises(UserError, match="2 processes were started"):
+        ranks.check_world_size(1)
+
+
+@pytest.mark.slow
+def test_torchrun_itself(folder):
+    """Two ranks, then a second start: torchrun ends ranks as soon as one has ended, yet both exit with code 2."""
+    torchrun = [str(Path(sys.executable).with_name("torchrun")), "--nproc-per-node", "2", "--master-port", free_port()]
+    command = [*torchrun, "-m", "rwkv_pl.cli.train", *TWO, "hydra.run.dir=run"]
+
+    def run() -> "subprocess.CompletedProcess[str]":
+        quiet = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.run(command, cwd=folder, env=quiet, capture_output=True, text=True, timeout=120)
+
+    done = run()
+    assert done.returncode == 0, done.stderr
+    before = content(folder / "run")
+    done = run()
+    assert done.returncode == 1
+    assert done.stderr.count("go on with a run by resume=") == 1
+    assert done.stderr.count("exitcode  : 2") == 2
+    assert content(folder / "run") == before
