@@ -34,7 +34,8 @@ def publish(path: Path) -> Iterator[IO[bytes]]:
     partial = path.with_name(path.name + PARTIAL)
     raw = None
     try:
-        raw = _Remembering(partial, "wb")
+        partial.unlink(missing_ok=True)
+        raw = _Remembering(partial, "xb")  # never through a link that lies there under this name
         with io.BufferedWriter(raw) as file:
             yield file
             file.flush()
@@ -155,6 +156,32 @@ def made_for_success(folder: Path) -> Iterator[None]:
             with contextlib.suppress(OSError):
                 place.rmdir()
         raise
+
+
+def leads_out(text: str, folder: Path) -> bool:
+    """Whether a setting, read as a path below the folder or as a URI, names a place on this machine outside of it."""
+    if "://" in text:
+        return not text.startswith(("http://", "https://"))
+    try:
+        return not (folder / text).resolve().is_relative_to(folder.resolve())
+    except (OSError, ValueError):  # a loop of links, a null byte
+        return True
+
+
+def require_own_files(folder: Path) -> None:
+    """Raises UserError for a link that leads out of the folder, and for pipes and devices.
+
+    A stranger's run could else have its log or its checkpoints written over any file of the user's.
+    """
+    root = folder.resolve()
+    for place, folders, names in os.walk(folder):
+        for path in (Path(place, name) for name in (*folders, *names)):
+            if path.is_symlink() and not path.resolve().is_relative_to(root):
+                raise UserError(f"{path} leads out of {folder}: replace the link by what it leads to")
+            if path.exists() and not path.is_file() and not path.is_dir():
+                raise UserError(f"{path} is neither a file nor a folder: remove it")
+        if "wandb" in folders:
+            folders.remove("wandb")  # which links to a log in the user's cache
 
 
 @contextlib.contextmanager

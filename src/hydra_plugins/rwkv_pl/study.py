@@ -67,6 +67,10 @@ class StudySweeper(JobSweeper):
         study = optuna.create_study(
             study_name=NAME, storage=optuna.storages.JournalStorage(backend), load_if_exists=True, direction="minimize"
         )
+        for trial in study.get_trials(deepcopy=False):
+            if not _is_drawn_from(space, trial.params):
+                where = f"trial {trial.number} of {self.folder / JOURNAL}"
+                raise UserError(f"{where} is of another search, it has {trial.params}: start a new sweep")
         if not study.trials:
             if as_it_stands := self._default(space):
                 study.enqueue_trial(as_it_stands)
@@ -129,6 +133,13 @@ class StudySweeper(JobSweeper):
                 return None
             values[key] = value
         return values
+
+
+def _is_drawn_from(space: "dict[str, BaseDistribution]", params: dict[str, Any]) -> bool:
+    """Whether a trial of the journal has just the keys of the search, and values that it could draw."""
+    return params.keys() <= space.keys() and all(
+        space[key]._contains(space[key].to_internal_repr(value)) for key, value in params.items()
+    )
 
 
 def _cut_half_a_line(journal: Path) -> None:

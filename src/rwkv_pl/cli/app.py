@@ -6,6 +6,7 @@ Only Hydra and the standard library are imported here, so that a mistake is told
 import argparse
 import contextlib
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -62,7 +63,8 @@ def told_in_one_line(main: Callable[[], None]) -> Callable[[], None]:
         # Hydra then raises what it would print over several lines.
         os.environ.setdefault("HYDRA_FULL_ERROR", "1")
         try:
-            main()
+            with safe_import_path():
+                main()
         except RunError as error:
             sys.exit(print_error(error, FAILED))
         except (UserError, HydraException, OmegaConfBaseException) as error:
@@ -78,6 +80,35 @@ def told_in_one_line(main: Callable[[], None]) -> Callable[[], None]:
             sys.exit(130)
 
     return command
+
+
+@contextlib.contextmanager
+def safe_import_path() -> Iterator[None]:
+    """Python processes started inside, by whatever library, import nothing from the folder in which they start.
+
+    That folder may be a stranger's: a resumed sweep's jobs start where the sweep's multirun.yaml says. Relative and
+    empty entries of PYTHONPATH keep the meaning that they have for this process.
+
+    This process looks for no plug-ins there either: an editable install leaves a relative name on sys.path, below which
+    torch and Lightning would find entry points.
+    """
+    import hydra_plugins.rwkv_pl  # noqa: F401  an editable install finds it by that name
+
+    path = list(sys.path)
+    sys.path[:] = [entry for entry in path if Path(entry).is_absolute()]
+    before = {name: os.environ.get(name) for name in ("PYTHONSAFEPATH", "PYTHONPATH")}
+    os.environ["PYTHONSAFEPATH"] = "1"
+    if before["PYTHONPATH"]:
+        entries = before["PYTHONPATH"].split(os.pathsep)
+        os.environ["PYTHONPATH"] = os.pathsep.join(str(Path(entry).absolute()) for entry in entries)
+    try:
+        yield
+    finally:
+        sys.path[:] = path
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 @contextlib.contextmanager
@@ -155,11 +186,18 @@ def parse_overrides(overrides: Sequence[str], sweep: bool = False) -> list[Overr
         if override.is_sweep_override() and not sweep:
             raise UserError(f"{text} names several values: add -m to run them all, or write a list as [a,b]")
         chosen = override.value()
+        if override.package is not None:
+            raise UserError(f"{text}: leave out the @, each group has one place")
         if isinstance(chosen, Glob):
             raise UserError(f"{text}: glob() is not used here, list the names")
         none = chosen is None and key == "experiment"
-        if is_group_choice(override) and not (none or isinstance(chosen, str | list | ChoiceSweep)):
-            raise UserError(f"{text}: a file of {key} is chosen by its name; --help lists them")
+        if is_group_choice(override):
+            if not (none or isinstance(chosen, str | list | ChoiceSweep)):
+                raise UserError(f"{text}: a file of {key} is chosen by its name; --help lists them")
+            names = chosen.list if isinstance(chosen, ChoiceSweep) else chosen if isinstance(chosen, list) else [chosen]
+            # Hydra would also take a path to any other folder, whose files can make it run programs.
+            if any(part in ("", ".", "..") or ":" in part for name in names for part in re.split(r"[/\\]", str(name))):
+                raise UserError(f"{key} takes the name of a file, not a path (files of yours: --config-dir): {text}")
         parsed.append(override)
     return parsed
 

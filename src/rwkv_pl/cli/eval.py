@@ -19,8 +19,9 @@ from omegaconf import OmegaConf
 
 from rwkv_pl.cli import app
 from rwkv_pl.cli.resume import StoredRun
-from rwkv_pl.config import Eval, RunError, UserError
+from rwkv_pl.config import Data, Eval, RunError, UserError
 from rwkv_pl.files import cache_folder, made_for_success, publish, writing
+from rwkv_pl.training.curve import default_style
 
 if TYPE_CHECKING:
     import torch
@@ -91,7 +92,7 @@ def composed(overrides: Sequence[Override], config_dir: str | None) -> tuple[dic
     for key in PATHS:
         if own.get(key):
             own[key] = str(stored.cwd / own[key])
-    settings = app.resolved(app.compose([f"data={own['name']}", *told], config_dir, "eval"))
+    settings = app.resolved(app.compose([f"data={app.typed(own, Data).name}", *told], config_dir, "eval"))
     given = {o.key_or_group.split(".")[1] for o in overrides if o.key_or_group.startswith("data.")}
     settings["data"] |= {key: value for key, value in own.items() if key not in given}
     return settings, run
@@ -350,6 +351,7 @@ def _write(report: dict[str, Any], out: Path, name: str) -> None:
         print(f"picture {out / name}.png")
 
 
+@default_style()
 def draw(report: dict[str, Any], path: Path) -> None:
     """Loss against position in the context: where the curve still falls, the model uses memory that far back."""
     import numpy as np

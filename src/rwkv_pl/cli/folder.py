@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 
 from rwkv_pl.cli.ranks import is_first_process
 from rwkv_pl.config import UserError
-from rwkv_pl.files import PARTIAL, in_words, made_for_success, publish
+from rwkv_pl.files import PARTIAL, in_words, made_for_success, publish, require_own_files
 
 LOCK = ".lock"
 
@@ -40,6 +40,7 @@ def take_folder(folder: Path, typed: bool) -> Path:
             folder.parent.mkdir(parents=True, exist_ok=True)
             if typed:
                 folder.mkdir(exist_ok=True)
+                require_own_files(folder)
                 if not _unused(folder):
                     raise UserError(
                         f"the folder {folder} holds something already: go on with a run by resume={folder}, "
@@ -150,6 +151,8 @@ def write_result(folder: Path, **figures: Any) -> None:
 
 def read_result(folder: Path) -> dict[str, Any]:
     """What result.json says; {} where there is none, as of a run that goes on or was killed."""
+    if not (folder / RESULT).is_file():
+        return {}
     try:
         content = json.loads((folder / RESULT).read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -370,18 +370,23 @@ def build_loggers(config: Train, folder: Path, resumed_step: int | None) -> list
 
 
 def code_state() -> str:
-    """Versions, and the commit of the checkout that runs, or else of the working folder's."""
+    """Versions, and the commit of the checkout that runs.
+
+    Not that of the working folder: git runs the programs that a repository's own config names.
+    """
     told = f"rwkv_pl {version('rwkv_pl')}, torch {torch.__version__}, lightning {lightning.__version__}"
-    for folder in (Path(__file__).parent, Path.cwd()):
-        git = ["git", "-C", str(folder)]
-        try:
-            commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
-            changes = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True)
-        except OSError:
-            return told
-        if not commit.returncode:
-            return f"{told}, git {commit.stdout.strip()}" + (" with changes" if changes.stdout.strip() else "")
-    return told
+    checkout = Path(__file__).parents[3]
+    if not (checkout / ".git").exists():
+        return told
+    git = ["git", "-C", str(checkout)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
+        changes = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True)
+    except OSError:
+        return told
+    if commit.returncode:
+        return told
+    return f"{told}, git {commit.stdout.strip()}" + (" with changes" if changes.stdout.strip() else "")
 
 
 def _instantiate(where: str, arguments: dict[str, Any], folder: Path) -> Any:

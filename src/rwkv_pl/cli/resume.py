@@ -14,7 +14,7 @@ from rwkv_pl.cli.app import check, compose, is_group_choice, parse_overrides, re
 from rwkv_pl.cli.folder import begun
 from rwkv_pl.config import Train, UserError
 from rwkv_pl.data.sources import is_there
-from rwkv_pl.files import publish
+from rwkv_pl.files import leads_out, publish
 
 # What contradicts the past of a run. (data.path and data.val_path may change: the corpus is known by its content.)
 FIXED = (
@@ -111,7 +111,16 @@ class StoredRun:
                 raise UserError(
                     f"{key}={new} contradicts the past of {self.folder}, which has {key}={old}: start a new run for it"
                 )
-        return check(config, later, self.config_dir), entry
+        checked = check(config, later, self.config_dir)
+        self._require_own_places(checked, set(values))
+        return checked, entry
+
+    def _require_own_places(self, config: Train, typed: set[str]) -> None:
+        """Raises UserError if a callback or logger would write outside of the run's folder and that is not typed."""
+        for group in ("callbacks", "logger"):
+            for key, value in leaves(getattr(config, group), f"{group}.").items():
+                if key not in typed and isinstance(value, str) and leads_out(value, self.folder):
+                    raise UserError(f"{key}={value} leads out of {self.folder}: type it again if you trust this run")
 
     def keep(self, entry: dict[str, Any]) -> None:
         """Appends what this resume changed to .hydra/resumes.yaml; the first start's files stay as they are."""

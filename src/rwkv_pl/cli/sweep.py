@@ -9,6 +9,7 @@ import io
 import itertools
 import math
 import os
+import secrets
 import shlex
 import signal
 import subprocess
@@ -33,9 +34,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rwkv_pl.cli import app
 from rwkv_pl.cli.folder import DONE, begun, in_use, locked, read_result, take_folder, write_result
+from rwkv_pl.cli.resume import leaves
 from rwkv_pl.config import RunError, UserError
 from rwkv_pl.data.sources import is_there
-from rwkv_pl.files import publish
+from rwkv_pl.files import leads_out, publish, require_own_files
 
 MULTIRUN = "multirun.yaml"
 
@@ -77,11 +79,15 @@ def start(argv: Sequence[str], overrides: list[Override], config_dir: str | None
     _require_one_good([str(o.input_line) for o in fixed if o.is_hydra_override()], told, config_dir)
     _check_plugins(composed, told)
     typed = any(o.key_or_group == "hydra.sweep.dir" for o in overrides)
-    _run(take_folder(Path(composed.hydra.sweep.dir).absolute(), typed), argv)
+    _run(take_folder(Path(composed.hydra.sweep.dir).absolute(), typed), argv, composed.hydra.launcher)
 
 
-def go_on(sweep: Path, later: list[Override]) -> None:
-    """`rwkv-train -m resume=SWEEP`: finishes what is missing of it. Raises UserError where it is no sweep."""
+def go_on(sweep: Path, later: list[Override], config_dir: str | None) -> None:
+    """`rwkv-train -m resume=SWEEP`: finishes what is missing of it. Raises UserError where it is no sweep.
+
+    Nothing that the sweep's folder says decides what is run: the settings of its jobs are taken from it, and of Hydra's
+    own part no more than STORED. A config folder can have Hydra run anything, so it is typed again.
+    """
     if any(not o.is_hydra_override() for o in later):
         raise UserError("-m resume= goes on with a sweep as it was: leave out other settings than hydra's")
     path = sweep / MULTIRUN
@@ -92,27 +98,49 @@ def go_on(sweep: Path, later: list[Override]) -> None:
         stored = yaml.safe_load(path.read_text(encoding="utf-8"))["hydra"]
         told, own = ([str(text) for text in stored["overrides"][part]] for part in ("task", "hydra"))
         cwd = Path(stored["runtime"]["cwd"])
-        config_dir = app.typed_config_dir(stored["runtime"]["config_sources"])
-        app.parse_overrides(told, sweep=True)
+        config_dir_then = app.typed_config_dir(stored["runtime"]["config_sources"])
+        app.parse_overrides([*told, *own], sweep=True)
     except Exception as error:  # what is not what was written can fail in any way
         raise UserError(f"{path} is damaged: {app.one_line(error)[:200]}") from error
-    if not cwd.is_dir():
+    if not cwd.is_absolute() or not cwd.is_dir():
         raise UserError(f"the sweep was started in {cwd}, which is gone")
+    if config_dir_then and not config_dir:
+        raise UserError(f"the sweep used --config-dir {config_dir_then}: give it again if you trust its files")
+    require_own_files(sweep)
     os.chdir(cwd)
     told = [text for text in told if not text.startswith(("hydra.", "hydra/"))]
     own = [text for text in own if text.startswith(STORED) and "_target_" not in text]
     if any(o.key_or_group == "hydra/launcher" for o in later):
         own = [text for text in own if not text.startswith("hydra.launcher.")]
     given = [str(o.input_line) for o in later]
-    _run(sweep, ["-m", *(["--config-dir", config_dir] if config_dir else []), *own, *given, *told])
+    composed = app.compose([*own, *given], config_dir).hydra
+    for override in with_params(composed.sweeper.get("params") or {}, told):
+        _require_own_places(override, sweep)
+    where = ["--config-dir", config_dir] if config_dir else []
+    _run(sweep, ["-m", *where, *own, *given, *told], composed.launcher)
 
 
-def _run(sweep: Path, argv: Sequence[str]) -> None:
+def _require_own_places(override: Override, sweep: Path) -> None:
+    """Raises UserError for a stored setting of the jobs that belongs to Hydra, or would have them write elsewhere."""
+    key, value = override.key_or_group, override.value()
+    if override.is_hydra_override():
+        raise UserError(f"{sweep / MULTIRUN} sets {key} for its jobs: only the settings of a run can be swept")
+    if key.startswith(("callbacks.", "logger.")):
+        for text in getattr(value, "list", [value]):
+            if any(isinstance(each, str) and leads_out(each, sweep) for each in leaves({key: text}).values()):
+                raise UserError(f"{sweep / MULTIRUN} has {override.input_line}, which leads out of the sweep's folder")
+
+
+def _run(sweep: Path, argv: Sequence[str], launcher: DictConfig) -> None:
     """Hands over to Hydra; prints what came of the sweep, whatever happens. Exits 1 where a job failed."""
     from rwkv_pl.cli.report import report
 
     # Hydra describes a run of its own in the job's folder, which the job's process does itself.
     ours = [f"hydra.sweep.dir={app.quoted(sweep)}", "hydra.output_subdir=null", "hydra/job_logging=none"]
+    if "submitit_folder" in launcher and not any(text.startswith("hydra.launcher.submitit_folder=") for text in argv):
+        # It holds pickles, which are loaded: no name that a stranger could have put his own under.
+        private = sweep / f".submitit-{secrets.token_hex(8)}" / "%j"
+        ours.append(f"hydra.launcher.submitit_folder={app.quoted(private)}")
     with locked(sweep):
         try:
             app.hand_over(run_job, [*argv, *ours], multirun=True)
@@ -228,6 +256,7 @@ def composed_job(loader: ConfigLoader, config: DictConfig, overrides: list[str],
 def checked(loader: ConfigLoader, config: DictConfig, overrides: list[str], number: int) -> Job | JobReturn:
     """A job to launch; or its failure, where its settings do not hold, with the reason in its folder."""
     try:
+        app.parse_overrides(overrides)
         job, composed = composed_job(loader, config, overrides, number)
         app.check(composed)
     except (UserError, HydraException, OmegaConfBaseException) as error:

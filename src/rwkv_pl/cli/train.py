@@ -23,7 +23,7 @@ from rwkv_pl.cli.folder import latest_run, locked, recorded, take_folder, write_
 from rwkv_pl.cli.ranks import is_first_process
 from rwkv_pl.cli.resume import StoredRun
 from rwkv_pl.config import DamagedError, Train, UserError
-from rwkv_pl.files import located, publish
+from rwkv_pl.files import located, publish, require_own_files
 
 if TYPE_CHECKING:
     from rwkv_pl.cli.prepare import Prepared
@@ -49,7 +49,7 @@ def main() -> None:
         app.hand_over(lambda _: None, argv)
     elif args.multirun and resume is not None:
         ranks.refuse_sweep()
-        sweep.go_on(Path(str(resume)).absolute(), [o for o in overrides if o.key_or_group != "resume"])
+        sweep.go_on(Path(str(resume)).absolute(), [o for o in overrides if o.key_or_group != "resume"], args.config_dir)
     elif args.multirun:
         ranks.refuse_sweep()
         sweep.start(argv, overrides, args.config_dir)
@@ -96,6 +96,7 @@ def _start(argv: Sequence[str], overrides: list[Override], config_dir: str | Non
 
 def _resume(folder: Path, later: list[Override]) -> None:
     stored = StoredRun(folder)
+    require_own_files(folder)
     settings = [o for o in later if not o.key_or_group.startswith("hydra")]
     if is_first_process() and any(o.key_or_group == "hydra.run.dir" for o in later):
         raise UserError("a run goes on in its own folder: leave out hydra.run.dir, or move the folder")

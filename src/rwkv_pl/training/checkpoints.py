@@ -52,6 +52,16 @@ class DurableCheckpointIO(TorchCheckpointIO):
             _write(checkpoint, path, same)
         self._saved = content, path
 
+    def load_checkpoint(self, path: str | Path, *arguments: Any, **options: Any) -> dict[str, Any]:
+        """Lightning's, without the names of other folders' files: ModelCheckpoint deletes those that it knows of."""
+        checkpoint: dict[str, Any] = super().load_checkpoint(path, *arguments, **options)
+        for state in checkpoint.get("callbacks", {}).values():
+            if isinstance(state, dict) and "best_k_models" in state:
+                folder = Path(str(state.get("dirpath"))).resolve()
+                models = state["best_k_models"].items()
+                state["best_k_models"] = {name: x for name, x in models if Path(name).resolve().parent == folder}
+        return checkpoint
+
     def poll(self) -> None:
         """Raises the error of a write that has ended by one."""
         if self._writing and self._writing.done():

@@ -1,7 +1,9 @@
 """metrics.csv read, and drawn as loss.png. Without torch, so that a report of many runs is there at once."""
 
+import contextlib
 import csv
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,20 @@ def read_rows(path: Path, up_to: int) -> list[dict[str, float]]:
     return [row for row in rows if row["step"] <= up_to]
 
 
+@contextlib.contextmanager
+def default_style() -> Iterator[None]:
+    """Draws by matplotlib's own defaults.
+
+    It reads a matplotlibrc in the current folder, which may be a stranger's, and with text.usetex runs LaTeX.
+    """
+    import matplotlib
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        yield
+
+
+@default_style()
 def draw(rows: list[dict[str, float]], path: Path, baselines: dict[str, float]) -> None:
     """Bits per byte against tokens: each logged step, their running mean, validations, baselines; and the rate."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -77,6 +93,7 @@ def draw(rows: list[dict[str, float]], path: Path, baselines: dict[str, float]) 
         FigureCanvasAgg(figure).print_png(file)
 
 
+@default_style()
 def draw_sweep(
     curves: dict[str, list[dict[str, float]]], best: dict[str, float], swept: dict[str, dict[str, Any]], path: Path
 ) -> None:

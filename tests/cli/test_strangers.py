@@ -1,0 +1,357 @@
+"""A folder that somebody else has made: nothing in it is run, and nothing outside of it is written because it says so.
+
+The sweep's folder, the run's, and the one in which a command or its jobs start. `executed` is what hostile code makes.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from command import SMALL, TEXT
+
+from rwkv_pl.cli import app, prepare
+from rwkv_pl.config import UserError
+from rwkv_pl.files import publish, require_own_files
+from rwkv_pl.training.checkpoints import DurableCheckpointIO
+from rwkv_pl.training.curve import draw
+
+TRAIN = Path(sys.executable).with_name("rwkv-train")
+
+# Imported by any Python process that looks for modules in the folder, at the latest with rwkv_pl itself.
+MODULES = ("sitecustomize", "usercustomize", "yaml", "torch", "numpy", "rwkv_pl", "lightning", "submitit")
+
+
+@pytest.fixture
+def hostile(tmp_path) -> Path:
+    """A folder of modules; each leaves its name in executed."""
+    folder = tmp_path / "hostile"
+    folder.mkdir()
+    for name in MODULES:
+        (folder / f"{name}.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'a').write('{name} ')\n")
+    (folder / "corpus.txt").write_bytes(TEXT)
+    return folder
+
+
+def write_sweep(folder: Path, cwd: Path, task=(), own=(), config_dir: Path | None = None) -> Path:
+    sources = [{"path": str(config_dir), "provider": "command-line", "schema": "file"}] if config_dir else []
+    stored = {
+        "overrides": {"task": [*SMALL, "trainer.max_steps=1", *task], "hydra": list(own)},
+        "runtime": {"cwd": str(cwd), "config_sources": sources},
+    }
+    folder.mkdir()
+    (folder / "multirun.yaml").write_text(yaml.safe_dump({"hydra": stored}))
+    return folder
+
+
+def go_on(sweep: Path, *arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [str(TRAIN), "-m", f"resume={sweep}", *arguments],
+        cwd=sweep.parent,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=150,
+    )
+
+
+def test_jobs_and_their_further_processes_import_nothing_from_the_folder_where_they_start(hostile, tmp_path):
+    """PYTHONPATH's relative and empty entries keep meaning the folder of the command, not that of its jobs."""
+    sweep = write_sweep(tmp_path / "sweep", hostile, ["trainer=ddp", "trainer.devices=2"])
+    (tmp_path / "mine").mkdir()
+    done = go_on(sweep, PYTHONPATH=os.pathsep.join(("mine", "")))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (sweep / "0" / "result.json").exists()
+    assert not (tmp_path / "executed").exists(), (tmp_path / "executed").read_text()
+
+
+class Payload:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.slow
+def test_submitits_workers_and_the_pickles_that_they_exchange(hostile, tmp_path):
+    """A result that lies there before the worker has started is not this job's: submitit would load it."""
+    import pickle
+
+    sweep = write_sweep(tmp_path / "sweep", hostile)
+    planted = pickle.dumps(("success", Payload(tmp_path / "executed")))
+    for number in range(os.getpid(), os.getpid() + 500):
+        folder = sweep / ".submitit" / str(number)
+        folder.mkdir(parents=True)
+        (folder / f"{number}_0_result.pkl").write_bytes(planted)
+        (folder / f"{number}_0_result.pkl.save_tmp").write_bytes(planted)
+    done = go_on(sweep, "hydra/launcher=submitit_local")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not (tmp_path / "executed").exists()
+
+
+EVIL = "# @package _global_\nhydra: {callbacks: {x: {_target_: os.mkdir, path: executed}}}\n"
+
+
+@pytest.fixture
+def evil(tmp_path) -> Path:
+    """A config folder whose experiment, sweeper and data files have Hydra make the folder executed."""
+    for group in ("experiment", "hydra/sweeper", "data"):
+        (tmp_path / "evil" / group).mkdir(parents=True)
+        (tmp_path / "evil" / group / "evil.yaml").write_text(EVIL)
+    return tmp_path / "evil"
+
+
+def up(path: Path) -> str:
+    """Hydra goes from its own config folder to the path."""
+    return "/".join([".."] * 30) + str(path)
+
+
+@pytest.mark.parametrize("where", ["task", "own"])
+@pytest.mark.parametrize("how", ["upwards", "absolute", "by scheme", "of a list", "of a sweep"])
+def test_a_group_choice_is_a_name_and_no_path(train, tmp_path, evil, how, where):
+    file = evil / ("experiment" if where == "task" else "hydra/sweeper") / "evil"
+    choice = {
+        "upwards": up(file),
+        "absolute": str(file),
+        "by scheme": f"'file:{file}'",
+        "of a list": f"[{up(file)}]",
+        "of a sweep": f"{up(file)},x",
+    }[how]
+    key = "experiment" if where == "task" else "hydra/sweeper"
+    write_sweep(tmp_path / "sweep", tmp_path, **{where: [f"{key}={choice}"]})
+    for command in (["-m", "resume=sweep"], ["-m", *SMALL, f"{key}={choice}"]):
+        result = train(*command)
+        assert (result.code, result.err.count("\n")) == (2, 1), result.err
+        assert f"{key} takes the name of a file, not a path" in result.err
+    assert not (tmp_path / "executed").exists()
+
+
+def test_an_evaluation_takes_no_path_from_a_run(evaluate, train, tmp_path, evil):
+    assert train(*SMALL, "trainer.max_steps=1", "hydra.run.dir=run").code == 0
+    config = tmp_path / "run" / ".hydra" / "config.yaml"
+    stored = yaml.safe_load(config.read_text())
+    for name in (up(evil / "data" / "evil"), None):
+        stored["data"].pop("name", None)
+        config.write_text(yaml.safe_dump(stored | {"data": stored["data"] | ({"name": name} if name else {})}))
+        result = evaluate("weights=run")
+        assert result.code in (0, 2) and "Traceback" not in result.err
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_sweeps_config_folder_is_typed_again(train, tmp_path, evil):
+    """Its files may do anything; whoever types it trusts it."""
+    write_sweep(tmp_path / "sweep", tmp_path, ["experiment=evil"], config_dir=evil)
+    result = train("-m", "resume=sweep")
+    assert (result.code, result.err.count("\n")) == (2, 1), result.err
+    assert f"--config-dir {evil}: give it again if you trust its files" in result.err
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_study_tries_no_setting_but_those_of_its_search(train, tmp_path, evil):
+    import optuna
+    from optuna.storages.journal import JournalFileBackend
+
+    own = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=2"]
+    sweep = write_sweep(tmp_path / "sweep", tmp_path, ["optim.lr=interval(1e-4,1e-2)"], own)
+    storage = optuna.storages.JournalStorage(JournalFileBackend(str(sweep / "study.journal")))
+    study = optuna.create_study(study_name="sweep", storage=storage)
+    study.ask({"experiment": optuna.distributions.CategoricalDistribution([up(evil / "experiment" / "evil")])})
+    result = train("-m", "resume=sweep")
+    assert result.code == 2 and "is of another search" in result.err, result.err
+    assert not (tmp_path / "executed").exists() and not (sweep / "0").exists()
+
+
+@pytest.mark.parametrize(
+    ("task", "own", "told"),
+    [
+        (["callbacks.best.dirpath=/tmp/elsewhere"], [], "which leads out of the sweep's folder"),
+        (["logger.tensorboard.name=a,../../x"], [], "which leads out of the sweep's folder"),
+        (["callbacks.best={dirpath: ../../x}"], [], "which leads out of the sweep's folder"),
+        ([], ["hydra.sweeper.params={logger.tensorboard.save_dir: '/tmp/elsewhere'}"], "Could not override"),
+        ([], ["hydra.sweeper.params={hydra.callbacks: '{}'}"], "Could not override"),
+        (["experiment@hydra.callbacks=quickstart"], [], "leave out the @"),
+    ],
+)
+def test_a_sweeps_jobs_write_into_its_folder(train, tmp_path, task, own, told):
+    sweep = write_sweep(tmp_path / "sweep", tmp_path, task, own)
+    result = train("-m", "resume=sweep")
+    assert (result.code, result.err.count("\n"), told in result.err) == (2, 1, True), result.err
+    assert [path.name for path in sweep.iterdir()] == ["multirun.yaml"]
+
+
+def test_a_sweep_starts_in_no_relative_folder(train, tmp_path):
+    write_sweep(tmp_path / "sweep", Path("sweep"))
+    result = train("-m", "resume=sweep")
+    assert (result.code, "the sweep was started in sweep, which is gone" in result.err) == (2, True), result.err
+
+
+@pytest.fixture
+def run(train, tmp_path) -> Path:
+    assert train(*SMALL, "hydra.run.dir=run").code == 0
+    return tmp_path / "run"
+
+
+def test_a_runs_links_lead_nowhere_else(train, tmp_path, run):
+    target, outside = tmp_path / "precious", tmp_path / "outside"
+    target.write_text("precious\n")
+    outside.mkdir()
+    for name in ("train.log", "fit-profile.txt", "metrics.csv", ".lock", "checkpoints"):
+        path, aside = run / name, run / "aside"
+        if path.exists():
+            path.rename(aside)
+        path.symlink_to(outside if name == "checkpoints" else target)
+        result = train("resume=run", "trainer.max_steps=6")
+        assert (result.code, result.err.count("\n")) == (2, 1), result.err
+        assert f"{path} leads out of {run}" in result.err
+        path.unlink()
+        if aside.exists():
+            aside.rename(path)
+    assert target.read_text() == "precious\n" and not list(outside.iterdir())
+    (run / "inside").symlink_to(run / "train.log")
+    assert train("resume=run", "trainer.max_steps=6").code == 0
+
+
+def test_a_job_that_is_a_link_and_a_result_that_is_a_pipe(train, tmp_path):
+    sweep, outside = write_sweep(tmp_path / "sweep", tmp_path), tmp_path / "outside"
+    outside.mkdir()
+    (sweep / "0").symlink_to(outside)
+    result = train("-m", "resume=sweep")
+    assert (result.code, f"{sweep / '0'} leads out of {sweep}" in result.err) == (2, True), result.err
+    assert not list(outside.iterdir())
+    (sweep / "0").unlink()
+    (sweep / "0").mkdir()
+    os.mkfifo(sweep / "0" / "result.json")
+    result = train("-m", "resume=sweep")
+    assert (result.code, "is neither a file nor a folder" in result.err) == (2, True), result.err
+    done = subprocess.run([str(TRAIN.with_name("rwkv-report")), "sweep"], cwd=tmp_path, capture_output=True, timeout=60)
+    assert done.returncode in (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("logger.tensorboard.save_dir", "{outside}"),
+        ("logger.tensorboard.name", "../../x"),
+        ("callbacks.best.filename", "../../x"),
+        ("logger.tensorboard.version", "sqlite:////{outside}"),
+    ],
+)
+def test_a_stored_runs_callbacks_and_loggers_write_into_its_folder(train, tmp_path, run, key, value):
+    outside = tmp_path / "outside"
+    value = value.format(outside=outside)
+    config = run / ".hydra" / "config.yaml"
+    stored = yaml.safe_load(config.read_text())
+    group, name, argument = key.split(".")
+    stored[group][name][argument] = value
+    config.write_text(yaml.safe_dump(stored))
+    result = train("resume=run", "trainer.max_steps=6")
+    assert (result.code, result.err.count("\n")) == (2, 1), result.err
+    assert f"{key}={value} leads out of {run}: type it again" in result.err
+    if argument == "save_dir":
+        assert train("resume=run", "trainer.max_steps=6", f"{key}={value}").code == 0
+        assert list(outside.iterdir())
+
+
+def test_no_file_is_written_through_a_link(tmp_path):
+    """The name of the file under way may lie there, as a link to any other."""
+    precious = tmp_path / "precious"
+    precious.write_text("precious\n")
+    (tmp_path / "sweep.csv.partial").symlink_to(precious)
+    with publish(tmp_path / "sweep.csv") as file:
+        file.write(b"new\n")
+    assert precious.read_text() == "precious\n"
+    assert (tmp_path / "sweep.csv").read_text() == "new\n" and not (tmp_path / "sweep.csv").is_symlink()
+
+
+def test_wandbs_own_link_to_its_log_is_none_of_a_strangers(tmp_path):
+    (tmp_path / "wandb" / "logs").mkdir(parents=True)
+    (tmp_path / "wandb" / "logs" / "debug-core.log").symlink_to("/nowhere/else")
+    require_own_files(tmp_path)
+    (tmp_path / "wandb").rename(tmp_path / "other")
+    with pytest.raises(UserError, match="leads out"):
+        require_own_files(tmp_path)
+
+
+def test_a_checkpoint_names_no_files_of_another_folder(tmp_path):
+    """Those that ModelCheckpoint would delete as its worse ones."""
+    models = {str(tmp_path / "run" / "a.ckpt"): torch.tensor(1.0), str(tmp_path / "precious"): torch.tensor(2.0)}
+    state = {"dirpath": str(tmp_path / "run"), "best_k_models": models}
+    torch.save({"callbacks": {"ModelCheckpoint": state, "other": None}}, tmp_path / "last.ckpt")
+    loaded = DurableCheckpointIO().load_checkpoint(tmp_path / "last.ckpt", weights_only=True)
+    assert list(loaded["callbacks"]["ModelCheckpoint"]["best_k_models"]) == [str(tmp_path / "run" / "a.ckpt")]
+
+
+def test_git_is_not_asked_about_the_current_folder(tmp_path, monkeypatch):
+    """It runs the programs that a repository's config names."""
+    script = tmp_path / "monitor"
+    script.write_text(f"#!/bin/sh\ntouch {tmp_path / 'executed'}\n")
+    script.chmod(0o755)
+    for words in (
+        "init -q",
+        f"config core.fsmonitor {script}",
+        "-c user.name=x -c user.email=x commit -q --allow-empty -m x",
+    ):
+        subprocess.run(["git", *words.split()], cwd=tmp_path, check=True)
+    (tmp_path / "executed").unlink(missing_ok=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(prepare, "__file__", "/usr/lib/python3/dist-packages/rwkv_pl/cli/prepare.py")
+    assert "git" not in prepare.code_state()
+    assert not (tmp_path / "executed").exists()
+
+
+def test_pictures_are_drawn_by_matplotlibs_defaults(tmp_path):
+    """A matplotlibrc in the current folder can ask for LaTeX."""
+    import matplotlib
+
+    with matplotlib.rc_context({"text.usetex": True}):
+        draw([{"step": 1.0, "tokens": 1.0, "train/bits_per_byte": 2.0}], tmp_path / "loss.png", {})
+    assert (tmp_path / "loss.png").exists()
+
+
+def test_the_import_path_of_this_process_and_of_those_it_starts(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(("mine", "", "/abs")))
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    monkeypatch.syspath_prepend("relative")
+    with app.safe_import_path():
+        assert os.environ["PYTHONSAFEPATH"] == "1"
+        assert os.environ["PYTHONPATH"].split(os.pathsep) == [str(tmp_path / "mine"), str(tmp_path), "/abs"]
+        assert all(Path(entry).is_absolute() for entry in sys.path)
+    assert "PYTHONSAFEPATH" not in os.environ and "relative" in sys.path
+
+
+def test_entry_points_below_the_current_folder_are_not_found(tmp_path):
+    """An editable install leaves a relative name on sys.path; torch calls every entry point of torch.backends."""
+    finder = next((name for name in sys.path if name.startswith("__editable__")), None)
+    if finder is None:
+        pytest.skip("not an editable install")
+    info = tmp_path / finder / "evil-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: evil\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[torch.backends]\nx = antigravity:fly\n")
+    code = "import os, sys; from rwkv_pl.cli import app\nwith app.safe_import_path():\n import torch, antigravity"
+    (tmp_path / "antigravity.py").write_text("def fly(): open('executed', 'w')")
+    for safe, found in (("", True), ("1", False)):
+        lines = code if safe else "import torch"
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+        subprocess.run([sys.executable, "-P", "-c", lines], cwd=tmp_path, env=environment, check=True, timeout=60)
+        assert (tmp_path / "executed").exists() == found
+        (tmp_path / "executed").unlink(missing_ok=True)
+
+
+def test_report_of_a_folder_with_a_planted_name(tmp_path):
+    precious = tmp_path / "precious"
+    precious.write_text("precious\n")
+    sweep = write_sweep(tmp_path / "sweep", tmp_path)
+    (sweep / "0").mkdir()
+    (sweep / "0" / "result.json").write_text(json.dumps({"status": "failed", "error": "x"}))
+    (sweep / "sweep.csv.partial").symlink_to(precious)
+    report = [str(TRAIN.with_name("rwkv-report")), "sweep"]
+    done = subprocess.run(report, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and (sweep / "sweep.csv").exists(), done.stderr
+    assert precious.read_text() == "precious\n"
