@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 
 NAMES = ("wkv", "train_step", "generate", "loop", "memory", "startup", "checkpoint", "race", "plot")
-ON_A_GPU = ("wkv_gpu",)
+ON_A_GPU = ("gpu", "wkv_gpu")
 
 
 def about(name: str) -> str:

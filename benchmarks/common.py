@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from rwkv_pl.files import publish
+
 RESULTS = Path(__file__).parent / "results"
 
 Call = Callable[[], Any]
@@ -29,12 +31,12 @@ WARM_UP = 6
 SLOW = 5.0
 
 
-def arguments(name: str, about: str | None, rounds: int | None) -> argparse.ArgumentParser:
+def arguments(name: str, about: str | None, rounds: int | None, threads: int = 2) -> argparse.ArgumentParser:
     """The options that every benchmark has; no rounds: each benchmark has its own number of them."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks {name}", description=(about or "").splitlines()[0])
     told = rounds or "each has its own number"
     parser.add_argument("--rounds", type=at_least(1), default=rounds, help=f"turns of each contestant ({told})")
-    parser.add_argument("--threads", type=at_least(1), default=2, help="of every contestant (2)")
+    parser.add_argument("--threads", type=at_least(1), default=threads, help=f"of every contestant ({threads})")
     parser.add_argument("--results", type=folder, default=RESULTS, help="the folder of the JSON file")
     return parser
 
@@ -94,6 +96,17 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+    }
+
+
+def gpu() -> dict[str, Any]:
+    """The GPU that the figures belong to."""
+    about = torch.cuda.get_device_properties(0)
+    return {
+        "gpu": about.name,
+        "gpu_memory_bytes": about.total_memory,
+        "cuda": torch.version.cuda,
+        "multiprocessors": about.multi_processor_count,
     }
 
 
@@ -237,7 +250,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def save(folder: Path, name: str, title: str, **content: Any) -> None:
-    """Writes NAME.json: the title, the machine and the figures."""
+    """Writes NAME.json: the title, the machine and the figures. An interrupted write leaves the previous file."""
     folder.mkdir(parents=True, exist_ok=True)
     about = {"title": title, "machine": machine(), **content}
-    (folder / f"{name}.json").write_text(json.dumps(about, indent=2) + "\n")
+    with publish(folder / f"{name}.json") as file:
+        file.write((json.dumps(about, indent=2) + "\n").encode())

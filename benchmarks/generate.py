@@ -29,10 +29,10 @@ VOCAB, LAYERS, CHANNELS = 256, 12, 512
 TOKENS = 20
 
 
-def random_model() -> RWKV4:
+def random_model(layers: int = LAYERS, channels: int = CHANNELS) -> RWKV4:
     """At the official initialisation most matrices are zeros."""
     torch.manual_seed(0)
-    model = RWKV4(RWKV4Config(VOCAB, LAYERS, CHANNELS)).eval().requires_grad_(False)
+    model = RWKV4(RWKV4Config(VOCAB, layers, channels)).eval().requires_grad_(False)
     for parameter in model.parameters():
         parameter += 0.02 * torch.randn_like(parameter)
     return model
@@ -40,10 +40,14 @@ def random_model() -> RWKV4:
 
 def ours(weights: torch.dtype = torch.float32, batch: int = 1, place: int = 10) -> Call:
     """From the state after `place` tokens."""
-    model = random_model()
+    return writer(random_model(), weights, batch, place)
+
+
+def writer(model: RWKV4, weights: torch.dtype, batch: int = 1, place: int = 10) -> Call:
+    """Writes TOKENS tokens as rwkv-generate does, on the model's device."""
     matrices_to(model, weights)
     lay_together(model)
-    text = torch.randint(VOCAB, (batch, place))
+    text = torch.randint(VOCAB, (batch, place), device=model.emb.weight.device)
     logits, state = read(model, text)
 
     def call() -> None:

@@ -72,12 +72,12 @@ SPREAD, TRIES = 0.05, 5
 SECONDS_A_TURN = 0.2
 
 
-def random_tokens(setting: Setting) -> Tensor:
-    return torch.randint(VOCAB, (setting.rows, setting.steps + 1))
+def random_tokens(setting: Setting, device: str = "cpu") -> Tensor:
+    return torch.randint(VOCAB, (setting.rows, setting.steps + 1), device=device)
 
 
-def autocast(precision: str) -> AbstractContextManager[Any]:
-    return torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed")
+def autocast(precision: str, device: str = "cpu") -> AbstractContextManager[Any]:
+    return torch.autocast(device, torch.bfloat16, enabled=precision == "bf16-mixed")
 
 
 def our_module(setting: Setting) -> LitRWKV:
@@ -86,17 +86,22 @@ def our_module(setting: Setting) -> LitRWKV:
     return LitRWKV(RWKV4(RWKV4Config(VOCAB, setting.n_layer, setting.n_embd)))
 
 
-def our_step(setting: Setting, precision: str, full: bool = False, compiled: bool = False) -> Call:
-    """What LitRWKV and its optimizer do in one step; full: with gradient clipping and L2Wrap."""
-    module = our_module(setting)
+def our_step(setting: Setting, precision: str, full: bool = False, compiled: bool = False, device: str = "cpu") -> Call:
+    """What LitRWKV and its optimizer do in one step; full: with gradient clipping and L2Wrap.
+
+    On a GPU the step can be captured in a CUDA graph.
+    """
+    module = our_module(setting).to(device)
     if compiled:
         for block in module.model.blocks:
             block.compile(dynamic=False)
     optimizer = module.configure_optimizers()
-    tokens = random_tokens(setting)
+    for group in optimizer.param_groups:
+        group["capturable"] = device == "cuda"
+    tokens = random_tokens(setting, device)
 
     def step() -> None:
-        with autocast(precision):
+        with autocast(precision, device):
             if full:
                 loss = module.training_step(tokens, 0)["loss"]
             else:
@@ -126,14 +131,14 @@ def transformers_model(setting: Setting) -> Any:
     return transformers.RwkvForCausalLM(config).train()
 
 
-def transformers_step(setting: Setting, precision: str) -> Call:
+def transformers_step(setting: Setting, precision: str, device: str = "cpu") -> Call:
     """The same size and text through transformers' RwkvForCausalLM."""
-    model = transformers_model(setting)
+    model = transformers_model(setting).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-5, fused=True)
-    tokens = random_tokens(setting)
+    tokens = random_tokens(setting, device)
 
     def step() -> None:
-        with autocast(precision):
+        with autocast(precision, device):
             logits = model(tokens[:, :-1], use_cache=False).logits
             loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
         loss.backward()
@@ -166,6 +171,7 @@ def products(setting: Setting, precision: str) -> Call:
 PARTS = {
     "matrix products": r"::(mm|addmm|bmm|_linear_pointwise|linear)$|MmBackward|_Linear",
     "Adam": r"adam|Optimizer",
+    "gradient clipping": r"_foreach_norm|linalg_vector_norm|_foreach_mul",
     "WKV": r"wkv4",
     "squared ReLU": r"relu|addcmul",
     "cross-entropy": r"cross_?entropy|softmax|nll_loss|::max$|MaxBackward|logsumexp",
@@ -175,18 +181,28 @@ PARTS = {
 }
 
 
-def profile(setting: Setting, precision: str, full: bool = False, steps: int = 5) -> dict[str, Any]:
-    """Milliseconds a step of each part, by the CPU's time of its own, and the largest operators of the rest."""
-    step = our_step(setting, precision, full)
+def profile(
+    setting: Setting, precision: str, full: bool = False, steps: int = 5, device: str = "cpu"
+) -> dict[str, Any]:
+    """Milliseconds a step of each part, each operator's self time, and the largest operators of the rest.
+
+    On a GPU an operator's time is that of the kernels that it launched.
+    """
+    step = our_step(setting, precision, full, device=device)
     step()
     step()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+    activity = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[activity.CPU, *([activity.CUDA] if device == "cuda" else [])]) as profiler:
         for _ in range(steps):
             step()
+        if device == "cuda":
+            torch.cuda.synchronize()
     parts: Counter[str] = Counter()
     rest: Counter[str] = Counter()
     for event in profiler.events():
-        milliseconds = event.self_cpu_time_total / 1000 / steps
+        if event.device_type != torch.autograd.DeviceType.CPU:
+            continue  # a kernel itself, which its operator counts
+        milliseconds = (event.self_device_time_total if device == "cuda" else event.self_cpu_time_total) / 1000 / steps
         part = part_of(event)
         parts[part] += milliseconds
         if part == "rest":

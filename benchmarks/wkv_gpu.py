@@ -157,12 +157,7 @@ def main() -> None:
 
     copies = copy_bandwidth()
     bandwidth = max(copies.values())
-    about = common.machine() | {
-        "gpu": torch.cuda.get_device_name(),
-        "cuda": torch.version.cuda,
-        "multiprocessors": torch.cuda.get_device_properties(0).multi_processor_count,
-        "copy_bytes_per_second": copies,
-    }
+    about = common.machine() | common.gpu() | {"copy_bytes_per_second": copies}
     print(f"{about['gpu']}, CUDA {about['cuda']}")
     print("a copy moves " + ", ".join(f"{x / 1e12:.2f} TB/s ({name})" for name, x in copies.items()) + "\n")
     left_out = []

@@ -1,0 +1,239 @@
+"""Everything that a GPU can show, in one command of at most nine minutes: tests, speed, memory, peers, exact resume.
+
+    python -m benchmarks gpu [--parts step wkv] [--budget 540]
+    python -m benchmarks gpu --device cpu --tiny     tries the program where there is no GPU
+
+Prints a table and writes benchmarks/results/gpu_NAME.json, named by the GPU, anew after each run. Runs are ordered by
+value. Each has a process of its own and a time limit: one that fails, hangs, or lacks its tool or peer is a row that
+says so, and so is one for which no time is left.
+
+step, batch: rwkv-train itself, 12 x 512 on 1,024 tokens, batch 1 and 64, with and without compile=true; a bare step in
+a CUDA graph, and transformers' Rwkv. profile: a step by parts. The float32 products use TF32, rwkv-train's default.
+generate: greedy tokens a second. kernels: build, `pytest -m gpu`. resume: SIGTERM, then resume=, with
+trainer.deterministic=true: the same bits? wkv: the benchmark wkv_gpu. sanitizer: compute-sanitizer on small shapes.
+
+A machine with Python 3.12, torch 2.11 for CUDA 13, lightning and transformers, but no package index, lacks a few wheels
+(under 2 MB). Where there is an index, in this checkout:
+
+    pip download --no-deps --only-binary=:all: --python-version 3.12 -d wheels \\
+        hydra-core==1.3.8 omegaconf==2.3.1 platformdirs==4.14.8 fla-core==0.6.0
+    pip wheel --no-deps -w wheels antlr4-python3-runtime==4.9.3 .
+
+Then there, in a copy of this checkout with the folder wheels:
+
+    python3 -m pip install --no-index --no-deps --target site wheels/*.whl
+    PYTHONPATH=site python3 -m benchmarks gpu
+"""
+
+import contextlib
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import gpu_runs as runs
+from benchmarks.common import above_zero, arguments, begin, gpu, machine, save, table
+from benchmarks.gpu_runs import Finding, Scale, Unavailable
+
+BUDGET = 540.0
+LINES_OF_A_LOG = 30
+SECONDS_TO_END = 5.0  # of a process whose answer has come
+
+FLOAT32, MIXED = "float32", "bf16-mixed"
+COMPILED = partial(runs.training, compiled=True)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A row of the table: a measurement in a process of its own, ended after `seconds`.
+
+    not_tiny: left out at tiny sizes, because it is slow there and another run takes the same path.
+    """
+
+    part: str
+    name: str
+    measure: Callable[[Scale], Finding]
+    seconds: float
+    needs_gpu: bool = False
+    not_tiny: bool = False
+
+
+# The most valuable first.
+RUNS = (
+    Run("kernels", "build", runs.build, 90),
+    Run("step", "rwkv-train, float32", partial(runs.training, precision=FLOAT32), 60),
+    Run("step", "rwkv-train, bf16", partial(runs.training, precision=MIXED), 60),
+    Run("batch", "rwkv-train, bf16", partial(runs.training, precision=MIXED, large=True), 60),
+    Run("kernels", "pytest -m gpu", runs.gpu_tests, 150),
+    Run("resume", "SIGTERM, resume=", runs.resume, 90),
+    Run("wkv", "wkv_gpu", runs.operator, 90, needs_gpu=True),
+    Run("profile", "step, bf16", partial(runs.profile, precision=MIXED), 40),
+    Run("profile", "batch, bf16", partial(runs.profile, precision=MIXED, large=True), 40),
+    Run("step", "CUDA graph, float32", partial(runs.cuda_graph, precision=FLOAT32), 40, needs_gpu=True),
+    Run("step", "CUDA graph, bf16", partial(runs.cuda_graph, precision=MIXED), 40, needs_gpu=True),
+    Run("step", "transformers, float32", partial(runs.transformers, precision=FLOAT32), 40),
+    Run("step", "transformers, bf16", partial(runs.transformers, precision=MIXED), 40),
+    Run("batch", "transformers, bf16", partial(runs.transformers, precision=MIXED, large=True), 60),
+    Run("generate", "float32", partial(runs.generation, dtype=torch.float32), 30),
+    Run("generate", "bfloat16", partial(runs.generation, dtype=torch.bfloat16), 30),
+    Run("doctor", "rwkv-doctor", runs.rwkv_doctor, 40),
+    Run("sanitizer", "memcheck", partial(runs.sanitizer, tool="memcheck"), 90),
+    Run("sanitizer", "racecheck", partial(runs.sanitizer, tool="racecheck"), 90),
+    Run("step", "rwkv-train compile=true, bf16", partial(COMPILED, precision=MIXED), 90),
+    Run("step", "rwkv-train compile=true, float32", partial(COMPILED, precision=FLOAT32), 90, not_tiny=True),
+    Run("batch", "rwkv-train compile=true, bf16", partial(COMPILED, precision=MIXED, large=True), 90, not_tiny=True),
+)
+PARTS = tuple(dict.fromkeys(run.part for run in RUNS))
+
+# Each run is forked from a process that has imported everything once; none of these imports touches the GPU.
+CONTEXT = multiprocessing.get_context("forkserver")
+PRELOADED = [
+    "benchmarks.gpu",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.figure",
+    "rwkv_pl.cli.prepare",
+    "rwkv_pl.training.faults",
+    "rwkv_pl.training.progress",
+    "rwkv_pl.training.sample",
+    "torch.utils.tensorboard",
+]
+
+
+@dataclass
+class Row:
+    """status: ok, failed, timeout, unavailable (a tool, a peer or a GPU is missing) or skipped (no time is left).
+
+    log: the end of what it printed, unless it is ok.
+    """
+
+    part: str
+    name: str
+    status: str
+    summary: str
+    seconds: float
+    figures: dict[str, Any]
+    log: str = ""
+
+
+def measured(run: Run, scale: Scale, seconds: float) -> Row:
+    """The row of a run that may take so many seconds."""
+    if run.needs_gpu and scale.device != "cuda":
+        return Row(run.part, run.name, "unavailable", "needs a GPU", 0.0, {})
+    if run.not_tiny and scale.tiny:
+        return Row(run.part, run.name, "skipped", "not at tiny sizes", 0.0, {})
+    limit = min(run.seconds, seconds)
+    if limit <= 0:
+        return Row(run.part, run.name, "skipped", "no time is left", 0.0, {})
+    started = time.perf_counter()
+    with tempfile.NamedTemporaryFile() as log:
+        status, summary, figures = isolated(run.measure, scale, limit, Path(log.name))
+        end = Path(log.name).read_text(errors="replace").splitlines()[-LINES_OF_A_LOG:]
+    taken = time.perf_counter() - started
+    return Row(run.part, run.name, status, summary, taken, figures, "" if status == "ok" else "\n".join(end))
+
+
+def isolated(
+    measure: Callable[[Scale], Finding], scale: Scale, seconds: float, log: Path
+) -> tuple[str, str, dict[str, Any]]:
+    """Status, summary and figures of a measurement in a process of its own, which ends with all that it started."""
+    pipe, theirs = CONTEXT.Pipe()
+    process = CONTEXT.Process(target=_measure, args=(measure, scale, log, theirs))
+    process.start()
+    theirs.close()
+    try:
+        if not pipe.poll(seconds):
+            return "timeout", f"stopped at its limit of {seconds:.0f} s", {}
+        answer = pipe.recv()
+        process.join(SECONDS_TO_END)
+        return answer
+    except (EOFError, ConnectionResetError):
+        process.join()
+        return "failed", f"its process ended with exit code {process.exitcode}", {}
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid or 0, signal.SIGKILL)
+        process.kill()
+        process.join()
+
+
+def _measure(measure: Callable[[Scale], Finding], scale: Scale, log: Path, pipe: Any) -> None:
+    os.setsid()  # a process group, by which all that it starts can be ended
+    for stream in (1, 2):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), stream)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    try:
+        summary, figures = measure(scale)
+        answer: tuple[str, str, dict[str, Any]] = ("ok", summary, figures)
+    except Unavailable as why:
+        answer = ("unavailable", str(why), {})
+    except BaseException as error:  # the end of a command too: SystemExit
+        traceback.print_exc()
+        answer = ("failed", f"{type(error).__name__}: {error}".splitlines()[0], {})
+    pipe.send(answer)
+
+
+def times_transformers(rows: Sequence[Row]) -> dict[str, float]:
+    """How many times faster than transformers each step is, of the same batch and precision."""
+    seconds = {
+        (row.part, row.name): row.figures["seconds_a_step"]["median"] for row in rows if "seconds_a_step" in row.figures
+    }
+    found = {}
+    for (part, name), taken in seconds.items():
+        peer = seconds.get((part, f"transformers, {name.rpartition(', ')[2]}"))
+        if peer and not name.startswith("transformers"):
+            found[f"{part}: {name}"] = peer / taken
+    return found
+
+
+def main() -> None:
+    parser = arguments("gpu", __doc__, rounds=5, threads=min(8, os.cpu_count() or 1))
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to try the program (cuda)")
+    parser.add_argument("--tiny", action="store_true", help="tiny sizes, to try the program")
+    parser.add_argument(
+        "--budget", type=above_zero, default=BUDGET, help=f"seconds of all runs together ({BUDGET:.0f})"
+    )
+    options = parser.parse_args()
+    # By the driver's management library: a process that has initialised CUDA itself cannot be forked.
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.exit(2, "benchmarks gpu: torch finds no GPU; --device cpu --tiny tries the program\n")
+    started = time.perf_counter()
+    begin("everything that a GPU can show", options.threads)
+    about = machine() | (gpu() if options.device == "cuda" else {})
+    device = about.get("gpu", "CPU")
+    print(f"on: {device}\n")
+    CONTEXT.set_forkserver_preload(PRELOADED)
+    scale = Scale(options.device, options.tiny, options.rounds)
+    rows: list[Row] = []
+    for run in [run for run in RUNS if run.part in options.parts]:
+        row = measured(run, scale, options.budget - (time.perf_counter() - started))
+        rows.append(row)
+        print(f"{row.part:11}{row.name:35}{row.status:13}{row.seconds:4.0f} s  {row.summary}", flush=True)
+        save(
+            options.results,
+            f"gpu_{re.sub('[^a-z0-9]+', '_', device.lower())}",
+            f"everything that a GPU can show, on: {device}",
+            **{"machine": about},
+            scale=asdict(scale),
+            times_transformers=times_transformers(rows),
+            rows=[asdict(row) for row in rows],
+        )
+    if ratios := times_transformers(rows):
+        table(["", "x transformers"], [[name, f"{times:,.1f}"] for name, times in ratios.items()])
+    print(f"\n{time.perf_counter() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
