@@ -24,7 +24,9 @@ def of_all(options: list[str]) -> dict[str, list[str]]:
     """The options of each when all are run with `options`. Ends the process where they are wrong."""
     from benchmarks.common import arguments  # imports torch, which the list does without
 
-    results = arguments("all", "All but wkv_gpu, one after another, then the plot", None).parse_args(options).results
+    results = (
+        arguments("all", "All that run on a CPU, one after another, then the plot", None).parse_args(options).results
+    )
     return {name: [f"--results={results}"] if name == "plot" else options for name in NAMES}
 
 

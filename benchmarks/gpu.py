@@ -12,17 +12,18 @@ a CUDA graph, and transformers' Rwkv. profile: a step by parts. The float32 prod
 generate: greedy tokens a second. kernels: build, `pytest -m gpu`. resume: SIGTERM, then resume=, with
 trainer.deterministic=true: the same bits? wkv: the benchmark wkv_gpu. sanitizer: compute-sanitizer on small shapes.
 
-A machine with Python 3.12, torch 2.11 for CUDA 13, lightning and transformers, but no package index, lacks a few wheels
-(under 2 MB). Where there is an index, in this checkout:
+A bare machine has Python 3.12, torch 2.11 for CUDA 13, lightning, tokenizers, tensorboard, transformers, pytest and
+hypothesis, but no package index. What it lacks fits in 2 MB of wheels. Collect them where there is an index, in this
+checkout:
 
     pip download --no-deps --only-binary=:all: --python-version 3.12 -d wheels \\
         hydra-core==1.3.8 omegaconf==2.3.1 platformdirs==4.14.8 fla-core==0.6.0
     pip wheel --no-deps -w wheels antlr4-python3-runtime==4.9.3 .
 
-Then there, in a copy of this checkout with the folder wheels:
+Copy the checkout, wheels included, and run there (--no-deps, so that torch is never replaced):
 
     python3 -m pip install --no-index --no-deps --target site wheels/*.whl
-    PYTHONPATH=site python3 -m benchmarks gpu
+    PYTHONPATH=$PWD/site python3 -m benchmarks gpu
 """
 
 import contextlib
@@ -169,9 +170,9 @@ def isolated(
 
 def _measure(measure: Callable[[Scale], Finding], scale: Scale, log: Path, pipe: Any) -> None:
     os.setsid()  # a process group, by which all that it starts can be ended
+    sys.stdout = sys.stderr = output = log.open("a", buffering=1)
     for stream in (1, 2):
-        os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), stream)
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+        os.dup2(output.fileno(), stream)
     try:
         summary, figures = measure(scale)
         answer: tuple[str, str, dict[str, Any]] = ("ok", summary, figures)

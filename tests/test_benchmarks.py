@@ -237,6 +237,8 @@ def test_no_picture_of_nothing(tmp_path, capsys):
         ("plot --reslts x", "unrecognized arguments: --reslts x"),
         ("all --reslts x", "unrecognized arguments: --reslts x"),
         ("all --threads 0", "--threads: 0 is not"),
+        ("gpu --parts nosuch", "nosuch"),
+        ("gpu --budget 0", "--budget: 0 is not a number above 0"),
     ],
 )
 def test_wrong_options_are_refused(line, told, tmp_path, monkeypatch, capsys):
