@@ -1,26 +1,34 @@
-"""Everything that a GPU can show, in one command of at most nine minutes: tests, speed, memory, peers, exact resume.
+"""Measure a GPU in one command, within nine minutes: tests, speed, memory, peers, bit-exact resume.
 
     python -m benchmarks gpu [--parts step wkv] [--budget 540]
     python -m benchmarks gpu --device cpu --tiny     tries the program where there is no GPU
 
-Prints a table and writes benchmarks/results/gpu_NAME.json, named by the GPU, anew after each run. Runs are ordered by
-value. Each has a process of its own and a time limit: one that fails, hangs, or lacks its tool or peer is a row that
-says so, and so is one for which no time is left.
+Prints a table, and rewrites benchmarks/results/gpu_NAME.json (the GPU's name) after each run. The most valuable runs
+come first. Each run has a separate process and a time limit. A run that fails, times out, lacks its tool or peer, or
+finds no time left is a row with the reason.
 
-step, batch: rwkv-train itself, 12 x 512 on 1,024 tokens, batch 1 and 64, with and without compile=true; a bare step in
-a CUDA graph, and transformers' Rwkv. profile: a step by parts. The float32 products use TF32, rwkv-train's default.
-generate: greedy tokens a second. kernels: build, `pytest -m gpu`. resume: SIGTERM, then resume=, with
-trainer.deterministic=true: the same bits? wkv: the benchmark wkv_gpu. sanitizer: compute-sanitizer on small shapes.
+    kernels     the build, and `pytest -m gpu`
+    step        a training step of 12 x 512 on 1,024 tokens by rwkv-train, batch 1: time, peak memory, MFU; with
+                compile=true; a plain loop's step in a CUDA graph; transformers' Rwkv, eager
+    batch       the same at batch 64
+    resume      SIGTERM, then resume=, with trainer.deterministic=true: are the checkpoints bit-identical?
+    wkv         the benchmark wkv_gpu
+    profile     a step's time by parts, and how long the GPU is idle
+    generate    greedy tokens a second
+    doctor      rwkv-doctor
+    sanitizer   compute-sanitizer's memcheck and racecheck on small shapes
+
+In float32, matrix products use TF32, rwkv-train's default.
 
 A bare machine has Python 3.12, torch 2.11 for CUDA 13, lightning, tokenizers, tensorboard, transformers, pytest and
-hypothesis, but no package index. What it lacks fits in 2 MB of wheels. Collect them where there is an index, in this
-checkout:
+hypothesis, but no package index. The missing packages are 2 MB of wheels. Collect them in this checkout, on a machine
+with an index:
 
     pip download --no-deps --only-binary=:all: --python-version 3.12 -d wheels \\
         hydra-core==1.3.8 omegaconf==2.3.1 platformdirs==4.14.8 fla-core==0.6.0
     pip wheel --no-deps -w wheels antlr4-python3-runtime==4.9.3 .
 
-Copy the checkout, wheels included, and run there (--no-deps, so that torch is never replaced):
+Copy the checkout, wheels included, and run there (--no-deps never replaces torch):
 
     python3 -m pip install --no-index --no-deps --target site wheels/*.whl
     PYTHONPATH=$PWD/site python3 -m benchmarks gpu
@@ -49,7 +57,7 @@ from benchmarks.gpu_runs import Finding, Scale, Unavailable
 
 BUDGET = 540.0
 LINES_OF_A_LOG = 30
-SECONDS_TO_END = 5.0  # of a process whose answer has come
+SECONDS_TO_EXIT = 5.0  # for a process that has answered
 
 FLOAT32, MIXED = "float32", "bf16-mixed"
 COMPILED = partial(runs.training, compiled=True)
@@ -57,9 +65,9 @@ COMPILED = partial(runs.training, compiled=True)
 
 @dataclass(frozen=True)
 class Run:
-    """A row of the table: a measurement in a process of its own, ended after `seconds`.
+    """A measurement in a separate process, killed after `seconds`.
 
-    not_tiny: left out at tiny sizes, because it is slow there and another run takes the same path.
+    not_tiny: skipped at tiny sizes, because compiling is slow on a CPU and another run takes the same path.
     """
 
     part: str
@@ -85,7 +93,7 @@ RUNS = (
     Run("step", "CUDA graph, bf16", partial(runs.cuda_graph, precision=MIXED), 40, needs_gpu=True),
     Run("step", "transformers, float32", partial(runs.transformers, precision=FLOAT32), 40),
     Run("step", "transformers, bf16", partial(runs.transformers, precision=MIXED), 40),
-    Run("batch", "transformers, bf16", partial(runs.transformers, precision=MIXED, large=True), 60),
+    Run("batch", "transformers, bf16", partial(runs.transformers, precision=MIXED, large=True), 90),
     Run("generate", "float32", partial(runs.generation, dtype=torch.float32), 30),
     Run("generate", "bfloat16", partial(runs.generation, dtype=torch.bfloat16), 30),
     Run("doctor", "rwkv-doctor", runs.rwkv_doctor, 40),
@@ -97,7 +105,7 @@ RUNS = (
 )
 PARTS = tuple(dict.fromkeys(run.part for run in RUNS))
 
-# Each run is forked from a process that has imported everything once; none of these imports touches the GPU.
+# Each run is forked from a server that has these imports already. No import initialises CUDA.
 CONTEXT = multiprocessing.get_context("forkserver")
 PRELOADED = [
     "benchmarks.gpu",
@@ -113,9 +121,10 @@ PRELOADED = [
 
 @dataclass
 class Row:
-    """status: ok, failed, timeout, unavailable (a tool, a peer or a GPU is missing) or skipped (no time is left).
+    """A row of the table.
 
-    log: the end of what it printed, unless it is ok.
+    status: ok, failed, timeout, unavailable (a tool, a peer or the GPU is missing) or skipped.
+    log: the last lines of its output, unless the status is ok.
     """
 
     part: str
@@ -128,7 +137,7 @@ class Row:
 
 
 def measured(run: Run, scale: Scale, seconds: float) -> Row:
-    """The row of a run that may take so many seconds."""
+    """Executes a run. seconds: the time that is left for it, besides its own limit."""
     if run.needs_gpu and scale.device != "cuda":
         return Row(run.part, run.name, "unavailable", "needs a GPU", 0.0, {})
     if run.not_tiny and scale.tiny:
@@ -147,7 +156,7 @@ def measured(run: Run, scale: Scale, seconds: float) -> Row:
 def isolated(
     measure: Callable[[Scale], Finding], scale: Scale, seconds: float, log: Path
 ) -> tuple[str, str, dict[str, Any]]:
-    """Status, summary and figures of a measurement in a process of its own, which ends with all that it started."""
+    """Status, summary and figures of a measurement in a separate process. Kills the processes that it leaves."""
     pipe, theirs = CONTEXT.Pipe()
     process = CONTEXT.Process(target=_measure, args=(measure, scale, log, theirs))
     process.start()
@@ -156,7 +165,7 @@ def isolated(
         if not pipe.poll(seconds):
             return "timeout", f"stopped at its limit of {seconds:.0f} s", {}
         answer = pipe.recv()
-        process.join(SECONDS_TO_END)
+        process.join(SECONDS_TO_EXIT)
         return answer
     except (EOFError, ConnectionResetError):
         process.join()
@@ -169,7 +178,7 @@ def isolated(
 
 
 def _measure(measure: Callable[[Scale], Finding], scale: Scale, log: Path, pipe: Any) -> None:
-    os.setsid()  # a process group, by which all that it starts can be ended
+    os.setsid()  # a process group, to kill it together with its children
     sys.stdout = sys.stderr = output = log.open("a", buffering=1)
     for stream in (1, 2):
         os.dup2(output.fileno(), stream)
@@ -178,14 +187,14 @@ def _measure(measure: Callable[[Scale], Finding], scale: Scale, log: Path, pipe:
         answer: tuple[str, str, dict[str, Any]] = ("ok", summary, figures)
     except Unavailable as why:
         answer = ("unavailable", str(why), {})
-    except BaseException as error:  # the end of a command too: SystemExit
+    except BaseException as error:  # SystemExit too: commands end with it
         traceback.print_exc()
         answer = ("failed", f"{type(error).__name__}: {error}".splitlines()[0], {})
     pipe.send(answer)
 
 
 def times_transformers(rows: Sequence[Row]) -> dict[str, float]:
-    """How many times faster than transformers each step is, of the same batch and precision."""
+    """Each step's speed relative to transformers' at the same batch and precision."""
     seconds = {
         (row.part, row.name): row.figures["seconds_a_step"]["median"] for row in rows if "seconds_a_step" in row.figures
     }
@@ -200,32 +209,33 @@ def times_transformers(rows: Sequence[Row]) -> dict[str, float]:
 def main() -> None:
     parser = arguments("gpu", __doc__, rounds=5, threads=min(8, os.cpu_count() or 1))
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=", ".join(PARTS))
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to try the program (cuda)")
-    parser.add_argument("--tiny", action="store_true", help="tiny sizes, to try the program")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: try the program (cuda)")
+    parser.add_argument("--tiny", action="store_true", help="tiny sizes: try the program")
     parser.add_argument(
         "--budget", type=above_zero, default=BUDGET, help=f"seconds of all runs together ({BUDGET:.0f})"
     )
     options = parser.parse_args()
-    # By the driver's management library: a process that has initialised CUDA itself cannot be forked.
+    # Ask NVML instead of CUDA: a process that has initialised CUDA cannot be forked.
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.exit(2, "benchmarks gpu: torch finds no GPU; --device cpu --tiny tries the program\n")
     started = time.perf_counter()
-    begin("everything that a GPU can show", options.threads)
+    begin("GPU benchmark", options.threads)
     about = machine() | (gpu() if options.device == "cuda" else {})
     device = about.get("gpu", "CPU")
-    print(f"on: {device}\n")
+    print(f"device: {device}\n", flush=True)
     CONTEXT.set_forkserver_preload(PRELOADED)
     scale = Scale(options.device, options.tiny, options.rounds)
     rows: list[Row] = []
     for run in [run for run in RUNS if run.part in options.parts]:
         row = measured(run, scale, options.budget - (time.perf_counter() - started))
         rows.append(row)
-        print(f"{row.part:11}{row.name:35}{row.status:13}{row.seconds:4.0f} s  {row.summary}", flush=True)
+        head = f"{row.part:11}{row.name:35}{row.status:13}{row.seconds:4.0f} s  "
+        print(head + row.summary.replace("\n", "\n" + " " * len(head)), flush=True)
         save(
             options.results,
             f"gpu_{re.sub('[^a-z0-9]+', '_', device.lower())}",
-            f"everything that a GPU can show, on: {device}",
+            f"GPU benchmark: {device}",
             **{"machine": about},
             scale=asdict(scale),
             times_transformers=times_transformers(rows),

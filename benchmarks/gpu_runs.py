@@ -1,6 +1,6 @@
-"""What `python -m benchmarks gpu` measures: one function a measurement, each called in a process of its own.
+"""The measurements of `python -m benchmarks gpu`, one function each, called in separate processes.
 
-Each returns a Finding. A function raises Unavailable if a tool or a peer is missing; any other exception is a failure.
+They return a Finding, or raise Unavailable if a tool or a peer is missing. Any other exception is a failure.
 """
 
 import contextlib
@@ -52,7 +52,7 @@ class Finding(NamedTuple):
 
 @dataclass(frozen=True)
 class Scale:
-    """Where and how much: the classic 12 x 512 on 1,024 tokens, or tiny sizes that only show that all of it runs."""
+    """The device and the sizes: 12 x 512 on 1,024 tokens, or tiny ones to try the program. rounds: blocks of steps."""
 
     device: str
     tiny: bool
@@ -65,12 +65,12 @@ class Scale:
         return replace(train_step.SETTINGS["classic"], rows=LARGE_BATCH if large else 1)
 
     def steps(self, large: bool = False) -> int:
-        """Steps of a block."""
+        """The number of steps in a block."""
         return 2 if self.tiny else 4 if large else 20
 
 
 class Blocks:
-    """Times blocks of steps, the first of which is the warm-up, and keeps the peak of the GPU's memory."""
+    """Times blocks of steps; the first block is warm-up. Keeps the GPU's peak memory since it was made."""
 
     def __init__(self, device: str, steps: int) -> None:
         self._device, self._steps, self._count = device, steps, 0
@@ -78,6 +78,7 @@ class Blocks:
         self._memory: dict[str, float] = {}
         if device == "cuda":
             torch.cuda.init()
+            torch.cuda.empty_cache()  # rwkv-train has measured its peak FLOP/s with products of a gigabyte
             torch.cuda.reset_peak_memory_stats()
 
     def step_begins(self) -> None:
@@ -99,19 +100,19 @@ class Blocks:
         self.step_begins()
 
     def figures(self, tokens: int) -> dict[str, Any]:
-        """tokens: of one step."""
+        """tokens: their number in one step."""
         seconds = summary([(end - start) / self._steps for start, end in pairwise(self._starts[1:])])
         return {"seconds_a_step": seconds, "tokens_per_second": tokens / seconds["median"], **self._memory}
 
 
 def in_words(figures: dict[str, Any]) -> str:
-    """A step's figures in a line."""
-    told = f"{1e3 * figures['seconds_a_step']['median']:,.2f} ms, {figures['tokens_per_second']:,.0f} tokens/s"
+    """A step's figures in one line."""
+    line = f"{1e3 * figures['seconds_a_step']['median']:,.2f} ms, {figures['tokens_per_second']:,.0f} tokens/s"
     if "mfu" in figures:
-        told += f", MFU {figures['mfu']:.1%} of {in_units(figures['peak_flops_per_second'], 'FLOP/s')}"
+        line += f", MFU {figures['mfu']:.1%} of {in_units(figures['peak_flops_per_second'], 'FLOP/s')}"
     if "peak_bytes" in figures:
-        told += f", peak {in_units(figures['peak_bytes'])} ({in_units(figures['peak_reserved_bytes'])} reserved)"
-    return told
+        line += f", peak {in_units(figures['peak_bytes'])} ({in_units(figures['peak_reserved_bytes'])} reserved)"
+    return line
 
 
 # rwkv-train
@@ -127,7 +128,7 @@ def corpus() -> Iterator[Path]:
 
 
 def overrides(scale: Scale, setting: Setting, precision: str, steps: int, run: str = "run") -> list[str]:
-    """Of rwkv-train, in a folder with corpus.txt."""
+    """rwkv-train's overrides, for a folder with corpus.txt."""
     return [
         "data=text",
         "data.path=corpus.txt",
@@ -144,10 +145,10 @@ def overrides(scale: Scale, setting: Setting, precision: str, steps: int, run: s
 
 
 def training(scale: Scale, precision: str, large: bool = False, compiled: bool = False) -> Finding:
-    """rwkv-train in its steady state: the command itself, timed in the hook that Lightning calls before each batch."""
+    """rwkv-train in its steady state: the real command, timed in the hook that Lightning calls before each batch."""
     setting = scale.setting(large)
     if scale.tiny and compiled:
-        setting = replace(setting, n_layer=1)  # the first block has a graph of its own: half a minute on a CPU
+        setting = replace(setting, n_layer=1)  # the second block's graph differs: another half minute on a CPU
     steps = scale.steps(large) * (scale.rounds + 1)
     before_each = LitRWKV.on_train_batch_start
     blocks: Blocks | None = None
@@ -165,7 +166,7 @@ def training(scale: Scale, precision: str, large: bool = False, compiled: bool =
 
     LitRWKV.on_train_batch_start = on_train_batch_start
     with corpus() as folder:
-        # One step more, before which the last block ends.
+        # The last block ends before one more step.
         words = [*overrides(scale, setting, precision, steps + 1), f"compile={str(compiled).lower()}"]
         rwkv_train(folder, words)
         log = (folder / "run" / "train.log").read_text()
@@ -175,25 +176,25 @@ def training(scale: Scale, precision: str, large: bool = False, compiled: bool =
     assert blocks is not None
     figures = blocks.figures(setting.rows * setting.steps) | costs
     figures["mfu"] = figures["tokens_per_second"] * costs["flops_per_token"] / costs["peak_flops_per_second"]
-    told = in_words(figures)
+    line = in_words(figures)
     if "peak_bytes" in figures and not large:
-        told += f", goal {in_units(GOAL_BYTES)}: {'met' if figures['peak_bytes'] < GOAL_BYTES else 'missed'}"
-    return Finding(told, {"setting": str(setting), "goal_bytes": GOAL_BYTES} | figures)
+        line += f", goal {in_units(GOAL_BYTES)}: {'met' if figures['peak_bytes'] < GOAL_BYTES else 'missed'}"
+    return Finding(line, {"setting": str(setting), "goal_bytes": GOAL_BYTES} | figures)
 
 
 def rwkv_train(folder: Path, words: Sequence[str]) -> None:
-    """The command, in this process."""
+    """Runs the command in this process."""
     os.chdir(folder)
     sys.argv = ["rwkv-train", *words]
     train.main()
 
 
 def resume(scale: Scale) -> Finding:
-    """SIGTERM, then resume=: are weights and optimizer those of an uninterrupted run, bit for bit?"""
+    """Compares a run stopped by SIGTERM and resumed with an uninterrupted one: weights and optimizer, bit for bit."""
     steps, stop_after = 200, 20
 
     def start(*words: str) -> BaseProcess:
-        # Forked, so that it has its imports; this process has not used CUDA.
+        # Forked, to save the imports. This process has not initialised CUDA.
         process = multiprocessing.get_context("fork").Process(target=rwkv_train, args=(folder, words))
         process.start()
         return process
@@ -217,8 +218,8 @@ def resume(scale: Scale) -> Finding:
     figures = {"steps": steps, "stopped_after": done, "tensors": len(expected), "differing": differing}
     if differing or expected.keys() != found.keys():
         raise RuntimeError(f"{len(differing)} of {len(expected)} tensors differ, the first {differing[:1]}")
-    told = f"stopped after step {done}, resumed to {steps}: all {len(expected)} tensors of last.ckpt are bit-identical"
-    return Finding(told, figures | {"exact": True})
+    line = f"stopped after step {done}, resumed to {steps}: all {len(expected)} tensors of last.ckpt are bit-identical"
+    return Finding(line, figures | {"exact": True})
 
 
 def check_exit_code(process: BaseProcess, expected: int) -> None:
@@ -252,8 +253,9 @@ def use_tensor_cores() -> None:
 
 
 def cuda_graph(scale: Scale, precision: str, large: bool = False) -> Finding:
-    """Our step (gradient clipping and L2Wrap included) captured in a CUDA graph: the time without Python."""
+    """A plain loop's step (with gradient clipping and L2Wrap) captured in a CUDA graph: the time without Python."""
     use_tensor_cores()
+    # A replay allocates nothing, so the peak is that of the capture.
     setting, blocks = scale.setting(large), Blocks(scale.device, scale.steps(large))
     step = train_step.our_step(setting, precision, full=True, device=scale.device)
     torch.cuda.synchronize()
@@ -261,7 +263,7 @@ def cuda_graph(scale: Scale, precision: str, large: bool = False) -> Finding:
 
 
 def transformers(scale: Scale, precision: str, large: bool = False) -> Finding:
-    """transformers' Rwkv, eager: the loop over time in Python, not the CUDA kernel that it can download."""
+    """transformers' Rwkv, eager: its loop over time in Python, not the CUDA kernel that it can download."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     try:
         import transformers as _  # noqa: F401
@@ -274,7 +276,7 @@ def transformers(scale: Scale, precision: str, large: bool = False) -> Finding:
 
 
 def profile(scale: Scale, precision: str, large: bool = False) -> Finding:
-    """Where a step's time goes, by parts; on a GPU also the share of the time in which it waits for the CPU."""
+    """A step's time by parts; on a GPU also the share of the time in which the GPU is idle."""
     use_tensor_cores()
     setting, blocks = scale.setting(large), Blocks(scale.device, scale.steps(large))
     blocks.run(train_step.our_step(setting, precision, full=True, device=scale.device), scale.rounds)
@@ -284,16 +286,16 @@ def profile(scale: Scale, precision: str, large: bool = False) -> Finding:
     total = sum(parts.values())
     figures |= {"setting": str(setting), "wall_milliseconds": wall}
     figures["not_a_matrix_product"] = 1 - parts["matrix products"] / total
-    told = f"{figures['not_a_matrix_product']:.0%} is not a product: "
-    told += ", ".join(f"{part} {taken:.2f}" for part, taken in parts.items() if taken / total > 0.02) + " ms"
+    line = f"{figures['not_a_matrix_product']:.0%} is not a product: "
+    line += ", ".join(f"{part} {taken:.2f}" for part, taken in parts.items() if taken / total > 0.02) + " ms"
     if scale.device == "cuda":
         figures["idle"] = max(0.0, 1 - total / wall)
-        told += f"; the GPU is idle {figures['idle']:.0%} of {wall:.2f} ms"
-    return Finding(told, figures)
+        line += f"; the GPU is idle {figures['idle']:.0%} of {wall:.2f} ms"
+    return Finding(line, figures)
 
 
 def generation(scale: Scale, dtype: torch.dtype) -> Finding:
-    """Greedy tokens a second of one text."""
+    """Greedy tokens a second at batch 1."""
     setting = scale.setting()
     model = generate.random_model(setting.n_layer, setting.n_embd).to(scale.device)
     blocks = Blocks(scale.device, steps=1)
@@ -306,7 +308,7 @@ def generation(scale: Scale, dtype: torch.dtype) -> Finding:
 
 
 def build(scale: Scale) -> Finding:
-    """Builds the operators, or loads them if they were built before."""
+    """Builds the operators, or loads them from the cache."""
     started = time.perf_counter()
     if failure := _load(scale.device):
         raise RuntimeError(failure)
@@ -320,17 +322,17 @@ def gpu_tests(scale: Scale) -> Finding:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     print(done.stdout, done.stderr, sep="\n")
     figures = {name: int(count) for count, name in re.findall(r"(\d+) (passed|failed|skipped|error)", done.stdout)}
-    told = ", ".join(f"{count} {name}" for name, count in figures.items())
+    line = ", ".join(f"{count} {name}" for name, count in figures.items())
     if done.returncode:
         first = re.search(r"^(FAILED|ERROR) .*", done.stdout, re.MULTILINE)
-        raise RuntimeError(f"{told or f'exit code {done.returncode}'}; {first[0] if first else done.stderr[-200:]}")
+        raise RuntimeError(f"{line or f'exit code {done.returncode}'}; {first[0] if first else done.stderr[-200:]}")
     if not figures.get("passed"):
-        raise Unavailable(f"{told}: needs a GPU")
-    return Finding(told, figures)
+        raise Unavailable(f"{line}: needs a GPU")
+    return Finding(line, figures)
 
 
 def rwkv_doctor(scale: Scale) -> Finding:
-    """Its exit code, and the lines on which kernel runs."""
+    """rwkv-doctor's exit code and its verdict on each device."""
     done = subprocess.run([sys.executable, "-m", doctor.__name__], cwd=ROOT, capture_output=True, text=True)
     print(done.stdout, done.stderr, sep="\n")
     verdicts = [line for line in done.stdout.splitlines() if re.match("(cpu|cuda): ", line)]
@@ -340,7 +342,7 @@ def rwkv_doctor(scale: Scale) -> Finding:
 
 
 def sanitizer(scale: Scale, tool: str) -> Finding:
-    """compute-sanitizer over every kernel at small shapes: memcheck for bad addresses, racecheck for data races."""
+    """Runs every kernel at small shapes under compute-sanitizer's memcheck or racecheck."""
     path = shutil.which("compute-sanitizer", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin"]))
     if path is None:
         raise Unavailable("compute-sanitizer is not on PATH")
@@ -348,7 +350,9 @@ def sanitizer(scale: Scale, tool: str) -> Finding:
         raise Unavailable("needs a GPU")
     code = "from benchmarks.gpu_runs import every_kernel; every_kernel()"
     command = [path, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    # torch's cached blocks would hide an access past the end of a tensor.
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     print(done.stdout, done.stderr, sep="\n")
     lines = [line.removeprefix("=========").strip() for line in done.stdout.splitlines()]
     verdict = next((line for line in reversed(lines) if "SUMMARY" in line or "Error" in line), "no summary")
@@ -358,11 +362,11 @@ def sanitizer(scale: Scale, tool: str) -> Finding:
 
 
 def every_kernel() -> None:
-    """Each way through time, forward and backward, by the operators alone: no kernels of torch's between them."""
+    """Runs each WKV-4 kernel forward and backward. Inputs come from the CPU, so that no torch kernel runs."""
     if failure := _load("cuda"):
         raise RuntimeError(failure)
     for dtype in (torch.float32, torch.bfloat16):
-        for B, T, C in ((1, 1, 1), (2, 70, 33), (1, 300, 16)):
+        for B, T, C in ((1, 1, 1), (2, 70, 33), (1, 1100, 16)):
             arguments, grad = inputs(B, T, C, dtype)
             on_gpu = [x.cuda() for x in (*arguments, grad)]
             for tile in wkv_gpu.TILES:
@@ -372,18 +376,20 @@ def every_kernel() -> None:
 
 
 def operator(scale: Scale) -> Finding:
-    """`python -m benchmarks wkv_gpu`: all shapes, next to its peers."""
+    """`python -m benchmarks wkv_gpu`: a line for each shape."""
     with tempfile.TemporaryDirectory() as folder:
         sys.argv = ["benchmarks wkv_gpu", f"--results={folder}"]
         wkv_gpu.main()
         figures = json.loads(Path(folder, "wkv_gpu.json").read_text())
-    return Finding(operator_in_words(figures["rows"][0], figures["left_out"]), figures)
+    lines = [*map(operator_in_words, figures["rows"]), *(f"left out: {reason}" for reason in figures["left_out"])]
+    return Finding("\n".join(lines), figures)
 
 
-def operator_in_words(row: dict[str, Any], left_out: Sequence[str]) -> str:
+def operator_in_words(row: dict[str, Any]) -> str:
+    """Times of a shape, and the share of a copy's bandwidth, in one line."""
     times = row["microseconds"]
-    told = [f"{name} {taken:,.1f} us" for name, taken in times.items() if name not in ("forward", "backward")]
+    line = [f"{name} {taken:,.1f} us" for name, taken in times.items() if name not in ("forward", "backward")]
     share = ", ".join(f"{name} {part:.0%}" for name, part in row["bandwidth"].items())
     B, T, C = row["shape"]
-    missing = "".join(f"; left out: {why}" for why in left_out)
-    return f"B{B} T{T:,} C{C}: {', '.join(told)}; of a copy's bandwidth: {share}{missing}"
+    dtype = row["dtype"].removeprefix("torch.")
+    return f"B{B} T{T:,} C{C} {dtype}: {', '.join(line)}; share of a copy's bandwidth: {share}"

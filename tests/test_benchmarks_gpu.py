@@ -1,4 +1,4 @@
-"""`python -m benchmarks gpu`, without a GPU: its rows, and what becomes of a run that fails, hangs or dies."""
+"""`python -m benchmarks gpu` without a GPU: how it reports runs that succeed, fail, hang or die."""
 
 import json
 import multiprocessing
@@ -21,7 +21,7 @@ TINY = Scale("cpu", tiny=True, rounds=1)
 
 @pytest.fixture(autouse=True)
 def forked(monkeypatch):
-    """Fake runs are forked from this process: they use no torch, and so need no server that has imported it."""
+    """Fake runs use no torch, so they can be forked from this process, without waiting for the server's imports."""
     monkeypatch.setattr(gpu, "CONTEXT", multiprocessing.get_context("fork"))
     monkeypatch.setattr(gpu.CONTEXT, "set_forkserver_preload", lambda names: None)
 
@@ -47,7 +47,7 @@ def end_as_a_command(scale):
     sys.exit(3)
 
 
-def test_a_run_that_succeeds_is_a_row():
+def test_successful_run_is_a_row_with_its_figures():
     row = measured(Run("part", "name", succeed, 10), TINY, 10)
     assert (row.part, row.name, row.status, row.summary) == ("part", "name", "ok", "done")
     assert row.figures == {"device": "cpu"} and not row.log
@@ -62,14 +62,14 @@ def test_a_run_that_succeeds_is_a_row():
         (lack_a_tool, "unavailable", "nvcc is not on PATH"),
     ],
 )
-def test_a_run_that_cannot_be_measured_is_a_row_that_says_why(measure, status, summary):
+def test_failed_run_is_a_row_with_the_reason(measure, status, summary):
     row = measured(Run("part", "name", measure, 10), TINY, 10)
     assert (row.status, row.summary, row.figures) == (status, summary, {})
     if measure is fail:
         assert "about to fail" in row.log and "ValueError" in row.log
 
 
-def test_a_run_at_its_limit_is_stopped_with_all_that_it_started(tmp_path):
+def test_timeout_kills_a_run_and_its_children(tmp_path):
     path = tmp_path / "process"
 
     def hang(scale):
@@ -85,7 +85,7 @@ def test_a_run_at_its_limit_is_stopped_with_all_that_it_started(tmp_path):
     assert not state.exists() or state.read_text().split()[2] == "Z"
 
 
-def test_a_run_without_its_gpu_or_its_time_is_not_started(tmp_path):
+def test_run_without_a_gpu_or_time_left_is_not_started(tmp_path):
     def touch(scale):
         (tmp_path / "started").touch()
 
@@ -99,7 +99,7 @@ def test_a_run_without_its_gpu_or_its_time_is_not_started(tmp_path):
     assert not (tmp_path / "started").exists()
 
 
-def test_the_budget_holds_for_all_runs_together_and_each_is_written_at_once(tmp_path, monkeypatch, capsys):
+def test_budget_limits_all_runs_and_results_are_written_after_each(tmp_path, monkeypatch, capsys):
     written = []
     saved = gpu.save
 
@@ -129,7 +129,7 @@ def test_the_budget_holds_for_all_runs_together_and_each_is_written_at_once(tmp_
     assert all(row["summary"] in printed for row in rows)
 
 
-def test_without_a_gpu_one_line_says_what_to_do(monkeypatch, capsys):
+def test_missing_gpu_gives_one_line_error(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     monkeypatch.setattr(sys, "argv", ["benchmarks gpu"])
@@ -140,7 +140,7 @@ def test_without_a_gpu_one_line_says_what_to_do(monkeypatch, capsys):
     assert line.endswith("torch finds no GPU; --device cpu --tiny tries the program")
 
 
-def test_steps_are_compared_with_transformers_of_the_same_batch_and_precision():
+def test_ratio_to_transformers_at_the_same_batch_and_precision():
     def row(part, name, median):
         return Row(part, name, "ok", "", 1.0, {"seconds_a_step": {"median": median}})
 
@@ -155,7 +155,7 @@ def test_steps_are_compared_with_transformers_of_the_same_batch_and_precision():
     assert times_transformers(rows) == {"step: rwkv-train, float32": 4.0, "step: rwkv-train, bf16": 12.0}
 
 
-def test_the_first_block_of_steps_is_not_timed():
+def test_warm_up_block_is_not_timed():
     blocks, count = Blocks("cpu", steps=3), 0
 
     def step():
@@ -171,7 +171,7 @@ def test_the_first_block_of_steps_is_not_timed():
 
 
 @pytest.mark.slow
-def test_all_of_it_at_tiny_sizes_on_a_cpu(tmp_path):
+def test_all_parts_at_tiny_sizes_on_a_cpu(tmp_path):
     command = [sys.executable, "-m", "benchmarks", "gpu", "--device=cpu", "--tiny", "--rounds=2", "--threads=1"]
     done = subprocess.run([*command, f"--results={tmp_path}"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
