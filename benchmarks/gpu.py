@@ -223,7 +223,9 @@ def main() -> None:
     begin("GPU benchmark", options.threads)
     about = machine() | (gpu() if options.device == "cuda" else {})
     device = about.get("gpu", "CPU")
-    print(f"device: {device}\n", flush=True)
+    print(f"device: {device}\n")
+    print(f"{'part':11}{'run':35}{'status':13}{'time':>6}  result", flush=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of `finally`, which kills the current run
     CONTEXT.set_forkserver_preload(PRELOADED)
     scale = Scale(options.device, options.tiny, options.rounds)
     rows: list[Row] = []

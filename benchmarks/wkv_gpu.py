@@ -104,16 +104,19 @@ def autograd(operator: Callable[..., tuple[Tensor, Any]], arguments: list[Tensor
 
 
 def flash_linear_attention() -> Callable[..., tuple[Tensor, Tensor]] | str:
-    try:
-        from fla.ops.rwkv4 import fused_recurrent_rwkv4  # type: ignore[import-not-found]
-    except Exception as error:
-        return f"fla-core cannot be imported: {error}"
+    """The peer's operator, tried once; or one line that says why it cannot be used."""
 
     def operator(time_decay: Tensor, time_first: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        from fla.ops.rwkv4 import fused_recurrent_rwkv4  # type: ignore[import-not-found]
+
         state = key.new_zeros(key.shape[0], 3, 1, key.shape[2])
         state[:, 2] = -1e38
         return fused_recurrent_rwkv4(time_decay, time_first, key, value, state)
 
+    try:
+        autograd(operator, *inputs(1, 2, 32, torch.float32, "cuda"))()
+    except Exception as error:  # Triton compiles it with tools that can be missing
+        return f"fla-core cannot be used: {error}".splitlines()[0]
     return operator
 
 

@@ -47,6 +47,12 @@ def end_as_a_command(scale):
     sys.exit(3)
 
 
+def is_gone(pid):
+    """Has the process ended? A zombie has."""
+    state = Path("/proc", pid, "stat")
+    return not state.exists() or state.read_text().split()[2] == "Z"
+
+
 def test_successful_run_is_a_row_with_its_figures():
     row = measured(Run("part", "name", succeed, 10), TINY, 10)
     assert (row.part, row.name, row.status, row.summary) == ("part", "name", "ok", "done")
@@ -81,8 +87,7 @@ def test_timeout_kills_a_run_and_its_children(tmp_path):
     row = measured(Run("part", "name", hang, 1.0), TINY, 100)
     assert (row.status, row.summary) == ("timeout", "stopped at its limit of 1 s")
     assert time.monotonic() - started < 10
-    state = Path("/proc", path.read_text(), "stat")
-    assert not state.exists() or state.read_text().split()[2] == "Z"
+    assert is_gone(path.read_text())
 
 
 def test_run_without_a_gpu_or_time_left_is_not_started(tmp_path):
@@ -111,13 +116,14 @@ def test_budget_limits_all_runs_and_results_are_written_after_each(tmp_path, mon
     runs = [Run("kernels", "first", succeed, 9), Run("step", "left out", die, 9)]
     runs += [Run("kernels", "second", lambda scale: time.sleep(60), 9), Run("kernels", "third", succeed, 9)]
     monkeypatch.setattr(gpu, "RUNS", runs)
-    monkeypatch.delenv("PYTORCH_NVML_BASED_CUDA_CHECK", raising=False)
+    monkeypatch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     options = ["--device", "cpu", "--tiny", "--budget", "1.5", "--parts", "kernels", "--threads", "1"]
     monkeypatch.setattr(sys, "argv", ["benchmarks gpu", *options, f"--results={tmp_path}"])
-    threads = torch.get_num_threads()
+    threads, handler = torch.get_num_threads(), signal.getsignal(signal.SIGTERM)
     gpu.main()
     torch.set_num_threads(threads)
+    signal.signal(signal.SIGTERM, handler)
     rows = json.loads((tmp_path / "gpu_cpu.json").read_text())["rows"]
     assert [(row["name"], row["status"]) for row in rows] == [
         ("first", "ok"),
@@ -127,6 +133,26 @@ def test_budget_limits_all_runs_and_results_are_written_after_each(tmp_path, mon
     assert written == [1, 2, 3]
     printed = capsys.readouterr().out
     assert all(row["summary"] in printed for row in rows)
+
+
+def test_sigterm_kills_the_current_run(tmp_path, monkeypatch):
+    def hang(scale):
+        (tmp_path / "process").write_text(str(os.getpid()))
+        time.sleep(60)
+
+    monkeypatch.setattr(gpu, "RUNS", [Run("kernels", "hang", hang, 60)])
+    monkeypatch.setattr(gpu, "PARTS", ("kernels",))
+    monkeypatch.setattr(sys, "argv", ["benchmarks gpu", "--device=cpu", f"--results={tmp_path}"])
+    process = gpu.CONTEXT.Process(target=gpu.main)
+    process.start()
+    end = time.monotonic() + 30
+    while not ((path := tmp_path / "process").exists() and path.read_text()):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    process.terminate()
+    process.join(20)
+    assert process.exitcode == 143
+    assert is_gone(path.read_text())
 
 
 def test_missing_gpu_gives_one_line_error(monkeypatch, capsys):
