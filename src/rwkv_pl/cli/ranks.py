@@ -64,14 +64,11 @@ def launched_by_lightning() -> bool:
 @contextmanager
 def leading(folder: Path) -> Iterator[None]:
     """Lets the processes that Lightning starts inside know that they are of this run."""
-    before = os.environ.get(RUN_FOLDER)
     os.environ[RUN_FOLDER] = str(folder)
     try:
         yield
     finally:
-        os.environ.pop(RUN_FOLDER)
-        if before is not None:
-            os.environ[RUN_FOLDER] = before
+        os.environ.pop(RUN_FOLDER, None)
 
 
 def hydra_part() -> list[str]:
