@@ -1,6 +1,10 @@
-"""Tests that run beside each other (pytest -n 2) take one thread each: two that wait for each other's threads crawl."""
+"""Tests that run beside each other (pytest -n 2) take one thread each: two that wait for each other's threads crawl.
+
+Alone, they wait with a short spin, as the commands do.
+"""
 
 import os
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")

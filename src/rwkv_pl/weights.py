@@ -334,7 +334,8 @@ def check_about(about: dict[str, Any], path: Path) -> None:
             "install a newer one"
         )
     kinds = {"model": str, "config": dict, "vocabulary": dict | None, "finished": str | None}
-    optional = {name: kind for name, kind in {"past": dict, "skipped": int, "accumulate": int}.items() if name in about}
+    later = {"past": dict, "skipped": int, "accumulate": int, "precision": str}
+    optional = {name: kind for name, kind in later.items() if name in about}
     if not all(isinstance(about.get(name, ...), kind) for name, kind in (kinds | optional).items()):
         raise DamagedError(f"{path} is not a whole checkpoint: it does not say what it holds")
     if about["model"] not in VERSIONS:

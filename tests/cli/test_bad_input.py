@@ -52,7 +52,7 @@ CASES = {
     "tf32=0.5": "tf32 must be true or false, got 0.5",
     "loss_chunk_len=0": "loss_chunk_len must be at least 1, got 0",
     "loss_chunk_len=half": "loss_chunk_len: Value 'half'",
-    "trainer.precision=16-mixed": "trainer.precision=16-mixed is of GPUs: on a CPU give trainer.precision=bf16-mixed",
+    "trainer.precision=16-mixed": "trainer.precision=16-mixed needs a GPU; use trainer.precision=auto on a CPU",
     "trainer.precision=16-true": "trainer.precision=16-true is not offered",
     "callbacks.last.dirpath=elsewhere": "callbacks.last.dirpath must be checkpoints",
     "callbacks.best.dirpath=/elsewhere": "callbacks.best.dirpath must be checkpoints",

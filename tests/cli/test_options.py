@@ -1,5 +1,6 @@
 """What makes a run faster or smaller changes nothing else about it."""
 
+import os
 from dataclasses import replace
 
 import pytest
@@ -7,7 +8,8 @@ import torch
 from command import SMALL
 from test_train import checkpoint
 
-from rwkv_pl.cli.prepare import choose_precision
+from rwkv_pl.cli import app, prepare
+from rwkv_pl.cli.prepare import choose_accelerator, choose_products
 from rwkv_pl.config import Train
 
 TRAINED = (*SMALL, "optim.lr=1e-2", "model.dropout=0.1", "trainer.accumulate_grad_batches=3")
@@ -56,9 +58,83 @@ def test_tensor_cores_serve_float32_on_a_gpu_alone(monkeypatch):
     set_to = []
     monkeypatch.setattr(torch, "set_float32_matmul_precision", set_to.append)
     config = Train(trainer={"precision": "32-true"})
-    choose_precision(config, torch.device("cpu"))
+    choose_products(config, torch.device("cpu"))
     assert set_to == []
-    choose_precision(config, torch.device("cuda"))
-    choose_precision(replace(config, tf32=False), torch.device("cuda"))
+    choose_products(config, torch.device("cuda"))
+    choose_products(replace(config, tf32=False), torch.device("cuda"))
     assert set_to == ["high", "highest"]
-    choose_precision(replace(config, trainer={"precision": "16-mixed"}), torch.device("cuda"))
+    choose_products(replace(config, trainer={"precision": "16-mixed"}), torch.device("cuda"))
+
+
+@pytest.fixture
+def bf16_speed(monkeypatch):
+    """bf16_speed(2.0): products in bfloat16 are as fast as that, compared with float32."""
+
+    def be(speedup: float) -> None:
+        rates = {torch.float32: 1.0, torch.bfloat16: speedup}
+        monkeypatch.setattr(prepare, "product_rates", lambda *_: rates)
+
+    return be
+
+
+@pytest.mark.parametrize(
+    ("speedup", "chosen", "words"),
+    [
+        (2.0, "bf16-mixed", "bf16 products are 2.0 times as fast as in float32 on this CPU (trainer.precision=auto)"),
+        (0.05, "32-true", "bf16 products are 20 times slower than in float32 on this CPU (trainer.precision=auto)"),
+    ],
+)
+def test_the_faster_precision_is_chosen_once_and_kept(train, tmp_path, bf16_speed, speedup, chosen, words):
+    bf16_speed(speedup)
+    result = train(*SMALL, "trainer.precision=auto", "trainer.max_steps=2", "hydra.run.dir=run")
+    assert result.code == 0 and f"precision {chosen}: {words}" in result.out, result.err
+    assert checkpoint(tmp_path / "run")["rwkv_pl"]["precision"] == chosen
+    bf16_speed(1 / speedup)  # another machine
+    result = train("resume=run", "trainer.max_steps=4")
+    assert result.code == 0 and "auto" not in result.out, result.err
+    assert checkpoint(tmp_path / "run")["rwkv_pl"]["precision"] == chosen
+    assert ("32-true would be faster" in result.out) == (chosen == "bf16-mixed")
+    result = train("resume=run", "trainer.max_steps=6", "trainer.precision=64-true")
+    assert result.code == 0, result.err
+    assert checkpoint(tmp_path / "run")["rwkv_pl"]["precision"] == "64-true"
+
+
+def test_a_typed_precision_that_is_slower_says_so(train, bf16_speed):
+    bf16_speed(0.1)
+    result = train(*SMALL, "trainer.precision=bf16-mixed", "trainer.max_steps=1")
+    words = (
+        "precision bf16-mixed: bf16 products are 10 times slower than in float32 on this CPU; 32-true would be faster"
+    )
+    assert result.code == 0 and words in result.out
+    bf16_speed(1.5)
+    result = train(*SMALL, "trainer.precision=bf16-mixed", "trainer.max_steps=1")
+    assert result.code == 0 and "precision " not in result.out
+
+
+def test_an_accelerator_that_is_untested_is_not_chosen(monkeypatch):
+    """Lightning's auto would be a Mac's MPS."""
+    for there, chosen in ((False, "cpu"), (True, "cuda")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        config = Train(trainer={"accelerator": "auto"})
+        choose_accelerator(config)
+        assert config.trainer["accelerator"] == chosen
+    config = Train(trainer={"accelerator": "mps"})
+    choose_accelerator(config)
+    assert config.trainer["accelerator"] == "mps"
+
+
+def test_threads_do_not_spin_for_long_unless_the_user_says_so(monkeypatch):
+    """The commands set it before torch is loaded, which reads it then."""
+    seen = []
+    main = app.told_in_one_line(lambda: seen.append(os.environ.get("GOMP_SPINCOUNT")))
+    for variable, value, expected in (("OMP_WAIT_POLICY", "ACTIVE", None), ("GOMP_SPINCOUNT", "7", "7")):
+        with monkeypatch.context() as patch:
+            patch.delenv("GOMP_SPINCOUNT", raising=False)
+            patch.setenv(variable, value)
+            main()
+        assert seen.pop() == expected
+    monkeypatch.setenv("GOMP_SPINCOUNT", "restored later")
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    main()
+    assert seen == ["3000"]

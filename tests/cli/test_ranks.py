@@ -187,19 +187,29 @@ def test_a_worker_that_torchrun_restarts_is_refused(train, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("variables", "told"),
+    ("variables", "words"),
     [
         ({"WORLD_SIZE": "2", "RANK": "1"}, "WORLD_SIZE=2 needs MASTER_ADDR and MASTER_PORT too"),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two, which is not a whole number"),
         ({"LOCAL_RANK": "1"}, "a rank above 0 but no WORLD_SIZE above 1"),
     ],
 )
-def test_an_environment_that_makes_no_sense(train, tmp_path, monkeypatch, variables, told):
+def test_an_environment_that_makes_no_sense(train, tmp_path, monkeypatch, variables, words):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     result = train(*SMALL)
-    assert (result.code, result.err.count("\n"), told in result.err) == (2, 1, True), result.err
+    assert (result.code, result.err.count("\n"), words in result.err) == (2, 1, True), result.err
     assert not (tmp_path / "outputs").exists()
+
+
+def test_processes_that_lightning_starts_do_not_decide_again(monkeypatch):
+    """They could measure something else than their parent has."""
+    assert ranks.first_decides("speed", lambda: "2.5") == "2.5"
+    with ranks.leading():
+        monkeypatch.setenv("LOCAL_RANK", "1")
+        assert ranks.first_decides("speed", lambda: "0.9") == "2.5"
+        monkeypatch.delenv("LOCAL_RANK")
+    assert not ranks.launched_by_lightning() and ranks.ANSWERS not in os.environ
 
 
 @pytest.fixture

@@ -52,6 +52,8 @@ def main() -> None:
     console().print(table)
 
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    for device in devices:
+        print(_products(device))
     verdicts = [_tried(device) for device in devices]
     sys.exit(0 if all(verdicts) else 1)
 
@@ -139,6 +141,20 @@ def _tried(device: str) -> bool:
         f"{compiled:.2f} ms where the scan takes {scan:.0f} (1 x 1,024 x 512, forward and backward)"
     )
     return True
+
+
+def _products(device: str) -> str:
+    """How fast matrix products are in either precision, in a line."""
+    import torch
+
+    from rwkv_pl.training.footprint import in_units
+    from rwkv_pl.training.precision import in_words, product_rates
+
+    rates = product_rates(torch.device(device), tokens=1024, n_embd=512)
+    float32, bf16 = rates[torch.float32], rates[torch.bfloat16]
+    a_thread = " a thread" if device == "cpu" else ""
+    speeds = f"{in_units(float32, 'FLOP/s')} in float32 and {in_units(bf16, 'FLOP/s')} in bf16{a_thread}"
+    return f"{device}: matrix products make {speeds}: in bf16-mixed they are {in_words(bf16 / float32)} in 32-true"
 
 
 def _results(device: str, steps: int, dtype: str = "float32", channels: int = 512) -> list[Any]:

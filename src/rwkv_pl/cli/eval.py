@@ -231,10 +231,12 @@ def scored_bytes(file: "TokenFile", split: str, vocabulary: "Vocabulary") -> int
 def _device(accelerator: str) -> "torch.device":
     import torch
 
+    if accelerator == "auto":
+        accelerator = "cuda" if torch.cuda.is_available() else "cpu"
     there = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if accelerator == "cpu" or (accelerator == "auto" and there is None):
+    if accelerator == "cpu":
         return torch.device("cpu")
-    if there is None or accelerator not in ("auto", "gpu", there.type):
+    if there is None or accelerator not in ("gpu", there.type):
         raise UserError(
             f"accelerator={accelerator} is not there: torch finds {there.type if there else 'the CPU alone'}"
         )

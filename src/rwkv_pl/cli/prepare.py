@@ -27,7 +27,7 @@ from lightning.pytorch.profilers import AdvancedProfiler, PassThroughProfiler, P
 from torch import nn
 
 from rwkv_pl.cli.app import load_target, one_line
-from rwkv_pl.cli.ranks import check_world_size
+from rwkv_pl.cli.ranks import check_world_size, first_decides
 from rwkv_pl.config import Data, Train, UserError
 from rwkv_pl.data.datamodule import (
     BinidxDataModule,
@@ -45,6 +45,7 @@ from rwkv_pl.training.compiled import compile_blocks
 from rwkv_pl.training.footprint import Footprint, accumulation_that_fits, footprint, free_memory, in_units
 from rwkv_pl.training.module import LitRWKV
 from rwkv_pl.training.optim import check_schedule
+from rwkv_pl.training.precision import in_words, product_rates
 from rwkv_pl.training.resume import agree, owes_validation, read_own, try_on
 from rwkv_pl.weights import Weights, read_weights
 
@@ -178,11 +179,13 @@ def prepare(config: Train, cwd: Path, resume_from: Path | None) -> Prepared:
     optimizer = module.configure_optimizers()
     if content and resume_from:
         try_on(content, module, optimizer, resume_from)
+    choose_accelerator(config)
+    comparison = choose_precision(config, content["rwkv_pl"].get("precision") if content else None)
     with tempfile.TemporaryDirectory() as nowhere:
         callbacks, loggers = build_callbacks(config, Path(nowhere)), build_loggers(config, Path(nowhere), None)
         trial = build_trainer(config, Path(nowhere), max_steps, callbacks, loggers)
     device = trial.strategy.root_device
-    choose_precision(config, device)
+    choose_products(config, device)
     choose_kernel(config.kernel, device)
     module.model.activation_checkpointing = config.activation_checkpointing
     cost = footprint(trial.precision_plugin.convert_module(module.to(device)), trial.precision_plugin)
@@ -201,6 +204,9 @@ def prepare(config: Train, cwd: Path, resume_from: Path | None) -> Prepared:
     except MemoryError as error:
         raise UserError(f"data.batch_size={config.data.batch_size}: one batch does not fit in the memory") from error
     remarks = [f"weights {loaded.path}:\n        {loaded}"] if loaded else []
+    if device.type not in ("cpu", "cuda"):
+        remarks.append(f"device  {device.type} is untested: nothing of rwkv_pl has run there")
+    remarks += [comparison] if comparison else []
     if found:
         remarks.append(f"batch   of {config.data.batch_size} as {found} micro-batches: accumulate_grad_batches=auto")
     if config.compile:
@@ -247,10 +253,44 @@ def build_model(config: Train, vocab_size: int, loaded: Weights | None) -> nn.Mo
     return model
 
 
-def choose_precision(config: Train, device: torch.device) -> None:
+def choose_accelerator(config: Train) -> None:
+    """`auto` is a CUDA GPU if there is one, else the CPU: Lightning's would also be a device that is untested here."""
+    if config.trainer["accelerator"] == "auto":
+        config.trainer["accelerator"] = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def choose_precision(config: Train, kept: str | None) -> str | None:
+    """`auto` is bf16-mixed if that is faster on the device, else 32-true. Returns a line for the user, or None.
+
+    kept: what a run that goes on has had so far, which `auto` keeps.
+    """
+    trainer = config.trainer
+    asked = trainer["precision"]
+    if asked == "auto" and kept:
+        asked = trainer["precision"] = kept
+    on_gpu = trainer["accelerator"] in ("cuda", "gpu") and torch.cuda.is_available()
+    if asked != "auto" and (on_gpu or not str(asked).startswith("bf16")):
+        return None
+    device = torch.device("cuda" if on_gpu else "cpu")
+    choose_products(config, device)
+    tokens = config.data.batch_size * config.data.ctx_len
+
+    def measure() -> str:
+        rates = product_rates(device, tokens, config.model.n_embd)
+        return repr(rates[torch.bfloat16] / rates[torch.float32])
+
+    speedup = float(first_decides("bf16_speedup", measure))
+    comparison = f"bf16 products are {in_words(speedup)} in float32 on this {device.type.upper()}"
+    if asked == "auto":
+        trainer["precision"] = "bf16-mixed" if speedup > 1 else "32-true"
+        return f"precision {trainer['precision']}: {comparison} (trainer.precision=auto)"
+    return f"precision {asked}: {comparison}; 32-true would be faster" if speedup < 1 else None
+
+
+def choose_products(config: Train, device: torch.device) -> None:
     """Of float32's products on a GPU. Raises UserError for a trainer.precision that the device does not have."""
     if device.type == "cpu" and str(config.trainer["precision"]) in ("16-mixed", "16"):
-        raise UserError("trainer.precision=16-mixed is of GPUs: on a CPU give trainer.precision=bf16-mixed")
+        raise UserError("trainer.precision=16-mixed needs a GPU; use trainer.precision=auto on a CPU")
     if device.type == "cuda":
         # Elsewhere it would round as well: on a CPU to bfloat16 or tf32, by oneDNN.
         torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
@@ -460,7 +500,7 @@ def _quiet() -> None:
         ".*recommended to use .*sync_dist=True.*",
         ".*callbacks used to create the checkpoint need to be provided.*",
         ".*is supported for historical reasons.*",  # trainer.precision=16
-        ".*AMP with fp16 is not supported on CPU.*",  # which choose_precision refuses
+        ".*AMP with fp16 is not supported on CPU.*",  # which choose_products refuses
     ):
         warnings.filterwarnings("ignore", message=message)
     # TensorBoard's thread: what the disk refused is raised again at its next figure.

@@ -5,6 +5,7 @@ of these begins like an ordinary command, and has to share the run folder that r
 """
 
 import functools
+import json
 import os
 import signal
 import socket
@@ -14,7 +15,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from rwkv_pl.cli.app import BAD_INPUT, one_line, print_error
@@ -23,8 +23,9 @@ from rwkv_pl.config import RunError, UserError
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-# In the environment of the processes that Lightning starts: the run folder, which their parent has taken.
-RUN_FOLDER = "RWKV_PL_RUN_FOLDER"
+# In the environment of the processes that Lightning starts: what their parent has decided, the run folder among it.
+ANSWERS = "RWKV_PL_ANSWERS"
+_answers: dict[str, str] = {}
 
 # Seconds that a process waits for another one.
 PATIENCE = 120.0
@@ -57,18 +58,22 @@ def is_first_process() -> bool:
 
 
 def launched_by_lightning() -> bool:
-    """Whether another process of this run has started this one, and has taken the folder."""
-    return RUN_FOLDER in os.environ and os.environ.get("LOCAL_RANK", "0") != "0"
+    """Whether another process of this run has started this one, and has decided everything."""
+    return ANSWERS in os.environ and os.environ.get("LOCAL_RANK", "0") != "0"
 
 
 @contextmanager
-def leading(folder: Path) -> Iterator[None]:
-    """Lets the processes that Lightning starts inside know that they are of this run."""
-    os.environ[RUN_FOLDER] = str(folder)
+def leading() -> Iterator[None]:
+    """The processes that Lightning starts inside know that they are of this run, and what this process has decided."""
+    if launched_by_lightning():
+        yield
+        return
+    os.environ[ANSWERS] = json.dumps(_answers)
     try:
         yield
     finally:
-        os.environ.pop(RUN_FOLDER, None)
+        os.environ.pop(ANSWERS, None)
+        _answers.clear()
 
 
 def hydra_part() -> list[str]:
@@ -115,22 +120,26 @@ def _number(name: str, default: int) -> int:
 
 
 def first_decides(question: str, decide: Callable[[], str]) -> str:
-    """What `decide` returns in rank 0, which alone calls it; in a run of one process, simply what it returns.
+    """What `decide` returns in the run's first process, which alone calls it.
 
     A UserError of rank 0 ends all ranks with exit code 2, and rank 0 prints it. Raises RunError in a rank that waits
     too long for another.
     """
+    if launched_by_lightning():
+        return str(json.loads(os.environ[ANSWERS])[question])
     group = current_group()
     if group is None:
-        return decide()
+        _answers[question] = decide()
+        return _answers[question]
     if group.rank > 0:
         answer = _answer(group, question)
         if answer == REFUSED:
             _store(group).add(f"{question}/heard", 1)
             _exit_refused()
+        _answers[question] = answer
         return answer
     try:
-        answer = decide()
+        answer = _answers[question] = decide()
     except UserError as error:
         print_error(error)
         _store(group).set(question, REFUSED)

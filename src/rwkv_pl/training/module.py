@@ -260,6 +260,7 @@ class LitRWKV(LightningModule):
             "finished": self.finished(),
             "skipped": self.skipped,
             "accumulate": self.trainer.accumulate_grad_batches,
+            "precision": self.trainer.precision,
         }
         self._rewind(checkpoint)
 

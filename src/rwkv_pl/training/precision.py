@@ -1,0 +1,69 @@
+"""Whether bfloat16 pays on this device, measured: most laptops have no instructions for it.
+
+Without them a product takes up to hundreds of times as long, and no flag says so reliably: oneDNN also reports support
+on processors that only emulate it.
+"""
+
+import time
+
+import torch
+from torch import Tensor
+
+from rwkv_pl.ops.linear import gradient_of_input, gradient_of_weight, product
+
+# A small product that is slower than this decides: one of a large model's size would take many seconds.
+HOPELESS = 0.25
+SMALL_TOKENS, SMALL_EMBD = 64, 128
+MOST_TOKENS = 1024
+CALLS = 3
+
+
+def product_rates(device: torch.device, tokens: int, n_embd: int) -> dict[torch.dtype, float]:
+    """Floating-point operations a second of a product with its two gradients, in float32 and in bfloat16.
+
+    On a CPU those of one thread. The product is the channel mixing's first, (tokens, n_embd) by (n_embd, 4 n_embd).
+    Takes some milliseconds, or a second with a large model.
+    """
+    small = _rates(device, SMALL_TOKENS, min(n_embd, SMALL_EMBD))
+    if small[torch.bfloat16] < HOPELESS * small[torch.float32]:
+        return small
+    return _rates(device, min(tokens, MOST_TOKENS), n_embd)
+
+
+@torch.no_grad()
+def _rates(device: torch.device, tokens: int, n_embd: int) -> dict[torch.dtype, float]:
+    numbers = torch.Generator(device).manual_seed(0)
+    shapes = (tokens, n_embd), (4 * n_embd, n_embd), (tokens, 4 * n_embd)
+    float32 = [torch.randn(shape, device=device, generator=numbers) for shape in shapes]
+    factors = {torch.float32: float32, torch.bfloat16: [x.bfloat16() for x in float32]}
+    best = dict.fromkeys(factors, float("inf"))
+    threads = torch.get_num_threads()
+    # One thread's own CPU time: other work on the cores does not lengthen it.
+    torch.set_num_threads(1)
+    try:
+        for call in range(CALLS + 1):
+            for dtype, (x, weight, gradient) in factors.items():
+                seconds = _seconds(x, weight, gradient)
+                if call:  # the first one prepares
+                    best[dtype] = min(best[dtype], seconds)
+    finally:
+        torch.set_num_threads(threads)
+    return {dtype: 3 * 2 * tokens * n_embd * 4 * n_embd / seconds for dtype, seconds in best.items()}
+
+
+def _seconds(x: Tensor, weight: Tensor, gradient: Tensor) -> float:
+    if x.is_cuda:
+        torch.cuda.synchronize()
+    clock = time.perf_counter if x.is_cuda else time.thread_time
+    started = clock()
+    product(x, weight)
+    gradient_of_input(gradient, weight)
+    gradient_of_weight(gradient, x)
+    if x.is_cuda:
+        torch.cuda.synchronize()
+    return clock() - started
+
+
+def in_words(speedup: float) -> str:
+    """As in "2.1 times as fast as", or "15 times slower than"."""
+    return f"{speedup:.1f} times as fast as" if speedup >= 1 else f"{1 / speedup:.2g} times slower than"
