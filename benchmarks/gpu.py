@@ -207,7 +207,8 @@ def times_transformers(rows: Sequence[Row]) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = arguments("gpu", __doc__, rounds=5, threads=min(8, os.cpu_count() or 1))
+    tiny = "--tiny" in sys.argv
+    parser = arguments("gpu", __doc__, rounds=2 if tiny else 5, threads=1 if tiny else min(8, os.cpu_count() or 1))
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: try the program (cuda)")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes: try the program")

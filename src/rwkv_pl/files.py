@@ -35,7 +35,7 @@ def publish(path: Path) -> Iterator[IO[bytes]]:
     raw = None
     try:
         partial.unlink(missing_ok=True)
-        raw = _Remembering(partial, "xb")  # never through a link that lies there under this name
+        raw = _Remembering(partial, "xb")  # never through a link of this name
         with io.BufferedWriter(raw) as file:
             yield file
             file.flush()
@@ -158,9 +158,12 @@ def made_for_success(folder: Path) -> Iterator[None]:
         raise
 
 
-def leads_out(text: str, folder: Path) -> bool:
-    """Whether a setting, read as a path below the folder or as a URI, names a place on this machine outside of it."""
-    if "://" in text:
+def leads_out(text: str, folder: Path, key: str = "") -> bool:
+    """Whether a setting, read as a path below the folder or as a URI, names a place on this machine outside of it.
+
+    key: its dotted name. MLflow's places count from the current folder, not from the run's.
+    """
+    if "://" in text or text.startswith("file:") or key.endswith(("_uri", "_location")):
         return not text.startswith(("http://", "https://"))
     try:
         return not (folder / text).resolve().is_relative_to(folder.resolve())
@@ -171,17 +174,17 @@ def leads_out(text: str, folder: Path) -> bool:
 def require_own_files(folder: Path) -> None:
     """Raises UserError for a link that leads out of the folder, and for pipes and devices.
 
-    A stranger's run could else have its log or its checkpoints written over any file of the user's.
+    Through a link in a stranger's run, its log or its checkpoints would overwrite any file of the user's.
     """
     root = folder.resolve()
     for place, folders, names in os.walk(folder):
         for path in (Path(place, name) for name in (*folders, *names)):
-            if path.is_symlink() and not path.resolve().is_relative_to(root):
+            # wandb links to its log in the user's cache, and never writes through the link.
+            own_log = "wandb" in path.relative_to(folder).parts[:-1] and path.suffix == ".log"
+            if path.is_symlink() and not own_log and not path.resolve().is_relative_to(root):
                 raise UserError(f"{path} leads out of {folder}: replace the link by what it leads to")
             if path.exists() and not path.is_file() and not path.is_dir():
                 raise UserError(f"{path} is neither a file nor a folder: remove it")
-        if "wandb" in folders:
-            folders.remove("wandb")  # which links to a log in the user's cache
 
 
 @contextlib.contextmanager

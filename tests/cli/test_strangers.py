@@ -79,7 +79,7 @@ class Payload:
 
 @pytest.mark.slow
 def test_submitits_workers_and_the_pickles_that_they_exchange(hostile, tmp_path):
-    """A result that lies there before the worker has started is not this job's: submitit would load it."""
+    """submitit would load a result that a stranger has left for the job."""
     import pickle
 
     sweep = write_sweep(tmp_path / "sweep", hostile)
@@ -167,20 +167,39 @@ def test_a_study_tries_no_setting_but_those_of_its_search(train, tmp_path, evil)
 
 
 @pytest.mark.parametrize(
-    ("task", "own", "told"),
+    "task",
     [
-        (["callbacks.best.dirpath=/tmp/elsewhere"], [], "which leads out of the sweep's folder"),
-        (["logger.tensorboard.name=a,../../x"], [], "which leads out of the sweep's folder"),
-        (["callbacks.best={dirpath: ../../x}"], [], "which leads out of the sweep's folder"),
+        "callbacks.best.filename=../../../elsewhere",
+        "logger.tensorboard.save_dir='{elsewhere}',x",
+        "logger.tensorboard.save_dir=${{oc.env:NONE_OF_THESE,{elsewhere}}}",
+        "callbacks.best={{dirpath:{elsewhere}}}",
+        "logger=mlflow logger.mlflow.tracking_uri=mlruns",
+    ],
+)
+def test_a_resumed_sweeps_jobs_write_into_their_folders(tmp_path, task):
+    """Whatever the setting is made of, it is the resolved one that counts."""
+    elsewhere = tmp_path / "elsewhere"
+    (tmp_path / "corpus.txt").write_bytes(TEXT)
+    sweep = write_sweep(tmp_path / "sweep", tmp_path, task.format(elsewhere=elsewhere).split())
+    before = {path.name for path in tmp_path.iterdir()}
+    done = go_on(sweep)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "leads out of" in (sweep / "0" / "error.txt").read_text()
+    assert {path.name for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("task", "own", "words"),
+    [
         ([], ["hydra.sweeper.params={logger.tensorboard.save_dir: '/tmp/elsewhere'}"], "Could not override"),
         ([], ["hydra.sweeper.params={hydra.callbacks: '{}'}"], "Could not override"),
         (["experiment@hydra.callbacks=quickstart"], [], "leave out the @"),
     ],
 )
-def test_a_sweeps_jobs_write_into_its_folder(train, tmp_path, task, own, told):
+def test_hydras_own_settings_are_not_those_of_a_stored_sweep(train, tmp_path, task, own, words):
     sweep = write_sweep(tmp_path / "sweep", tmp_path, task, own)
     result = train("-m", "resume=sweep")
-    assert (result.code, result.err.count("\n"), told in result.err) == (2, 1, True), result.err
+    assert (result.code, result.err.count("\n"), words in result.err) == (2, 1, True), result.err
     assert [path.name for path in sweep.iterdir()] == ["multirun.yaml"]
 
 
@@ -239,11 +258,14 @@ def test_a_job_that_is_a_link_and_a_result_that_is_a_pipe(train, tmp_path):
         ("logger.tensorboard.name", "../../x"),
         ("callbacks.best.filename", "../../x"),
         ("logger.tensorboard.version", "sqlite:////{outside}"),
+        ("logger.tensorboard.version", "file:{outside}"),
+        ("callbacks.best.dirpath", ["{outside}"]),
     ],
 )
 def test_a_stored_runs_callbacks_and_loggers_write_into_its_folder(train, tmp_path, run, key, value):
     outside = tmp_path / "outside"
-    value = value.format(outside=outside)
+    text = "".join(value).format(outside=outside)
+    value = text if isinstance(value, str) else [text]
     config = run / ".hydra" / "config.yaml"
     stored = yaml.safe_load(config.read_text())
     group, name, argument = key.split(".")
@@ -251,7 +273,7 @@ def test_a_stored_runs_callbacks_and_loggers_write_into_its_folder(train, tmp_pa
     config.write_text(yaml.safe_dump(stored))
     result = train("resume=run", "trainer.max_steps=6")
     assert (result.code, result.err.count("\n")) == (2, 1), result.err
-    assert f"{key}={value} leads out of {run}: type it again" in result.err
+    assert f"{key}={text} leads out of {run}: type it again" in result.err
     if argument == "save_dir":
         assert train("resume=run", "trainer.max_steps=6", f"{key}={value}").code == 0
         assert list(outside.iterdir())
@@ -268,17 +290,37 @@ def test_no_file_is_written_through_a_link(tmp_path):
     assert (tmp_path / "sweep.csv").read_text() == "new\n" and not (tmp_path / "sweep.csv").is_symlink()
 
 
+def test_the_latest_run_is_looked_for_without_touching_what_its_links_lead_to(train, tmp_path, run):
+    """Taking a run's folder removes what a killed process was writing there."""
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "precious.partial").touch()
+    (run / "checkpoints").rename(run / "aside")
+    (run / "checkpoints").symlink_to(tmp_path / "outside")
+    (tmp_path / "outputs").mkdir()
+    run.rename(tmp_path / "outputs" / "run")
+    result = train("resume=latest")
+    assert (result.code, "leads out of" in result.err) == (2, True), result.err
+    assert (tmp_path / "outside" / "precious.partial").exists()
+
+
+def test_quoted_names_of_files_are_names():
+    (chosen,) = app.parse_overrides(["schedule='cosine','constant'"], sweep=True)
+    assert chosen.is_sweep_override()
+    with pytest.raises(UserError, match="takes the name of a file"):
+        app.parse_overrides(["schedule='../x','constant'"], sweep=True)
+
+
 def test_wandbs_own_link_to_its_log_is_none_of_a_strangers(tmp_path):
     (tmp_path / "wandb" / "logs").mkdir(parents=True)
     (tmp_path / "wandb" / "logs" / "debug-core.log").symlink_to("/nowhere/else")
     require_own_files(tmp_path)
-    (tmp_path / "wandb").rename(tmp_path / "other")
+    (tmp_path / "wandb" / "logs" / "other.txt").symlink_to("/nowhere/else")
     with pytest.raises(UserError, match="leads out"):
         require_own_files(tmp_path)
 
 
 def test_a_checkpoint_names_no_files_of_another_folder(tmp_path):
-    """Those that ModelCheckpoint would delete as its worse ones."""
+    """Files that ModelCheckpoint would delete as its worse ones."""
     models = {str(tmp_path / "run" / "a.ckpt"): torch.tensor(1.0), str(tmp_path / "precious"): torch.tensor(2.0)}
     state = {"dirpath": str(tmp_path / "run"), "best_k_models": models}
     torch.save({"callbacks": {"ModelCheckpoint": state, "other": None}}, tmp_path / "last.ckpt")

@@ -1,7 +1,7 @@
 """A second derivative is right or it raises, for every operator, under every kernel and with both matrix products.
 
 The reference is the plain recurrence in float64. `torch.autograd.grad` with inputs is the call that matters: it visits
-only the nodes between the loss and those inputs, so it never sees a refusal that stands anywhere else.
+only the nodes between the loss and those inputs, so it never sees a refusal outside of them.
 """
 
 import re

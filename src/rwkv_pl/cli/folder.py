@@ -99,7 +99,7 @@ def locked(folder: Path) -> Iterator[None]:
         with suppress(OSError):  # who it is, is a courtesy; Windows lets nobody write in a locked file
             path.write_text(f"process {os.getpid()} on {platform.node()}")
         for place in (folder, folder / ".hydra", folder / "checkpoints"):
-            for left in place.glob("*" + PARTIAL):
+            for left in place.glob("*" + PARTIAL) if place == folder or not place.is_symlink() else ():
                 left.unlink()
         yield
     finally:

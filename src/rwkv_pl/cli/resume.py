@@ -1,7 +1,7 @@
 """What a resumed run is told: its stored config, the changes of earlier resumes, then those given now."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, cast
@@ -112,21 +112,33 @@ class StoredRun:
                     f"{key}={new} contradicts the past of {self.folder}, which has {key}={old}: start a new run for it"
                 )
         checked = check(config, later, self.config_dir)
-        self._require_own_places(checked, set(values))
+        require_own_places(checked, self.folder, set(values))
         return checked, entry
-
-    def _require_own_places(self, config: Train, typed: set[str]) -> None:
-        """Raises UserError if a callback or logger would write outside of the run's folder and that is not typed."""
-        for group in ("callbacks", "logger"):
-            for key, value in leaves(getattr(config, group), f"{group}.").items():
-                if key not in typed and isinstance(value, str) and leads_out(value, self.folder):
-                    raise UserError(f"{key}={value} leads out of {self.folder}: type it again if you trust this run")
 
     def keep(self, entry: dict[str, Any]) -> None:
         """Appends what this resume changed to .hydra/resumes.yaml; the first start's files stay as they are."""
         self.resumes.append({"time": time.strftime("%Y-%m-%d %H:%M:%S"), **entry})
         with publish(self.folder / ".hydra" / "resumes.yaml") as file:
             file.write(yaml.safe_dump(self.resumes, sort_keys=False).encode())
+
+
+def require_own_places(config: Train, folder: Path, typed: Collection[str] = ()) -> None:
+    """Raises UserError if a callback or logger would write outside of the run's folder and that is not typed now."""
+
+    def strings(value: Any, key: str) -> Iterator[tuple[str, str]]:
+        if isinstance(value, str):
+            yield key, value
+        elif isinstance(value, dict):
+            for name, inner in value.items():
+                yield from strings(inner, f"{key}.{name}")
+        elif isinstance(value, list):
+            for inner in value:
+                yield from strings(inner, key)
+
+    for group in ("callbacks", "logger"):
+        for key, text in strings(getattr(config, group), group):
+            if key not in typed and not key.endswith("._target_") and leads_out(text, folder, key):
+                raise UserError(f"{key}={text} leads out of {folder}: type it again if you trust this run")
 
 
 def leaves(config: Any, prefix: str = "") -> dict[str, Any]:

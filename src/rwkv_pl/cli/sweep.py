@@ -34,15 +34,17 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rwkv_pl.cli import app
 from rwkv_pl.cli.folder import DONE, begun, in_use, locked, read_result, take_folder, write_result
-from rwkv_pl.cli.resume import leaves
 from rwkv_pl.config import RunError, UserError
 from rwkv_pl.data.sources import is_there
-from rwkv_pl.files import leads_out, publish, require_own_files
+from rwkv_pl.files import publish, require_own_files
 
 MULTIRUN = "multirun.yaml"
 
 # In the environment of a job: what it would show of its text is left to its folder.
 OF_A_SWEEP = "RWKV_PL_OF_A_SWEEP"
+
+# In the environment of a resumed sweep's jobs: their settings come from its folder, and are not trusted.
+RESUMED = "RWKV_PL_RESUMED_SWEEP"
 
 # Hydra's own part of a stored sweep that is used again: not what could start a stranger's program.
 STORED = ("hydra/sweeper", "hydra.sweeper.", "hydra.sweep.subdir", "hydra.launcher.jobs=")
@@ -113,22 +115,13 @@ def go_on(sweep: Path, later: list[Override], config_dir: str | None) -> None:
     if any(o.key_or_group == "hydra/launcher" for o in later):
         own = [text for text in own if not text.startswith("hydra.launcher.")]
     given = [str(o.input_line) for o in later]
-    composed = app.compose([*own, *given], config_dir).hydra
-    for override in with_params(composed.sweeper.get("params") or {}, told):
-        _require_own_places(override, sweep)
+    launcher = app.compose([*own, *given], config_dir).hydra.launcher
     where = ["--config-dir", config_dir] if config_dir else []
-    _run(sweep, ["-m", *where, *own, *given, *told], composed.launcher)
-
-
-def _require_own_places(override: Override, sweep: Path) -> None:
-    """Raises UserError for a stored setting of the jobs that belongs to Hydra, or would have them write elsewhere."""
-    key, value = override.key_or_group, override.value()
-    if override.is_hydra_override():
-        raise UserError(f"{sweep / MULTIRUN} sets {key} for its jobs: only the settings of a run can be swept")
-    if key.startswith(("callbacks.", "logger.")):
-        for text in getattr(value, "list", [value]):
-            if any(isinstance(each, str) and leads_out(each, sweep) for each in leaves({key: text}).values()):
-                raise UserError(f"{sweep / MULTIRUN} has {override.input_line}, which leads out of the sweep's folder")
+    os.environ[RESUMED] = "1"
+    try:
+        _run(sweep, ["-m", *where, *own, *given, *told], launcher)
+    finally:
+        del os.environ[RESUMED]
 
 
 def _run(sweep: Path, argv: Sequence[str], launcher: DictConfig) -> None:

@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from rwkv_pl.cli import app, ranks, sweep
 from rwkv_pl.cli.folder import latest_run, locked, recorded, take_folder, write_result
 from rwkv_pl.cli.ranks import is_first_process
-from rwkv_pl.cli.resume import StoredRun
+from rwkv_pl.cli.resume import StoredRun, require_own_places
 from rwkv_pl.config import DamagedError, Train, UserError
 from rwkv_pl.files import located, publish, require_own_files
 
@@ -74,6 +74,8 @@ def _run_folder(resume: Any) -> Path:
 def _start(argv: Sequence[str], overrides: list[Override], config_dir: str | None) -> None:
     composed = app.compose([str(o.input_line) for o in overrides], config_dir)
     config = app.check(composed, overrides, config_dir)
+    if sweep.RESUMED in os.environ:
+        require_own_places(config, Path(composed.hydra.run.dir))
     prepared = _prepare(config, Path.cwd())
     with contextlib.ExitStack() as lock:
 
@@ -86,11 +88,9 @@ def _start(argv: Sequence[str], overrides: list[Override], config_dir: str | Non
             lock.enter_context(locked(folder))
             return str(folder)
 
-        folder = Path(
-            os.environ[ranks.RUN_FOLDER] if ranks.launched_by_lightning() else ranks.first_decides("folder", take)
-        )
+        folder = Path(ranks.first_decides("folder", take))
         started = [*argv, f"hydra.run.dir={app.quoted(folder)}", *ranks.hydra_part()]
-        with recorded(folder), located(folder), ranks.leading(folder):
+        with recorded(folder), located(folder), ranks.leading():
             app.hand_over(lambda _: _run(prepared, folder), started)
 
 
@@ -119,7 +119,7 @@ def _resume(folder: Path, later: list[Override]) -> None:
         prepared.remarks += [f"changed {key} falls away" for key in entry["remove"]]
         hydra_part = [str(o.input_line) for o in later if o.key_or_group.startswith("hydra")]
         argv = [*hydra_part, f"hydra.run.dir={app.quoted(folder)}", "hydra.output_subdir=null", *ranks.hydra_part()]
-        with recorded(folder), ranks.leading(folder):
+        with recorded(folder), ranks.leading():
             app.hand_over(lambda _: _run(prepared, folder, resumed=True), argv)
 
 
