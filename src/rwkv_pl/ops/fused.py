@@ -70,7 +70,7 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _NoSecondDerivative(torch.autograd.Function):
-    """Passes on its first `count` tensors; whoever differentiates them in any of its tensors gets a RuntimeError."""
+    """Passes on its first `count` tensors. To differentiate these in any of its tensors raises RuntimeError."""
 
     @staticmethod
     def forward(ctx: Any, name: str, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:

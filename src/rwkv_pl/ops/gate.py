@@ -25,8 +25,8 @@ def gated_product(receptance: Tensor, x: Tensor, linear: Linear) -> Tensor:
 
     On the CPU, in float32 or bfloat16, what the product reads is not kept for the backward pass, but made again there.
     """
-    fits = receptance.shape == x.shape and is_itself(linear, Linear) and not autocast_casts(x)
-    if fits and fused_serves(x, receptance, io=True):
+    fits = receptance.shape == x.shape and is_itself(linear, Linear)
+    if fits and fused_serves(x, receptance, io=True) and not autocast_casts(x):
         return _GatedProduct.apply(receptance, x, linear.weight)
     return linear(torch.sigmoid(receptance) * x)
 

@@ -15,8 +15,8 @@ def squared_relu_product(x: Tensor, linear: Linear) -> Tensor:
     On the CPU, in float32 or bfloat16, the square is written over x, which is then no longer to be read: it is all that
     the backward pass needs, whose gradient 2 max(x, 0) is twice its root.
     """
-    fits = is_itself(linear, Linear) and not autocast_casts(x) and _may_be_written(x)
-    if fits and fused_serves(x, io=True):
+    fits = fused_serves(x, io=True) and not autocast_casts(x)
+    if fits and is_itself(linear, Linear) and _may_be_written(x):
         return _SquaredReLUProduct.apply(x, linear.weight)[0]
     return linear(torch.relu(x).square())
 
