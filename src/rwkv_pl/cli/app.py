@@ -3,7 +3,6 @@
 Only Hydra and the standard library are imported here, so that a mistake is told before anything heavy is loaded.
 """
 
-import argparse
 import contextlib
 import os
 import re
@@ -12,22 +11,22 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from importlib import resources
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import hydra
 import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_module
-from hydra._internal.utils import get_args_parser
+from hydra import version as hydra_version
+from hydra._internal.utils import _run_hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Glob, Override
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from rwkv_pl.cli.arguments import HydraParser, completed_by_our_parser
 from rwkv_pl.config import (
     GROUPS,
     TARGET_MODULES,
@@ -147,31 +146,6 @@ def one_line(error: BaseException | str) -> str:
     return " ".join(str(error).split())
 
 
-def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """Hydra's own command line. Raises UserError for a flag that it does not have, or that is not used here."""
-    parser = get_args_parser()
-    for action in parser._actions:
-        if action.dest == "version":
-            action.version = f"rwkv_pl {version('rwkv_pl')}"  # type: ignore[attr-defined]
-
-    def refuse(message: str) -> NoReturn:
-        raise UserError(f"{message}; settings are written key=value, see --help")
-
-    parser.error = refuse  # type: ignore[method-assign]
-    args = parser.parse_intermixed_args(argv)
-    if args.config_path or args.config_name:
-        raise UserError("--config-path and --config-name are not used: put files of yours below a --config-dir")
-    if args.multirun and args.cfg:
-        raise UserError("--cfg shows the settings of one run: leave out -m")
-    if args.experimental_rerun:
-        raise UserError("--experimental-rerun is not used: go on with a run by resume=RUN")
-    if args.config_dir:
-        args.config_dir = str(Path(args.config_dir).absolute())
-        if not Path(args.config_dir).is_dir():
-            raise UserError(f"--config-dir {args.config_dir} is no folder")
-    return args
-
-
 def parse_overrides(overrides: Sequence[str], sweep: bool = False) -> list[Override]:
     """key=value each. Raises UserError for what Hydra's grammar refuses, for +, ++ and ~, and for a, b without -m."""
     parser = OverridesParser.create()
@@ -230,14 +204,15 @@ def compose(overrides: Sequence[str], config_dir: str | None = None, name: str =
 def hand_over(
     task: Callable[[DictConfig], Any], argv: Sequence[str], multirun: bool = False, name: str = "train"
 ) -> None:
-    """Lets Hydra make .hydra/ and train.log and call `task` with the composed config; under -m, its sweeper."""
+    """Lets Hydra make .hydra/ and train.log and call `task` with the composed config; under -m, its sweeper.
+
+    As hydra.main does, which would parse the command line by a parser that Python 3.14 refuses.
+    """
     if multirun:
         plugins()
-    typed, failure = sys.argv, []
+    failure = []
 
     def run(config: DictConfig) -> Any:
-        # Lightning starts the processes of further devices by the command line as it was typed.
-        sys.argv = typed
         try:
             return task(config)
         except Exception as error:
@@ -245,12 +220,16 @@ def hand_over(
             failure.append(error)
             return None
 
-    sys.argv = [typed[0], *argv]
-    try:
-        to_run = task if multirun else run
-        hydra.main(version_base="1.3", config_path=f"pkg://{CONFIG_MODULE}", config_name=name)(to_run)()
-    finally:
-        sys.argv = typed
+    parser = HydraParser()
+    hydra_version.setbase("1.3")
+    with completed_by_our_parser():
+        _run_hydra(
+            args=parser.parse_intermixed_args(argv),
+            args_parser=parser,
+            task_function=task if multirun else run,
+            config_path=f"pkg://{CONFIG_MODULE}",
+            config_name=name,
+        )
     if failure:
         raise failure[0]
 

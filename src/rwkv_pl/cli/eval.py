@@ -18,6 +18,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf
 
 from rwkv_pl.cli import app
+from rwkv_pl.cli.arguments import parse_arguments
 from rwkv_pl.cli.resume import StoredRun
 from rwkv_pl.config import Data, Eval, RunError, UserError
 from rwkv_pl.files import cache_folder, made_for_success, publish, writing
@@ -36,7 +37,7 @@ PATHS = ("path", "val_path", "vocab_path")
 def main() -> None:
     """The command. Exit codes: 0 evaluated, 1 failed while evaluating, 2 bad input."""
     argv = sys.argv[1:]
-    args = app.parse_arguments(argv)
+    args = parse_arguments(argv)
     if args.multirun:
         raise UserError("rwkv-eval evaluates one model: leave out -m")
     for word in args.overrides:

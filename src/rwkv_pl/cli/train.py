@@ -19,6 +19,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf
 
 from rwkv_pl.cli import app, ranks, sweep
+from rwkv_pl.cli.arguments import parse_arguments
 from rwkv_pl.cli.folder import latest_run, locked, recorded, take_folder, write_result
 from rwkv_pl.cli.ranks import is_first_process
 from rwkv_pl.cli.resume import StoredRun, require_own_places
@@ -37,7 +38,7 @@ def main() -> None:
     if sweep.OF_A_SWEEP in os.environ:
         sys.stdout, sys.stderr = sweep.Unbroken(sys.stdout), sweep.Unbroken(sys.stderr)
     argv = sys.argv[1:]
-    args = app.parse_arguments(argv)
+    args = parse_arguments(argv)
     overrides = app.parse_overrides(args.overrides, sweep=args.multirun)
     resume = next((o.value() for o in overrides if o.key_or_group == "resume"), None)
     if args.cfg and resume is not None and not args.multirun:

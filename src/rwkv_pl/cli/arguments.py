@@ -1,0 +1,73 @@
+"""The flags of rwkv-train and rwkv-eval: Hydra's.
+
+Hydra 1.3's own parser can't be used: its help is an object that argparse refuses since Python 3.14.
+"""
+
+import argparse
+import contextlib
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import NoReturn
+
+from hydra._internal import utils as hydra_utils
+
+from rwkv_pl.config import UserError
+
+INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
+
+
+class HydraParser(argparse.ArgumentParser):
+    """Hydra's flags. An error is a UserError."""
+
+    def __init__(self) -> None:
+        super().__init__(add_help=False)
+        flag = self.add_argument
+        flag("--help", "-h", action="store_true", help="What the command does and what can be set")
+        flag("--hydra-help", action="store_true", help="These flags, and Hydra's own groups")
+        flag("--version", action="version", version=f"rwkv_pl {version('rwkv_pl')}", help="The version")
+        flag("overrides", nargs="*", help="key=value each, with dots for what lies deeper")
+        flag("--cfg", "-c", choices=["job", "hydra", "all"], help="Show the config, run nothing [job|hydra|all]")
+        flag("--resolve", action="store_true", help="With --cfg: the interpolations resolved")
+        flag("--package", "-p", help="With --cfg: this part of the config alone")
+        flag("--run", "-r", action="store_true", help="Run one job, as without it")
+        flag("--multirun", "-m", action="store_true", help="A sweep: run each combination of the values given")
+        flag(
+            "--shell-completion", "-sc", action="store_true",
+            help='Completion of keys and choices, in bash: eval "$(rwkv-train -sc install=bash)"',
+        )  # fmt: skip
+        flag("--config-path", "-cp", help="Not used: see --config-dir")
+        flag("--config-name", "-cn", help="Not used: see --config-dir")
+        flag("--config-dir", "-cd", help="A folder with files of yours for the config's groups")
+        flag("--experimental-rerun", help="Not used: go on with a run by resume=RUN")
+        flag("--info", "-i", nargs="?", const="all", choices=INFO, help=f"About Hydra [{'|'.join(INFO)}]")
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; settings are written key=value, see --help")
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line. Raises UserError for a flag that there is not, or that is not used here."""
+    args = HydraParser().parse_intermixed_args(argv)
+    if args.config_path or args.config_name:
+        raise UserError("--config-path and --config-name are not used: put files of yours below a --config-dir")
+    if args.multirun and args.cfg:
+        raise UserError("--cfg shows the settings of one run: leave out -m")
+    if args.experimental_rerun:
+        raise UserError("--experimental-rerun is not used: go on with a run by resume=RUN")
+    if args.config_dir:
+        args.config_dir = str(Path(args.config_dir).absolute())
+        if not Path(args.config_dir).is_dir():
+            raise UserError(f"--config-dir {args.config_dir} is no folder")
+    return args
+
+
+@contextlib.contextmanager
+def completed_by_our_parser() -> Iterator[None]:
+    """Hydra's shell completion reads the line typed so far by the parser that Python 3.14 refuses: it gets ours."""
+    before = hydra_utils.get_args
+    hydra_utils.get_args = HydraParser().parse_intermixed_args
+    try:
+        yield
+    finally:
+        hydra_utils.get_args = before

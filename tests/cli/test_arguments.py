@@ -1,0 +1,60 @@
+"""The command line's flags are Hydra's."""
+
+import argparse
+import sys
+
+import pytest
+from hydra._internal.utils import get_args_parser
+
+from rwkv_pl.cli.arguments import HydraParser, parse_arguments
+from rwkv_pl.config import UserError
+
+
+def flags(parser: argparse.ArgumentParser) -> dict[str, tuple]:
+    """By the name that Hydra reads an argument by: how it is written, and what it takes."""
+    return {
+        action.dest: (type(action), action.option_strings, action.nargs, action.const, action.default, action.type,
+                      action.choices and list(action.choices), action.required)
+        for action in parser._actions
+    }  # fmt: skip
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 14), reason="argparse refuses Hydra's own parser")
+def test_the_flags_are_those_of_the_hydra_that_is_installed():
+    assert flags(HydraParser()) == flags(get_args_parser())
+
+
+def test_every_help_can_be_formatted():
+    """As argparse does where an argument is added, since Python 3.14."""
+    parser = HydraParser()
+    for action in parser._actions:
+        assert isinstance(action.help, str)
+    assert "--multirun" in parser.format_help()
+
+
+def test_flags_and_settings_in_any_order():
+    args = parse_arguments(["optim.lr=1,2", "-m", "seed=1"])
+    assert (args.multirun, args.overrides) == (True, ["optim.lr=1,2", "seed=1"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--frob"], "unrecognized arguments: --frob"),
+        (["--cfg", "all", "-m"], "leave out -m"),
+        (["--cfg", "everything"], "invalid choice"),
+        (["-cn", "other"], "are not used"),
+        (["--experimental-rerun", "x"], "resume=RUN"),
+    ],
+)
+def test_what_is_not_used_is_one_line(argv, message):
+    with pytest.raises(UserError, match=message) as refused:
+        parse_arguments(argv)
+    assert "\n" not in str(refused.value)
+
+
+def test_completion(train, monkeypatch):
+    monkeypatch.setenv("COMP_LINE", "rwkv-train seed=1 -m schedule=")
+    assert train("-sc", "query=bash").out.split() == [
+        f"schedule={name}" for name in ("constant", "cosine", "exponential")
+    ]
