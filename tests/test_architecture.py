@@ -1,4 +1,4 @@
-"""Imports point one way: cli -> training -> inference -> weights -> model -> ops; config and files serve all."""
+"""Imports point one way: cli -> training -> inference -> weights -> model -> ops; config, files and limits serve all."""
 
 import ast
 from pathlib import Path
@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "rwkv_pl"
+LEAVES = {"config", "files", "limits"}
 MAY_IMPORT = {
     "config": set(),
     "files": set(),
+    "limits": set(),
     "ops": set(),
     "model": {"ops"},
     "data": set(),
@@ -40,5 +42,5 @@ def test_imports_point_one_way(file):
         for module in modules:
             if module.startswith("rwkv_pl."):
                 there = module.split(".")[1]
-                assert there in {here, "config", "files"} | MAY_IMPORT[here], f"{file}:{node.lineno} imports {module}"
+                assert there in {here, *LEAVES} | MAY_IMPORT[here], f"{file}:{node.lineno} imports {module}"
     assert MAY_IMPORT.keys() >= {here}

@@ -1,6 +1,7 @@
 """rwkv-doctor: what the compiled WKV kernel needs, what of it is here, and which kernel runs in the end."""
 
 import argparse
+import os
 import platform
 import statistics
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 
 from rwkv_pl.cli.app import console, told_in_one_line
 from rwkv_pl.files import cache_folder
+from rwkv_pl.limits import usable_cores, use_usable_cores
 
 
 @dataclass
@@ -51,6 +53,7 @@ def main() -> None:
         )
     console().print(table)
 
+    use_usable_cores()
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     for device in devices:
         print(_products(device))
@@ -68,7 +71,9 @@ def findings() -> Iterator[Finding]:
     yield Finding("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     cuda = torch.version.cuda
     yield Finding("torch", f"{torch.__version__}, " + (f"CUDA {cuda}" if cuda else "no CUDA"))
-    yield Finding("processor", f"{platform.processor() or platform.machine()}, level {cpu_level()}")
+    cores = usable_cores()
+    share = "" if cores == os.cpu_count() else f", {cores} of {os.cpu_count()} cores by affinity and quota"
+    yield Finding("processor", f"{platform.processor() or platform.machine()}, level {cpu_level()}{share}")
     prebuilt = sorted(path.name.rpartition("-")[0] for path in PREBUILT.glob("*.so"))
     if prebuilt:
         yield Finding("built ahead", ", ".join(prebuilt))

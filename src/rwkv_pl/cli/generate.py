@@ -88,10 +88,12 @@ def main() -> None:
         from rwkv_pl.inference.generate import Generation, select
         from rwkv_pl.inference.memory import Memory, check_replaceable, load_memory, save_memory
         from rwkv_pl.inference.sampling import Dice
+        from rwkv_pl.limits import use_usable_cores
         from rwkv_pl.ops.linear import matrices_to
         from rwkv_pl.ops.rwkv4_step import lay_together
         from rwkv_pl.weights import read_weights
 
+    use_usable_cores()
     sampling = _sampling(arguments)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no GPU here; leave it out")

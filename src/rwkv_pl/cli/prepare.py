@@ -38,6 +38,7 @@ from rwkv_pl.data.datamodule import (
 )
 from rwkv_pl.data.order import micro_batch_rows
 from rwkv_pl.data.tokens import Vocabulary, read_vocabulary
+from rwkv_pl.limits import use_usable_cores
 from rwkv_pl.model import VERSIONS
 from rwkv_pl.ops.wkv4 import use_kernel, wkv4
 from rwkv_pl.training.checkpoints import BestCheckpoint, DurableCheckpointIO, LastCheckpoint
@@ -125,6 +126,8 @@ def prepare(config: Train, cwd: Path, resume_from: Path | None) -> Prepared:
     """Opens corpus and weights, and tries the settings out. Relative paths count from `cwd`. Raises UserError."""
     _quiet()
     keep_freed_memory()
+    devices = config.trainer["devices"]
+    use_usable_cores(devices if isinstance(devices, int) and devices > 0 else 1)
     done_steps, ended, owes, loaded, vocabulary = 0, None, False, None, None
     content = read_own(resume_from) if resume_from else None
     if content:

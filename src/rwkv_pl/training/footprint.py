@@ -1,14 +1,13 @@
 """What a training costs before it begins: arithmetic a token, memory, and the micro-batch that fits."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from lightning.pytorch.plugins import Precision
 from torch import Tensor
 
+from rwkv_pl import limits
 from rwkv_pl.ops import norm_mix
 from rwkv_pl.training.peak import product_dtype
 
@@ -113,18 +112,12 @@ def _kept_for_backward(module: Any, n_tokens: int, precision: Precision) -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that a program can still have on the device; on the CPU within its control group."""
+    """Bytes that a program can still have on the device; on the CPU within its control groups."""
     if device.type == "cuda":
         # What torch holds and does not use is free too.
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + held
-    free = psutil.virtual_memory().available
-    try:
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-    except (OSError, ValueError):
-        return free
-    return min(free, limit - used)
+    return limits.free_memory()
 
 
 def accumulation_that_fits(module: Any, cost: Footprint, rows: int, ctx_len: int, precision: Precision) -> int | None:
