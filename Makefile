@@ -3,7 +3,8 @@
 # make lint    ruff and mypy
 # make wheel   a wheel for this platform, with the kernels built, in dist/
 # make bench   what the README claims, measured here
-PYTHON ?= python3
+# Of these the first that serves; `make PYTHON=...` names another.
+PYTHON ?= python3.14 python3.13 python3.12 python3.11 python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
@@ -28,8 +29,20 @@ wheel: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks all
 
+# Ends with its reason where a Python does not serve.
+SERVES := import sys, importlib.util as u; v = sys.version_info[:2]; \
+    sys.exit("is %d.%d" % v if not (3, 11) <= v <= (3, 14) else None if u.find_spec("ensurepip") else "has no venv")
+
 $(VENV)/.train: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -c '$(SERVES)' 2>/dev/null && exit; \
+	for python in $(PYTHON); do \
+	    command -v $$python >/dev/null || continue; \
+	    why=$$($$python -c '$(SERVES)' 2>&1) && echo $$python -m venv $(VENV) && exec $$python -m venv --clear $(VENV); \
+	    seen="$$seen$$python $$why, "; \
+	done; \
+	echo "make: found" $${seen:-none of $(PYTHON),} "but a Python from 3.11 to 3.14 with venv is needed: install one" \
+	    "(https://www.python.org/downloads, brew install python, apt install python3-venv)," \
+	    "or name it: make PYTHON=/path/to/python3" >&2; exit 1
 	$(BIN)/pip install -c constraints.txt -e .
 	touch $@
 

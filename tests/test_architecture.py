@@ -1,4 +1,4 @@
-"""Imports point one way: cli -> training -> inference -> weights -> model -> ops; config, files and limits serve all."""
+"""Imports point one way: cli -> training -> inference -> weights -> model -> ops; the leaves serve all."""
 
 import ast
 from pathlib import Path
