@@ -13,6 +13,7 @@ import pytest
 import yaml
 from command import SMALL, TEXT
 
+from hydra_plugins.rwkv_pl.study import StudySweeper, _is_drawn_from, distribution
 from rwkv_pl.cli import app, sweep
 from rwkv_pl.cli.folder import begun, read_result
 from rwkv_pl.config import UserError
@@ -170,6 +171,41 @@ def test_a_study(folder):
         if trial.state.name == "COMPLETE":
             assert trial.value == read_result(folder / "sweep" / str(trial.number))["objective"]
             assert len(trial.intermediate_values) > 1
+
+
+@pytest.mark.parametrize(
+    ("space", "as_it_stands"),
+    [
+        (("optim.lr=tag(log,interval(1e-3,1e-1))", "seed=1,2"), {"optim.lr": 1e-2, "seed": "2"}),
+        (("schedule.final_lr=0.0001,1e-3", "optim.betas=[0.8,0.9],[0.9,0.99]"),
+         {"schedule.final_lr": "0.0001", "optim.betas": "[0.9,0.99]"}),
+        (("optim.weight_decay=tag(log,interval(0.01,1.0))",), None),
+        (("optim.weight_decay=0.1,x",), None),
+        (("optim.lr=interval(0.1,0.2)",), None),
+    ],
+)  # fmt: skip
+def test_the_first_trial_is_the_config_as_it_stands(space, as_it_stands):
+    sweeper = StudySweeper(n_trials=1, sampler="tpe", pruner="none", seed=1)
+    sweeper.config = app.compose(["optim=rwkv", "schedule=cosine", "optim.lr=1e-2", "seed=2", "schedule.final_lr=1e-4"])
+    distributions = {o.key_or_group: distribution(o) for o in app.parse_overrides(space, sweep=True)}
+    assert sweeper._default(distributions) == as_it_stands
+
+
+@pytest.mark.parametrize(
+    ("params", "drawn"),
+    [
+        ({"optim.lr": 0.02, "seed": "1"}, True),
+        ({"optim.lr": 0.02}, True),
+        ({"optim.lr": 0.0}, False),
+        ({"optim.lr": "x"}, False),
+        ({"seed": "3"}, False),
+        ({"seed": None}, False),
+        ({"model.n_layer": 2}, False),
+    ],
+)
+def test_a_trial_of_another_search_is_known(params, drawn):
+    overrides = app.parse_overrides(["optim.lr=tag(log,interval(1e-3,1e-1))", "seed=1,2"], sweep=True)
+    assert _is_drawn_from({o.key_or_group: distribution(o) for o in overrides}, params) == drawn
 
 
 def test_a_job_outlives_whoever_reads_it(folder):

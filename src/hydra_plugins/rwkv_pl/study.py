@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from omegaconf import DictConfig, OmegaConf
 
@@ -128,8 +129,8 @@ class StudySweeper(JobSweeper):
             value = OmegaConf.select(self.config, key)
             choices = getattr(where, "choices", None)
             if choices is not None:
-                value = next((choice for choice in choices if choice == str(value)), None)
-            if value is None or not where._contains(where.to_internal_repr(value)):
+                value = next((choice for choice in choices if _value(choice) == value), None)
+            if value is None or not _holds(where, value):
                 return None
             values[key] = value
         return values
@@ -137,9 +138,20 @@ class StudySweeper(JobSweeper):
 
 def _is_drawn_from(space: "dict[str, BaseDistribution]", params: dict[str, Any]) -> bool:
     """Whether a trial of the journal has just the keys of the search, and values that it could draw."""
-    return params.keys() <= space.keys() and all(
-        space[key]._contains(space[key].to_internal_repr(value)) for key, value in params.items()
-    )
+    return params.keys() <= space.keys() and all(_holds(space[key], value) for key, value in params.items())
+
+
+def _holds(where: "BaseDistribution", value: Any) -> bool:
+    try:
+        return where._contains(where.to_internal_repr(value))
+    except (ValueError, TypeError):  # as of 0 among powers, or of a text among numbers
+        return False
+
+
+def _value(choice: str) -> Any:
+    """Of a choice as it is typed, so that 1e-4 is 0.0001."""
+    value = OverridesParser.create().parse_override(f"key={choice}").value()
+    return getattr(value, "text", value)
 
 
 def _cut_half_a_line(journal: Path) -> None:
