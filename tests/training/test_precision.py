@@ -29,6 +29,11 @@ def test_a_rate_is_the_arithmetic_of_three_products_over_the_best_time(monkeypat
     assert rates == {FLOAT32: 3 * 2 * 10 * 4 * 16 / 1.0, BF16: 3 * 2 * 10 * 4 * 16 / 4.0}
 
 
+def test_the_clock_can_measure_a_small_product():
+    ticks = {precision.CLOCK() for _ in range(100_000)}
+    assert len(ticks) > 100
+
+
 def test_a_large_product_is_not_tried_where_a_small_one_crawls(monkeypatch):
     asked = []
 

@@ -4,6 +4,7 @@ Without them a product takes up to hundreds of times as long, and no flag says s
 on processors that only emulate it.
 """
 
+import os
 import time
 
 import torch
@@ -16,6 +17,8 @@ HOPELESS = 0.25
 SMALL_TOKENS, SMALL_EMBD = 64, 128
 MOST_TOKENS = 1024
 CALLS = 3
+# A thread's own CPU time: other work on the cores does not lengthen it. Windows counts that in steps of 16 ms.
+CLOCK = time.perf_counter if os.name == "nt" else time.thread_time
 
 
 def product_rates(device: torch.device, tokens: int, n_embd: int) -> dict[torch.dtype, float]:
@@ -38,7 +41,7 @@ def _rates(device: torch.device, tokens: int, n_embd: int) -> dict[torch.dtype, 
     factors = {torch.float32: float32, torch.bfloat16: [x.bfloat16() for x in float32]}
     best = dict.fromkeys(factors, float("inf"))
     threads = torch.get_num_threads()
-    # One thread's own CPU time: other work on the cores does not lengthen it.
+    # One thread's, so that CLOCK measures all of it.
     torch.set_num_threads(1)
     try:
         for call in range(CALLS + 1):
@@ -54,7 +57,7 @@ def _rates(device: torch.device, tokens: int, n_embd: int) -> dict[torch.dtype, 
 def _seconds(x: Tensor, weight: Tensor, gradient: Tensor) -> float:
     if x.is_cuda:
         torch.cuda.synchronize()
-    clock = time.perf_counter if x.is_cuda else time.thread_time
+    clock = time.perf_counter if x.is_cuda else CLOCK
     started = clock()
     product(x, weight)
     gradient_of_input(gradient, weight)
