@@ -56,7 +56,7 @@ class StudySweeper(JobSweeper):
 
     def sweep(self, arguments: list[str]) -> None:
         import optuna
-        from optuna.storages.journal import JournalFileBackend
+        from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         overrides = with_params(self.params, arguments)
@@ -64,7 +64,9 @@ class StudySweeper(JobSweeper):
         space = _space(overrides)
         self.begin()
         _cut_half_a_line(self.folder / JOURNAL)
-        backend = JournalFileBackend(str(self.folder / JOURNAL))
+        journal = str(self.folder / JOURNAL)
+        # optuna's own choice of a lock is a symbolic link, which Windows refuses to ordinary users.
+        backend = JournalFileBackend(journal, JournalFileOpenLock(journal))
         study = optuna.create_study(
             study_name=NAME, storage=optuna.storages.JournalStorage(backend), load_if_exists=True, direction="minimize"
         )

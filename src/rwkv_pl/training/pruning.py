@@ -15,10 +15,11 @@ class PruneTrial(Callback):
 
     def __init__(self, folder: Path) -> None:
         import optuna
-        from optuna.storages.journal import JournalFileBackend
+        from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
         told = json.loads((folder / "trial.json").read_text(encoding="utf-8"))
-        backend = JournalFileBackend(str(folder.parent / "study.journal"))
+        journal = str(folder.parent / "study.journal")
+        backend = JournalFileBackend(journal, JournalFileOpenLock(journal))
         pruners = {
             "median": optuna.pruners.MedianPruner(n_startup_trials=3),
             "halving": optuna.pruners.SuccessiveHalvingPruner(),
