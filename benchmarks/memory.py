@@ -179,9 +179,9 @@ def main() -> None:
         sys.exit("memory is measured through /proc, which this system has not")
     title, precision = "memory and time of a training step, bf16-mixed", "bf16-mixed"
     begin(title, options.threads)
-    classic, quickstart = (SETTINGS["tiny" if options.tiny else name] for name in ("classic", "quickstart"))
+    classic, small = (SETTINGS["tiny" if options.tiny else name] for name in ("classic", "small"))
     lengths = [replace(classic, rows=1, steps=T) for T in LENGTHS if options.longest >= T]
-    batches = [replace(quickstart, rows=B, steps=min(1024, options.longest)) for B in ROWS]
+    batches = [replace(small, rows=B, steps=min(1024, options.longest)) for B in ROWS]
     by_length = sweep(lengths, list(CONTESTANTS), precision, options.rounds)
     by_batch = sweep(batches, ["rwkv_pl"], precision, options.rounds)
     found = {"by_length": growth(by_length), "by_batch": growth(by_batch)}

@@ -103,7 +103,7 @@ def time(axes: Axes, content: dict[str, Any]) -> None:
 # What a panel is called where it is left out, the benchmark whose result it shows, and how it is drawn.
 PANELS: list[tuple[str, str, Callable[[Axes, dict[str, Any]], None]]] = [
     ("train_step classic", "train_step", partial(train_step, "classic")),
-    ("train_step quickstart", "train_step", partial(train_step, "quickstart")),
+    ("train_step small", "train_step", partial(train_step, "small")),
     ("wkv", "wkv", wkv),
     ("generate", "generate", generate),
     ("time by context", "memory", time),

@@ -1,6 +1,6 @@
 """A training step and its matrix products alone, ours and Hugging Face transformers', in turns.
 
-    python -m benchmarks train_step [--rounds 7] [--settings classic quickstart] [--profile]
+    python -m benchmarks train_step [--rounds 7] [--settings classic small] [--profile]
 
 Forward, loss, backward and Adam. The times and their ratios are of one run in which all take turns, in half as many
 rounds, but three at least. What is not a matrix product is of another run, the pairs: the median of differences, where
@@ -60,7 +60,7 @@ class Setting:
 
 SETTINGS = {
     "classic": Setting(12, 512, 1, 1024),
-    "quickstart": Setting(2, 192, 6, 256),
+    "small": Setting(2, 192, 6, 256),
     "tiny": Setting(2, 32, 2, 64),  # to try the program
 }
 PRECISIONS = ("float32", "bf16-mixed")
@@ -296,7 +296,7 @@ def measured(setting: Setting, rounds: int, profiled: bool) -> dict[str, Any]:
 
 def main() -> None:
     parser = arguments("train_step", __doc__, rounds=7)
-    parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=["classic", "quickstart"])
+    parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=["classic", "small"])
     parser.add_argument("--profile", action="store_true", help="where the time goes, by parts")
     options = parser.parse_args()
     title = "one training step: forward, loss, backward, Adam"

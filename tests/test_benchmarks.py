@@ -166,7 +166,7 @@ def test_memory_of_a_step():
 
 
 def results(folder):
-    """Made up results of all that is drawn but the quickstart's step."""
+    """Made up results of all that is drawn but the small setting's step."""
     about = {"title": "made up", "machine": common.machine()}
     row = common.summary([1.0, 2.0, 4.0])
     steps = dict.fromkeys(["products, float32", "rwkv_pl, float32", "transformers, float32"], row)
@@ -208,7 +208,7 @@ def test_panels_are_those_of_readable_results(tmp_path, monkeypatch, capsys):
     assert [axes.get_title().split()[0] for axes in figures[0].axes] == ["time", "memory"]
     (told,) = capsys.readouterr().out.splitlines()
     what, _, how = told.partition("; made by: ")
-    reasons = ["classic (the result has no 'prod", "quickstart (", "wkv (not readable)", "generate (the result"]
+    reasons = ["classic (the result has no 'prod", "small (", "wkv (not readable)", "generate (the result"]
     assert all(reason in what for reason in reasons)
     assert how == ", ".join(f"python -m benchmarks {name}" for name in ("train_step", "wkv", "generate"))
 

@@ -64,7 +64,7 @@ def told_in_one_line(main: Callable[[], None]) -> Callable[[], None]:
         if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
             # Threads of OpenMP spin while they wait for each other, by default so long that other work on the same
             # cores slows a training ten times and more. Read when torch is loaded.
-            os.environ["GOMP_SPINCOUNT"] = "3000"
+            os.environ["GOMP_SPINCOUNT"] = "10000"
         try:
             with safe_import_path():
                 main()
