@@ -1,4 +1,4 @@
-# make train   installs into .venv, trains for about a minute, shows the curve and a sample
+# make train   installs into .venv, trains for a minute or two, shows the curve and a sample
 # make test    installs into .venv, runs the tests
 # make lint    ruff and mypy
 # make wheel   a wheel for this platform, with the kernels built, in dist/
