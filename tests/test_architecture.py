@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "data": set(),
     "huggingface": set(),
     "weights": {"model", "data", "huggingface"},
-    "inference": {"model", "weights"},
+    "inference": {"model", "ops", "weights"},
     "training": {"ops", "model", "inference", "weights"},
     "cli": {"data", "model", "ops", "training", "inference", "weights"},
 }

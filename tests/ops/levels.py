@@ -9,12 +9,14 @@ import pytest
 
 from rwkv_pl.ops.build import LEVELS, cpu_level
 
+TESTS = os.pathsep.join(str(Path(__file__).parents[1] / room) for room in ("ops", "model"))
+
 
 def run_at(level: str, code: str) -> None:
-    """Runs `code`, which may import this folder's tests, in a fresh process, since one holds one library."""
+    """Runs `code`, which may import the tests of ops and model, in a fresh process, since one holds one library."""
     order = list(LEVELS)
     if order.index(level) < order.index(cpu_level()):
         pytest.skip(f"this machine does not run {level}")
-    environment = os.environ | {"RWKV_PL_CPU_LEVEL": level, "PYTHONPATH": str(Path(__file__).parent)}
+    environment = os.environ | {"RWKV_PL_CPU_LEVEL": level, "PYTHONPATH": TESTS}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

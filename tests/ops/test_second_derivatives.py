@@ -5,21 +5,23 @@ only the nodes between the loss and those inputs, so it never sees a refusal out
 """
 
 import re
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.autograd import gradgradcheck
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from rwkv_pl import RWKV4, RWKV4Config, use_kernel
+from rwkv_pl.model.rwkv4 import Block
+from rwkv_pl.model.state import BlockState
 from rwkv_pl.ops import linear as linear_module
 from rwkv_pl.ops.cross_entropy import cross_entropy
-from rwkv_pl.ops.gate import gate, gated_product
-from rwkv_pl.ops.linear import FEWEST_ROWS, Linear, linear
-from rwkv_pl.ops.norm_mix import mixed_products
-from rwkv_pl.ops.squared_relu import squared_relu_product
+from rwkv_pl.ops.linear import FEWEST_ROWS, linear
 from rwkv_pl.ops.wkv4 import KERNELS, compiled_serves, wkv4
 
 B, T, C = 2, FEWEST_ROWS // 2, 6  # just the rows from which oneDNN's product is used
@@ -34,19 +36,31 @@ def product(request, monkeypatch):
     monkeypatch.setattr(linear_module, "_is_faster", request.param == "oneDNN's product")
 
 
-def with_weight(weight: torch.Tensor) -> Linear:
-    layer = Linear(weight.shape[1], weight.shape[0])
-    del layer._parameters["weight"]
-    layer.weight = weight
-    return layer
+class Nothing(nn.Module):
+    """In the place of the half of a block that is not tried."""
+
+    def forward(self, x, last, *state):
+        return torch.zeros_like(x), x[:, -1], *state
 
 
-def mixed(x, norm_weight, norm_bias, last, mix_1, mix_2, weight_1, weight_2):
-    norm = nn.LayerNorm(C)
-    del norm._parameters["weight"], norm._parameters["bias"]
-    norm.weight, norm.bias = norm_weight, norm_bias
-    products, x, last = mixed_products(x, norm, last, (mix_1, with_weight(weight_1)), (mix_2, with_weight(weight_2)))
-    return *products, x, last
+def half_of_a_block(name: str, norm: str, other: str, other_norm: str) -> tuple[Callable[..., Any], list[Any]]:
+    """x + half(norm(x)) as a function of x, its memory and its parameters, and the shapes of these."""
+    block = Block(RWKV4Config(vocab_size=2, n_layer=2, n_embd=C), layer=1)
+    setattr(block, other, Nothing())
+    setattr(block, other_norm, nn.Identity())  # its parameters would stay in float32
+    own = {key: p for key, p in block.named_parameters() if key.startswith((name, norm))}
+    memory = [(B, C), (B, 3, C)] if name == "att" else [(B, C)]
+
+    def function(x, *others):
+        before, parameters = others[: len(memory)], others[len(memory) :]
+        state = BlockState(*before, None) if name == "att" else BlockState(None, None, *before)
+        x, after = functional_call(block, dict(zip(own, parameters, strict=True)), (x, state))
+        if name == "ffn":
+            return x, after.ffn_shift
+        num, den, max_exp = after.wkv.unbind(1)
+        return x, after.att_shift, num / den, den.log() + max_exp
+
+    return function, [TEXT, *memory, *(tuple(p.shape) for p in own.values())]
 
 
 def wkv4_invariants(time_decay, time_first, key, value, state):
@@ -69,10 +83,8 @@ TEXT, TARGETS = (B, T, C), torch.arange(B * T) % C
 OPERATORS = {
     "wkv4": (wkv4_invariants, [(C,), (C,), TEXT, TEXT, (B, 3, C)]),
     "linear": (lambda x, weight: (linear(x, weight),), [TEXT, (5, C)]),
-    "mixed_products": (mixed, [TEXT, (C,), (C,), (B, C), (1, 1, C), (1, 1, C), (C, C), (5, C)]),
-    "squared_relu_product": (lambda x, weight: (squared_relu_product(x * 1, with_weight(weight)),), [TEXT, (5, C)]),
-    "gate": (lambda *x: (gate(*x),), [TEXT, TEXT, TEXT]),
-    "gated_product": (lambda r, x, weight: (gated_product(r, x, with_weight(weight)),), [TEXT, TEXT, (5, C)]),
+    "time mixing": half_of_a_block("att", "ln1", "ffn", "ln2"),
+    "channel mixing": half_of_a_block("ffn", "ln2", "att", "ln1"),
     "cross_entropy": (cross_entropy_of, [TEXT]),
 }
 REFERENCES = {name: operator for name, (operator, _) in OPERATORS.items()} | {"cross_entropy": cross_entropy_in_float64}
@@ -81,8 +93,9 @@ REFERENCES = {name: operator for name, (operator, _) in OPERATORS.items()} | {"c
 def leaves_of(name: str, dtype=torch.float64) -> list[torch.Tensor]:
     torch.manual_seed(0)
     tensors = [torch.randn(shape, dtype=torch.float64) for shape in OPERATORS[name][1]]
-    if name == "wkv4":
-        tensors[4][:, 1].abs_()  # den is a sum of exponentials
+    for tensor in tensors:
+        if tensor.shape == (B, 3, C):
+            tensor[:, 1].abs_()  # den is a sum of exponentials
     return [tensor.to(dtype).requires_grad_() for tensor in tensors]
 
 
@@ -130,11 +143,8 @@ def assert_close(got, judge, tolerance):
 def test_each_input_by_each_input(name, kernel, half, is_linear, product):
     with use_kernel(kernel):
         leaves = leaves_of(name, torch.float32)
-        # In the model, what the gates and the square read is bfloat16 under autocast.
-        given = leaves[:2] if name in ("squared_relu_product", "gate", "gated_product") and half else []
-        inputs = [x.bfloat16() if any(x is y for y in given) and x.dim() == 3 else x for x in leaves]
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            outputs = OPERATORS[name][0](*inputs)
+            outputs = OPERATORS[name][0](*leaves)
         got = second_derivatives(outputs, leaves, is_linear)
     for pair, judge in reference(name, is_linear).items():
         if got[pair] is None:
@@ -170,8 +180,6 @@ def test_backward_with_create_graph(name, kernel, product):
 @pytest.mark.parametrize("name", [name for name in OPERATORS if name != "cross_entropy"])
 def test_the_plain_forms_in_float64(name, kernel):
     leaves = leaves_of(name)
-    if name == "squared_relu_product":  # away from the kink of its second derivative
-        leaves = [(x + x.sign()).detach().requires_grad_() for x in leaves]
     with use_kernel(kernel):
         assert gradgradcheck(OPERATORS[name][0], leaves, fast_mode=True)
 
@@ -230,10 +238,11 @@ def test_a_gradient_penalty_of_each_parameter_in_the_plain_model(checkpointing, 
 def test_a_refusal_keeps_infinities_and_names_the_operator():
     """The first derivative is the same with and without create_graph, a gradient beyond float32 among them."""
     assert compiled_serves("cpu")
-    r, x = torch.tensor([[1.0, 2.0]]).requires_grad_(), torch.tensor([[3e38, 1.0]]).requires_grad_()
-    loss = (gate(r, x, torch.zeros(1, 2)) * 1e30).sum()
-    plain = torch.autograd.grad(loss, (r, x), retain_graph=True)
-    again = torch.autograd.grad(loss, (r, x), create_graph=True)
-    assert plain[0].isinf().any() and all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
-    with pytest.raises(RuntimeError, match=r"_Gate.* use_kernel\('scan'\)"):
-        torch.autograd.grad(again[0].sum(), r)
+    logits = torch.tensor([[1.0, 2.0]]).requires_grad_()
+    loss = (cross_entropy(logits, torch.tensor([0]))[0] * 3e38 * 10).sum()
+    plain = torch.autograd.grad(loss, logits, retain_graph=True)
+    again = torch.autograd.grad(loss, logits, create_graph=True)
+    assert plain[0].isinf().any()
+    torch.testing.assert_close(again[0], plain[0], equal_nan=True)
+    with pytest.raises(RuntimeError, match=r"_CrossEntropy.* use_kernel\('scan'\)"):
+        torch.autograd.grad(again[0].sum(), logits)

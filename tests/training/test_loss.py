@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from rwkv_pl.training.loss import IGNORED, bits_per_byte, count_bytes, cross_entropy, l2wrap, split_tokens
+from rwkv_pl.ops.cross_entropy import head_cross_entropy
+from rwkv_pl.training.loss import IGNORED, bits_per_byte, count_bytes, l2wrap, split_tokens
 
 
 def test_split_tokens_shifts_once_and_clamps_the_padding_of_inputs_alone():
@@ -16,7 +17,7 @@ def test_split_tokens_shifts_once_and_clamps_the_padding_of_inputs_alone():
 
 
 def test_cross_entropy_is_per_target_and_zero_where_ignored():
-    nats, largest = cross_entropy(torch.nn.Identity(), torch.zeros(1, 3, 4), torch.tensor([[0, 3, IGNORED]]))
+    nats, largest = head_cross_entropy(torch.nn.Identity(), torch.zeros(1, 3, 4), torch.tensor([[0, 3, IGNORED]]))
     torch.testing.assert_close(nats, torch.tensor([[math.log(4), math.log(4), 0.0]]))
     assert torch.equal(largest, torch.zeros(1, 3))
 
@@ -26,7 +27,7 @@ def test_l2wrap_has_the_official_gradient():
     torch.manual_seed(0)
     B, T, V = 2, 5, 7
     logits = torch.randn(B, T, V, dtype=torch.float64, requires_grad=True)
-    _, of_each = cross_entropy(torch.nn.Identity(), logits, torch.zeros(B, T, dtype=torch.int64))
+    _, of_each = head_cross_entropy(torch.nn.Identity(), logits, torch.zeros(B, T, dtype=torch.int64))
     (gradient,) = torch.autograd.grad(l2wrap(of_each), logits)
     largest, place = logits.detach().max(-1, keepdim=True)
     official = torch.zeros_like(logits).scatter_(-1, place, largest * 1e-4 / (B * T))
@@ -41,7 +42,7 @@ def test_l2wrap_is_right_under_accumulation():
 def test_the_loss_is_computed_in_float32():
     logits = (8 * torch.randn(1, 64, 256)).bfloat16()
     targets = torch.randint(256, (1, 64))
-    nats, largest = cross_entropy(torch.nn.Identity(), logits, targets)
+    nats, largest = head_cross_entropy(torch.nn.Identity(), logits, targets)
     expected = F.cross_entropy(logits[0].double(), targets[0], reduction="none")[None]
     torch.testing.assert_close(nats.double(), expected, rtol=1e-5, atol=1e-5)
     assert nats.dtype == largest.dtype == torch.float32
@@ -54,7 +55,7 @@ def value_and_gradients(chunk_len, autocast):
     targets = torch.randint(50, (3, 7))
     targets[1, 2] = IGNORED
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        nats, largest = cross_entropy(head, hidden, targets, chunk_len)
+        nats, largest = head_cross_entropy(head, hidden, targets, chunk_len)
         loss = nats.mean() + 1e4 * l2wrap(largest)  # as strong as the cross-entropy
     (2.0**10 * loss).backward()  # as a loss scaler does
     return nats.detach(), hidden.grad, head.weight.grad
@@ -88,7 +89,7 @@ def test_the_logits_of_one_chunk_are_there_at_once():
         with torch.set_grad_enabled(grad):
             hidden = torch.randn(2, 8, 5, requires_grad=grad)
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                nats, _ = cross_entropy(head, hidden, torch.zeros(2, 8, dtype=torch.int64), 3)
+                nats, _ = head_cross_entropy(head, hidden, torch.zeros(2, 8, dtype=torch.int64), 3)
             assert nats.shape == (2, 8)
             assert kept <= {hidden.untyped_storage().data_ptr()}
             kept.clear()

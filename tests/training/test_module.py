@@ -9,8 +9,9 @@ from lightning.pytorch import Callback, Trainer
 
 from rwkv_pl import RWKV4, CorpusDataModule, LitRWKV, RWKV4Config
 from rwkv_pl.config import RunError
+from rwkv_pl.ops.cross_entropy import head_cross_entropy
 from rwkv_pl.training.history import History
-from rwkv_pl.training.loss import cross_entropy, split_tokens
+from rwkv_pl.training.loss import split_tokens
 
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 ENDLESS = {
@@ -53,7 +54,7 @@ def test_validation_is_the_mean_over_every_byte(data):
     with torch.no_grad():
         for batch in data.val_dataloader():
             inputs, targets = split_tokens(batch)
-            nats += float(cross_entropy(module.model.head, module.model.hidden(inputs)[0], targets)[0].sum())
+            nats += float(head_cross_entropy(module.model.head, module.model.hidden(inputs)[0], targets)[0].sum())
             n_targets += int((targets >= 0).sum())
     lo, hi = data.corpus.splits.val
     assert n_targets == hi - lo

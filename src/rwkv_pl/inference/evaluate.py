@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from rwkv_pl.inference.generate import evaluating
+from rwkv_pl.ops.cross_entropy import head_cross_entropy
 
 Tokens = npt.NDArray[np.unsignedinteger]
 Float64 = npt.NDArray[np.float64]
@@ -147,13 +147,9 @@ def _read(
 
 
 def _cross_entropy(model: Any, hidden: Tensor, targets: Tensor) -> Float64:
-    """hidden (n, C), targets (n,) -> nats of each target (n,); logits of halves count as float32."""
-    rows, nats = max(1, LOGITS // model.config.vocab_size), []
-    for some_hidden, some_targets in zip(hidden.split(rows), targets.split(rows), strict=True):
-        logits = model.head(some_hidden)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if not logits.isfinite().all():
-            raise FloatingPointError("the model's outputs are not finite: its training has diverged")
-        # To the CPU first: not every device has float64.
-        nats.append(F.cross_entropy(logits, some_targets, reduction="none").cpu().double())
-    return torch.cat(nats).numpy()
+    """hidden (n, C), targets (n,) -> nats of each target (n,)."""
+    nats, largest = head_cross_entropy(model.head, hidden, targets, max(1, LOGITS // model.config.vocab_size))
+    if not (nats.isfinite() & largest.isfinite()).all():
+        raise FloatingPointError("the model's outputs are not finite: its training has diverged")
+    # To the CPU first: not every device has float64.
+    return nats.cpu().double().numpy()

@@ -3,11 +3,13 @@
 N  rows, one for each target    V  vocab_size
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from rwkv_pl.ops.fused import fused_serves, once_differentiable
 
@@ -24,8 +26,34 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """
     if fused_serves(logits, io=True):
         return _CrossEntropy.apply(logits, targets)
-    nats = F.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="none")
-    return nats, logits.max(-1).values.float()
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    nats = F.cross_entropy(wide, targets, ignore_index=IGNORED, reduction="none")
+    return nats, logits.max(-1).values.to(nats.dtype)
+
+
+def head_cross_entropy(
+    head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, chunk_len: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """`cross_entropy` of head(hidden), hidden (..., C), targets (...); the results have the targets' shape.
+
+    chunk_len: the logits of so many rows are there at once, and are computed again in the backward pass; None: all.
+    """
+
+    def of(some_hidden: Tensor, some_targets: Tensor) -> tuple[Tensor, Tensor]:
+        return cross_entropy(head(some_hidden), some_targets)
+
+    rows, flat_targets = hidden.flatten(0, -2), targets.flatten()
+    if chunk_len is None or chunk_len >= len(rows):
+        nats, largest = of(rows, flat_targets)
+        return nats.view_as(targets), largest.view_as(targets)
+    chunks = zip(rows.split(chunk_len), flat_targets.split(chunk_len), strict=True)
+    if torch.is_grad_enabled():
+        # The head draws no random numbers, so there is no generator to put back.
+        parts = [checkpoint(of, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
+    else:
+        parts = [of(*chunk) for chunk in chunks]
+    nats, largest = (torch.cat(part) for part in zip(*parts, strict=True))
+    return nats.view_as(targets), largest.view_as(targets)
 
 
 class _CrossEntropy(torch.autograd.Function):

@@ -50,7 +50,8 @@ def autocast_off() -> AbstractContextManager[Any]:
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     """The backward of an autograd.Function that has no second derivative: asking for one raises RuntimeError.
 
-    Decorates `backward(ctx, saved, *gradients)`; saved is ctx.saved_tensors, which checkpointing allows to read once.
+    Decorates `backward(ctx, saved, *gradients)`; saved is a list of ctx.saved_tensors, which checkpointing allows to
+    read once. What backward takes out of the list can be freed before it ends.
 
     torch's own decorator raises only if an incoming gradient is differentiated, else the result is silently 0. Here the
     results also depend on the saved tensors, so the forward pass has to save every input that its gradients depend on
@@ -59,11 +60,14 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(backward)
     def once(ctx: Any, *gradients: Tensor | None) -> Any:
-        create_graph, saved = torch.is_grad_enabled(), ctx.saved_tensors
+        if not torch.is_grad_enabled():  # no graph of the gradients is asked for
+            saved = list(ctx.saved_tensors)
+            ctx.maybe_clear_saved_tensors()
+            with autocast_off():
+                return backward(ctx, saved, *gradients)
+        saved = ctx.saved_tensors
         with torch.no_grad(), autocast_off():
-            found = backward(ctx, saved, *gradients)
-        if not create_graph:
-            return found
+            found = backward(ctx, list(saved), *gradients)
         return _NoSecondDerivative.apply(type(ctx).__name__, len(found), *found, *gradients, *saved)
 
     return once

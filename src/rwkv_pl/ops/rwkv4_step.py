@@ -11,13 +11,14 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from rwkv_pl.ops.rwkv4_step_reference import A_BLOCK
 from rwkv_pl.ops.wkv4 import compiled_serves
 
 __all__ = ["lay_together", "rwkv4_step", "step_serves"]
 
 # Parameters of the model outside of its blocks: emb.weight, ln0, ln_out, head.weight.
 OUTSIDE = 6
+# And of one block.
+A_BLOCK = 18
 
 LARGE_PAGE, CACHE_LINE = 1 << 21, 64
 
@@ -65,7 +66,7 @@ def lay_together(module: nn.Module) -> None:
 def rwkv4_step(
     parameters: Sequence[Tensor], tokens: Tensor, state: Sequence[Tensor] = ()
 ) -> tuple[Tensor, tuple[tuple[Tensor, Tensor, Tensor], ...]]:
-    """RWKV-4 (arXiv 2305.13048), one step of its recurrence through all layers: see `rwkv4_step_reference`.
+    """RWKV-4 (arXiv 2305.13048), one step of its recurrence through all layers: the plain model, given one token.
 
     Args:
         parameters: those of the model in the order of its `parameters()`, float32 or bfloat16; read where they lie.

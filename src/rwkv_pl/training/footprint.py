@@ -8,7 +8,6 @@ from lightning.pytorch.plugins import Precision
 from torch import Tensor
 
 from rwkv_pl import limits
-from rwkv_pl.ops import norm_mix
 from rwkv_pl.training.peak import product_dtype
 
 # Of what is free; the rest is for what the estimate does not know: workspaces, fragments, other programs.
@@ -21,21 +20,22 @@ FEW = 64
 class Footprint:
     """parameters: their number. flops: floating-point operations of training on one token, forward and backward, of the
     matrix products. Bytes of memory: fixed, of weights, gradients, optimizer and the weights' casts; per_token, of what
-    the backward pass keeps and works with, for each token of a micro-batch; per_remade, of that, what is not kept from
-    REMADE_FROM tokens on; per_logits, for each token whose logits are there at once, at most chunk_len.
+    the backward pass keeps and works with, for each token of a micro-batch; per_recomputed, of that, what is not kept
+    from recompute_from tokens on; per_logits, for each token whose logits are there at once, at most chunk_len.
     """
 
     parameters: int
     flops: int
     fixed: int
     per_token: float
-    per_remade: float
+    per_recomputed: float
+    recompute_from: int
     per_logits: float
     chunk_len: int | None
 
     def bytes(self, tokens: int) -> int:
         """Of a micro-batch of so many tokens."""
-        per_token = self.per_token - (self.per_remade if tokens >= norm_mix.REMADE_FROM else 0)
+        per_token = self.per_token - (self.per_recomputed if tokens >= self.recompute_from else 0)
         judged = tokens if self.chunk_len is None else min(tokens, self.chunk_len)
         return self.fixed + int(per_token * tokens + self.per_logits * judged)
 
@@ -51,7 +51,7 @@ def footprint(module: Any, precision: Precision) -> Footprint:
     config, chunk_len = module.model.config, module.loss_chunk_len
     few, more = (_kept(module, precision, n_tokens) for n_tokens in (FEW, 2 * FEW))
     casts, per_token = max(0, 2 * few - more), (more - few) / FEW
-    per_remade = (few - _kept(module, precision, FEW, remade=True)) / FEW
+    per_recomputed = (few - _kept(module, precision, FEW, recomputed=True)) / FEW
     # The logits' own gradient comes on top, when the rest is still there.
     per_logits = 4.0 * config.vocab_size
     if chunk_len:
@@ -64,13 +64,16 @@ def footprint(module: Any, precision: Precision) -> Footprint:
     dtype = product_dtype(parameters[0].device, precision)
     per_token += 2 * (4 * dtype.itemsize + 2 * 4) * config.n_embd
     n_parameters = sum(p.numel() for p in parameters)
-    return Footprint(n_parameters, flops, fixed + casts, per_token, per_remade, per_logits, chunk_len)
+    from_tokens = module.model.recompute_from
+    return Footprint(n_parameters, flops, fixed + casts, per_token, per_recomputed, from_tokens, per_logits, chunk_len)
 
 
-def _kept(module: Any, precision: Precision, n_tokens: int, chunk_len: int | None = None, remade: bool = False) -> int:
+def _kept(
+    module: Any, precision: Precision, n_tokens: int, chunk_len: int | None = None, recomputed: bool = False
+) -> int:
     """Bytes that autograd keeps of a forward pass over so many tokens."""
-    model, before, threshold = module.model, module.loss_chunk_len, norm_mix.REMADE_FROM
-    module.loss_chunk_len, norm_mix.REMADE_FROM = chunk_len, 0 if remade else n_tokens + 1
+    model, before, threshold = module.model, module.loss_chunk_len, module.model.recompute_from
+    module.loss_chunk_len, model.recompute_from = chunk_len, 0 if recomputed else n_tokens + 1
     try:
         kept = _kept_for_backward(module, n_tokens, precision)
         if getattr(model, "activation_checkpointing", False):
@@ -81,7 +84,7 @@ def _kept(module: Any, precision: Precision, n_tokens: int, chunk_len: int | Non
             # the one before too small, so that two are there.
             kept += 2 * (whole - kept) // model.config.n_layer
     finally:
-        module.loss_chunk_len, norm_mix.REMADE_FROM = before, threshold
+        module.loss_chunk_len, model.recompute_from = before, threshold
     return kept
 
 

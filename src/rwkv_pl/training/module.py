@@ -18,7 +18,8 @@ from torch.optim import Optimizer
 from rwkv_pl.config import Optim, RunError, Schedule
 from rwkv_pl.inference.sampling import seed_of
 from rwkv_pl.model import VERSIONS
-from rwkv_pl.training.loss import IGNORED, bits_per_byte, count_bytes, cross_entropy, l2wrap, split_tokens
+from rwkv_pl.ops.cross_entropy import head_cross_entropy
+from rwkv_pl.training.loss import IGNORED, bits_per_byte, count_bytes, l2wrap, split_tokens
 from rwkv_pl.training.optim import build_optimizer, learning_rate, parameter_groups, write_numbers
 from rwkv_pl.weights import CHECKPOINT_FORMAT
 
@@ -94,7 +95,7 @@ class LitRWKV(LightningModule):
     def loss(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """inputs, targets (B, T) -> scalars: what is minimised, and its parts, nats a token and L2Wrap."""
         hidden, _ = self.model.hidden(inputs)
-        nats, largest = cross_entropy(self.model.head, hidden, targets, self.loss_chunk_len)
+        nats, largest = head_cross_entropy(self.model.head, hidden, targets, self.loss_chunk_len)
         mean, pull = nats.mean(), l2wrap(largest)
         return mean + pull, mean, pull
 
@@ -116,7 +117,7 @@ class LitRWKV(LightningModule):
         """batch: tokens (B, T+1), targets padded with -1. Adds up nats, targets and bytes."""
         inputs, targets = split_tokens(batch)
         hidden, _ = self.model.hidden(inputs)
-        nats, _ = cross_entropy(self.model.head, hidden, targets, self.loss_chunk_len)
+        nats, _ = head_cross_entropy(self.model.head, hidden, targets, self.loss_chunk_len)
         n_targets = (targets != IGNORED).sum()
         # To the CPU first: not every device adds in float64.
         sums = torch.stack([nats.sum(), n_targets, count_bytes(targets, self.bytes_per_token)])
