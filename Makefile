@@ -34,10 +34,14 @@ SERVES := import sys, importlib.util as u; v = sys.version_info[:2]; \
     sys.exit("is %d.%d" % v if not (3, 11) <= v <= (3, 14) else None if u.find_spec("ensurepip") else "has no venv")
 
 $(VENV)/.train: pyproject.toml constraints.txt
-	@$(BIN)/python -c '$(SERVES)' 2>/dev/null && exit; \
+	@test -x $(BIN)/pip && $(BIN)/python -c '$(SERVES)' 2>/dev/null && exit; \
 	for python in $(PYTHON); do \
 	    command -v $$python >/dev/null || continue; \
-	    why=$$($$python -c '$(SERVES)' 2>&1) && echo $$python -m venv $(VENV) && exec $$python -m venv --clear $(VENV); \
+	    if why=$$($$python -c '$(SERVES)' 2>&1); then \
+	        echo $$python -m venv $(VENV); \
+	        $$python -m venv --clear $(VENV) && exit; \
+	        rm -rf $(VENV); exit 1; \
+	    fi; \
 	    seen="$$seen$$python $$why, "; \
 	done; \
 	echo "make: found" $${seen:-none of $(PYTHON),} "but a Python from 3.11 to 3.14 with venv is needed: install one" \

@@ -132,4 +132,8 @@ def test_jobs_of_a_sweep_share_the_quota(groups, eight_cores, monkeypatch, tmp_p
     monkeypatch.setattr(sweep.subprocess, "Popen", no_process)
     with pytest.raises(OSError):
         sweep._begin(sweep.Job([], tmp_path), 2, {})
-    assert started[0]["OMP_NUM_THREADS"] == "2"
+    assert started.pop()["OMP_NUM_THREADS"] == "2"
+    monkeypatch.setenv("MKL_NUM_THREADS", "3")
+    with pytest.raises(OSError):
+        sweep._begin(sweep.Job([], tmp_path), 2, {})
+    assert "OMP_NUM_THREADS" not in started[0]

@@ -14,7 +14,8 @@ MAKEFILE = Path(__file__).parents[1] / "Makefile"
 # As `python -c CODE` of another version answers; -m venv makes an environment whose pip installs nothing.
 PYTHON = """#!/bin/sh
 if [ "$1" = -m ]; then for folder; do :; done
-    mkdir -p "$folder/bin"; cp "$0" "$folder/bin/python"
+    mkdir -p "$folder/bin"; [ "${{0##*/}}" = broken ] && exit 1
+    cp "$0" "$folder/bin/python"
     printf '#!/bin/sh\\n' >"$folder/bin/pip"; chmod +x "$folder/bin/pip"
     exit
 fi
@@ -25,7 +26,7 @@ exec {real} -c 'import sys, importlib.util as u; sys.version_info = {version}; {
 @pytest.fixture
 def make(tmp_path):
     """make(pythons, *arguments): with those alone on the path, each a name, its version and what it lacks."""
-    for tool in ("sh", "mkdir", "cp", "chmod", "touch"):
+    for tool in ("sh", "mkdir", "cp", "chmod", "touch", "rm"):
         (tmp_path / "bin").mkdir(exist_ok=True)
         (tmp_path / "bin" / tool).symlink_to(shutil.which(tool))
     shutil.copy(MAKEFILE, tmp_path)
@@ -81,5 +82,11 @@ def test_an_environment_that_serves_is_kept_and_another_replaced(make, tmp_path)
     (tmp_path / ".venv" / "mine").touch()
     assert "venv" not in make({"python3": (3, 13)}).stdout.replace("touch .venv", "").replace(".venv/bin/pip", "")
     assert (tmp_path / ".venv" / "mine").exists()
-    (tmp_path / ".venv" / "bin" / "python").unlink()
-    assert "python3 -m venv .venv" in make({"python3": (3, 13)}).stdout
+    for missing in ("python", "pip"):
+        (tmp_path / ".venv" / "bin" / missing).unlink()
+        assert "python3 -m venv .venv" in make({"python3": (3, 13)}).stdout
+
+
+def test_an_environment_that_can_not_be_made_leaves_nothing(make, tmp_path):
+    assert make({"broken": (3, 12)}, "PYTHON=broken").returncode == 2
+    assert not (tmp_path / ".venv").exists()

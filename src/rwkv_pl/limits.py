@@ -12,6 +12,9 @@ from pathlib import Path
 
 import psutil
 
+# Variables by which a user names the number of threads.
+THREADS = {"OMP_NUM_THREADS", "MKL_NUM_THREADS"}
+
 CGROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
@@ -27,7 +30,7 @@ def use_usable_cores(n_processes: int = 1) -> None:
 
     torch heeds the affinity, and knows no quota. n_processes: so many share the cores, and inherit the number.
     """
-    if {"OMP_NUM_THREADS", "MKL_NUM_THREADS"} & os.environ.keys():
+    if THREADS & os.environ.keys():
         return
     import torch
 

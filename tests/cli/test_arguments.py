@@ -45,9 +45,15 @@ def test_flags_and_settings_in_any_order():
         (["--cfg", "everything"], "invalid choice"),
         (["-cn", "other"], "are not used"),
         (["--experimental-rerun", "x"], "resume=RUN"),
+        (["-m", "-r"], "--run and --multirun exclude each other"),
+        (["--cfg", "job", "--info"], "--cfg and --info exclude each other"),
+        (["-sc"], "install=SHELL"),
+        (["-sc", "install=foo"], "install=SHELL"),
+        (["-sc", "query=fish"], "COMP_LINE"),
     ],
 )
-def test_what_is_not_used_is_one_line(argv, message):
+def test_what_is_not_used_is_one_line(argv, message, monkeypatch):
+    monkeypatch.delenv("COMP_LINE", raising=False)
     with pytest.raises(UserError, match=message) as refused:
         parse_arguments(argv)
     assert "\n" not in str(refused.value)

@@ -5,6 +5,8 @@ Hydra 1.3's own parser can't be used: its help is an object that argparse refuse
 
 import argparse
 import contextlib
+import os
+import re
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -14,6 +16,7 @@ from hydra._internal import utils as hydra_utils
 
 from rwkv_pl.config import UserError
 
+SHELL_COMMAND = "(install|uninstall|query)=(bash|fish|zsh)"
 INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 
 
@@ -53,6 +56,14 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         raise UserError("--config-path and --config-name are not used: put files of yours below a --config-dir")
     if args.multirun and args.cfg:
         raise UserError("--cfg shows the settings of one run: leave out -m")
+    actions = {"--run": args.run, "--multirun": args.multirun, "--cfg": args.cfg, "--info": args.info}
+    given = [flag for flag, value in (actions | {"--shell-completion": args.shell_completion}).items() if value]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)} exclude each other: give one of them")
+    if args.shell_completion and not re.fullmatch(SHELL_COMMAND, " ".join(args.overrides)):
+        raise UserError("--shell-completion takes install=SHELL, uninstall=SHELL or query=SHELL: bash, fish or zsh")
+    if args.shell_completion and args.overrides[0].startswith("query") and "COMP_LINE" not in os.environ:
+        raise UserError(f"--shell-completion {args.overrides[0]} is for the shell, which sets COMP_LINE")
     if args.experimental_rerun:
         raise UserError("--experimental-rerun is not used: go on with a run by resume=RUN")
     if args.config_dir:

@@ -37,7 +37,7 @@ from rwkv_pl.cli.folder import DONE, begun, in_use, locked, read_result, take_fo
 from rwkv_pl.config import RunError, UserError
 from rwkv_pl.data.sources import is_there
 from rwkv_pl.files import publish, require_own_files
-from rwkv_pl.limits import usable_cores
+from rwkv_pl.limits import THREADS, usable_cores
 
 MULTIRUN = "multirun.yaml"
 
@@ -339,8 +339,8 @@ def run_jobs(
 
 def _begin(job: Job, at_once: int, more: Mapping[str, str]) -> _Running:
     environment = {**os.environ, OF_A_SWEEP: "1", **more}
-    if at_once > 1:
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // at_once)))
+    if at_once > 1 and not THREADS & environment.keys():
+        environment["OMP_NUM_THREADS"] = str(max(1, usable_cores() // at_once))
     # Ctrl-C in a terminal is for all of its group at once: ours alone gets it, and passes it on.
     own_group: dict[str, Any] = (
         {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}  # type: ignore[attr-defined]
