@@ -108,7 +108,7 @@ def test_a_model_in_training_writes_without_dropout_and_goes_on_in_training(mode
     model.train()
     try:
         assert list(islice(generate(model, torch.tensor([[1]]), seed=2), 10)) == expected
-        assert model.training and model.blocks[0].att.dropout.training
+        assert model.training and model.blocks[0].dropout.training
     finally:
         model.eval()
 
