@@ -19,8 +19,8 @@ IGNORED = -1  # a target that pads a short window; its loss does not count
 def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """logits (N, V) in any float dtype, targets (N,) int64.
 
-    Returns, in float32, the nats of each target (N,), 0 where it is ignored, and each row's largest logit (N,), whose
-    gradient falls on the first such logit.
+    Returns, in float32, or float64 for logits of float64, the nats of each target (N,), 0 where it is ignored, and each
+    row's largest logit (N,), whose gradient falls on the first such logit.
 
     On the CPU, in float32 or bfloat16, the logits are read once each way.
     """

@@ -37,11 +37,6 @@ def is_itself(module: nn.Module, kind: type[nn.Module]) -> bool:
     )
 
 
-def autocast_casts(x: Tensor) -> bool:
-    """Whether autocast would cast what a matrix product reads."""
-    return torch.is_autocast_enabled("cpu") and x.dtype != torch.get_autocast_dtype("cpu")
-
-
 def autocast_off() -> AbstractContextManager[Any]:
     """For a backward pass, whose tensors already have the dtypes of the forward pass."""
     return torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext()
