@@ -24,10 +24,11 @@ SETTINGS = ("data=stdlib", "trainer.limit_val_batches=1", "trainer.log_every_n_s
 CHILD = """
 import json, sys, time
 began = time.perf_counter()
-import rwkv_pl.cli.train, rwkv_pl.cli.prepare, rwkv_pl.training.history, rwkv_pl.training.faults
-import rwkv_pl.training.progress, rwkv_pl.training.sample, torch.utils.tensorboard, tensorboard.backend
+import rwkv_pl.cli.train, rwkv_pl.runs.train, rwkv_pl.training.callbacks.metrics, rwkv_pl.training.callbacks.signals
+import rwkv_pl.training.callbacks.progress, rwkv_pl.training.callbacks.sample_text
+import torch.utils.tensorboard, tensorboard.backend
 imported = time.perf_counter()
-from rwkv_pl.training.checkpoints import LastCheckpoint
+from rwkv_pl.training.callbacks.checkpoints import LastCheckpoint
 from rwkv_pl.training.module import LitRWKV
 blocked, steps, whole, step = [], [], LastCheckpoint.save_now, LitRWKV.on_train_batch_start
 def save_now(self, trainer):

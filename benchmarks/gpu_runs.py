@@ -31,8 +31,8 @@ from benchmarks.wkv import inputs
 from rwkv_pl import LitRWKV
 from rwkv_pl.cli import doctor, train
 from rwkv_pl.ops.wkv4 import _load
-from rwkv_pl.training.footprint import in_units
-from rwkv_pl.training.history import History
+from rwkv_pl.training.callbacks.metrics import MetricsRecorder
+from rwkv_pl.training.memory import format_si
 
 ROOT = Path(__file__).parents[1]
 GOAL_BYTES = 2e9  # of a classic step at batch 1
@@ -109,9 +109,9 @@ def in_words(figures: dict[str, Any]) -> str:
     """A step's figures in one line."""
     line = f"{1e3 * figures['seconds_a_step']['median']:,.2f} ms, {figures['tokens_per_second']:,.0f} tokens/s"
     if "mfu" in figures:
-        line += f", MFU {figures['mfu']:.1%} of {in_units(figures['peak_flops_per_second'], 'FLOP/s')}"
+        line += f", MFU {figures['mfu']:.1%} of {format_si(figures['peak_flops_per_second'], 'FLOP/s')}"
     if "peak_bytes" in figures:
-        line += f", peak {in_units(figures['peak_bytes'])} ({in_units(figures['peak_reserved_bytes'])} reserved)"
+        line += f", peak {format_si(figures['peak_bytes'])} ({format_si(figures['peak_reserved_bytes'])} reserved)"
     return line
 
 
@@ -158,7 +158,7 @@ def training(scale: Scale, precision: str, large: bool = False, compiled: bool =
         nonlocal blocks
         if blocks is None:
             blocks = Blocks(scale.device, scale.steps(large))
-            history = next(c for c in self.trainer.callbacks if isinstance(c, History))
+            history = next(c for c in self.trainer.callbacks if isinstance(c, MetricsRecorder))
             assert history.flops_per_token and history.peak
             costs.update(flops_per_token=history.flops_per_token, peak_flops_per_second=history.peak)
         blocks.step_begins()
@@ -178,7 +178,7 @@ def training(scale: Scale, precision: str, large: bool = False, compiled: bool =
     figures["mfu"] = figures["tokens_per_second"] * costs["flops_per_token"] / costs["peak_flops_per_second"]
     line = in_words(figures)
     if "peak_bytes" in figures and not large:
-        line += f", goal {in_units(GOAL_BYTES)}: {'met' if figures['peak_bytes'] < GOAL_BYTES else 'missed'}"
+        line += f", goal {format_si(GOAL_BYTES)}: {'met' if figures['peak_bytes'] < GOAL_BYTES else 'missed'}"
     return Finding(line, {"setting": str(setting), "goal_bytes": GOAL_BYTES} | figures)
 
 

@@ -59,13 +59,18 @@ def command(overrides: list[str], steps: int, blocks: int, pipe: Any) -> None:
 
 def bare(overrides: list[str], steps: int, pipe: Any) -> None:
     """The same steps in a plain loop."""
-    from rwkv_pl.cli.app import check, compose
-    from rwkv_pl.cli.prepare import prepare
+    from rwkv_pl.compose import check, compose
+    from rwkv_pl.runs.inputs import open_inputs
+    from rwkv_pl.runs.train import prepare_process
 
-    prepared = prepare(check(compose(overrides)), Path.cwd(), None)
-    trainer, module = prepared.config.trainer, prepared.module.train()
+    config = check(compose(overrides))
+    prepare_process(config)
+    inputs = open_inputs(config, Path.cwd())
+    trainer, module = config.trainer, inputs.module
+    module.configure_model()
+    module.train()
     optimizer = module.configure_optimizers()
-    dataset = prepared.data.train_dataloader().dataset
+    dataset = inputs.data.train_dataloader().dataset
     batches = [dataset[i] for i in range(steps)]
     pipe.send("ready")
     while True:

@@ -26,9 +26,9 @@ from benchmarks.common import RESULTS, Contestant, Failed, above_zero, arguments
 from benchmarks.plot import DOCS, draw_race
 from benchmarks.train_step import VOCAB, Setting, our_module, transformers_model
 from rwkv_pl import CorpusDataModule
-from rwkv_pl.cli.prepare import keep_freed_memory
-from rwkv_pl.config import UserError
 from rwkv_pl.data.datamodule import StdlibDataModule
+from rwkv_pl.errors import UserError
+from rwkv_pl.ops.heap import keep_freed_memory
 
 SIZE = Setting(n_layer=6, n_embd=256, rows=4, steps=512)
 TINY = Setting(n_layer=2, n_embd=32, rows=2, steps=32)

@@ -17,9 +17,9 @@ import forks
 from command import SMALL, TEXT, Result, call
 
 from rwkv_pl.cli.train import main
-from rwkv_pl.config import UserError
 from rwkv_pl.data import corpus as corpora
 from rwkv_pl.data.tokens import build_vocabulary, open_tokens
+from rwkv_pl.errors import UserError
 from rwkv_pl.weights import load_weights, read_checkpoint
 
 RUN = (*SMALL, "trainer.max_steps=4", "callbacks.last.every_n_train_steps=2", "hydra.run.dir=run")

@@ -119,7 +119,7 @@ def test_the_users_number_and_a_wide_quota_change_nothing(groups, eight_cores, t
 
 
 def test_jobs_of_a_sweep_share_the_quota(groups, eight_cores, monkeypatch, tmp_path):
-    from rwkv_pl.cli import sweep
+    from rwkv_pl.sweeps import pool
 
     groups("0::/\n", {"cpu.max": "400000 100000"})
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
@@ -129,11 +129,11 @@ def test_jobs_of_a_sweep_share_the_quota(groups, eight_cores, monkeypatch, tmp_p
         started.append(env)
         raise OSError
 
-    monkeypatch.setattr(sweep.subprocess, "Popen", no_process)
+    monkeypatch.setattr(pool.subprocess, "Popen", no_process)
     with pytest.raises(OSError):
-        sweep._begin(sweep.Job([], tmp_path), 2, {})
+        pool._begin(pool.Job([], tmp_path), 2, {})
     assert started.pop()["OMP_NUM_THREADS"] == "2"
     monkeypatch.setenv("MKL_NUM_THREADS", "3")
     with pytest.raises(OSError):
-        sweep._begin(sweep.Job([], tmp_path), 2, {})
+        pool._begin(pool.Job([], tmp_path), 2, {})
     assert "OMP_NUM_THREADS" not in started[0]

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from rwkv_pl import RWKV4, RWKV4Config
-from rwkv_pl.cli import app, generate
+from rwkv_pl.cli import generate
+from rwkv_pl.compose import check, compose, parse_overrides, to_dataclass, to_plain_dict
 from rwkv_pl.config import Eval
 from rwkv_pl.data.tokens import Vocabulary
+from rwkv_pl.errors import UserError
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 LINES = re.findall(r"^(?:\.venv\\Scripts\\)?(rwkv-train .*?)(?: *#.*)?$", README, flags=re.MULTILINE)
@@ -25,15 +27,15 @@ def test_a_readme_command(line):
     arguments = [a for a in shlex.split(line)[1:] if not a.startswith(("--config-dir", "mine", "experiment=big"))]
     sweep = "-m" in arguments
     overrides = [a for a in arguments if a != "-m"]
-    parsed = app.parse_overrides(overrides, sweep)
+    parsed = parse_overrides(overrides, sweep)
     values = [o for o in parsed if o.key_or_group not in ("resume", "weights")]
     choices = [str(o.input_line) for o in values if "/" in o.key_or_group]
     plain = [str(o.input_line) for o in values if not o.is_sweep_override()]
-    app.check(app.compose(plain))
+    check(compose(plain))
     for override in values:
         if override.is_sweep_override() and not override.is_interval_sweep():
             assert sweep
-            app.check(app.compose(choices + [f"{override.key_or_group}={v}" for v in override.sweep_string_iterator()]))
+            check(compose(choices + [f"{override.key_or_group}={v}" for v in override.sweep_string_iterator()]))
 
 
 def test_the_other_commands_of_the_readme(monkeypatch):
@@ -41,7 +43,7 @@ def test_the_other_commands_of_the_readme(monkeypatch):
     assert len(lines) > 3
     for name, *arguments in map(shlex.split, lines):
         if name == "rwkv-eval":
-            app.typed(app.resolved(app.compose(arguments, name="eval")), Eval)
+            to_dataclass(to_plain_dict(compose(arguments, name="eval")), Eval)
         else:
             monkeypatch.setattr("sys.argv", [name, *arguments])
             assert generate.parse().weights
@@ -49,8 +51,8 @@ def test_the_other_commands_of_the_readme(monkeypatch):
 
 def test_the_mistake_that_the_readme_shows():
     told = re.search(r"^rwkv-train: (.*)$", README, flags=re.MULTILINE)[1]
-    with pytest.raises(app.UserError, match=re.escape(told)):
-        app.compose(["model.n_layr=3"])
+    with pytest.raises(UserError, match=re.escape(told)):
+        compose(["model.n_layr=3"])
 
 
 def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from small_20b import small_20b
 
 from rwkv_pl import RWKV4, RWKV4Config, huggingface, load_weights
-from rwkv_pl.config import DamagedError, UserError
 from rwkv_pl.data.tokens import Vocabulary
+from rwkv_pl.errors import CorruptFileError, UserError
 from rwkv_pl.weights import Weights, read_weights, write_weights
 
 SIZE = RWKV4Config(vocab_size=30, n_layer=2, n_embd=12)
@@ -426,7 +426,7 @@ def test_a_checkpoint_that_says_another_size_than_it_has(tmp_path):
     content = torch.load(tmp_path / "x.ckpt", weights_only=True)
     content["rwkv_pl"]["config"]["n_layer"] = 10**12
     torch.save(content, tmp_path / "x.ckpt")
-    with pytest.raises(DamagedError, match="its n_layer is 1000000000000, and its tensors have 2"):
+    with pytest.raises(CorruptFileError, match="its n_layer is 1000000000000, and its tensors have 2"):
         read_weights(tmp_path / "x.ckpt")
 
 

@@ -9,19 +9,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from rwkv_pl.errors import UserError
+
 KERNELS = ("auto", "compiled", "scan", "recurrence")
-
-
-class UserError(Exception):
-    """Something that a person can mend: one line that says what is wrong, where, and what to do."""
-
-
-class DamagedError(UserError):
-    """A file of ours that is not what was written."""
-
-
-class RunError(UserError):
-    """What ended a run that had begun."""
 
 
 @dataclass
@@ -166,6 +156,7 @@ class Train:
     skip_nonfinite: int = 0
     resume: str | None = None
     weights: str | None = None
+    plugins: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         at_least("skip_nonfinite", self.skip_nonfinite, 0)
@@ -237,14 +228,6 @@ TRAINER_OWNED = {
     "num_sanity_val_steps": "use trainer.max_steps=1, which ends with a validation",
     "check_val_every_n_epoch": "use trainer.val_check_interval, in optimizer steps",
     "use_distributed_sampler": "the order already divides every batch over the devices",
-}
-
-# `_target_` names a class of one of these modules, by exactly one more name.
-TARGET_MODULES = {
-    "optim": ("torch.optim",),
-    "trainer": (),
-    "callbacks": ("lightning.pytorch.callbacks", "rwkv_pl.training.checkpoints", "rwkv_pl.training.sample"),
-    "logger": ("lightning.pytorch.loggers",),
 }
 
 

@@ -14,7 +14,7 @@ from typing import IO, Any
 
 import platformdirs
 
-from rwkv_pl.config import UserError
+from rwkv_pl.errors import UserError
 
 PARTIAL = ".partial"
 """How the name ends of a file that is being written; one that a killed process has left is nothing."""

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rwkv_pl.config import DamagedError, UserError
+from rwkv_pl.errors import CorruptFileError, UserError
 
 # Official name and theirs, {} for the number of the layer.
 NAMES = {
@@ -111,9 +111,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise DamagedError(f"{path} is no JSON ({error})") from error
+        raise CorruptFileError(f"{path} is no JSON ({error})") from error
     if not isinstance(content, dict):
-        raise DamagedError(f"{path} holds a {type(content).__name__} where a JSON object should be")
+        raise CorruptFileError(f"{path} holds a {type(content).__name__} where a JSON object should be")
     return content
 
 
@@ -126,14 +126,14 @@ def tensor_files(folder: Path) -> list[Path]:
         return [found]
     shards = read_json(found).get("weight_map")
     if not isinstance(shards, dict) or not shards:
-        raise DamagedError(f"{found} names no files: it has no weight_map")
+        raise CorruptFileError(f"{found} names no files: it has no weight_map")
     files = []
     for name in sorted(set(map(str, shards.values()))):
         # A name is one of the folder's files, and leads nowhere else.
         if Path(name).name != name or not name.endswith((".safetensors", ".bin")):
-            raise DamagedError(f"{found} names {name!r}, which is no file of tensors in its folder")
+            raise CorruptFileError(f"{found} names {name!r}, which is no file of tensors in its folder")
         if not (folder / name).is_file():
-            raise DamagedError(f"{found} names {name}, which is not there")
+            raise CorruptFileError(f"{found} names {name}, which is not there")
         files.append(folder / name)
     return files
 
@@ -144,7 +144,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except Exception as error:  # a file that is none can fail in any way
         told = " ".join(str(error).split())[:200]
-        raise DamagedError(f"{path} is no safetensors file, or damaged ({told})") from error
+        raise CorruptFileError(f"{path} is no safetensors file, or damaged ({told})") from error
 
 
 def to_official(tensors: dict[str, Any], config: dict[str, Any], folder: Path) -> dict[str, Tensor]:

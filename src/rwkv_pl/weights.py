@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from rwkv_pl import huggingface
-from rwkv_pl.config import DamagedError, RunError, UserError
 from rwkv_pl.data.tokens import Vocabulary, read_vocabulary
+from rwkv_pl.errors import CorruptFileError, RunError, UserError
 from rwkv_pl.files import publish, publish_folder
 from rwkv_pl.model import VERSIONS
 
@@ -126,9 +126,9 @@ def read_weights(source: str | Path) -> Weights:
     except UserError as error:
         if str(path) in str(error):
             raise
-        raise DamagedError(f"{path}: {error}") from error
+        raise CorruptFileError(f"{path}: {error}") from error
     except Exception as error:  # what was made by hand, or is damaged, can fail in any way
-        raise DamagedError(f"{path} does not hold a whole model ({_first_sentence(error)})") from error
+        raise CorruptFileError(f"{path} does not hold a whole model ({_first_sentence(error)})") from error
 
 
 def _read_file(path: Path) -> Weights:
@@ -184,11 +184,11 @@ def _fitted(
     size = _size_of(tensors, version, path)
     for key, there in size.items():
         if config and config.get(key) != there:
-            raise DamagedError(f"{path} says that its {key} is {config.get(key)}, and its tensors have {there}")
+            raise CorruptFileError(f"{path} says that its {key} is {config.get(key)}, and its tensors have {there}")
     config_class = VERSIONS[version][1]
     made = config_class(**(config or size))
     if vocabulary and vocabulary.size != made.vocab_size:
-        raise DamagedError(f"{path}: its vocabulary has {vocabulary.size} tokens, its model {made.vocab_size}")
+        raise CorruptFileError(f"{path}: its vocabulary has {vocabulary.size} tokens, its model {made.vocab_size}")
     expected = _without_memory(version, made).state_dict()
     wrong = []
     if missing := [name for name in expected if name not in tensors]:
@@ -302,7 +302,7 @@ def read_checkpoint(path: Path, checked: bool = True) -> dict[str, Any]:
     """
     if not path.is_file():
         if os.path.lexists(path):
-            raise DamagedError(f"{path} is no file, or a link to none")
+            raise CorruptFileError(f"{path} is no file, or a link to none")
         raise UserError(f"there is no checkpoint {path}")
     try:
         zipped = zipfile.is_zipfile(path)
@@ -315,7 +315,7 @@ def read_checkpoint(path: Path, checked: bool = True) -> dict[str, Any]:
             warnings.simplefilter("ignore")  # torch's, of a stranger's pickle, before it refuses it
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped or None)
     except Exception as error:  # a file that is no checkpoint can fail in any way
-        raise DamagedError(
+        raise CorruptFileError(
             f"{path} is not a checkpoint that can be read safely ({_first_sentence(error)}): "
             "it is damaged, cut short, or no file of torch.save"
         ) from error
@@ -327,7 +327,7 @@ def read_checkpoint(path: Path, checked: bool = True) -> dict[str, Any]:
 def check_about(about: dict[str, Any], path: Path) -> None:
     """Raises UserError for a checkpoint of a later format, or of a model version that is not known here."""
     if not isinstance(about, dict) or not isinstance(about.get("format"), int):
-        raise DamagedError(f"{path} is not a whole checkpoint: it does not say what it holds")
+        raise CorruptFileError(f"{path} is not a whole checkpoint: it does not say what it holds")
     if about["format"] != CHECKPOINT_FORMAT:
         raise UserError(
             f"{path} has checkpoint format {about['format']}, this rwkv_pl reads {CHECKPOINT_FORMAT}: "
@@ -337,7 +337,7 @@ def check_about(about: dict[str, Any], path: Path) -> None:
     later = {"past": dict, "skipped": int, "accumulate": int, "precision": str}
     optional = {name: kind for name, kind in later.items() if name in about}
     if not all(isinstance(about.get(name, ...), kind) for name, kind in (kinds | optional).items()):
-        raise DamagedError(f"{path} is not a whole checkpoint: it does not say what it holds")
+        raise CorruptFileError(f"{path} is not a whole checkpoint: it does not say what it holds")
     if about["model"] not in VERSIONS:
         raise UserError(f"{path} holds a {about['model']} model; known here: {', '.join(VERSIONS)}")
 

@@ -22,12 +22,12 @@ context.set_forkserver_preload(
     [
         "matplotlib.backends.backend_agg",
         "matplotlib.figure",
-        "rwkv_pl.cli.prepare",
+        "rwkv_pl.runs.train",
         "rwkv_pl.cli.train",
-        "rwkv_pl.training.faults",
-        "rwkv_pl.training.history",
-        "rwkv_pl.training.progress",
-        "rwkv_pl.training.sample",
+        "rwkv_pl.training.callbacks.signals",
+        "rwkv_pl.training.callbacks.metrics",
+        "rwkv_pl.training.callbacks.progress",
+        "rwkv_pl.training.callbacks.sample_text",
         "torch.utils.tensorboard",
     ]
 )

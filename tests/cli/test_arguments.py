@@ -7,7 +7,7 @@ import pytest
 from hydra._internal.utils import get_args_parser
 
 from rwkv_pl.cli.arguments import HydraParser, parse_arguments
-from rwkv_pl.config import UserError
+from rwkv_pl.errors import UserError
 
 
 def flags(parser: argparse.ArgumentParser) -> dict[str, tuple]:

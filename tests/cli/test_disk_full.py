@@ -53,7 +53,7 @@ def whole(tmp_path_factory) -> Path:
         ("torch:save", 2, "checkpoints/"),
         ("csv:DictWriter.writerow", 6, "metrics.csv"),
         ("tensorboard.summary.writer.record_writer:RecordWriter.write", 60, "run"),
-        ("rwkv_pl.training.progress:LogFile.flush", 9, "train.log"),
+        ("rwkv_pl.training.callbacks.progress:LogFile.flush", 9, "train.log"),
         ("matplotlib.backends.backend_agg:FigureCanvasAgg.print_png", 2, "loss.png"),
         ("os:link", 1, "checkpoints/"),
     ],
@@ -98,8 +98,8 @@ def small_disk(tmp_path) -> Iterator[Path]:
         ("torch:save", 3),
         (TRAINING_STEP, 14),
         (VALIDATION_STEP, 15),
-        ("rwkv_pl.training.history:_begin", 1),
-        ("rwkv_pl.training.sample:sample_tokens", 1),
+        ("rwkv_pl.training.callbacks.metrics:_begin", 1),
+        ("rwkv_pl.training.callbacks.sample_text:sample_tokens", 1),
     ],
 )
 def test_a_disk_that_fills_up(tmp_path, small_disk, whole, place, call):

@@ -11,7 +11,8 @@ import torch
 from command import SMALL
 from test_train import checkpoint, rows
 
-from rwkv_pl.cli import app
+from rwkv_pl.cli.sweep import OURS
+from rwkv_pl.compose import check, compose
 from rwkv_pl.model import VERSIONS
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -25,7 +26,7 @@ SHRUNK = ("data=text", "data.path=corpus.txt", "data.batch_size=2", "data.ctx_le
 def test_an_experiment_composes_and_runs_two_steps(train, tmp_path, name):
     shown = train("--cfg", "job", f"experiment={name}")
     assert shown.code == 0 and "n_embd" in shown.out
-    app.check(app.compose([f"experiment={name}"]))
+    check(compose([f"experiment={name}"]))
     vocab = [] if name == "demo_chars" else ["data.vocab=byte"]
     result = train(f"experiment={name}", *SHRUNK, *vocab)
     assert result.code == 0, result.err
@@ -58,7 +59,7 @@ def test_the_help_names_every_file_of_every_group(train):
 @pytest.mark.parametrize(("name", "n_layer", "n_embd"), [("169m", 12, 768), ("430m", 24, 1024), ("1b5", 24, 2048)])
 def test_the_official_sizes(name, n_layer, n_embd):
     """https://huggingface.co/BlinkDL: with the Pile's 50,277 tokens 169, 430 and 1,515 million parameters."""
-    config = app.check(app.compose([f"model=rwkv4_{name}"])).model
+    config = check(compose([f"model=rwkv4_{name}"])).model
     assert (config.name, config.n_layer, config.n_embd) == ("rwkv4", n_layer, n_embd)
     model_class, config_class = VERSIONS["rwkv4"]
     with torch.device("meta"):
@@ -71,7 +72,7 @@ def test_the_sizes_of_ours_have_the_parameters_that_they_say():
     model_class, config_class = VERSIONS["rwkv4"]
     for name in ("tiny", "mini", "small"):
         said = float(re.search(r"([\d.]+) million", (CONF / "model" / f"rwkv4_{name}.yaml").read_text())[1])
-        config = app.check(app.compose([f"model=rwkv4_{name}"])).model
+        config = check(compose([f"model=rwkv4_{name}"])).model
         with torch.device("meta"):
             model = model_class(config_class(vocab_size=256, n_layer=config.n_layer, n_embd=config.n_embd))
         there = sum(parameter.numel() for parameter in model.parameters()) / 1e6
@@ -79,16 +80,16 @@ def test_the_sizes_of_ours_have_the_parameters_that_they_say():
 
 
 def test_the_search_is_a_study():
-    composed = app.compose(["experiment=search"])
-    known = set(app.compose(["hydra/sweeper=optuna"]).hydra.sweeper)
+    composed = compose(["experiment=search"])
+    known = set(compose(["hydra/sweeper=optuna"]).hydra.sweeper)
     assert set(composed.hydra.sweeper) == known
     arguments = dict(composed.hydra.sweeper)
-    assert type(app.plugins()[arguments.pop("_target_")](**arguments)).__name__ == "StudySweeper"
+    assert type(OURS[arguments.pop("_target_")](**arguments)).__name__ == "StudySweeper"
 
 
 def test_a_number_that_follows_another():
     for name, lr in (("rwkv4_tiny", 1.5 / 192), ("rwkv4_small", 1.5 / 384)):
-        assert app.check(app.compose(["experiment=scaling", f"model={name}"])).optim.lr == lr
+        assert check(compose(["experiment=scaling", f"model={name}"])).optim.lr == lr
 
 
 def test_samples_as_it_goes(train, tmp_path):

@@ -122,14 +122,16 @@ AGAIN, RESUME = RUN, ("resume=run",)
     [
         pytest.param(Strike("rwkv_pl.ops.build:_compile_cpu", 1, kill_soon), AGAIN, id="compiling"),
         pytest.param(Strike("rwkv_pl.data.tokens:Vocabulary.encode", 2, kill), AGAIN, id="tokenising"),
-        pytest.param(Strike("rwkv_pl.cli.train:take_folder", 1, kill, after=True), AGAIN, id="folder-made"),
+        pytest.param(Strike("rwkv_pl.runs.folder:create_run_dir", 1, kill, after=True), AGAIN, id="folder-made"),
         pytest.param(Strike("hydra.core.utils:_save_config", 2, kill, after=True), AGAIN, id="settings-half-written"),
-        pytest.param(Strike("rwkv_pl.training.history:_begin", 1, kill), RESUME, id="starting"),
+        pytest.param(Strike("rwkv_pl.training.callbacks.metrics:_begin", 1, kill), RESUME, id="starting"),
         pytest.param(Strike(TRAINING_STEP, optimizer_steps_are(2, 2), kill), RESUME, id="before-the-first-checkpoint"),
         pytest.param(Strike(TRAINING_STEP, optimizer_steps_are(5, 3), kill), RESUME, id="stepping"),
         pytest.param(Strike("torch:save", 3, kill), RESUME, id="checkpoint-begun"),
         pytest.param(Strike("torch:save", 2, kill, after=True), RESUME, id="checkpoint-not-renamed"),
-        pytest.param(Strike("rwkv_pl.training.checkpoints:_link", 2, kill), RESUME, id="between-best-and-last"),
+        pytest.param(
+            Strike("rwkv_pl.training.callbacks.checkpoints:_link", 2, kill), RESUME, id="between-best-and-last"
+        ),
         pytest.param(Strike(VALIDATION_STEP, 15, kill), RESUME, id="validating"),
         pytest.param(Strike(VALIDATION_STEP, 25, kill), RESUME, id="the-last-validation"),
     ],
@@ -214,7 +216,7 @@ def test_ctrl_c(folder, whole):
     [
         "rwkv_pl.data.datamodule:CorpusDataModule.prepare_data",
         "lightning.pytorch.trainer.trainer:Trainer._run_stage",
-        "rwkv_pl.training.sample:sample_tokens",
+        "rwkv_pl.training.callbacks.sample_text:sample_tokens",
     ],
 )
 def test_before_and_after_the_training_a_signal_ends_the_process_at_once(folder, place, act, number):
@@ -393,7 +395,7 @@ def test_twenty_random_moments(tmp_path, kind):
 def resumed_three_times(folder: Path, *run: str) -> None:
     """Stopped in the last validation, then killed after its row, when it is made again."""
     assert forks.run(folder, *run, strikes=[Strike(VALIDATION_STEP, 23, terminate)]).code == 143
-    after_its_row = Strike("rwkv_pl.training.checkpoints:BestCheckpoint.on_validation_end", 1, kill)
+    after_its_row = Strike("rwkv_pl.training.callbacks.checkpoints:BestCheckpoint.on_validation_end", 1, kill)
     assert forks.run(folder, "resume=run", strikes=[after_its_row]).code == -signal.SIGKILL
     finished(folder, "resume=run")
 
@@ -431,7 +433,7 @@ def ignore_hang_up() -> None:
 
 
 def test_under_nohup_a_closed_terminal_is_nothing(folder, whole):
-    ignore = Strike("rwkv_pl.cli.train:take_folder", 1, ignore_hang_up)
+    ignore = Strike("rwkv_pl.runs.folder:create_run_dir", 1, ignore_hang_up)
     result = forks.run(folder, *RUN, strikes=[ignore, Strike(TRAINING_STEP, 14, hang_up)])
     assert result.code == 0, result.err
     assert_the_same(folder / "run", whole)

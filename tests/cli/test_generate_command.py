@@ -298,7 +298,7 @@ def test_closed_streams_are_one_line(closed):
 
 
 def test_ctrl_c_while_torch_is_loaded_ends_it_at_once():
-    code = "import os, signal\nfrom rwkv_pl.cli.app import ended_by_ctrl_c\nwith ended_by_ctrl_c():\n"
+    code = "import os, signal\nfrom rwkv_pl.cli.entry import default_sigint\nwith default_sigint():\n"
     code += "    try: os.kill(os.getpid(), signal.SIGINT)\n    except BaseException: pass\nprint('still here')"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ended.returncode != 0 and ended.stdout == ended.stderr == ""

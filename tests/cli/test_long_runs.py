@@ -13,8 +13,8 @@ import yaml
 from command import SMALL
 from test_train import checkpoint, column, rows
 
-from rwkv_pl.cli.folder import locked
-from rwkv_pl.config import UserError
+from rwkv_pl.errors import UserError
+from rwkv_pl.runs.folder import locked
 from rwkv_pl.training import checkpoints, module
 from rwkv_pl.training.module import LitRWKV
 
@@ -98,9 +98,9 @@ def test_float16_scaling_may_meet_inf(train, tmp_path, spoil, monkeypatch):
     """Its scaler probes for the largest scale: steps of Inf gradients are lawful, a loss of NaN is not."""
     from lightning.pytorch.plugins import MixedPrecision
 
-    from rwkv_pl.cli import prepare
+    from rwkv_pl.runs import build
 
-    trainer = prepare.Trainer
+    trainer = build.Trainer
 
     def scaled(**arguments):
         del arguments["precision"]
@@ -108,7 +108,7 @@ def test_float16_scaling_may_meet_inf(train, tmp_path, spoil, monkeypatch):
         arguments["plugins"] = [*arguments["plugins"], MixedPrecision("16-mixed", "cpu", scaler)]
         return trainer(**arguments)
 
-    monkeypatch.setattr(prepare, "Trainer", scaled)
+    monkeypatch.setattr(build, "Trainer", scaled)
     spoil(3, factor=1e38)
     result = train(*SMALL, *EVERY, "hydra.run.dir=run")
     assert result.code == 0, result.err
@@ -130,9 +130,9 @@ def test_float16_scaling_may_meet_inf(train, tmp_path, spoil, monkeypatch):
 def test_a_scaler_that_has_left_out_all_steps_so_far(train, tmp_path, monkeypatch):
     from lightning.pytorch.plugins import MixedPrecision
 
-    from rwkv_pl.cli import prepare
+    from rwkv_pl.runs import build
 
-    trainer = prepare.Trainer
+    trainer = build.Trainer
 
     def scaled(**arguments):
         del arguments["precision"]
@@ -140,7 +140,7 @@ def test_a_scaler_that_has_left_out_all_steps_so_far(train, tmp_path, monkeypatc
         arguments["plugins"] = [*arguments["plugins"], MixedPrecision("16-mixed", "cpu", scaler)]
         return trainer(**arguments)
 
-    monkeypatch.setattr(prepare, "Trainer", scaled)
+    monkeypatch.setattr(build, "Trainer", scaled)
     assert train(*SMALL, *EVERY, "trainer.max_steps=2", "hydra.run.dir=run").code == 0
     assert not checkpoint(tmp_path / "run")["optimizer_states"][0]["state"]
     result = train("resume=run", "trainer.max_steps=4")

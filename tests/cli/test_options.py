@@ -8,9 +8,10 @@ import torch
 from command import SMALL
 from test_train import checkpoint
 
-from rwkv_pl.cli import app, prepare
-from rwkv_pl.cli.prepare import choose_accelerator, choose_products
+from rwkv_pl.cli.entry import cli_entry_point
 from rwkv_pl.config import Train
+from rwkv_pl.runs import device
+from rwkv_pl.runs.device import choose_accelerator, choose_products
 
 TRAINED = (*SMALL, "optim.lr=1e-2", "model.dropout=0.1", "trainer.accumulate_grad_batches=3")
 
@@ -72,7 +73,7 @@ def bf16_speed(monkeypatch):
 
     def be(speedup: float) -> None:
         rates = {torch.float32: 1.0, torch.bfloat16: speedup}
-        monkeypatch.setattr(prepare, "product_rates", lambda *_: rates)
+        monkeypatch.setattr(device, "product_rates", lambda *_: rates)
 
     return be
 
@@ -126,7 +127,7 @@ def test_an_accelerator_that_is_untested_is_not_chosen(monkeypatch):
 def test_threads_do_not_spin_for_long_unless_the_user_says_so(monkeypatch):
     """The commands set it before torch is loaded, which reads it then."""
     seen = []
-    main = app.told_in_one_line(lambda: seen.append(os.environ.get("GOMP_SPINCOUNT")))
+    main = cli_entry_point(lambda: seen.append(os.environ.get("GOMP_SPINCOUNT")))
     for variable, value, expected in (("OMP_WAIT_POLICY", "ACTIVE", None), ("GOMP_SPINCOUNT", "7", "7")):
         with monkeypatch.context() as patch:
             patch.delenv("GOMP_SPINCOUNT", raising=False)

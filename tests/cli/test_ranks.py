@@ -13,7 +13,7 @@ from command import SMALL, TEXT, Result
 from forks import Strike, kill
 
 from rwkv_pl.cli import ranks
-from rwkv_pl.config import UserError
+from rwkv_pl.errors import UserError
 
 TWO = (*SMALL, "trainer=ddp", "trainer.devices=2")
 SCHEDULERS = ("torchrun", "SLURM", "one command a node")
@@ -110,7 +110,7 @@ def test_a_dated_folder_is_that_of_rank_0(folder):
 
 
 def test_a_resume_is_refused_on_all_ranks_while_the_run_is_in_use(folder):
-    from rwkv_pl.cli.folder import locked
+    from rwkv_pl.runs.folder import locked
 
     run = folder / "run"
     assert forks.run(folder, *SMALL, f"hydra.run.dir={run}").code == 0
@@ -151,7 +151,7 @@ def test_a_rank_whose_rank_0_never_comes_ends_in_one_line(folder):
 
 def test_a_rank_whose_rank_0_dies_before_it_answers_ends_in_one_line(folder):
     port = free_port()
-    dies = Strike("rwkv_pl.cli.train:take_folder", 1, die_slowly)
+    dies = Strike("rwkv_pl.runs.folder:create_run_dir", 1, die_slowly)
     first = begin(folder, "torchrun", 0, port, *TWO, strikes=[dies])
     result = begin(folder, "torchrun", 1, port, *TWO, strikes=[IMPATIENT])()
     assert first().code == -9

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rwkv_pl.cli import report
-from rwkv_pl.cli.folder import locked, write_result
+from rwkv_pl.cli import report as command
+from rwkv_pl.runs.folder import locked
+from rwkv_pl.runs.outcome import write_result
+from rwkv_pl.sweeps import report
 from rwkv_pl.training.curve import COLUMNS
 
 
@@ -39,7 +41,7 @@ def run(capsys, monkeypatch, *arguments: object) -> tuple[int, str, str]:
     monkeypatch.setattr(sys, "argv", ["rwkv-report", *map(str, arguments)])
     code = 0
     try:
-        report.main()
+        command.main()
     except SystemExit as exit:
         code = int(exit.code or 0)
     streams = capsys.readouterr()

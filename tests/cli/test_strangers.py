@@ -14,10 +14,12 @@ import torch
 import yaml
 from command import SMALL, TEXT
 
-from rwkv_pl.cli import app, prepare
-from rwkv_pl.config import UserError
+from rwkv_pl.cli.entry import safe_import_path
+from rwkv_pl.compose import parse_overrides
+from rwkv_pl.errors import UserError
 from rwkv_pl.files import publish, require_own_files
-from rwkv_pl.training.checkpoints import DurableCheckpointIO
+from rwkv_pl.runs import build
+from rwkv_pl.training.checkpoint_io import DurableCheckpointIO
 from rwkv_pl.training.curve import draw
 
 TRAIN = Path(sys.executable).with_name("rwkv-train")
@@ -304,10 +306,10 @@ def test_the_latest_run_is_looked_for_without_touching_what_its_links_lead_to(tr
 
 
 def test_quoted_names_of_files_are_names():
-    (chosen,) = app.parse_overrides(["schedule='cosine','constant'"], sweep=True)
+    (chosen,) = parse_overrides(["schedule='cosine','constant'"], sweep=True)
     assert chosen.is_sweep_override()
     with pytest.raises(UserError, match="takes the name of a file"):
-        app.parse_overrides(["schedule='../x','constant'"], sweep=True)
+        parse_overrides(["schedule='../x','constant'"], sweep=True)
 
 
 def test_wandbs_own_link_to_its_log_is_none_of_a_strangers(tmp_path):
@@ -341,8 +343,8 @@ def test_git_is_not_asked_about_the_current_folder(tmp_path, monkeypatch):
         subprocess.run(["git", *words.split()], cwd=tmp_path, check=True)
     (tmp_path / "executed").unlink(missing_ok=True)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(prepare, "__file__", "/usr/lib/python3/dist-packages/rwkv_pl/cli/prepare.py")
-    assert "git" not in prepare.code_state()
+    monkeypatch.setattr(build, "__file__", "/usr/lib/python3/dist-packages/rwkv_pl/runs/build.py")
+    assert "git" not in build.code_state()
     assert not (tmp_path / "executed").exists()
 
 
@@ -360,7 +362,7 @@ def test_the_import_path_of_this_process_and_of_those_it_starts(tmp_path, monkey
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(("mine", "", "/abs")))
     monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
     monkeypatch.syspath_prepend("relative")
-    with app.safe_import_path():
+    with safe_import_path():
         assert os.environ["PYTHONSAFEPATH"] == "1"
         assert os.environ["PYTHONPATH"].split(os.pathsep) == [str(tmp_path / "mine"), str(tmp_path), "/abs"]
         assert all(Path(entry).is_absolute() for entry in sys.path)
@@ -376,7 +378,10 @@ def test_entry_points_below_the_current_folder_are_not_found(tmp_path):
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: evil\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[torch.backends]\nx = antigravity:fly\n")
-    code = "import os, sys; from rwkv_pl.cli import app\nwith app.safe_import_path():\n import torch, antigravity"
+    code = (
+        "import os, sys; from rwkv_pl.cli.entry import safe_import_path\n"
+        "with safe_import_path():\n import torch, antigravity"
+    )
     (tmp_path / "antigravity.py").write_text("def fly(): open('executed', 'w')")
     for safe, found in (("", True), ("1", False)):
         lines = code if safe else "import torch"

@@ -14,9 +14,11 @@ import yaml
 from command import SMALL, TEXT
 
 from hydra_plugins.rwkv_pl.study import StudySweeper, _is_drawn_from, distribution
-from rwkv_pl.cli import app, sweep
-from rwkv_pl.cli.folder import begun, read_result
-from rwkv_pl.config import UserError
+from rwkv_pl.compose import compose, parse_overrides
+from rwkv_pl.errors import UserError
+from rwkv_pl.runs.folder import SWEEP_JOB_ENV, has_started
+from rwkv_pl.runs.outcome import read_result
+from rwkv_pl.sweeps.jobs import product, with_params
 
 QUICK = (*SMALL, "trainer.max_steps=6", "trainer.val_check_interval=3", "hydra.sweep.dir=sweep")
 
@@ -75,7 +77,7 @@ def test_a_grid_with_a_job_that_fails(folder):
     for shown in ("n_embd", "bits/byte", "tokens/s", "finished", "failed", "0: model.n_embd must be at least 1, got 0"):
         assert shown in out
     job = folder / "sweep" / "1"
-    assert begun(job) and read_result(job)["objective"] == pytest.approx(float(found["1"]["val/bits_per_byte"]))
+    assert has_started(job) and read_result(job)["objective"] == pytest.approx(float(found["1"]["val/bits_per_byte"]))
     before = (job / "metrics.csv").stat().st_mtime_ns
     code, out = ended(start(folder.parent, f"resume={folder / 'sweep'}"))
     assert (code, "job 1 was finished before" in out) == (1, True), out
@@ -186,8 +188,8 @@ def test_a_study(folder):
 )  # fmt: skip
 def test_the_first_trial_is_the_config_as_it_stands(space, as_it_stands):
     sweeper = StudySweeper(n_trials=1, sampler="tpe", pruner="none", seed=1)
-    sweeper.config = app.compose(["optim=rwkv", "schedule=cosine", "optim.lr=1e-2", "seed=2", "schedule.final_lr=1e-4"])
-    distributions = {o.key_or_group: distribution(o) for o in app.parse_overrides(space, sweep=True)}
+    sweeper.config = compose(["optim=rwkv", "schedule=cosine", "optim.lr=1e-2", "seed=2", "schedule.final_lr=1e-4"])
+    distributions = {o.key_or_group: distribution(o) for o in parse_overrides(space, sweep=True)}
     assert sweeper._default(distributions) == as_it_stands
 
 
@@ -204,7 +206,7 @@ def test_the_first_trial_is_the_config_as_it_stands(space, as_it_stands):
     ],
 )
 def test_a_trial_of_another_search_is_known(params, drawn):
-    overrides = app.parse_overrides(["optim.lr=tag(log,interval(1e-3,1e-1))", "seed=1,2"], sweep=True)
+    overrides = parse_overrides(["optim.lr=tag(log,interval(1e-3,1e-1))", "seed=1,2"], sweep=True)
     assert _is_drawn_from({o.key_or_group: distribution(o) for o in overrides}, params) == drawn
 
 
@@ -212,7 +214,7 @@ def test_a_job_outlives_whoever_reads_it(folder):
     read, write = os.pipe()
     os.close(read)
     command = [sys.executable, "-m", "rwkv_pl.cli.train", *SMALL, "trainer.max_steps=3", "hydra.run.dir=run"]
-    environment = os.environ | {sweep.OF_A_SWEEP: "1"}
+    environment = os.environ | {SWEEP_JOB_ENV: "1"}
     assert subprocess.run(command, cwd=folder, stdout=write, stderr=write, env=environment, timeout=60).returncode == 0
     os.close(write)
     assert read_result(folder / "run")["status"] == "finished"
@@ -274,7 +276,7 @@ def test_another_launcher(folder):
     code, out = ended(start(folder, *QUICK, "hydra/launcher=submitit_local", "optim.lr=1e-2,0"))
     assert code == 1, out
     assert [row["status"] for row in table(folder).values()] == ["finished", "failed"]
-    assert begun(folder / "sweep" / "0")
+    assert has_started(folder / "sweep" / "0")
 
 
 @pytest.mark.parametrize(
@@ -307,15 +309,15 @@ def test_what_is_wrong_in_every_job_refuses_the_sweep(train, tmp_path, arguments
 
 
 def test_the_jobs_of_a_product():
-    told = app.parse_overrides(["a=1,2", "b='x,y'", "c=choice(3,4)", "d=range(0,2)"], sweep=True)
-    jobs = list(sweep.product(told))
+    told = parse_overrides(["a=1,2", "b='x,y'", "c=choice(3,4)", "d=range(0,2)"], sweep=True)
+    jobs = list(product(told))
     assert len(jobs) == 8
     assert jobs[1] == ["a=1", "b='x,y'", "c=3", "d=1"]
 
 
 def test_swept_values_of_a_file_give_way_to_those_that_are_typed():
-    told = sweep.with_params({"a": "1,2", "b": "3,4"}, ["b=5"])
-    assert list(sweep.product(told)) == [["a=1", "b=5"], ["a=2", "b=5"]]
+    told = with_params({"a": "1,2", "b": "3,4"}, ["b=5"])
+    assert list(product(told)) == [["a=1", "b=5"], ["a=2", "b=5"]]
 
 
 @pytest.mark.parametrize(
@@ -332,14 +334,14 @@ def test_swept_values_of_a_file_give_way_to_those_that_are_typed():
 def test_what_optuna_draws_from(told, expected):
     from hydra_plugins.rwkv_pl.study import distribution
 
-    (override,) = app.parse_overrides([told], sweep=True)
+    (override,) = parse_overrides([told], sweep=True)
     assert repr(distribution(override)) == expected
 
 
 def test_a_space_that_is_none():
     from hydra_plugins.rwkv_pl.study import distribution
 
-    (override,) = app.parse_overrides(["optim.lr=tag(log,interval(0.0,1.0))"], sweep=True)
+    (override,) = parse_overrides(["optim.lr=tag(log,interval(0.0,1.0))"], sweep=True)
     with pytest.raises(UserError, match="can't be searched so"):
         distribution(override)
 
@@ -373,7 +375,7 @@ def test_a_strangers_sweep_runs_nothing(train, tmp_path, change):
 
 
 def test_two_at_once_in_a_sweeps_folder(train, tmp_path):
-    from rwkv_pl.cli.folder import locked
+    from rwkv_pl.runs.folder import locked
 
     (tmp_path / "sweep").mkdir()
     stored = {

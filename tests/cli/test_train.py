@@ -13,7 +13,8 @@ import yaml
 from command import SMALL
 
 from rwkv_pl import load_weights
-from rwkv_pl.cli.folder import take_folder
+from rwkv_pl.runs.folder import create_run_dir
+from rwkv_pl.training import memory
 
 
 def rows(run: Path) -> list[dict[str, str]]:
@@ -333,7 +334,7 @@ def test_characters(train, tmp_path):
 
 
 def test_starts_in_the_same_second_get_folders_of_their_own(tmp_path):
-    taken = [take_folder(tmp_path / "outputs" / "12-00-00", typed=False) for _ in range(3)]
+    taken = [create_run_dir(tmp_path / "outputs" / "12-00-00", typed=False) for _ in range(3)]
     assert [folder.name for folder in taken] == ["12-00-00", "12-00-00-2", "12-00-00-3"]
     assert all(folder.is_dir() for folder in taken)
 
@@ -402,9 +403,8 @@ def test_help_and_config_load_no_torch(arguments, tmp_path):
 
 def test_the_micro_batch_is_found_and_kept(train, tmp_path, monkeypatch):
     """auto takes as many micro-batches as the memory asks for; a resume takes the same, whatever is free by then."""
-    from rwkv_pl.training import footprint
 
-    monkeypatch.setattr(footprint, "free_memory", lambda device: 10**6)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 10**6)
     auto = (*SMALL, "trainer.accumulate_grad_batches=auto", "data.ctx_len=64")
     assert train(*auto, "hydra.run.dir=run").code == 0
     found = checkpoint(tmp_path / "run")["rwkv_pl"]["accumulate"]
@@ -415,7 +415,7 @@ def test_the_micro_batch_is_found_and_kept(train, tmp_path, monkeypatch):
     assert checkpoint(tmp_path / "run")["rwkv_pl"]["accumulate"] == found
     assert train(*auto, "hydra.run.dir=roomy").code == 0
     assert checkpoint(tmp_path / "roomy")["rwkv_pl"]["accumulate"] == 1
-    monkeypatch.setattr(footprint, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 1000)
     result = train(*auto, "hydra.run.dir=none")
     assert (result.code, "not even one sequence fits the memory" in result.err) == (2, True), result.err
     assert not (tmp_path / "none").exists()

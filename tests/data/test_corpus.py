@@ -25,10 +25,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rwkv_pl.config import UserError
 from rwkv_pl.data import corpus as corpora
 from rwkv_pl.data.corpus import Corpus, Splits, enwik8, file_digest, stdlib, text
 from rwkv_pl.data.sources import join
+from rwkv_pl.errors import UserError
 from rwkv_pl.files import publish
 
 CONTENT = bytes(i * i % 251 for i in range(100_000))

@@ -11,12 +11,12 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from rwkv_pl.config import UserError
 from rwkv_pl.data import corpus as corpora
 from rwkv_pl.data import datamodule
 from rwkv_pl.data.datamodule import CorpusDataModule, Enwik8DataModule, EvalBatches, StdlibDataModule
 from rwkv_pl.data.order import read_windows, window_starts
 from rwkv_pl.data.tokens import Vocabulary, open_tokens
+from rwkv_pl.errors import UserError
 
 RNG = np.random.default_rng(0)
 NOISE = RNG.integers(0, 256, 4000, np.uint8).tobytes()

@@ -5,7 +5,6 @@ import time
 import numpy as np
 import pytest
 
-from rwkv_pl.config import UserError
 from rwkv_pl.data.order import (
     eval_window_count,
     micro_batch_rows,
@@ -14,6 +13,7 @@ from rwkv_pl.data.order import (
     steps_per_pass,
     window_starts,
 )
+from rwkv_pl.errors import UserError
 
 WORD = 2**64 - 1
 

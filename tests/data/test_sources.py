@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rwkv_pl.config import UserError
 from rwkv_pl.data import sources
 from rwkv_pl.data.sources import find, is_there, join
+from rwkv_pl.errors import UserError
 
 
 def write(folder: Path, *names: str) -> None:

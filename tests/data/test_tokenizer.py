@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from small_20b import MARKS, WHITE_SPACE, small_20b
 from tokenizers import Tokenizer
 
-from rwkv_pl.config import UserError
 from rwkv_pl.data import corpus as corpora
 from rwkv_pl.data import tokenizer as tokenizers_20b
 from rwkv_pl.data import tokens
 from rwkv_pl.data.datamodule import CorpusDataModule
 from rwkv_pl.data.tokenizer import Vocabulary20B
 from rwkv_pl.data.tokens import Corpus, NotSpelled, Splits, Vocabulary, build_vocabulary, open_tokens
+from rwkv_pl.errors import UserError
 
 SMALL = Vocabulary20B(small_20b())
 

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from rwkv_pl.config import UserError
 from rwkv_pl.data import corpus as corpora
 from rwkv_pl.data import tokens
 from rwkv_pl.data.tokens import Vocabulary, build_vocabulary, open_tokens
+from rwkv_pl.errors import UserError
 
 CHARACTERS = "".join(sorted("éßЖ漢字😀\u0080\u07ff\u0800\uffff\U00010000\U0010ffff"))
 CHAR = Vocabulary("char", CHARACTERS)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rwkv_pl import RWKV4, RWKV4Config, generate
-from rwkv_pl.config import UserError
+from rwkv_pl.errors import UserError
 from rwkv_pl.inference.memory import Memory, check_replaceable, load_memory, save_memory
 
 

@@ -8,9 +8,9 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from rwkv_pl import RWKV4, CorpusDataModule, LitRWKV, RWKV4Config
-from rwkv_pl.config import RunError
+from rwkv_pl.errors import RunError
 from rwkv_pl.ops.cross_entropy import head_cross_entropy
-from rwkv_pl.training.history import History
+from rwkv_pl.training.callbacks.metrics import MetricsRecorder
 from rwkv_pl.training.loss import split_tokens
 
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
@@ -151,7 +151,7 @@ def test_what_the_host_asks_of_the_device_in_a_step(data, tmp_path, monkeypatch)
         watched(name, getattr(torch.Tensor, name))
     monkeypatch.setattr(LitRWKV, "leaves_out_on_the_device", lambda self, optimizer: optimizer.defaults["fused"])
     monkeypatch.setattr(LitRWKV, "log", lambda self, *_, **__: logged.update([step]))
-    callbacks = [History(tmp_path, 4 * 32), Steps()]
+    callbacks = [MetricsRecorder(tmp_path, 4 * 32), Steps()]
     trained(data, max_steps=8, val_check_interval=100, limit_val_batches=0, log_every_n_steps=5, callbacks=callbacks)
     assert {step: asked[step] for step in range(2, 9) if step != 5} == dict.fromkeys((2, 3, 4, 6, 7, 8), 1) | {
         2: 0,

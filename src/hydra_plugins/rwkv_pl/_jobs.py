@@ -11,7 +11,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from rwkv_pl.cli.sweep import Job, checked, foresee
+from rwkv_pl.sweeps.jobs import Job, validate_job, write_pending_result
 
 
 class JobSweeper(Sweeper):
@@ -39,10 +39,11 @@ class JobSweeper(Sweeper):
     def launch(self, jobs: Sequence[Sequence[str]], first: int = 0) -> list[JobReturn]:
         """What became of each job, in their order. first: the number of the first."""
         outcomes = [
-            checked(self.hydra_context.config_loader, self.config, list(job), first + i) for i, job in enumerate(jobs)
+            validate_job(self.hydra_context.config_loader, self.config, list(job), first + i)
+            for i, job in enumerate(jobs)
         ]
         good = [outcome for outcome in outcomes if isinstance(outcome, Job)]
         for job in good:
-            foresee(job)
+            write_pending_result(job)
         ended = iter(self.launcher.launch([job.overrides for job in good], initial_job_idx=first) if good else [])
         return [next(ended) if isinstance(outcome, Job) else outcome for outcome in outcomes]

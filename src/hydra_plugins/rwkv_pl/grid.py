@@ -7,8 +7,8 @@ from hydra.core.utils import JobReturn
 from omegaconf import DictConfig
 
 from hydra_plugins.rwkv_pl._jobs import JobSweeper
-from rwkv_pl.cli.sweep import product, with_params
-from rwkv_pl.config import UserError
+from rwkv_pl.errors import UserError
+from rwkv_pl.sweeps.jobs import product, with_params
 
 
 class GridSweeper(JobSweeper):

@@ -8,8 +8,9 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from rwkv_pl.cli.sweep import composed_job, run_jobs
-from rwkv_pl.config import UserError
+from rwkv_pl.errors import UserError
+from rwkv_pl.sweeps.jobs import composed_job
+from rwkv_pl.sweeps.pool import run_jobs
 
 
 class ProcessLauncher(Launcher):

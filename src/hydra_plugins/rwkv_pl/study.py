@@ -16,10 +16,11 @@ from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from omegaconf import DictConfig, OmegaConf
 
 from hydra_plugins.rwkv_pl._jobs import JobSweeper
-from rwkv_pl.cli.folder import read_result
-from rwkv_pl.cli.sweep import with_params
-from rwkv_pl.config import UserError, at_least, one_of
+from rwkv_pl.config import at_least, one_of
+from rwkv_pl.errors import UserError
 from rwkv_pl.files import publish
+from rwkv_pl.runs.outcome import read_result
+from rwkv_pl.sweeps.jobs import with_params
 
 if TYPE_CHECKING:
     from optuna import Study

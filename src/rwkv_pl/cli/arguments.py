@@ -1,4 +1,4 @@
-"""The flags of rwkv-train and rwkv-eval: Hydra's.
+"""The command line of rwkv-train and rwkv-eval: Hydra's flags, and what Hydra itself answers.
 
 Hydra 1.3's own parser can't be used: its help is an object that argparse refuses since Python 3.14.
 """
@@ -7,14 +7,19 @@ import argparse
 import contextlib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from hydra import version as hydra_version
 from hydra._internal import utils as hydra_utils
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
-from rwkv_pl.config import UserError
+from rwkv_pl.compose import CONFIG_MODULE, compose
+from rwkv_pl.errors import UserError
 
 SHELL_COMMAND = "(install|uninstall|query)=(bash|fish|zsh)"
 INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
@@ -71,6 +76,29 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         if not Path(args.config_dir).is_dir():
             raise UserError(f"--config-dir {args.config_dir} is no folder")
     return args
+
+
+def show(argv: Sequence[str], overrides: Sequence[str], config_dir: str | None, name: str = "train") -> None:
+    """Lets Hydra print what `argv` asks for: --help, --cfg, --info, completion. overrides: those in it."""
+    try:
+        run_with_hydra(lambda _: None, argv, name)
+    except (HydraException, OmegaConfBaseException):
+        compose(overrides, config_dir, name)  # raises it as one line
+        raise
+
+
+def run_with_hydra(task: Callable[[DictConfig], Any], argv: Sequence[str], name: str = "train") -> None:
+    """What hydra.main does with `argv`; it would parse that with a parser that Python 3.14 refuses."""
+    parser = HydraParser()
+    hydra_version.setbase("1.3")
+    with completed_by_our_parser():
+        hydra_utils._run_hydra(
+            args=parser.parse_intermixed_args(argv),
+            args_parser=parser,
+            task_function=task,
+            config_path=f"pkg://{CONFIG_MODULE}",
+            config_name=name,
+        )
 
 
 @contextlib.contextmanager

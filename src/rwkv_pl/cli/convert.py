@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rwkv_pl.cli.app import ended_by_ctrl_c, told_in_one_line
-from rwkv_pl.config import UserError
+from rwkv_pl.cli.entry import cli_entry_point, default_sigint
+from rwkv_pl.errors import UserError
 from rwkv_pl.files import PARTIAL
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 FOREIGN = (".bin", ".gguf", ".h5", ".json", ".npz", ".onnx", ".pt", ".safetensors")
 
 
-@told_in_one_line
+@cli_entry_point
 def main() -> None:
     """The command. Exit codes: 0 written and checked, 1 the system refused, 2 bad input."""
     parser = argparse.ArgumentParser(
@@ -52,7 +52,7 @@ def convert(source: Path, target: Path, dtype: str | None = None) -> None:
         raise UserError(f"there are no weights at {source}")
     if sys.stderr.isatty():
         print("loading torch ...", file=sys.stderr, flush=True)
-    with ended_by_ctrl_c():
+    with default_sigint():
         import torch
 
         from rwkv_pl.weights import read_weights, write_weights

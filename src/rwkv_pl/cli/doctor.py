@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from rwkv_pl.cli.app import console, told_in_one_line
+from rwkv_pl.cli.entry import cli_entry_point
 from rwkv_pl.files import cache_folder
 from rwkv_pl.limits import usable_cores, use_usable_cores
+from rwkv_pl.terminal import console
 
 
 @dataclass
@@ -28,7 +29,7 @@ class Finding:
 WORST_ERROR = 5e-6
 
 
-@told_in_one_line
+@cli_entry_point
 def main() -> None:
     """The command. Exit codes: 0 every device has its compiled kernel, 1 one of them has not."""
     parser = argparse.ArgumentParser(
@@ -152,13 +153,13 @@ def _products(device: str) -> str:
     """How fast matrix products are in either precision, in a line."""
     import torch
 
-    from rwkv_pl.training.footprint import in_units
+    from rwkv_pl.training.memory import format_si
     from rwkv_pl.training.precision import in_words, product_rates
 
     rates = product_rates(torch.device(device), tokens=1024, n_embd=512)
     float32, bf16 = rates[torch.float32], rates[torch.bfloat16]
     a_thread = " a thread" if device == "cpu" else ""
-    speeds = f"{in_units(float32, 'FLOP/s')} in float32 and {in_units(bf16, 'FLOP/s')} in bf16{a_thread}"
+    speeds = f"{format_si(float32, 'FLOP/s')} in float32 and {format_si(bf16, 'FLOP/s')} in bf16{a_thread}"
     return f"{device}: matrix products make {speeds}: in bf16-mixed they are {in_words(bf16 / float32)} in 32-true"
 
 

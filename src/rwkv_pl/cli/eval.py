@@ -17,11 +17,14 @@ from filelock import FileLock
 from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf
 
-from rwkv_pl.cli import app
-from rwkv_pl.cli.arguments import parse_arguments
-from rwkv_pl.cli.resume import StoredRun
-from rwkv_pl.config import Data, Eval, RunError, UserError
+from rwkv_pl.cli.arguments import parse_arguments, show
+from rwkv_pl.cli.entry import cli_entry_point, default_sigint
+from rwkv_pl.compose import compose, is_group_choice, parse_overrides, to_dataclass, to_plain_dict
+from rwkv_pl.config import Data, Eval
+from rwkv_pl.errors import RunError, UserError, one_line
 from rwkv_pl.files import cache_folder, made_for_success, publish, writing
+from rwkv_pl.runs.stored import StoredRun
+from rwkv_pl.terminal import console
 from rwkv_pl.training.curve import default_style
 
 if TYPE_CHECKING:
@@ -33,7 +36,7 @@ if TYPE_CHECKING:
 PATHS = ("path", "val_path", "vocab_path")
 
 
-@app.told_in_one_line
+@cli_entry_point
 def main() -> None:
     """The command. Exit codes: 0 evaluated, 1 failed while evaluating, 2 bad input."""
     argv = sys.argv[1:]
@@ -43,22 +46,22 @@ def main() -> None:
     for word in args.overrides:
         if "=" not in word and Path(word).exists():
             raise UserError(f"{word}: what is evaluated is given as weights={word}")
-    overrides = app.parse_overrides(args.overrides, sweep=True)
+    overrides = parse_overrides(args.overrides, sweep=True)
     for override in overrides:
         if override.is_sweep_override():
             raise UserError(f"{override.input_line} names several values: give one, or write a list as [a,b]")
         if override.key_or_group.startswith("hydra"):
             raise UserError(f"{override.input_line} is not used: out=FOLDER says where the result goes")
-        if app.is_group_choice(override) and override.key_or_group != "data":
+        if is_group_choice(override) and override.key_or_group != "data":
             raise UserError(f"{override.input_line}: data alone is chosen here, the model is that of the weights")
     if args.help or args.hydra_help or args.info or args.shell_completion or args.cfg in ("hydra", "all"):
-        app.hand_over(lambda _: None, argv, name="eval")
+        show(argv, [str(o.input_line) for o in overrides], args.config_dir, "eval")
         return
     settings, run = composed(overrides, args.config_dir)
     if args.cfg:
         print(OmegaConf.to_yaml(OmegaConf.create(settings)), end="")
         return
-    config = app.typed(settings, Eval)
+    config = to_dataclass(settings, Eval)
     given = {o.key_or_group for o in overrides}
     if run is None and "data" not in given and Path(str(config.weights)).exists():
         raise UserError(
@@ -87,13 +90,13 @@ def composed(overrides: Sequence[Override], config_dir: str | None) -> tuple[dic
     run = run_of(Path(str(weights))) if weights else None
     told = [o.input_line or "" for o in overrides]
     if run is None or any(o.key_or_group == "data" for o in overrides):
-        return app.resolved(app.compose(told, config_dir, "eval")), run
+        return to_plain_dict(compose(told, config_dir, "eval")), run
     stored = StoredRun(run)
-    own = app.resolved(stored.config())["data"]
+    own = to_plain_dict(stored.config())["data"]
     for key in PATHS:
         if own.get(key):
             own[key] = str(stored.cwd / own[key])
-    settings = app.resolved(app.compose([f"data={app.typed(own, Data).name}", *told], config_dir, "eval"))
+    settings = to_plain_dict(compose([f"data={to_dataclass(own, Data).name}", *told], config_dir, "eval"))
     given = {o.key_or_group.split(".")[1] for o in overrides if o.key_or_group.startswith("data.")}
     settings["data"] |= {key: value for key, value in own.items() if key not in given}
     return settings, run
@@ -119,12 +122,14 @@ def destination(config: Eval, run: Path | None, given: set[str]) -> tuple[Path, 
 
 def _evaluate(config: Eval, run: Path | None, given: set[str]) -> dict[str, Any]:
     """Everything that the JSON file holds. run: that the weights are from. given: the keys that the user has set."""
-    with app.ended_by_ctrl_c():
+    with default_sigint():
         import torch
 
-        from rwkv_pl.cli.prepare import build_data, choose_kernel, keep_freed_memory
         from rwkv_pl.inference.evaluate import carried, figures, windows
         from rwkv_pl.limits import use_usable_cores
+        from rwkv_pl.ops.heap import keep_freed_memory
+        from rwkv_pl.runs.device import choose_kernel
+        from rwkv_pl.runs.inputs import build_data
         from rwkv_pl.weights import read_weights
 
     keep_freed_memory()
@@ -250,7 +255,7 @@ def _explained(error: Exception) -> Exception:
     """What a device refuses, in one line."""
     import torch
 
-    reason = app.one_line(error).partition(". ")[0]
+    reason = one_line(error).partition(". ")[0]
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in reason:
         return RunError(
             f"out of memory ({reason or 'the system gives no more'}): smaller streams, chunk_len and "
@@ -310,7 +315,7 @@ def _in_words(name: str, protocol: dict[str, Any]) -> str:
 def _print(report: dict[str, Any]) -> None:
     from rich.table import Table
 
-    from rwkv_pl.training.progress import duration
+    from rwkv_pl.training.callbacks.progress import duration
 
     weights, text = report["weights"], report["text"]
     size = weights["config"]
@@ -334,7 +339,7 @@ def _print(report: dict[str, Any]) -> None:
             f"{found['tokens_per_second']:,.0f}",
             duration(found["seconds"]),
         )
-    app.console().print(table)
+    console().print(table)
 
 
 def _write(report: dict[str, Any], out: Path, name: str) -> None:

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
-from rwkv_pl.cli.app import ended_by_ctrl_c, told_in_one_line
-from rwkv_pl.config import RunError, UserError
+from rwkv_pl.cli.entry import cli_entry_point, default_sigint
+from rwkv_pl.errors import RunError, UserError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -75,14 +75,14 @@ def parse() -> argparse.Namespace:
     return arguments
 
 
-@told_in_one_line
+@cli_entry_point
 def main() -> None:
     arguments = parse()
     if sys.stdout is None or (arguments.prompt == "-" and sys.stdin is None):
         raise UserError("standard input or output is closed, there is nothing to read from or to write to")
     text = sys.stdin.buffer.read() if arguments.prompt == "-" else os.fsencode(arguments.prompt)
 
-    with ended_by_ctrl_c():
+    with default_sigint():
         import torch
 
         from rwkv_pl.inference.generate import Generation, select

@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from rwkv_pl.config import UserError
 from rwkv_pl.data.corpus import Corpus, Splits, file_digest
 from rwkv_pl.data.tokens import TokenFile, Vocabulary, kept, watched
+from rwkv_pl.errors import UserError
 from rwkv_pl.files import digest_of
 
 MAGIC = b"MMIDIDX\0\0"

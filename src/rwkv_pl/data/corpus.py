@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 from filelock import FileLock
 
-from rwkv_pl.config import UserError
 from rwkv_pl.data.sources import Source, bytes_progress, find, is_plain, join
+from rwkv_pl.errors import UserError
 from rwkv_pl.files import cache_folder, digest_of, made_for_success, publish, read_record, write_record, writing
 
 ENWIK8_URL = "http://mattmahoney.net/dc/enwik8.zip"

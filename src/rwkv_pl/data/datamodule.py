@@ -14,12 +14,12 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from rwkv_pl.config import UserError
 from rwkv_pl.data import corpus as corpora
 from rwkv_pl.data import order
 from rwkv_pl.data.binidx import binidx, open_binidx
 from rwkv_pl.data.corpus import Corpus
 from rwkv_pl.data.tokens import TokenFile, Tokens, Vocabulary, build_vocabulary, open_tokens
+from rwkv_pl.errors import UserError
 from rwkv_pl.files import cache_folder
 
 # More than any run reads, and little enough that Lightning's float arithmetic on lengths stays exact.

@@ -10,7 +10,7 @@ costs what a kilobyte does. Position n of the run is all that is needed to know 
 import numpy as np
 import numpy.typing as npt
 
-from rwkv_pl.config import UserError
+from rwkv_pl.errors import UserError
 
 Int64 = npt.NDArray[np.int64]
 UInt64 = npt.NDArray[np.uint64]

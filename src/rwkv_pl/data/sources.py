@@ -16,7 +16,7 @@ from itertools import count
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, NamedTuple, cast
 
-from rwkv_pl.config import UserError
+from rwkv_pl.errors import UserError
 
 if TYPE_CHECKING:
     from rich.progress import Progress

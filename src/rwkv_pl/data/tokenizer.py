@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from rwkv_pl.config import UserError
 from rwkv_pl.data.tokens import NotSpelled, Tokens, Vocabulary
+from rwkv_pl.errors import UserError
 
 # Before 0.23.1 the library warns at every fork that follows a use of its threads. What we fork, workers that gather
 # batches, does not use it.

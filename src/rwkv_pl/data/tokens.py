@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from filelock import FileLock
 
-from rwkv_pl.config import UserError
 from rwkv_pl.data.corpus import Corpus, Splits, character_start, file_digest
+from rwkv_pl.errors import UserError
 from rwkv_pl.files import cache_folder, digest_of, publish, read_record, write_record, writing
 
 Tokens = npt.NDArray[np.unsignedinteger]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rwkv_pl.config import DamagedError, UserError
+from rwkv_pl.errors import CorruptFileError, UserError
 from rwkv_pl.files import PARTIAL, publish
 from rwkv_pl.inference.generate import read
 from rwkv_pl.model.state import BlockState, State
@@ -57,7 +57,7 @@ def load_memory(path: Path, model: Any, digest: str) -> Memory:
         if recent.dim() != 1 or recent.dtype != torch.int64 or bool(((recent < 0) | (recent >= like.shape[1])).any()):
             raise ValueError("tokens that are none")
     except Exception as error:  # what was made by hand can fail in any way
-        raise DamagedError(f"{path} is no whole memory ({error})") from error
+        raise CorruptFileError(f"{path} is no whole memory ({error})") from error
     return Memory(logits, state, recent)
 
 
@@ -77,7 +77,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         content = read_checkpoint(path)
         known = content.get("rwkv_pl_memory") == FORMAT
-    except DamagedError:
+    except CorruptFileError:
         known = False
     if not known:
         raise UserError(f"{path} is no memory of rwkv-generate, or a damaged one, and is left as it is")

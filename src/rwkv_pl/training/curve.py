@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rwkv_pl.config import UserError
+from rwkv_pl.errors import UserError
 from rwkv_pl.files import publish
 
 COLUMNS = (

@@ -6,16 +6,18 @@ B  batch, the rows of a micro-batch    T  time, ctx_len    V  vocab_size
 import importlib
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import Timer, WeightAveraging
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rwkv_pl.config import Optim, RunError, Schedule
+from rwkv_pl.config import Optim, Schedule
+from rwkv_pl.errors import RunError
 from rwkv_pl.inference.sampling import seed_of
 from rwkv_pl.model import VERSIONS
 from rwkv_pl.ops.cross_entropy import head_cross_entropy
@@ -29,7 +31,8 @@ log = logging.getLogger(__name__)
 class LitRWKV(LightningModule):
     """Trains any model that has `config`, `hidden`, `head` and `lr_scale`.
 
-    model:           as built, e.g. RWKV4(RWKV4Config(vocab_size=256, n_layer=12, n_embd=512)).
+    model:           RWKV4(RWKV4Config(vocab_size=256, n_layer=12, n_embd=512)), or a function that builds it, which is
+                     called when a Trainer asks for the model.
     optim, schedule: their numbers (see conf/optim and conf/schedule); the defaults are Adam at a constant rate.
     seed:            of the random numbers, seeded anew before each micro-batch, so that a resumed run draws the same.
     vocabulary:      plain JSON types, carried in every checkpoint.
@@ -44,7 +47,7 @@ class LitRWKV(LightningModule):
 
     def __init__(
         self,
-        model: Any,
+        model: nn.Module | Callable[[], nn.Module],
         optim: Optim | None = None,
         schedule: Schedule | None = None,
         *,
@@ -56,7 +59,8 @@ class LitRWKV(LightningModule):
         skip_nonfinite: int = 0,
     ) -> None:
         super().__init__()
-        self.model = model
+        self._build = None if isinstance(model, nn.Module) else model
+        self.model: Any = None if self._build else model
         self.optim = optim or Optim()
         self.schedule = schedule or Schedule()
         self.seed = seed
@@ -79,6 +83,19 @@ class LitRWKV(LightningModule):
         else:
             super().__setattr__(name, value)
 
+    def configure_model(self) -> None:
+        """Builds the model, once: on the CPU in float32, so that its numbers are the same on every device and in every
+        precision."""
+        if self._build and self.model is None:
+            before = torch.get_default_dtype()
+            torch.set_default_dtype(torch.float32)
+            try:
+                with torch.device("cpu"):
+                    self.model = self._build()
+            finally:
+                torch.set_default_dtype(before)
+            self._build = None  # with the weights that it started from
+
     def forward(self, tokens: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         """tokens (B, T) -> logits (B, T, V) and the state after them, as the model itself."""
         return self.model(tokens, state)
@@ -86,7 +103,8 @@ class LitRWKV(LightningModule):
     def training_step(self, batch: Tensor, batch_idx: int) -> dict[str, Tensor]:
         """batch: tokens (B, T+1). Returns scalars: the loss, and its parts in nats a token.
 
-        Nothing is logged here: a self.log costs 0.45 ms whether or not the step is logged. `History` reads these.
+        Nothing is logged here: a self.log costs 0.45 ms whether or not the step is logged. MetricsRecorder reads
+        these.
         """
         loss, nats, pull = self.loss(*split_tokens(batch))
         self._loss = self._loss + loss.detach()
@@ -140,7 +158,7 @@ class LitRWKV(LightningModule):
             f"{split}/loss": nats / max(n_targets, 1),
             f"{split}/bits_per_byte": bits_per_byte(nats, n_bytes),
         }
-        # Of all processes already. For the callbacks that monitor it: `History` writes it to the loggers, at its step.
+        # Of all processes already. For callbacks that monitor it; MetricsRecorder writes it to the loggers.
         self.log_dict(figures, logger=False)
 
     # The optimizer

@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from rwkv_pl.config import Optim, Schedule, UserError
+from rwkv_pl.config import Optim, Schedule
+from rwkv_pl.errors import UserError
 
 
 def parameter_groups(model: nn.Module, lr_scale: dict[str, float]) -> list[dict[str, Any]]:

@@ -8,16 +8,16 @@ from lightning.pytorch.plugins import Precision
 from torch import Tensor
 
 from rwkv_pl import limits
-from rwkv_pl.training.peak import product_dtype
+from rwkv_pl.training.peak_flops import product_dtype
 
 # Of what is free; the rest is for what the estimate does not know: workspaces, fragments, other programs.
 SHARE_OF_FREE_MEMORY = 0.8
 # Tokens of what is measured, once and twice.
-FEW = 64
+PROBE_TOKENS = 64
 
 
 @dataclass
-class Footprint:
+class MemoryEstimate:
     """parameters: their number. flops: floating-point operations of training on one token, forward and backward, of the
     matrix products. Bytes of memory: fixed, of weights, gradients, optimizer and the weights' casts; per_token, of what
     the backward pass keeps and works with, for each token of a micro-batch; per_recomputed, of that, what is not kept
@@ -40,7 +40,7 @@ class Footprint:
         return self.fixed + int(per_token * tokens + self.per_logits * judged)
 
 
-def footprint(module: Any, precision: Precision) -> Footprint:
+def estimate_memory(module: Any, precision: Precision) -> MemoryEstimate:
     """Of a LitRWKV's model, measured by forward passes of a few tokens on the device where it lies."""
     parameters = list(module.parameters())
     matrices = [p for name, p in module.model.named_parameters() if p.dim() == 2 and not name.startswith("emb.")]
@@ -49,14 +49,17 @@ def footprint(module: Any, precision: Precision) -> Footprint:
     # Weights, gradients, and Adam's two moments.
     fixed = 4 * sum(p.numel() * p.element_size() for p in parameters)
     config, chunk_len = module.model.config, module.loss_chunk_len
-    few, more = (_kept(module, precision, n_tokens) for n_tokens in (FEW, 2 * FEW))
-    casts, per_token = max(0, 2 * few - more), (more - few) / FEW
-    per_recomputed = (few - _kept(module, precision, FEW, recomputed=True)) / FEW
+    few, more = (_kept(module, precision, n_tokens) for n_tokens in (PROBE_TOKENS, 2 * PROBE_TOKENS))
+    casts, per_token = max(0, 2 * few - more), (more - few) / PROBE_TOKENS
+    per_recomputed = (few - _kept(module, precision, PROBE_TOKENS, recomputed=True)) / PROBE_TOKENS
     # The logits' own gradient comes on top, when the rest is still there.
     per_logits = 4.0 * config.vocab_size
     if chunk_len:
-        few, more = (_kept(module, precision, n_tokens, chunk_len=FEW // 2) for n_tokens in (FEW, 2 * FEW))
-        without_logits = (more - few) / FEW
+        few, more = (
+            _kept(module, precision, n_tokens, chunk_len=PROBE_TOKENS // 2)
+            for n_tokens in (PROBE_TOKENS, 2 * PROBE_TOKENS)
+        )
+        without_logits = (more - few) / PROBE_TOKENS
         per_logits += per_token - without_logits
         per_token = without_logits
     # Of the widest layer the gradient, of the residual stream that before the block and that behind it; as much again
@@ -65,7 +68,9 @@ def footprint(module: Any, precision: Precision) -> Footprint:
     per_token += 2 * (4 * dtype.itemsize + 2 * 4) * config.n_embd
     n_parameters = sum(p.numel() for p in parameters)
     from_tokens = module.model.recompute_from
-    return Footprint(n_parameters, flops, fixed + casts, per_token, per_recomputed, from_tokens, per_logits, chunk_len)
+    return MemoryEstimate(
+        n_parameters, flops, fixed + casts, per_token, per_recomputed, from_tokens, per_logits, chunk_len
+    )
 
 
 def _kept(
@@ -123,7 +128,9 @@ def free_memory(device: torch.device) -> int:
     return limits.free_memory()
 
 
-def accumulation_that_fits(module: Any, cost: Footprint, rows: int, ctx_len: int, precision: Precision) -> int | None:
+def accumulation_that_fits(
+    module: Any, cost: MemoryEstimate, rows: int, ctx_len: int, precision: Precision
+) -> int | None:
     """The smallest number of micro-batches, a divisor of a device's `rows`, whose memory fits; None where none does."""
     device = next(module.parameters()).device
     free = SHARE_OF_FREE_MEMORY * free_memory(device)
@@ -149,7 +156,7 @@ def is_enough(module: Any, rows: int, ctx_len: int, precision: Precision) -> boo
         module.zero_grad(set_to_none=True)
 
 
-def in_units(amount: float, unit: str = "B") -> str:
+def format_si(amount: float, unit: str = "B") -> str:
     """1.23 GB, 45.6 MFLOPs: three digits and the power of a thousand."""
     for power in ("", "k", "M", "G", "T"):
         if amount < 999.5 or power == "T":

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from rwkv_pl.training.history import History
+from rwkv_pl.training.callbacks.metrics import MetricsRecorder
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class LogFile(logging.FileHandler):
 class TrainingProgress(ProgressBar):
     """Steps, loss, bits per byte, tokens/s, MFU and the time left; the figures are those that `history` logged last."""
 
-    def __init__(self, history: History) -> None:
+    def __init__(self, history: MetricsRecorder) -> None:
         super().__init__()
         self._history = history
         self._bar: Progress | None = None

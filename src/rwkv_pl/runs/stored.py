@@ -1,4 +1,4 @@
-"""What a resumed run is told: its stored config, the changes of earlier resumes, then those given now."""
+"""The settings of a resumed run: its stored config, the changes of earlier resumes, then those given now."""
 
 import time
 from collections.abc import Collection, Iterator, Sequence
@@ -10,11 +10,12 @@ import yaml
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
-from rwkv_pl.cli.app import check, compose, is_group_choice, parse_overrides, require_key, typed_config_dir
-from rwkv_pl.cli.folder import begun
-from rwkv_pl.config import Train, UserError
+from rwkv_pl.compose import check, compose, is_group_choice, parse_overrides, require_key, typed_config_dir
+from rwkv_pl.config import Train
 from rwkv_pl.data.sources import is_there
+from rwkv_pl.errors import UserError
 from rwkv_pl.files import leads_out, publish
+from rwkv_pl.runs.folder import has_started
 
 # What contradicts the past of a run. (data.path and data.val_path may change: the corpus is known by its content.)
 FIXED = (
@@ -44,7 +45,7 @@ class StoredRun:
             raise UserError(f"resume={folder} is a sweep: rwkv-train -m resume={folder} goes on with it")
         if not (folder / ".hydra" / "config.yaml").is_file():
             raise UserError(f"resume={folder} is no run folder: it holds no .hydra/config.yaml")
-        if not begun(folder):
+        if not has_started(folder):
             raise UserError(f"{folder} was broken off before its run began: start it by the same command as then")
         try:
             self.first = self._read("config.yaml", dict)
@@ -71,11 +72,12 @@ class StoredRun:
         config = cast(DictConfig, OmegaConf.create(defaults | self.first))
         for entry in self.resumes:
             _apply(config, entry)
+        config.plugins = []  # whoever resumes the run types them
         return config
 
-    def _composed(self, told: list[str]) -> DictConfig:
-        """Of all that was ever told the run; values of a file that is no longer chosen fall away with it."""
-        overrides = [o for o in parse_overrides(told) if not o.key_or_group.startswith("hydra")]
+    def _composed(self, texts: list[str]) -> DictConfig:
+        """Of all overrides that the run ever had; values of a file that is no longer chosen are dropped with it."""
+        overrides = [o for o in parse_overrides(texts) if not o.key_or_group.startswith(("hydra", "plugins"))]
         choices = compose([o.input_line or "" for o in overrides if is_group_choice(o)], self.config_dir)
 
         def there(override: Override) -> bool:
@@ -87,12 +89,14 @@ class StoredRun:
         """The config with later overrides, checked, and what is to be kept of them. Raises UserError."""
         before = self.config()
         config = self.config()
+        plugins = [override for override in later if override.key_or_group == "plugins"]
+        later = [override for override in later if override not in plugins]
         entry: dict[str, Any] = {"overrides": [o.input_line for o in later], "remove": [], "set": {}}
         choices = [override for override in later if is_group_choice(override)]
         if choices:
-            told = self.overrides + [text for earlier in self.resumes for text in earlier["overrides"]]
-            then = leaves(self._composed(told))
-            now = leaves(self._composed(told + [o.input_line or "" for o in choices]))
+            texts = self.overrides + [text for earlier in self.resumes for text in earlier["overrides"]]
+            then = flatten(self._composed(texts))
+            now = flatten(self._composed(texts + [o.input_line or "" for o in choices]))
             entry["remove"] = sorted(then.keys() - now.keys())
             entry["set"] = {key: value for key, value in now.items() if key not in then or then[key] != value}
         _apply(config, entry)
@@ -111,7 +115,7 @@ class StoredRun:
                 raise UserError(
                     f"{key}={new} contradicts the past of {self.folder}, which has {key}={old}: start a new run for it"
                 )
-        checked = check(config, later, self.config_dir)
+        checked = check(config, [*later, *plugins], self.config_dir)
         require_own_places(checked, self.folder, set(values))
         return checked, entry
 
@@ -141,7 +145,7 @@ def require_own_places(config: Train, folder: Path, typed: Collection[str] = ())
                 raise UserError(f"{key}={text} leads out of {folder}: type it again if you trust this run")
 
 
-def leaves(config: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     """Dotted key to value, Hydra's own part left out."""
     if isinstance(config, DictConfig):
         config = OmegaConf.to_container(config)
@@ -150,7 +154,7 @@ def leaves(config: Any, prefix: str = "") -> dict[str, Any]:
         if prefix == "" and key == "hydra":
             continue
         if isinstance(value, dict) and value:
-            found |= leaves(value, f"{prefix}{key}.")
+            found |= flatten(value, f"{prefix}{key}.")
         else:
             found[f"{prefix}{key}"] = value
     return found

@@ -5,12 +5,12 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from rwkv_pl.config import DamagedError, UserError
+from rwkv_pl.errors import CorruptFileError, UserError
 from rwkv_pl.training.module import LitRWKV
 from rwkv_pl.weights import check_about, read_checkpoint
 
 
-def read_own(path: Path) -> dict[str, Any]:
+def load_resume_checkpoint(path: Path) -> dict[str, Any]:
     """A checkpoint of a run of ours, tensors mapped; what it says of itself is checked. Raises UserError."""
     content = read_checkpoint(path)
     if "rwkv_pl" not in content:
@@ -19,11 +19,11 @@ def read_own(path: Path) -> dict[str, Any]:
     if "optimizer_states" not in content and "loops" not in content:
         raise UserError(f"{path} holds weights without the state of a training: take it as weights={path}")
     if type(content.get("global_step")) is not int or content["global_step"] < 0:
-        raise DamagedError(f"{path} is not a whole checkpoint: it does not say its step")
+        raise CorruptFileError(f"{path} is not a whole checkpoint: it does not say its step")
     return content
 
 
-def agree(about: dict[str, Any], now: dict[str, Any], path: Path) -> None:
+def check_same_run(about: dict[str, Any], now: dict[str, Any], path: Path) -> None:
     """Raises UserError where the run so far, as the checkpoint tells it, was another one than `now`."""
     before = about.get("past") or {"corpus": about.get("corpus")}
     for key, here in now.items():
@@ -38,17 +38,10 @@ def agree(about: dict[str, Any], now: dict[str, Any], path: Path) -> None:
         raise UserError(f"{key}={here} contradicts {path}, which was trained with {key}={there}")
 
 
-def owes_validation(content: dict[str, Any]) -> bool:
-    """Was the run stopped where a validation was due or under way?"""
-    callbacks = content.get("callbacks")
-    state = callbacks.get("StopOnSignal") if isinstance(callbacks, dict) else None
-    return isinstance(state, dict) and state.get("validation_due") is True
-
-
-def try_on(content: dict[str, Any], module: LitRWKV, optimizer: Optimizer, path: Path) -> None:
-    """Loads the checkpoint into what a run would load it into. Raises DamagedError where it does not fit."""
+def check_loadable(content: dict[str, Any], module: LitRWKV, optimizer: Optimizer, path: Path) -> None:
+    """Loads the checkpoint into an outline of the module on the meta device. Raises CorruptFileError unless it fits."""
     try:
-        module.load_state_dict(content["state_dict"])
+        module.load_state_dict(content["state_dict"], assign=True)
         (state,) = content["optimizer_states"]
         optimizer.load_state_dict(state)
         kept = {tuple(of_parameter) for of_parameter in optimizer.state.values()}
@@ -72,4 +65,4 @@ def try_on(content: dict[str, Any], module: LitRWKV, optimizer: Optimizer, path:
             if not isinstance(of_callback, dict):
                 raise TypeError(f"the state of {name} is a {type(of_callback).__name__}")
     except Exception as error:  # what was made by hand can fail in any way
-        raise DamagedError(f"{path} does not fit this run ({' '.join(str(error).split())[:200]})") from error
+        raise CorruptFileError(f"{path} does not fit this run ({' '.join(str(error).split())[:200]})") from error

@@ -5,7 +5,7 @@ import torch
 from lightning.pytorch.plugins import MixedPrecision, Precision
 
 from rwkv_pl import RWKV4, RWKV4Config
-from rwkv_pl.training import footprint as f
+from rwkv_pl.training import estimate_memory as f
 from rwkv_pl.training.module import LitRWKV
 
 
@@ -32,14 +32,14 @@ def kept(module, rows, n_tokens):
 def test_arithmetic_is_six_operations_a_weight_of_a_matrix(module):
     C = 32
     weights = 3 * (4 * C * C + 2 * 4 * C * C + C * C) + 256 * C  # time mix, channel mix, head
-    cost = f.footprint(module, Precision())
+    cost = f.estimate_memory(module, Precision())
     assert cost.flops == 6 * weights
     assert cost.parameters == sum(p.numel() for p in module.parameters())
     assert cost.fixed == pytest.approx(16 * cost.parameters, rel=0.05)
 
 
 def test_memory_is_that_of_a_whole_micro_batch(module):
-    cost = f.footprint(module, Precision())
+    cost = f.estimate_memory(module, Precision())
     working = 2 * (4 * 4 + 2 * 4) * 32
     for rows, n_tokens in ((1, 256), (4, 512)):
         tokens = rows * n_tokens
@@ -50,21 +50,21 @@ def test_memory_is_that_of_a_whole_micro_batch(module):
 def test_it_leaves_no_trace(module):
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    f.footprint(module, Precision())
+    f.estimate_memory(module, Precision())
     assert torch.equal(torch.get_rng_state(), before)
     assert all(parameter.grad is None for parameter in module.parameters())
 
 
 def test_bfloat16_keeps_less(module):
-    mixed = f.footprint(module, MixedPrecision("bf16-mixed", "cpu"))
-    assert mixed.per_token < 0.8 * f.footprint(module, Precision()).per_token
+    mixed = f.estimate_memory(module, MixedPrecision("bf16-mixed", "cpu"))
+    assert mixed.per_token < 0.8 * f.estimate_memory(module, Precision()).per_token
 
 
 def test_checkpointing_keeps_two_blocks_at_a_time_and_the_inputs_of_all():
     module = LitRWKV(RWKV4(RWKV4Config(vocab_size=4, n_layer=8, n_embd=32)))
-    plain, working = f.footprint(module, Precision()).per_token, 2 * (4 * 4 + 2 * 4) * 32
+    plain, working = f.estimate_memory(module, Precision()).per_token, 2 * (4 * 4 + 2 * 4) * 32
     module.model.activation_checkpointing = True
-    per_token = f.footprint(module, Precision()).per_token
+    per_token = f.estimate_memory(module, Precision()).per_token
     whole = plain - working
     assert per_token - working == pytest.approx(2 * whole / 8 + 8 * 4 * 32, rel=0.2)
     assert module.model.activation_checkpointing
@@ -72,7 +72,7 @@ def test_checkpointing_keeps_two_blocks_at_a_time_and_the_inputs_of_all():
 
 def test_a_long_micro_batch_keeps_no_mixed_inputs(module, monkeypatch):
     monkeypatch.setattr(module.model, "recompute_from", 256)
-    cost = f.footprint(module, Precision())
+    cost = f.estimate_memory(module, Precision())
     assert module.model.recompute_from == 256
     assert cost.bytes(256) < cost.bytes(255)
     working, logits, fixed = 48 * 32, 4 * 256, cost.fixed
@@ -81,18 +81,18 @@ def test_a_long_micro_batch_keeps_no_mixed_inputs(module, monkeypatch):
 
 def test_logits_in_chunks_do_not_grow_with_the_tokens():
     module = LitRWKV(RWKV4(RWKV4Config(vocab_size=5000, n_layer=1, n_embd=16)))
-    plain = f.footprint(module, Precision())
+    plain = f.estimate_memory(module, Precision())
     module.loss_chunk_len = 100
-    cost = f.footprint(module, Precision())
+    cost = f.estimate_memory(module, Precision())
     assert plain.bytes(1000) - cost.bytes(1000) == pytest.approx(900 * 5000 * 8, rel=0.01)
     module.loss_chunk_len = 10**8
-    assert f.footprint(module, Precision()).bytes(1000) == pytest.approx(plain.bytes(1000), rel=1e-6)
+    assert f.estimate_memory(module, Precision()).bytes(1000) == pytest.approx(plain.bytes(1000), rel=1e-6)
     assert module.loss_chunk_len == 10**8
 
 
 @pytest.mark.parametrize(("free_rows", "accumulate"), [(100, 1), (12, 1), (11, 2), (6, 2), (4, 3), (1, 12), (0, None)])
 def test_the_fewest_micro_batches_that_fit(module, monkeypatch, free_rows, accumulate):
-    cost = f.footprint(module, Precision())
+    cost = f.estimate_memory(module, Precision())
     free = cost.bytes(free_rows * 64) if free_rows else cost.fixed
     monkeypatch.setattr(f, "free_memory", lambda device: free / f.SHARE_OF_FREE_MEMORY)
     assert f.accumulation_that_fits(module, cost, 12, 64, Precision()) == accumulate
@@ -116,4 +116,4 @@ def test_free_memory_is_that_of_the_machine():
     ("amount", "told"), [(999, "999 B"), (1234, "1.23 kB"), (6.1e9, "6.1 GB"), (2e15, "2e+03 TB"), (0, "0 B")]
 )
 def test_units(amount, told):
-    assert f.in_units(amount) == told
+    assert f.format_si(amount) == told

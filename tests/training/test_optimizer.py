@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from rwkv_pl import RWKV4, RWKV4Config
-from rwkv_pl.config import Optim, Schedule, UserError
+from rwkv_pl.config import Optim, Schedule
+from rwkv_pl.errors import UserError
 from rwkv_pl.training.optim import build_optimizer, check_schedule, learning_rate, parameter_groups, write_numbers
 
 MODEL = RWKV4(RWKV4Config(vocab_size=11, n_layer=2, n_embd=8))

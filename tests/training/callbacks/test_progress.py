@@ -11,8 +11,8 @@ from rich.console import Console
 
 from rwkv_pl import RWKV4, CorpusDataModule, LitRWKV, RWKV4Config
 from rwkv_pl.training import progress
-from rwkv_pl.training.history import History
-from rwkv_pl.training.progress import ConsoleHandler, TrainingProgress, duration
+from rwkv_pl.training.callbacks.metrics import MetricsRecorder
+from rwkv_pl.training.callbacks.progress import ConsoleHandler, TrainingProgress, duration
 
 
 def run(tmp_path, monkeypatch, terminal: bool) -> str:
@@ -23,7 +23,7 @@ def run(tmp_path, monkeypatch, terminal: bool) -> str:
     handler = ConsoleHandler()
     progress.log.addHandler(handler)
     progress.log.setLevel(logging.INFO)
-    history = History(tmp_path, tokens_per_step=32, flops_per_token=6000, peak=1e9)
+    history = MetricsRecorder(tmp_path, tokens_per_step=32, flops_per_token=6000, peak=1e9)
     trainer = Trainer(
         accelerator="cpu",
         max_steps=4,

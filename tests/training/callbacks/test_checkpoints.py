@@ -6,9 +6,9 @@ import threading
 import pytest
 import torch
 
-from rwkv_pl.config import DamagedError
+from rwkv_pl.errors import CorruptFileError
 from rwkv_pl.training import checkpoints
-from rwkv_pl.training.checkpoints import DurableCheckpointIO
+from rwkv_pl.training.checkpoint_io import DurableCheckpointIO
 from rwkv_pl.weights import read_checkpoint
 
 
@@ -114,5 +114,5 @@ def test_every_flipped_bit_of_the_tensors_is_found(tmp_path):
         flipped = bytearray(whole)
         flipped[place] ^= 1 << (place % 8)
         (tmp_path / "last.ckpt").write_bytes(flipped)
-        with pytest.raises(DamagedError, match="not what was written"):
+        with pytest.raises(CorruptFileError, match="not what was written"):
             read_checkpoint(tmp_path / "last.ckpt")

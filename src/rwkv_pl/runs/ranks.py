@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, NoReturn
 
-from rwkv_pl.cli.app import BAD_INPUT, one_line, print_error
-from rwkv_pl.config import RunError, UserError
+from rwkv_pl.errors import RunError, UserError, one_line
+from rwkv_pl.terminal import BAD_INPUT, print_error
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -76,12 +76,10 @@ def leading() -> Iterator[None]:
         _answers.clear()
 
 
-def hydra_part() -> list[str]:
-    """Hydra's settings in a process that is not the run's first: it leaves the folder's files to that one."""
+def log_name() -> str | None:
+    """Name of the log of a process that is not the run's first; None if its log is the run's own."""
     group = current_group()
-    if group is None or group.rank == 0:
-        return []
-    return ["hydra.output_subdir=null", f"hydra.job.name=train_rank_{group.rank}"]
+    return f"train_rank_{group.rank}" if group and group.rank > 0 else None
 
 
 def current_group() -> Group | None:

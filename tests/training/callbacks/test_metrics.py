@@ -7,8 +7,8 @@ from lightning.pytorch import Trainer
 
 from rwkv_pl import RWKV4, CorpusDataModule, LitRWKV, RWKV4Config
 from rwkv_pl.training import history
-from rwkv_pl.training.checkpoints import LastCheckpoint
-from rwkv_pl.training.history import COLUMNS, History, draw, read_rows
+from rwkv_pl.training.callbacks.checkpoints import LastCheckpoint
+from rwkv_pl.training.callbacks.metrics import COLUMNS, MetricsRecorder, draw, read_rows
 
 HEADER = ",".join(COLUMNS) + "\n"
 
@@ -77,7 +77,7 @@ def test_speeds_are_those_of_the_steps_alone(tmp_path, monkeypatch):
 
     (tmp_path / "corpus.txt").write_bytes(b"The quick brown fox jumps over the lazy dog. " * 100)
     monkeypatch.setattr(history, "draw", lambda *_: None)
-    record = History(tmp_path, tokens_per_step=32, flops_per_token=1000, peak=64_000)
+    record = MetricsRecorder(tmp_path, tokens_per_step=32, flops_per_token=1000, peak=64_000)
     trainer = Trainer(
         accelerator="cpu",
         max_steps=9,

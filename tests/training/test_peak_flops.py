@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.plugins import HalfPrecision, MixedPrecision, Precision
 
 from rwkv_pl.training import peak
-from rwkv_pl.training.history import History
+from rwkv_pl.training.callbacks.metrics import MetricsRecorder
 
 CPU = torch.device("cpu")
 
@@ -69,6 +69,6 @@ def test_the_dtype_is_that_in_which_products_run(precision, dtype):
 
 
 def test_a_speed_that_is_reached_raises_the_peak(tmp_path):
-    history = History(tmp_path, 1, flops_per_token=10, peak=100)
+    history = MetricsRecorder(tmp_path, 1, flops_per_token=10, peak=100)
     shares = [history._arithmetic(speed)["mfu"] for speed in (5, 20, 5)]
     assert shares == [0.5, 1, 0.25]

@@ -11,7 +11,7 @@ from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.utils import counters
 
 from rwkv_pl import RWKV4, RWKV4Config
-from rwkv_pl.training.compiled import compile_blocks
+from rwkv_pl.training.compile import compile_blocks
 from rwkv_pl.training.module import LitRWKV
 
 whole = torch.compile

@@ -1,4 +1,4 @@
-"""What a run does when it is told to stop, or cannot go on: what is saved stays, and it says how to go on."""
+"""A signal stops a run at the end of a micro-batch, with its checkpoint saved."""
 
 import logging
 import os
@@ -6,19 +6,16 @@ import signal
 import subprocess
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Timer, WeightAveraging
+from lightning.pytorch.callbacks import WeightAveraging
 
-from rwkv_pl.config import RunError, UserError
-from rwkv_pl.files import in_words
-from rwkv_pl.training.checkpoints import DurableCheckpointIO, LastCheckpoint, validation_is_due
-from rwkv_pl.weights import read_checkpoint
+from rwkv_pl.training.callbacks.checkpoints import LastCheckpoint, validation_is_due
+from rwkv_pl.training.checkpoint_io import DurableCheckpointIO
 
 log = logging.getLogger(__name__)
 
@@ -35,23 +32,15 @@ class StopOnSignal(Callback):
     with last.ckpt saved: exit code 143, 130 or 129.
 
     In a SLURM job its requeue signal does so too, and the job is queued again: exit code 0. A second signal ends the
-    process at once. All processes of a run agree, at each micro-batch's end, on whether one of them was told. A
-    validation that was due or under way is made first thing when the run is resumed.
+    process at once. All processes of a run agree, at each micro-batch's end, on whether one of them got a signal. A
+    validation that was due or under way runs first when the run is resumed (PendingValidation).
     """
 
     def __init__(self) -> None:
         self._received = 0
-        self._validation_due = False
-        self._step = 0
         self._before: dict[int, Any] = {}
         self._codes = dict(EXIT_CODES)
         self._group: Any = None
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"validation_due": self._validation_due, "step": self._step}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._validation_due, self._step = state_dict["validation_due"], state_dict.get("step", 0)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # Lightning's handlers raise, or save, wherever the training is: inside an optimizer step too.
@@ -65,34 +54,11 @@ class StopOnSignal(Callback):
                 self._codes[environment.requeue_signal] = 0
         self._handle(self._end_at_once)
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Lightning begins no training that has all its steps or all its time, not even for the validation after them.
-        no_step_left = self._validation_due and 0 < trainer.max_steps <= self._step
-        timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]
-        self._timers = [(timer, timer._duration) for timer in timers if self._validation_due]
-        no_time_left = any((timer.time_remaining() or 1) <= 0 for timer, _ in self._timers)
-        for timer, _ in self._timers:
-            timer._duration = None
-        self._extra_step = int(no_step_left)
-        self._only_validation = no_step_left or no_time_left
-        trainer.fit_loop.epoch_loop.max_steps += self._extra_step
-
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.world_size > 1:
             backend = torch.distributed.get_backend()
             self._group = None if backend == "gloo" else torch.distributed.new_group(backend="gloo")
         self._handle(self._note)
-        if self._validation_due:
-            self._validation_due = False
-            for timer, duration in self._timers:
-                timer._duration = duration
-            trainer.fit_loop.epoch_loop.max_steps -= self._extra_step
-            trainer.should_stop = self._only_validation
-            validation = trainer.fit_loop.epoch_loop.val_loop
-            validation.restarting = False  # from its first batch, not from where it was broken off
-            trainer.validating = True
-            validation.run()
-            trainer.training = True
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -147,7 +113,6 @@ class StopOnSignal(Callback):
         return int(flag)
 
     def _stop(self, trainer: Trainer, number: int, due: bool) -> None:
-        self._validation_due, self._step = due, trainer.global_step
         if due:
             trainer.should_stop = False  # the run is not finished before its last validation
         last = next((c for c in trainer.checkpoint_callbacks if isinstance(c, LastCheckpoint)), None)
@@ -176,36 +141,3 @@ def _requeue() -> bool:
     if done.returncode:
         log.warning(f"the job was not queued again: scontrol: {' '.join(done.stderr.split())}")
     return not done.returncode
-
-
-def explained(error: Exception, folder: Path) -> RunError:
-    """One line for what ended a run, and where the run stands; a traceback goes to train.log alone."""
-    if isinstance(error, OSError):
-        # What a logger raises as it is closed, after the same, does not say where.
-        chain: list[BaseException] = [error]
-        while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
-            chain.append(cause)
-        named = (e for e in reversed(chain) if isinstance(e, OSError) and e.filename)
-        told = in_words(next(named, OSError(error.errno, error.strerror, str(folder))))
-    elif isinstance(error, UserError):
-        # From a worker process it comes with that one's traceback.
-        told = str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")
-    elif isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
-        reason = str(error).partition(". ")[0] or "the system gives no more"
-        told = f"out of memory ({reason}): a larger trainer.accumulate_grad_batches takes less"
-    else:
-        log.error("what ended the run:", exc_info=error)
-        told = f"{type(error).__name__}: {' '.join(str(error).split())[:300]} (more in train.log)"
-    return RunError(f"{told}; {where_it_stands(folder)}")
-
-
-def where_it_stands(folder: Path) -> str:
-    """What is left of a run that ended, and how to go on with it."""
-    for name in ("last.ckpt", "last.prev.ckpt"):
-        path = folder / "checkpoints" / name
-        try:
-            step = read_checkpoint(path, checked=False)["global_step"]
-        except (UserError, KeyError):
-            continue
-        return f"the last checkpoint is {path} of step {step:,}: rwkv-train resume={folder} goes on from it"
-    return f"there is no checkpoint yet: rwkv-train resume={folder} starts it again"

@@ -1,47 +1,28 @@
-"""What the commands share: a command line to a checked config, errors as one line.
+"""Hydra in, a checked config out.
 
-Only Hydra and the standard library are imported here, so that a mistake is told before anything heavy is loaded.
+Only Hydra and the standard library are imported here, so that a mistake is reported before anything heavy is loaded.
 """
 
-import contextlib
-import os
 import re
-import signal
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_module
-from hydra import version as hydra_version
-from hydra._internal.utils import _run_hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Glob, Override
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rwkv_pl.cli.arguments import HydraParser, completed_by_our_parser
-from rwkv_pl.config import (
-    GROUPS,
-    TARGET_MODULES,
-    RunError,
-    Train,
-    UserError,
-    check_kind,
-    check_kinds,
-    check_trainer,
-    nearest,
-)
-from rwkv_pl.files import in_words
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from rwkv_pl.config import GROUPS, Train, check_kind, check_kinds, check_trainer, nearest
+from rwkv_pl.errors import UserError, one_line
+from rwkv_pl.targets import check_target, find_targets, trusted_modules
 
 # For a number in a config that follows another: ${divide:1.5,${model.n_embd}}
 OmegaConf.register_new_resolver("divide", lambda a, b: a / b, replace=True)
@@ -49,101 +30,9 @@ OmegaConf.register_new_resolver("divide", lambda a, b: a / b, replace=True)
 CONFIG_MODULE = "rwkv_pl.conf"
 
 Schema = TypeVar("Schema")
-BAD_INPUT, FAILED = 2, 1
 
 # Loggers that are extras; the package's name is the module's.
 EXTRA_LOGGERS = ("wandb", "mlflow")
-
-
-def told_in_one_line(main: Callable[[], None]) -> Callable[[], None]:
-    """A command that ends with one line and exit code 2 on bad input, 1 where the system refuses something."""
-
-    def command() -> None:
-        # Hydra then raises what it would print over several lines.
-        os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-        if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
-            # Threads of OpenMP spin while they wait for each other, by default so long that other work on the same
-            # cores slows a training ten times and more. Read when torch is loaded.
-            os.environ["GOMP_SPINCOUNT"] = "10000"
-        try:
-            with safe_import_path():
-                main()
-        except RunError as error:
-            sys.exit(print_error(error, FAILED))
-        except (UserError, HydraException, OmegaConfBaseException) as error:
-            sys.exit(print_error(error))
-        except BrokenPipeError:
-            # As of `| head`. What Python would flush at its end goes nowhere.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(FAILED)
-        except OSError as error:
-            # A full disk, a folder that went away: what was written before is whole.
-            sys.exit(print_error(in_words(error), FAILED))
-        except KeyboardInterrupt:
-            sys.exit(130)
-
-    return command
-
-
-@contextlib.contextmanager
-def safe_import_path() -> Iterator[None]:
-    """Python processes started inside, by whatever library, import nothing from the folder in which they start.
-
-    That folder may be a stranger's: a resumed sweep's jobs start where the sweep's multirun.yaml says. Relative and
-    empty entries of PYTHONPATH keep the meaning that they have for this process.
-
-    This process looks for no plug-ins there either: an editable install leaves a relative name on sys.path, below which
-    torch and Lightning would find entry points.
-    """
-    import hydra_plugins.rwkv_pl  # noqa: F401  an editable install finds it by that name
-
-    path = list(sys.path)
-    sys.path[:] = [entry for entry in path if Path(entry).is_absolute()]
-    before = {name: os.environ.get(name) for name in ("PYTHONSAFEPATH", "PYTHONPATH")}
-    os.environ["PYTHONSAFEPATH"] = "1"
-    if before["PYTHONPATH"]:
-        entries = before["PYTHONPATH"].split(os.pathsep)
-        os.environ["PYTHONPATH"] = os.pathsep.join(str(Path(entry).absolute()) for entry in entries)
-    try:
-        yield
-    finally:
-        sys.path[:] = path
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
-
-
-@contextlib.contextmanager
-def ended_by_ctrl_c() -> Iterator[None]:
-    """Ctrl-C ends the process at once: an import may swallow what Python raises for it, or fail of it later."""
-    before = signal.getsignal(signal.SIGINT)
-    if before is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def print_error(error: BaseException | str, code: int = BAD_INPUT) -> int:
-    """One line on stderr, with the command's name. Returns the exit code."""
-    print(f"{Path(sys.argv[0]).name}: {one_line(error)}", file=sys.stderr)
-    return code
-
-
-def console() -> "Console":
-    """rich's, for a table."""
-    import rich
-    from rich.console import Console
-
-    there = rich.get_console()
-    return there if there.is_terminal else Console(width=200)  # into a file or a pipe nothing has to be folded
-
-
-def one_line(error: BaseException | str) -> str:
-    """An error's message without its line breaks."""
-    return " ".join(str(error).split())
 
 
 def parse_overrides(overrides: Sequence[str], sweep: bool = False) -> list[Override]:
@@ -183,7 +72,9 @@ def parse_overrides(overrides: Sequence[str], sweep: bool = False) -> list[Overr
 
 def compose(overrides: Sequence[str], config_dir: str | None = None, name: str = "train") -> DictConfig:
     """conf/NAME.yaml with the overrides, Hydra's own part included. Raises UserError in one line."""
-    extra = [f"hydra.searchpath=[{quoted('file://' + config_dir)}]"] if config_dir else []
+    if config_dir and any(text.startswith("hydra.searchpath=") for text in overrides):
+        raise UserError("--config-dir and hydra.searchpath= exclude each other: give one of them")
+    extra = [f"hydra.searchpath=[{quote_override('file://' + config_dir)}]"] if config_dir else []
     with initialize_config_module(CONFIG_MODULE, version_base="1.3", job_name=name):
         try:
             return hydra_compose(name, overrides=[*overrides, *extra], return_hydra_config=True)
@@ -201,59 +92,11 @@ def compose(overrides: Sequence[str], config_dir: str | None = None, name: str =
     raise UserError(one_line(reason) + cause) from reason
 
 
-def hand_over(
-    task: Callable[[DictConfig], Any], argv: Sequence[str], multirun: bool = False, name: str = "train"
-) -> None:
-    """Lets Hydra make .hydra/ and train.log and call `task` with the composed config; under -m, its sweeper.
-
-    As hydra.main does, which would parse the command line by a parser that Python 3.14 refuses.
-    """
-    if multirun:
-        plugins()
-    failure = []
-
-    def run(config: DictConfig) -> Any:
-        try:
-            return task(config)
-        except Exception as error:
-            # Raised here, Hydra would print a line of its own before ours.
-            failure.append(error)
-            return None
-
-    parser = HydraParser()
-    hydra_version.setbase("1.3")
-    with completed_by_our_parser():
-        _run_hydra(
-            args=parser.parse_intermixed_args(argv),
-            args_parser=parser,
-            task_function=task if multirun else run,
-            config_path=f"pkg://{CONFIG_MODULE}",
-            config_name=name,
-        )
-    if failure:
-        raise failure[0]
-
-
-def plugins() -> dict[str, Any]:
-    """Our launcher and sweepers by the name of `_target_`, known to Hydra, whose own search does not see those of an
-    editable install."""
-    from hydra.core.plugins import Plugins
-
-    known = Plugins.instance()
-
-    from hydra_plugins.rwkv_pl.grid import GridSweeper
-    from hydra_plugins.rwkv_pl.launcher import ProcessLauncher
-    from hydra_plugins.rwkv_pl.study import StudySweeper
-
-    ours = (ProcessLauncher, GridSweeper, StudySweeper)
-    for plugin in ours:
-        known.register(plugin)
-    return {f"{plugin.__module__}.{plugin.__name__}": plugin for plugin in ours}
-
-
 def typed_config_dir(sources: Any) -> str | None:
     """The --config-dir among Hydra's `runtime.config_sources`."""
-    return next((str(source["path"]) for source in sources if source["provider"] == "command-line"), None)
+    providers = ("command-line", "hydra.searchpath in command-line")
+    files = (source for source in sources if source["schema"] == "file")
+    return next((str(source["path"]) for source in files if source["provider"] in providers), None)
 
 
 def explain_unknown_key(overrides: Sequence[str], config_dir: str | None, name: str = "train") -> None:
@@ -297,7 +140,7 @@ def trainer_defaults() -> dict[str, Any]:
 
 def check(config: DictConfig, overrides: Sequence[Override] = (), config_dir: str | None = None) -> Train:
     """The composed config, its types and ranges held. Raises UserError: the key, what was given, what is allowed."""
-    plain = resolved(config)
+    plain = to_plain_dict(config)
     for group in GROUPS[:-1]:
         if not isinstance(plain.get(group), dict):
             raise UserError(f"{group}={plain.get(group)} is not a choice of a file in conf/{group}")
@@ -313,8 +156,12 @@ def check(config: DictConfig, overrides: Sequence[Override] = (), config_dir: st
         for name, arguments in plain[group].items():
             if not isinstance(arguments, dict) or "_target_" not in arguments:
                 raise UserError(f"{group}.{name} must be a mapping that names its class as _target_, got {arguments}")
-    for where, target in targets(plain):
-        check_target(where, target)
+    given = next((override for override in overrides if override.key_or_group == "plugins"), None)
+    if plain.get("plugins") and given is None:
+        raise UserError("plugins= is typed, a config file cannot name one: it runs the code of whoever wrote the file")
+    plain["plugins"] = trusted_modules(given.value() if given else None)
+    for where, target in find_targets(plain):
+        check_target(where, target, plain["plugins"])
     for name in EXTRA_LOGGERS:
         if name in plain["logger"] and not find_spec(name):
             raise UserError(f"logger.{name} needs a package that is not installed: pip install 'rwkv_pl[{name}]'")
@@ -322,10 +169,10 @@ def check(config: DictConfig, overrides: Sequence[Override] = (), config_dir: st
         raise UserError(
             "an experiment's file begins with the line '# @package _global_': without it its settings go astray"
         )
-    return typed(plain, Train)
+    return to_dataclass(plain, Train)
 
 
-def resolved(config: DictConfig) -> dict[str, Any]:
+def to_plain_dict(config: DictConfig) -> dict[str, Any]:
     """A composed config in plain types, without Hydra's part. Raises UserError where an interpolation leads nowhere."""
     config = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
     try:
@@ -334,7 +181,7 @@ def resolved(config: DictConfig) -> dict[str, Any]:
         raise UserError(one_line(error)) from error
 
 
-def typed(plain: dict[str, Any], schema: type[Schema]) -> Schema:
+def to_dataclass(plain: dict[str, Any], schema: type[Schema]) -> Schema:
     """`plain` as the dataclass `schema`. Raises UserError: the key, what was given, what is allowed."""
     for of in fields(schema):  # type: ignore[arg-type]
         if of.type is bool and of.name in plain:  # OmegaConf takes any number for true
@@ -350,43 +197,6 @@ def typed(plain: dict[str, Any], schema: type[Schema]) -> Schema:
         raise UserError(f"{key}: {one_line(str(error.msg).split('full_key')[0])}") from error
 
 
-def targets(plain: Any, where: str = "") -> Iterator[tuple[str, Any]]:
-    """Every `_target_` of a config, with the dotted key of the mapping that holds it."""
-    if isinstance(plain, dict):
-        for key, value in plain.items():
-            if key == "_target_":
-                yield where, value
-            else:
-                yield from targets(value, f"{where}.{key}" if where else str(key))
-    elif isinstance(plain, list):
-        for i, value in enumerate(plain):
-            yield from targets(value, f"{where}[{i}]")
-
-
-def check_target(where: str, target: Any) -> None:
-    """A class is named by one of its group's modules and exactly one more name. Raises UserError."""
-    group, *inside = where.split(".")
-    modules = TARGET_MODULES.get(group, ())
-    if not modules or len(inside) != (0 if group == "optim" else 1):
-        raise UserError(f"{where}._target_ is not a setting: classes are named in optim, callbacks and logger alone")
-    module, _, name = str(target).rpartition(".")
-    if module not in modules or not name.isidentifier():
-        raise UserError(f"{where}._target_ must be a class of {' or '.join(modules)}, got {target}")
-    if name == "CSVLogger":
-        raise UserError(f"{where}._target_={target} is not used: metrics.csv is always there, and it would delete that")
-
-
-def load_target(where: str, target: str) -> type:
-    """The class that a checked `_target_` names. Raises UserError where the module has no such class."""
-    from importlib import import_module
-
-    module, _, name = target.rpartition(".")
-    found = getattr(import_module(module), name, None)
-    if not isinstance(found, type):
-        raise UserError(f"{where}._target_={target} is not a class of {module}")
-    return found
-
-
-def quoted(value: str | Path) -> str:
+def quote_override(value: str | Path) -> str:
     """A text as the value of a Hydra override, whatever characters it has."""
     return "'" + str(value).replace("\\", "\\\\").replace("'", "\\'") + "'"

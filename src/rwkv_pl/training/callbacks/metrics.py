@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from torch import Tensor
 
 from rwkv_pl.files import located, publish
@@ -20,7 +21,7 @@ SECONDS_BETWEEN_DRAWINGS = 30
 SHARE_OF_DRAWING = 0.003
 
 
-class History(Callback):
+class MetricsRecorder(Callback):
     """Writes a row for step 1, every `trainer.log_every_n_steps` optimizer steps, and for each validation.
 
     A row is of one whole step, all its micro-batches and processes: train/loss and train/l2wrap in nats a token,
@@ -32,9 +33,10 @@ class History(Callback):
     folder:    the run folder.
     tokens_per_step: batch_size * ctx_len.
     baselines: bits per byte of other ways to predict the validation text, drawn as lines; {"gzip -9": 2.0}.
-    redo_validation: the run goes on with the validation of the step where it was stopped, whose row is then dropped.
     flops_per_token: of training, forward and backward; None leaves model_flops_per_second out.
     peak:      floating-point operations a second that all devices of the run can do; None leaves mfu out.
+
+    step, validated: those of the checkpoint that the run goes on from, and of the last validation that it knows.
     """
 
     def __init__(
@@ -42,26 +44,35 @@ class History(Callback):
         folder: Path,
         tokens_per_step: int,
         baselines: dict[str, float] | None = None,
-        redo_validation: bool = False,
         flops_per_token: int | None = None,
         peak: float | None = None,
     ) -> None:
         self.folder = folder
         self.tokens_per_step = tokens_per_step
         self.baselines = baselines or {}
-        self.redo_validation = redo_validation
         self.flops_per_token, self.peak = flops_per_token, peak
         self.rows: list[dict[str, float]] = []
         self.latest: dict[str, float] = {}
-        self.begun = False
+        self.step = self.validated = 0
         self._paused_at: float | None = None
         self._seconds_before = 0.0
 
+    @property
+    def state_key(self) -> str:
+        return "History"  # checkpoints keep the name that this class had first
+
     def state_dict(self) -> dict[str, Any]:
-        return {"seconds": self._seconds()}
+        return {"seconds": self._seconds(), "validated": self.validated}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._seconds_before = state_dict["seconds"]
+        self.validated = state_dict.get("validated", self.validated)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        self.step = checkpoint["global_step"]
+        # Of before this callback kept the step of the validation: the other one said whether it was still to be made.
+        pending = checkpoint["callbacks"].get("StopOnSignal", {}).get("validation_due")
+        self.validated = 0 if pending else self.step
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         self._pause(pl_module)
@@ -73,19 +84,18 @@ class History(Callback):
                     logger.save()
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        self.begun = True
         self._started = self._drawn = time.perf_counter()
         self._timed_from, self._timed_step = self._started, trainer.global_step
         self._drawing, self._paused_at = 0.0, None
         self._sums: list[Tensor] = []
         if trainer.is_global_zero:
             self.rows = read_rows(self.folder / "metrics.csv", up_to=trainer.global_step)
-            if self.redo_validation:
-                here = [row for row in self.rows if row["step"] == trainer.global_step]
-                self.rows = [row for row in self.rows if not (row in here and "val/loss" in row)]
-                for row in here:
-                    if "val/loss" not in row:
-                        self._log(trainer, row)  # TensorBoard has dropped all of the step
+            here = [row for row in self.rows if row["step"] == trainer.global_step]
+            if self.validated != trainer.global_step:  # a row of a validation that no checkpoint knows
+                here = [row for row in here if "val/loss" not in row]
+            self.rows = [row for row in self.rows if row["step"] != trainer.global_step] + here
+            for row in here:
+                self._log(trainer, row, TensorBoardLogger)  # which has dropped all rows of the step
             self._file = _begin(self.folder / "metrics.csv", self.rows)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Tensor, batch_idx: int) -> None:
@@ -141,6 +151,7 @@ class History(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         if trainer.state.fn != "fit":
             return
+        self.validated = trainer.global_step
         metrics = trainer.callback_metrics
         self._write(trainer, {name: float(metrics[name]) for name in ("val/loss", "val/bits_per_byte")})
         self._draw(trainer)
@@ -178,9 +189,9 @@ class History(Callback):
         self._log(trainer, row)
 
     @staticmethod
-    def _log(trainer: Trainer, row: dict[str, float]) -> None:
+    def _log(trainer: Trainer, row: dict[str, float], to: type[Logger] = Logger) -> None:
         metrics = {name: value for name, value in row.items() if name != "step"}
-        for logger in trainer.loggers:
+        for logger in (logger for logger in trainer.loggers if isinstance(logger, to)):
             with located(str(logger.save_dir)):
                 logger.log_metrics(metrics, step=int(row["step"]))
 

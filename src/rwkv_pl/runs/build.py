@@ -1,0 +1,179 @@
+"""Lightning's Trainer, the callbacks and the loggers of a config, for the run's own folder."""
+
+import contextlib
+import hashlib
+import logging
+import os
+import subprocess
+import threading
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.profilers import AdvancedProfiler, PassThroughProfiler, PyTorchProfiler, SimpleProfiler
+
+from rwkv_pl.config import Train
+from rwkv_pl.errors import UserError, one_line
+from rwkv_pl.targets import load_class
+from rwkv_pl.training.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
+from rwkv_pl.training.checkpoint_io import DurableCheckpointIO
+
+# What a validation reports, and callbacks can watch.
+MONITORED = ("val/bits_per_byte", "val/loss")
+
+
+class NoProfiler(PassThroughProfiler):
+    """Lightning's, which makes a context by a generator for each of a hundred calls a step, to do nothing in it."""
+
+    _nothing = contextlib.nullcontext()
+
+    def profile(self, action_name: str) -> Any:
+        return self._nothing
+
+
+PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
+
+# Where the name of MLflow's run is kept, which a resume goes on with.
+MLFLOW_RUN = "mlflow_run"
+
+# Lightning's own settings that the order of batches, and the length in optimizer steps, leave no choice about.
+FIXED_TRAINER = {
+    "max_epochs": -1,
+    "check_val_every_n_epoch": None,
+    "num_sanity_val_steps": 0,
+    "use_distributed_sampler": False,
+}
+
+
+def build_trainer(
+    config: Train,
+    folder: Path,
+    max_steps: int,
+    accumulate: int | None,
+    callbacks: list[Callback],
+    loggers: list[Logger],
+) -> Trainer:
+    """Lightning's Trainer with the config's arguments. Raises UserError for a value that it refuses.
+
+    accumulate: the micro-batches of a step so far, which accumulate_grad_batches=auto keeps.
+    """
+    arguments = config.trainer | FIXED_TRAINER | {"max_steps": max_steps}
+    # Lightning counts this one in micro-batches; steps are optimizer steps everywhere in the config.
+    if arguments["accumulate_grad_batches"] == "auto":
+        arguments["accumulate_grad_batches"] = accumulate or 1  # until Start has found it
+    arguments["val_check_interval"] *= arguments["accumulate_grad_batches"]
+    if name := arguments["profiler"]:
+        if name not in PROFILERS:
+            raise UserError(f"trainer.profiler must be one of {', '.join(PROFILERS)}, got {name}")
+        # By its name alone Lightning's would only log, at a level that is not shown.
+        arguments["profiler"] = PROFILERS[name](dirpath=folder, filename="profile")
+    else:
+        arguments["profiler"] = NoProfiler()
+    try:
+        return Trainer(
+            **arguments,
+            callbacks=callbacks,
+            logger=loggers,
+            plugins=[DurableCheckpointIO()],
+            default_root_dir=folder,
+            enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
+        )
+    except Exception as error:
+        raise UserError(f"Lightning's Trainer refuses its settings: {one_line(error)}") from error
+
+
+def build_callbacks(config: Train, folder: Path) -> list[Callback]:
+    """The callbacks of the config, in its order."""
+    callbacks = [_instantiate(f"callbacks.{name}", arguments, folder) for name, arguments in config.callbacks.items()]
+    for name, callback in zip(config.callbacks, callbacks, strict=True):
+        if getattr(callback, "monitor", None) not in (None, *MONITORED):
+            raise UserError(f"callbacks.{name}.monitor must be one of {', '.join(MONITORED)}, got {callback.monitor}")
+        if not isinstance(callback, BestCheckpoint | LastCheckpoint):
+            continue
+        if Path(str(callback.dirpath)).resolve() != (folder / "checkpoints").resolve():
+            raise UserError(
+                f"callbacks.{name}.dirpath must be checkpoints, where resume= and weights= look: "
+                "hydra.run.dir=FOLDER puts the whole run elsewhere"
+            )
+    return callbacks
+
+
+def build_loggers(config: Train, folder: Path, resumed_step: int | None) -> list[Logger]:
+    """The loggers of the config; TensorBoard's goes on at the resumed step, without the rows from there on."""
+    loggers = []
+    for name, arguments in config.logger.items():
+        target = load_class(f"logger.{name}", arguments["_target_"])
+        if target is TensorBoardLogger and resumed_step is not None:
+            arguments = arguments | {"purge_step": resumed_step}  # whose rows MetricsRecorder writes again
+        described = folder / ".hydra" / "hydra.yaml"  # which no resume changes, wherever the folder lies
+        if target is WandbLogger and described.is_file():
+            run_id = hashlib.blake2b(described.read_bytes(), digest_size=8).hexdigest()
+            arguments = {"id": run_id, "resume": "allow"} | arguments
+        if target is MLFlowLogger:
+            if arguments.get("tracking_uri") is None:
+                own = f"sqlite:///{(folder / 'mlflow.db').as_posix()}"
+                arguments = arguments | {"tracking_uri": os.environ.get("MLFLOW_TRACKING_URI", own)}
+            if (folder / MLFLOW_RUN).is_file():
+                arguments = arguments | {"run_id": (folder / MLFLOW_RUN).read_text().strip()}
+        loggers.append(_instantiate(f"logger.{name}", arguments, folder))
+    return loggers
+
+
+def code_state() -> str:
+    """Versions, and the commit of the checkout that runs.
+
+    Not that of the working folder: git runs the programs that a repository's own config names.
+    """
+    told = f"rwkv_pl {version('rwkv_pl')}, torch {torch.__version__}, lightning {lightning.__version__}"
+    checkout = Path(__file__).parents[3]
+    if not (checkout / ".git").exists():
+        return told
+    git = ["git", "-C", str(checkout)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
+        changes = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True)
+    except OSError:
+        return told
+    if commit.returncode:
+        return told
+    return f"{told}, git {commit.stdout.strip()}" + (" with changes" if changes.stdout.strip() else "")
+
+
+def _instantiate(where: str, arguments: dict[str, Any], folder: Path) -> Any:
+    arguments = dict(arguments)
+    target = load_class(where, arguments.pop("_target_"))
+    try:
+        for key in ("dirpath", "save_dir"):
+            if arguments.get(key) is not None:
+                arguments[key] = str(folder / arguments[key])
+        return target(**arguments)
+    except Exception as error:
+        raise UserError(f"{where} refuses its settings: {one_line(error)}") from error
+
+
+def quiet_lightning() -> None:
+    """Keeps Lightning's remarks that do not fit this use, or advertise, out of the user's sight."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        for part in ("", ".utilities.rank_zero"):
+            logging.getLogger(name + part).setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",
+        ".*treespec, LeafSpec.*",
+        ".*Checkpoint directory .* exists.*",
+        ".*ended before the epoch ended and your dataloader is not resumable.*",
+        ".*recommended to use .*sync_dist=True.*",
+        ".*callbacks used to create the checkpoint need to be provided.*",
+        ".*WeightAveraging callback with a model that overrides.*",  # the model is built once, and not sharded
+        ".*is supported for historical reasons.*",  # trainer.precision=16
+        ".*AMP with fp16 is not supported on CPU.*",  # which choose_products refuses
+    ):
+        warnings.filterwarnings("ignore", message=message)
+    # TensorBoard's thread: what the disk refused is raised again at its next figure.
+    threading.excepthook = lambda args: None if args.exc_type is OSError else threading.__excepthook__(args)
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"

@@ -1,0 +1,62 @@
+"""What a run computes on: accelerator, precision, kernel."""
+
+import torch
+
+from rwkv_pl.config import Train
+from rwkv_pl.errors import UserError, one_line
+from rwkv_pl.ops.wkv4 import use_kernel, wkv4
+from rwkv_pl.runs.ranks import first_decides
+from rwkv_pl.training.precision import in_words, product_rates
+
+
+def choose_accelerator(config: Train) -> None:
+    """`auto` is a CUDA GPU if there is one, else the CPU: Lightning's would also be a device that is untested here."""
+    if config.trainer["accelerator"] == "auto":
+        config.trainer["accelerator"] = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def choose_precision(config: Train, kept: str | None) -> str | None:
+    """`auto` is bf16-mixed if that is faster on the device, else 32-true. Returns a line for the user, or None.
+
+    kept: what a run that goes on has had so far, which `auto` keeps.
+    """
+    trainer = config.trainer
+    asked = trainer["precision"]
+    if asked == "auto" and kept:
+        asked = trainer["precision"] = kept
+    on_gpu = trainer["accelerator"] in ("cuda", "gpu") and torch.cuda.is_available()
+    if asked != "auto" and (on_gpu or not str(asked).startswith("bf16")):
+        return None
+    device = torch.device("cuda" if on_gpu else "cpu")
+    choose_products(config, device)
+    tokens = config.data.batch_size * config.data.ctx_len
+
+    def measure() -> str:
+        rates = product_rates(device, tokens, config.model.n_embd)
+        return repr(rates[torch.bfloat16] / rates[torch.float32])
+
+    speedup = float(first_decides("bf16_speedup", measure))
+    comparison = f"bf16 products are {in_words(speedup)} in float32 on this {device.type.upper()}"
+    if asked == "auto":
+        trainer["precision"] = "bf16-mixed" if speedup > 1 else "32-true"
+        return f"precision {trainer['precision']}: {comparison} (trainer.precision=auto)"
+    return f"precision {asked}: {comparison}; 32-true would be faster" if speedup < 1 else None
+
+
+def choose_products(config: Train, device: torch.device) -> None:
+    """Of float32's products on a GPU. Raises UserError for a trainer.precision that the device does not have."""
+    if device.type == "cpu" and str(config.trainer["precision"]) in ("16-mixed", "16"):
+        raise UserError("trainer.precision=16-mixed needs a GPU; use trainer.precision=auto on a CPU")
+    if device.type == "cuda":
+        # Elsewhere it would round as well: on a CPU to bfloat16 or tf32, by oneDNN.
+        torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
+
+
+def choose_kernel(name: str, device: torch.device) -> None:
+    """`use_kernel`, and the kernel is built where that is still to be done. Raises UserError where it can't be."""
+    use_kernel(name)
+    one = torch.zeros(1, 1, 1, device=device)
+    try:
+        wkv4(one[0, 0], one[0, 0], one, one)
+    except RuntimeError as error:
+        raise UserError(f"kernel={name}: {one_line(error)}") from error

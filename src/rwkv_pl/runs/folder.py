@@ -1,0 +1,222 @@
+"""The run folder: taken by one process at a time, described, and found again."""
+
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from omegaconf import DictConfig, OmegaConf
+
+from rwkv_pl.errors import UserError
+from rwkv_pl.files import PARTIAL, in_words, made_for_success, publish, require_own_files
+from rwkv_pl.runs.outcome import RESULT
+from rwkv_pl.runs.ranks import first_decides, is_first_process
+
+LOCK = ".lock"
+
+# Written when the training starts, so that its presence tells a run that has started.
+OVERRIDES = Path(".hydra", "overrides.yaml")
+
+# What a sweep leaves in the folder of a job, before it and after it has failed.
+JOB_FILES = ("trial.json", "error.txt", RESULT)
+
+# In the environment of a sweep's job: the text that it would show is left to its folder.
+SWEEP_JOB_ENV = "RWKV_PL_OF_A_SWEEP"
+
+# What a start that was killed before its training can leave.
+START_FILES = {
+    LOCK,
+    ".hydra",
+    "train.log",
+    "vocab.json",
+    *JOB_FILES,
+    "hparams.yaml",
+    "wandb",
+    "mlflow.db",
+    "mlflow_run",
+}
+
+
+@contextmanager
+def run_folder(wanted: Path, typed: bool) -> Iterator[Path]:
+    """The locked folder of a new run; all processes of the run get the one that the first of them has taken.
+
+    If the start fails before its training, what it has put there is removed. typed: see `create_run_dir`.
+    """
+    there = wanted.exists()
+    with made_for_success(wanted.parent), ExitStack() as held:
+        before: set[str] = set()
+
+        def take() -> str:
+            if attempt := int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+                raise UserError(f"torchrun's restart {attempt} would start at step 0 again: go on with resume=RUN")
+            folder = create_run_dir(wanted, typed)
+            held.enter_context(locked(folder))
+            if there and folder == wanted:
+                before.update(path.name for path in folder.iterdir())
+            return str(folder)
+
+        folder = Path(first_decides("folder", take))
+        try:
+            yield folder
+        except BaseException:
+            if is_first_process() and not has_started(folder):
+                _clear(folder, before)
+            raise
+
+
+def _clear(folder: Path, keep: set[str]) -> None:
+    """To be called while the folder is locked, so that nothing in it is another process's."""
+    for path in folder.iterdir():
+        if path.name not in keep:
+            with suppress(OSError):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    if not keep:
+        with suppress(OSError):
+            folder.rmdir()
+
+
+def create_run_dir(folder: Path, typed: bool) -> Path:
+    """Makes the run folder; returns its path.
+
+    A dated name that exists gets -2, -3. One that the user typed is used if it is absent, or empty but for what a start
+    leaves that was killed before its training. Raises UserError if it holds something else, or cannot be made.
+    """
+    try:
+        with made_for_success(folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            if typed:
+                folder.mkdir(exist_ok=True)
+                require_own_files(folder)
+                if not _unused(folder):
+                    raise UserError(
+                        f"the folder {folder} holds something already: go on with a run by resume={folder}, "
+                        "or give another hydra.run.dir"
+                    )
+                return folder
+            taken, number = folder, 1
+            while True:
+                try:
+                    taken.mkdir()
+                    return taken
+                except FileExistsError:
+                    number += 1
+                    taken = folder.with_name(f"{folder.name}-{number}")
+    except OSError as error:
+        raise UserError(
+            f"the output folder {folder} can't be made ({error.strerror}): give another by hydra.run.dir=FOLDER"
+        ) from error
+
+
+def _unused(folder: Path) -> bool:
+    names = {path.name for path in folder.iterdir()}
+    left = (name for name in names - START_FILES if not name.startswith("events.out.tfevents."))
+    return not any(left) and not has_started(folder)
+
+
+def describe(folder: Path, composed: DictConfig) -> None:
+    """Writes config.yaml and hydra.yaml into .hydra/, as Hydra does. The overrides come when the training starts."""
+    place = folder / OVERRIDES.parent
+    place.mkdir(exist_ok=True)
+    keys = [str(key) for key in composed]
+    for name, of in (("config.yaml", [key for key in keys if key != "hydra"]), ("hydra.yaml", ["hydra"])):
+        with publish(place / name) as file:
+            file.write(OmegaConf.to_yaml(OmegaConf.masked_copy(composed, of)).encode())
+
+
+def write_overrides(folder: Path, composed: DictConfig) -> None:
+    """Marks the run as started."""
+    with publish(folder / OVERRIDES) as file:
+        file.write(OmegaConf.to_yaml(composed.hydra.overrides.task).encode())
+
+
+def has_started(folder: Path) -> bool:
+    """Has the training of a run started there?"""
+    try:
+        return (folder / OVERRIDES).read_bytes().endswith(b"\n")
+    except OSError:
+        return False
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds the run folder for this process; the lock dies with it, and its forked children do not keep it.
+
+    What a killed process was writing there is removed. Raises UserError where another process is at work in it. The
+    other processes of the same run do not ask.
+    """
+    if not is_first_process():
+        yield
+        return
+    path = folder / LOCK
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        holder = ""
+        with suppress(OSError):
+            holder = path.read_text()
+        raise UserError(f"{folder} is in use by {holder or 'another process'}: one run at a time") from None
+    except OSError as error:
+        raise UserError(f"{folder} can't be locked: {in_words(error)}") from error
+    try:
+        with suppress(OSError):  # who it is, is a courtesy; Windows lets nobody write in a locked file
+            path.write_text(f"process {os.getpid()} on {platform.node()}")
+        for place in (folder, folder / ".hydra", folder / "checkpoints"):
+            for left in place.glob("*" + PARTIAL) if place == folder or not place.is_symlink() else ():
+                left.unlink()
+        yield
+    finally:
+        with suppress(OSError):
+            path.write_text("")
+        lock.release()
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """`locked` by the run's first process; if that is refused, all its processes end."""
+    with ExitStack() as lock:
+
+        def take() -> str:
+            lock.enter_context(locked(folder))
+            return str(folder)
+
+        first_decides("resume", take)
+        yield
+
+
+def in_use(folder: Path) -> bool:
+    """Is a process at work there?"""
+    if not (folder / LOCK).exists():
+        return False
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return True
+    except OSError:
+        return False
+    lock.release()
+    return False
+
+
+def latest_run(outputs: Path) -> Path:
+    """Of the runs below `outputs` that are neither finished nor in use, the one started last. Raises UserError."""
+    from rwkv_pl.weights import read_checkpoint
+
+    found = [path.parent.parent for path in outputs.glob("**/" + OVERRIDES.as_posix())]
+    started = [folder for folder in found if has_started(folder)]
+    for folder in sorted(started, key=lambda folder: (folder / OVERRIDES).stat().st_mtime_ns, reverse=True):
+        with suppress(UserError):
+            about = read_checkpoint(folder / "checkpoints" / "last.ckpt", checked=False).get("rwkv_pl")
+            if isinstance(about, dict) and about.get("finished"):
+                continue
+        with suppress(UserError), locked(folder):
+            return folder
+    raise UserError(
+        f"resume=latest: of {len(started)} runs in {outputs} none is both unfinished and not in use; one that lies "
+        "elsewhere is named by resume=FOLDER"
+    )

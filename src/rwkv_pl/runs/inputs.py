@@ -1,0 +1,247 @@
+"""What a run starts from: corpus, weights, checkpoint, opened and checked against the config. Makes no folder."""
+
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from rwkv_pl.config import Data, Train
+from rwkv_pl.data.datamodule import (
+    BinidxDataModule,
+    CorpusDataModule,
+    Enwik8DataModule,
+    EvalBatches,
+    StdlibDataModule,
+)
+from rwkv_pl.data.tokens import Vocabulary, read_vocabulary
+from rwkv_pl.errors import CorruptFileError, UserError, one_line
+from rwkv_pl.model import VERSIONS
+from rwkv_pl.runs.checkpoint import check_loadable, check_same_run, load_resume_checkpoint
+from rwkv_pl.runs.device import choose_accelerator, choose_precision
+from rwkv_pl.runs.stored import StoredRun
+from rwkv_pl.targets import find_targets, load_class
+from rwkv_pl.training.module import LitRWKV
+from rwkv_pl.training.optim import check_schedule
+from rwkv_pl.weights import Weights, read_weights
+
+
+@dataclass
+class Inputs:
+    """What a run is made of. The module builds its model when the Trainer asks for it.
+
+    resume_from: the checkpoint, of step done_steps. ended: why the run is over, if it is. accumulate: the micro-batches
+    of a step before. remarks: lines for the head of the run.
+    """
+
+    config: Train
+    data: CorpusDataModule
+    module: LitRWKV
+    max_steps: int
+    resume_from: Path | None = None
+    done_steps: int = 0
+    ended: str | None = None
+    accumulate: int | None = None
+    remarks: list[str] = field(default_factory=list)
+
+    def finish_message(self, settings: bool) -> str | None:
+        """How the run that is resumed has ended; None if something is left to do.
+
+        settings: are other ones given than it had? They may prolong a run that something else ended than its length.
+        """
+        after = f"after {self.done_steps:,} steps"
+        if self.ended and 0 < self.max_steps <= self.done_steps:
+            return f"{after}; a trainer.max_steps above that prolongs it"
+        if self.ended == "pruned" and not settings:
+            return f"pruned {after}"
+        if self.ended in ("time", "early stop") and not settings:
+            by = "trainer.max_time" if self.ended == "time" else "an early stop"
+            return f"by {by}, {after}; another setting of it prolongs it"
+        return None
+
+    def length(self) -> str:
+        """How long the run is, in words."""
+        passes = f"1 pass is {self.data.steps_per_pass:,} steps"
+        if self.max_steps < 0:
+            return f"until trainer.max_time ({passes})"
+        tokens = self.max_steps * self.config.data.batch_size * self.config.data.ctx_len
+        done = f", of which {self.done_steps:,} are done" if self.done_steps else ""
+        return f"{self.max_steps:,} steps, {tokens:,} tokens{done} ({passes})"
+
+
+def open_stored(config: Train, stored: StoredRun) -> Inputs:
+    """Of a run that is resumed: from the first of its checkpoints that is whole, or from step 0 if it has none yet."""
+    names = ("last.ckpt", "last.prev.ckpt", "best.ckpt")
+    checkpoints = [path for name in names if os.path.lexists(path := stored.folder / "checkpoints" / name)]
+    if not checkpoints:
+        inputs = open_inputs(config, stored.cwd)
+        inputs.remarks.append(f"{stored.folder} has no checkpoint yet: it starts at step 0")
+        return inputs
+    damaged: list[str] = []
+    for path in checkpoints:
+        try:
+            inputs = open_inputs(config, stored.cwd, path)
+        except CorruptFileError as error:
+            damaged.append(one_line(error))
+            continue
+        if path.name != "last.ckpt":
+            why = "; ".join(damaged) or "there is no last.ckpt"
+            inputs.remarks.append(f"{why}; going on from {path}, of step {inputs.done_steps:,}")
+        return inputs
+    raise CorruptFileError(f"{'; '.join(damaged)}: there is no other to go on from")
+
+
+def open_inputs(config: Train, cwd: Path, resume_from: Path | None = None) -> Inputs:
+    """Opens corpus, weights and checkpoint. Relative paths count from `cwd`.
+
+    Raises UserError for all that can be known to be wrong without a folder and without the model's memory.
+    """
+    content = load_resume_checkpoint(resume_from) if resume_from else None
+    about = content["rwkv_pl"] if content else {}
+    loaded = read_weights(cwd / config.weights) if config.weights and not content else None
+    vocabulary = Vocabulary.from_dict(about["vocabulary"]) if content else _vocabulary_of(loaded, config, cwd)
+    data = build_data(config.data, config.seed, cwd, vocabulary)
+    data.prepare_data()
+    data.setup("fit")
+    past = {
+        "corpus": data.corpus.digest,
+        "seed": config.seed,
+        "data.batch_size": config.data.batch_size,
+        "data.ctx_len": config.data.ctx_len,
+        "data.split": [list(split) for split in data.corpus.splits],
+        "model.name": config.model.name,
+        "model.n_layer": config.model.n_layer,
+        "model.n_embd": config.model.n_embd,
+    }
+    done_steps, ended = 0, None
+    if content and resume_from:
+        check_same_run(about, past, resume_from)
+        done_steps, ended = content["global_step"], about["finished"]
+    max_steps = run_length(config, data.steps_per_pass)
+    if 0 < max_steps < done_steps and ended is None:
+        raise UserError(f"the run is at step {done_steps:,} already, behind which {max_steps:,} steps would end it")
+    check_schedule(config.schedule, max_steps)
+    for where, target in find_targets(asdict(config)):
+        load_class(where, target)
+
+    def lit(model: nn.Module | Callable[[], nn.Module]) -> LitRWKV:
+        return LitRWKV(
+            model,
+            config.optim,
+            config.schedule,
+            seed=config.seed,
+            vocabulary=data.vocabulary.to_dict(),
+            bytes_per_token=torch.from_numpy(data.vocabulary.bytes_per_token) if data.vocabulary.size > 256 else None,
+            past=past,
+            loss_chunk_len=config.loss_chunk_len,
+            skip_nonfinite=config.skip_nonfinite,
+        )
+
+    model_class, size = model_of(config, data.vocabulary.size, loaded)
+    with torch.device("meta"):
+        outline = lit(model_class(size))  # names and shapes; no memory, whatever the size
+    optimizer = outline.configure_optimizers()
+    if content and resume_from:
+        check_loadable(content, outline, optimizer, resume_from)
+    if (limit := config.trainer["limit_val_batches"]) and not validation_batches(config, data):
+        raise UserError(f"trainer.limit_val_batches={limit} is less than one of the validation's batches")
+    try:
+        data.train_dataloader().dataset[0]
+    except MemoryError as error:
+        raise UserError(f"data.batch_size={config.data.batch_size}: one batch does not fit in the memory") from error
+
+    def build() -> nn.Module:
+        torch.manual_seed(config.seed)
+        model = model_class(size)
+        if loaded:
+            model.load_state_dict(loaded.tensors)
+        model.activation_checkpointing = config.activation_checkpointing
+        return model
+
+    remarks = [f"weights {loaded.path}:\n        {loaded}"] if loaded else []
+    choose_accelerator(config)
+    if comparison := choose_precision(config, about.get("precision")):
+        remarks.append(comparison)
+    accumulate = about.get("accumulate")
+    return Inputs(config, data, lit(build), max_steps, resume_from, done_steps, ended, accumulate, remarks)
+
+
+def model_of(config: Train, vocab_size: int, loaded: Weights | None) -> tuple[Any, Any]:
+    """The config's model class and its size. Raises UserError if `loaded` has another."""
+    model_class, config_class = VERSIONS[config.model.name]
+    here = config_class(vocab_size=vocab_size, **{key: v for key, v in vars(config.model).items() if key != "name"})
+    if loaded:
+        there = loaded.config
+        if (there.n_layer, there.n_embd) != (here.n_layer, here.n_embd):
+            raise UserError(
+                f"weights={config.weights} are of {there.n_layer} x {there.n_embd}, the config has {here.n_layer} x "
+                f"{here.n_embd}: give model.n_layer={there.n_layer} model.n_embd={there.n_embd} too"
+            )
+        if there.vocab_size != here.vocab_size:
+            raise UserError(
+                f"weights={config.weights} know {there.vocab_size:,} tokens, data.vocab={config.data.vocab} has "
+                f"{here.vocab_size:,}: give the data.vocab that they were trained with"
+            )
+    return model_class, here
+
+
+def _vocabulary_of(loaded: Weights | None, config: Train, cwd: Path) -> Vocabulary | None:
+    vocabulary = loaded.vocabulary if loaded else None
+    if vocabulary and vocabulary.kind != config.data.vocab:
+        raise UserError(
+            f"weights={config.weights} was trained with data.vocab={vocabulary.kind}, "
+            f"the config has {config.data.vocab}: give data.vocab={vocabulary.kind} too"
+        )
+    if vocabulary and config.data.vocab_path and read_vocabulary(cwd / config.data.vocab_path) != vocabulary:
+        raise UserError(
+            f"data.vocab_path={config.data.vocab_path} is not the tokenizer that weights={config.weights} was "
+            "trained with, which it holds: leave it out"
+        )
+    return vocabulary
+
+
+def build_data(data: Data, seed: int, cwd: Path, vocabulary: Vocabulary | None) -> CorpusDataModule:
+    """The data module that `data.name` means."""
+    common: dict[str, Any] = {
+        "batch_size": data.batch_size,
+        "ctx_len": data.ctx_len,
+        "vocab": data.vocab,
+        "seed": seed,
+        "num_workers": data.num_workers,
+        "eval_batch_size": data.eval_batch_size,
+        "vocabulary": vocabulary,
+        "vocab_path": cwd / data.vocab_path if data.vocab_path else None,
+    }
+    if data.name == "stdlib":
+        return StdlibDataModule(**common)
+    assert data.path is not None
+    if data.name == "enwik8":
+        return Enwik8DataModule(cwd / data.path, **({"url": data.url} if data.url else {}), **common)
+    train, val, test = data.split
+    if data.name == "binidx":
+        return BinidxDataModule(cwd / data.path, split=(train, val, test), **common)
+    val_path = None if data.val_path is None else cwd / data.val_path
+    return CorpusDataModule(cwd / data.path, split=(train, val, test), val_path=val_path, field=data.field, **common)
+
+
+def run_length(config: Train, steps_per_pass: int) -> int:
+    """Optimizer steps of the run: the earlier of max_steps and max_epochs passes; -1 where max_time alone ends it."""
+    max_steps, max_epochs = config.trainer["max_steps"], config.trainer["max_epochs"]
+    if max_steps == -1 and max_epochs is None and config.trainer["max_time"] is None:
+        max_epochs = 1
+    lengths = [max_steps] if max_steps > 0 else []
+    if max_epochs is not None and max_epochs > 0:
+        lengths.append(max_epochs * steps_per_pass)
+    if not lengths and config.trainer["max_time"] is None:
+        raise UserError("the run has no end: give trainer.max_steps, trainer.max_epochs or trainer.max_time")
+    return min(lengths, default=-1)
+
+
+def validation_batches(config: Train, data: CorpusDataModule) -> int:
+    """Calls of one validation on one device."""
+    there = len(cast(EvalBatches, data.val_dataloader().dataset))
+    limit = 1.0 if config.trainer["limit_val_batches"] is None else config.trainer["limit_val_batches"]
+    return min(there, limit if isinstance(limit, int) else int(limit * there))

@@ -1,0 +1,108 @@
+"""What became of a run: result.json, and the line for an error that ended it."""
+
+import json
+import logging
+import math
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from rwkv_pl.errors import RunError, UserError, one_line
+from rwkv_pl.files import in_words, publish
+from rwkv_pl.runs.ranks import is_first_process
+
+log = logging.getLogger("rwkv_pl")
+
+RESULT = "result.json"
+
+# The statuses of runs with nothing left to do.
+DONE = ("finished", "pruned")
+
+
+def write_result(folder: Path, **figures: Any) -> None:
+    """result.json: the run's status (waiting, finished, pruned, stopped, failed), and its figures or its error."""
+    plain = {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in figures.items()}
+    with publish(folder / RESULT) as file:
+        file.write(json.dumps(plain, indent=1).encode())
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """The content of result.json; {} if there is none, as while a run goes on or after it was killed."""
+    if not (folder / RESULT).is_file():
+        return {}
+    try:
+        content = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+class Record:
+    """The outcome of a run in its folder: no result.json while it trains, one when it was stopped or has failed.
+
+    on_start: writes what marks the folder as that of a started run. Until `start` is called, the outcome of an earlier
+    process stays as it is.
+    """
+
+    def __init__(self, folder: Path, on_start: Callable[[], None]) -> None:
+        self.folder, self.has_started = folder, False
+        self._on_start = on_start
+
+    def start(self) -> None:
+        """To be called when the training starts."""
+        self.has_started = True
+        if is_first_process():
+            self._on_start()
+            for name in (RESULT, "error.txt"):
+                (self.folder / name).unlink(missing_ok=True)
+
+    def __enter__(self) -> "Record":
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if not self.has_started or not is_first_process():
+            return
+        if isinstance(error, SystemExit):
+            write_result(self.folder, status="stopped")
+        elif isinstance(error, Exception):
+            with suppress(OSError):  # the disk is full
+                write_result(self.folder, status="failed", error=one_line(error))
+
+
+def to_run_error(error: Exception, folder: Path, has_started: bool) -> RunError:
+    """One line for an error that ended a run, with how to resume it; its traceback goes to train.log alone."""
+    import torch
+
+    if isinstance(error, OSError):
+        # What a logger raises as it is closed, after the same, does not say where.
+        chain: list[BaseException] = [error]
+        while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
+            chain.append(cause)
+        named = (e for e in reversed(chain) if isinstance(e, OSError) and e.filename)
+        message = in_words(next(named, OSError(error.errno, error.strerror, str(folder))))
+    elif isinstance(error, UserError):
+        # From a worker process it comes with that one's traceback.
+        message = str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")
+    elif isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+        reason = str(error).partition(". ")[0] or "the system gives no more"
+        message = f"out of memory ({reason}): a larger trainer.accumulate_grad_batches takes less"
+    else:
+        log.error("what ended the run:", exc_info=error)
+        more = " (more in train.log)" if has_started else ""
+        message = f"{type(error).__name__}: {one_line(error)[:300]}{more}"
+    return RunError(f"{message}; {resume_hint(folder)}" if has_started else message)
+
+
+def resume_hint(folder: Path) -> str:
+    """What is left of a run that ended, and how to go on with it."""
+    from rwkv_pl.weights import read_checkpoint
+
+    for name in ("last.ckpt", "last.prev.ckpt"):
+        path = folder / "checkpoints" / name
+        try:
+            step = read_checkpoint(path, checked=False)["global_step"]
+        except (UserError, KeyError):
+            continue
+        return f"the last checkpoint is {path} of step {step:,}: rwkv-train resume={folder} goes on from it"
+    return f"there is no checkpoint yet: rwkv-train resume={folder} starts it again"

@@ -1,0 +1,108 @@
+"""What is measured and printed when a run's model is on its device, before the first step."""
+
+import logging
+import lzma
+import zlib
+from typing import Any, cast
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, Trainer
+
+from rwkv_pl.config import Train
+from rwkv_pl.data.datamodule import CorpusDataModule, EvalBatches
+from rwkv_pl.data.order import micro_batch_rows
+from rwkv_pl.errors import UserError
+from rwkv_pl.runs.build import code_state
+from rwkv_pl.runs.inputs import Inputs, validation_batches
+from rwkv_pl.runs.outcome import Record
+from rwkv_pl.training.callbacks.metrics import MetricsRecorder
+from rwkv_pl.training.compile import compile_blocks
+from rwkv_pl.training.memory import MemoryEstimate, accumulation_that_fits, estimate_memory, format_si, free_memory
+from rwkv_pl.training.peak_flops import measured_peak, product_dtype
+
+log = logging.getLogger("rwkv_pl")
+
+# Compressing more would keep the user waiting for a figure that is only there to compare with.
+BASELINE_BYTES = 4_000_000
+
+
+class Start(Callback):
+    """Measures the model where it lies, divides the batch (accumulate_grad_batches=auto), compiles the blocks, prints
+    the head of the run; and starts `record` when the training starts.
+    """
+
+    def __init__(self, inputs: Inputs, metrics: MetricsRecorder, record: Record) -> None:
+        self.inputs, self.metrics, self.record = inputs, metrics, record
+
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        config, remarks, precision = self.inputs.config, list(self.inputs.remarks), trainer.precision_plugin
+        device, dtype = trainer.strategy.root_device, product_dtype(trainer.strategy.root_device, precision)
+        if device.type not in ("cpu", "cuda"):
+            remarks.append(f"device  {device.type} is untested: nothing of rwkv_pl has run there")
+        estimate = estimate_memory(pl_module, precision)
+        self.metrics.flops_per_token = estimate.flops
+        if config.trainer["accumulate_grad_batches"] == "auto":
+            if not self.inputs.accumulate:
+                self._divide_batch(trainer, pl_module, estimate)
+            found = trainer.accumulate_grad_batches
+            remarks.append(
+                f"batch   of {config.data.batch_size} as {found} micro-batches: accumulate_grad_batches=auto"
+            )
+        rows = config.data.batch_size // (trainer.world_size * trainer.accumulate_grad_batches)
+        if config.compile:
+            remarks.append(compile_blocks(pl_module, rows, config.data.ctx_len, precision))
+        if not trainer.is_global_zero:
+            return
+        self.metrics.baselines = baselines(config, self.inputs.data)
+        peak = measured_peak(device, dtype)
+        self.metrics.peak = peak * trainer.world_size
+        each = f"{trainer.world_size} x " if trainer.world_size > 1 else ""
+        model, windows = config.model, f"{rows} x {config.data.ctx_len:,} tokens"
+        for line in (
+            f"run     {trainer.default_root_dir}",
+            *remarks,
+            "data    " + self.inputs.data.description().replace(": ", ":\n        ", 1),
+            f"model   {model.name}, {model.n_layer} x {model.n_embd}, {estimate.parameters:,} parameters, "
+            f"{format_si(estimate.flops, 'FLOP')} a token",
+            f"memory  about {format_si(estimate.bytes(rows * config.data.ctx_len))} for weights, optimizer and a "
+            f"micro-batch of {windows}, of {format_si(free_memory(device))} free",
+            f"machine {each}{format_si(peak, 'FLOP/s')} of {str(dtype).removeprefix('torch.')} products, measured",
+            f"length  {self.inputs.length()}",
+            f"code    {code_state()}",
+        ):
+            log.info(line)
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self.record.start()
+
+    def _divide_batch(self, trainer: Trainer, pl_module: Any, estimate: MemoryEstimate) -> None:
+        data = self.inputs.config.data
+        rows, left = divmod(data.batch_size, trainer.world_size)
+        precision = trainer.precision_plugin
+        found = 1 if left else accumulation_that_fits(pl_module, estimate, rows, data.ctx_len, precision)
+        # All processes divide alike: as the one with the least memory must. None is more than any.
+        most = int(trainer.strategy.reduce(torch.tensor(found or rows + 1, device=pl_module.device), reduce_op="max"))
+        if most > rows:
+            raise UserError(
+                f"trainer.accumulate_grad_batches=auto: not even one sequence fits the memory, it takes about "
+                f"{format_si(estimate.bytes(data.ctx_len))}: a smaller model or data.ctx_len"
+            )
+        micro_batch_rows(data.batch_size, world_size=trainer.world_size, rank=0, accumulate=most, micro_batch=0)
+        trainer.accumulate_grad_batches = most
+        trainer.val_check_interval *= most  # which Lightning counts in micro-batches
+
+
+def baselines(config: Train, data: CorpusDataModule) -> dict[str, float]:
+    """Bits per byte that gzip -9 and xz -9 need for the text that a validation reads."""
+    windows = cast(EvalBatches, data.val_dataloader().dataset)
+    n_batches = validation_batches(config, data)
+    if not 0 < n_batches * config.data.eval_batch_size * config.data.ctx_len <= BASELINE_BYTES:
+        return {}
+    targets = np.concatenate([windows[i][:, 1:].flatten().numpy() for i in range(n_batches)])
+    text = data.vocabulary.decode(targets[targets >= 0])
+    if not 0 < len(text) <= BASELINE_BYTES:
+        return {}
+    gzip = zlib.compressobj(9, zlib.DEFLATED, 31)
+    sizes = {"gzip -9": len(gzip.compress(text) + gzip.flush()), "xz -9": len(lzma.compress(text, preset=9))}
+    return {name: 8 * size / len(text) for name, size in sizes.items()}

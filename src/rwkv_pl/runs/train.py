@@ -1,0 +1,193 @@
+"""A run, from top to bottom: inputs, folder, Trainer, fit, and what came of it. Each is made once."""
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra._internal.callbacks import Callbacks
+from hydra.core.utils import run_job
+from hydra.types import HydraContext
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import MLFlowLogger
+from omegaconf import DictConfig, open_dict
+
+from rwkv_pl.compose import compose
+from rwkv_pl.config import Train
+from rwkv_pl.data.order import micro_batch_rows
+from rwkv_pl.errors import UserError, one_line
+from rwkv_pl.files import located, publish
+from rwkv_pl.limits import use_usable_cores
+from rwkv_pl.ops.heap import keep_freed_memory
+from rwkv_pl.runs import build, ranks
+from rwkv_pl.runs.device import choose_kernel, choose_products
+from rwkv_pl.runs.folder import SWEEP_JOB_ENV, describe, held, run_folder, write_overrides
+from rwkv_pl.runs.inputs import Inputs, open_inputs, open_stored
+from rwkv_pl.runs.outcome import Record, to_run_error, write_result
+from rwkv_pl.runs.start import Start
+from rwkv_pl.runs.stored import StoredRun
+from rwkv_pl.training.callbacks.metrics import MetricsRecorder
+from rwkv_pl.training.callbacks.pending_validation import PendingValidation
+from rwkv_pl.training.callbacks.progress import TrainingProgress, duration
+from rwkv_pl.training.callbacks.pruning import PruneTrial
+from rwkv_pl.training.callbacks.sample_text import sample_tokens
+from rwkv_pl.training.callbacks.signals import StopOnSignal
+
+log = logging.getLogger("rwkv_pl")
+
+
+def start(config: Train, composed: DictConfig, typed: bool) -> None:
+    """A new run. typed: did the user name its folder?"""
+    prepare_process(config)
+    inputs = open_inputs(config, Path.cwd())
+    with run_folder(Path(composed.hydra.run.dir).absolute(), typed) as folder:
+        record = Record(folder, lambda: write_overrides(folder, composed))
+        run_in(folder, composed, lambda: run(inputs, folder, record), described=False)
+
+
+def resume(stored: StoredRun, config: Train, entry: dict[str, Any], hydra_overrides: list[str]) -> None:
+    """Goes on with a run. config, entry: see StoredRun.resumed_with."""
+    prepare_process(config)
+    folder = stored.folder
+    with held(folder):
+        inputs = open_stored(config, stored)
+        if message := inputs.finish_message(settings=bool(entry["overrides"])):
+            if ranks.is_first_process():
+                print(f"{folder} is finished, {message}")
+            return
+        inputs.remarks += [f"changed {key} = {value}" for key, value in entry["set"].items()]
+        inputs.remarks += [f"changed {key} falls away" for key in entry["remove"]]
+        # Composed anew: a stored hydra.yaml can name classes to log with.
+        record = Record(folder, lambda: stored.keep(entry))
+        run_in(folder, compose(hydra_overrides), lambda: run(inputs, folder, record, resumed=True))
+
+
+def run(inputs: Inputs, folder: Path, record: Record, resumed: bool = False) -> None:
+    """Trains in the run folder, and leaves result.json: the best validation's bits per byte is what a sweep minimises.
+
+    resumed: the folder is that of a run which goes on, or starts again.
+    """
+    config, data = inputs.config, inputs.data
+    metrics = MetricsRecorder(folder, config.data.batch_size * config.data.ctx_len)
+    progress = [TrainingProgress(metrics)] if config.trainer["enable_progress_bar"] else []
+    trial = [PruneTrial(folder)] if (folder / "trial.json").exists() else []
+    first = [Start(inputs, metrics, record), metrics, *progress, *trial]
+    callbacks = [*first, *build.build_callbacks(config, folder), StopOnSignal(), PendingValidation(metrics)]
+    loggers = build.build_loggers(config, folder, max(inputs.done_steps, 1) if resumed else None)
+    trainer = build.build_trainer(config, folder, inputs.max_steps, inputs.accumulate, callbacks, loggers)
+
+    device, accumulate = trainer.strategy.root_device, trainer.accumulate_grad_batches
+    choose_products(config, device)
+    choose_kernel(config.kernel, device)
+    ranks.check_world_size(trainer.world_size)
+    micro_batch_rows(
+        config.data.batch_size, world_size=trainer.world_size, rank=0, accumulate=accumulate, micro_batch=0
+    )
+    if trainer.is_global_zero:
+        with publish(folder / "vocab.json") as file:
+            file.write(json.dumps(data.vocabulary.to_dict()).encode())
+        if not resumed:
+            start_loggers(trainer, config, folder)
+    with record:
+        started = time.perf_counter()
+        try:
+            trainer.fit(inputs.module, data, ckpt_path=inputs.resume_from, weights_only=True)
+        except Exception as error:
+            if isinstance(error, UserError) and not record.has_started:
+                raise
+            system = isinstance(error, OSError | MemoryError | torch.OutOfMemoryError)
+            if inputs.resume_from and not record.has_started and not system:
+                reason = one_line(error)[:200]
+                raise UserError(f"{inputs.resume_from} does not fit this run ({reason}): it is damaged") from error
+            raise to_run_error(error, folder, record.has_started) from error
+        if trainer.is_global_zero:
+            conclude(trainer, inputs, metrics, folder, time.perf_counter() - started)
+
+
+def conclude(trainer: Trainer, inputs: Inputs, metrics: MetricsRecorder, folder: Path, seconds: float) -> None:
+    """Prints a sample of text, the score next to gzip's, and where everything lies; writes result.json."""
+    data, module = inputs.data, inputs.module
+    try:
+        tokens = sample_tokens(module.model, [data.vocabulary.document_end], 400, inputs.config.seed)
+        written = data.vocabulary.decode(tokens)
+        with publish(folder / "sample.txt") as file:
+            file.write(written)
+        if SWEEP_JOB_ENV not in os.environ:
+            log.info(f"sample  (400 tokens, also in sample.txt)\n{_printable(written).rstrip()}\n")
+    except FloatingPointError as error:
+        log.info(f"sample  none: {error}")
+    log.info(f"trained {trainer.global_step - inputs.done_steps:,} steps in {duration(seconds)}")
+    if "val/bits_per_byte" in metrics.latest:
+        figures = {"this model": metrics.latest["val/bits_per_byte"], **metrics.baselines}
+        scores = ", ".join(f"{name} {bits:.4f}" for name, bits in figures.items())
+        log.info(f"result  bits per byte of {data.corpus}, validation part:\n        {scores}")
+    for title, path in (("curve", "loss.png"), ("weights", "checkpoints"), ("profile", "fit-profile.txt")):
+        if (folder / path).exists():
+            log.info(f"{title:7} {folder / path}")
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    best = [c.best_model_score for c in callbacks if isinstance(c, ModelCheckpoint) and c.best_model_score is not None]
+    write_result(
+        folder,
+        status="pruned" if any(getattr(callback, "pruned", False) for callback in callbacks) else "finished",
+        ended=module.finished(),
+        objective=float(best[0]) if best else float("nan"),
+        step=trainer.global_step,
+        seconds=metrics.latest.get("seconds"),
+    )
+
+
+def start_loggers(trainer: Trainer, config: Train, folder: Path) -> None:
+    """Gives them the settings. Raises UserError for one that can't start, as without an account or without a server."""
+    for logger in trainer.loggers:
+        try:
+            logger.log_hyperparams(asdict(config) | {"code": build.code_state()})
+            if isinstance(logger, MLFlowLogger):
+                (folder / build.MLFLOW_RUN).write_text(str(logger.run_id))
+        except OSError:
+            raise
+        except Exception as error:
+            name = type(logger).__name__
+            hint = "; logger.wandb.offline=true needs no account" if name == "WandbLogger" else ""
+            raise UserError(f"{name} can't begin: {one_line(error)[:300]}{hint}") from error
+
+
+def prepare_process(config: Train) -> None:
+    """Sets what holds for the whole process: its memory, its threads, Lightning's messages."""
+    build.quiet_lightning()
+    keep_freed_memory()
+    devices = config.trainer["devices"]
+    use_usable_cores(devices if isinstance(devices, int) and devices > 0 else 1)
+
+
+def run_in(folder: Path, composed: DictConfig, task: Callable[[], None], described: bool = True) -> None:
+    """Runs `task` as Hydra runs a job: messages go to the screen and to train.log, HydraConfig is there for Lightning.
+
+    described: does the folder have its .hydra/ already?
+    """
+    with open_dict(composed):
+        composed.hydra.run.dir = composed.hydra.runtime.output_dir = str(folder)
+        composed.hydra.job.name = ranks.log_name() or composed.hydra.job.name
+    if not described and ranks.is_first_process():
+        describe(folder, composed)
+    with open_dict(composed):
+        composed.hydra.output_subdir = None  # which Hydra would write at once, as that of a started run
+    context = HydraContext(config_loader=None, callbacks=Callbacks(composed))  # type: ignore[arg-type]
+    try:
+        with located(folder), ranks.leading():
+            ended = run_job(lambda _: task(), composed, "hydra.run.dir", None, context)
+            if isinstance(ended._return_value, Exception):
+                raise ended._return_value
+    finally:
+        for handler in logging.getLogger().handlers:
+            handler.close()  # Windows removes no open file
+
+
+def _printable(text: bytes) -> str:
+    """What a terminal can show: a model that has learned little writes control characters too."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text.decode(errors="replace"))

@@ -1,0 +1,118 @@
+"""The jobs of a sweep: which there are, and what their folders say before and after.
+
+A sweeper (hydra_plugins/rwkv_pl) makes the jobs, a launcher runs them: ours (pool.py), or another of Hydra's, whose
+workers then start the same processes. A job that has started before goes on, and one that has finished is not run
+again, so that `-m resume=SWEEP` is the same sweep once more.
+"""
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.override_parser.types import Override
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.errors import HydraException
+from omegaconf import DictConfig, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from rwkv_pl.compose import check, parse_overrides, quote_override, typed_config_dir
+from rwkv_pl.errors import RunError, UserError, one_line
+from rwkv_pl.files import publish
+from rwkv_pl.runs.folder import has_started, locked
+from rwkv_pl.runs.outcome import read_result, write_result
+
+
+@dataclass
+class Job:
+    """overrides: the job's settings, with hydra.sweep.subdir. config_dir: the command's --config-dir."""
+
+    overrides: list[str]
+    folder: Path
+    config_dir: str | None = None
+
+    @property
+    def name(self) -> str:
+        return f"job {self.folder.name}"
+
+    @property
+    def plugins(self) -> list[str]:
+        """The `plugins=` that was typed, which no folder of a run or sweep can bring."""
+        return [text for text in self.overrides if text.startswith("plugins=")]
+
+    @property
+    def settings(self) -> list[str]:
+        """The overrides but for Hydra's own."""
+        return [text for text in self.overrides if not text.startswith(("hydra.", "hydra/"))]
+
+
+def with_params(params: Mapping[Any, Any], overrides: Sequence[str]) -> list[Override]:
+    """The swept values of a config file and those of the command line, which replace them."""
+    if "plugins" in params:
+        raise UserError("hydra.sweeper.params names plugins, which are typed: plugins=[mypkg]")
+    told = parse_overrides(overrides, sweep=True)
+    keys = {override.key_or_group for override in told}
+    brought = [f"{key}={value}" for key, value in params.items() if key not in keys]
+    return parse_overrides(brought, sweep=True) + told
+
+
+def product(overrides: Sequence[Override]) -> Iterator[list[str]]:
+    """Every combination of the swept values, the last key's changing fastest. Intervals have none, and are left out."""
+    choices = [
+        [f"{o.key_or_group}={value}" for value in o.sweep_string_iterator()]
+        if o.is_sweep_override()
+        else [str(o.input_line)]
+        for o in overrides
+        if not o.is_interval_sweep()
+    ]
+    return (list(job) for job in itertools.product(*choices))
+
+
+def write_pending_result(job: Job) -> None:
+    """Writes a job's settings into its folder, so that the report lists a job that never starts."""
+    if not has_started(job.folder) and not read_result(job.folder):
+        job.folder.mkdir(parents=True, exist_ok=True)
+        write_result(job.folder, status="waiting", overrides=job.settings)
+
+
+def composed_job(loader: ConfigLoader, config: DictConfig, overrides: list[str], number: int) -> tuple[Job, DictConfig]:
+    """A job, whose folder is the one that its settings name, and its config."""
+    composed = loader.load_sweep_config(config, overrides)
+    with open_dict(composed):
+        composed.hydra.job.num = composed.hydra.job.id = number
+    sweep = Path(str(composed.hydra.sweep.dir))
+    folder = sweep / str(composed.hydra.sweep.subdir)
+    if not folder.resolve().is_relative_to(sweep.resolve()):
+        raise UserError(f"hydra.sweep.subdir={composed.hydra.sweep.subdir} leads out of the sweep's folder")
+    return Job(overrides, folder, typed_config_dir(composed.hydra.runtime.config_sources)), composed
+
+
+def validate_job(loader: ConfigLoader, config: DictConfig, overrides: list[str], number: int) -> Job | JobReturn:
+    """A job to launch; or its failure, where its settings do not hold, with the reason in its folder."""
+    try:
+        parse_overrides(overrides)
+        job, composed = composed_job(loader, config, overrides, number)
+        check(composed, parse_overrides(job.plugins))
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        told = one_line(error)
+        return job_failed(Job(overrides, Path(str(config.hydra.sweep.dir), str(number))), told)
+    # With it the folder is the same under every launcher, and where others before it are left out.
+    subdir = job.folder.relative_to(str(config.hydra.sweep.dir))
+    job.overrides.append(f"hydra.sweep.subdir={quote_override(subdir.as_posix())}")
+    return job
+
+
+def job_failed(job: Job, told: str, status: str = "failed", shown: bool = False) -> JobReturn:
+    """told: why. shown: has the job said so itself?"""
+    print(f"{job.name} {status if shown else told if status in told else f'{status}: {told}'}", flush=True)
+    # A folder in which another process is at work is that one's.
+    with suppress(UserError, OSError):
+        job.folder.mkdir(parents=True, exist_ok=True)
+        with locked(job.folder):
+            with publish(job.folder / "error.txt") as file:
+                file.write(f"{told}\n".encode())
+            write_result(job.folder, status=status, error=told, overrides=job.settings)
+    return JobReturn(overrides=job.overrides, _return_value=RunError(told), status=JobStatus.FAILED)

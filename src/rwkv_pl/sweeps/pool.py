@@ -1,0 +1,191 @@
+"""Runs the jobs of a sweep: each is an `rwkv-train` process of its own, some at a time."""
+
+import math
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn, JobStatus
+from omegaconf import DictConfig
+
+from rwkv_pl.compose import quote_override, typed_config_dir
+from rwkv_pl.limits import THREADS, usable_cores
+from rwkv_pl.runs.folder import SWEEP_JOB_ENV, has_started, in_use
+from rwkv_pl.runs.outcome import DONE, read_result
+from rwkv_pl.sweeps.jobs import Job, job_failed
+
+
+def run_job(config: DictConfig) -> float:
+    """What another launcher than ours runs, on its machine: the job's process. Returns its objective."""
+    hydra = HydraConfig.get()
+    config_dir = typed_config_dir(hydra.runtime.config_sources)
+    job = Job(list(hydra.overrides.task), Path(hydra.runtime.output_dir), config_dir)
+    (ended,) = run_jobs([job], at_once=1, forward=threading.current_thread() is threading.main_thread())
+    return float(ended.return_value)
+
+
+def command(job: Job) -> list[str]:
+    """Of the job's process: `rwkv-train` with its settings, or resume= if it has started before."""
+    python = [sys.executable, "-m", "rwkv_pl.cli.train"]
+    if has_started(job.folder):
+        return [*python, f"resume={quote_override(job.folder)}", *job.plugins]
+    where = ["--config-dir", job.config_dir] if job.config_dir else []
+    return [*python, *where, *job.settings, f"hydra.run.dir={quote_override(job.folder)}"]
+
+
+@dataclass
+class _Running:
+    job: Job
+    process: "subprocess.Popen[str]"
+    result_before: dict[str, Any]
+    signals: int = 0
+    pumps: list[threading.Thread] = field(default_factory=list)
+    last_line: deque[str] = field(default_factory=lambda: deque(maxlen=1))
+
+
+def run_jobs(
+    jobs: Sequence[Job], at_once: int, forward: bool = True, environment: Mapping[str, str] | None = None
+) -> list[JobReturn]:
+    """Runs the jobs, `at_once` at a time, and returns what became of each, in their order.
+
+    environment: of the jobs, besides this process's own.
+
+    A signal goes on to the jobs that run, which save and end, and no other is begun; then the process exits by it.
+    """
+    outcomes: dict[Path, JobReturn] = {}
+    waiting = list(jobs)
+    running: list[_Running] = []
+    told: set[Path] = set()
+    common = set.intersection(*(set(job.settings) for job in jobs)) if len(jobs) > 1 else set()
+    with _received_signals(forward) as signals:
+        while running or (waiting and not signals):
+            # A sweep that was killed leaves its jobs at work.
+            at_work = [job for job in waiting if in_use(job.folder)]
+            for job in at_work:
+                if job.folder not in told:
+                    print(f"{job.name} is still at work: waits for it to end", flush=True)
+                told.add(job.folder)
+            free = [job for job in waiting if job not in at_work]
+            while free and len(running) + len(at_work) < at_once and not signals:
+                job = free.pop(0)
+                waiting.remove(job)
+                result = read_result(job.folder)
+                if result.get("status") in DONE:
+                    outcomes[job.folder] = _outcome(job, result)
+                    print(f"{job.name} was {result['status']} before", flush=True)
+                else:
+                    own = shlex.join(text for text in job.settings if text not in common)
+                    follow = f", {len(waiting)} to follow" if waiting else ""
+                    print(f"{job.name} begins{follow}: {own}", flush=True)
+                    running.append(_begin(job, at_once, environment or {}))
+            for entry in list(running):
+                for number in signals[entry.signals :]:
+                    forward_signal(entry.process, number)
+                entry.signals = len(signals)
+                if entry.process.poll() is not None:
+                    running.remove(entry)
+                    outcomes[entry.job.folder] = _ended(entry)
+            time.sleep(0.05)
+    if signals:
+        sys.exit(128 + signals[0])
+    return [outcomes[job.folder] for job in jobs]
+
+
+def _begin(job: Job, at_once: int, more: Mapping[str, str]) -> _Running:
+    environment = {**os.environ, SWEEP_JOB_ENV: "1", **more}
+    if at_once > 1 and not THREADS & environment.keys():
+        environment["OMP_NUM_THREADS"] = str(max(1, usable_cores() // at_once))
+    # Ctrl-C in a terminal is for all of its group at once: ours alone gets it, and passes it on.
+    own_group: dict[str, Any] = (
+        {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}  # type: ignore[attr-defined]
+        if os.name == "nt"
+        else {"start_new_session": True}
+    )
+    result_before = read_result(job.folder)
+    process = subprocess.Popen(
+        command(job),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE if at_once > 1 else None,
+        stderr=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+        env=environment,
+        **own_group,
+    )
+    entry = _Running(job, process, result_before)
+    prefix = f"[{job.folder.name}] " if at_once > 1 else ""
+    for source, target in ((process.stdout, sys.stdout), (process.stderr, sys.stderr)):
+        if source:
+            kept = entry.last_line if source is process.stderr else deque(maxlen=0)
+            entry.pumps.append(threading.Thread(target=_pump, args=(source, target, prefix, kept), daemon=True))
+            entry.pumps[-1].start()
+    return entry
+
+
+def _pump(source: IO[str], target: IO[str], prefix: str, kept: deque[str]) -> None:
+    for line in source:
+        if line.strip():
+            kept.append(line.strip())
+        with suppress(OSError, ValueError):  # a terminal that was closed is no reason to end a run
+            target.write(prefix + line)
+            target.flush()
+
+
+def _ended(entry: _Running) -> JobReturn:
+    for pump in entry.pumps:
+        pump.join(timeout=5)  # a child of it may hold the pipe
+    job, code = entry.job, entry.process.returncode
+    result = read_result(job.folder)
+    if code and result == entry.result_before:
+        result = {}  # of an earlier process: this one failed before its training
+    status = result.get("status")
+    if code == 0 and status in DONE:
+        print(f"{job.name} {status}: {result['objective'] or math.nan:.4f} bits per byte", flush=True)
+        return _outcome(job, result)
+    if status == "stopped" or (entry.signals and code in (130, 143, -signal.SIGINT, -signal.SIGTERM)):
+        return job_failed(job, "stopped by a signal", "stopped")
+    if code < 0:
+        return job_failed(job, f"killed by {signal.Signals(-code).name}")
+    last_line = next(iter(entry.last_line), "").removeprefix("rwkv-train: ")
+    told = str(result.get("error") or last_line or f"exit code {code}")
+    return job_failed(job, told, shown=told == last_line)
+
+
+def _outcome(job: Job, result: dict[str, Any]) -> JobReturn:
+    return JobReturn(overrides=job.overrides, _return_value=result.get("objective"), status=JobStatus.COMPLETED)
+
+
+def forward_signal(process: "subprocess.Popen[str]", number: int) -> None:
+    with suppress(OSError):  # it has ended meanwhile
+        if os.name == "nt":
+            process.send_signal(signal.CTRL_BREAK_EVENT)  # type: ignore[attr-defined]
+        else:
+            process.send_signal(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
+
+
+@contextmanager
+def _received_signals(forward: bool) -> Iterator[list[int]]:
+    """The signals that this process has received inside, as they come."""
+    received: list[int] = []
+    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if forward else ()
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    # Under nohup a closed terminal is nothing.
+    numbers = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in numbers}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
