@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rwkv_pl.config import GROUPS, Train, check_kind, check_kinds, check_trainer, nearest
 from rwkv_pl.errors import UserError, one_line
-from rwkv_pl.targets import check_target, find_targets, trusted_modules
+from rwkv_pl.targets import MOVED, check_target, find_targets, trusted_modules
 
 # For a number in a config that follows another: ${divide:1.5,${model.n_embd}}
 OmegaConf.register_new_resolver("divide", lambda a, b: a / b, replace=True)
@@ -50,6 +50,10 @@ def parse_overrides(overrides: Sequence[str], sweep: bool = False) -> list[Overr
             raise UserError(f"{text}: keys are not added, all there are exist already: leave out the +")
         if override.is_delete():
             raise UserError(f"{text}: keys are not removed; write {key}=null, or choose another file of its group")
+        if override.is_sweep_override() and key == "plugins":
+            raise UserError(
+                f"{text}: all jobs of a sweep have the same plug-ins, write plugins=[{override.get_value_string()}]"
+            )
         if override.is_sweep_override() and not sweep:
             raise UserError(f"{text} names several values: add -m to run them all, or write a list as [a,b]")
         chosen = override.value()
@@ -156,6 +160,7 @@ def check(config: DictConfig, overrides: Sequence[Override] = (), config_dir: st
         for name, arguments in plain[group].items():
             if not isinstance(arguments, dict) or "_target_" not in arguments:
                 raise UserError(f"{group}.{name} must be a mapping that names its class as _target_, got {arguments}")
+            arguments["_target_"] = MOVED.get(str(arguments["_target_"]), arguments["_target_"])
     given = next((override for override in overrides if override.key_or_group == "plugins"), None)
     if plain.get("plugins") and given is None:
         raise UserError("plugins= is typed, a config file cannot name one: it runs the code of whoever wrote the file")

@@ -24,6 +24,13 @@ TARGET_MODULES = {
     "logger": ("lightning.pytorch.loggers",),
 }
 
+# Classes of ours that have moved, by the names that stored runs have for them.
+MOVED = {
+    "rwkv_pl.training.checkpoints.BestCheckpoint": "rwkv_pl.training.callbacks.checkpoints.BestCheckpoint",
+    "rwkv_pl.training.checkpoints.LastCheckpoint": "rwkv_pl.training.callbacks.checkpoints.LastCheckpoint",
+    "rwkv_pl.training.sample.SampleText": "rwkv_pl.training.callbacks.sample_text.SampleText",
+}
+
 # The class that a group's classes derive from.
 BASES = {
     "optim": ("torch.optim", "Optimizer"),

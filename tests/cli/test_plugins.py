@@ -1,0 +1,199 @@
+"""Classes of the user's own: a callback, a logger and an optimizer from a module that was named as a plug-in."""
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from command import SMALL
+
+PLUGIN = """
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.loggers.logger import DummyLogger
+
+Path("imported").touch()
+
+
+class Note(Callback):
+    def __init__(self, text: str = "hello") -> None:
+        self.text = text
+
+    def on_train_end(self, trainer, pl_module):
+        Path(trainer.default_root_dir, "note.txt").write_text(f"{self.text} at step {trainer.global_step}")
+
+
+class Lines(DummyLogger):
+    save_dir = "."
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.lines = Path(name)
+
+    def log_metrics(self, metrics, step=None):
+        with self.lines.open("a") as file:
+            file.write(f"{step}\\n")
+
+
+class Sign(torch.optim.Optimizer):
+    def __init__(self, params, lr: float = 1e-3, weight_decay: float = 0.0, scale: float = 1.0) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "scale": scale})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = closure() if closure else None
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self.state[parameter].setdefault("n_steps", 0)
+                    self.state[parameter]["n_steps"] += 1
+                    parameter.add_(parameter.grad.sign(), alpha=-group["lr"] * group["scale"])
+        return loss
+
+
+class Nothing:
+    pass
+"""
+
+MINE = {
+    "callbacks/note.yaml": "note:\n  _target_: mypkg.Note\n  text: hello\n",
+    "logger/lines.yaml": "lines:\n  _target_: mypkg.Lines\n  name: lines.txt\n",
+    "optim/sign.yaml": "_target_: mypkg.Sign\nlr: 1e-3\nweight_decay: 0.0\nscale: 2.0\nlr_scale: null\n",
+}
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """mypkg.py in a folder of Python's path, and mine/, the user's config folder."""
+    (tmp_path / "lib" / "package").mkdir(parents=True)
+    (tmp_path / "lib" / "mypkg.py").write_text(PLUGIN)
+    (tmp_path / "lib" / "package" / "__init__.py").touch()
+    (tmp_path / "lib" / "package" / "inner.py").write_text(PLUGIN)
+    (tmp_path / "lib" / "broken.py").write_text("1 / 0\n")
+    for name, text in MINE.items():
+        (tmp_path / "mine" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "mine" / name).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path / "lib")
+    monkeypatch.setenv("RWKV_PL_CONFIG", str(tmp_path / "user"))
+    yield tmp_path
+    for name in ("mypkg", "package", "package.inner", "broken"):
+        sys.modules.pop(name, None)
+
+
+NOTE = ("callbacks=[default,note]", "--config-dir", "mine")
+ALL = ("optim=sign", "logger=[tensorboard,lines]", *NOTE)
+
+
+def test_a_class_of_each_kind_through_start_and_resume(train, mine):
+    quick = [text for text in SMALL if not text.startswith("optim=")]
+    plugins = "plugins=[mypkg]"
+    result = train(*quick, *ALL, plugins, "optim.scale=3.0", "trainer.max_steps=2", "hydra.run.dir=run")
+    assert result.code == 0, result.err
+    assert (mine / "run" / "note.txt").read_text() == "hello at step 2"
+    assert {"1", "2"} <= set((mine / "lines.txt").read_text().split())
+    checkpoint = torch.load(mine / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert {group["scale"] for group in checkpoint["optimizer_states"][0]["param_groups"]} == {3.0}
+
+    before = (mine / "run" / "checkpoints" / "last.ckpt").read_bytes()
+    result = train("resume=run", "trainer.max_steps=4")
+    assert result.code == 2 and "plugins=[mypkg]" in result.err, result.err
+    assert (mine / "run" / "checkpoints" / "last.ckpt").read_bytes() == before
+
+    result = train("resume=run", "trainer.max_steps=4", "callbacks.note.text=bye", plugins)
+    assert result.code == 0, result.err
+    assert (mine / "run" / "note.txt").read_text() == "bye at step 4"
+    assert train(*quick, *ALL, plugins, "optim.scale=3.0", "hydra.run.dir=whole").code == 0
+    whole, parts = (
+        torch.load(mine / name / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        for name in ("whole", "run")
+    )
+    assert all(torch.equal(value, parts[name]) for name, value in whole.items())
+
+
+def test_the_callback_of_the_readme(train, tmp_path, monkeypatch):
+    readme = Path(__file__).parents[2].joinpath("README.md").read_text(encoding="utf-8")
+    module = re.search(r"```python\n# norms\.py\n(.*?)```", readme, flags=re.DOTALL)[1]
+    settings = re.search(r"```yaml\n(norms: .*?)```", readme, flags=re.DOTALL)[1]
+    command = re.search(r"^PYTHONPATH=\. rwkv-train (.* 'plugins=\[norms\]')$", readme, flags=re.MULTILINE)[1]
+    (tmp_path / "mine" / "callbacks").mkdir(parents=True)
+    (tmp_path / "mine" / "callbacks" / "norms.yaml").write_text(settings)
+    (tmp_path / "norms.py").write_text(module)
+    monkeypatch.syspath_prepend(tmp_path)
+    arguments = [word for word in shlex.split(command) if word != "experiment=quickstart"]
+    result = train(*SMALL, *arguments, "callbacks.norms.every=2", "hydra.run.dir=run")
+    sys.modules.pop("norms", None)
+    assert result.code == 0, result.err
+    assert re.search(r"^2 \d+\.\d+$", result.out, flags=re.MULTILINE), result.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), "callbacks.note._target_ must be a class of lightning.pytorch.callbacks"),
+        ((), "add plugins=[mypkg]"),
+        (("plugins=[my-pkg]",), "plugins=my-pkg is not the name of a module"),
+        (("plugins=[mypkg]", "callbacks.note._target_=mypkg.Nothing"), "mypkg.Nothing is not a lightning.pytorch.C"),
+        (("plugins=[mypkg]", "callbacks.note._target_=mypkg.Noet"), "not a class of mypkg; did you mean Note?"),
+        (("plugins=[mypkg]", "callbacks.note._target_=mypkg.Path.unlink"), "add plugins=[mypkg.Path]"),
+        (("plugins=[mypkg]", "callbacks.note._target_=package.inner.Note"), "add plugins=[package.inner]"),
+        (("plugins=[package]", "callbacks.note._target_=package.inner.Note"), "add plugins=[package.inner]"),
+        (("plugins=[missing]", "callbacks.note._target_=missing.Note"), "there is no module missing: install it"),
+        (("plugins=[broken]", "callbacks.note._target_=broken.Note"), "can't be imported: ZeroDivisionError"),
+        (("plugins=[mypkg]", "callbacks.note.txt=x"), "callbacks.note.txt is not a setting"),
+        (("plugins=[mypkg]", "callbacks.note.text=3"), "callbacks.note.text must be a word"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_a_plug_in_is_said_in_one_line(train, mine, arguments, words):
+    result = train(*SMALL, *NOTE, *arguments, "hydra.run.dir=run")
+    assert (result.code, result.err.count("\n")) == (2, 1), result.err
+    assert words in result.err
+    assert not (mine / "run").exists()
+
+
+def test_a_module_inside_a_package_is_named_in_full(train, mine):
+    result = train(
+        *SMALL, *NOTE, "plugins=package.inner", "callbacks.note._target_=package.inner.Note", "hydra.run.dir=run"
+    )
+    assert result.code == 0, result.err
+
+
+def test_a_module_in_the_users_own_file_needs_no_typing(train, mine):
+    (mine / "user").mkdir()
+    (mine / "user" / "plugins").write_text("# mine\nmypkg  # callbacks\n")
+    assert train(*SMALL, *NOTE, "trainer.max_steps=2", "hydra.run.dir=run").code == 0
+    assert train("resume=run", "trainer.max_steps=3").code == 0
+    assert (mine / "run" / "note.txt").read_text() == "hello at step 3"
+    (mine / "user" / "plugins").write_text("my pkg\n")
+    result = train("resume=run", "trainer.max_steps=4")
+    assert result.code == 2 and "plugins: my pkg is not the name of a module" in result.err, result.err
+
+
+def test_a_config_file_cannot_name_a_plug_in(train, mine):
+    (mine / "mine" / "experiment").mkdir()
+    (mine / "mine" / "experiment" / "theirs.yaml").write_text("# @package _global_\nplugins: [mypkg]\n")
+    result = train(*SMALL, *NOTE, "experiment=theirs", "hydra.run.dir=run")
+    assert (result.code, "plugins= is typed" in result.err) == (2, True), result.err
+    (mine / "mine" / "experiment" / "theirs.yaml").write_text(
+        "# @package _global_\nhydra:\n  sweeper:\n    params:\n      plugins: mypkg\n      seed: 1,2\n"
+    )
+    result = train("-m", *SMALL, *NOTE, "experiment=theirs", "hydra.sweep.dir=sweep")
+    assert (result.code, "plugins" in result.err) == (2, True), result.err
+    result = train("-m", *SMALL, *NOTE, "plugins=mypkg,package.inner", "hydra.sweep.dir=sweep")
+    assert (result.code, "plugins=[mypkg,package.inner]" in result.err) == (2, True), result.err
+    assert not (mine / "run").exists() and not (mine / "sweep").exists() and not (mine / "imported").exists()
+
+
+def test_a_strangers_run_that_names_a_plug_in_imports_nothing(train, mine):
+    assert train(*SMALL, *NOTE, "plugins=[mypkg]", "trainer.max_steps=2", "hydra.run.dir=run").code == 0
+    (mine / "imported").unlink()
+    sys.modules.pop("mypkg")
+    stored = mine / "run" / ".hydra"
+    assert "mypkg" in (stored / "config.yaml").read_text() and "plugins" in (stored / "overrides.yaml").read_text()
+    for arguments in ((), ("callbacks=[default,note]",), ("schedule=cosine",)):
+        result = train("resume=run", "trainer.max_steps=4", *arguments)
+        assert (result.code, "add plugins=[mypkg]" in result.err) == (2, True), result.err
+    assert not (mine / "imported").exists()
