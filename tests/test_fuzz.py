@@ -18,8 +18,8 @@ from command import SMALL, TEXT, Result, call
 
 from rwkv_pl.cli.train import main
 from rwkv_pl.config import UserError
-from rwkv_pl.data import corpus as corpora
-from rwkv_pl.data.tokens import build_vocabulary, open_tokens
+from rwkv_pl.data.sources.text import text
+from rwkv_pl.data.token_file import build_vocabulary, open_tokens
 from rwkv_pl.weights import load_weights, read_checkpoint
 
 RUN = (*SMALL, "trainer.max_steps=4", "callbacks.last.every_n_train_steps=2", "hydra.run.dir=run")
@@ -198,7 +198,7 @@ def test_two_hundred_spoilt_token_files(tmp_path, monkeypatch):
     monkeypatch.setenv("RWKV_PL_CACHE", str(tmp_path / "cache"))
     path = tmp_path / "text"
     path.write_bytes("Fünf größere Bären äßen Öl. ".encode() * 200)
-    corpus = corpora.text(path)
+    corpus = text(path)
     vocabulary = build_vocabulary("char", corpus)
     tokens = open_tokens(corpus, vocabulary)
     expected = tokens.tokens.copy()
@@ -216,7 +216,7 @@ def test_two_hundred_spoilt_token_files(tmp_path, monkeypatch):
     for _ in range(50):
         path.write_bytes(spoilt := mutated(whole, draw))
         if spoilt:
-            assert (corpora.text(path).digest == corpus.digest) == (spoilt == whole)
+            assert (text(path).digest == corpus.digest) == (spoilt == whole)
 
 
 @pytest.mark.slow

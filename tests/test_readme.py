@@ -10,7 +10,7 @@ import torch
 from rwkv_pl import RWKV4, RWKV4Config
 from rwkv_pl.cli import app, generate
 from rwkv_pl.config import Eval
-from rwkv_pl.data.tokens import Vocabulary
+from rwkv_pl.data.vocabulary import Vocabulary
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 LINES = re.findall(r"^(?:\.venv\\Scripts\\)?(rwkv-train .*?)(?: *#.*)?$", README, flags=re.MULTILINE)

@@ -17,7 +17,7 @@ from small_20b import small_20b
 
 from rwkv_pl import RWKV4, RWKV4Config, huggingface, load_weights
 from rwkv_pl.config import DamagedError, UserError
-from rwkv_pl.data.tokens import Vocabulary
+from rwkv_pl.data.vocabulary import Vocabulary
 from rwkv_pl.weights import Weights, read_weights, write_weights
 
 SIZE = RWKV4Config(vocab_size=30, n_layer=2, n_embd=12)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from rwkv_pl import huggingface
 from rwkv_pl.config import DamagedError, RunError, UserError
-from rwkv_pl.data.tokens import Vocabulary, read_vocabulary
+from rwkv_pl.data.vocabulary import Vocabulary, read_vocabulary
 from rwkv_pl.files import publish, publish_folder
 from rwkv_pl.model import VERSIONS
 
@@ -223,7 +223,7 @@ def write_weights(weights: Weights, target: Path) -> Weights:
 
     Raises OSError where the disk refuses; nothing is left then.
     """
-    from rwkv_pl.data.tokenizer import as_tokenizer  # its library is for those who use it
+    from rwkv_pl.data.tokenizer_20b import as_tokenizer  # its library is for those who use it
 
     # Each in memory of its own: a part of something larger would be written as the whole of it.
     weights = replace(weights, tensors={name: _packed(value) for name, value in weights.tensors.items()})

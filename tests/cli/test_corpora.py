@@ -12,7 +12,7 @@ from command import SMALL, TEXT
 from small_20b import small_20b
 
 from rwkv_pl import load_weights
-from rwkv_pl.data.tokenizer import Vocabulary20B
+from rwkv_pl.data.tokenizer_20b import Vocabulary20B
 
 VOCABULARY = Vocabulary20B(small_20b())
 SMALL_20B = (*SMALL, "data.vocab=20b", "data.vocab_path=tokenizer.json")

@@ -14,7 +14,7 @@ from command import SMALL, TEXT
 
 from rwkv_pl import RWKV4, RWKV4Config, load_weights
 from rwkv_pl.cli import train as training
-from rwkv_pl.data.corpus import text as text_corpus
+from rwkv_pl.data.sources.text import text as text_corpus
 from rwkv_pl.inference import evaluate as protocols
 from rwkv_pl.training.curve import read_rows
 

@@ -12,11 +12,13 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from rwkv_pl.config import UserError
-from rwkv_pl.data import corpus as corpora
+from rwkv_pl.data.corpus import Corpus
+from rwkv_pl.data.sources.text import text
 from rwkv_pl.data import datamodule
 from rwkv_pl.data.datamodule import CorpusDataModule, Enwik8DataModule, EvalBatches, StdlibDataModule
 from rwkv_pl.data.order import read_windows, window_starts
-from rwkv_pl.data.tokens import Vocabulary, open_tokens
+from rwkv_pl.data.token_file import open_tokens
+from rwkv_pl.data.vocabulary import Vocabulary
 
 RNG = np.random.default_rng(0)
 NOISE = RNG.integers(0, 256, 4000, np.uint8).tobytes()
@@ -127,7 +129,7 @@ def test_each_byte_of_a_split_is_a_target_once(path: Path, split: str, devices: 
 
 
 def test_the_first_byte_of_a_corpus_is_context_only(path: Path) -> None:
-    file = open_tokens(corpora.text(path), Vocabulary())
+    file = open_tokens(text(path), Vocabulary())
     batches = EvalBatches(file, (0, 33), ctx_len=16, rows=1)
     assert len(batches) == 2
     assert bytes(batches[0].flatten().tolist()) == NOISE[:17]
@@ -201,7 +203,7 @@ def test_setup_opens_once_and_comes_first(path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(RuntimeError, match="setup"):
         data.train_dataloader()
     data.setup("fit")
-    monkeypatch.setattr(corpora, "text", None)
+    monkeypatch.setattr(datamodule, "text", None)
     data.prepare_data()
     data.setup()
     assert "noise" in data.description()
@@ -211,13 +213,13 @@ def test_setup_opens_once_and_comes_first(path: Path, monkeypatch: pytest.Monkey
 def test_the_named_corpora(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
 
-    def fake(folder: Path, **settings: Any) -> corpora.Corpus:
+    def fake(folder: Path, **settings: Any) -> Corpus:
         seen.update(settings, folder=folder)
-        return corpora.text(path)
+        return text(path)
 
     path = tmp_path / "noise"
     path.write_bytes(NOISE)
-    monkeypatch.setattr(corpora, "enwik8", fake)
+    monkeypatch.setattr(datamodule, "enwik8", fake)
     Enwik8DataModule(tmp_path, url="http://elsewhere", ctx_len=16).setup()
     assert seen == {"folder": tmp_path, "url": "http://elsewhere"}
     data = StdlibDataModule()

@@ -27,7 +27,8 @@ from rwkv_pl.training.curve import default_style
 if TYPE_CHECKING:
     import torch
 
-    from rwkv_pl.data.tokens import TokenFile, Vocabulary
+    from rwkv_pl.data.token_file import TokenFile
+    from rwkv_pl.data.vocabulary import Vocabulary
 
 # Settings of the data that are paths.
 PATHS = ("path", "val_path", "vocab_path")

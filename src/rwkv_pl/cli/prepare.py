@@ -37,7 +37,7 @@ from rwkv_pl.data.datamodule import (
     StdlibDataModule,
 )
 from rwkv_pl.data.order import micro_batch_rows
-from rwkv_pl.data.tokens import Vocabulary, read_vocabulary
+from rwkv_pl.data.vocabulary import Vocabulary, read_vocabulary
 from rwkv_pl.limits import use_usable_cores
 from rwkv_pl.model import VERSIONS
 from rwkv_pl.ops.wkv4 import use_kernel, wkv4

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from rwkv_pl.cli.app import check, compose, is_group_choice, parse_overrides, require_key, typed_config_dir
 from rwkv_pl.cli.folder import begun
 from rwkv_pl.config import Train, UserError
-from rwkv_pl.data.sources import is_there
+from rwkv_pl.data.documents import is_there
 from rwkv_pl.files import leads_out, publish
 
 # What contradicts the past of a run. (data.path and data.val_path may change: the corpus is known by its content.)

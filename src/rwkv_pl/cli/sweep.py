@@ -35,7 +35,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rwkv_pl.cli import app
 from rwkv_pl.cli.folder import DONE, begun, in_use, locked, read_result, take_folder, write_result
 from rwkv_pl.config import RunError, UserError
-from rwkv_pl.data.sources import is_there
+from rwkv_pl.data.documents import is_there
 from rwkv_pl.files import publish, require_own_files
 from rwkv_pl.limits import THREADS, usable_cores
 

@@ -15,11 +15,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from rwkv_pl.config import UserError
-from rwkv_pl.data import corpus as corpora
 from rwkv_pl.data import order
-from rwkv_pl.data.binidx import binidx, open_binidx
+from rwkv_pl.data.sources.binidx import binidx, open_binidx
+from rwkv_pl.data.sources.enwik8 import ENWIK8_URL, enwik8
+from rwkv_pl.data.sources.stdlib import stdlib
+from rwkv_pl.data.sources.text import text
 from rwkv_pl.data.corpus import Corpus
-from rwkv_pl.data.tokens import TokenFile, Tokens, Vocabulary, build_vocabulary, open_tokens
+from rwkv_pl.data.token_file import TokenFile, build_vocabulary, open_tokens
+from rwkv_pl.data.vocabulary import Tokens, Vocabulary
 from rwkv_pl.files import cache_folder
 
 # More than any run reads, and little enough that Lightning's float arithmetic on lengths stays exact.
@@ -98,7 +101,7 @@ def _leave_signals_to_the_run(worker: int) -> None:
 
 
 class CorpusDataModule(LightningDataModule):
-    """A text file, folder or glob, split by fractions of its bytes, or validated on ``val_path``: see ``corpus.text``.
+    """A text file, folder or glob, split by fractions of its bytes, or validated on ``val_path``: see ``sources.text``.
 
     ``batch_size`` counts the sequences of one optimizer step over all devices and accumulated batches;
     ``eval_batch_size`` those of one validation or test batch on one device. ``vocab``: "byte", "char" or "20b", which
@@ -142,7 +145,7 @@ class CorpusDataModule(LightningDataModule):
 
     def open_corpus(self) -> Corpus:
         """The corpus, fetched or derived where it is not there yet. Raises UserError where it cannot be had."""
-        return corpora.text(self.path, self.split, val_path=self.val_path, field=self.field)
+        return text(self.path, self.split, val_path=self.val_path, field=self.field)
 
     def prepare_data(self) -> None:
         """Does once what several processes would do at the same time: fetch, check, encode. ``setup`` finds it done."""
@@ -250,12 +253,12 @@ class Enwik8DataModule(CorpusDataModule):
     The other arguments are those of CorpusDataModule, without ``split``, ``val_path`` and ``field``.
     """
 
-    def __init__(self, path: str | Path = "data/enwik8", *, url: str = corpora.ENWIK8_URL, **settings: Any) -> None:
+    def __init__(self, path: str | Path = "data/enwik8", *, url: str = ENWIK8_URL, **settings: Any) -> None:
         super().__init__(path, **settings)
         self.url = url
 
     def open_corpus(self) -> Corpus:
-        return corpora.enwik8(self.path, url=self.url)
+        return enwik8(self.path, url=self.url)
 
 
 class StdlibDataModule(CorpusDataModule):
@@ -268,7 +271,7 @@ class StdlibDataModule(CorpusDataModule):
         super().__init__(cache_folder(), **settings)
 
     def open_corpus(self) -> Corpus:
-        return corpora.stdlib()
+        return stdlib()
 
 
 class BinidxDataModule(CorpusDataModule):

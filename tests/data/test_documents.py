@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rwkv_pl.config import UserError
-from rwkv_pl.data import sources
-from rwkv_pl.data.sources import find, is_there, join
+from rwkv_pl.data import documents
+from rwkv_pl.data.documents import find, is_there, join
 
 
 def write(folder: Path, *names: str) -> None:
@@ -30,7 +30,7 @@ def names(path: Path, below: Path) -> list[str]:
     return [source.path.relative_to(below).as_posix() for source in find(path, "data.path")]
 
 
-def joined(*paths: Path, field: str = "text") -> tuple[bytes, list[int], sources.Joined]:
+def joined(*paths: Path, field: str = "text") -> tuple[bytes, list[int], documents.Joined]:
     """The text, its document ends and what ``join`` says, of paths that are a part each."""
     text, ends = io.BytesIO(), io.BytesIO()
     parts = {f"part {i}": find(path, "data.path") for i, path in enumerate(paths)}
@@ -162,7 +162,7 @@ def test_each_part_says_where_it_ends(tmp_path: Path) -> None:
 
 
 def test_a_large_document_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "BLOCK", 7)
+    monkeypatch.setattr(documents, "BLOCK", 7)
     for name in ("a.txt", "b.txt.gz"):
         content = bytes(range(100)) * 3
         (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
@@ -193,7 +193,7 @@ def test_a_row_that_is_none_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: bytes, says: str, suffix: str
 ) -> None:
     if b"xxx" in row:
-        monkeypatch.setattr(sources, "LONGEST_ROW", 2000)
+        monkeypatch.setattr(documents, "LONGEST_ROW", 2000)
     path = tmp_path / f"rows.jsonl{suffix}"
     content = b'{"text": "a"}\r\n\n' + row + b"\n"
     path.write_bytes(gzip.compress(content) if suffix else content)

@@ -13,12 +13,13 @@ from megatron_tokenizer_lite.indexed_dataset import MMapIndexedDataset
 from small_20b import small_20b
 
 from rwkv_pl.config import UserError
-from rwkv_pl.data import binidx as rooms
-from rwkv_pl.data.binidx import binidx, open_binidx
+from rwkv_pl.data.sources import binidx as rooms
+from rwkv_pl.data.sources.binidx import binidx, open_binidx
 from rwkv_pl.data.corpus import Splits
 from rwkv_pl.data.datamodule import BinidxDataModule
-from rwkv_pl.data.tokenizer import Vocabulary20B
-from rwkv_pl.data.tokens import TokenFile, Vocabulary
+from rwkv_pl.data.tokenizer_20b import Vocabulary20B
+from rwkv_pl.data.token_file import TokenFile
+from rwkv_pl.data.vocabulary import Vocabulary
 
 SHARES = (0.5, 0.25, 0.25)
 SMALL = Vocabulary20B(small_20b())

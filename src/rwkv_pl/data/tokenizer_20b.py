@@ -18,7 +18,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from rwkv_pl.config import UserError
-from rwkv_pl.data.tokens import NotSpelled, Tokens, Vocabulary
+from rwkv_pl.data.vocabulary import NotSpelled, Tokens, Vocabulary
 
 # Before 0.23.1 the library warns at every fork that follows a use of its threads. What we fork, workers that gather
 # batches, does not use it.

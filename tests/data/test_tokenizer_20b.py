@@ -18,12 +18,15 @@ from small_20b import MARKS, WHITE_SPACE, small_20b
 from tokenizers import Tokenizer
 
 from rwkv_pl.config import UserError
-from rwkv_pl.data import corpus as corpora
-from rwkv_pl.data import tokenizer as tokenizers_20b
-from rwkv_pl.data import tokens
+from rwkv_pl.data import tokenizer_20b as tokenizers_20b
+from rwkv_pl.data import token_file
 from rwkv_pl.data.datamodule import CorpusDataModule
-from rwkv_pl.data.tokenizer import Vocabulary20B
-from rwkv_pl.data.tokens import Corpus, NotSpelled, Splits, Vocabulary, build_vocabulary, open_tokens
+from rwkv_pl.data.tokenizer_20b import Vocabulary20B
+from rwkv_pl.data.corpus import Corpus, Splits, file_digest
+from rwkv_pl.data.sources.stdlib import stdlib
+from rwkv_pl.data.sources.text import text
+from rwkv_pl.data.token_file import build_vocabulary, open_tokens
+from rwkv_pl.data.vocabulary import NotSpelled, Vocabulary
 
 SMALL = Vocabulary20B(small_20b())
 
@@ -149,7 +152,7 @@ TEXT = ("Naïve cafe\u0301s:   e\u0301te\u0301.\n\n  It's <|endoftext|>, don't\u
 def corpus_of(tmp_path: Path, text: bytes, ends: list[int] | None = None) -> Corpus:
     path = tmp_path / "text"
     path.write_bytes(text)
-    corpus = corpora.text(path)
+    corpus = text(path)
     if ends is None:
         return corpus
     (tmp_path / "ends").write_bytes(np.array(ends, "<i8").tobytes())
@@ -162,7 +165,7 @@ def test_a_token_file_does_not_depend_on_the_pieces(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
     corpus = corpus_of(tmp_path, TEXT)
-    monkeypatch.setattr(tokens, "CHUNK", chunk)
+    monkeypatch.setattr(token_file, "CHUNK", chunk)
     file = open_tokens(corpus, SMALL)
     assert file.tokens.dtype == np.uint16
     for name in Splits._fields:
@@ -176,7 +179,7 @@ def test_a_token_file_does_not_depend_on_the_pieces(
 
 
 def test_a_large_text_goes_through_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokens, "CHUNK", 1 << 12)
+    monkeypatch.setattr(token_file, "CHUNK", 1 << 12)
     sizes = []
     encode = Vocabulary20B.encode_documents
 
@@ -195,7 +198,7 @@ def test_a_large_text_goes_through_in_chunks(tmp_path: Path, monkeypatch: pytest
 def test_document_ends_are_where_the_corpus_has_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
-    monkeypatch.setattr(tokens, "CHUNK", chunk)
+    monkeypatch.setattr(token_file, "CHUNK", chunk)
     lines = TEXT.splitlines(keepends=True)
     ends = (np.cumsum([len(line) for line in lines]) - 1).tolist()
     corpus = corpus_of(tmp_path, TEXT, ends)
@@ -214,7 +217,7 @@ def test_document_ends_are_where_the_corpus_has_them(
 
 
 def test_an_offset_in_a_corpus_is_the_file_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
-    monkeypatch.setattr(tokens, "CHUNK", 64)
+    monkeypatch.setattr(token_file, "CHUNK", 64)
     at = len(TEXT) * 97 // 100
     while TEXT[at] >= 0x80:
         at += 1
@@ -227,7 +230,7 @@ def test_every_kind_knows_the_bytes_of_its_splits(tmp_path: Path) -> None:
     path = tmp_path / "text"
     path.write_bytes("é".encode() * 10)
     splits = Splits((0, 15), (15, 17), (17, 20))
-    corpus = Corpus("x", path, splits, corpora.file_digest(path), "")
+    corpus = Corpus("x", path, splits, file_digest(path), "")
     moved = [14, 2, 4]  # an edge that cuts a character goes back
     for vocabulary, sizes in ((Vocabulary(), [15, 2, 3]), (build_vocabulary("char", corpus), moved), (SMALL, moved)):
         file = open_tokens(corpus, vocabulary)
@@ -348,7 +351,7 @@ def test_the_official_one(official: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert (vocabulary.size, vocabulary.dtype) == (50277, np.uint16)
     assert vocabulary.encode(b"Hello world<|endoftext|>").tolist()[:2] == [12092, 1533]
     judge = PreTrainedTokenizerFast(tokenizer_file=str(official))
-    path = corpora.stdlib().path
+    path = stdlib().path
     text = path.read_bytes()[:2_000_000].decode(errors="ignore")
     expected = judge(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     assert vocabulary.encode(text.encode()).tolist() == expected

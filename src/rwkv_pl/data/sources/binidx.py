@@ -21,7 +21,8 @@ import numpy.typing as npt
 
 from rwkv_pl.config import UserError
 from rwkv_pl.data.corpus import Corpus, Splits, file_digest
-from rwkv_pl.data.tokens import TokenFile, Vocabulary, kept, watched
+from rwkv_pl.data.token_file import TokenFile, kept, watched
+from rwkv_pl.data.vocabulary import Vocabulary
 from rwkv_pl.files import digest_of
 
 MAGIC = b"MMIDIDX\0\0"
