@@ -20,7 +20,8 @@ from rwkv_pl.cli.train import main
 from rwkv_pl.config import UserError
 from rwkv_pl.data.sources.text import text
 from rwkv_pl.data.token_file import build_vocabulary, open_tokens
-from rwkv_pl.weights import load_weights, read_checkpoint
+from rwkv_pl.weights.checkpoint import read_checkpoint
+from rwkv_pl.weights.read import load_weights
 
 RUN = (*SMALL, "trainer.max_steps=4", "callbacks.last.every_n_train_steps=2", "hydra.run.dir=run")
 # What a change of these would start is more than a test should: other processes, or a longer run.

@@ -15,10 +15,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from small_20b import small_20b
 
-from rwkv_pl import RWKV4, RWKV4Config, huggingface, load_weights
+from rwkv_pl import RWKV4, RWKV4Config, load_weights
 from rwkv_pl.config import DamagedError, UserError
 from rwkv_pl.data.vocabulary import Vocabulary
-from rwkv_pl.weights import Weights, read_weights, write_weights
+from rwkv_pl.weights import huggingface
+from rwkv_pl.weights.read import read_weights
+from rwkv_pl.weights.tensors import Weights
+from rwkv_pl.weights.write import write_weights
 
 SIZE = RWKV4Config(vocab_size=30, n_layer=2, n_embd=12)
 FORMS = ("there.pth", "there.ckpt", "there")

@@ -15,7 +15,7 @@ _HOMES = {
     "wkv4": "rwkv_pl.ops.wkv4",
     "use_kernel": "rwkv_pl.ops.wkv4",
     "generate": "rwkv_pl.inference.generate",
-    "load_weights": "rwkv_pl.weights",
+    "load_weights": "rwkv_pl.weights.read",
 }
 __all__ = sorted(_HOMES)
 

@@ -9,7 +9,7 @@ import torch
 from rwkv_pl.config import DamagedError
 from rwkv_pl.training import checkpoints
 from rwkv_pl.training.checkpoints import DurableCheckpointIO
-from rwkv_pl.weights import read_checkpoint
+from rwkv_pl.weights.checkpoint import read_checkpoint
 
 
 def checkpoint(step):

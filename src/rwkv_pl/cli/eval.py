@@ -126,7 +126,7 @@ def _evaluate(config: Eval, run: Path | None, given: set[str]) -> dict[str, Any]
         from rwkv_pl.cli.prepare import build_data, choose_kernel, keep_freed_memory
         from rwkv_pl.inference.evaluate import carried, figures, windows
         from rwkv_pl.limits import use_usable_cores
-        from rwkv_pl.weights import read_weights
+        from rwkv_pl.weights.read import read_weights
 
     keep_freed_memory()
     use_usable_cores()

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rwkv_pl.inference.generate import Generation
     from rwkv_pl.inference.sampling import Sampling
     from rwkv_pl.model.state import State
-    from rwkv_pl.weights import Weights
+    from rwkv_pl.weights.tensors import Weights
 
 SECONDS_BEFORE_PROGRESS = 1
 
@@ -91,7 +91,7 @@ def main() -> None:
         from rwkv_pl.limits import use_usable_cores
         from rwkv_pl.ops.linear import matrices_to
         from rwkv_pl.ops.rwkv4_step import lay_together
-        from rwkv_pl.weights import read_weights
+        from rwkv_pl.weights.read import read_weights
 
     use_usable_cores()
     sampling = _sampling(arguments)

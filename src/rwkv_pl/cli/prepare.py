@@ -48,7 +48,8 @@ from rwkv_pl.training.module import LitRWKV
 from rwkv_pl.training.optim import check_schedule
 from rwkv_pl.training.precision import in_words, product_rates
 from rwkv_pl.training.resume import agree, owes_validation, read_own, try_on
-from rwkv_pl.weights import Weights, read_weights
+from rwkv_pl.weights.read import read_weights
+from rwkv_pl.weights.tensors import Weights
 
 # Compressing more would keep the user waiting for a figure that is only there to compare with.
 BASELINE_BYTES = 4_000_000

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rwkv_pl.config import UserError
 from rwkv_pl.files import PARTIAL, publish, replace
-from rwkv_pl.weights import read_checkpoint
+from rwkv_pl.weights.checkpoint import read_checkpoint
 
 log = logging.getLogger(__name__)
 

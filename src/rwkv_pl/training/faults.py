@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import Timer, WeightAveraging
 from rwkv_pl.config import RunError, UserError
 from rwkv_pl.files import in_words
 from rwkv_pl.training.checkpoints import DurableCheckpointIO, LastCheckpoint, validation_is_due
-from rwkv_pl.weights import read_checkpoint
+from rwkv_pl.weights.checkpoint import read_checkpoint
 
 log = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from rwkv_pl.model import VERSIONS
 from rwkv_pl.ops.cross_entropy import head_cross_entropy
 from rwkv_pl.training.loss import IGNORED, bits_per_byte, count_bytes, l2wrap, split_tokens
 from rwkv_pl.training.optim import build_optimizer, learning_rate, parameter_groups, write_numbers
-from rwkv_pl.weights import CHECKPOINT_FORMAT
+from rwkv_pl.weights.metadata import CHECKPOINT_FORMAT
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,8 @@ from torch.optim import Optimizer
 
 from rwkv_pl.config import DamagedError, UserError
 from rwkv_pl.training.module import LitRWKV
-from rwkv_pl.weights import check_about, read_checkpoint
+from rwkv_pl.weights.checkpoint import read_checkpoint
+from rwkv_pl.weights.metadata import check_about
 
 
 def read_own(path: Path) -> dict[str, Any]:

@@ -6,7 +6,6 @@ transformers itself is not needed, neither to read nor to write.
 import json
 import os
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rwkv_pl.config import DamagedError, UserError
+from rwkv_pl.weights.tensors import abbreviate
 
 # Official name and theirs, {} for the number of the layer.
 NAMES = {
@@ -156,18 +156,11 @@ def to_official(tensors: dict[str, Any], config: dict[str, Any], folder: Path) -
         except (KeyError, TypeError):
             unknown.append(str(theirs))
     if unknown:
-        raise UserError(f"{folder} holds what transformers' RWKV has not: {some(sorted(unknown))}")
+        raise UserError(f"{folder} holds what transformers' RWKV has not: {abbreviate(sorted(unknown))}")
     # One tensor under two names is kept once. Where both are there they are what they are, whatever the config says.
     if "head.weight" not in official and config.get("tie_word_embeddings") is True and "emb.weight" in official:
         official["head.weight"] = official["emb.weight"]
     return official
-
-
-def some(names: Iterable[str]) -> str:
-    """The first three, and how many more there are."""
-    names = list(names)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
 
 def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """official name -> tensor, into a .safetensors file on the disk under transformers' names. Raises OSError."""
