@@ -212,7 +212,7 @@ def test_ctrl_c(folder, whole):
 @pytest.mark.parametrize(
     "place",
     [
-        "rwkv_pl.data.datamodule:CorpusDataModule.prepare_data",
+        "rwkv_pl.data.datamodule:DataModule.prepare_data",
         "lightning.pytorch.trainer.trainer:Trainer._run_stage",
         "rwkv_pl.training.sample:sample_tokens",
     ],

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from rwkv_pl.config import UserError
 from rwkv_pl.data import documents
-from rwkv_pl.data.documents import find, is_there, join
+from rwkv_pl.data.documents import find, exists, join
 
 
 def write(folder: Path, *names: str) -> None:
@@ -30,7 +30,7 @@ def names(path: Path, below: Path) -> list[str]:
     return [source.path.relative_to(below).as_posix() for source in find(path, "data.path")]
 
 
-def joined(*paths: Path, field: str = "text") -> tuple[bytes, list[int], documents.Joined]:
+def joined(*paths: Path, field: str = "text") -> tuple[bytes, list[int], documents.JoinResult]:
     """The text, its document ends and what ``join`` says, of paths that are a part each."""
     text, ends = io.BytesIO(), io.BytesIO()
     parts = {f"part {i}": find(path, "data.path") for i, path in enumerate(paths)}
@@ -72,7 +72,7 @@ def test_a_glob_is_the_files_it_matches_in_order(
     write(folder, "b.txt", "a.txt", ".c.txt", "x/1.txt", "x/3.md", "x/y/2.txt", "x/.y/2.txt")
     (folder / "x" / "circle").symlink_to(folder)
     assert names(folder / pattern, folder) == expected
-    assert is_there(folder / pattern)
+    assert exists(folder / pattern)
     monkeypatch.chdir(folder)
     assert names(Path(pattern), Path()) == expected
 
@@ -109,8 +109,8 @@ def test_a_relative_name_says_where_was_looked(tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=rf"data.val_path=absent: no such file \(looked for {tmp_path}/absent\)"):
         find(Path("absent"), "data.val_path")
-    assert not is_there(Path("absent"))
-    assert not is_there(Path("*.txt"))
+    assert not exists(Path("absent"))
+    assert not exists(Path("*.txt"))
 
 
 def test_a_folder_that_cannot_be_read_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

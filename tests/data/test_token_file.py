@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from rwkv_pl.config import UserError
-from rwkv_pl.data import token_file
+from rwkv_pl.data import vocabulary as vocabulary_module
 from rwkv_pl.data.corpus import Corpus, Splits, file_digest
-from rwkv_pl.data.sources.text import text
-from rwkv_pl.data.token_file import TokenFile, build_vocabulary, open_tokens
-from rwkv_pl.data.vocabulary import Vocabulary
+from rwkv_pl.data.sources.text import Text
+from rwkv_pl.data.token_file import TokenFile, open_tokens
+from rwkv_pl.data.vocabulary import Vocabulary, build_vocabulary
 
 TEXT = ("Zwölf Boxkämpfer jagen Viktor 😀 " * 20 + "über den großen Sylter Deich: 漢字").encode() + b"\xff\xe6\xbc\n"
 
@@ -26,8 +26,8 @@ def test_a_token_file_does_not_depend_on_the_pieces(
 ) -> None:
     path = tmp_path / "text"
     path.write_bytes(TEXT)
-    corpus = text(path)
-    monkeypatch.setattr(token_file, "CHUNK", chunk)
+    corpus = Text(path).open()
+    monkeypatch.setattr(vocabulary_module, "CHUNK", chunk)
     vocabulary = build_vocabulary("char", corpus)
     lo, hi = corpus.splits.train
     assert vocabulary.characters == "".join(sorted({c for c in TEXT[lo:hi].decode() if c > "\x7f"}))
@@ -53,14 +53,14 @@ def test_what_is_no_text_adds_no_character(tmp_path: Path) -> None:
     path = tmp_path / "text"
     noise = b"\xed\xa0\x80 \xf4\x90\x80\x80 \xe0\x82\x80 \xf8\x90\x80\x80 \xc1\x81 \xf0\x80\x82\x80 \x80 \xff"
     path.write_bytes((noise + "é".encode()) * 50)
-    vocabulary = build_vocabulary("char", text(path))
+    vocabulary = build_vocabulary("char", Text(path).open())
     assert vocabulary.characters == "é"
 
 
 def test_a_change_that_the_digest_does_not_see_is_seen(tmp_path: Path) -> None:
     path = tmp_path / "text"
     path.write_bytes(TEXT)
-    corpus = text(path)
+    corpus = Text(path).open()
     vocabulary = build_vocabulary("char", corpus)
     open_tokens(corpus, vocabulary)
     path.write_bytes(TEXT[::-1])
@@ -71,7 +71,7 @@ def test_a_change_that_the_digest_does_not_see_is_seen(tmp_path: Path) -> None:
 def test_tokens_are_made_once_and_a_changed_text_anew(tmp_path: Path, cache: Path) -> None:
     path = tmp_path / "text"
     path.write_bytes(TEXT)
-    corpus = text(path)
+    corpus = Text(path).open()
 
     def snapshot() -> dict[str, int]:
         return {file.name: file.stat().st_mtime_ns for file in (cache / "tokens").iterdir() if file.suffix != ".lock"}
@@ -91,7 +91,7 @@ def test_tokens_are_made_once_and_a_changed_text_anew(tmp_path: Path, cache: Pat
     open_tokens(corpus, build_vocabulary("char", corpus))
     assert snapshot() == first
     path.write_bytes(TEXT.replace(b"Z", b"z"))
-    changed = text(path)
+    changed = Text(path).open()
     assert open_tokens(changed, build_vocabulary("char", changed)).path != results[0].path
 
 
@@ -100,7 +100,7 @@ def test_an_encoding_that_was_interrupted_leaves_nothing(
 ) -> None:
     path = tmp_path / "text"
     path.write_bytes(TEXT)
-    corpus = text(path)
+    corpus = Text(path).open()
     vocabulary = build_vocabulary("char", corpus)
     with monkeypatch.context() as patched:
         patched.setattr(Vocabulary, "encode", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -115,13 +115,13 @@ def test_a_cache_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch:
     path.write_bytes(TEXT)
     monkeypatch.setenv("RWKV_PL_CACHE", str(path))
     with pytest.raises(UserError, match=r"cannot write in .*tokens"):
-        build_vocabulary("char", text(path))
+        build_vocabulary("char", Text(path).open())
 
 
 def test_a_worker_gets_the_name_of_a_token_file(tmp_path: Path) -> None:
     path = tmp_path / "text"
     path.write_bytes(TEXT * 100)
-    file = open_tokens(text(path), Vocabulary())
+    file = open_tokens(Text(path).open(), Vocabulary())
     assert len(file.tokens) == len(TEXT) * 100
     sent = pickle.dumps(file)
     assert len(sent) < 2000

@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from rwkv_pl.cli import app
 from rwkv_pl.cli.arguments import parse_arguments
 from rwkv_pl.cli.resume import StoredRun
-from rwkv_pl.config import Data, Eval, RunError, UserError
+from rwkv_pl.config import CORPORA, DATA_PATHS, Data, Eval, RunError, UserError
 from rwkv_pl.files import cache_folder, made_for_success, publish, writing
 from rwkv_pl.training.curve import default_style
 
@@ -29,9 +29,6 @@ if TYPE_CHECKING:
 
     from rwkv_pl.data.token_file import TokenFile
     from rwkv_pl.data.vocabulary import Vocabulary
-
-# Settings of the data that are paths.
-PATHS = ("path", "val_path", "vocab_path")
 
 
 @app.told_in_one_line
@@ -91,7 +88,7 @@ def composed(overrides: Sequence[Override], config_dir: str | None) -> tuple[dic
         return app.resolved(app.compose(told, config_dir, "eval")), run
     stored = StoredRun(run)
     own = app.resolved(stored.config())["data"]
-    for key in PATHS:
+    for key in DATA_PATHS:
         if own.get(key):
             own[key] = str(stored.cwd / own[key])
     settings = app.resolved(app.compose([f"data={app.typed(own, Data).name}", *told], config_dir, "eval"))
@@ -113,7 +110,7 @@ def destination(config: Eval, run: Path | None, given: set[str]) -> tuple[Path, 
     out = Path(config.out).absolute() if config.out else run or Path.cwd()
     whose = "" if source == out else f"{source.name if source.is_dir() else source.stem}-"
     data = config.data
-    text = f"{Path(data.path).stem if data.name in ('text', 'binidx') and data.path else data.name}-"
+    text = f"{Path(data.path).stem if CORPORA[data.name].path and data.path else data.name}-"
     other = run is not None and given & {"data", "data.path", "data.val_path"}
     return out, f"eval-{whose}{text if other else ''}{config.split}"
 
@@ -123,7 +120,7 @@ def _evaluate(config: Eval, run: Path | None, given: set[str]) -> dict[str, Any]
     with app.ended_by_ctrl_c():
         import torch
 
-        from rwkv_pl.cli.prepare import build_data, choose_kernel, keep_freed_memory
+        from rwkv_pl.cli.prepare import choose_kernel, keep_freed_memory, open_data
         from rwkv_pl.inference.evaluate import carried, figures, windows
         from rwkv_pl.limits import use_usable_cores
         from rwkv_pl.weights.read import read_weights
@@ -135,7 +132,7 @@ def _evaluate(config: Eval, run: Path | None, given: set[str]) -> dict[str, Any]
     vocabulary = weights.vocabulary
     if vocabulary and "data.vocab" in given and vocabulary.kind != config.data.vocab:
         raise UserError(f"weights={source} was trained with data.vocab={vocabulary.kind}: leave out data.vocab")
-    data = build_data(config.data, 0, Path.cwd(), vocabulary)
+    data = open_data(config.data, 0, Path.cwd(), vocabulary)
     data.prepare_data()
     data.setup({"val": "validate", "test": "test"}.get(config.split, "predict"))
     corpus, vocabulary, tokens = data.corpus, data.vocabulary, data.token_file

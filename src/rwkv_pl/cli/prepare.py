@@ -28,14 +28,8 @@ from torch import nn
 
 from rwkv_pl.cli.app import load_target, one_line
 from rwkv_pl.cli.ranks import check_world_size, first_decides
-from rwkv_pl.config import Data, Train, UserError
-from rwkv_pl.data.datamodule import (
-    BinidxDataModule,
-    CorpusDataModule,
-    Enwik8DataModule,
-    EvalBatches,
-    StdlibDataModule,
-)
+from rwkv_pl.config import Train, UserError
+from rwkv_pl.data.datamodule import DataModule, EvalBatches, open_data
 from rwkv_pl.data.order import micro_batch_rows
 from rwkv_pl.data.vocabulary import Vocabulary, read_vocabulary
 from rwkv_pl.limits import use_usable_cores
@@ -86,7 +80,7 @@ class Prepared:
     """What a run is made of."""
 
     config: Train
-    data: CorpusDataModule
+    data: DataModule
     module: LitRWKV
     max_steps: int
     baselines: dict[str, float]
@@ -148,7 +142,7 @@ def prepare(config: Train, cwd: Path, resume_from: Path | None) -> Prepared:
                 f"data.vocab_path={config.data.vocab_path} is not the tokenizer that weights={config.weights} was "
                 "trained with, which it holds: leave it out"
             )
-    data = build_data(config.data, config.seed, cwd, vocabulary)
+    data = open_data(config.data, config.seed, cwd, vocabulary)
     data.prepare_data()
     data.setup("fit")
     past = {
@@ -310,30 +304,6 @@ def choose_kernel(name: str, device: torch.device) -> None:
         raise UserError(f"kernel={name}: {one_line(error)}") from error
 
 
-def build_data(data: Data, seed: int, cwd: Path, vocabulary: Vocabulary | None) -> CorpusDataModule:
-    """The data module that `data.name` means."""
-    common: dict[str, Any] = {
-        "batch_size": data.batch_size,
-        "ctx_len": data.ctx_len,
-        "vocab": data.vocab,
-        "seed": seed,
-        "num_workers": data.num_workers,
-        "eval_batch_size": data.eval_batch_size,
-        "vocabulary": vocabulary,
-        "vocab_path": cwd / data.vocab_path if data.vocab_path else None,
-    }
-    if data.name == "stdlib":
-        return StdlibDataModule(**common)
-    assert data.path is not None
-    if data.name == "enwik8":
-        return Enwik8DataModule(cwd / data.path, **({"url": data.url} if data.url else {}), **common)
-    train, val, test = data.split
-    if data.name == "binidx":
-        return BinidxDataModule(cwd / data.path, split=(train, val, test), **common)
-    val_path = None if data.val_path is None else cwd / data.val_path
-    return CorpusDataModule(cwd / data.path, split=(train, val, test), val_path=val_path, field=data.field, **common)
-
-
 def run_length(config: Train, steps_per_pass: int) -> int:
     """Optimizer steps of the run: the earlier of max_steps and max_epochs passes; -1 where max_time alone ends it."""
     max_steps, max_epochs = config.trainer["max_steps"], config.trainer["max_epochs"]
@@ -445,7 +415,7 @@ def _instantiate(where: str, arguments: dict[str, Any], folder: Path) -> Any:
         raise UserError(f"{where} refuses its settings: {one_line(error)}") from error
 
 
-def _baselines(config: Train, data: CorpusDataModule) -> dict[str, float]:
+def _baselines(config: Train, data: DataModule) -> dict[str, float]:
     """Bits per byte that gzip -9 and xz -9 need for the text that a validation reads."""
     windows = cast(EvalBatches, data.val_dataloader().dataset)
     n_batches = _validation_batches(config, data)
@@ -460,7 +430,7 @@ def _baselines(config: Train, data: CorpusDataModule) -> dict[str, float]:
     return {name: 8 * size / len(text) for name, size in sizes.items()}
 
 
-def _validation_batches(config: Train, data: CorpusDataModule) -> int:
+def _validation_batches(config: Train, data: DataModule) -> int:
     """Calls of one validation on one device."""
     there = len(cast(EvalBatches, data.val_dataloader().dataset))
     limit = 1.0 if config.trainer["limit_val_batches"] is None else config.trainer["limit_val_batches"]

@@ -34,8 +34,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rwkv_pl.cli import app
 from rwkv_pl.cli.folder import DONE, begun, in_use, locked, read_result, take_folder, write_result
-from rwkv_pl.config import RunError, UserError
-from rwkv_pl.data.documents import is_there
+from rwkv_pl.config import CORPORA, RunError, UserError
+from rwkv_pl.data.documents import exists
 from rwkv_pl.files import publish, require_own_files
 from rwkv_pl.limits import THREADS, usable_cores
 
@@ -223,8 +223,8 @@ def _require_one_good(own: list[str], told: Sequence[Override], config_dir: str 
         try:
             config = app.check(app.compose([*own, *job], config_dir), app.parse_overrides(job), config_dir)
             texts = {"data.path": config.data.path, "data.val_path": config.data.val_path}
-            for key, path in texts.items() if config.data.name == "text" else ():
-                if path and not is_there(Path(path)):
+            for key, path in texts.items() if CORPORA[config.data.name].path else ():
+                if path and not exists(Path(path)):
                     raise UserError(f"{key}={path}: no such file")
             for key, path in {"data.vocab_path": config.data.vocab_path, "weights": config.weights}.items():
                 if path and not Path(path).exists():

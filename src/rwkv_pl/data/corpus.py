@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -47,6 +47,17 @@ class Corpus:
         end of a document writes that for this byte.
         """
         return _offsets(self.ends_path)
+
+    @property
+    def cache_key(self) -> list[Any]:
+        """What a derived file depends on; the time too, since the digest of a large file misses some changes."""
+        return [self.digest, self.path.stat().st_mtime_ns, self.splits]
+
+    def character_splits(self) -> Splits:
+        """The splits, each edge moved back to the start of the character it cuts."""
+        data = np.memmap(self.path, np.uint8, mode="r")
+        train, val = (character_start(data, end) for _, end in self.splits[:2])
+        return Splits((0, train), (train, val), (val, self.splits.test[1]))
 
     def __str__(self) -> str:
         """Which text this is, for people; figures on it mean nothing without that."""

@@ -1,5 +1,6 @@
-"""From bytes to token ids and back."""
+"""Vocabularies: bytes as token ids, and back."""
 
+import itertools
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -7,16 +8,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rwkv_pl.config import UserError
-from rwkv_pl.data.corpus import character_start
+from rwkv_pl.config import VOCABULARIES, UserError
+from rwkv_pl.data.cache import cached_json
+from rwkv_pl.data.corpus import Corpus, character_start
 from rwkv_pl.files import digest_of
 
 Tokens = npt.NDArray[np.unsignedinteger]
 
-KINDS = ("byte", "char", "20b")
+CHUNK = 1 << 22
 
 
-class NotSpelled(UserError):
+class EncodingError(UserError):
     """A text that a vocabulary has no tokens for, from byte ``offset`` on."""
 
     def __init__(self, offset: int, why: str, where: str = "the text") -> None:
@@ -39,8 +41,8 @@ class Vocabulary:
     """The token that stands between documents, and before a text that begins from nothing: here the newline."""
 
     def __init__(self, kind: str = "byte", characters: str = "") -> None:
-        if kind not in KINDS:
-            raise UserError(f"vocab={kind} is not available: choose one of {', '.join(KINDS)}")
+        if kind not in VOCABULARIES:
+            raise UserError(f"vocab={kind} is not available: choose one of {', '.join(VOCABULARIES)}")
         if kind == "20b":
             raise ValueError("vocabulary 20b is made of its json")
         points = np.array([ord(character) for character in characters], np.int64)
@@ -68,7 +70,7 @@ class Vocabulary:
         ids = data.astype(self.dtype)
         if not self.characters:
             return ids
-        starts, lengths, points = long_characters(data)
+        starts, lengths, points = _long_characters(data)
         place = np.minimum(np.searchsorted(self._points, points), len(self._points) - 1)
         known = self._points[place] == points
         starts, lengths = starts[known], lengths[known]
@@ -85,12 +87,19 @@ class Vocabulary:
         """
         return self.encode(text)
 
-    def cut(self, data: npt.NDArray[np.uint8], lo: int, at: int) -> int:
+    def split_point(self, data: npt.NDArray[np.uint8], lo: int, at: int) -> int:
         """The last place in (lo, at] of ``data`` (N,) where the ids of the whole are those of the two parts.
 
         ``lo``, where the text begins, if there is none.
         """
         return character_start(data, at)
+
+    def chunks(self, data: npt.NDArray[np.uint8], lo: int, hi: int) -> list[tuple[int, int]]:
+        """Ranges of about CHUNK bytes that cover [lo, hi) and can be encoded apart; longer if there is no such cut."""
+        edges = [lo]
+        for at in range(lo + CHUNK, hi, CHUNK):
+            edges.append(self.split_point(data, edges[-1], at))
+        return [(begin, end) for begin, end in itertools.pairwise([*edges, hi]) if begin < end]
 
     def decode(self, ids: npt.ArrayLike) -> bytes:
         """The text of ``ids`` (n,), any integers in [0, size); a cut inside a character that bytes spell stays one."""
@@ -129,6 +138,32 @@ class Vocabulary:
         return f"Vocabulary({self.kind!r}, size={self.size})"
 
 
+def build_vocabulary(kind: str, corpus: Corpus, vocab_path: Path | None = None) -> Vocabulary:
+    """The vocabulary of a corpus: for ``char``, of its training split, found once and kept in the cache folder; for
+    ``20b``, of the json ``vocab_path``.
+
+    Raises UserError for an unknown kind, and where there is no such json.
+    """
+    if kind == "20b":
+        if vocab_path is None:
+            raise UserError(
+                "data.vocab=20b needs the tokenizer's json: data.vocab_path=20B_tokenizer.json (it is in the source of "
+                "the official RWKV-4 code, and with GPT-NeoX-20B as tokenizer.json)"
+            )
+        return read_vocabulary(vocab_path)
+    if kind != "char":
+        return Vocabulary(kind)
+
+    def found() -> dict[str, Any]:
+        seen = np.zeros(0x110000, bool)
+        data = np.memmap(corpus.path, np.uint8, mode="r")
+        for lo, hi in Vocabulary("char").chunks(data, *corpus.character_splits().train):
+            seen[_long_characters(data[lo:hi])[2]] = True
+        return Vocabulary("char", "".join(map(chr, np.flatnonzero(seen)))).to_dict()
+
+    return Vocabulary.from_dict(cached_json(f"char-{digest_of(corpus.cache_key)[:16]}.json", found))
+
+
 def read_vocabulary(path: Path) -> Vocabulary:
     """The vocabulary ``20b`` of its json. Raises UserError where ``path`` is none."""
     from rwkv_pl.data.tokenizer_20b import Vocabulary20B  # its library is for those who use it
@@ -136,7 +171,7 @@ def read_vocabulary(path: Path) -> Vocabulary:
     return Vocabulary20B.read(path)
 
 
-def long_characters(
+def _long_characters(
     data: npt.NDArray[np.uint8],
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Starts, lengths in bytes (2 to 4) and code points of the well-formed UTF-8 characters above U+007F.

@@ -1,6 +1,5 @@
 """Downloads that go wrong, and files that are not what they should be."""
 
-import functools
 import hashlib
 import http.server
 import io
@@ -18,7 +17,7 @@ import pytest
 from rwkv_pl.config import UserError
 from rwkv_pl.data.corpus import Corpus, Splits, file_digest
 from rwkv_pl.data.sources import enwik8 as enwik8_source
-from rwkv_pl.data.sources.enwik8 import enwik8
+from rwkv_pl.data.sources.enwik8 import ENWIK8_URL, Enwik8
 
 CONTENT = bytes(i * i % 251 for i in range(100_000))
 
@@ -107,7 +106,8 @@ def server() -> Iterator[Server]:
         running.shutdown()
 
 
-small = functools.partial(enwik8, n_bytes=len(CONTENT), sha1=SHA1)
+def small(folder: Path, url: str = ENWIK8_URL) -> Corpus:
+    return Enwik8(folder, url, len(CONTENT), SHA1).open()
 
 
 def left(folder: Path) -> set[str]:

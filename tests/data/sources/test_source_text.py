@@ -13,41 +13,41 @@ from rwkv_pl.config import UserError
 from rwkv_pl.data.corpus import Corpus, Splits, file_digest
 from rwkv_pl.data.documents import join
 from rwkv_pl.data.sources import text as text_source
-from rwkv_pl.data.sources.text import text
+from rwkv_pl.data.sources.text import Text
 
 CONTENT = bytes(i * i % 251 for i in range(100_000))
 
 
 def test_text_that_cannot_be_used_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
-        text(tmp_path / "absent")
+        Text(tmp_path / "absent").open()
     path = tmp_path / "text"
     path.write_bytes(b"")
     with pytest.raises(UserError, match="is empty"):
-        text(path)
+        Text(path).open()
     path.write_bytes(b"words")
     for split in [(0.9, 0.2, 0.1), (1.1, -0.1, 0.0), (0.5, 0.5), (float("nan"), 0.5, 0.5)]:
         with pytest.raises(UserError, match=r"data.split=.* is not three fractions"):
-            text(path, split)  # type: ignore[arg-type]
+            Text(path, split).open()  # type: ignore[arg-type]
 
 
 def test_text_is_split_between_characters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "text"
     path.write_bytes(b"x" * 89 + "漢".encode() + b"y" * 8)
-    corpus = text(path)
+    corpus = Text(path).open()
     assert corpus.splits == Splits((0, 89), (89, 95), (95, 100))
     assert corpus.digest == hashlib.sha256(path.read_bytes()).hexdigest()
-    assert text(path, (0.2, 0.3, 0.5)).splits == Splits((0, 20), (20, 50), (50, 100))
+    assert Text(path, (0.2, 0.3, 0.5)).open().splits == Splits((0, 20), (20, 50), (50, 100))
     # A name counts from where the run started, whatever folder it goes to later.
     monkeypatch.chdir(tmp_path)
-    assert text("text").path == path
+    assert Text("text").open().path == path
 
 
 def test_a_compressed_text_is_the_text(tmp_path: Path, cache: Path) -> None:
     plain, packed = tmp_path / "a.txt", tmp_path / "b.txt.gz"
     plain.write_bytes(CONTENT)
     packed.write_bytes(gzip.compress(CONTENT))
-    a, b = text(plain), text(packed)
+    a, b = Text(plain).open(), Text(packed).open()
     assert b.path.parent == cache / "corpora"
     assert b.path.read_bytes() == CONTENT
     assert (a.splits, a.digest) == (b.splits, b.digest)
@@ -76,7 +76,7 @@ def test_a_text_is_joined_once_and_anew_when_a_source_changes(
     for path in (one.path, one.ends_path, one.path.with_suffix(".json")):
         assert path is not None
         path.write_bytes(b"?" * 16)
-        assert text(folder) == one
+        assert Text(folder).open() == one
         assert one.path.read_bytes() == b"book a\nbook b\nbook c"
         assert one.document_ends.tolist() == [6, 13]
     assert len(calls) == 4
@@ -84,23 +84,23 @@ def test_a_text_is_joined_once_and_anew_when_a_source_changes(
     before = (folder / "a").stat()
     (folder / "a").write_text("BOOK A")
     os.utime(folder / "a", ns=(before.st_atime_ns, before.st_mtime_ns))
-    other = text(folder)
+    other = Text(folder).open()
     assert other.path.read_bytes() == b"BOOK A\nbook b\nbook c"
     assert one.path.read_bytes() == b"book a\nbook b\nbook c"
     assert other.digest != one.digest
     # The folder elsewhere is another source of the same text.
-    moved = text(folder.rename(tmp_path / "moved"))
+    moved = Text(folder.rename(tmp_path / "moved")).open()
     assert moved.path != other.path
     assert moved.digest == other.digest
     (tmp_path / "moved" / "d").write_text("")
-    assert text(tmp_path / "moved").document_ends.tolist() == [6, 13]
+    assert Text(tmp_path / "moved").open().document_ends.tolist() == [6, 13]
     assert {path.suffix for path in (cache / "corpora").iterdir()} == {".txt", ".ends", ".json", ".lock"}
 
 
 def test_a_glob_has_a_name_for_files(tmp_path: Path) -> None:
     for name in "ab":
         (tmp_path / f"{name}.txt").write_text(name)
-    corpus = text(tmp_path / "*.txt")
+    corpus = Text(tmp_path / "*.txt").open()
     assert (corpus.name, corpus.description) == ("text", f"{tmp_path}/*.txt, 2 documents")
     assert corpus.path.read_bytes() == b"a\nb"
 
@@ -111,24 +111,24 @@ def test_validation_on_a_text_of_its_own(tmp_path: Path) -> None:
     for name in "abc":
         (books / name).write_text(f"book {name}")
     (tmp_path / "rows.jsonl").write_text('{"body": "one"}\n{"body": "two"}')
-    corpus = text(books, val_path=tmp_path / "rows.jsonl", field="body")
+    corpus = Text(books, val_path=tmp_path / "rows.jsonl", field="body").open()
     assert corpus.path.read_bytes() == b"book a\nbook b\nbook c\none\ntwo"
     assert corpus.splits == Splits((0, 21), (21, 28), (28, 28))
     assert corpus.document_ends.tolist() == [6, 13, 20, 24]
     assert corpus.description == f"{books}, validated on {tmp_path}/rows.jsonl, 5 documents"
     # A file of both is not trained on.
-    corpus = text(books, val_path=books / "b")
+    corpus = Text(books, val_path=books / "b").open()
     assert corpus.path.read_bytes() == b"book a\nbook c\nbook b"
     assert corpus.splits == Splits((0, 14), (14, 20), (20, 20))
     # Two plain files.
-    assert text(books / "a", val_path=books / "b").path.read_bytes() == b"book a\nbook b"
+    assert Text(books / "a", val_path=books / "b").open().path.read_bytes() == b"book a\nbook b"
     with pytest.raises(UserError, match=r"data.val_path=.* has all files of data.path=.*: none is left to train on"):
-        text(books / "a", val_path=books)
+        Text(books / "a", val_path=books).open()
     with pytest.raises(UserError, match=r"data.val_path=.*: no such file"):
-        text(books, val_path=tmp_path / "absent")
+        Text(books, val_path=tmp_path / "absent").open()
     (tmp_path / "empty").touch()
     with pytest.raises(UserError, match=r"data.val_path names 1 file\(s\) without any text"):
-        text(books, val_path=tmp_path / "empty")
+        Text(books, val_path=tmp_path / "empty").open()
 
 
 def test_a_cache_that_takes_no_corpus_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
@@ -140,8 +140,8 @@ def test_a_cache_that_takes_no_corpus_is_one_line(tmp_path: Path, monkeypatch: p
     with monkeypatch.context() as patched:
         patched.setattr("rwkv_pl.files._Remembering.write", full)
         with pytest.raises(UserError, match=r"cannot write in .*corpora: disk full: .*text-.*\.txt was not written"):
-            text(tmp_path / "text.gz")
+            Text(tmp_path / "text.gz").open()
     assert {path.suffix for path in (cache / "corpora").iterdir()} == {".lock"}
     monkeypatch.setenv("RWKV_PL_CACHE", str(tmp_path / "text.gz" / "cache"))
     with pytest.raises(UserError, match=r"cannot write in .*Not a directory"):
-        text(tmp_path / "text.gz")
+        Text(tmp_path / "text.gz").open()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rwkv_pl.config import UserError
-from rwkv_pl.data.sources.stdlib import stdlib
+from rwkv_pl.data.sources.stdlib import Stdlib
 
 
 def test_stdlib_by_its_definition(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
@@ -19,26 +19,26 @@ def test_stdlib_by_its_definition(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(content)
     monkeypatch.setattr(sysconfig, "get_path", lambda name: {"stdlib": str(root)}[name])
-    corpus = stdlib()
+    corpus = Stdlib().open()
     assert corpus.path.read_bytes() == b"4\n2\n3\n1\n5\n"
     # A cached text that was damaged is made again, a changed library is another text.
     corpus.path.write_bytes(b"?")
-    assert stdlib() == corpus
+    assert Stdlib().open() == corpus
     assert corpus.path.read_bytes() == b"4\n2\n3\n1\n5\n"
     (root / "a.py").write_text("6\n")
-    assert stdlib().path != corpus.path
-    assert all(path.parent == cache / "corpora" for path in (corpus.path, stdlib().path))
+    assert Stdlib().open().path != corpus.path
+    assert all(path.parent == cache / "corpora" for path in (corpus.path, Stdlib().open().path))
     for path in root.rglob("*.py"):
         path.unlink()
     with pytest.raises(UserError, match="no library source"):
-        stdlib()
+        Stdlib().open()
 
 
 def test_stdlib_of_this_python() -> None:
     begin = time.perf_counter()
-    corpus = stdlib()
+    corpus = Stdlib().open()
     again = time.perf_counter()
-    assert stdlib() == corpus
+    assert Stdlib().open() == corpus
     # A fifth of a second, and a fortieth, on a quiet machine.
     assert again - begin < 20
     assert time.perf_counter() - again < 5

@@ -6,6 +6,7 @@ import urllib.error
 import urllib.request
 import zipfile
 import zlib
+from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from filelock import FileLock
 
 from rwkv_pl.config import UserError
 from rwkv_pl.data.corpus import Corpus, Splits, file_digest
-from rwkv_pl.data.documents import bytes_progress
+from rwkv_pl.data.progress import bytes_progress
+from rwkv_pl.data.sources import Source
 from rwkv_pl.files import cache_folder, made_for_success, publish, writing
 
 ENWIK8_URL = "http://mattmahoney.net/dc/enwik8.zip"
@@ -28,33 +30,39 @@ BLOCK = 1 << 20
 TIMEOUT_SECONDS = 30
 
 
-def enwik8(
-    folder: str | Path, *, url: str = ENWIK8_URL, n_bytes: int = ENWIK8_BYTES, sha1: str = ENWIK8_SHA1
-) -> Corpus:
+@dataclass(frozen=True)
+class Enwik8(Source):
     """The first 10^8 bytes of an English Wikipedia dump, split 90/5/5 to the byte, as everybody reports it.
 
-    ``folder/enwik8`` is used where it is there, else ``folder/enwik8.zip`` is unpacked, else that is downloaded from
-    ``url``. Size and SHA-1 are checked every time. Nothing half written ever bears the final name, and of many
-    processes at once one does the work.
+    ``path/enwik8`` is used if it exists, else ``path/enwik8.zip`` is unpacked, else that is downloaded from ``url``.
+    Size and SHA-1 are checked every time. The final name appears only on a complete file, and of many processes at
+    once one does the work.
 
-    Raises UserError where it cannot be had or is not the file that it should be.
+    ``open`` raises UserError if the file cannot be had or is not enwik8.
     """
-    folder = Path(folder)
-    if folder.is_file():
-        raise UserError(f"data.path={folder} is a file: for a text of yours add data=text; data=enwik8 takes a folder")
-    path = folder / "enwik8"
-    if path.is_file():
-        _check_enwik8(path, n_bytes, sha1)
-    else:
-        locks = cache_folder() / "locks"
-        lock = locks / f"enwik8-{hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:16]}"
-        with writing(locks), FileLock(lock):
-            if not path.is_file():
-                with made_for_success(folder), writing(folder):
-                    _fetch_enwik8(path, url, n_bytes, sha1)
-    train, val = n_bytes * 90 // 100, n_bytes * 95 // 100
-    splits = Splits((0, train), (train, val), (val, n_bytes))
-    return Corpus("enwik8", path.absolute(), splits, file_digest(path), "the first bytes of an English Wikipedia dump")
+
+    path: str | Path = "data/enwik8"
+    url: str = ENWIK8_URL
+    n_bytes: int = ENWIK8_BYTES
+    sha1: str = ENWIK8_SHA1
+
+    def open(self) -> Corpus:
+        folder = Path(self.path)
+        if folder.is_file():
+            raise UserError(f"data.path={folder} is a file: for a text of yours add data=text; data=enwik8 takes a folder")
+        path = folder / "enwik8"
+        if path.is_file():
+            _check_enwik8(path, self.n_bytes, self.sha1)
+        else:
+            locks = cache_folder() / "locks"
+            lock = locks / f"enwik8-{hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:16]}"
+            with writing(locks), FileLock(lock):
+                if not path.is_file():
+                    with made_for_success(folder), writing(folder):
+                        _fetch_enwik8(path, self.url, self.n_bytes, self.sha1)
+        train, val = self.n_bytes * 90 // 100, self.n_bytes * 95 // 100
+        splits = Splits((0, train), (train, val), (val, self.n_bytes))
+        return Corpus("enwik8", path.absolute(), splits, file_digest(path), "the first bytes of an English Wikipedia dump")
 
 
 def _check_enwik8(path: Path, n_bytes: int, sha1: str) -> None:

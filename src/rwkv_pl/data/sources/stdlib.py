@@ -4,12 +4,14 @@ import hashlib
 import os
 import platform
 import sysconfig
+from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock
 
 from rwkv_pl.config import UserError
 from rwkv_pl.data.corpus import Corpus, file_digest, split_by_fractions
+from rwkv_pl.data.sources import Source
 from rwkv_pl.files import cache_folder, publish, writing
 
 STDLIB_LEFT_OUT = frozenset(
@@ -17,30 +19,32 @@ STDLIB_LEFT_OUT = frozenset(
 )
 
 
-def stdlib() -> Corpus:
-    """The source of the running Python's standard library, 10 to 11 MB, split 90/5/5: a corpus that needs no network.
+@dataclass(frozen=True)
+class Stdlib(Source):
+    """The source of the running Python's standard library, 10 to 11 MB, split 90/5/5: a corpus without a download.
 
-    Every ``*.py`` under sysconfig's stdlib path but for what is installed beside it (site-packages, dist-packages), the
-    tests and the applications (idlelib, lib2to3, turtledemo), one after the other in the order of their POSIX paths.
-    It differs between versions of Python, so the description names the version. The text lies in the
-    cache folder.
+    Every ``*.py`` under sysconfig's stdlib path except installed packages (site-packages, dist-packages), the tests and
+    the applications (idlelib, lib2to3, turtledemo), concatenated in the order of their POSIX paths. It differs between
+    versions of Python, so the description names the version. The text is kept in the cache folder.
 
-    Raises UserError where Python has no library source or the cache folder cannot be written.
+    ``open`` raises UserError if Python has no library source or the cache folder cannot be written.
     """
-    root = Path(sysconfig.get_path("stdlib"))
-    try:
-        text = b"".join(path.read_bytes() for path in _stdlib_files(root))
-    except OSError as error:
-        raise UserError(f"cannot read the standard library: {error}; use data=text data.path=FILE") from error
-    if not text:
-        raise UserError(f"no *.py under {root}, this Python has no library source: use data=text data.path=FILE")
-    digest = hashlib.sha256(text).hexdigest()
-    path = cache_folder() / "corpora" / f"stdlib-{digest[:16]}.txt"
-    if not path.is_file() or file_digest(path) != digest:
-        with writing(path.parent), FileLock(path.with_suffix(".lock")), publish(path) as file:
-            file.write(text)
-    description = f"the standard library of Python {platform.python_version()}"
-    return Corpus("stdlib", path, split_by_fractions(path, (0.9, 0.05, 0.05)), digest, description)
+
+    def open(self) -> Corpus:
+        root = Path(sysconfig.get_path("stdlib"))
+        try:
+            text = b"".join(path.read_bytes() for path in _stdlib_files(root))
+        except OSError as error:
+            raise UserError(f"cannot read the standard library: {error}; use data=text data.path=FILE") from error
+        if not text:
+            raise UserError(f"no *.py under {root}, this Python has no library source: use data=text data.path=FILE")
+        digest = hashlib.sha256(text).hexdigest()
+        path = cache_folder() / "corpora" / f"stdlib-{digest[:16]}.txt"
+        if not path.is_file() or file_digest(path) != digest:
+            with writing(path.parent), FileLock(path.with_suffix(".lock")), publish(path) as file:
+                file.write(text)
+        description = f"the standard library of Python {platform.python_version()}"
+        return Corpus("stdlib", path, split_by_fractions(path, (0.9, 0.05, 0.05)), digest, description)
 
 
 def _stdlib_files(root: Path) -> list[Path]:
