@@ -43,6 +43,10 @@ class RWKV4Config:
         between("model.dropout", self.dropout, 0, 1)
 
 
+MODEL_CONFIGS = {"rwkv4": RWKV4Config}
+"""The config classes of the model versions, by model.name; model.MODELS adds the modules."""
+
+
 @dataclass(frozen=True)
 class CorpusType:
     """A corpus type: the class that opens it, and its demands on the other settings of `data`."""
@@ -115,8 +119,8 @@ class Model:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        one_of("model.name", self.name, ("rwkv4",))
-        RWKV4Config(vocab_size=1, n_layer=self.n_layer, n_embd=self.n_embd, dropout=self.dropout)
+        one_of("model.name", self.name, tuple(MODEL_CONFIGS))
+        MODEL_CONFIGS[self.name](vocab_size=1, n_layer=self.n_layer, n_embd=self.n_embd, dropout=self.dropout)
 
 
 @dataclass

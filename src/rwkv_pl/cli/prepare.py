@@ -33,7 +33,7 @@ from rwkv_pl.data.datamodule import DataModule, EvalBatches, open_data
 from rwkv_pl.data.order import micro_batch_rows
 from rwkv_pl.data.vocabulary import Vocabulary, read_vocabulary
 from rwkv_pl.limits import use_usable_cores
-from rwkv_pl.model import VERSIONS
+from rwkv_pl.model import MODELS
 from rwkv_pl.ops.wkv4 import use_kernel, wkv4
 from rwkv_pl.training.checkpoints import BestCheckpoint, DurableCheckpointIO, LastCheckpoint
 from rwkv_pl.training.compiled import compile_blocks
@@ -42,6 +42,7 @@ from rwkv_pl.training.module import LitRWKV
 from rwkv_pl.training.optim import check_schedule
 from rwkv_pl.training.precision import in_words, product_rates
 from rwkv_pl.training.resume import agree, owes_validation, read_own, try_on
+from rwkv_pl.weights.metadata import Metadata
 from rwkv_pl.weights.read import read_weights
 from rwkv_pl.weights.tensors import Weights
 
@@ -125,9 +126,10 @@ def prepare(config: Train, cwd: Path, resume_from: Path | None) -> Prepared:
     use_usable_cores(devices if isinstance(devices, int) and devices > 0 else 1)
     done_steps, ended, owes, loaded, vocabulary = 0, None, False, None, None
     content = read_own(resume_from) if resume_from else None
-    if content:
-        about, done_steps = content["rwkv_pl"], content["global_step"]
-        vocabulary, ended = Vocabulary.from_dict(about["vocabulary"]), about["finished"]
+    resumed = Metadata.from_checkpoint(content, resume_from) if content and resume_from else None
+    if content and resumed:
+        done_steps, ended = content["global_step"], resumed.finished
+        vocabulary = Vocabulary.from_dict(resumed.vocabulary or {})
         owes = owes_validation(content)
     elif config.weights:
         loaded = read_weights(cwd / config.weights)
@@ -155,8 +157,8 @@ def prepare(config: Train, cwd: Path, resume_from: Path | None) -> Prepared:
         "model.n_layer": config.model.n_layer,
         "model.n_embd": config.model.n_embd,
     }
-    if content and resume_from:
-        agree(content["rwkv_pl"], past, resume_from)
+    if resumed and resume_from:
+        agree(resumed, past, resume_from)
     max_steps = run_length(config, data.steps_per_pass)
     if 0 < max_steps < done_steps and ended is None:
         raise UserError(f"the run is at step {done_steps:,} already, behind which {max_steps:,} steps would end it")
@@ -178,7 +180,7 @@ def prepare(config: Train, cwd: Path, resume_from: Path | None) -> Prepared:
     if content and resume_from:
         try_on(content, module, optimizer, resume_from)
     choose_accelerator(config)
-    comparison = choose_precision(config, content["rwkv_pl"].get("precision") if content else None)
+    comparison = choose_precision(config, resumed.precision if resumed else None)
     with tempfile.TemporaryDirectory() as nowhere:
         callbacks, loggers = build_callbacks(config, Path(nowhere)), build_loggers(config, Path(nowhere), None)
         trial = build_trainer(config, Path(nowhere), max_steps, callbacks, loggers)
@@ -189,7 +191,7 @@ def prepare(config: Train, cwd: Path, resume_from: Path | None) -> Prepared:
     cost = footprint(trial.precision_plugin.convert_module(module.to(device)), trial.precision_plugin)
     found = None
     if config.trainer["accumulate_grad_batches"] == "auto":
-        before = content["rwkv_pl"].get("accumulate") if content else None
+        before = resumed.accumulate if resumed else None
         found = config.trainer["accumulate_grad_batches"] = before or _accumulation(config, module, cost, trial)
     accumulate = config.trainer["accumulate_grad_batches"]
     check_world_size(trial.world_size)
@@ -230,7 +232,7 @@ def _accumulation(config: Train, module: LitRWKV, cost: Footprint, trial: Traine
 
 def build_model(config: Train, vocab_size: int, loaded: Weights | None) -> nn.Module:
     """The config's model, initialised by the seed or with the weights of `loaded`. Raises UserError on a mismatch."""
-    model_class, config_class = VERSIONS[config.model.name]
+    model_class, config_class = MODELS[config.model.name]
     here = config_class(vocab_size=vocab_size, **{key: v for key, v in vars(config.model).items() if key != "name"})
     if loaded:
         there = loaded.config

@@ -1,4 +1,4 @@
-"""RWKV-4 as Hugging Face transformers keeps it: the names of the parameters, config.json, and the files of a folder.
+"""Hugging Face folders: a layout for each model type (names and config, both ways), and the files with the tensors.
 
 transformers itself is not needed, neither to read nor to write.
 """
@@ -6,6 +6,7 @@ transformers itself is not needed, neither to read nor to write.
 import json
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,79 @@ from torch import Tensor
 from rwkv_pl.config import DamagedError, UserError
 from rwkv_pl.weights.tensors import abbreviate
 
-# Official name and theirs, {} for the number of the layer.
-NAMES = {
+CONFIG, TENSORS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
+VOCABULARY = "vocabulary.json"  # of ours; not vocab.json, which transformers takes for a table of its own
+
+# In the order in which transformers looks for them.
+_TENSOR_FILES = (TENSORS, f"{TENSORS}.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How transformers stores one model type.
+
+    model_type: its name in config.json.
+    version:    the name in MODELS.
+    names:      official parameter name -> theirs, {} for the number of the layer.
+    epsilon:    of the layer norms. It is not a parameter, so the tensors do not show another value.
+    """
+
+    model_type: str
+    version: str
+    names: dict[str, str]
+    epsilon: float
+
+    def their_name(self, official: str) -> str:
+        """Raises KeyError if the version has no such parameter."""
+        return _rename(official, self.names)
+
+    def official_name(self, theirs: str) -> str:
+        """Raises KeyError if the model type has no such parameter."""
+        return _rename(theirs, {theirs: official for official, theirs in self.names.items()})
+
+    def from_official(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors by their names in transformers."""
+        return {self.their_name(name): value for name, value in tensors.items()}
+
+    def to_official(self, tensors: dict[str, Any], config: dict[str, Any], folder: Path) -> dict[str, Tensor]:
+        """The tensors by their official names. Raises UserError if there are others than the model type has."""
+        official, unknown = {}, []
+        for theirs, value in tensors.items():
+            try:
+                official[self.official_name(theirs)] = value
+            except (KeyError, TypeError):
+                unknown.append(str(theirs))
+        if unknown:
+            raise UserError(f"{folder} holds what transformers' RWKV has not: {abbreviate(sorted(unknown))}")
+        # A tensor shared by two names is stored once. If both are stored, both are used, whatever the config says.
+        if "head.weight" not in official and config.get("tie_word_embeddings") is True and "emb.weight" in official:
+            official["head.weight"] = official["emb.weight"]
+        return official
+
+    def config_of(self, config: Any, dtype: torch.dtype) -> dict[str, Any]:
+        """config.json for a model of the version's `config` with weights of `dtype`."""
+        return {
+            "architectures": ["RwkvForCausalLM"],
+            "model_type": self.model_type,
+            "vocab_size": config.vocab_size,
+            "hidden_size": config.n_embd,
+            "num_hidden_layers": config.n_layer,
+            "attention_hidden_size": config.n_embd,
+            "intermediate_size": 4 * config.n_embd,
+            "layer_norm_epsilon": self.epsilon,
+            # The longest text that transformers' own CUDA kernel is built for; nothing else depends on it.
+            "context_length": 1024,
+            # By default 6: weights are divided in place, to keep float16 from overflowing, and the logits change.
+            "rescale_every": 0,
+            # By default 0, which is a byte like others, and would end a text.
+            "bos_token_id": None,
+            "eos_token_id": None,
+            "tie_word_embeddings": False,
+            "torch_dtype": str(dtype).removeprefix("torch."),
+        }
+
+
+_RWKV4_NAMES = {
     "emb.weight": "rwkv.embeddings.weight",
     "blocks.{}.ln0.weight": "rwkv.blocks.{}.pre_ln.weight",
     "blocks.{}.ln0.bias": "rwkv.blocks.{}.pre_ln.bias",
@@ -44,66 +116,27 @@ NAMES = {
     "ln_out.bias": "rwkv.ln_out.bias",
     "head.weight": "head.weight",
 }
-_OFFICIAL = {theirs: official for official, theirs in NAMES.items()}
 
-CONFIG, TENSORS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
-VOCABULARY = "vocabulary.json"  # of ours; not vocab.json, which transformers takes for a table of its own
-
-# In the order in which transformers looks for them.
-_TENSOR_FILES = (TENSORS, f"{TENSORS}.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-
-EPSILON = 1e-5
-"""Of the layer norms: no parameter, so that no other would be seen in the tensors."""
+LAYOUTS = {"rwkv": Layout("rwkv", "rwkv4", _RWKV4_NAMES, epsilon=1e-5)}
+"""By model_type."""
 
 
-def their_name(official: str) -> str:
-    """Raises KeyError where RWKV-4 has no such parameter."""
-    return _renamed(official, NAMES)
+def layout_of(config: dict[str, Any], folder: Path) -> Layout:
+    """The layout that config.json names. Raises UserError for an unknown one, or a setting that it does not have."""
+    layout = LAYOUTS.get(str(config.get("model_type")))
+    if layout is None:
+        known = ", ".join(f"{layout.model_type} ({layout.version})" for layout in LAYOUTS.values())
+        raise UserError(f"{folder} holds a {config.get('model_type')} model by its {CONFIG}; known here: {known}")
+    if (epsilon := config.get("layer_norm_epsilon", layout.epsilon)) != layout.epsilon:
+        raise UserError(f"{folder / CONFIG} has layer_norm_epsilon {epsilon}; {layout.version} has {layout.epsilon}")
+    return layout
 
 
-def official_name(theirs: str) -> str:
-    """Raises KeyError where transformers' RWKV has no such parameter."""
-    return _renamed(theirs, _OFFICIAL)
-
-
-def _renamed(name: str, table: dict[str, str]) -> str:
+def _rename(name: str, table: dict[str, str]) -> str:
     layer = re.search(r"(?<=blocks\.)(0|[1-9]\d{0,5})(?=\.)", name)
     if not layer:
         return table[name]
     return table[f"{name[: layer.start()]}{{}}{name[layer.end() :]}"].format(layer[0])
-
-
-def config_of(vocab_size: int, n_layer: int, n_embd: int, dtype: torch.dtype) -> dict[str, Any]:
-    """config.json of an RWKV-4 with weights of `dtype`."""
-    return {
-        "architectures": ["RwkvForCausalLM"],
-        "model_type": "rwkv",
-        "vocab_size": vocab_size,
-        "hidden_size": n_embd,
-        "num_hidden_layers": n_layer,
-        "attention_hidden_size": n_embd,
-        "intermediate_size": 4 * n_embd,
-        "layer_norm_epsilon": EPSILON,
-        # The longest text that transformers' own CUDA kernel is built for; nothing else depends on it.
-        "context_length": 1024,
-        # By default 6: weights are divided where they lie, to keep float16 from overflowing, and the logits move.
-        "rescale_every": 0,
-        # By default 0, which is a byte like others, and would end a text.
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "tie_word_embeddings": False,
-        "torch_dtype": str(dtype).removeprefix("torch."),
-    }
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json, as far as it says what the tensors do not: the sizes are theirs to tell. Raises UserError."""
-    config = read_json(folder / CONFIG)
-    if (model_type := config.get("model_type")) != "rwkv":
-        raise UserError(f"{folder} holds a {model_type} model by its {CONFIG}; known here: rwkv, which is RWKV-4")
-    if (epsilon := config.get("layer_norm_epsilon", EPSILON)) != EPSILON:
-        raise UserError(f"{folder / CONFIG} has layer_norm_epsilon {epsilon}; RWKV-4 has {EPSILON}")
-    return config
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -147,27 +180,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise DamagedError(f"{path} is no safetensors file, or damaged ({told})") from error
 
 
-def to_official(tensors: dict[str, Any], config: dict[str, Any], folder: Path) -> dict[str, Tensor]:
-    """The tensors by their official names. Raises UserError where there are others than RWKV-4 has."""
-    official, unknown = {}, []
-    for theirs, value in tensors.items():
-        try:
-            official[official_name(theirs)] = value
-        except (KeyError, TypeError):
-            unknown.append(str(theirs))
-    if unknown:
-        raise UserError(f"{folder} holds what transformers' RWKV has not: {abbreviate(sorted(unknown))}")
-    # One tensor under two names is kept once. Where both are there they are what they are, whatever the config says.
-    if "head.weight" not in official and config.get("tie_word_embeddings") is True and "emb.weight" in official:
-        official["head.weight"] = official["emb.weight"]
-    return official
-
 def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """official name -> tensor, into a .safetensors file on the disk under transformers' names. Raises OSError."""
+    """Writes a .safetensors file, flushed to the disk. Raises OSError."""
     path.touch()
     mode = path.stat().st_mode  # what the user's other files have; safetensors' can be read by nobody else
     try:
-        save_file({their_name(name): value for name, value in tensors.items()}, path, metadata={"format": "pt"})
+        save_file(tensors, path, metadata={"format": "pt"})
         with path.open("r+b") as file:
             os.fsync(file.fileno())
         path.chmod(mode)

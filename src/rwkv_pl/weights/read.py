@@ -10,7 +10,7 @@ from rwkv_pl.config import DamagedError, UserError
 from rwkv_pl.data.vocabulary import Vocabulary, read_vocabulary
 from rwkv_pl.weights import huggingface
 from rwkv_pl.weights.checkpoint import first_sentence, read_checkpoint
-from rwkv_pl.weights.metadata import check_about
+from rwkv_pl.weights.metadata import KEY, Metadata
 from rwkv_pl.weights.tensors import Weights, validate_tensors, version_of
 
 
@@ -46,24 +46,24 @@ def read_weights(source: str | Path) -> Weights:
 
 def _read_file(path: Path) -> Weights:
     content = read_checkpoint(path)
-    if "rwkv_pl" not in content:
+    if KEY not in content:
         return validate_tensors(content, version_of(content, path), path, "official .pth")
-    about = content["rwkv_pl"]
-    check_about(about, path)
-    vocabulary = Vocabulary.from_dict(about["vocabulary"]) if about["vocabulary"] else None
+    run = Metadata.from_checkpoint(content, path)
+    vocabulary = Vocabulary.from_dict(run.vocabulary) if run.vocabulary else None
     weights = validate_tensors(
-        _model_part(content["state_dict"]), about["model"], path, "checkpoint of rwkv_pl", about["config"], vocabulary
+        _model_part(content["state_dict"]), run.model, path, "checkpoint of rwkv_pl", run.config, vocabulary
     )
-    return replace(weights, step=content.get("global_step"), trained_on=about.get("past", {}).get("corpus"))
+    return replace(weights, step=content.get("global_step"), trained_on=(run.past or {}).get("corpus"))
 
 
 def _read_folder(folder: Path) -> Weights:
-    config = huggingface.read_config(folder)
+    config = huggingface.read_json(folder / huggingface.CONFIG)
+    layout = huggingface.layout_of(config, folder)
     tensors: dict[str, Tensor] = {}
     for path in huggingface.tensor_files(folder):
         safe = path.suffix == ".safetensors"
         tensors |= huggingface.read_tensors(path) if safe else read_checkpoint(path)
-    tensors = huggingface.to_official(tensors, config, folder)
+    tensors = layout.to_official(tensors, config, folder)
     stored, tokenizer = folder / huggingface.VOCABULARY, folder / huggingface.TOKENIZER
     vocabulary = Vocabulary.from_dict(huggingface.read_json(stored)) if stored.exists() else None
     if vocabulary is None and tokenizer.exists():
@@ -71,7 +71,7 @@ def _read_folder(folder: Path) -> Weights:
         with contextlib.suppress(UserError):
             known = read_vocabulary(tokenizer)
             vocabulary = known if known.size == len(tensors.get("emb.weight", ())) else None
-    return validate_tensors(tensors, "rwkv4", folder, "Hugging Face folder", vocabulary=vocabulary)
+    return validate_tensors(tensors, layout.version, folder, "Hugging Face folder", vocabulary=vocabulary)
 
 
 def _model_part(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

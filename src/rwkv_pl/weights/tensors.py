@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rwkv_pl.config import DamagedError, UserError
 from rwkv_pl.data.vocabulary import Vocabulary
-from rwkv_pl.model import VERSIONS
+from rwkv_pl.model import MODELS
 
 # The first pattern that a file's keys show names its version; later versions keep some of the earlier names.
 VERSION_PATTERNS = (
@@ -31,7 +31,7 @@ class Weights:
     """Every parameter of one model, as a file or folder holds them.
 
     path, form: where they were found, and what that is, in words.
-    version:    the model's name in VERSIONS.
+    version:    the model's name in MODELS.
     config:     of the version's config class.
     tensors:    by official name, in the model's shapes and the file's dtypes; mapped, and read when used.
     vocabulary: None where the file does not tell.
@@ -118,7 +118,7 @@ def validate_tensors(
     for key, there in size.items():
         if config and config.get(key) != there:
             raise DamagedError(f"{path} says that its {key} is {config.get(key)}, and its tensors have {there}")
-    config_class = VERSIONS[version][1]
+    config_class = MODELS[version][1]
     made = config_class(**(config or size))
     if vocabulary and vocabulary.size != made.vocab_size:
         raise DamagedError(f"{path}: its vocabulary has {vocabulary.size} tokens, its model {made.vocab_size}")
@@ -152,8 +152,8 @@ def version_of(weights: dict[str, Any], path: Path) -> str:
     """The model version by the names of the parameters. Raises UserError for one that is not known here."""
     for version, mark in VERSION_PATTERNS:
         if any(re.search(mark, str(key)) for key in weights):
-            if version not in VERSIONS:
-                raise UserError(f"{path} holds a {version} model; known here: {', '.join(VERSIONS)}")
+            if version not in MODELS:
+                raise UserError(f"{path} holds a {version} model; known here: {', '.join(MODELS)}")
             return version
     some = ", ".join(sorted(map(str, weights))[:3]) or "nothing"
     raise UserError(f"{path} holds no RWKV weights: it has {some}, and no blocks.0.att.time_first")
@@ -173,7 +173,7 @@ def _size_of(weights: dict[str, Tensor], version: str, path: Path) -> dict[str, 
 def meta_model(version: str, config: Any) -> nn.Module:
     """The model with names and shapes alone: whatever a file asks for costs no memory, and no initialisation."""
     with torch.device("meta"):
-        return VERSIONS[version][0](config)
+        return MODELS[version][0](config)
 
 
 def _is_finite(value: Tensor) -> bool:

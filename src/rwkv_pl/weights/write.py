@@ -11,7 +11,7 @@ from torch import Tensor
 from rwkv_pl.config import RunError
 from rwkv_pl.files import publish, publish_folder
 from rwkv_pl.weights import huggingface
-from rwkv_pl.weights.metadata import CHECKPOINT_FORMAT
+from rwkv_pl.weights.metadata import KEY, Metadata
 from rwkv_pl.weights.read import read_weights
 from rwkv_pl.weights.tensors import Weights
 
@@ -35,30 +35,24 @@ def write_weights(weights: Weights, target: Path) -> Weights:
             written = _read_again(Path(file.name), weights)
     else:
         with publish_folder(target) as folder:
-            config = weights.config
-            about = huggingface.config_of(config.vocab_size, config.n_layer, config.n_embd, weights.dtype)
-            _write_json(about, folder / huggingface.CONFIG)
+            layout = next(layout for layout in huggingface.LAYOUTS.values() if layout.version == weights.version)
+            _write_json(layout.config_of(weights.config, weights.dtype), folder / huggingface.CONFIG)
             if weights.vocabulary:
                 _write_json(weights.vocabulary.to_dict(), folder / huggingface.VOCABULARY)
                 if tokenizer := as_tokenizer(weights.vocabulary):
                     _write_json(tokenizer, folder / huggingface.TOKENIZER)
                     # Without it transformers takes a class for this model whose own settings override the json's.
                     _write_json({"tokenizer_class": "PreTrainedTokenizerFast"}, folder / "tokenizer_config.json")
-            huggingface.write_tensors(weights.tensors, folder / huggingface.TENSORS)
+            huggingface.write_tensors(layout.from_official(weights.tensors), folder / huggingface.TENSORS)
             written = _read_again(folder, weights)
     return replace(written, path=target)
 
 
 def _checkpoint(weights: Weights) -> dict[str, Any]:
     """A checkpoint without a run: it can be loaded, not resumed."""
+    vocabulary = weights.vocabulary.to_dict() if weights.vocabulary else None
     return {
-        "rwkv_pl": {
-            "format": CHECKPOINT_FORMAT,
-            "model": weights.version,
-            "config": asdict(weights.config),
-            "vocabulary": weights.vocabulary.to_dict() if weights.vocabulary else None,
-            "finished": None,
-        },
+        KEY: Metadata(weights.version, asdict(weights.config), vocabulary, finished=None).to_dict(),
         "state_dict": {f"model.{name}": value for name, value in weights.tensors.items()},
     }
 
