@@ -25,8 +25,9 @@ from torch.nn import functional as F
 from benchmarks.common import RESULTS, Contestant, Failed, above_zero, arguments, begin, save, table
 from benchmarks.plot import DOCS, draw_race
 from benchmarks.train_step import VOCAB, Setting, our_module, transformers_model
-from rwkv_pl import CorpusDataModule
-from rwkv_pl.data.datamodule import StdlibDataModule
+from rwkv_pl.data.datamodule import DataModule
+from rwkv_pl.data.sources.stdlib import Stdlib
+from rwkv_pl.data.sources.text import Text
 from rwkv_pl.errors import UserError
 from rwkv_pl.ops.heap import keep_freed_memory
 
@@ -88,9 +89,9 @@ def built(name: str, setting: Setting) -> tuple[nn.Module, Any, Any]:
     return gpt, lambda x: nats(gpt(x[:, :-1]), x), lambda x: nats(gpt(x[:, :-1]), x)
 
 
-def text(setting: Setting, path: Path | None) -> CorpusDataModule:
+def text(setting: Setting, path: Path | None) -> DataModule:
     settings: dict[str, Any] = {"batch_size": setting.rows, "ctx_len": setting.steps, "eval_batch_size": 8}
-    data = CorpusDataModule(path, **settings) if path else StdlibDataModule(**settings)
+    data = DataModule(Text(path) if path else Stdlib(), **settings)
     data.setup("fit")
     return data
 
@@ -159,7 +160,7 @@ def race(
     return found
 
 
-def compressors(data: CorpusDataModule) -> dict[str, float]:
+def compressors(data: DataModule) -> dict[str, float]:
     lo, hi = data.token_file.splits.val
     content = np.asarray(data.token_file.tokens[lo:hi]).astype(np.uint8).tobytes()
     sizes = {"gzip -9": len(gzip.compress(content, 9)), "xz -9": len(lzma.compress(content, preset=9))}

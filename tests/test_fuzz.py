@@ -17,10 +17,12 @@ import forks
 from command import SMALL, TEXT, Result, call
 
 from rwkv_pl.cli.train import main
-from rwkv_pl.data import corpus as corpora
-from rwkv_pl.data.tokens import build_vocabulary, open_tokens
+from rwkv_pl.data.sources.text import Text
+from rwkv_pl.data.token_file import open_tokens
+from rwkv_pl.data.vocabulary import build_vocabulary
 from rwkv_pl.errors import UserError
-from rwkv_pl.weights import load_weights, read_checkpoint
+from rwkv_pl.weights.checkpoint import read_checkpoint
+from rwkv_pl.weights.read import load_weights
 
 RUN = (*SMALL, "trainer.max_steps=4", "callbacks.last.every_n_train_steps=2", "hydra.run.dir=run")
 # What a change of these would start is more than a test should: other processes, or a longer run.
@@ -198,7 +200,7 @@ def test_two_hundred_spoilt_token_files(tmp_path, monkeypatch):
     monkeypatch.setenv("RWKV_PL_CACHE", str(tmp_path / "cache"))
     path = tmp_path / "text"
     path.write_bytes("Fünf größere Bären äßen Öl. ".encode() * 200)
-    corpus = corpora.text(path)
+    corpus = Text(path).open()
     vocabulary = build_vocabulary("char", corpus)
     tokens = open_tokens(corpus, vocabulary)
     expected = tokens.tokens.copy()
@@ -216,7 +218,7 @@ def test_two_hundred_spoilt_token_files(tmp_path, monkeypatch):
     for _ in range(50):
         path.write_bytes(spoilt := mutated(whole, draw))
         if spoilt:
-            assert (corpora.text(path).digest == corpus.digest) == (spoilt == whole)
+            assert (Text(path).open().digest == corpus.digest) == (spoilt == whole)
 
 
 @pytest.mark.slow

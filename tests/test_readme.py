@@ -11,7 +11,7 @@ from rwkv_pl import RWKV4, RWKV4Config
 from rwkv_pl.cli import generate
 from rwkv_pl.compose import check, compose, parse_overrides, to_dataclass, to_plain_dict
 from rwkv_pl.config import Eval
-from rwkv_pl.data.tokens import Vocabulary
+from rwkv_pl.data.vocabulary import Vocabulary
 from rwkv_pl.errors import UserError
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")

@@ -15,11 +15,15 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from small_20b import small_20b
 
-from rwkv_pl import RWKV4, RWKV4Config, huggingface, load_weights
-from rwkv_pl.data.tokens import Vocabulary
+from rwkv_pl import RWKV4, RWKV4Config, load_weights
+from rwkv_pl.data.vocabulary import Vocabulary
 from rwkv_pl.errors import CorruptFileError, UserError
-from rwkv_pl.weights import Weights, read_weights, write_weights
+from rwkv_pl.weights.huggingface import LAYOUTS
+from rwkv_pl.weights.read import read_weights
+from rwkv_pl.weights.tensors import Weights
+from rwkv_pl.weights.write import write_weights
 
+RWKV4_LAYOUT = LAYOUTS["rwkv"]
 SIZE = RWKV4Config(vocab_size=30, n_layer=2, n_embd=12)
 FORMS = ("there.pth", "there.ckpt", "there")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -155,13 +159,15 @@ def test_bytes_are_the_tokens_of_transformers_too(tmp_path):
 
 def test_every_parameter_has_a_name_in_transformers():
     transformers = pytest.importorskip("transformers")
-    config = huggingface.config_of(SIZE.vocab_size, SIZE.n_layer, SIZE.n_embd, torch.float32)
+    config = RWKV4_LAYOUT.config_of(SIZE, torch.float32)
     peer = transformers.RwkvForCausalLM(transformers.RwkvConfig.from_dict(config))
     shapes = {name: value.shape for name, value in random_weights().tensors.items()}
-    assert {huggingface.their_name(name): shape for name, shape in shapes.items()} == {
+    assert {RWKV4_LAYOUT.their_name(name): shape for name, shape in shapes.items()} == {
         name: value.shape for name, value in peer.state_dict().items()
     }
-    assert {name: huggingface.official_name(huggingface.their_name(name)) for name in shapes} == {n: n for n in shapes}
+    assert {name: RWKV4_LAYOUT.official_name(RWKV4_LAYOUT.their_name(name)) for name in shapes} == {
+        n: n for n in shapes
+    }
 
 
 def test_what_lies_in_a_larger_storage_or_across_is_written_alone(tmp_path):
@@ -288,12 +294,12 @@ def test_an_official_file_of_parameters_or_of_torch_before_1_6(tmp_path):
 
 
 def their_tensors(weights: Weights) -> dict[str, torch.Tensor]:
-    return {huggingface.their_name(name): value for name, value in weights.tensors.items()}
+    return {RWKV4_LAYOUT.their_name(name): value for name, value in weights.tensors.items()}
 
 
 def write_config(folder: Path, **changes: object) -> None:
     folder.mkdir(exist_ok=True)
-    config = huggingface.config_of(SIZE.vocab_size, SIZE.n_layer, SIZE.n_embd, torch.float32) | changes
+    config = RWKV4_LAYOUT.config_of(SIZE, torch.float32) | changes
     (folder / "config.json").write_text(json.dumps(config))
 
 

@@ -12,10 +12,11 @@ _HOMES = {
     "LitRWKV": "rwkv_pl.training.module",
     "CorpusDataModule": "rwkv_pl.data.datamodule",
     "Enwik8DataModule": "rwkv_pl.data.datamodule",
+    "TokensDataModule": "rwkv_pl.data.datamodule",
     "wkv4": "rwkv_pl.ops.wkv4",
     "use_kernel": "rwkv_pl.ops.wkv4",
     "generate": "rwkv_pl.inference.generate",
-    "load_weights": "rwkv_pl.weights",
+    "load_weights": "rwkv_pl.weights.read",
 }
 __all__ = sorted(_HOMES)
 

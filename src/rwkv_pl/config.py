@@ -12,6 +12,10 @@ from typing import Any
 from rwkv_pl.errors import UserError
 
 KERNELS = ("auto", "compiled", "scan", "recurrence")
+VOCABULARIES = ("byte", "char", "20b")
+
+# Settings of `data` that are paths.
+DATA_PATHS = ("path", "val_path", "vocab_path")
 
 
 @dataclass
@@ -27,6 +31,32 @@ class RWKV4Config:
         at_least("model.n_layer", self.n_layer, 1)
         at_least("model.n_embd", self.n_embd, 1)
         between("model.dropout", self.dropout, 0, 1)
+
+
+MODEL_CONFIGS = {"rwkv4": RWKV4Config}
+"""The config classes of the model versions, by model.name; model.MODELS adds the modules."""
+
+
+@dataclass(frozen=True)
+class CorpusType:
+    """A corpus type: the class that opens it, and its demands on the other settings of `data`."""
+
+    source: str
+    """Module and class, imported when a corpus is opened. The fields of the class are settings of `data`."""
+    path: str | None = None
+    """What data.path names and how to give it, if the user has to; None if it has a default or is not used."""
+    vocabularies: tuple[str, ...] = VOCABULARIES
+
+
+CORPORA = {
+    "enwik8": CorpusType("rwkv_pl.data.sources.enwik8:Enwik8"),
+    "stdlib": CorpusType("rwkv_pl.data.sources.stdlib:Stdlib"),
+    "text": CorpusType("rwkv_pl.data.sources.text:Text", "a file of yours; give it as data.path=FILE"),
+    "binidx": CorpusType(
+        "rwkv_pl.data.sources.binidx:Binidx", "PREFIX.bin and PREFIX.idx; give data.path=PREFIX", ("byte", "20b")
+    ),
+}
+"""The corpus types, by data.name."""
 
 
 @dataclass
@@ -47,22 +77,19 @@ class Data:
     field: str = "text"
 
     def __post_init__(self) -> None:
-        one_of("data.name", self.name, ("enwik8", "stdlib", "text", "binidx"))
-        one_of("data.vocab", self.vocab, ("byte", "char", "20b"))
+        one_of("data.name", self.name, tuple(CORPORA))
+        one_of("data.vocab", self.vocab, VOCABULARIES)
+        corpus = CORPORA[self.name]
         if self.vocab_path and self.vocab != "20b":
             raise UserError(f"data.vocab_path is the json of data.vocab=20b, the config has {self.vocab}: leave it out")
-        if self.name == "text" and not self.path:
-            raise UserError("data.path is missing: data=text reads a file of yours; give it as data.path=FILE")
+        if corpus.path and not self.path:
+            raise UserError(f"data.path is missing: data={self.name} reads {corpus.path}")
         if self.val_path == "":
             raise UserError(
                 "data.val_path is empty: name a file, a folder or a glob; or null, to validate by data.split"
             )
-        if self.name == "binidx" and not self.path:
-            raise UserError("data.path is missing: data=binidx reads PREFIX.bin and PREFIX.idx; give data.path=PREFIX")
-        if self.name == "binidx" and self.vocab == "char":
-            raise UserError(
-                "data.vocab=char is found in a text: data=binidx takes the vocabulary of its ids, byte or 20b"
-            )
+        if self.vocab not in corpus.vocabularies:
+            raise UserError(f"data={self.name} takes data.vocab={' or '.join(corpus.vocabularies)}, got {self.vocab}")
         for name in ("batch_size", "ctx_len", "eval_batch_size"):
             at_least(f"data.{name}", getattr(self, name), 1)
         at_least("data.num_workers", self.num_workers, 0)
@@ -82,8 +109,8 @@ class Model:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        one_of("model.name", self.name, ("rwkv4",))
-        RWKV4Config(vocab_size=1, n_layer=self.n_layer, n_embd=self.n_embd, dropout=self.dropout)
+        one_of("model.name", self.name, tuple(MODEL_CONFIGS))
+        MODEL_CONFIGS[self.name](vocab_size=1, n_layer=self.n_layer, n_embd=self.n_embd, dropout=self.dropout)
 
 
 @dataclass

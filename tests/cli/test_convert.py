@@ -13,8 +13,8 @@ from test_disk_full import small_disk  # noqa: F401
 
 from rwkv_pl import RWKV4, RWKV4Config, load_weights
 from rwkv_pl.cli.convert import main
-from rwkv_pl.data.tokens import Vocabulary
-from rwkv_pl.weights import read_weights
+from rwkv_pl.data.vocabulary import Vocabulary
+from rwkv_pl.weights.read import read_weights
 
 TRAINED = (*SMALL, "model.n_embd=64", "optim.lr=3e-3", "data.ctx_len=32", "trainer.max_steps=60")
 

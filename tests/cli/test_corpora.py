@@ -12,7 +12,7 @@ from command import SMALL, TEXT
 from small_20b import small_20b
 
 from rwkv_pl import load_weights
-from rwkv_pl.data.tokenizer import Vocabulary20B
+from rwkv_pl.data.tokenizer_20b import Vocabulary20B
 
 VOCABULARY = Vocabulary20B(small_20b())
 SMALL_20B = (*SMALL, "data.vocab=20b", "data.vocab_path=tokenizer.json")
@@ -104,7 +104,7 @@ BAD = {
     "data=binidx data.path=nosuch": "there is no",
     "data=binidx data.path=corpus.txt": "there is no",
     "data=binidx data.path=page": "page.idx is no binidx index",
-    "data=binidx data.path=corpus data.vocab=char data.vocab_path=null": "data=binidx takes the vocabulary of its ids",
+    "data=binidx data.path=corpus data.vocab=char data.vocab_path=null": "data=binidx takes data.vocab=byte or 20b, got char",
     "data=binidx data.path=corpus data.vocab=byte data.vocab_path=null": "vocabulary byte has 256",
     "data=binidx data.path=corpus data.ctx_len=100000": "one window of data.ctx_len=100000",
 }

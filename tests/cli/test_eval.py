@@ -14,7 +14,7 @@ from command import SMALL, TEXT
 
 from rwkv_pl import RWKV4, RWKV4Config, load_weights
 from rwkv_pl.cli import train as training
-from rwkv_pl.data.corpus import text as text_corpus
+from rwkv_pl.data.sources.text import Text
 from rwkv_pl.inference import evaluate as protocols
 from rwkv_pl.training.curve import read_rows
 
@@ -104,7 +104,7 @@ def test_characters_count_as_the_bytes_of_the_file(evaluate, run_on_characters):
     assert evaluate(f"weights={run_on_characters}", "split=train", "protocol=carried").code == 0
     text = json.loads((run_on_characters / "eval-train.json").read_text())["text"]
     # Byte 0 of the corpus is the first context and no target.
-    assert text["bytes"] == text_corpus(run_on_characters.parent / "corpus.txt").splits.train[1] - 1
+    assert text["bytes"] == Text(run_on_characters.parent / "corpus.txt").open().splits.train[1] - 1
 
 
 def test_settings_of_the_run_and_the_ones_given(evaluate, run, tmp_path):
@@ -167,7 +167,7 @@ def test_double_precision(evaluate, run):
     assert evaluate(f"weights={run}", "precision=64-true", "protocol=carried").code == 0
     carried = json.loads((run / "eval-val.json").read_text())["protocols"]["carried"]
     text = np.frombuffer(TEXT, np.uint8)
-    lo, hi = text_corpus(run.parent / "corpus.txt").splits.val
+    lo, hi = Text(run.parent / "corpus.txt").open().splits.val
     nats, _ = protocols.carried(load_weights(run)[0].double(), text, lo, hi, chunk_len=99)
     # Sums in float64 of another order; float32 would be 1e-7 away.
     assert carried["nats"] == pytest.approx(nats, rel=1e-12)

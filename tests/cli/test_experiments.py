@@ -13,7 +13,7 @@ from test_train import checkpoint, rows
 
 from rwkv_pl.cli.sweep import OURS
 from rwkv_pl.compose import check, compose
-from rwkv_pl.model import VERSIONS
+from rwkv_pl.model import MODELS
 
 CONF = Path(__file__).parents[2] / "conf"
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
@@ -61,7 +61,7 @@ def test_the_official_sizes(name, n_layer, n_embd):
     """https://huggingface.co/BlinkDL: with the Pile's 50,277 tokens 169, 430 and 1,515 million parameters."""
     config = check(compose([f"model=rwkv4_{name}"])).model
     assert (config.name, config.n_layer, config.n_embd) == ("rwkv4", n_layer, n_embd)
-    model_class, config_class = VERSIONS["rwkv4"]
+    model_class, config_class = MODELS["rwkv4"]
     with torch.device("meta"):
         model = model_class(config_class(vocab_size=50277, n_layer=n_layer, n_embd=n_embd))
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
@@ -69,7 +69,7 @@ def test_the_official_sizes(name, n_layer, n_embd):
 
 
 def test_the_sizes_of_ours_have_the_parameters_that_they_say():
-    model_class, config_class = VERSIONS["rwkv4"]
+    model_class, config_class = MODELS["rwkv4"]
     for name in ("tiny", "mini", "small"):
         said = float(re.search(r"([\d.]+) million", (CONF / "model" / f"rwkv4_{name}.yaml").read_text())[1])
         config = check(compose([f"model=rwkv4_{name}"])).model

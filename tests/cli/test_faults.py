@@ -121,7 +121,7 @@ AGAIN, RESUME = RUN, ("resume=run",)
     ("strike", "then"),
     [
         pytest.param(Strike("rwkv_pl.ops.build:_compile_cpu", 1, kill_soon), AGAIN, id="compiling"),
-        pytest.param(Strike("rwkv_pl.data.tokens:Vocabulary.encode", 2, kill), AGAIN, id="tokenising"),
+        pytest.param(Strike("rwkv_pl.data.vocabulary:Vocabulary.encode", 2, kill), AGAIN, id="tokenising"),
         pytest.param(Strike("rwkv_pl.runs.folder:create_run_dir", 1, kill, after=True), AGAIN, id="folder-made"),
         pytest.param(Strike("hydra.core.utils:_save_config", 2, kill, after=True), AGAIN, id="settings-half-written"),
         pytest.param(Strike("rwkv_pl.training.callbacks.metrics:_begin", 1, kill), RESUME, id="starting"),
@@ -214,7 +214,7 @@ def test_ctrl_c(folder, whole):
 @pytest.mark.parametrize(
     "place",
     [
-        "rwkv_pl.data.datamodule:CorpusDataModule.prepare_data",
+        "rwkv_pl.data.datamodule:DataModule.prepare_data",
         "lightning.pytorch.trainer.trainer:Trainer._run_stage",
         "rwkv_pl.training.callbacks.sample_text:sample_tokens",
     ],

@@ -15,7 +15,7 @@ from small_20b import small_20b
 from rwkv_pl import RWKV4, RWKV4Config
 from rwkv_pl import generate as api
 from rwkv_pl.cli import generate
-from rwkv_pl.data.tokenizer import Vocabulary20B
+from rwkv_pl.data.tokenizer_20b import Vocabulary20B
 
 
 @pytest.fixture(scope="module")

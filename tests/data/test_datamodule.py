@@ -1,5 +1,6 @@
 """The data modules: what Lightning is given, on any hardware, from any step, every byte judged once."""
 
+import dataclasses
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,14 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from rwkv_pl.data import corpus as corpora
+from rwkv_pl.config import CORPORA, Data
 from rwkv_pl.data import datamodule
-from rwkv_pl.data.datamodule import CorpusDataModule, Enwik8DataModule, EvalBatches, StdlibDataModule
+from rwkv_pl.data.datamodule import CorpusDataModule, Enwik8DataModule, EvalBatches, open_data
 from rwkv_pl.data.order import read_windows, window_starts
-from rwkv_pl.data.tokens import Vocabulary, open_tokens
+from rwkv_pl.data.sources import build_source
+from rwkv_pl.data.sources.enwik8 import Enwik8
+from rwkv_pl.data.sources.text import Text
+from rwkv_pl.data.token_file import open_tokens
+from rwkv_pl.data.vocabulary import Vocabulary
 from rwkv_pl.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -127,7 +133,7 @@ def test_each_byte_of_a_split_is_a_target_once(path: Path, split: str, devices: 
 
 
 def test_the_first_byte_of_a_corpus_is_context_only(path: Path) -> None:
-    file = open_tokens(corpora.text(path), Vocabulary())
+    file = open_tokens(Text(path).open(), Vocabulary())
     batches = EvalBatches(file, (0, 33), ctx_len=16, rows=1)
     assert len(batches) == 2
     assert bytes(batches[0].flatten().tolist()) == NOISE[:17]
@@ -201,29 +207,41 @@ def test_setup_opens_once_and_comes_first(path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(RuntimeError, match="setup"):
         data.train_dataloader()
     data.setup("fit")
-    monkeypatch.setattr(corpora, "text", None)
+    monkeypatch.setattr(Text, "open", None)
     data.prepare_data()
     data.setup()
     assert "noise" in data.description()
     assert "\n" not in data.description()
 
 
-def test_the_named_corpora(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: dict[str, Any] = {}
-
-    def fake(folder: Path, **settings: Any) -> corpora.Corpus:
-        seen.update(settings, folder=folder)
-        return corpora.text(path)
-
-    path = tmp_path / "noise"
-    path.write_bytes(NOISE)
-    monkeypatch.setattr(corpora, "enwik8", fake)
-    Enwik8DataModule(tmp_path, url="http://elsewhere", ctx_len=16).setup()
-    assert seen == {"folder": tmp_path, "url": "http://elsewhere"}
-    data = StdlibDataModule()
+def test_a_data_module_is_that_of_the_named_corpus(tmp_path: Path) -> None:
+    settings = Data(name="enwik8", path="here", url="http://elsewhere")
+    assert open_data(settings, 1, tmp_path, None).source == Enwik8(tmp_path / "here", "http://elsewhere")
+    assert Enwik8DataModule("here", url="http://elsewhere").source == Enwik8("here", "http://elsewhere")
+    settings = Data(name="text", path="here", val_path="there", field="body", split=[0.5, 0.25, 0.25])
+    assert build_source(settings, tmp_path) == Text(tmp_path / "here", [0.5, 0.25, 0.25], tmp_path / "there", "body")
+    data = open_data(Data(name="stdlib", ctx_len=16), 1, tmp_path, None)
     data.setup()
     assert data.corpus.name == "stdlib"
+    assert data.ctx_len == 16
     assert data.steps_per_pass > 5000
+
+
+@pytest.mark.parametrize("name", CORPORA)
+def test_a_corpus_type_has_a_conf_file_with_the_settings_of_its_source(name: str, tmp_path: Path) -> None:
+    keys = yaml.safe_load((Path(__file__).parents[2] / "conf" / "data" / f"{name}.yaml").read_text(encoding="utf-8"))
+    assert keys["name"] == name
+    assert keys["vocab"] in CORPORA[name].vocabularies
+    settings = Data(**keys | {"path": "here", "vocab_path": "json" if keys["vocab"] == "20b" else None})
+    source = build_source(settings, tmp_path)
+    fields = {field.name for field in dataclasses.fields(source)}
+    assert fields & {field.name for field in dataclasses.fields(Data)} <= keys.keys()
+    assert fields >= keys.keys() & {"path", "val_path", "url", "split", "field"}
+
+
+def test_every_corpus_type_is_in_the_table() -> None:
+    conf = (Path(__file__).parents[2] / "conf" / "data").glob("*.yaml")
+    assert {path.stem for path in conf} == CORPORA.keys()
 
 
 class Recorder(LightningModule):

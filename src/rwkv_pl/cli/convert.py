@@ -11,7 +11,7 @@ from rwkv_pl.errors import UserError
 from rwkv_pl.files import PARTIAL
 
 if TYPE_CHECKING:
-    from rwkv_pl.weights import Weights
+    from rwkv_pl.weights.tensors import Weights
 
 # What other programs call files of theirs, which is no name for a folder of ours.
 FOREIGN = (".bin", ".gguf", ".h5", ".json", ".npz", ".onnx", ".pt", ".safetensors")
@@ -55,7 +55,8 @@ def convert(source: Path, target: Path, dtype: str | None = None) -> None:
     with default_sigint():
         import torch
 
-        from rwkv_pl.weights import read_weights, write_weights
+        from rwkv_pl.weights.read import read_weights
+        from rwkv_pl.weights.write import write_weights
 
     weights = read_weights(source)
     print(f"read    {weights.path}\n        {weights}")

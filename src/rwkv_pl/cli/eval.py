@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from rwkv_pl.cli.arguments import parse_arguments, show
 from rwkv_pl.cli.entry import cli_entry_point, default_sigint
 from rwkv_pl.compose import compose, is_group_choice, parse_overrides, to_dataclass, to_plain_dict
-from rwkv_pl.config import Data, Eval
+from rwkv_pl.config import CORPORA, DATA_PATHS, Data, Eval
 from rwkv_pl.errors import RunError, UserError, one_line
 from rwkv_pl.files import cache_folder, made_for_success, publish, writing
 from rwkv_pl.runs.stored import StoredRun
@@ -30,10 +30,8 @@ from rwkv_pl.training.curve import default_style
 if TYPE_CHECKING:
     import torch
 
-    from rwkv_pl.data.tokens import TokenFile, Vocabulary
-
-# Settings of the data that are paths.
-PATHS = ("path", "val_path", "vocab_path")
+    from rwkv_pl.data.token_file import TokenFile
+    from rwkv_pl.data.vocabulary import Vocabulary
 
 
 @cli_entry_point
@@ -93,7 +91,7 @@ def composed(overrides: Sequence[Override], config_dir: str | None) -> tuple[dic
         return to_plain_dict(compose(told, config_dir, "eval")), run
     stored = StoredRun(run)
     own = to_plain_dict(stored.config())["data"]
-    for key in PATHS:
+    for key in DATA_PATHS:
         if own.get(key):
             own[key] = str(stored.cwd / own[key])
     settings = to_plain_dict(compose([f"data={to_dataclass(own, Data).name}", *told], config_dir, "eval"))
@@ -115,7 +113,7 @@ def destination(config: Eval, run: Path | None, given: set[str]) -> tuple[Path, 
     out = Path(config.out).absolute() if config.out else run or Path.cwd()
     whose = "" if source == out else f"{source.name if source.is_dir() else source.stem}-"
     data = config.data
-    text = f"{Path(data.path).stem if data.name in ('text', 'binidx') and data.path else data.name}-"
+    text = f"{Path(data.path).stem if CORPORA[data.name].path and data.path else data.name}-"
     other = run is not None and given & {"data", "data.path", "data.val_path"}
     return out, f"eval-{whose}{text if other else ''}{config.split}"
 
@@ -125,12 +123,12 @@ def _evaluate(config: Eval, run: Path | None, given: set[str]) -> dict[str, Any]
     with default_sigint():
         import torch
 
+        from rwkv_pl.data.datamodule import open_data
         from rwkv_pl.inference.evaluate import carried, figures, windows
         from rwkv_pl.limits import use_usable_cores
         from rwkv_pl.ops.heap import keep_freed_memory
         from rwkv_pl.runs.device import choose_kernel
-        from rwkv_pl.runs.inputs import build_data
-        from rwkv_pl.weights import read_weights
+        from rwkv_pl.weights.read import read_weights
 
     keep_freed_memory()
     use_usable_cores()
@@ -139,7 +137,7 @@ def _evaluate(config: Eval, run: Path | None, given: set[str]) -> dict[str, Any]
     vocabulary = weights.vocabulary
     if vocabulary and "data.vocab" in given and vocabulary.kind != config.data.vocab:
         raise UserError(f"weights={source} was trained with data.vocab={vocabulary.kind}: leave out data.vocab")
-    data = build_data(config.data, 0, Path.cwd(), vocabulary)
+    data = open_data(config.data, 0, Path.cwd(), vocabulary)
     data.prepare_data()
     data.setup({"val": "validate", "test": "test"}.get(config.split, "predict"))
     corpus, vocabulary, tokens = data.corpus, data.vocabulary, data.token_file

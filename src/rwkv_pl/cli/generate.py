@@ -15,11 +15,11 @@ from rwkv_pl.errors import RunError, UserError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from rwkv_pl.data.tokens import Vocabulary
+    from rwkv_pl.data.vocabulary import Vocabulary
     from rwkv_pl.inference.generate import Generation
     from rwkv_pl.inference.sampling import Sampling
     from rwkv_pl.model.state import State
-    from rwkv_pl.weights import Weights
+    from rwkv_pl.weights.tensors import Weights
 
 SECONDS_BEFORE_PROGRESS = 1
 
@@ -91,7 +91,7 @@ def main() -> None:
         from rwkv_pl.limits import use_usable_cores
         from rwkv_pl.ops.linear import matrices_to
         from rwkv_pl.ops.rwkv4_step import lay_together
-        from rwkv_pl.weights import read_weights
+        from rwkv_pl.weights.read import read_weights
 
     use_usable_cores()
     sampling = _sampling(arguments)
@@ -147,7 +147,7 @@ def _sampling(arguments: argparse.Namespace) -> "Sampling":
 
 def _vocabulary(weights: "Weights", json: Path | None) -> "Vocabulary":
     """That of the weights, or the one given; of 256 tokens the bytes. Raises UserError where it can't be told."""
-    from rwkv_pl.data.tokens import Vocabulary, read_vocabulary
+    from rwkv_pl.data.vocabulary import Vocabulary, read_vocabulary
 
     known, size, source = weights.vocabulary, weights.config.vocab_size, weights.path
     given = read_vocabulary(json) if json else None

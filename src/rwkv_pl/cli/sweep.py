@@ -17,7 +17,8 @@ from hydra_plugins.rwkv_pl.launcher import ProcessLauncher
 from hydra_plugins.rwkv_pl.study import StudySweeper
 from rwkv_pl.cli.arguments import run_with_hydra
 from rwkv_pl.compose import check, compose, parse_overrides, quote_override, typed_config_dir
-from rwkv_pl.data.sources import is_there
+from rwkv_pl.config import CORPORA
+from rwkv_pl.data.documents import exists
 from rwkv_pl.errors import UserError, one_line
 from rwkv_pl.files import require_own_files
 from rwkv_pl.runs.folder import create_run_dir, has_started, locked
@@ -134,8 +135,8 @@ def _require_one_good(own: list[str], told: Sequence[Override], config_dir: str 
         try:
             config = check(compose([*own, *job], config_dir), parse_overrides(job), config_dir)
             texts = {"data.path": config.data.path, "data.val_path": config.data.val_path}
-            for key, path in texts.items() if config.data.name == "text" else ():
-                if path and not is_there(Path(path)):
+            for key, path in texts.items() if CORPORA[config.data.name].path else ():
+                if path and not exists(Path(path)):
                     raise UserError(f"{key}={path}: no such file")
             for key, path in {"data.vocab_path": config.data.vocab_path, "weights": config.weights}.items():
                 if path and not Path(path).exists():

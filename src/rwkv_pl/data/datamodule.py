@@ -14,13 +14,15 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from rwkv_pl.data import corpus as corpora
 from rwkv_pl.data import order
-from rwkv_pl.data.binidx import binidx, open_binidx
 from rwkv_pl.data.corpus import Corpus
-from rwkv_pl.data.tokens import TokenFile, Tokens, Vocabulary, build_vocabulary, open_tokens
+from rwkv_pl.data.sources import Source, build_source
+from rwkv_pl.data.sources.binidx import Binidx
+from rwkv_pl.data.sources.enwik8 import ENWIK8_URL, Enwik8
+from rwkv_pl.data.sources.text import Text
+from rwkv_pl.data.token_file import TokenFile
+from rwkv_pl.data.vocabulary import Tokens, Vocabulary, build_vocabulary
 from rwkv_pl.errors import UserError
-from rwkv_pl.files import cache_folder
 
 # More than any run reads, and little enough that Lightning's float arithmetic on lengths stays exact.
 ENDLESS = 2**50
@@ -97,13 +99,12 @@ def _leave_signals_to_the_run(worker: int) -> None:
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
-class CorpusDataModule(LightningDataModule):
-    """A text file, folder or glob, split by fractions of its bytes, or validated on ``val_path``: see ``corpus.text``.
+class DataModule(LightningDataModule):
+    """The batches of a corpus, whatever its source.
 
     ``batch_size`` counts the sequences of one optimizer step over all devices and accumulated batches;
     ``eval_batch_size`` those of one validation or test batch on one device. ``vocab``: "byte", "char" or "20b", which
-    is read from the json ``vocab_path``; ``vocabulary``, one that a checkpoint brought, is used instead where it is
-    given.
+    is read from the json ``vocab_path``; ``vocabulary``, from a checkpoint, is used instead if given.
 
     After ``setup``: ``corpus``, ``vocabulary``, ``token_file``, ``train_tokens`` and ``steps_per_pass``. Without a
     trainer the loaders are those of one device from step 0.
@@ -116,33 +117,25 @@ class CorpusDataModule(LightningDataModule):
 
     def __init__(
         self,
-        path: str | Path,
+        source: Source,
         *,
         batch_size: int = 1,
         ctx_len: int = 1024,
         vocab: str = "byte",
         vocab_path: str | Path | None = None,
-        split: tuple[float, float, float] = (0.9, 0.05, 0.05),
-        val_path: str | Path | None = None,
-        field: str = "text",
         seed: int = 42,
         num_workers: int = 0,
         eval_batch_size: int = 8,
         vocabulary: Vocabulary | None = None,
     ) -> None:
         super().__init__()
-        self.path = Path(path)
+        self.source = source
         self.batch_size, self.ctx_len, self.seed = batch_size, ctx_len, seed
-        self.vocab, self.split = vocab, split
-        self.val_path, self.field = val_path, field
+        self.vocab = vocab
         self.vocab_path = Path(vocab_path) if vocab_path is not None else None
         self.num_workers, self.eval_batch_size = num_workers, eval_batch_size
         self._given_vocabulary = vocabulary
         self._file: TokenFile | None = None
-
-    def open_corpus(self) -> Corpus:
-        """The corpus, fetched or derived where it is not there yet. Raises UserError where it cannot be had."""
-        return corpora.text(self.path, self.split, val_path=self.val_path, field=self.field)
 
     def prepare_data(self) -> None:
         """Does once what several processes would do at the same time: fetch, check, encode. ``setup`` finds it done."""
@@ -158,7 +151,7 @@ class CorpusDataModule(LightningDataModule):
             self.steps_per_pass = order.steps_per_pass(splits.train[1], self.ctx_len, self.batch_size)
         for name, stages in {"val": (None, "fit", "validate"), "test": (None, "test")}.items():
             lo, hi = getattr(splits, name)
-            if name == "test" and self.val_path is not None:
+            if name == "test" and not self.source.has_test_split:
                 if stage == "test":
                     raise UserError("there is no test split beside data.val_path: ask for val")
             elif stage in stages and order.eval_window_count(lo, hi, self.ctx_len) == 0:
@@ -182,7 +175,7 @@ class CorpusDataModule(LightningDataModule):
         )
 
     def train_dataloader(self) -> DataLoader[Tensor]:
-        world_size, rank = self._place()
+        world_size, rank = self._process_rank()
         accumulate = self.trainer.accumulate_grad_batches if self.trainer else 1
         batches = TrainBatches(
             self.token_file,
@@ -204,7 +197,7 @@ class CorpusDataModule(LightningDataModule):
         return self._eval_loader(self.token_file.splits.test)
 
     def _eval_loader(self, split: tuple[int, int]) -> DataLoader[Tensor]:
-        world_size, rank = self._place()
+        world_size, rank = self._process_rank()
         batches = EvalBatches(
             self.token_file, split, ctx_len=self.ctx_len, rows=self.eval_batch_size, world_size=world_size, rank=rank
         )
@@ -224,11 +217,11 @@ class CorpusDataModule(LightningDataModule):
         )
 
     def _open(self) -> tuple[Corpus, Vocabulary, TokenFile]:
-        corpus = self.open_corpus()
+        corpus = self.source.open()
         vocabulary = self._given_vocabulary or build_vocabulary(self.vocab, corpus, self.vocab_path)
-        return corpus, vocabulary, open_tokens(corpus, vocabulary)
+        return corpus, vocabulary, self.source.open_tokens(corpus, vocabulary)
 
-    def _place(self) -> tuple[int, int]:
+    def _process_rank(self) -> tuple[int, int]:
         """Number of processes, and this one's."""
         if not self.trainer:
             return 1, 0
@@ -244,40 +237,56 @@ class CorpusDataModule(LightningDataModule):
         return self._file
 
 
-class Enwik8DataModule(CorpusDataModule):
-    """enwik8 in the folder ``path``, downloaded from ``url`` where it is not there; split 90/5/5 million bytes.
+class CorpusDataModule(DataModule):
+    """A text file, folder or glob, split by fractions of its bytes, or validated on ``val_path``: see ``Text``.
 
-    The other arguments are those of CorpusDataModule, without ``split``, ``val_path`` and ``field``.
+    ``settings`` are those of DataModule.
     """
 
-    def __init__(self, path: str | Path = "data/enwik8", *, url: str = corpora.ENWIK8_URL, **settings: Any) -> None:
-        super().__init__(path, **settings)
-        self.url = url
-
-    def open_corpus(self) -> Corpus:
-        return corpora.enwik8(self.path, url=self.url)
-
-
-class StdlibDataModule(CorpusDataModule):
-    """The source of Python's standard library, split 90/5/5: text that needs no network.
-
-    The arguments are those of CorpusDataModule, without ``path``, ``split``, ``val_path`` and ``field``.
-    """
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(cache_folder(), **settings)
-
-    def open_corpus(self) -> Corpus:
-        return corpora.stdlib()
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        split: tuple[float, float, float] = (0.9, 0.05, 0.05),
+        val_path: str | Path | None = None,
+        field: str = "text",
+        **settings: Any,
+    ) -> None:
+        super().__init__(Text(path, split, val_path, field), **settings)
 
 
-class BinidxDataModule(CorpusDataModule):
+class Enwik8DataModule(DataModule):
+    """enwik8 in the folder ``path``, downloaded from ``url`` if missing. ``settings`` are those of DataModule."""
+
+    def __init__(self, path: str | Path = "data/enwik8", *, url: str = ENWIK8_URL, **settings: Any) -> None:
+        super().__init__(Enwik8(path, url), **settings)
+
+
+class TokensDataModule(DataModule):
     """Token ids in Megatron's format, ``path``.bin and ``path``.idx, split by fractions between documents.
 
-    ``vocab`` says what spells them: "byte" or "20b". The other arguments are those of CorpusDataModule.
+    ``vocab`` is the vocabulary of the ids, "byte" or "20b". ``settings`` are those of DataModule.
     """
 
-    def _open(self) -> tuple[Corpus, Vocabulary, TokenFile]:
-        corpus, index = binidx(self.path, self.split)
-        vocabulary = self._given_vocabulary or build_vocabulary(self.vocab, corpus, self.vocab_path)
-        return corpus, vocabulary, open_binidx(corpus, index, vocabulary)
+    def __init__(
+        self, path: str | Path, *, split: tuple[float, float, float] = (0.9, 0.05, 0.05), **settings: Any
+    ) -> None:
+        super().__init__(Binidx(path, split), **settings)
+
+
+def open_data(data: Any, seed: int, cwd: Path, vocabulary: Vocabulary | None) -> DataModule:
+    """The data module of `data`, a `config.Data`. Relative paths count from `cwd`.
+
+    vocabulary: the one of a checkpoint, if a run goes on from it.
+    """
+    return DataModule(
+        build_source(data, cwd),
+        batch_size=data.batch_size,
+        ctx_len=data.ctx_len,
+        vocab=data.vocab,
+        vocab_path=cwd / data.vocab_path if data.vocab_path else None,
+        seed=seed,
+        num_workers=data.num_workers,
+        eval_batch_size=data.eval_batch_size,
+        vocabulary=vocabulary,
+    )

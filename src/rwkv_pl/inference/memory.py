@@ -12,7 +12,7 @@ from rwkv_pl.errors import CorruptFileError, UserError
 from rwkv_pl.files import PARTIAL, publish
 from rwkv_pl.inference.generate import read
 from rwkv_pl.model.state import BlockState, State
-from rwkv_pl.weights import read_checkpoint
+from rwkv_pl.weights.checkpoint import read_checkpoint
 
 FORMAT = 1
 

@@ -7,15 +7,16 @@ from torch.optim import Optimizer
 
 from rwkv_pl.errors import CorruptFileError, UserError
 from rwkv_pl.training.module import LitRWKV
-from rwkv_pl.weights import check_about, read_checkpoint
+from rwkv_pl.weights.checkpoint import read_checkpoint
+from rwkv_pl.weights.metadata import KEY, Metadata
 
 
 def load_resume_checkpoint(path: Path) -> dict[str, Any]:
     """A checkpoint of a run of ours, tensors mapped; what it says of itself is checked. Raises UserError."""
     content = read_checkpoint(path)
-    if "rwkv_pl" not in content:
+    if KEY not in content:
         raise UserError(f"{path} was not written by rwkv-train: take it as weights={path}")
-    check_about(content["rwkv_pl"], path)
+    Metadata.from_checkpoint(content, path)
     if "optimizer_states" not in content and "loops" not in content:
         raise UserError(f"{path} holds weights without the state of a training: take it as weights={path}")
     if type(content.get("global_step")) is not int or content["global_step"] < 0:
@@ -23,9 +24,9 @@ def load_resume_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
-def check_same_run(about: dict[str, Any], now: dict[str, Any], path: Path) -> None:
-    """Raises UserError where the run so far, as the checkpoint tells it, was another one than `now`."""
-    before = about.get("past") or {"corpus": about.get("corpus")}
+def check_same_run(metadata: Metadata, now: dict[str, Any], path: Path) -> None:
+    """Raises UserError if the run of the checkpoint differs from `now`."""
+    before = metadata.past or {}
     for key, here in now.items():
         there = before.get(key)
         if there is None or repr(here) == repr(there):
@@ -45,7 +46,7 @@ def check_loadable(content: dict[str, Any], module: LitRWKV, optimizer: Optimize
         (state,) = content["optimizer_states"]
         optimizer.load_state_dict(state)
         kept = {tuple(of_parameter) for of_parameter in optimizer.state.values()}
-        moved = content["global_step"] > content["rwkv_pl"].get("skipped", 0)
+        moved = content["global_step"] > content[KEY].get("skipped", 0)
         known = len(optimizer.state)
         # A loss scaler leaves out the first steps, until its scale is found.
         unmoved = known == 0 and (not moved or "MixedPrecision" in content)

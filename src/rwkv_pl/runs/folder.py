@@ -205,7 +205,7 @@ def in_use(folder: Path) -> bool:
 
 def latest_run(outputs: Path) -> Path:
     """Of the runs below `outputs` that are neither finished nor in use, the one started last. Raises UserError."""
-    from rwkv_pl.weights import read_checkpoint
+    from rwkv_pl.weights.checkpoint import read_checkpoint
 
     found = [path.parent.parent for path in outputs.glob("**/" + OVERRIDES.as_posix())]
     started = [folder for folder in found if has_started(folder)]

@@ -9,24 +9,20 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from rwkv_pl.config import Data, Train
-from rwkv_pl.data.datamodule import (
-    BinidxDataModule,
-    CorpusDataModule,
-    Enwik8DataModule,
-    EvalBatches,
-    StdlibDataModule,
-)
-from rwkv_pl.data.tokens import Vocabulary, read_vocabulary
+from rwkv_pl.config import Train
+from rwkv_pl.data.datamodule import DataModule, EvalBatches, open_data
+from rwkv_pl.data.vocabulary import Vocabulary, read_vocabulary
 from rwkv_pl.errors import CorruptFileError, UserError, one_line
-from rwkv_pl.model import VERSIONS
+from rwkv_pl.model import MODELS
 from rwkv_pl.runs.checkpoint import check_loadable, check_same_run, load_resume_checkpoint
 from rwkv_pl.runs.device import choose_accelerator, choose_precision
 from rwkv_pl.runs.stored import StoredRun
 from rwkv_pl.targets import find_targets, load_class
 from rwkv_pl.training.module import LitRWKV
 from rwkv_pl.training.optim import check_schedule
-from rwkv_pl.weights import Weights, read_weights
+from rwkv_pl.weights.metadata import Metadata
+from rwkv_pl.weights.read import read_weights
+from rwkv_pl.weights.tensors import Weights
 
 
 @dataclass
@@ -38,7 +34,7 @@ class Inputs:
     """
 
     config: Train
-    data: CorpusDataModule
+    data: DataModule
     module: LitRWKV
     max_steps: int
     resume_from: Path | None = None
@@ -100,10 +96,13 @@ def open_inputs(config: Train, cwd: Path, resume_from: Path | None = None) -> In
     Raises UserError for all that can be known to be wrong without a folder and without the model's memory.
     """
     content = load_resume_checkpoint(resume_from) if resume_from else None
-    about = content["rwkv_pl"] if content else {}
+    resumed = Metadata.from_checkpoint(content, resume_from) if content and resume_from else None
     loaded = read_weights(cwd / config.weights) if config.weights and not content else None
-    vocabulary = Vocabulary.from_dict(about["vocabulary"]) if content else _vocabulary_of(loaded, config, cwd)
-    data = build_data(config.data, config.seed, cwd, vocabulary)
+    if resumed:
+        vocabulary: Vocabulary | None = Vocabulary.from_dict(resumed.vocabulary or {})
+    else:
+        vocabulary = _vocabulary_of(loaded, config, cwd)
+    data = open_data(config.data, config.seed, cwd, vocabulary)
     data.prepare_data()
     data.setup("fit")
     past = {
@@ -117,9 +116,9 @@ def open_inputs(config: Train, cwd: Path, resume_from: Path | None = None) -> In
         "model.n_embd": config.model.n_embd,
     }
     done_steps, ended = 0, None
-    if content and resume_from:
-        check_same_run(about, past, resume_from)
-        done_steps, ended = content["global_step"], about["finished"]
+    if content and resumed and resume_from:
+        check_same_run(resumed, past, resume_from)
+        done_steps, ended = content["global_step"], resumed.finished
     max_steps = run_length(config, data.steps_per_pass)
     if 0 < max_steps < done_steps and ended is None:
         raise UserError(f"the run is at step {done_steps:,} already, behind which {max_steps:,} steps would end it")
@@ -163,15 +162,15 @@ def open_inputs(config: Train, cwd: Path, resume_from: Path | None = None) -> In
 
     remarks = [f"weights {loaded.path}:\n        {loaded}"] if loaded else []
     choose_accelerator(config)
-    if comparison := choose_precision(config, about.get("precision")):
+    if comparison := choose_precision(config, resumed.precision if resumed else None):
         remarks.append(comparison)
-    accumulate = about.get("accumulate")
+    accumulate = resumed.accumulate if resumed else None
     return Inputs(config, data, lit(build), max_steps, resume_from, done_steps, ended, accumulate, remarks)
 
 
 def model_of(config: Train, vocab_size: int, loaded: Weights | None) -> tuple[Any, Any]:
     """The config's model class and its size. Raises UserError if `loaded` has another."""
-    model_class, config_class = VERSIONS[config.model.name]
+    model_class, config_class = MODELS[config.model.name]
     here = config_class(vocab_size=vocab_size, **{key: v for key, v in vars(config.model).items() if key != "name"})
     if loaded:
         there = loaded.config
@@ -203,30 +202,6 @@ def _vocabulary_of(loaded: Weights | None, config: Train, cwd: Path) -> Vocabula
     return vocabulary
 
 
-def build_data(data: Data, seed: int, cwd: Path, vocabulary: Vocabulary | None) -> CorpusDataModule:
-    """The data module that `data.name` means."""
-    common: dict[str, Any] = {
-        "batch_size": data.batch_size,
-        "ctx_len": data.ctx_len,
-        "vocab": data.vocab,
-        "seed": seed,
-        "num_workers": data.num_workers,
-        "eval_batch_size": data.eval_batch_size,
-        "vocabulary": vocabulary,
-        "vocab_path": cwd / data.vocab_path if data.vocab_path else None,
-    }
-    if data.name == "stdlib":
-        return StdlibDataModule(**common)
-    assert data.path is not None
-    if data.name == "enwik8":
-        return Enwik8DataModule(cwd / data.path, **({"url": data.url} if data.url else {}), **common)
-    train, val, test = data.split
-    if data.name == "binidx":
-        return BinidxDataModule(cwd / data.path, split=(train, val, test), **common)
-    val_path = None if data.val_path is None else cwd / data.val_path
-    return CorpusDataModule(cwd / data.path, split=(train, val, test), val_path=val_path, field=data.field, **common)
-
-
 def run_length(config: Train, steps_per_pass: int) -> int:
     """Optimizer steps of the run: the earlier of max_steps and max_epochs passes; -1 where max_time alone ends it."""
     max_steps, max_epochs = config.trainer["max_steps"], config.trainer["max_epochs"]
@@ -240,7 +215,7 @@ def run_length(config: Train, steps_per_pass: int) -> int:
     return min(lengths, default=-1)
 
 
-def validation_batches(config: Train, data: CorpusDataModule) -> int:
+def validation_batches(config: Train, data: DataModule) -> int:
     """Calls of one validation on one device."""
     there = len(cast(EvalBatches, data.val_dataloader().dataset))
     limit = 1.0 if config.trainer["limit_val_batches"] is None else config.trainer["limit_val_batches"]

@@ -96,7 +96,7 @@ def to_run_error(error: Exception, folder: Path, has_started: bool) -> RunError:
 
 def resume_hint(folder: Path) -> str:
     """What is left of a run that ended, and how to go on with it."""
-    from rwkv_pl.weights import read_checkpoint
+    from rwkv_pl.weights.checkpoint import read_checkpoint
 
     for name in ("last.ckpt", "last.prev.ckpt"):
         path = folder / "checkpoints" / name

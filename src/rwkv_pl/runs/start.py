@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from rwkv_pl.config import Train
-from rwkv_pl.data.datamodule import CorpusDataModule, EvalBatches
+from rwkv_pl.data.datamodule import DataModule, EvalBatches
 from rwkv_pl.data.order import micro_batch_rows
 from rwkv_pl.errors import UserError
 from rwkv_pl.runs.build import code_state
@@ -93,7 +93,7 @@ class Start(Callback):
         trainer.val_check_interval *= most  # which Lightning counts in micro-batches
 
 
-def baselines(config: Train, data: CorpusDataModule) -> dict[str, float]:
+def baselines(config: Train, data: DataModule) -> dict[str, float]:
     """Bits per byte that gzip -9 and xz -9 need for the text that a validation reads."""
     windows = cast(EvalBatches, data.val_dataloader().dataset)
     n_batches = validation_batches(config, data)

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from rwkv_pl.compose import check, compose, is_group_choice, parse_overrides, require_key, typed_config_dir
 from rwkv_pl.config import Train
-from rwkv_pl.data.sources import is_there
+from rwkv_pl.data.documents import exists
 from rwkv_pl.errors import UserError
 from rwkv_pl.files import leads_out, publish
 from rwkv_pl.runs.folder import has_started
@@ -103,7 +103,7 @@ class StoredRun:
         values = {o.key_or_group: o.value() for o in later if not is_group_choice(o)}
         for key in ("data.path", "data.val_path"):
             path = str(values.get(key) or "")
-            if path and (is_there(Path(path)) or Path(f"{path}.bin").exists()):
+            if path and exists(Path(path)):
                 values[key] = str(Path(path).absolute())  # typed here and now, wherever the run began
         for key in values:
             require_key(key, config)

@@ -19,11 +19,11 @@ from torch.optim import Optimizer
 from rwkv_pl.config import Optim, Schedule
 from rwkv_pl.errors import RunError
 from rwkv_pl.inference.sampling import seed_of
-from rwkv_pl.model import VERSIONS
+from rwkv_pl.model import MODELS
 from rwkv_pl.ops.cross_entropy import head_cross_entropy
 from rwkv_pl.training.loss import IGNORED, bits_per_byte, count_bytes, l2wrap, split_tokens
 from rwkv_pl.training.optim import build_optimizer, learning_rate, parameter_groups, write_numbers
-from rwkv_pl.weights import CHECKPOINT_FORMAT
+from rwkv_pl.weights.metadata import KEY, Metadata
 
 log = logging.getLogger(__name__)
 
@@ -270,17 +270,16 @@ class LitRWKV(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.read_findings()
-        checkpoint["rwkv_pl"] = {
-            "format": CHECKPOINT_FORMAT,
-            "model": next(name for name, (cls, _) in VERSIONS.items() if isinstance(self.model, cls)),
-            "config": asdict(self.model.config),
-            "vocabulary": self.vocabulary,
-            "past": self.past,
-            "finished": self.finished(),
-            "skipped": self.skipped,
-            "accumulate": self.trainer.accumulate_grad_batches,
-            "precision": self.trainer.precision,
-        }
+        checkpoint[KEY] = Metadata(
+            model=next(name for name, (cls, _) in MODELS.items() if isinstance(self.model, cls)),
+            config=asdict(self.model.config),
+            vocabulary=self.vocabulary,
+            finished=self.finished(),
+            past=self.past,
+            skipped=self.skipped,
+            accumulate=self.trainer.accumulate_grad_batches,
+            precision=self.trainer.precision,
+        ).to_dict()
         self._rewind(checkpoint)
 
     def finished(self) -> str | None:
@@ -299,7 +298,7 @@ class LitRWKV(LightningModule):
         return self.trainer.callbacks  # type: ignore[attr-defined]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.skipped = checkpoint.get("rwkv_pl", {}).get("skipped", 0)
+        self.skipped = checkpoint.get(KEY, {}).get("skipped", 0)
         averaged = any(isinstance(callback, WeightAveraging) for callback in self._callbacks)
         if "current_model_state" in checkpoint and not averaged:
             # The averaging was taken off: the training goes on from the weights that it trained.

@@ -9,7 +9,7 @@ import torch
 from rwkv_pl.errors import CorruptFileError
 from rwkv_pl.training import checkpoints
 from rwkv_pl.training.checkpoint_io import DurableCheckpointIO
-from rwkv_pl.weights import read_checkpoint
+from rwkv_pl.weights.checkpoint import read_checkpoint
 
 
 def checkpoint(step):

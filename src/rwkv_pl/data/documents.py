@@ -14,12 +14,10 @@ import zlib
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, NamedTuple, cast
+from typing import IO, NamedTuple, cast
 
+from rwkv_pl.data.progress import bytes_progress
 from rwkv_pl.errors import UserError
-
-if TYPE_CHECKING:
-    from rich.progress import Progress
 
 DOCUMENT_END = b"\n"
 
@@ -27,7 +25,7 @@ BLOCK = 1 << 20
 LONGEST_ROW = 1 << 28
 
 
-class Source(NamedTuple):
+class SourceFile(NamedTuple):
     """A file, and by what one sees that it has changed without reading it."""
 
     path: Path
@@ -36,16 +34,16 @@ class Source(NamedTuple):
     changed_ns: int
 
 
-class Joined(NamedTuple):
+class JoinResult(NamedTuple):
     """What ``join`` wrote: where each part ends, in bytes, and how many documents there are."""
 
     ends: list[int]
     documents: int
 
 
-def is_there(path: Path) -> bool:
-    """Is ``path`` a file, a folder, or a glob that something matches?"""
-    return path.exists() or next(_matches(*_fixed(path)), None) is not None
+def exists(path: Path) -> bool:
+    """Is ``path`` a file, a folder, a glob that something matches, or the prefix of a binidx corpus?"""
+    return path.exists() or Path(f"{path}.bin").exists() or next(_matches(*_fixed(path)), None) is not None
 
 
 def is_plain(path: Path) -> bool:
@@ -53,7 +51,7 @@ def is_plain(path: Path) -> bool:
     return path.is_file() and not _is_gzip(path) and not _is_rows(path)
 
 
-def find(path: Path, key: str) -> list[Source]:
+def find(path: Path, key: str) -> list[SourceFile]:
     """The file itself, all below a folder, or those that a glob matches (``**``: any folders), by their POSIX paths.
 
     Below the folder, or the part of a glob that has no wildcard, a name that begins with a dot is left out, and no link
@@ -84,7 +82,7 @@ def find(path: Path, key: str) -> list[Source]:
     return sources
 
 
-def join(parts: dict[str, list[Source]], field: str, text: IO[bytes], document_ends: IO[bytes]) -> Joined:
+def join(parts: dict[str, list[SourceFile]], field: str, text: IO[bytes], document_ends: IO[bytes]) -> JoinResult:
     """Writes the documents of all parts to ``text``, and to ``document_ends`` the offset of each document end.
 
     parts: the sources of each setting that names some. field: of a row of JSON, the one that holds the text.
@@ -115,17 +113,7 @@ def join(parts: dict[str, list[Source]], field: str, text: IO[bytes], document_e
     for source in sources:
         if _look(source.path) != source:
             raise UserError(f"{source.path} has changed while it was read: start again when it is at rest")
-    return Joined(ends, documents)
-
-
-def bytes_progress() -> "Progress":
-    """A line on stderr, where that is a terminal, with bytes and the time that is left."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    return Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)
+    return JoinResult(ends, documents)
 
 
 def _blocks(path: Path, raw: IO[bytes], field: str) -> Iterator[tuple[bool, bytes]]:
@@ -178,10 +166,10 @@ def _reading(path: Path) -> Iterator[None]:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 
 
-def _look(path: Path) -> Source:
+def _look(path: Path) -> SourceFile:
     with _reading(path):
         status = path.stat()
-        return Source(path, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        return SourceFile(path, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 def _walk(folder: Path) -> Iterator[Path]:

@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rwkv_pl.data import sources
-from rwkv_pl.data.sources import find, is_there, join
+from rwkv_pl.data import documents
+from rwkv_pl.data.documents import exists, find, join
 from rwkv_pl.errors import UserError
 
 
@@ -30,7 +30,7 @@ def names(path: Path, below: Path) -> list[str]:
     return [source.path.relative_to(below).as_posix() for source in find(path, "data.path")]
 
 
-def joined(*paths: Path, field: str = "text") -> tuple[bytes, list[int], sources.Joined]:
+def joined(*paths: Path, field: str = "text") -> tuple[bytes, list[int], documents.JoinResult]:
     """The text, its document ends and what ``join`` says, of paths that are a part each."""
     text, ends = io.BytesIO(), io.BytesIO()
     parts = {f"part {i}": find(path, "data.path") for i, path in enumerate(paths)}
@@ -72,7 +72,7 @@ def test_a_glob_is_the_files_it_matches_in_order(
     write(folder, "b.txt", "a.txt", ".c.txt", "x/1.txt", "x/3.md", "x/y/2.txt", "x/.y/2.txt")
     (folder / "x" / "circle").symlink_to(folder)
     assert names(folder / pattern, folder) == expected
-    assert is_there(folder / pattern)
+    assert exists(folder / pattern)
     monkeypatch.chdir(folder)
     assert names(Path(pattern), Path()) == expected
 
@@ -109,8 +109,8 @@ def test_a_relative_name_says_where_was_looked(tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=rf"data.val_path=absent: no such file \(looked for {tmp_path}/absent\)"):
         find(Path("absent"), "data.val_path")
-    assert not is_there(Path("absent"))
-    assert not is_there(Path("*.txt"))
+    assert not exists(Path("absent"))
+    assert not exists(Path("*.txt"))
 
 
 def test_a_folder_that_cannot_be_read_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,7 +162,7 @@ def test_each_part_says_where_it_ends(tmp_path: Path) -> None:
 
 
 def test_a_large_document_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "BLOCK", 7)
+    monkeypatch.setattr(documents, "BLOCK", 7)
     for name in ("a.txt", "b.txt.gz"):
         content = bytes(range(100)) * 3
         (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
@@ -193,7 +193,7 @@ def test_a_row_that_is_none_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: bytes, says: str, suffix: str
 ) -> None:
     if b"xxx" in row:
-        monkeypatch.setattr(sources, "LONGEST_ROW", 2000)
+        monkeypatch.setattr(documents, "LONGEST_ROW", 2000)
     path = tmp_path / f"rows.jsonl{suffix}"
     content = b'{"text": "a"}\r\n\n' + row + b"\n"
     path.write_bytes(gzip.compress(content) if suffix else content)

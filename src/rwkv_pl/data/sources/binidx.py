@@ -13,14 +13,20 @@ the RWKV tools) is as its writer had it: nothing is added.
 
 import bisect
 import struct
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from rwkv_pl.data.cache import cached_json
 from rwkv_pl.data.corpus import Corpus, Splits, file_digest
-from rwkv_pl.data.tokens import TokenFile, Vocabulary, kept, watched
+from rwkv_pl.data.progress import progress_bar
+from rwkv_pl.data.sources import Source
+from rwkv_pl.data.token_file import TokenFile
+from rwkv_pl.data.vocabulary import Vocabulary
 from rwkv_pl.errors import UserError
 from rwkv_pl.files import digest_of
 
@@ -54,42 +60,50 @@ class Index(NamedTuple):
         return start(self.documents[i - 1]) if i else 0
 
 
-def binidx(path: Path, split: tuple[float, float, float]) -> tuple[Corpus, Index]:
-    """PREFIX.bin and PREFIX.idx, of which ``path`` is the prefix or either name, split by fractions of the tokens.
+@dataclass(frozen=True)
+class Binidx(Source):
+    """PREFIX.bin and PREFIX.idx, split by fractions of the tokens; ``path`` is the prefix or either name.
 
-    The edges move back to the start of the document they cut; where so few documents leave a split empty, they stay.
-    The corpus is PREFIX.bin, its ``splits`` are of tokens.
+    An edge moves back to the start of the document it cuts; with too few documents for three splits, it stays. The
+    corpus is PREFIX.bin, its ``splits`` are in tokens. The bytes of a split are those that its tokens spell.
 
-    Raises UserError where a file is missing or is not what the format says.
-    """
-    try:
-        index = _read_index(_prefix(path), path)
-        content = file_digest(index.path)
-    except OSError as error:
-        raise UserError(f"cannot read {error.filename or path}: {error.strerror}") from error
-    n = index.n_tokens
-    cuts = round(n * split[0]), round(n * (split[0] + split[1]))
-    train, val = map(index.document_start, cuts)
-    if not 0 < train < val < n:
-        train, val = cuts
-    splits = Splits((0, train), (train, val), (val, n))
-    return Corpus(index.path.stem, index.path.absolute(), splits, content, str(path)), index
-
-
-def open_binidx(corpus: Corpus, index: Index, vocabulary: Vocabulary) -> TokenFile:
-    """The ids of a corpus, of which each is found to be one of ``vocabulary``: once, a file that does not change.
-
-    The bytes of a split are those that its tokens spell. Raises UserError where an id is none of the vocabulary.
+    ``open`` raises UserError if a file is missing or is not in the format, ``open_tokens`` if an id is not in the
+    vocabulary; every id is checked, once for a file that does not change.
     """
 
-    def counted() -> dict[str, Any]:
-        return {"n_bytes": [_count(index, vocabulary, *split) for split in corpus.splits]}
+    path: str | Path
+    split: tuple[float, float, float] = (0.9, 0.05, 0.05)
 
-    key = [corpus.digest, index.path.stat().st_mtime_ns, index.dtype.str, corpus.splits, vocabulary.digest]
-    train, val, test = kept(f"binidx-{digest_of(key)[:16]}.json", counted)["n_bytes"]
-    # None of the ids is negative, so that they may be read without their sign, as all others are.
-    unsigned = np.dtype(f"<u{index.dtype.itemsize}")
-    return TokenFile(index.path, unsigned, corpus.splits, corpus.digest, (train, val, test))
+    @cached_property
+    def index(self) -> Index:
+        """PREFIX.idx, validated against PREFIX.bin."""
+        return _read_index(_prefix(Path(self.path)), Path(self.path))
+
+    def open(self) -> Corpus:
+        try:
+            index = self.index
+            content = file_digest(index.path)
+        except OSError as error:
+            raise UserError(f"cannot read {error.filename or self.path}: {error.strerror}") from error
+        n = index.n_tokens
+        cuts = round(n * self.split[0]), round(n * (self.split[0] + self.split[1]))
+        train, val = map(index.document_start, cuts)
+        if not 0 < train < val < n:
+            train, val = cuts
+        splits = Splits((0, train), (train, val), (val, n))
+        return Corpus(index.path.stem, index.path.absolute(), splits, content, str(self.path))
+
+    def open_tokens(self, corpus: Corpus, vocabulary: Vocabulary) -> TokenFile:
+        index = self.index
+
+        def counted() -> dict[str, Any]:
+            return {"n_bytes": [_count(index, vocabulary, *split) for split in corpus.splits]}
+
+        key = [corpus.digest, index.path.stat().st_mtime_ns, index.dtype.str, corpus.splits, vocabulary.digest]
+        train, val, test = cached_json(f"binidx-{digest_of(key)[:16]}.json", counted)["n_bytes"]
+        # No id is negative, so signed ids can be read as unsigned.
+        unsigned = np.dtype(f"<u{index.dtype.itemsize}")
+        return TokenFile(index.path, unsigned, corpus.splits, corpus.digest, (train, val, test))
 
 
 def _prefix(path: Path) -> str:
@@ -157,7 +171,7 @@ def _count(index: Index, vocabulary: Vocabulary, lo: int, hi: int) -> int:
     """The bytes that the tokens [lo, hi) spell."""
     tokens, n_bytes = np.memmap(index.path, index.dtype, mode="r"), 0
     blocks = [(at, min(at + BLOCK, hi)) for at in range(lo, hi, BLOCK)]
-    for begin, end in watched(blocks, f"counting the bytes of {index.path.name}"):
+    for begin, end in progress_bar(blocks, f"counting the bytes of {index.path.name}"):
         block = tokens[begin:end]
         unknown = np.flatnonzero((block < 0) | (block >= vocabulary.size))
         if unknown.size:

@@ -17,12 +17,15 @@ from hypothesis import strategies as st
 from small_20b import MARKS, WHITE_SPACE, small_20b
 from tokenizers import Tokenizer
 
-from rwkv_pl.data import corpus as corpora
-from rwkv_pl.data import tokenizer as tokenizers_20b
-from rwkv_pl.data import tokens
+from rwkv_pl.data import tokenizer_20b as tokenizers_20b
+from rwkv_pl.data import vocabulary as vocabulary_module
+from rwkv_pl.data.corpus import Corpus, Splits, file_digest
 from rwkv_pl.data.datamodule import CorpusDataModule
-from rwkv_pl.data.tokenizer import Vocabulary20B
-from rwkv_pl.data.tokens import Corpus, NotSpelled, Splits, Vocabulary, build_vocabulary, open_tokens
+from rwkv_pl.data.sources.stdlib import Stdlib
+from rwkv_pl.data.sources.text import Text
+from rwkv_pl.data.token_file import open_tokens
+from rwkv_pl.data.tokenizer_20b import Vocabulary20B
+from rwkv_pl.data.vocabulary import EncodingError, Vocabulary, build_vocabulary
 from rwkv_pl.errors import UserError
 
 SMALL = Vocabulary20B(small_20b())
@@ -74,7 +77,7 @@ def test_pieces_give_the_library_s_tokens_and_the_normal_form_comes_back(text: s
 def test_a_text_may_be_cut_where_it_says(text: str, at: int) -> None:
     data = np.frombuffer(text.encode(), np.uint8)
     at = min(at, len(data))
-    cut = SMALL.cut(data, 0, at)
+    cut = SMALL.split_point(data, 0, at)
     assert 0 <= cut <= at
     parts = [*SMALL.encode(data[:cut]).tolist(), *SMALL.encode(data[cut:]).tolist()]
     assert parts == LIBRARY.encode(text, add_special_tokens=False).ids
@@ -93,20 +96,20 @@ def test_no_word_of_white_space_or_marks_is_torn_apart(monkeypatch: pytest.Monke
 def test_a_text_has_many_places_to_cut() -> None:
     source = Path(__file__).read_bytes()[:4000]
     data = np.frombuffer(source, np.uint8)
-    cuts = {SMALL.cut(data, 0, at) for at in range(0, len(data), 7)}
+    cuts = {SMALL.split_point(data, 0, at) for at in range(0, len(data), 7)}
     assert len(cuts) > len(data) / 7 / 3
     one_line = np.frombuffer(b'{"key":[1,2,"text"],' * 100, np.uint8)
-    assert len({SMALL.cut(one_line, 0, at) for at in range(len(one_line))}) > 100
-    assert SMALL.cut(np.frombuffer(b"x" * 99, np.uint8), 17, 90) == 17
+    assert len({SMALL.split_point(one_line, 0, at) for at in range(len(one_line))}) > 100
+    assert SMALL.split_point(np.frombuffer(b"x" * 99, np.uint8), 17, 90) == 17
 
 
 def test_a_place_is_looked_for_far_back_and_never_inside_a_character() -> None:
     far = ("word" + " word\u3000" + "\u3000" * 100_000).encode()
     data = np.frombuffer(far, np.uint8)
-    assert SMALL.cut(data, 0, len(data) - 1) == 4
+    assert SMALL.split_point(data, 0, len(data) - 1) == 4
     # A block that begins in the middle of U+3000 must not take its end for another character.
     spaces = np.frombuffer(("\u3000 " * 3000).encode(), np.uint8)
-    assert [SMALL.cut(spaces, 0, at) for at in range(len(spaces) - 8, len(spaces))] == [0] * 8
+    assert [SMALL.split_point(spaces, 0, at) for at in range(len(spaces) - 8, len(spaces))] == [0] * 8
 
 
 def test_special_words_are_words_and_runs_of_spaces_are_tokens() -> None:
@@ -127,7 +130,7 @@ def test_special_words_are_words_and_runs_of_spaces_are_tokens() -> None:
     ("text", "offset"), [(b"\xff", 0), (b"word " * 5000 + b"\xe6\xbc", 25_000), (b"a\xed\xa0\x80", 1), (b"\xc0\x80", 0)]
 )
 def test_what_is_no_text_is_told_with_its_place(text: bytes, offset: int) -> None:
-    with pytest.raises(NotSpelled, match=f"byte {offset:,} of the text is not UTF-8") as caught:
+    with pytest.raises(EncodingError, match=f"byte {offset:,} of the text is not UTF-8") as caught:
         SMALL.encode(text)
     assert caught.value.offset == offset
 
@@ -149,7 +152,7 @@ TEXT = ("Naïve cafe\u0301s:   e\u0301te\u0301.\n\n  It's <|endoftext|>, don't\u
 def corpus_of(tmp_path: Path, text: bytes, ends: list[int] | None = None) -> Corpus:
     path = tmp_path / "text"
     path.write_bytes(text)
-    corpus = corpora.text(path)
+    corpus = Text(path).open()
     if ends is None:
         return corpus
     (tmp_path / "ends").write_bytes(np.array(ends, "<i8").tobytes())
@@ -162,7 +165,7 @@ def test_a_token_file_does_not_depend_on_the_pieces(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
     corpus = corpus_of(tmp_path, TEXT)
-    monkeypatch.setattr(tokens, "CHUNK", chunk)
+    monkeypatch.setattr(vocabulary_module, "CHUNK", chunk)
     file = open_tokens(corpus, SMALL)
     assert file.tokens.dtype == np.uint16
     for name in Splits._fields:
@@ -176,7 +179,7 @@ def test_a_token_file_does_not_depend_on_the_pieces(
 
 
 def test_a_large_text_goes_through_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokens, "CHUNK", 1 << 12)
+    monkeypatch.setattr(vocabulary_module, "CHUNK", 1 << 12)
     sizes = []
     encode = Vocabulary20B.encode_documents
 
@@ -195,7 +198,7 @@ def test_a_large_text_goes_through_in_chunks(tmp_path: Path, monkeypatch: pytest
 def test_document_ends_are_where_the_corpus_has_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
-    monkeypatch.setattr(tokens, "CHUNK", chunk)
+    monkeypatch.setattr(vocabulary_module, "CHUNK", chunk)
     lines = TEXT.splitlines(keepends=True)
     ends = (np.cumsum([len(line) for line in lines]) - 1).tolist()
     corpus = corpus_of(tmp_path, TEXT, ends)
@@ -214,7 +217,7 @@ def test_document_ends_are_where_the_corpus_has_them(
 
 
 def test_an_offset_in_a_corpus_is_the_file_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
-    monkeypatch.setattr(tokens, "CHUNK", 64)
+    monkeypatch.setattr(vocabulary_module, "CHUNK", 64)
     at = len(TEXT) * 97 // 100
     while TEXT[at] >= 0x80:
         at += 1
@@ -227,7 +230,7 @@ def test_every_kind_knows_the_bytes_of_its_splits(tmp_path: Path) -> None:
     path = tmp_path / "text"
     path.write_bytes("é".encode() * 10)
     splits = Splits((0, 15), (15, 17), (17, 20))
-    corpus = Corpus("x", path, splits, corpora.file_digest(path), "")
+    corpus = Corpus("x", path, splits, file_digest(path), "")
     moved = [14, 2, 4]  # an edge that cuts a character goes back
     for vocabulary, sizes in ((Vocabulary(), [15, 2, 3]), (build_vocabulary("char", corpus), moved), (SMALL, moved)):
         file = open_tokens(corpus, vocabulary)
@@ -348,7 +351,7 @@ def test_the_official_one(official: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert (vocabulary.size, vocabulary.dtype) == (50277, np.uint16)
     assert vocabulary.encode(b"Hello world<|endoftext|>").tolist()[:2] == [12092, 1533]
     judge = PreTrainedTokenizerFast(tokenizer_file=str(official))
-    path = corpora.stdlib().path
+    path = Stdlib().open().path
     text = path.read_bytes()[:2_000_000].decode(errors="ignore")
     expected = judge(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     assert vocabulary.encode(text.encode()).tolist() == expected

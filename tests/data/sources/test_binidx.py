@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from megatron_tokenizer_lite.indexed_dataset import MMapIndexedDataset
 from small_20b import small_20b
 
-from rwkv_pl.data import binidx as rooms
-from rwkv_pl.data.binidx import binidx, open_binidx
 from rwkv_pl.data.corpus import Splits
-from rwkv_pl.data.datamodule import BinidxDataModule
-from rwkv_pl.data.tokenizer import Vocabulary20B
-from rwkv_pl.data.tokens import TokenFile, Vocabulary
+from rwkv_pl.data.datamodule import TokensDataModule
+from rwkv_pl.data.sources import binidx
+from rwkv_pl.data.sources.binidx import Binidx
+from rwkv_pl.data.token_file import TokenFile
+from rwkv_pl.data.tokenizer_20b import Vocabulary20B
+from rwkv_pl.data.vocabulary import Vocabulary
 from rwkv_pl.errors import UserError
 
 SHARES = (0.5, 0.25, 0.25)
@@ -37,8 +38,8 @@ def write(prefix: Path, sequences: list[list[int]], documents: list[int] | None 
 
 
 def opened(prefix: Path, vocabulary: Vocabulary, split: tuple[float, float, float] = SHARES) -> TokenFile:
-    corpus, index = binidx(prefix, split)
-    return open_binidx(corpus, index, vocabulary)
+    source = Binidx(prefix, split)
+    return source.open_tokens(source.open(), vocabulary)
 
 
 SENTENCES = [[*SMALL.encode(f"{i} is a number, and so is\n  {i * i}.".encode()).tolist(), 0] for i in range(40)]
@@ -59,7 +60,7 @@ def test_it_is_read_as_megatron_reads_it(
     if CODES[dtype] <= 8:  # 9 and 10 are written by newer ones
         theirs = MMapIndexedDataset(str(prefix))
         assert [i for k in range(len(theirs)) for i in theirs[k].tolist()] == flat
-        _, index = binidx(prefix, SHARES)
+        index = Binidx(prefix, SHARES).index
         assert np.array_equal(index.documents, theirs.doc_idx)
         starts = np.cumsum([0, *theirs.sizes])[theirs.doc_idx].tolist()
         for at in range(len(flat)):
@@ -106,7 +107,7 @@ def test_a_document_may_be_several_sequences_and_the_end_of_the_last_need_not_be
 def test_either_name_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str) -> None:
     write(tmp_path / "corpus.of.mine", SENTENCES)
     monkeypatch.chdir(tmp_path)
-    corpus, _ = binidx(Path(f"corpus.of.mine{ending}"), SHARES)
+    corpus = Binidx(Path(f"corpus.of.mine{ending}"), SHARES).open()
     assert corpus.path == tmp_path / "corpus.of.mine.bin"
     assert corpus.name == "corpus.of.mine"
 
@@ -123,11 +124,11 @@ def test_it_is_mapped_where_it_lies_and_a_worker_gets_its_name(tmp_path: Path, c
 
 
 def test_ids_are_checked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rooms, "BLOCK", 7)
+    monkeypatch.setattr(binidx, "BLOCK", 7)
     prefix = write(tmp_path / "corpus", SENTENCES)
     before = opened(prefix, SMALL).n_bytes
     with monkeypatch.context() as patched:
-        patched.setattr(rooms, "_count", lambda *_: pytest.fail("counted again"))
+        patched.setattr(binidx, "_count", lambda *_: pytest.fail("counted again"))
         assert opened(prefix, SMALL).n_bytes == before
     write(tmp_path / "corpus", SENTENCES[::-1])
     assert opened(prefix, SMALL).n_bytes != before
@@ -138,7 +139,7 @@ def test_ids_are_checked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_an_id_that_is_none_is_told_with_its_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path, dtype: str, wrong: int, at: int
 ) -> None:
-    monkeypatch.setattr(rooms, "BLOCK", 7)
+    monkeypatch.setattr(binidx, "BLOCK", 7)
     ids = [[i] for i in range(40)]
     ids[at] = [wrong]
     with pytest.raises(UserError, match=rf"corpus.bin: token {at} is {wrong}, vocabulary 20b has 1,281") as caught:
@@ -191,7 +192,7 @@ DAMAGED = {
 @pytest.mark.parametrize("block", [1, 2, 1 << 22])
 @pytest.mark.parametrize("name", DAMAGED)
 def test_damage_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, block: int) -> None:
-    monkeypatch.setattr(rooms, "BLOCK", block)
+    monkeypatch.setattr(binidx, "BLOCK", block)
     content, n_bytes, said = DAMAGED[name]
     (tmp_path / "corpus.idx").write_bytes(content)
     (tmp_path / "corpus.bin").write_bytes(bytes(n_bytes))
@@ -214,7 +215,7 @@ def test_half_a_corpus_is_one_line(tmp_path: Path, missing: str) -> None:
 def test_a_data_module_of_it(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(small_20b(), encoding="utf-8")
     prefix = write(tmp_path / "corpus", SENTENCES)
-    data = BinidxDataModule(
+    data = TokensDataModule(
         prefix, vocab="20b", vocab_path=tmp_path / "tokenizer.json", split=SHARES, ctx_len=16, eval_batch_size=4
     )
     data.prepare_data()

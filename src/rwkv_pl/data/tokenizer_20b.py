@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from rwkv_pl.data.tokens import NotSpelled, Tokens, Vocabulary
+from rwkv_pl.data.vocabulary import EncodingError, Tokens, Vocabulary
 from rwkv_pl.errors import UserError
 
 # Before 0.23.1 the library warns at every fork that follows a use of its threads. What we fork, workers that gather
@@ -55,7 +55,7 @@ class Vocabulary20B(Vocabulary):
     <|padding|> it stands for no text: where such words are in a text they are spelled as other words are, so no text
     has these tokens.
 
-    ``encode`` raises NotSpelled where the text is not UTF-8. Raises ValueError where the json is that of another kind
+    ``encode`` raises EncodingError where the text is not UTF-8. Raises ValueError where the json is that of another kind
     of tokenizer.
     """
 
@@ -116,7 +116,7 @@ class Vocabulary20B(Vocabulary):
         ids.pop()  # of the end of the data, which need not be that of a document
         return np.fromiter(itertools.chain.from_iterable(ids), self.dtype)
 
-    def cut(self, data: npt.NDArray[np.uint8], lo: int, at: int) -> int:
+    def split_point(self, data: npt.NDArray[np.uint8], lo: int, at: int) -> int:
         for length in (1 << 12, 1 << 16, 1 << 22):
             begin = max(lo, at - length)
             block = bytes(data[begin : at + 1])
@@ -154,7 +154,7 @@ def _decoded(data: bytes, lo: int, hi: int) -> str:
     try:
         return data[lo:hi].decode()
     except UnicodeDecodeError as error:
-        raise NotSpelled(lo + error.start, "is not UTF-8, and vocab 20b spells text alone") from error
+        raise EncodingError(lo + error.start, "is not UTF-8, and vocab 20b spells text alone") from error
 
 
 def _spelling(described: Any) -> list[bytes]:

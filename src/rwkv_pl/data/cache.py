@@ -1,0 +1,19 @@
+"""Results kept in the cache folder."""
+
+from collections.abc import Callable
+from typing import Any
+
+from filelock import FileLock
+
+from rwkv_pl.files import cache_folder, read_record, write_record, writing
+
+
+def cached_json(name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The result of ``make``, called once and stored as the JSON file ``name``."""
+    path = cache_folder() / "tokens" / name
+    with writing(path.parent), FileLock(path.with_suffix(".lock")):
+        stored = read_record(path)
+        if stored is None:
+            stored = make()
+            write_record(path, stored)
+        return stored

@@ -1,0 +1,34 @@
+"""Corpus types, a file each: the class says how a corpus is opened. `config.CORPORA` is the table of them."""
+
+from dataclasses import fields
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from rwkv_pl.config import CORPORA, DATA_PATHS
+from rwkv_pl.data.corpus import Corpus
+from rwkv_pl.data.token_file import TokenFile, open_tokens
+from rwkv_pl.data.vocabulary import Vocabulary
+
+
+class Source:
+    """Where a corpus comes from. A corpus type is a subclass, a dataclass whose fields are settings of `data`."""
+
+    has_test_split = True
+
+    def open(self) -> Corpus:
+        """The corpus, downloaded or derived at the first use. Raises UserError if it is missing or wrong."""
+        raise NotImplementedError
+
+    def open_tokens(self, corpus: Corpus, vocabulary: Vocabulary) -> TokenFile:
+        """The tokens of `corpus`, which `open` returned. Raises UserError if `vocabulary` cannot encode it."""
+        return open_tokens(corpus, vocabulary)
+
+
+def build_source(data: Any, cwd: Path) -> Source:
+    """The source of type `data.name` with its settings of `data`, a `config.Data`. Paths are relative to `cwd`."""
+    module, _, name = CORPORA[data.name].source.partition(":")
+    source_class = getattr(import_module(module), name)
+    settings = {field.name: getattr(data, field.name, None) for field in fields(source_class)}
+    given = {key: value for key, value in settings.items() if value is not None}
+    return source_class(**{key: cwd / value if key in DATA_PATHS else value for key, value in given.items()})

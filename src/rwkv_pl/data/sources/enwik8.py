@@ -1,0 +1,172 @@
+"""enwik8: the first 10^8 bytes of an English Wikipedia dump, downloaded once and checked."""
+
+import hashlib
+import http.client
+import urllib.error
+import urllib.request
+import zipfile
+import zlib
+from dataclasses import dataclass
+from http import HTTPStatus
+from pathlib import Path
+
+from filelock import FileLock
+
+from rwkv_pl.data.corpus import Corpus, Splits, file_digest
+from rwkv_pl.data.progress import bytes_progress
+from rwkv_pl.data.sources import Source
+from rwkv_pl.errors import UserError
+from rwkv_pl.files import cache_folder, made_for_success, publish, writing
+
+ENWIK8_URL = "http://mattmahoney.net/dc/enwik8.zip"
+
+ENWIK8_BYTES = 100_000_000
+
+ENWIK8_SHA1 = "57b8363b814821dc9d47aa4d41f58733519076b2"
+
+
+BLOCK = 1 << 20
+
+TIMEOUT_SECONDS = 30
+
+
+@dataclass(frozen=True)
+class Enwik8(Source):
+    """The first 10^8 bytes of an English Wikipedia dump, split 90/5/5 to the byte, as everybody reports it.
+
+    ``path/enwik8`` is used if it exists, else ``path/enwik8.zip`` is unpacked, else that is downloaded from ``url``.
+    Size and SHA-1 are checked every time. The final name appears only on a complete file, and of many processes at
+    once one does the work.
+
+    ``open`` raises UserError if the file cannot be had or is not enwik8.
+    """
+
+    path: str | Path = "data/enwik8"
+    url: str = ENWIK8_URL
+    n_bytes: int = ENWIK8_BYTES
+    sha1: str = ENWIK8_SHA1
+
+    def open(self) -> Corpus:
+        folder = Path(self.path)
+        if folder.is_file():
+            raise UserError(
+                f"data.path={folder} is a file: for a text of yours add data=text; data=enwik8 takes a folder"
+            )
+        path = folder / "enwik8"
+        if path.is_file():
+            _check_enwik8(path, self.n_bytes, self.sha1)
+        else:
+            locks = cache_folder() / "locks"
+            lock = locks / f"enwik8-{hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:16]}"
+            with writing(locks), FileLock(lock):
+                if not path.is_file():
+                    with made_for_success(folder), writing(folder):
+                        _fetch_enwik8(path, self.url, self.n_bytes, self.sha1)
+        train, val = self.n_bytes * 90 // 100, self.n_bytes * 95 // 100
+        splits = Splits((0, train), (train, val), (val, self.n_bytes))
+        return Corpus(
+            "enwik8", path.absolute(), splits, file_digest(path), "the first bytes of an English Wikipedia dump"
+        )
+
+
+def _check_enwik8(path: Path, n_bytes: int, sha1: str) -> None:
+    found = path.stat().st_size
+    if found != n_bytes:
+        raise UserError(
+            f"{path} has {found:,} bytes, enwik8 has {n_bytes:,}: delete it, and it is fetched again at the next start"
+        )
+    digest = hashlib.sha1()
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+    if digest.hexdigest() != sha1:
+        raise UserError(
+            f"{path} has SHA-1 {digest.hexdigest()}, enwik8 has {sha1}: "
+            "delete it, and it is fetched again at the next start"
+        )
+
+
+def _fetch_enwik8(path: Path, url: str, n_bytes: int, sha1: str) -> None:
+    by_hand = path.with_name("enwik8.zip")
+    if by_hand.is_file():
+        _unpack(by_hand, path, n_bytes, sha1, f"{by_hand} is not the archive of enwik8", "delete or replace it")
+        return
+    # A download that broke off, or was killed, leaves it under this name and goes on from there at the next start.
+    archive = path.with_name("enwik8.zip.partial")
+    _download(url, archive)
+    try:
+        _unpack(archive, path, n_bytes, sha1, f"the download of {url} is not the archive of enwik8", "nothing was kept")
+    finally:
+        archive.unlink(missing_ok=True)
+
+
+def _download(url: str, target: Path) -> None:
+    instead = (
+        f"place enwik8.zip from {ENWIK8_URL} in {target.parent.absolute()} by hand, "
+        "or use data=stdlib, which needs no network"
+    )
+    there = target.stat().st_size if target.is_file() else 0
+    try:
+        request = urllib.request.Request(url, headers={"Range": f"bytes={there}-"} if there else {})
+        response = urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS)
+    except urllib.error.HTTPError as error:
+        if error.code == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE and there:
+            return  # nothing is missing; whether it is right is seen when it is unpacked
+        raise UserError(f"cannot download {url}: {_reason(error)}; {instead}") from error
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise UserError(f"cannot download {url}: {_reason(error)}; {instead}") from error
+    if response.status != HTTPStatus.PARTIAL_CONTENT:
+        there = 0  # a server that sends the whole again
+    with (
+        response,
+        target.open("ab" if there else "wb") as file,
+        bytes_progress() as progress,
+    ):
+        header = response.headers.get("Content-Length")
+        expected = there + int(header) if header and header.isdigit() else None
+        received = there
+        task = progress.add_task(f"downloading {url}", total=expected, completed=received)
+        while True:
+            try:
+                block = response.read(1 << 16)
+            except (OSError, http.client.HTTPException) as error:
+                raise UserError(
+                    f"the download of {url} broke off: {_reason(error)}; start again, and it goes on; or {instead}"
+                ) from error
+            if not block:
+                break
+            file.write(block)
+            received += len(block)
+            progress.update(task, completed=received)
+        if expected is not None and received != expected:
+            raise UserError(
+                f"the download of {url} broke off after {received:,} of {expected:,} bytes: "
+                f"start again, and it goes on; or {instead}"
+            )
+
+
+def _unpack(archive: Path, path: Path, n_bytes: int, sha1: str, wrong: str, cure: str) -> None:
+    """Writes the member ``enwik8`` of ``archive`` to ``path`` where it is what it should be; else one line."""
+    digest, found = hashlib.sha1(), 0
+    with publish(path) as target:
+        try:
+            with zipfile.ZipFile(archive) as opened, opened.open("enwik8") as source:
+                # One byte more is enough to know that it is too long.
+                while block := source.read(min(BLOCK, n_bytes + 1 - found)):
+                    target.write(block)
+                    digest.update(block)
+                    found += len(block)
+        except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, NotImplementedError, RuntimeError) as error:
+            raise UserError(f"{wrong} ({archive.stat().st_size:,} bytes): {_reason(error)}; {cure}") from error
+        if found != n_bytes:
+            size = f"more than {n_bytes:,}" if found > n_bytes else f"{found:,}"
+            raise UserError(f"{wrong}: it holds {size} bytes, expected {n_bytes:,}; {cure}")
+        if digest.hexdigest() != sha1:
+            raise UserError(f"{wrong}: its content has SHA-1 {digest.hexdigest()}, expected {sha1}; {cure}")
+
+
+def _reason(error: BaseException) -> str:
+    """An exception in one line."""
+    inner = getattr(error, "reason", None) if isinstance(error, urllib.error.URLError) else None
+    words = error if isinstance(error, urllib.error.HTTPError) or inner is None else inner
+    return " ".join(str(words).split()) or type(error).__name__

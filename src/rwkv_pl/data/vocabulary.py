@@ -1,0 +1,195 @@
+"""Vocabularies: bytes as token ids, and back."""
+
+import itertools
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from rwkv_pl.config import VOCABULARIES
+from rwkv_pl.data.cache import cached_json
+from rwkv_pl.data.corpus import Corpus, character_start
+from rwkv_pl.errors import UserError
+from rwkv_pl.files import digest_of
+
+Tokens = npt.NDArray[np.unsignedinteger]
+
+CHUNK = 1 << 22
+
+
+class EncodingError(UserError):
+    """A text that a vocabulary has no tokens for, from byte ``offset`` on."""
+
+    def __init__(self, offset: int, why: str, where: str = "the text") -> None:
+        super().__init__(f"byte {offset:,} of {where} {why}")
+        self.offset, self.why = offset, why
+
+
+class Vocabulary:
+    """Byte strings as token ids, exactly and for every string: decode(encode(text)) == text.
+
+    ``byte``: 256 tokens, the bytes. ``char``: the 256 bytes first, then ``characters``, the ones that UTF-8 spells in
+    more than one byte, in the order of their code points. A character that is not among them, and whatever is not
+    UTF-8, is spelled in byte tokens, so bits per byte stay exact on any text. (``20b`` is not of this class but of
+    ``tokenizer_20b.Vocabulary20B``, which says what it does otherwise.)
+
+    Raises UserError for another kind, ValueError for characters that cannot be such tokens.
+    """
+
+    document_end = 10
+    """The token that stands between documents, and before a text that begins from nothing: here the newline."""
+
+    def __init__(self, kind: str = "byte", characters: str = "") -> None:
+        if kind not in VOCABULARIES:
+            raise UserError(f"vocab={kind} is not available: choose one of {', '.join(VOCABULARIES)}")
+        if kind == "20b":
+            raise ValueError("vocabulary 20b is made of its json")
+        points = np.array([ord(character) for character in characters], np.int64)
+        surrogates = (points >= 0xD800) & (points < 0xE000)
+        if (kind == "byte" and characters) or np.any(np.diff(points, prepend=0x7F) <= 0) or np.any(surrogates):
+            raise ValueError(f"vocabulary {kind}: characters must rise, lie above U+007F and be no surrogates")
+        self.kind = kind
+        self.characters = characters
+        self.size = 256 + len(characters)
+        self.dtype: np.dtype[np.unsignedinteger] = np.min_scalar_type(self.size - 1)
+        self.bytes_per_token: npt.NDArray[np.int64] = np.concatenate(
+            [np.ones(256, np.int64), 2 + (points >= 0x800).astype(np.int64) + (points >= 0x10000)]
+        )
+        """(size,) int64: how many bytes of text each token stands for."""
+        # Row i spells token i, from the left.
+        self._spelling = np.zeros((self.size, 4), np.uint8)
+        self._spelling[:256, 0] = np.arange(256)
+        spelled = np.arange(4) < self.bytes_per_token[256:, None]
+        self._spelling[256:][spelled] = np.frombuffer(characters.encode(), np.uint8)
+        self._points = points
+
+    def encode(self, text: bytes | npt.NDArray[np.uint8]) -> Tokens:
+        """The ids of ``text``: (n,) of the smallest unsigned dtype that holds ``size - 1``."""
+        data = np.frombuffer(text, np.uint8)
+        ids = data.astype(self.dtype)
+        if not self.characters:
+            return ids
+        starts, lengths, points = _long_characters(data)
+        place = np.minimum(np.searchsorted(self._points, points), len(self._points) - 1)
+        known = self._points[place] == points
+        starts, lengths = starts[known], lengths[known]
+        ids[starts] = (256 + place[known]).astype(self.dtype)
+        keep = np.ones(len(ids), bool)
+        for i in range(1, 4):
+            keep[starts[lengths > i] + i] = False
+        return ids[keep]
+
+    def encode_documents(self, text: bytes | npt.NDArray[np.uint8], ends: Iterable[int]) -> Tokens:
+        """The ids of ``text``, which has the end of a document at each of the bytes ``ends``, in order.
+
+        In bytes and characters that byte, a newline, is the end; 20b has ``document_end`` instead of it.
+        """
+        return self.encode(text)
+
+    def split_point(self, data: npt.NDArray[np.uint8], lo: int, at: int) -> int:
+        """The last place in (lo, at] of ``data`` (N,) where the ids of the whole are those of the two parts.
+
+        ``lo``, where the text begins, if there is none.
+        """
+        return character_start(data, at)
+
+    def chunks(self, data: npt.NDArray[np.uint8], lo: int, hi: int) -> list[tuple[int, int]]:
+        """Ranges of about CHUNK bytes that cover [lo, hi) and can be encoded apart; longer if there is no such cut."""
+        edges = [lo]
+        for at in range(lo + CHUNK, hi, CHUNK):
+            edges.append(self.split_point(data, edges[-1], at))
+        return [(begin, end) for begin, end in itertools.pairwise([*edges, hi]) if begin < end]
+
+    def decode(self, ids: npt.ArrayLike) -> bytes:
+        """The text of ``ids`` (n,), any integers in [0, size); a cut inside a character that bytes spell stays one."""
+        index = np.asarray(ids, np.int64)
+        spelled = np.arange(4) < self.bytes_per_token[index][:, None]
+        return self._spelling[index][spelled].tobytes()
+
+    def to_dict(self) -> dict[str, str]:
+        """What JSON and a checkpoint can hold; ``from_dict`` makes the same vocabulary of it."""
+        return {"kind": self.kind, "characters": self.characters}
+
+    @classmethod
+    def from_dict(cls, stored: dict[str, Any]) -> "Vocabulary":
+        """The vocabulary that ``to_dict`` wrote. Raises UserError where ``stored`` is none, or of an unknown kind."""
+        try:
+            if stored["kind"] == "20b":
+                from rwkv_pl.data.tokenizer_20b import Vocabulary20B  # its library is for those who use it
+
+                return Vocabulary20B(str(stored["tokenizer"]))
+            return cls(str(stored["kind"]), str(stored.get("characters", "")))
+        except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+            raise UserError(f"the stored vocabulary is damaged: {error!r}") from error
+
+    @property
+    def digest(self) -> str:
+        """64 hex digits, the same for equal vocabularies."""
+        return digest_of(self.to_dict())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Vocabulary) and self.to_dict() == other.to_dict()
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def __repr__(self) -> str:
+        return f"Vocabulary({self.kind!r}, size={self.size})"
+
+
+def build_vocabulary(kind: str, corpus: Corpus, vocab_path: Path | None = None) -> Vocabulary:
+    """The vocabulary of a corpus: for ``char``, of its training split, found once and kept in the cache folder; for
+    ``20b``, of the json ``vocab_path``.
+
+    Raises UserError for an unknown kind, and where there is no such json.
+    """
+    if kind == "20b":
+        if vocab_path is None:
+            raise UserError(
+                "data.vocab=20b needs the tokenizer's json: data.vocab_path=20B_tokenizer.json (it is in the source of "
+                "the official RWKV-4 code, and with GPT-NeoX-20B as tokenizer.json)"
+            )
+        return read_vocabulary(vocab_path)
+    if kind != "char":
+        return Vocabulary(kind)
+
+    def found() -> dict[str, Any]:
+        seen = np.zeros(0x110000, bool)
+        data = np.memmap(corpus.path, np.uint8, mode="r")
+        for lo, hi in Vocabulary("char").chunks(data, *corpus.character_splits().train):
+            seen[_long_characters(data[lo:hi])[2]] = True
+        return Vocabulary("char", "".join(map(chr, np.flatnonzero(seen)))).to_dict()
+
+    return Vocabulary.from_dict(cached_json(f"char-{digest_of(corpus.cache_key)[:16]}.json", found))
+
+
+def read_vocabulary(path: Path) -> Vocabulary:
+    """The vocabulary ``20b`` of its json. Raises UserError where ``path`` is none."""
+    from rwkv_pl.data.tokenizer_20b import Vocabulary20B  # its library is for those who use it
+
+    return Vocabulary20B.read(path)
+
+
+def _long_characters(
+    data: npt.NDArray[np.uint8],
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Starts, lengths in bytes (2 to 4) and code points of the well-formed UTF-8 characters above U+007F.
+
+    No two of them overlap, since no byte both leads and continues a character: so each lead byte is judged alone.
+    """
+    starts = np.flatnonzero(data >= 0xC2)
+    lead = data[starts].astype(np.int64)
+    lengths = 2 + (lead >= 0xE0).astype(np.int64) + (lead >= 0xF0)
+    points = lead & (0x7F >> lengths)
+    good = (lead < 0xF5) & (starts + lengths <= len(data))
+    for i in range(1, 4):
+        continues = data[np.minimum(starts + i, len(data) - 1)]
+        inside = lengths > i
+        good &= ~inside | (continues & 0xC0 == 0x80)
+        points = np.where(inside, points << 6 | continues & 0x3F, points)
+    # Overlong spellings, surrogates and what lies past Unicode are not UTF-8.
+    smallest = np.array([0, 0, 0x80, 0x800, 0x10000])[lengths]
+    good &= (points >= smallest) & ((points < 0xD800) | (points >= 0xE000)) & (points < 0x110000)
+    return starts[good], lengths[good], points[good]

@@ -1,0 +1,96 @@
+"""Weights from disk: a run folder, a checkpoint of ours, an official RWKV-4 `.pth`, a Hugging Face folder."""
+
+import contextlib
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from rwkv_pl.data.vocabulary import Vocabulary, read_vocabulary
+from rwkv_pl.errors import CorruptFileError, UserError
+from rwkv_pl.weights import huggingface
+from rwkv_pl.weights.checkpoint import first_sentence, read_checkpoint
+from rwkv_pl.weights.metadata import KEY, Metadata
+from rwkv_pl.weights.tensors import Weights, validate_tensors, version_of
+
+
+def load_weights(source: str | Path) -> tuple[nn.Module, Vocabulary | None]:
+    """The model that `source` holds, on the CPU in float32 and in training mode, and its vocabulary.
+
+    source: as for `read_weights`. The vocabulary is None where it is not known, as of an official `.pth`.
+
+    Raises UserError, one line, where there is nothing, or nothing that we can read.
+    """
+    weights = read_weights(source)
+    return weights.model(), weights.vocabulary
+
+
+def read_weights(source: str | Path) -> Weights:
+    """What `source` holds, all of its tensors looked at.
+
+    source: a run folder (its best.ckpt, else last.ckpt), a `.ckpt` of ours, an official RWKV-4 `.pth`, or a folder of
+    Hugging Face transformers. The content tells which it is, and the tensors the version and the size.
+
+    Raises UserError, one line, where a tensor is missing, left over, of another shape, or not finite.
+    """
+    path = weights_path(Path(source))
+    try:
+        return _read_folder(path) if path.is_dir() else _read_file(path)
+    except UserError as error:
+        if str(path) in str(error):
+            raise
+        raise CorruptFileError(f"{path}: {error}") from error
+    except Exception as error:  # what was made by hand, or is damaged, can fail in any way
+        raise CorruptFileError(f"{path} does not hold a whole model ({first_sentence(error)})") from error
+
+
+def _read_file(path: Path) -> Weights:
+    content = read_checkpoint(path)
+    if KEY not in content:
+        return validate_tensors(content, version_of(content, path), path, "official .pth")
+    run = Metadata.from_checkpoint(content, path)
+    vocabulary = Vocabulary.from_dict(run.vocabulary) if run.vocabulary else None
+    weights = validate_tensors(
+        _model_part(content["state_dict"]), run.model, path, "checkpoint of rwkv_pl", run.config, vocabulary
+    )
+    return replace(weights, step=content.get("global_step"), trained_on=(run.past or {}).get("corpus"))
+
+
+def _read_folder(folder: Path) -> Weights:
+    config = huggingface.read_json(folder / huggingface.CONFIG)
+    layout = huggingface.layout_of(config, folder)
+    tensors: dict[str, Tensor] = {}
+    for path in huggingface.tensor_files(folder):
+        safe = path.suffix == ".safetensors"
+        tensors |= huggingface.read_tensors(path) if safe else read_checkpoint(path)
+    tensors = layout.to_official(tensors, config, folder)
+    stored, tokenizer = folder / huggingface.VOCABULARY, folder / huggingface.TOKENIZER
+    vocabulary = Vocabulary.from_dict(huggingface.read_json(stored)) if stored.exists() else None
+    if vocabulary is None and tokenizer.exists():
+        # The 20B tokenizer, or another that is not known here and leaves the weights what they are.
+        with contextlib.suppress(UserError):
+            known = read_vocabulary(tokenizer)
+            vocabulary = known if known.size == len(tensors.get("emb.weight", ())) else None
+    return validate_tensors(tensors, layout.version, folder, "Hugging Face folder", vocabulary=vocabulary)
+
+
+def _model_part(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key.removeprefix("model."): value for key, value in state_dict.items() if key.startswith("model.")}
+
+
+def weights_path(source: Path) -> Path:
+    """What `source` means: of a run folder its best.ckpt, else last.ckpt; a file or Hugging Face folder itself."""
+    if source.is_file():
+        return source
+    if not source.exists():
+        raise UserError(f"there are no weights at {source}: give a run folder, .ckpt, .pth or Hugging Face folder")
+    for folder in (source / "checkpoints", source):
+        for name in ("best.ckpt", "last.ckpt"):
+            if (path := folder / name).is_file():
+                return path
+    if (source / huggingface.CONFIG).is_file():
+        return source
+    raise UserError(
+        f"{source} is no run folder with weights: it holds neither checkpoints/best.ckpt nor last.ckpt, "
+        f"nor a {huggingface.CONFIG} of Hugging Face"
+    )

@@ -1,0 +1,81 @@
+"""Weights to disk: a checkpoint, an official `.pth`, a Hugging Face folder."""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rwkv_pl.errors import RunError
+from rwkv_pl.files import publish, publish_folder
+from rwkv_pl.weights import huggingface
+from rwkv_pl.weights.metadata import KEY, Metadata
+from rwkv_pl.weights.read import read_weights
+from rwkv_pl.weights.tensors import Weights
+
+
+def write_weights(weights: Weights, target: Path) -> Weights:
+    """Writes them in the form that the name asks for: `.pth`, `.ckpt`, else a Hugging Face folder.
+
+    What was written is read again, and compared bit for bit, before it bears its name. Returns what was read. A `.pth`
+    is weights alone, it keeps no vocabulary. The folder of `target` is there, `target` not, or an empty folder.
+
+    Raises OSError where the disk refuses; nothing is left then.
+    """
+    from rwkv_pl.data.tokenizer_20b import as_tokenizer  # its library is for those who use it
+
+    # Each in memory of its own: a part of something larger would be written as the whole of it.
+    weights = replace(weights, tensors={name: _packed(value) for name, value in weights.tensors.items()})
+    if target.suffix.lower() in (".pth", ".ckpt"):
+        with publish(target) as file:
+            torch.save(weights.tensors if target.suffix.lower() == ".pth" else _checkpoint(weights), file)
+            file.flush()
+            written = _read_again(Path(file.name), weights)
+    else:
+        with publish_folder(target) as folder:
+            layout = next(layout for layout in huggingface.LAYOUTS.values() if layout.version == weights.version)
+            _write_json(layout.config_of(weights.config, weights.dtype), folder / huggingface.CONFIG)
+            if weights.vocabulary:
+                _write_json(weights.vocabulary.to_dict(), folder / huggingface.VOCABULARY)
+                if tokenizer := as_tokenizer(weights.vocabulary):
+                    _write_json(tokenizer, folder / huggingface.TOKENIZER)
+                    # Without it transformers takes a class for this model whose own settings override the json's.
+                    _write_json({"tokenizer_class": "PreTrainedTokenizerFast"}, folder / "tokenizer_config.json")
+            huggingface.write_tensors(layout.from_official(weights.tensors), folder / huggingface.TENSORS)
+            written = _read_again(folder, weights)
+    return replace(written, path=target)
+
+
+def _checkpoint(weights: Weights) -> dict[str, Any]:
+    """A checkpoint without a run: it can be loaded, not resumed."""
+    vocabulary = weights.vocabulary.to_dict() if weights.vocabulary else None
+    return {
+        KEY: Metadata(weights.version, asdict(weights.config), vocabulary, finished=None).to_dict(),
+        "state_dict": {f"model.{name}": value for name, value in weights.tensors.items()},
+    }
+
+
+def _read_again(path: Path, weights: Weights) -> Weights:
+    written = read_weights(path)
+    for name, value in weights.tensors.items():
+        there = written.tensors[name]
+        if there.dtype != value.dtype or not torch.equal(_bits(there), _bits(value)):
+            raise RunError(f"{name} was not written to {path} as it was: its disk may be failing")
+    return written
+
+
+def _write_json(content: dict[str, Any], path: Path) -> None:
+    with publish(path) as file:
+        file.write(json.dumps(content, indent=2).encode() + b"\n")
+
+
+def _packed(value: Tensor) -> Tensor:
+    whole = value.is_contiguous() and value.untyped_storage().nbytes() == value.nbytes
+    return value if whole else value.clone(memory_format=torch.contiguous_format)
+
+
+def _bits(value: Tensor) -> Tensor:
+    """Every bit, that of a zero's sign too."""
+    return value.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[value.element_size()])

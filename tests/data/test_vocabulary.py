@@ -1,0 +1,120 @@
+"""Vocabulary: every byte string comes back."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from rwkv_pl.data.corpus import character_start
+from rwkv_pl.data.vocabulary import Vocabulary
+from rwkv_pl.errors import UserError
+
+CHARACTERS = "".join(sorted("éßЖ漢字😀\u0080\u07ff\u0800\uffff\U00010000\U0010ffff"))
+
+CHAR = Vocabulary("char", CHARACTERS)
+
+# Text, noise, and text with noise inside: what UTF-8 decoders get wrong lies between the two.
+PIECES = st.one_of(
+    st.binary(max_size=6),
+    st.text(max_size=6).map(str.encode),
+    st.text(alphabet=CHARACTERS + "añ", max_size=6).map(str.encode),
+    st.text(alphabet=CHARACTERS, min_size=1, max_size=2).map(lambda text: text.encode()[:-1]),
+    st.sampled_from([b"\xc0\xaf", b"\xed\xa0\x80", b"\xf4\x90\x80\x80", b"\xe0\x80\x80", b"\xf8\x88\x80\x80\x80"]),
+)
+
+TEXTS = st.lists(PIECES, max_size=8).map(b"".join)
+
+
+def plain_encode(text: bytes, characters: str) -> list[int]:
+    """From left to right, as one would say it: a character that is in the vocabulary, else one byte."""
+    ids, at = [], 0
+    while at < len(text):
+        for length in (2, 3, 4):
+            try:
+                character = text[at : at + length].decode()
+            except UnicodeDecodeError:
+                continue
+            if len(character) == 1 and character in characters:
+                ids.append(256 + characters.index(character))
+                at += length
+                break
+        else:
+            ids.append(text[at])
+            at += 1
+    return ids
+
+
+@given(TEXTS)
+@example("naïve café 漢字 😀".encode())
+@example(b"\xe6\xbc")
+@example(b"\xf8\x90\x80\x80 spells U+10000 if one looks away")
+@example(b"\xe0\x82\x80 is too long for U+0080")
+@example(b"")
+def test_char_encoding_is_the_plain_one_and_comes_back(text: bytes) -> None:
+    ids = CHAR.encode(text)
+    assert ids.tolist() == plain_encode(text, CHARACTERS)
+    assert CHAR.decode(ids) == text
+    assert CHAR.bytes_per_token[ids].sum() == len(text)
+
+
+@given(st.binary())
+def test_byte_tokens_are_the_bytes(text: bytes) -> None:
+    vocabulary = Vocabulary()
+    ids = vocabulary.encode(text)
+    assert ids.dtype == np.uint8
+    assert ids.tolist() == list(text)
+    assert vocabulary.decode(ids) == text
+
+
+@given(st.lists(st.integers(0, CHAR.size - 1)))
+def test_any_ids_are_text(ids: list[int]) -> None:
+    spelled = b"".join(bytes([i]) if i < 256 else CHARACTERS[i - 256].encode() for i in ids)
+    assert CHAR.decode(ids) == spelled
+    assert CHAR.bytes_per_token[np.array(ids, int)].sum() == len(spelled)
+
+
+@given(TEXTS, st.integers(0, 60))
+def test_a_cut_moves_to_the_start_of_the_character_it_breaks(text: bytes, at: int) -> None:
+    at = min(at, len(text))
+    data = np.frombuffer(text, np.uint8)
+    start = character_start(data, at)
+    assert at - 3 <= start <= at
+    everything = Vocabulary("char", "".join(sorted({c for c in text.decode(errors="ignore") if c > "\x7f"})))
+    whole = everything.encode(text).tolist()
+    assert everything.encode(text[:start]).tolist() + everything.encode(text[start:]).tolist() == whole
+    if start != at:
+        assert everything.encode(text[:at]).tolist() + everything.encode(text[at:]).tolist() != whole
+
+
+def test_ids_are_the_smallest_unsigned_integers() -> None:
+    assert Vocabulary("char", "é").dtype == np.uint16
+    many = "".join(map(chr, range(0x10000, 0x10000 + 65536)))
+    assert Vocabulary("char", many).dtype == np.uint32
+    assert Vocabulary("char", many[: 65536 - 256]).dtype == np.uint16
+
+
+def test_a_vocabulary_survives_json() -> None:
+    for vocabulary in (Vocabulary(), CHAR):
+        stored = json.loads(json.dumps(vocabulary.to_dict()))
+        again = Vocabulary.from_dict(stored)
+        assert again == vocabulary
+        assert again.digest == vocabulary.digest
+        assert again.encode("é漢".encode()).tolist() == vocabulary.encode("é漢".encode()).tolist()
+    assert Vocabulary().digest != CHAR.digest
+    assert Vocabulary() != CHAR
+
+
+@pytest.mark.parametrize(
+    "stored", [{}, [], None, {"kind": "char", "characters": "ba"}, {"kind": "char", "characters": "\ud800"}]
+)
+def test_a_damaged_vocabulary_is_one_line(stored: object) -> None:
+    with pytest.raises(UserError, match="stored vocabulary is damaged") as caught:
+        Vocabulary.from_dict(stored)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_kind_names_the_known() -> None:
+    with pytest.raises(UserError, match=r"vocab=word is not available.*byte, char, 20b"):
+        Vocabulary("word")
