@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from rwkv_pl.cli.app import check, compose, is_group_choice, parse_overrides, require_key, typed_config_dir
 from rwkv_pl.cli.folder import begun
-from rwkv_pl.config import Train, UserError
+from rwkv_pl.config import Train, UserError, check_kinds, split_own
 from rwkv_pl.data.sources import is_there
 from rwkv_pl.files import leads_out, publish
 
@@ -112,6 +112,7 @@ class StoredRun:
                     f"{key}={new} contradicts the past of {self.folder}, which has {key}={old}: start a new run for it"
                 )
         checked = check(config, later, self.config_dir)
+        check_kinds("optim", checked.optim.own, split_own(before.optim)[1])
         require_own_places(checked, self.folder, set(values))
         return checked, entry
 

@@ -11,7 +11,6 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -216,7 +215,7 @@ def _run(prepared: "Prepared", folder: Path, resumed: bool = False) -> None:
         log.info(f"code    {code}")
         for logger in [] if resumed else trainer.loggers:
             try:
-                logger.log_hyperparams(asdict(config) | {"code": code})
+                logger.log_hyperparams(config.hyperparameters() | {"code": code})
                 if isinstance(logger, MLFlowLogger):
                     (folder / MLFLOW_RUN).write_text(str(logger.run_id))
             except OSError:
