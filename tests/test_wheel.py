@@ -71,6 +71,10 @@ def test_a_wheel_trains_from_any_folder(environment, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
+    # The text of a study lies in the wheel too.
+    debug = [environment / "rwkv-train", "experiment=debug", "trainer.max_steps=1", "hydra.run.dir=debug"]
+    done = subprocess.run(debug, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
     # Hydra finds the launcher and the sweeper of -m, and their processes the wheel.
     sweep = [*command[:1], "-m", *command[1:-2], "optim.lr=1e-3", "hydra.sweep.dir=sweep"]
     done = subprocess.run(sweep, cwd=tmp_path, capture_output=True, text=True, timeout=300)

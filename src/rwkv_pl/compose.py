@@ -20,7 +20,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rwkv_pl.config import GROUPS, Train, check_kind, check_kinds, check_trainer, nearest
+from rwkv_pl.config import GROUPS, Train, check_kind, check_kinds, check_trainer, nearest, split_own
 from rwkv_pl.errors import UserError, one_line
 from rwkv_pl.targets import MOVED, check_target, find_targets, trusted_modules
 
@@ -28,6 +28,9 @@ from rwkv_pl.targets import MOVED, check_target, find_targets, trusted_modules
 OmegaConf.register_new_resolver("divide", lambda a, b: a / b, replace=True)
 
 CONFIG_MODULE = "rwkv_pl.conf"
+
+# For a file that comes with the config, wherever that is installed: ${conf:experiment/debug.txt}
+OmegaConf.register_new_resolver("conf", lambda name: str(resources.files(CONFIG_MODULE) / name), replace=True)
 
 Schema = TypeVar("Schema")
 
@@ -148,11 +151,15 @@ def check(config: DictConfig, overrides: Sequence[Override] = (), config_dir: st
     for group in GROUPS[:-1]:
         if not isinstance(plain.get(group), dict):
             raise UserError(f"{group}={plain.get(group)} is not a choice of a file in conf/{group}")
-    if any(override.key_or_group.startswith(("callbacks.", "logger.")) for override in overrides):
-        choices = [o.input_line or "" for o in overrides if is_group_choice(o) and o.key_or_group != "experiment"]
-        base = compose(choices, config_dir)
+    if any(override.key_or_group.startswith(("callbacks.", "logger.", "optim.")) for override in overrides):
+        choices = {o.key_or_group: o.input_line or "" for o in overrides if is_group_choice(o)}
+        choices.pop("experiment", None)
+        if optim := OmegaConf.select(config, "hydra.runtime.choices.optim"):
+            choices["optim"] = f"optim={quote_override(optim)}"  # an experiment may have chosen it
+        base = compose(list(choices.values()), config_dir)
         for group in ("callbacks", "logger"):
             check_kinds(group, plain[group], OmegaConf.to_container(base[group]))
+        check_kinds("optim", plain["optim"], split_own(base.optim)[1])
     defaults = trainer_defaults()
     plain["trainer"] = defaults | plain["trainer"]
     check_trainer(plain["trainer"], defaults)
@@ -174,7 +181,8 @@ def check(config: DictConfig, overrides: Sequence[Override] = (), config_dir: st
         raise UserError(
             "an experiment's file begins with the line '# @package _global_': without it its settings go astray"
         )
-    return to_dataclass(plain, Train)
+    common, own = split_own(plain["optim"])
+    return to_dataclass(plain | {"optim": common | {"own": own}}, Train)
 
 
 def to_plain_dict(config: DictConfig) -> dict[str, Any]:

@@ -6,7 +6,8 @@ it has in its YAML file. Only the standard library is imported, so that a mistak
 """
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from rwkv_pl.errors import UserError
@@ -115,21 +116,35 @@ class Model:
 
 @dataclass
 class Optim:
-    """The optimizer and its numbers. `lr_scale`: factors of the learning rate by the last part of a parameter's name;
-    null for none, `version` for the model version's own."""
+    """The optimizer class and its arguments.
+
+    betas, eps: None for the class's own defaults, or if it has none (torch.optim.SGD).
+    lr_scale: factors of the learning rate by the last part of a parameter's name; None, or `version` for the model
+    version's own.
+    own: arguments that only this class has, such as {"momentum": 0.9}. In YAML they are further keys of optim.
+    """
 
     _target_: str = "torch.optim.Adam"
     lr: float = 1e-5
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    eps: float = 1e-8
+    betas: list[float] | None = None
+    eps: float | None = None
     weight_decay: float = 0.0
     lr_scale: Any = None
+    own: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What the class is called with, besides the parameters. Lists become tuples, as torch has them."""
+        common = {"lr": self.lr, "betas": self.betas, "eps": self.eps, "weight_decay": self.weight_decay}
+        given = {key: value for key, value in common.items() if value is not None} | self.own
+        return {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
 
     def __post_init__(self) -> None:
         above("optim.lr", self.lr, 0)
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise UserError(f"optim.betas must be two numbers from 0 to below 1, got {self.betas}")
-        above("optim.eps", self.eps, 0)
+        if self.betas is not None and not (self.betas and all(0 <= beta < 1 for beta in self.betas)):
+            raise UserError(f"optim.betas must be numbers from 0 to below 1, got {self.betas}")
+        if self.eps is not None:
+            above("optim.eps", self.eps, 0)
         at_least("optim.weight_decay", self.weight_decay, 0)
         if self.lr_scale not in (None, "version"):
             check_kind("optim.lr_scale, where neither null nor version,", self.lr_scale, (dict,))
@@ -138,18 +153,35 @@ class Optim:
                 above(f"optim.lr_scale.{name}", factor, 0)
 
 
+def split_own(optim: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The optim group of a config: the keys that every optimizer has, and those of its class alone."""
+    known = {of.name for of in fields(Optim)} - {"own"}
+    common = {key: value for key, value in optim.items() if key in known}
+    return common, {key: value for key, value in optim.items() if key not in known}
+
+
 @dataclass
 class Schedule:
     """The learning rate as a function of the optimizer step: warm-up from 0 to optim.lr over `warmup_steps`, then
-    `name`'s curve down to `final_lr`, reached at step `decay_steps` (null: the run's last step)."""
+    `name`'s curve down to `final_lr`, reached at step `decay_steps` (null: the run's last step).
+
+    decay_share: of wsd (warm-up, stable, decay) alone: the share of these steps, at their end, over which the rate
+    falls; before them it is optim.lr.
+    """
 
     name: str = "constant"
     warmup_steps: int = 0
     decay_steps: int | None = None
     final_lr: float = 0.0
+    decay_share: float | None = None
 
     def __post_init__(self) -> None:
-        one_of("schedule.name", self.name, ("constant", "cosine", "exponential"))
+        one_of("schedule.name", self.name, ("constant", "cosine", "linear", "wsd", "exponential"))
+        if (self.decay_share is None) == (self.name == "wsd"):
+            wrong = "is missing" if self.decay_share is None else f"is not a setting of schedule={self.name}"
+            raise UserError(f"schedule.decay_share {wrong}; schedule=wsd has it")
+        if self.decay_share is not None and not 0 < self.decay_share <= 1:
+            raise UserError(f"schedule.decay_share must be a share above 0, at most 1, got {self.decay_share}")
         at_least("schedule.warmup_steps", self.warmup_steps, 0)
         if self.decay_steps is not None:
             at_least("schedule.decay_steps", self.decay_steps, 1)
@@ -191,6 +223,15 @@ class Train:
             at_least("loss_chunk_len", self.loss_chunk_len, 1)
         one_of("kernel", self.kernel, KERNELS)
         between("seed", self.seed, 0, 2**63 - 1, inclusive=True)
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """For loggers: the keys of the config, without those of optim and schedule that the chosen ones do not have."""
+        plain = asdict(self)
+        plain["optim"] |= plain["optim"].pop("own")
+        for group in ("optim", "schedule"):
+            optional = ("betas", "eps", "decay_share")
+            plain[group] = {k: v for k, v in plain[group].items() if not (k in optional and v is None)}
+        return plain
 
 
 @dataclass

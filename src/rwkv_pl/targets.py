@@ -15,7 +15,7 @@ from rwkv_pl.errors import UserError, one_line
 
 # By group; `_target_` is one of these modules and exactly one more name.
 TARGET_MODULES = {
-    "optim": ("torch.optim",),
+    "optim": ("torch.optim", "rwkv_pl.training.muon"),
     "callbacks": (
         "lightning.pytorch.callbacks",
         "rwkv_pl.training.callbacks.checkpoints",

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from command import SMALL
-from test_train import checkpoint, rows
+from test_train import checkpoint, column, rows
 
 from rwkv_pl.cli.sweep import OURS
 from rwkv_pl.compose import check, compose
@@ -90,6 +90,13 @@ def test_the_search_is_a_study():
 def test_a_number_that_follows_another():
     for name, lr in (("rwkv4_tiny", 1.5 / 192), ("rwkv4_small", 1.5 / 384)):
         assert check(compose(["experiment=scaling", f"model={name}"])).optim.lr == lr
+
+
+def test_the_debug_experiment_learns_its_text_by_heart(train, tmp_path):
+    result = train("experiment=debug", "hydra.run.dir=run")
+    assert result.code == 0 and "(1 pass is 1 steps)" in result.out, result.err
+    losses = [float(loss) for _, loss in column(tmp_path / "run", "train/loss")]
+    assert len(losses) == 50 and losses[0] > 5 and max(losses[-10:]) < 0.1, losses
 
 
 def test_samples_as_it_goes(train, tmp_path):

@@ -1,11 +1,14 @@
 """Parameter groups and learning rates, against tables a reader can check."""
 
+import copy
+
 import pytest
 import torch
 
-from rwkv_pl import RWKV4, RWKV4Config
-from rwkv_pl.config import Optim, Schedule
+from rwkv_pl import RWKV4, LitRWKV, RWKV4Config
+from rwkv_pl.config import Optim, Schedule, Train
 from rwkv_pl.errors import UserError
+from rwkv_pl.training.muon import MuonAdamW
 from rwkv_pl.training.optim import build_optimizer, check_schedule, learning_rate, parameter_groups, write_numbers
 
 MODEL = RWKV4(RWKV4Config(vocab_size=11, n_layer=2, n_embd=8))
@@ -52,6 +55,122 @@ def test_numbers_come_from_the_config_not_from_the_checkpoint():
         assert group["lr_scale"] == (2 if group["name"] == "time_decay" else 1)
 
 
+def test_an_optimizers_own_arguments_come_from_the_config_too():
+    old = Optim("torch.optim.SGD", own={"momentum": 0.5, "nesterov": True})
+    new = Optim("torch.optim.SGD", own={"momentum": 0.8})
+    optimizer = build_optimizer(torch.optim.SGD, parameter_groups(MODEL, {}), new)
+    optimizer.load_state_dict(build_optimizer(torch.optim.SGD, parameter_groups(MODEL, {}), old).state_dict())
+    assert optimizer.param_groups[0]["momentum"] == 0.5
+    write_numbers(optimizer, new, {})
+    assert {(group["momentum"], group["nesterov"], group["fused"]) for group in optimizer.param_groups} == {
+        (0.8, False, True)
+    }
+    assert all("betas" not in group and "eps" not in group for group in optimizer.param_groups)
+
+
+def test_the_default_is_adam_with_its_own_numbers():
+    optimizer = LitRWKV(MODEL, Optim()).configure_optimizers()
+    assert type(optimizer) is torch.optim.Adam
+    assert {(g["lr"], g["betas"], g["eps"], g["weight_decay"]) for g in optimizer.param_groups} == {
+        (1e-5, (0.9, 0.999), 1e-8, 0.0)
+    }
+
+
+class TakesAnything(torch.optim.SGD):
+    def __init__(self, params, **arguments):
+        super().__init__(params, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("target", "optim", "message"),
+    [
+        (torch.optim.SGD, Optim("SGD", betas=[0.9, 0.99]), "optim.betas: SGD takes no betas; there are: lr, momentum"),
+        (torch.optim.SGD, Optim("SGD", own={"momentun": 0.9}), "takes no momentun; did you mean momentum?"),
+        (torch.optim.SGD, Optim("SGD", own={"params": 3}), "optim.params: SGD takes no params"),
+        (torch.optim.SGD, Optim("SGD", own={"momentum": -1.0}), "optim refuses its settings: Invalid momentum"),
+        (torch.optim.SGD, Optim("SGD", own={"momentum": "fast"}), "optim refuses its settings: '<' not supported"),
+        (torch.optim.Adam, Optim(betas=[0.9]), "optim.betas must be 2 numbers for torch.optim.Adam, got [0.9]"),
+        (torch.optim.Rprop, Optim("Rprop", weight_decay=0.1), "optim.weight_decay: Rprop takes no weight_decay"),
+        (torch.optim.LBFGS, Optim("LBFGS"), "optim refuses its settings: LBFGS doesn't support per-parameter"),
+        (torch.optim.Muon, Optim("Muon"), "optim refuses its settings: Muon only supports 2D parameters"),
+        (torch.optim.Optimizer, Optim("Optimizer"), "optim.lr: Optimizer takes no lr; there are: defaults"),
+        (TakesAnything, Optim("Mine", own={"momentun": 0.9}), "optim refuses its settings: "),
+        (MuonAdamW, Optim("MuonAdamW", own={"adjust_lr_fn": "x"}), "optim refuses its settings: Adjust learning rate"),
+        (dict, Optim("builtins.dict"), "optim._target_=builtins.dict is not an optimizer"),
+    ],
+)
+def test_an_optimizer_refuses_in_one_line(target, optim, message):
+    with pytest.raises(UserError) as raised:
+        build_optimizer(target, parameter_groups(MODEL, {}), optim)
+    assert message in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["Adagrad", "Adadelta", "RMSprop", "Rprop", "NAdam", "Adafactor", "ASGD"])
+def test_any_optimizer_serves(name):
+    model = copy.deepcopy(MODEL)
+    module = LitRWKV(model, Optim(f"torch.optim.{name}", lr=1e-3))
+    optimizer = module.configure_optimizers()
+    write_numbers(optimizer, module.optim, {})
+    before = [p.clone() for p in model.parameters()]
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert not any(torch.equal(old, p) for old, p in zip(before, model.parameters(), strict=True))
+
+
+def test_hyperparameters_are_recorded_as_the_config_has_them():
+    optim = Optim("torch.optim.SGD", lr=0.1, own={"momentum": 0.9})
+    recorded = Train(optim=optim, schedule=Schedule("wsd", decay_share=0.2)).hyperparameters()
+    assert recorded["optim"] == {
+        "_target_": "torch.optim.SGD",
+        "lr": 0.1,
+        "weight_decay": 0.0,
+        "lr_scale": None,
+        "momentum": 0.9,
+    }
+    assert recorded["schedule"]["decay_share"] == 0.2
+    assert "decay_share" not in Train().hyperparameters()["schedule"]
+
+
+def test_muon_moves_the_blocks_matrices_and_adamw_everything_else():
+    """The same bits as torch's two optimizers side by side, over parameters, gradients and three steps."""
+    optim = Optim("rwkv_pl.training.muon.MuonAdamW", lr=0.01, betas=[0.8, 0.9], weight_decay=0.1,
+                  lr_scale={"time_decay": 2.0}, own={"momentum": 0.7})  # fmt: skip
+    ours, theirs = copy.deepcopy(MODEL), copy.deepcopy(MODEL)
+    module = LitRWKV(ours, optim)
+    optimizer = module.configure_optimizers()
+    write_numbers(optimizer, optim, module.lr_scale)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.01 * group["lr_scale"]
+    named = dict(theirs.named_parameters())
+    matrices = {name for name, p in named.items() if name.startswith("blocks.") and p.dim() == 2}
+    decayed = {"emb.weight", "head.weight"}
+    fast = {name for name in named if name.endswith("time_decay")}
+    rest = named.keys() - matrices - decayed - fast
+    numbers = {"lr": 0.01, "weight_decay": 0.1}
+    muon = torch.optim.Muon([named[n] for n in sorted(matrices)], momentum=0.7, eps=1e-8,
+                            adjust_lr_fn="match_rms_adamw", **numbers)  # fmt: skip
+    groups = [
+        {"params": [named[name] for name in sorted(names)], **changes}
+        for names, changes in ((decayed, {}), (fast, {"lr": 0.02, "weight_decay": 0.0}), (rest, {"weight_decay": 0.0}))
+    ]
+    adamw = torch.optim.AdamW(groups, betas=(0.8, 0.9), fused=True, **numbers)
+    torch.manual_seed(0)
+    for _ in range(3):
+        for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+            mine.grad = torch.randn_like(mine)
+            other.grad = mine.grad.clone()
+        optimizer.step()
+        muon.step()
+        adamw.step()
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # as a resume does
+    assert {tuple(sorted(optimizer.state[p])) for n, p in ours.named_parameters() if n in matrices} == {
+        ("momentum_buffer",)
+    }
+    for (name, mine), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(mine, other), name
+
+
 @pytest.mark.parametrize(
     ("schedule", "rates"),
     [
@@ -60,8 +179,24 @@ def test_numbers_come_from_the_config_not_from_the_checkpoint():
         (Schedule("cosine", final_lr=0.2), [0.9464, 0.8, 0.6, 0.4, 0.2536, 0.2]),
         (Schedule("cosine", warmup_steps=2, decay_steps=4), [0.5, 1, 0.5, 0, 0, 0]),
         (Schedule("exponential", warmup_steps=1, decay_steps=4, final_lr=1e-3), [1, 0.1, 0.01, 1e-3, 1e-3, 1e-3]),
+        (Schedule("linear", final_lr=0.4), [0.9, 0.8, 0.7, 0.6, 0.5, 0.4]),
+        (Schedule("linear", warmup_steps=2, decay_steps=4), [0.5, 1, 0.5, 0, 0, 0]),
+        (Schedule("wsd", decay_share=0.5), [1, 1, 1, 2 / 3, 1 / 3, 0]),
+        (Schedule("wsd", warmup_steps=2, decay_steps=5, decay_share=0.4, final_lr=0.2), [0.5, 1, 1, 0.6, 0.2, 0.2]),
+        (Schedule("wsd", decay_share=0.01), [1, 1, 1, 1, 1, 0]),
     ],
-    ids=["constant", "warm-up", "cosine", "cosine-warm-up", "exponential"],
+    ids=[
+        "constant",
+        "warm-up",
+        "cosine",
+        "cosine-warm-up",
+        "exponential",
+        "linear",
+        "linear-warm-up",
+        "wsd",
+        "wsd-warm-up",
+        "wsd-one-step",
+    ],
 )
 def test_learning_rates_by_step(schedule, rates):
     found = [learning_rate(step, Optim(lr=1.0), schedule, max_steps=6) for step in range(6)]
@@ -74,3 +209,15 @@ def test_a_schedule_without_a_length_is_refused():
     check_schedule(Schedule("cosine", decay_steps=10), max_steps=-1)
     with pytest.raises(UserError, match="leaves no room"):
         check_schedule(Schedule("exponential", warmup_steps=5, final_lr=1e-3), max_steps=5)
+    with pytest.raises(UserError, match="begins before the end of schedule"):
+        check_schedule(Schedule("wsd", warmup_steps=5, decay_share=0.6), max_steps=10)
+    check_schedule(Schedule("wsd", warmup_steps=5, decay_share=0.5), max_steps=10)
+
+
+def test_the_share_of_the_decay_belongs_to_wsd():
+    with pytest.raises(UserError, match="decay_share is not a setting of schedule=cosine; schedule=wsd has it"):
+        Schedule("cosine", decay_share=0.1)
+    with pytest.raises(UserError, match="decay_share is missing"):
+        Schedule("wsd")
+    with pytest.raises(UserError, match="must be a share above 0, at most 1, got 1"):
+        Schedule("wsd", decay_share=1.5)

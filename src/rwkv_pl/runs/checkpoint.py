@@ -3,10 +3,13 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rwkv_pl.errors import CorruptFileError, UserError
 from rwkv_pl.training.module import LitRWKV
+from rwkv_pl.training.optim import build_optimizer, write_numbers
 from rwkv_pl.weights.checkpoint import read_checkpoint
 from rwkv_pl.weights.metadata import KEY, Metadata
 
@@ -40,30 +43,67 @@ def check_same_run(metadata: Metadata, now: dict[str, Any], path: Path) -> None:
 
 
 def check_loadable(content: dict[str, Any], module: LitRWKV, optimizer: Optimizer, path: Path) -> None:
-    """Loads the checkpoint into an outline of the module on the meta device. Raises CorruptFileError unless it fits."""
+    """Loads the checkpoint into an outline of the module, on the meta device. Raises CorruptFileError unless it fits,
+    and UserError if the optimizer can't go on from it with its new settings."""
     try:
         module.load_state_dict(content["state_dict"], assign=True)
         (state,) = content["optimizer_states"]
         optimizer.load_state_dict(state)
-        kept = {tuple(of_parameter) for of_parameter in optimizer.state.values()}
         moved = content["global_step"] > content[KEY].get("skipped", 0)
-        known = len(optimizer.state)
         # A loss scaler leaves out the first steps, until its scale is found.
-        unmoved = known == 0 and (not moved or "MixedPrecision" in content)
-        if len(kept) > 1 or not (unmoved or (moved and known == len(list(module.parameters())))):
-            raise ValueError("its optimizer knows only some of the parameters")
+        unmoved = not optimizer.state and (not moved or "MixedPrecision" in content)
+        if not unmoved:
+            check_state(optimizer, module)
         steps = content["loops"]["fit_loop"]["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]
         if steps["total"]["completed"] != content["global_step"]:
             raise ValueError(f"its loop is at step {steps['total']['completed']}, itself at {content['global_step']}")
-        for parameter, of_parameter in optimizer.state.items():
-            for name, value in of_parameter.items():
-                # A fused step does not look, and writes past the end of what is too small.
-                if name.startswith(("exp_avg", "max_exp_avg")) and value.shape != parameter.shape:
-                    raise ValueError(f"{name} of {tuple(value.shape)} for a parameter of {tuple(parameter.shape)}")
         for count in ("total", "current"):
             content["loops"]["fit_loop"]["epoch_loop.batch_progress"][count].keys()
         for name, of_callback in content["callbacks"].items():
             if not isinstance(of_callback, dict):
                 raise TypeError(f"the state of {name} is a {type(of_callback).__name__}")
+    except UserError:
+        raise
     except Exception as error:  # what was made by hand can fail in any way
         raise CorruptFileError(f"{path} does not fit this run ({' '.join(str(error).split())[:200]})") from error
+
+
+def check_state(optimizer: Optimizer, module: LitRWKV) -> None:
+    """Compares a restored optimizer with a twin over tiny parameters.
+
+    The twin takes a step with the restored numbers: what it then keeps of each parameter, the restored state must have,
+    in the same shapes. It takes another step with the numbers of the config, as the run is going to. Raises ValueError
+    for a state that does not fit, UserError if that second step fails.
+    """
+    groups = []
+    for group in optimizer.param_groups:
+        tiny = [nn.Parameter(torch.zeros([2] * p.dim(), dtype=p.dtype)) for p in group["params"]]
+        groups.append(group | {"params": tiny})
+    twin = build_optimizer(type(optimizer), groups, module.optim)
+    pairs = [
+        pair
+        for real, small in zip(optimizer.param_groups, twin.param_groups, strict=True)
+        for pair in zip(real["params"], small["params"], strict=True)
+    ]
+    for _, small in pairs:
+        small.grad = torch.ones_like(small)
+    twin.step()
+    if not all(twin.state.get(small, {}).keys() <= optimizer.state.get(real, {}).keys() for real, small in pairs):
+        raise ValueError("its optimizer knows only some of the parameters")
+    write_numbers(twin, module.optim, module.lr_scale)
+    try:
+        twin.step()
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UserError(
+            f"optim can't change to these settings on a resume ({reason}): keep those of the run"
+        ) from error
+    for real, small in pairs:
+        for name, kept in twin.state.get(small, {}).items():
+            value = optimizer.state[real].get(name) if real in optimizer.state else None
+            if value is None or not isinstance(kept, Tensor) or kept.shape not in (small.shape, torch.Size()):
+                continue
+            # A fused step does not look, and writes past the end of what is too small.
+            wanted = real.shape if kept.shape == small.shape else kept.shape
+            if value.shape != wanted:
+                raise ValueError(f"{name} of {tuple(value.shape)} for a parameter of {tuple(real.shape)}")

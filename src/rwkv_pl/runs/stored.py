@@ -11,7 +11,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from rwkv_pl.compose import check, compose, is_group_choice, parse_overrides, require_key, typed_config_dir
-from rwkv_pl.config import Train
+from rwkv_pl.config import Train, check_kinds, split_own
 from rwkv_pl.data.documents import exists
 from rwkv_pl.errors import UserError
 from rwkv_pl.files import leads_out, publish
@@ -116,6 +116,7 @@ class StoredRun:
                     f"{key}={new} contradicts the past of {self.folder}, which has {key}={old}: start a new run for it"
                 )
         checked = check(config, [*later, *plugins], self.config_dir)
+        check_kinds("optim", checked.optim.own, split_own(before.optim)[1])
         require_own_places(checked, self.folder, set(values))
         return checked, entry
 

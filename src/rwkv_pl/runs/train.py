@@ -5,7 +5,6 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +145,7 @@ def start_loggers(trainer: Trainer, config: Train, folder: Path) -> None:
     """Gives them the settings. Raises UserError for one that can't start, as without an account or without a server."""
     for logger in trainer.loggers:
         try:
-            logger.log_hyperparams(asdict(config) | {"code": build.code_state()})
+            logger.log_hyperparams(config.hyperparameters() | {"code": build.code_state()})
             if isinstance(logger, MLFlowLogger):
                 (folder / build.MLFLOW_RUN).write_text(str(logger.run_id))
         except OSError:

@@ -22,6 +22,7 @@ from rwkv_pl.inference.sampling import seed_of
 from rwkv_pl.model import MODELS
 from rwkv_pl.ops.cross_entropy import head_cross_entropy
 from rwkv_pl.training.loss import IGNORED, bits_per_byte, count_bytes, l2wrap, split_tokens
+from rwkv_pl.training.muon import MuonAdamW
 from rwkv_pl.training.optim import build_optimizer, learning_rate, parameter_groups, write_numbers
 from rwkv_pl.weights.metadata import KEY, Metadata
 
@@ -166,7 +167,8 @@ class LitRWKV(LightningModule):
     def configure_optimizers(self) -> Optimizer:
         module, _, name = self.optim._target_.rpartition(".")
         target = getattr(importlib.import_module(module), name)
-        return build_optimizer(target, parameter_groups(self.model, self.lr_scale), self.optim)
+        groups = parameter_groups(self.model, self.lr_scale, split_blocks=target is MuonAdamW)
+        return build_optimizer(target, groups, self.optim)
 
     def on_train_start(self) -> None:
         for optimizer in self.trainer.optimizers:
@@ -234,7 +236,9 @@ class LitRWKV(LightningModule):
 
     def leaves_out_on_the_device(self, optimizer: Optimizer) -> bool:
         """Does the optimizer itself leave out a step of NaN? On a GPU to look first is to wait at each step."""
-        return self.device.type == "cuda" and bool(optimizer.defaults.get("fused")) and not self._scaled
+        # SGD's momentum begins as the first gradient: leaving that out, it would begin as uninitialised memory.
+        begins = bool(optimizer.defaults.get("momentum")) and not optimizer.state
+        return self.device.type == "cuda" and bool(optimizer.defaults.get("fused")) and not self._scaled and not begins
 
     def read_findings(self) -> bool:
         """Was the batch that last went backwards left out? A warning, or RunError, has said so by then."""

@@ -10,49 +10,77 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from rwkv_pl.config import Optim, Schedule
+from rwkv_pl.config import Optim, Schedule, nearest
 from rwkv_pl.errors import UserError
 
 
-def parameter_groups(model: nn.Module, lr_scale: dict[str, float]) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, lr_scale: dict[str, float], split_blocks: bool = False) -> list[dict[str, Any]]:
     """The parameters by the last part of their names, and by whether weight decay falls on them.
 
     It does on two-dimensional parameters named `*.weight`, and on nothing else. The groups do not depend on any number,
     so a checkpoint fits them whatever the numbers are by then; `write_numbers` fills these in.
+    split_blocks: the weight matrices of the blocks get a group without embedding and head, for `MuonAdamW`.
     UserError where a name in `lr_scale` matches no parameter.
     """
-    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[str, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         last = name.rpartition(".")[2]
-        groups.setdefault((last, last == "weight" and parameter.dim() == 2), []).append(parameter)
-    names = {name for name, _ in groups}
+        decays = last == "weight" and parameter.dim() == 2
+        in_block = split_blocks and decays and name.startswith("blocks.")
+        groups.setdefault((last, decays, in_block), []).append(parameter)
+    names = {name for name, *_ in groups}
     if unmatched := set(lr_scale) - names:
         raise UserError(
             f"optim.lr_scale.{min(unmatched)} matches no parameter of the model; "
             f"the last parts of their names are {', '.join(sorted(names))}"
         )
-    return [{"params": members, "name": name, "decays": decays} for (name, decays), members in groups.items()]
+    split: dict[str, Any] = {"muon": True} if split_blocks else {}
+    return [
+        {"params": members, "name": name, "decays": decays} | (split if in_block else {})
+        for (name, decays, in_block), members in groups.items()
+    ]
 
 
-def build_optimizer(target: type[Optimizer], groups: list[dict[str, Any]], optim: Optim) -> Optimizer:
-    """`target` over the groups; one pass over memory a step (`fused`) where the class has it."""
-    offered = inspect.signature(target).parameters
-    for name in ("lr", "betas", "eps", "weight_decay"):
-        if name not in offered:
-            raise UserError(f"optim._target_: {optim._target_} takes no {name}; choose one like torch.optim.AdamW")
-    fused: dict[str, Any] = {"fused": True} if "fused" in offered else {}
-    optimizer = target(groups, lr=optim.lr, betas=tuple(optim.betas), eps=optim.eps, **fused)  # type: ignore[call-arg]
+def build_optimizer(target: Any, groups: list[dict[str, Any]], optim: Optim) -> Optimizer:
+    """The optimizer class `target` over the groups, with the config's arguments.
+
+    Fused, in one pass over memory a step, if the class has that form. UserError for a `target` that is not an
+    optimizer, for an argument that it does not take, and for values that it refuses.
+    """
+    if not (isinstance(target, type) and issubclass(target, Optimizer)):
+        raise UserError(f"optim._target_={optim._target_} is not an optimizer: torch.optim.Adam is one")
+    _, *parameters = inspect.signature(target).parameters.values()  # without the model's parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    offered = {p.name: p.default for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+    arguments = optim.arguments
+    if not optim.weight_decay and "weight_decay" not in offered:
+        del arguments["weight_decay"]
+    for name in arguments:
+        if name not in offered and not takes_any:
+            raise UserError(f"optim.{name}: {optim._target_} takes no {name}{nearest(name, offered)}")
+    default = offered.get("betas")
+    if optim.betas is not None and isinstance(default, tuple) and len(default) != len(optim.betas):
+        raise UserError(f"optim.betas must be {len(default)} numbers for {optim._target_}, got {optim.betas}")
+    if "fused" in offered:
+        arguments = {"fused": True} | arguments
+    try:
+        optimizer = target(groups, **arguments)
+    except Exception as error:  # a class can refuse its arguments in any way
+        raise UserError(f"optim refuses its settings: {' '.join(str(error).split())[:300]}") from error
     # A fused step could unscale float16 gradients itself, but then they could not be clipped before it.
     optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
     return optimizer
 
 
 def write_numbers(optimizer: Optimizer, optim: Optim, lr_scale: dict[str, float]) -> None:
-    """Puts the config's numbers into the groups, over what a checkpoint has restored; the rate comes at each step."""
+    """Puts the config's numbers into the groups, over those that a checkpoint restored; the rate comes at each step.
+
+    `optimizer.defaults` are the arguments that the class was called with, and its own for those not given.
+    """
+    numbers = {key: value for key, value in optimizer.defaults.items() if key != "lr"}
     for group in optimizer.param_groups:
+        group.update(numbers)
         group["lr_scale"] = lr_scale.get(group["name"], 1.0)
-        group["betas"] = tuple(optim.betas)
-        group["eps"] = optim.eps
         group["weight_decay"] = optim.weight_decay if group["decays"] else 0.0
 
 
@@ -67,10 +95,20 @@ def learning_rate(step: int, optim: Optim, schedule: Schedule, max_steps: int) -
     if schedule.name == "constant":
         return optim.lr
     end = schedule.decay_steps or max_steps
-    progress = min(1.0, (step + 1 - schedule.warmup_steps) / max(1, end - schedule.warmup_steps))
+    begin = decay_begin(schedule, end)
+    progress = min(1.0, (step + 1 - begin) / max(1, end - begin))
     if schedule.name == "cosine":
         return schedule.final_lr + (optim.lr - schedule.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
-    return optim.lr * (schedule.final_lr / optim.lr) ** progress
+    if schedule.name == "exponential":
+        return optim.lr * (schedule.final_lr / optim.lr) ** progress
+    return optim.lr + (schedule.final_lr - optim.lr) * max(0.0, progress)  # linear, wsd
+
+
+def decay_begin(schedule: Schedule, end: int) -> int:
+    """The step from which the rate falls, to reach final_lr with step `end` - 1: the warm-up's end, but for wsd."""
+    if schedule.decay_share is None:
+        return schedule.warmup_steps
+    return end - max(1, round(schedule.decay_share * end))
 
 
 def check_schedule(schedule: Schedule, max_steps: int) -> None:
@@ -86,4 +124,10 @@ def check_schedule(schedule: Schedule, max_steps: int) -> None:
         raise UserError(
             f"schedule.warmup_steps ({schedule.warmup_steps}) leaves no room for schedule={schedule.name} "
             f"in a run of {max_steps} steps; shorten the warm-up or give schedule.decay_steps"
+        )
+    end = schedule.decay_steps or max_steps
+    if decay_begin(schedule, end) < schedule.warmup_steps:
+        raise UserError(
+            f"schedule.decay_share={schedule.decay_share} of {end} steps begins before the end of "
+            f"schedule.warmup_steps ({schedule.warmup_steps}): lower one of them"
         )
