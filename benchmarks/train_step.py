@@ -38,8 +38,8 @@ from benchmarks.common import (
     take_turns,
 )
 from rwkv_pl import RWKV4, LitRWKV, RWKV4Config
-from rwkv_pl.cli.prepare import keep_freed_memory
 from rwkv_pl.ops.cross_entropy import cross_entropy
+from rwkv_pl.ops.heap import keep_freed_memory
 from rwkv_pl.ops.linear import linear
 
 VOCAB = 256

@@ -42,4 +42,6 @@ def test_imports_point_one_way(file):
             if module.startswith("rwkv_pl."):
                 there = module.split(".")[1]
                 assert there in {here, *LEAVES} | MAY_IMPORT[here], f"{file}:{node.lineno} imports {module}"
+                if (here, there) == ("weights", "data"):
+                    assert module.startswith("rwkv_pl.data.vocabulary."), f"{file}:{node.lineno} imports {module}"
     assert MAY_IMPORT.keys() >= {here}

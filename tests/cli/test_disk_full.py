@@ -73,7 +73,9 @@ def test_a_refused_write(tmp_path, whole, place, call, where):
 def test_tokens_and_folders_that_cannot_be_written(tmp_path):
     (tmp_path / "corpus.txt").write_bytes(CORPUS)
     cache = {"RWKV_PL_CACHE": str(tmp_path / "cache")}
-    result = forks.run(tmp_path, *RUN, strikes=[Strike("rwkv_pl.data.vocabulary:Vocabulary.encode", 3, no_room)], **cache)
+    result = forks.run(
+        tmp_path, *RUN, strikes=[Strike("rwkv_pl.data.vocabulary:Vocabulary.encode", 3, no_room)], **cache
+    )
     assert_told(result, 2, "cache/tokens")
     assert not (tmp_path / "run").exists()
     assert not list((tmp_path / "cache").rglob("*.partial"))

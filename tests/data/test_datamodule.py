@@ -14,12 +14,12 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from rwkv_pl.config import CORPORA, Data, UserError
-from rwkv_pl.data.sources import build_source
-from rwkv_pl.data.sources.enwik8 import Enwik8
-from rwkv_pl.data.sources.text import Text
 from rwkv_pl.data import datamodule
 from rwkv_pl.data.datamodule import CorpusDataModule, Enwik8DataModule, EvalBatches, open_data
 from rwkv_pl.data.order import read_windows, window_starts
+from rwkv_pl.data.sources import build_source
+from rwkv_pl.data.sources.enwik8 import Enwik8
+from rwkv_pl.data.sources.text import Text
 from rwkv_pl.data.token_file import open_tokens
 from rwkv_pl.data.vocabulary import Vocabulary
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from rwkv_pl.config import UserError
 from rwkv_pl.data import documents
-from rwkv_pl.data.documents import find, exists, join
+from rwkv_pl.data.documents import exists, find, join
 
 
 def write(folder: Path, *names: str) -> None:

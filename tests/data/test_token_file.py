@@ -1,10 +1,10 @@
 """Token files: made once, in pieces, and their size costs no memory."""
 
 import os
+import pickle
 import subprocess
 import sys
 import threading
-import pickle
 from pathlib import Path
 
 import numpy as np

@@ -20,12 +20,12 @@ from tokenizers import Tokenizer
 from rwkv_pl.config import UserError
 from rwkv_pl.data import tokenizer_20b as tokenizers_20b
 from rwkv_pl.data import vocabulary as vocabulary_module
-from rwkv_pl.data.datamodule import CorpusDataModule
-from rwkv_pl.data.tokenizer_20b import Vocabulary20B
 from rwkv_pl.data.corpus import Corpus, Splits, file_digest
+from rwkv_pl.data.datamodule import CorpusDataModule
 from rwkv_pl.data.sources.stdlib import Stdlib
 from rwkv_pl.data.sources.text import Text
 from rwkv_pl.data.token_file import open_tokens
+from rwkv_pl.data.tokenizer_20b import Vocabulary20B
 from rwkv_pl.data.vocabulary import EncodingError, Vocabulary, build_vocabulary
 
 SMALL = Vocabulary20B(small_20b())

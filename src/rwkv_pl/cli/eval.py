@@ -120,9 +120,11 @@ def _evaluate(config: Eval, run: Path | None, given: set[str]) -> dict[str, Any]
     with app.ended_by_ctrl_c():
         import torch
 
-        from rwkv_pl.cli.prepare import choose_kernel, keep_freed_memory, open_data
+        from rwkv_pl.cli.prepare import choose_kernel
+        from rwkv_pl.data.datamodule import open_data
         from rwkv_pl.inference.evaluate import carried, figures, windows
         from rwkv_pl.limits import use_usable_cores
+        from rwkv_pl.ops.heap import keep_freed_memory
         from rwkv_pl.weights.read import read_weights
 
     keep_freed_memory()
@@ -288,9 +290,11 @@ class _Progress:
         self._bar.stop()
 
     def told(self, count: int, nats: float) -> None:
+        from rwkv_pl.inference.evaluate import bits_per_byte
+
         self._count, self._nats = self._count + count, self._nats + nats
         if self._count:
-            bits = self._nats / math.log(2) / (self._count * self._bytes_per_token)
+            bits = bits_per_byte(self._nats, self._count * self._bytes_per_token)
             speed = self._count / (time.perf_counter() - self._started)
             self._bar.update(
                 self._task, completed=self._count, figures=f"{bits:.4f} bits/byte  {speed:,.0f} tokens/s  "

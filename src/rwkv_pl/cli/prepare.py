@@ -1,11 +1,9 @@
 """All of a run that can fail on bad input, done before there is a run folder."""
 
 import contextlib
-import ctypes
 import hashlib
 import logging
 import lzma
-import mmap
 import os
 import subprocess
 import tempfile
@@ -34,10 +32,12 @@ from rwkv_pl.data.order import micro_batch_rows
 from rwkv_pl.data.vocabulary import Vocabulary, read_vocabulary
 from rwkv_pl.limits import use_usable_cores
 from rwkv_pl.model import MODELS
-from rwkv_pl.ops.wkv4 import use_kernel, wkv4
+from rwkv_pl.ops.backend import use_kernel
+from rwkv_pl.ops.heap import keep_freed_memory
+from rwkv_pl.ops.wkv4 import wkv4
 from rwkv_pl.training.checkpoints import BestCheckpoint, DurableCheckpointIO, LastCheckpoint
 from rwkv_pl.training.compiled import compile_blocks
-from rwkv_pl.training.footprint import Footprint, accumulation_that_fits, footprint, free_memory, in_units
+from rwkv_pl.training.footprint import Footprint, accumulation_that_fits, footprint, in_units
 from rwkv_pl.training.module import LitRWKV
 from rwkv_pl.training.optim import check_schedule
 from rwkv_pl.training.precision import in_words, product_rates
@@ -437,30 +437,6 @@ def _validation_batches(config: Train, data: DataModule) -> int:
     there = len(cast(EvalBatches, data.val_dataloader().dataset))
     limit = 1.0 if config.trainer["limit_val_batches"] is None else config.trainer["limit_val_batches"]
     return min(there, limit if isinstance(limit, int) else int(limit * there))
-
-
-def keep_freed_memory() -> None:
-    """Lets a step reuse the memory of the step before, by large pages where Linux has them.
-
-    glibc gives large freed blocks back to the system, which clears them again page by page: up to a third of a classic
-    step on a CPU. By pages of 4 KB, finding them takes some 4% more. Set by the command, since it is for the whole
-    process. Again and on other systems it does nothing.
-    """
-    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX, M_MMAP_MAX_DEFAULT = -1, -3, -4, 65536
-    with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
-        libc.mallopt(M_TRIM_THRESHOLD, -1)
-        # What the heap will grow into; untouched, it takes no memory.
-        size = free_memory(torch.device("cpu")) // 2
-        libc.malloc.restype = ctypes.c_void_p
-        libc.mallopt(M_MMAP_MAX, 0)
-        heap = libc.malloc(ctypes.c_size_t(size))
-        libc.mallopt(M_MMAP_MAX, M_MMAP_MAX_DEFAULT)
-        if heap:
-            begin = -(-heap // mmap.PAGESIZE) * mmap.PAGESIZE
-            libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(heap + size - begin), mmap.MADV_HUGEPAGE)
-            libc.free(ctypes.c_void_p(heap))
 
 
 def _quiet() -> None:

@@ -16,11 +16,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from rwkv_pl.config import UserError
 from rwkv_pl.data import order
+from rwkv_pl.data.corpus import Corpus
 from rwkv_pl.data.sources import Source, build_source
 from rwkv_pl.data.sources.binidx import Binidx
 from rwkv_pl.data.sources.enwik8 import ENWIK8_URL, Enwik8
 from rwkv_pl.data.sources.text import Text
-from rwkv_pl.data.corpus import Corpus
 from rwkv_pl.data.token_file import TokenFile
 from rwkv_pl.data.vocabulary import Tokens, Vocabulary, build_vocabulary
 

@@ -17,6 +17,7 @@ from rwkv_pl.data.progress import progress_bar
 from rwkv_pl.data.vocabulary import EncodingError, Tokens, Vocabulary
 from rwkv_pl.files import cache_folder, digest_of, publish, read_record, write_record, writing
 
+
 class TokenFile:
     """Ids one after the other in a file, and the ranges of the splits, in tokens.
 

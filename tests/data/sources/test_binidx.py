@@ -13,12 +13,12 @@ from megatron_tokenizer_lite.indexed_dataset import MMapIndexedDataset
 from small_20b import small_20b
 
 from rwkv_pl.config import UserError
-from rwkv_pl.data.sources import binidx
-from rwkv_pl.data.sources.binidx import Binidx
 from rwkv_pl.data.corpus import Splits
 from rwkv_pl.data.datamodule import TokensDataModule
-from rwkv_pl.data.tokenizer_20b import Vocabulary20B
+from rwkv_pl.data.sources import binidx
+from rwkv_pl.data.sources.binidx import Binidx
 from rwkv_pl.data.token_file import TokenFile
+from rwkv_pl.data.tokenizer_20b import Vocabulary20B
 from rwkv_pl.data.vocabulary import Vocabulary
 
 SHARES = (0.5, 0.25, 0.25)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from rwkv_pl.config import UserError
-from rwkv_pl.data.corpus import Corpus, Splits, file_digest
+from rwkv_pl.data.corpus import Corpus, Splits
 from rwkv_pl.data.sources import enwik8 as enwik8_source
 from rwkv_pl.data.sources.enwik8 import ENWIK8_URL, Enwik8
 

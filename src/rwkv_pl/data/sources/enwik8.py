@@ -49,7 +49,9 @@ class Enwik8(Source):
     def open(self) -> Corpus:
         folder = Path(self.path)
         if folder.is_file():
-            raise UserError(f"data.path={folder} is a file: for a text of yours add data=text; data=enwik8 takes a folder")
+            raise UserError(
+                f"data.path={folder} is a file: for a text of yours add data=text; data=enwik8 takes a folder"
+            )
         path = folder / "enwik8"
         if path.is_file():
             _check_enwik8(path, self.n_bytes, self.sha1)
@@ -62,7 +64,9 @@ class Enwik8(Source):
                         _fetch_enwik8(path, self.url, self.n_bytes, self.sha1)
         train, val = self.n_bytes * 90 // 100, self.n_bytes * 95 // 100
         splits = Splits((0, train), (train, val), (val, self.n_bytes))
-        return Corpus("enwik8", path.absolute(), splits, file_digest(path), "the first bytes of an English Wikipedia dump")
+        return Corpus(
+            "enwik8", path.absolute(), splits, file_digest(path), "the first bytes of an English Wikipedia dump"
+        )
 
 
 def _check_enwik8(path: Path, n_bytes: int, sha1: str) -> None:

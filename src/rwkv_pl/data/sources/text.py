@@ -54,7 +54,9 @@ class Text(Source):
             held_back = {source.path.resolve() for source in parts["data.val_path"]}
             parts["data.path"] = [source for source in parts["data.path"] if source.path.resolve() not in held_back]
             if not parts["data.path"]:
-                raise UserError(f"data.val_path={self.val_path} has all files of data.path={path}: none is left to train on")
+                raise UserError(
+                    f"data.val_path={self.val_path} has all files of data.path={path}: none is left to train on"
+                )
             described += f", validated on {self.val_path}"
         joined, ends_path, joining = _joined(parts, self.field)
         if ends_path:

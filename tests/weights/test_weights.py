@@ -165,7 +165,9 @@ def test_every_parameter_has_a_name_in_transformers():
     assert {RWKV4_LAYOUT.their_name(name): shape for name, shape in shapes.items()} == {
         name: value.shape for name, value in peer.state_dict().items()
     }
-    assert {name: RWKV4_LAYOUT.official_name(RWKV4_LAYOUT.their_name(name)) for name in shapes} == {n: n for n in shapes}
+    assert {name: RWKV4_LAYOUT.official_name(RWKV4_LAYOUT.their_name(name)) for name in shapes} == {
+        n: n for n in shapes
+    }
 
 
 def test_what_lies_in_a_larger_storage_or_across_is_written_alone(tmp_path):
@@ -539,7 +541,7 @@ BAD_FOLDERS = {
     "config.json of nothing": ({"config.json": "{}"}, "holds a None model by its config"),
     "config.json of another epsilon": (
         {"config.json": '{"model_type": "rwkv", "layer_norm_epsilon": 0.001}'},
-        "has layer_norm_epsilon 0.001; RWKV-4 has 1e-05",
+        "has layer_norm_epsilon 0.001; rwkv4 has 1e-05",
     ),
     "no weights": ({"model.safetensors": None}, "no weights: there is neither model.safetensors nor pytorch_model.bin"),
     "an index of nothing": ({"model.safetensors": None, "model.safetensors.index.json": "{}"}, "it has no weight_map"),
