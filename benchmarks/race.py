@@ -15,7 +15,7 @@ import math
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -25,10 +25,11 @@ from torch.nn import functional as F
 from benchmarks.common import RESULTS, Contestant, Failed, above_zero, arguments, begin, save, table
 from benchmarks.plot import DOCS, draw_race
 from benchmarks.train_step import VOCAB, Setting, our_module, transformers_model
-from rwkv_pl.data.datamodule import DataModule
+from rwkv_pl.data.datamodule import DataModule, EvalBatches
 from rwkv_pl.data.sources.stdlib import Stdlib
 from rwkv_pl.data.sources.text import Text
 from rwkv_pl.errors import UserError
+from rwkv_pl.inference.evaluate import bits_per_byte
 from rwkv_pl.ops.heap import keep_freed_memory
 
 SIZE = Setting(n_layer=6, n_embd=256, rows=4, steps=512)
@@ -101,7 +102,7 @@ def runner(name: str, setting: Setting, rate: float, seconds: float, path: Path 
     model, loss, cross_entropy = built(name, setting)
     optimizer = torch.optim.Adam(model.parameters(), lr=rate, betas=BETAS, fused=True)
     data = text(setting, path)
-    batches, held_back = data.train_dataloader().dataset, data.val_dataloader().dataset
+    batches, held_back = data.train_dataloader().dataset, cast(EvalBatches, data.val_dataloader().dataset)
     # The last batch of the validation is padded.
     whole = len(held_back) - 1
     places = np.unique(np.linspace(0, max(whole - 1, 0), max(1, WINDOWS // 8)).astype(int))
@@ -110,11 +111,11 @@ def runner(name: str, setting: Setting, rate: float, seconds: float, path: Path 
     steps, clock = 0, 0.0
 
     @torch.no_grad()
-    def bits_per_byte() -> float:
+    def validate() -> float:
         model.eval()
-        bits = float(np.mean([float(cross_entropy(held_back[int(i)])) for i in places])) / math.log(2)
+        nats_per_byte = float(np.mean([float(cross_entropy(held_back[int(i)])) for i in places]))
         model.train()
-        return bits
+        return bits_per_byte(nats_per_byte, 1)
 
     pipe.send(sum(p.numel() for p in model.parameters()))
     while True:
@@ -130,7 +131,7 @@ def runner(name: str, setting: Setting, rate: float, seconds: float, path: Path 
             optimizer.zero_grad()
             steps += 1
             clock += time.perf_counter() - started
-        pipe.send({"seconds": clock, "steps": steps, "bits_per_byte": bits_per_byte()})
+        pipe.send({"seconds": clock, "steps": steps, "bits_per_byte": validate()})
 
 
 def race(

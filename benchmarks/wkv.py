@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import Call, Maker, arguments, at_least, begin, cells, once, save, summary, table, take_turns
+from rwkv_pl.ops.backend import use_kernel
 from rwkv_pl.ops.build import LEVELS, cpu_level
 from rwkv_pl.ops.toolchain import find_compiler
-from rwkv_pl.ops.wkv4 import use_kernel, wkv4
+from rwkv_pl.ops.wkv4 import wkv4
 
 Operator = Callable[..., tuple[Tensor, Any]]
 Shape = tuple[int, int, int]

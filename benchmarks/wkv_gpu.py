@@ -24,8 +24,9 @@ from torch import Tensor
 
 from benchmarks import common
 from benchmarks.wkv import errors, inputs, with_kernel
+from rwkv_pl.ops.backend import load
 from rwkv_pl.ops.toolchain import find_nvcc
-from rwkv_pl.ops.wkv4 import LONG_SCAN, SCAN, WALK, _load, _tile, wkv4
+from rwkv_pl.ops.wkv4 import LONG_SCAN, SCAN, WALK, _tile, wkv4
 
 SHAPES = [
     (1, 1024, 512, torch.float32),
@@ -153,7 +154,7 @@ def main() -> None:
     parser = common.arguments("wkv_gpu", __doc__, rounds=15)
     parser.add_argument("--tiles", action="store_true", help="time every way through time at many shapes as well")
     options = parser.parse_args()
-    if failure := _load("cuda"):
+    if failure := load("cuda"):
         parser.error(failure)
     title = "WKV-4 on a GPU"
     common.begin(title, options.threads)

@@ -47,3 +47,5 @@ def test_imports_point_one_way(file):
         for module in modules:
             if module.startswith(("rwkv_pl.", "hydra_plugins.")):
                 assert room(module) in allowed, f"{file}:{node.lineno} imports {module}"
+                if (here, room(module)) == ("weights", "data"):
+                    assert module.startswith("rwkv_pl.data.vocabulary."), f"{file}:{node.lineno} imports {module}"

@@ -2,10 +2,17 @@
 
 import subprocess
 import sys
+from dataclasses import fields
+from pathlib import Path
 
 import pytest
+import yaml
 
 import rwkv_pl
+from rwkv_pl.config import MODEL_CONFIGS
+from rwkv_pl.model import MODELS
+
+CONF = Path(__file__).parents[1] / "conf"
 
 
 def test_import_alone_loads_no_torch():
@@ -21,6 +28,14 @@ def test_command_line_module_loads_no_torch():
 @pytest.mark.parametrize("name", rwkv_pl.__all__)
 def test_public_names(name):
     assert callable(getattr(rwkv_pl, name))
+
+
+def test_every_model_version_has_a_config_class_and_a_conf_file():
+    assert {name: config for name, (_, config) in MODELS.items()} == MODEL_CONFIGS
+    for name in MODELS:
+        keys = yaml.safe_load((CONF / "model" / f"{name}.yaml").read_text(encoding="utf-8"))
+        assert keys.keys() - {"name"} == {field.name for field in fields(MODEL_CONFIGS[name])} - {"vocab_size"}
+        assert keys["name"] == name
 
 
 def test_an_unknown_name_is_an_attribute_error():

@@ -14,7 +14,7 @@ _HOMES = {
     "Enwik8DataModule": "rwkv_pl.data.datamodule",
     "TokensDataModule": "rwkv_pl.data.datamodule",
     "wkv4": "rwkv_pl.ops.wkv4",
-    "use_kernel": "rwkv_pl.ops.wkv4",
+    "use_kernel": "rwkv_pl.ops.backend",
     "generate": "rwkv_pl.inference.generate",
     "load_weights": "rwkv_pl.weights.read",
 }

@@ -104,7 +104,7 @@ BAD = {
     "data=binidx data.path=nosuch": "there is no",
     "data=binidx data.path=corpus.txt": "there is no",
     "data=binidx data.path=page": "page.idx is no binidx index",
-    "data=binidx data.path=corpus data.vocab=char data.vocab_path=null": "data=binidx takes data.vocab=byte or 20b, got char",
+    "data=binidx data.path=corpus data.vocab=char data.vocab_path=null": "takes data.vocab=byte or 20b, got char",
     "data=binidx data.path=corpus data.vocab=byte data.vocab_path=null": "vocabulary byte has 256",
     "data=binidx data.path=corpus data.ctx_len=100000": "one window of data.ctx_len=100000",
 }

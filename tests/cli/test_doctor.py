@@ -11,8 +11,8 @@ from filelock import FileLock
 
 from rwkv_pl.cli import doctor
 from rwkv_pl.files import cache_folder
+from rwkv_pl.ops.backend import load
 from rwkv_pl.ops.toolchain import Compiler, find_nvcc, nvcc_trouble
-from rwkv_pl.ops.wkv4 import _load
 
 
 def run(cache: Path, **environment: str) -> "subprocess.CompletedProcess[str]":
@@ -23,7 +23,7 @@ def run(cache: Path, **environment: str) -> "subprocess.CompletedProcess[str]":
 
 def test_all_is_well(tmp_path):
     # In a folder with a blank and a letter that is not ASCII; built it is in test_build.py.
-    assert _load("cpu") == ""
+    assert load("cpu") == ""
     (tmp_path / "a b \u00e9").mkdir()
     (tmp_path / "a b \u00e9" / "kernels").symlink_to(cache_folder() / "kernels")
     result = run(tmp_path / "a b \u00e9")

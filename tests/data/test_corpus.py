@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rwkv_pl.data import corpus as corpora
-from rwkv_pl.data.corpus import file_digest
+from rwkv_pl.data.corpus import Splits, file_digest
 
 
 @given(

@@ -18,7 +18,7 @@ from rwkv_pl import RWKV4Config, use_kernel
 from rwkv_pl.model import rwkv4_fused as fused
 from rwkv_pl.model.rwkv4 import Block, ChannelMix, TimeMix
 from rwkv_pl.model.state import BlockState
-from rwkv_pl.ops.wkv4 import compiled_serves
+from rwkv_pl.ops.backend import uses_compiled
 
 HALVES = ("att", "ffn")
 KINDS = {"att": TimeMix, "ffn": ChannelMix}
@@ -27,7 +27,7 @@ NORMS = {"att": "ln1", "ffn": "ln2"}
 
 @pytest.fixture(scope="module", autouse=True)
 def loaded():
-    assert compiled_serves("cpu")
+    assert uses_compiled("cpu")
 
 
 class Masked(nn.Module):

@@ -186,9 +186,9 @@ def test_the_name_has_all_that_a_library_was_made_from():
 BESIDE_CUDA = """
 import torch
 from rwkv_pl.cli.doctor import WORST_ERROR, _worst_error
-from rwkv_pl.ops.wkv4 import _load, use_kernel
+from rwkv_pl.ops.backend import load, use_kernel
 assert torch.version.cuda is not None
-assert (_load("cpu"), _load("cuda")) == ("", "")
+assert (load("cpu"), load("cuda")) == ("", "")
 for name in ("rwkv_pl::wkv4_forward", "rwkv_pl::wkv4_backward"):
     for key in ("CPU", "CUDA"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(name, key), (name, key)

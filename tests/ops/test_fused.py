@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from rwkv_pl.ops import cross_entropy as ce
-from rwkv_pl.ops.wkv4 import compiled_serves
+from rwkv_pl.ops.backend import uses_compiled
 
 ops = torch.ops.rwkv_pl
 
 
 @pytest.fixture(scope="module", autouse=True)
 def loaded():
-    assert compiled_serves("cpu")
+    assert uses_compiled("cpu")
 
 
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 2**-8}

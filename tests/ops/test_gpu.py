@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_wkv4 import assert_same, draw, ratios, results
 
-from rwkv_pl.ops.wkv4 import DOUBLE_SCAN, LONG_SCAN, SCAN, WALK, _load, use_kernel, wkv4
+from rwkv_pl.ops.backend import load, use_kernel
+from rwkv_pl.ops.wkv4 import DOUBLE_SCAN, LONG_SCAN, SCAN, WALK, wkv4
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -26,7 +27,7 @@ def on_gpu(tile: int | None, io: torch.dtype):
             with use_kernel("compiled"):
                 output, state = wkv4(*weights, key.cuda().to(io), value.cuda().to(io), state)
         else:
-            assert _load("cuda") == ""
+            assert load("cuda") == ""
             output, state, _ = torch.ops.rwkv_pl.wkv4_forward(
                 *weights, key.cuda().to(io), value.cuda().to(io), state, tile
             )
@@ -92,7 +93,7 @@ def test_the_same_bits_every_time(tile):
         output, state, _ = torch.ops.rwkv_pl.wkv4_forward(*arguments, tile)
         return [output, state, *torch.autograd.grad(output.sin().sum() + state[:, :2].sin().sum(), arguments)]
 
-    assert _load("cuda") == ""
+    assert load("cuda") == ""
     first = once()
     for _ in range(5):
         assert all(torch.equal(x, y) for x, y in zip(first, once(), strict=True))

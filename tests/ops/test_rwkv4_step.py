@@ -12,17 +12,17 @@ from torch import Tensor
 
 from rwkv_pl import RWKV4, RWKV4Config
 from rwkv_pl.model.state import BlockState
+from rwkv_pl.ops.backend import use_kernel, uses_compiled
 from rwkv_pl.ops.build import LEVELS
 from rwkv_pl.ops.linear import matrices_to
-from rwkv_pl.ops.rwkv4_step import lay_together, rwkv4_step, step_serves
-from rwkv_pl.ops.wkv4 import compiled_serves, use_kernel
+from rwkv_pl.ops.rwkv4_step import lay_together, rwkv4_step, supports_step
 
 HALF = torch.bfloat16
 
 
 @pytest.fixture(scope="module", autouse=True)
 def loaded():
-    assert compiled_serves("cpu")
+    assert uses_compiled("cpu")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -91,7 +91,7 @@ def plain_step(parameters: list[Tensor], tokens: Tensor, state: list[Tensor] | t
 
 
 def step(parameters: list[Tensor], tokens: Tensor, state: list[Tensor] | tuple[()] = ()) -> list[Tensor]:
-    assert step_serves(parameters)
+    assert supports_step(parameters)
     return flat(rwkv4_step(parameters, tokens, state))
 
 
@@ -207,7 +207,7 @@ def test_the_arguments_are_not_written_to():
 @pytest.mark.parametrize("tokens", [[-1], [0, 11], [2**40]], ids=str)
 def test_a_token_out_of_the_vocabulary(tokens):
     parameters = draw_parameters(1, 8, 11, 32)
-    assert step_serves(parameters)
+    assert supports_step(parameters)
     with pytest.raises(IndexError, match=r"rwkv4_step: tokens from .* for a vocabulary of 11"):
         rwkv4_step(parameters, torch.tensor(tokens))
     with pytest.raises(RuntimeError, match=r"rwkv4_step: token .* of a vocabulary of 11"):
@@ -237,25 +237,25 @@ def replace(tensors: list[Tensor], place: int, by: Tensor) -> list[Tensor]:
 )
 def test_the_operator_checks_what_it_reads(change, words):
     parameters = draw_parameters(1, 8, 11, 32)
-    assert step_serves(parameters)
+    assert supports_step(parameters)
     with pytest.raises(RuntimeError, match=words):
         torch.ops.rwkv_pl.rwkv4_step(*change(parameters, torch.arange(3), draw_state(1, 3, 8)))
 
 
 def test_which_parameters_it_takes():
     parameters = draw_parameters(1, 8, 11, 32)
-    assert step_serves(parameters) and step_serves(with_dtypes(parameters, HALF, torch.float32))
-    assert not step_serves(parameters[:-1]) and not step_serves([])
-    assert not step_serves([x.double() for x in parameters])
-    assert not step_serves([x.to("meta") for x in parameters])
+    assert supports_step(parameters) and supports_step(with_dtypes(parameters, HALF, torch.float32))
+    assert not supports_step(parameters[:-1]) and not supports_step([])
+    assert not supports_step([x.double() for x in parameters])
+    assert not supports_step([x.to("meta") for x in parameters])
     for kernel, serves in {"auto": True, "compiled": True, "scan": False, "recurrence": False}.items():
         with use_kernel(kernel):
-            assert step_serves(parameters) == serves
+            assert supports_step(parameters) == serves
 
 
 def test_opcheck():
     parameters = draw_parameters(2, 8, 11, 32)
-    assert step_serves(parameters)
+    assert supports_step(parameters)
     for state in ([], draw_state(2, 3, 8)):
         torch.library.opcheck(torch.ops.rwkv_pl.rwkv4_step, (parameters, torch.arange(3), state))
 

@@ -17,12 +17,14 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from rwkv_pl import RWKV4, RWKV4Config, use_kernel
+from rwkv_pl.config import KERNELS
 from rwkv_pl.model.rwkv4 import Block
 from rwkv_pl.model.state import BlockState
 from rwkv_pl.ops import linear as linear_module
+from rwkv_pl.ops.backend import uses_compiled
 from rwkv_pl.ops.cross_entropy import cross_entropy
 from rwkv_pl.ops.linear import FEWEST_ROWS, linear
-from rwkv_pl.ops.wkv4 import KERNELS, compiled_serves, wkv4
+from rwkv_pl.ops.wkv4 import wkv4
 
 B, T, C = 2, FEWEST_ROWS // 2, 6  # just the rows from which oneDNN's product is used
 REFUSED = re.compile("differentiable once|no second derivative")
@@ -237,7 +239,7 @@ def test_a_gradient_penalty_of_each_parameter_in_the_plain_model(checkpointing, 
 
 def test_a_refusal_keeps_infinities_and_names_the_operator():
     """The first derivative is the same with and without create_graph, a gradient beyond float32 among them."""
-    assert compiled_serves("cpu")
+    assert uses_compiled("cpu")
     logits = torch.tensor([[1.0, 2.0]]).requires_grad_()
     loss = (cross_entropy(logits, torch.tensor([0]))[0] * 3e38 * 10).sum()
     plain = torch.autograd.grad(loss, logits, retain_graph=True)

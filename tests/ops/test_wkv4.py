@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from levels import run_at
 from torch import Tensor
 
+from rwkv_pl.ops.backend import current_kernel, load, use_kernel
 from rwkv_pl.ops.build import LEVELS, BuildError, cpu_level
-from rwkv_pl.ops.wkv4 import _load, use_kernel, wkv4
+from rwkv_pl.ops.wkv4 import wkv4
 from rwkv_pl.ops.wkv4_reference import EMPTY
 
 FAST = ["compiled", "scan"]
@@ -382,7 +383,7 @@ def test_the_arguments_are_not_written_to():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_opcheck(dtype):
-    assert _load("cpu") == ""
+    assert load("cpu") == ""
     for transposed in (False, True):
         arguments = [x.to(dtype) for x in draw(2, 33, 5)]
         if transposed:
@@ -394,7 +395,7 @@ def test_opcheck(dtype):
 
 
 def test_a_tile_too_long_is_refused():
-    assert _load("cpu") == ""
+    assert load("cpu") == ""
     with pytest.raises(RuntimeError, match="wkv4: tile must be 1 to 32, not 33"):
         torch.ops.rwkv_pl.wkv4_forward(*(x.float() for x in draw(1, 4, 3)), 33)
 
@@ -457,20 +458,18 @@ def test_errors_name_the_argument(name, value, kind, words):
 
 
 def test_use_kernel():
-    from rwkv_pl.ops import wkv4 as module
-
-    assert module._kernel == "auto"
+    assert current_kernel() == "auto"
     with use_kernel("scan"):
-        assert module._kernel == "scan"
+        assert current_kernel() == "scan"
         with pytest.raises(ZeroDivisionError), use_kernel("recurrence"):
             raise ZeroDivisionError
-        assert module._kernel == "scan"
+        assert current_kernel() == "scan"
         use_kernel("compiled")
-        assert module._kernel == "compiled"
-    assert module._kernel == "auto"
+        assert current_kernel() == "compiled"
+    assert current_kernel() == "auto"
     with pytest.raises(ValueError, match="no kernel named 'fast'; choose one of auto, compiled"):
         use_kernel("fast")
-    assert module._kernel == "auto"
+    assert current_kernel() == "auto"
 
 
 def test_a_device_without_the_compiled_operator():

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from rwkv_pl.inference.evaluate import bits_per_byte
 from rwkv_pl.ops.cross_entropy import head_cross_entropy
-from rwkv_pl.training.loss import IGNORED, bits_per_byte, count_bytes, l2wrap, split_tokens
+from rwkv_pl.training.loss import IGNORED, count_bytes, l2wrap, split_tokens
 
 
 def test_split_tokens_shifts_once_and_clamps_the_padding_of_inputs_alone():

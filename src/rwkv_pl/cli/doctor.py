@@ -122,7 +122,7 @@ def _cache() -> Finding:
 
 def _tried(device: str) -> bool:
     """Builds the kernel of a device, judges and times it, and says in a line what kernel=auto will use there."""
-    from rwkv_pl.ops.wkv4 import use_kernel
+    from rwkv_pl.ops.backend import use_kernel
 
     try:
         with use_kernel("compiled"):
@@ -178,7 +178,7 @@ def _results(device: str, steps: int, dtype: str = "float32", channels: int = 51
 
 
 def _worst_error(device: str) -> float:
-    from rwkv_pl.ops.wkv4 import use_kernel
+    from rwkv_pl.ops.backend import use_kernel
 
     got = _results(device, steps=300, channels=65)
     with use_kernel("recurrence"):

@@ -293,9 +293,11 @@ class _Progress:
         self._bar.stop()
 
     def told(self, count: int, nats: float) -> None:
+        from rwkv_pl.inference.evaluate import bits_per_byte
+
         self._count, self._nats = self._count + count, self._nats + nats
         if self._count:
-            bits = self._nats / math.log(2) / (self._count * self._bytes_per_token)
+            bits = bits_per_byte(self._nats, self._count * self._bytes_per_token)
             speed = self._count / (time.perf_counter() - self._started)
             self._bar.update(
                 self._task, completed=self._count, figures=f"{bits:.4f} bits/byte  {speed:,.0f} tokens/s  "

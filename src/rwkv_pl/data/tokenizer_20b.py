@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from rwkv_pl.data.vocabulary import EncodingError, Tokens, Vocabulary
+from rwkv_pl.data.vocabulary import BYTE_OF, EncodingError, Tokens, Vocabulary
 from rwkv_pl.errors import UserError
 
 # Before 0.23.1 the library warns at every fork that follows a use of its threads. What we fork, workers that gather
@@ -38,12 +38,6 @@ CUT = re.compile(
     rb"|(?<=[A-Za-z])(?=[!-/:-@\[-`{-~])"
 )
 
-# GPT-2's alphabet, in which the json writes bytes as visible characters: those that are visible in Latin-1 stand for
-# themselves, the others for U+0100, U+0101, ... in turn.
-_VISIBLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
-_HIDDEN = tuple(sorted(set(range(256)) - set(_VISIBLE)))
-BYTE_OF = {chr(byte): byte for byte in _VISIBLE} | {chr(0x100 + i): byte for i, byte in enumerate(_HIDDEN)}
-
 # A byte of UTF-8 is none of these.
 _NEVER = {0xC0, 0xC1, *range(0xF5, 0x100)}
 
@@ -55,8 +49,8 @@ class Vocabulary20B(Vocabulary):
     <|padding|> it stands for no text: where such words are in a text they are spelled as other words are, so no text
     has these tokens.
 
-    ``encode`` raises EncodingError where the text is not UTF-8. Raises ValueError where the json is that of another kind
-    of tokenizer.
+    ``encode`` raises EncodingError if the text is not UTF-8. Raises ValueError if the json describes another kind of
+    tokenizer.
     """
 
     document_end = 0
@@ -132,22 +126,8 @@ class Vocabulary20B(Vocabulary):
     def to_dict(self) -> dict[str, str]:
         return {"kind": self.kind, "tokenizer": self._json}
 
-
-def as_tokenizer(vocabulary: Vocabulary) -> dict[str, Any] | None:
-    """The json by which the library, and with it transformers, encodes and decodes alike; None where it cannot."""
-    stored = vocabulary.to_dict()
-    if vocabulary.kind == "20b":
-        return json.loads(stored["tokenizer"])
-    if vocabulary.kind != "byte":
-        return None
-    bytes_alone = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    return {
-        "version": "1.0",
-        "added_tokens": [],
-        "pre_tokenizer": bytes_alone,
-        "decoder": bytes_alone,
-        "model": {"type": "BPE", "vocab": BYTE_OF, "merges": []},
-    }
+    def to_tokenizer(self) -> dict[str, Any]:
+        return json.loads(self._json)
 
 
 def _decoded(data: bytes, lo: int, hi: int) -> str:

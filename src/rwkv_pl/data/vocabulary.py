@@ -18,6 +18,12 @@ Tokens = npt.NDArray[np.unsignedinteger]
 
 CHUNK = 1 << 22
 
+# GPT-2's alphabet, in which the json writes bytes as visible characters: those that are visible in Latin-1 stand for
+# themselves, the others for U+0100, U+0101, ... in turn.
+_VISIBLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+_HIDDEN = tuple(sorted(set(range(256)) - set(_VISIBLE)))
+BYTE_OF = {chr(byte): byte for byte in _VISIBLE} | {chr(0x100 + i): byte for i, byte in enumerate(_HIDDEN)}
+
 
 class EncodingError(UserError):
     """A text that a vocabulary has no tokens for, from byte ``offset`` on."""
@@ -111,6 +117,19 @@ class Vocabulary:
     def to_dict(self) -> dict[str, str]:
         """What JSON and a checkpoint can hold; ``from_dict`` makes the same vocabulary of it."""
         return {"kind": self.kind, "characters": self.characters}
+
+    def to_tokenizer(self) -> dict[str, Any] | None:
+        """tokenizer.json of the same encoding for the tokenizers library and transformers; None if there is none."""
+        if self.kind != "byte":
+            return None
+        bytes_alone = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+        return {
+            "version": "1.0",
+            "added_tokens": [],
+            "pre_tokenizer": bytes_alone,
+            "decoder": bytes_alone,
+            "model": {"type": "BPE", "vocab": BYTE_OF, "merges": []},
+        }
 
     @classmethod
     def from_dict(cls, stored: dict[str, Any]) -> "Vocabulary":

@@ -104,11 +104,16 @@ def windows(
     return total, count
 
 
+def bits_per_byte(nats: float, n_bytes: float) -> float:
+    """From the summed cross-entropy of a text in nats and its number of bytes. NaN without bytes."""
+    return nats / (math.log(2) * n_bytes) if n_bytes else math.nan
+
+
 def figures(nats: float, n_tokens: int, n_bytes: int) -> dict[str, float]:
     """What is reported of `n_tokens` targets that spell `n_bytes` bytes, from their summed cross-entropy in nats."""
     per_token = nats / n_tokens
     return {
-        "bits_per_byte": nats / math.log(2) / n_bytes,
+        "bits_per_byte": bits_per_byte(nats, n_bytes),
         "perplexity_per_token": math.exp(per_token) if per_token < 700 else math.inf,
         "nats_per_token": per_token,
         "bits_per_token": per_token / math.log(2),

@@ -17,7 +17,7 @@ from rwkv_pl.config import RWKV4Config
 from rwkv_pl.model import rwkv4_fused as fused
 from rwkv_pl.model.state import BlockState, State
 from rwkv_pl.ops.linear import Linear
-from rwkv_pl.ops.rwkv4_step import rwkv4_step, step_serves
+from rwkv_pl.ops.rwkv4_step import rwkv4_step, supports_step
 from rwkv_pl.ops.wkv4 import wkv4
 
 
@@ -182,7 +182,7 @@ class RWKV4(nn.Module):
         operator, which computes in float32 and knows nothing of hooks on the modules.
         """
         parameters = _parameters(self)
-        if step_serves(parameters) and not (self.training and self.config.dropout):
+        if supports_step(parameters) and not (self.training and self.config.dropout):
             logits, after = rwkv4_step(parameters, tokens, [x for block in state or () for x in block])
             return logits, tuple(BlockState(*block) for block in after)
         hidden, state = self.hidden(tokens[:, None], state)

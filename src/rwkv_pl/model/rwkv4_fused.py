@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rwkv_pl.ops.fused import fused_serves, is_itself, once_differentiable
+from rwkv_pl.ops.autograd import once_differentiable
+from rwkv_pl.ops.backend import supports_elementwise
 from rwkv_pl.ops.linear import Linear, gradient_of_input, gradient_of_weight, product
 from rwkv_pl.ops.wkv4 import TILE
 
@@ -27,16 +28,23 @@ def supports(half: Any, kind: type[nn.Module], norm: Any, dropout: nn.Module, x:
     return (
         not torch.compiler.is_compiling()
         and x.dim() == 3
-        and is_itself(half, kind)
-        and is_itself(norm, nn.LayerNorm)
-        and is_itself(dropout, nn.Dropout)
-        and all(is_itself(layer, Linear) for layer in half._modules.values())
-        and fused_serves(
+        and is_unmodified(half, kind)
+        and is_unmodified(norm, nn.LayerNorm)
+        and is_unmodified(dropout, nn.Dropout)
+        and all(is_unmodified(layer, Linear) for layer in half._modules.values())
+        and supports_elementwise(
             x,
             *norm._parameters.values(),
             *half._parameters.values(),
             *(layer._parameters["weight"] for layer in half._modules.values()),
         )
+    )
+
+
+def is_unmodified(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a call of the module does what its class does: not replaced, not parametrised, without hooks."""
+    return type(module) is kind and not (
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
 
 

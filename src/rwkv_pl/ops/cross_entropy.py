@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from rwkv_pl.ops.fused import fused_serves, once_differentiable
+from rwkv_pl.ops.autograd import once_differentiable
+from rwkv_pl.ops.backend import supports_elementwise
 
 IGNORED = -1  # a target that pads a short window; its loss does not count
 
@@ -24,7 +25,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
     On the CPU, in float32 or bfloat16, the logits are read once each way.
     """
-    if fused_serves(logits, io=True):
+    if supports_elementwise(logits, io=True):
         return _CrossEntropy.apply(logits, targets)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     nats = F.cross_entropy(wide, targets, ignore_index=IGNORED, reduction="none")

@@ -1,4 +1,4 @@
-"""glibc's heap, set to keep the memory of a step for the next one."""
+"""The C library's heap."""
 
 import contextlib
 import ctypes
@@ -8,18 +8,18 @@ from rwkv_pl.limits import free_memory
 
 
 def keep_freed_memory() -> None:
-    """Lets a step reuse the memory of the step before, by large pages where Linux has them.
+    """Lets a training step reuse the memory of the step before, in huge pages if Linux has them.
 
-    glibc gives large freed blocks back to the system, which clears them again page by page: up to a third of a classic
-    step on a CPU. By pages of 4 KB, finding them takes some 4% more. Set by the command, since it is for the whole
-    process. Again and on other systems it does nothing.
+    glibc returns large freed blocks to the system, which clears them again page by page: up to a third of a classic
+    step on a CPU. With pages of 4 KB, address translation takes some 4% more. It is a setting of the whole process, so
+    the command makes it, not the library. A second call does nothing, nor do other systems.
     """
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX, M_MMAP_MAX_DEFAULT = -1, -3, -4, 65536
     with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
         libc.mallopt(M_TRIM_THRESHOLD, -1)
-        # What the heap will grow into; untouched, it takes no memory.
+        # The heap will grow into this; untouched, it takes no memory.
         size = free_memory() // 2
         libc.malloc.restype = ctypes.c_void_p
         libc.mallopt(M_MMAP_MAX, 0)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rwkv_pl.ops.fused import autocast_off
+from rwkv_pl.ops.autograd import autocast_off
 
 # Below this many rows oneDNN's preparation costs more than it saves.
 FEWEST_ROWS = 32

@@ -6,14 +6,13 @@ Letters: B rows, L layers, C channels, V vocabulary.
 import contextlib
 import mmap
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 from torch import Tensor, nn
 
-from rwkv_pl.ops.wkv4 import compiled_serves
+from rwkv_pl.ops.backend import uses_compiled, when_loaded
 
-__all__ = ["lay_together", "rwkv4_step", "step_serves"]
+__all__ = ["lay_together", "rwkv4_step", "supports_step"]
 
 # Parameters of the model outside of its blocks: emb.weight, ln0, ln_out, head.weight.
 OUTSIDE = 6
@@ -23,22 +22,19 @@ A_BLOCK = 18
 LARGE_PAGE, CACHE_LINE = 1 << 21, 64
 
 
-def step_serves(parameters: Sequence[Tensor]) -> bool:
+def supports_step(parameters: Sequence[Tensor]) -> bool:
     """Whether :func:`rwkv4_step` takes these: an RWKV-4 model's, on the CPU, each in float32 or bfloat16.
 
     False without a compiled operator as well, which the first call builds or loads, and where `use_kernel` names a
     plain form.
     """
-    serves = (
+    return (
         len(parameters) >= OUTSIDE
         and (len(parameters) - OUTSIDE) % A_BLOCK == 0
         and parameters[0].device.type == "cpu"
         and {parameter.dtype for parameter in parameters} <= {torch.float32, torch.bfloat16}
-        and compiled_serves("cpu")
+        and uses_compiled("cpu")
     )
-    if serves:
-        _register_fake()
-    return serves
 
 
 def lay_together(module: nn.Module) -> None:
@@ -89,7 +85,7 @@ def rwkv4_step(
     return logits, tuple(zip(shift[0::2], wkv.unbind(), shift[1::2], strict=True))
 
 
-@cache
+@when_loaded
 def _register_fake() -> None:
     torch.library.register_fake("rwkv_pl::rwkv4_step", _fake)
 

@@ -1,57 +1,21 @@
-"""The WKV-4 operator: one function, several realisations, chosen by the device or by :func:`use_kernel`.
+"""The WKV-4 operator: one function, several kernels, chosen by the device or by `backend.use_kernel`.
 
 Letters: B sequences, T steps of time, C channels.
 """
 
-import threading
-import warnings
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rwkv_pl.ops.build import BuildError, load_cpu_library, load_cuda_library
+from rwkv_pl.ops.backend import current_kernel, uses_compiled, when_loaded
 from rwkv_pl.ops.wkv4_reference import EMPTY, wkv4_recurrence, wkv4_scan
-
-__all__ = ["KERNELS", "compiled_serves", "use_kernel", "wkv4"]
-
-KERNELS = ("auto", "compiled", "scan", "recurrence")
-
-_kernel = "auto"
 
 # Steps between two states that the compiled operator saves for its backward pass: on the CPU at most LONGEST_TILE in
 # wkv4_cpu.cpp; on a GPU they also say which kernel runs, one that walks through time or one that scans it (those of
 # wkv4_launch.cuh).
 TILE = 32
 WALK, SCAN, LONG_SCAN, DOUBLE_SCAN = 64, 256, 1024, 128
-
-
-class use_kernel:
-    """Choose how :func:`wkv4` computes, for the whole process; as a context manager, until the block ends.
-
-    - ``"auto"``: compiled where that operator is built for the tensor's device, else scan;
-    - ``"compiled"``: the compiled operator, or a RuntimeError that says why there is none;
-    - ``"scan"``: parallel in time, in plain torch;
-    - ``"recurrence"``: the plain loop over time, which judges the others.
-
-    Raises ValueError for another name.
-    """
-
-    def __init__(self, name: str) -> None:
-        global _kernel
-        if name not in KERNELS:
-            raise ValueError(f"use_kernel: no kernel named {name!r}; choose one of {', '.join(KERNELS)}")
-        self._previous, _kernel = _kernel, name
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        global _kernel
-        _kernel = self._previous
 
 
 def wkv4(
@@ -84,7 +48,7 @@ def wkv4(
     """
     _check(time_decay, time_first, key, value, state)
     dtype = torch.float64 if key.dtype == torch.float64 else torch.float32
-    compiled = compiled_serves(key.device.type)
+    compiled = uses_compiled(key.device.type)
     # The kernels read and write halves, but for float16 on a CPU.
     io = key.dtype if compiled and (key.device.type == "cuda" or key.dtype != torch.float16) else dtype
     weights, inputs = (time_decay.to(dtype), time_first.to(dtype)), (key.to(io), value.to(io))
@@ -97,7 +61,7 @@ def wkv4(
         batch, _, channels = key.shape
         state = key.new_zeros((batch, 3, channels), dtype=dtype)
         state[:, 2] = EMPTY
-    plain = wkv4_recurrence if _kernel == "recurrence" else wkv4_scan
+    plain = wkv4_recurrence if current_kernel() == "recurrence" else wkv4_scan
     output, state = plain(*weights, *inputs, state)
     return output.to(key.dtype), state
 
@@ -142,52 +106,7 @@ def _check(time_decay: Tensor, time_first: Tensor, key: Tensor, value: Tensor, s
             )
 
 
-_loading = threading.Lock()
-# By type of device why the compiled operator could not be loaded, "" once it is.
-_failures: dict[str, str] = {}
-_warned: set[str] = set()
-
-
-def compiled_serves(device: str) -> bool:
-    """Whether the compiled operators are those to call for this type of device, by `use_kernel` and what is there."""
-    if _kernel == "auto" and not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        return False
-    return _kernel in ("auto", "compiled") and _is_compiled(device, required=_kernel == "compiled")
-
-
-# torch.compile calls this while it traces and keeps the answer, so that loading breaks no graph.
-@torch.compiler.assume_constant_result
-def _is_compiled(device: str, required: bool) -> bool:
-    """Whether the compiled operator serves this type of device; the first call for it builds or loads it.
-
-    Raises RuntimeError where it is required and missing. Not required, a failed build is told by one warning.
-    """
-    failure = _load(device) if device in ("cpu", "cuda") else f"none is built for {device}"
-    if failure and required:
-        raise RuntimeError(f"wkv4: no compiled operator: {failure}; or choose use_kernel('auto')")
-    if failure and device in _failures and device not in _warned:
-        _warned.add(device)
-        warnings.warn(f"wkv4 runs in plain torch, slower: {failure}", RuntimeWarning, stacklevel=2)
-    return not failure
-
-
-def _load(device: str) -> str:
-    # The CPU's library declares the operator for both.
-    failure = _load("cpu") if device == "cuda" else ""
-    with _loading:
-        if device not in _failures:
-            try:
-                if device == "cuda" and not failure:
-                    load_cuda_library()
-                elif device == "cpu":
-                    load_cpu_library()
-                    _register()
-                _failures[device] = failure
-            except BuildError as error:
-                _failures[device] = str(error)
-        return _failures[device]
-
-
+@when_loaded
 def _register() -> None:
     torch.library.register_fake("rwkv_pl::wkv4_forward", _forward_fake)
     torch.library.register_fake("rwkv_pl::wkv4_backward", _backward_fake)

@@ -4,7 +4,8 @@ import torch
 
 from rwkv_pl.config import Train
 from rwkv_pl.errors import UserError, one_line
-from rwkv_pl.ops.wkv4 import use_kernel, wkv4
+from rwkv_pl.ops.backend import use_kernel
+from rwkv_pl.ops.wkv4 import wkv4
 from rwkv_pl.runs.ranks import first_decides
 from rwkv_pl.training.precision import in_words, product_rates
 

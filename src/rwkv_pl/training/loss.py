@@ -3,8 +3,6 @@
 B  batch    T  time    C  channels, n_embd    V  vocab_size
 """
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -26,11 +24,6 @@ def l2wrap(largest: Tensor) -> Tensor:
     accumulation and loss scaling.
     """
     return L2WRAP * largest.square().mean()
-
-
-def bits_per_byte(nats: float, n_bytes: float) -> float:
-    """The summed cross-entropy of a text in nats, over the bytes that the text has. NaN where it has none."""
-    return nats / (math.log(2) * n_bytes) if n_bytes else math.nan
 
 
 def count_bytes(targets: Tensor, bytes_per_token: Tensor | None) -> Tensor:

@@ -18,10 +18,11 @@ from torch.optim import Optimizer
 
 from rwkv_pl.config import Optim, Schedule
 from rwkv_pl.errors import RunError
+from rwkv_pl.inference.evaluate import bits_per_byte
 from rwkv_pl.inference.sampling import seed_of
 from rwkv_pl.model import MODELS
 from rwkv_pl.ops.cross_entropy import head_cross_entropy
-from rwkv_pl.training.loss import IGNORED, bits_per_byte, count_bytes, l2wrap, split_tokens
+from rwkv_pl.training.loss import IGNORED, count_bytes, l2wrap, split_tokens
 from rwkv_pl.training.muon import MuonAdamW
 from rwkv_pl.training.optim import build_optimizer, learning_rate, parameter_groups, write_numbers
 from rwkv_pl.weights.metadata import KEY, Metadata

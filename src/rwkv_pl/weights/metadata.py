@@ -59,8 +59,10 @@ class Metadata:
         if stored["model"] not in MODELS:
             raise UserError(f"{path} holds a {stored['model']} model; known here: {', '.join(MODELS)}")
         # Early checkpoints have the corpus alone.
-        past = {} if "past" in stored or "corpus" not in stored else {"past": {"corpus": stored["corpus"]}}
-        return cls(**{key: stored[key] for key in kinds}, **past)
+        fields = {key: stored[key] for key in kinds}
+        if "past" not in stored and "corpus" in stored:  # as early checkpoints have it
+            fields["past"] = {"corpus": stored["corpus"]}
+        return cls(**fields)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types for the entry KEY of a checkpoint."""

@@ -24,8 +24,6 @@ def write_weights(weights: Weights, target: Path) -> Weights:
 
     Raises OSError where the disk refuses; nothing is left then.
     """
-    from rwkv_pl.data.tokenizer_20b import as_tokenizer  # its library is for those who use it
-
     # Each in memory of its own: a part of something larger would be written as the whole of it.
     weights = replace(weights, tensors={name: _packed(value) for name, value in weights.tensors.items()})
     if target.suffix.lower() in (".pth", ".ckpt"):
@@ -39,7 +37,7 @@ def write_weights(weights: Weights, target: Path) -> Weights:
             _write_json(layout.config_of(weights.config, weights.dtype), folder / huggingface.CONFIG)
             if weights.vocabulary:
                 _write_json(weights.vocabulary.to_dict(), folder / huggingface.VOCABULARY)
-                if tokenizer := as_tokenizer(weights.vocabulary):
+                if tokenizer := weights.vocabulary.to_tokenizer():
                     _write_json(tokenizer, folder / huggingface.TOKENIZER)
                     # Without it transformers takes a class for this model whose own settings override the json's.
                     _write_json({"tokenizer_class": "PreTrainedTokenizerFast"}, folder / "tokenizer_config.json")

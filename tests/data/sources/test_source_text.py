@@ -66,7 +66,7 @@ def test_a_text_is_joined_once_and_anew_when_a_source_changes(
     calls = []
     monkeypatch.setattr(text_source, "join", lambda *arguments: calls.append(1) or join(*arguments))
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        one, *others = pool.map(text, [folder] * 4)
+        one, *others = pool.map(lambda _: Text(folder).open(), range(4))
     assert others == [one] * 3
     assert len(calls) == 1
     assert one.path.read_bytes() == b"book a\nbook b\nbook c"

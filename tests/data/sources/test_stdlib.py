@@ -1,6 +1,7 @@
 """The standard library as a corpus."""
 
 import sys
+import sysconfig
 import time
 from pathlib import Path
 

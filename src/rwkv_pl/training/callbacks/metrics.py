@@ -14,8 +14,9 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from torch import Tensor
 
 from rwkv_pl.files import located, publish
+from rwkv_pl.inference.evaluate import bits_per_byte
 from rwkv_pl.training.curve import COLUMNS, draw, read_rows
-from rwkv_pl.training.loss import bits_per_byte, count_bytes
+from rwkv_pl.training.loss import count_bytes
 
 SECONDS_BETWEEN_DRAWINGS = 30
 SHARE_OF_DRAWING = 0.003

@@ -541,7 +541,7 @@ BAD_FOLDERS = {
     "config.json of nothing": ({"config.json": "{}"}, "holds a None model by its config"),
     "config.json of another epsilon": (
         {"config.json": '{"model_type": "rwkv", "layer_norm_epsilon": 0.001}'},
-        "has layer_norm_epsilon 0.001; RWKV-4 has 1e-05",
+        "has layer_norm_epsilon 0.001; rwkv4 has 1e-05",
     ),
     "no weights": ({"model.safetensors": None}, "no weights: there is neither model.safetensors nor pytorch_model.bin"),
     "an index of nothing": ({"model.safetensors": None, "model.safetensors.index.json": "{}"}, "it has no weight_map"),

@@ -1,4 +1,4 @@
-"""What the operators between the matrix products share: where they serve, and how their gradients are called."""
+"""Gradients of the compiled operators: how a backward pass is called."""
 
 import functools
 from collections.abc import Callable
@@ -6,35 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
-from rwkv_pl.ops.wkv4 import compiled_serves
-
-
-def fused_serves(*tensors: Tensor, io: bool = False) -> bool:
-    """Whether the operators between the matrix products take these: compiled ones, on the CPU, all in float32.
-
-    io: bfloat16 too, if all are. Under torch.compile they are left to it; under an autocast to float16, in torch.func's
-    transforms and for subclasses of Tensor to torch.
-    """
-    dtype = tensors[0].dtype
-    return (
-        (dtype == torch.float32 or (io and dtype == torch.bfloat16))
-        and not torch.compiler.is_compiling()
-        and all(
-            type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu" and tensor.dtype == dtype
-            for tensor in tensors
-        )
-        and (not torch.is_autocast_enabled("cpu") or torch.get_autocast_dtype("cpu") == torch.bfloat16)
-        and compiled_serves("cpu")
-    )
-
-
-def is_itself(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a call of the module does what its class does: neither replaced nor parametrised, and without hooks."""
-    return type(module) is kind and not (
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+from torch import Tensor
 
 
 def autocast_off() -> AbstractContextManager[Any]:

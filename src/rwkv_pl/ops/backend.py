@@ -1,0 +1,126 @@
+"""Which kernel serves a call: chosen with :func:`use_kernel`, loaded once, and one warning if it is not available."""
+
+import threading
+import warnings
+from collections.abc import Callable
+from types import TracebackType
+
+import torch
+from torch import Tensor, nn
+
+from rwkv_pl.config import KERNELS
+from rwkv_pl.ops.build import BuildError, load_cpu_library, load_cuda_library
+
+_kernel = "auto"
+
+
+_loading = threading.Lock()
+
+# By type of device why the compiled operators could not be loaded, "" once they are.
+_failures: dict[str, str] = {}
+
+_warned: set[str] = set()
+
+_registrations: list[Callable[[], None]] = []
+
+
+class use_kernel:
+    """Choose how :func:`wkv4` computes, for the whole process; as a context manager, until the block ends.
+
+    - ``"auto"``: compiled where that operator is built for the tensor's device, else scan;
+    - ``"compiled"``: the compiled operator, or a RuntimeError that says why there is none;
+    - ``"scan"``: parallel in time, in plain torch;
+    - ``"recurrence"``: the plain loop over time, which judges the others.
+
+    Raises ValueError for another name.
+    """
+
+    def __init__(self, name: str) -> None:
+        global _kernel
+        if name not in KERNELS:
+            raise ValueError(f"use_kernel: no kernel named {name!r}; choose one of {', '.join(KERNELS)}")
+        self._previous, _kernel = _kernel, name
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        global _kernel
+        _kernel = self._previous
+
+
+def current_kernel() -> str:
+    """The name that :func:`use_kernel` last chose."""
+    return _kernel
+
+
+def uses_compiled(device: str) -> bool:
+    """Whether calls on this type of device use the compiled operators: by `use_kernel`, and if they are available."""
+    if _kernel == "auto" and not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return False
+    return _kernel in ("auto", "compiled") and _is_available(device, required=_kernel == "compiled")
+
+
+def supports_elementwise(*tensors: Tensor, io: bool = False) -> bool:
+    """Whether the compiled operators between the matrix products take these tensors: on the CPU, all in float32.
+
+    io: or all in bfloat16. False under torch.compile, under an autocast to float16, in transforms of torch.func and for
+    subclasses of Tensor: there torch's own operators are used.
+    """
+    dtype = tensors[0].dtype
+    return (
+        (dtype == torch.float32 or (io and dtype == torch.bfloat16))
+        and not torch.compiler.is_compiling()
+        and all(
+            type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu" and tensor.dtype == dtype
+            for tensor in tensors
+        )
+        and (not torch.is_autocast_enabled("cpu") or torch.get_autocast_dtype("cpu") == torch.bfloat16)
+        and uses_compiled("cpu")
+    )
+
+
+# torch.compile calls this while it traces and keeps the answer, so that loading breaks no graph.
+@torch.compiler.assume_constant_result
+def _is_available(device: str, required: bool) -> bool:
+    """Whether the compiled operators are available for this type of device; the first call builds or loads them.
+
+    If they are missing: RuntimeError if they are required, else one warning.
+    """
+    failure = load(device) if device in ("cpu", "cuda") else f"none is built for {device}"
+    if failure and required:
+        raise RuntimeError(f"wkv4: no compiled operator: {failure}; or choose use_kernel('auto')")
+    if failure and device in _failures and device not in _warned:
+        _warned.add(device)
+        warnings.warn(f"wkv4 runs in plain torch, slower: {failure}", RuntimeWarning, stacklevel=2)
+    return not failure
+
+
+def load(device: str) -> str:
+    """Loads the compiled operators for a type of device, building them if needed. Returns why it failed, or ""."""
+    # The CPU's library declares the operator for both.
+    failure = load("cpu") if device == "cuda" else ""
+    with _loading:
+        if device not in _failures:
+            try:
+                if device == "cuda" and not failure:
+                    load_cuda_library()
+                elif device == "cpu":
+                    load_cpu_library()
+                    for register in _registrations:
+                        register()
+                _failures[device] = failure
+            except BuildError as error:
+                _failures[device] = str(error)
+        return _failures[device]
+
+
+def when_loaded(register: Callable[[], None]) -> Callable[[], None]:
+    """Decorates a function that registers gradients or fake kernels of compiled operators: called once they exist."""
+    with _loading:
+        _registrations.append(register)
+        if _failures.get("cpu") == "":
+            register()
+    return register
