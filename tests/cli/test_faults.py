@@ -15,6 +15,7 @@ import pytest
 import torch
 from command import SMALL, TEXT, Result
 from forks import Strike, kill, terminate
+from test_ranks import begin, free_port
 
 from rwkv_pl.files import cache_folder
 
@@ -283,7 +284,40 @@ def test_slurm_queues_the_job_again(folder, whole, answer):
 DDP = (*RUN, "trainer=ddp", "trainer.devices=2", "trainer.max_steps=40", "trainer.accumulate_grad_batches=3")
 
 
+def two_ranks(folder: Path, *arguments: str, told: int | None = None) -> list[Result]:
+    """As torchrun starts them, in `folder`/run. told: the rank that gets a SIGTERM, in step 8."""
+    port = free_port()
+    strikes = {told: [Strike(TRAINING_STEP, optimizer_steps_are(8, 2), terminate)]}
+    if "resume=run" in arguments:
+        arguments = tuple(f"resume={folder / 'run'}" if each == "resume=run" else each for each in arguments)
+    else:
+        arguments = (*arguments, f"hydra.run.dir={folder / 'run'}")
+    ends = [begin(folder, "torchrun", rank, port, *arguments, strikes=strikes.get(rank, ())) for rank in (0, 1)]
+    return [end() for end in ends]
+
+
+@pytest.fixture(scope="module")
+def whole_of_two(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("two")
+    (folder / "corpus.txt").write_bytes(CORPUS)
+    for result in two_ranks(folder, *DDP, "trainer.max_steps=12"):
+        assert result.code == 0, result.err
+    return folder / "run"
+
+
+@pytest.mark.parametrize("told", [0, 1])
+def test_two_ranks_stop_together_and_end_in_the_same_bits(folder, whole_of_two, told):
+    """A signal to one of them ends both after the same step."""
+    first, second = two_ranks(folder, *DDP, "trainer.max_steps=12", told=told)
+    assert (first.code, second.code) == (143, 143), first.err + second.err
+    assert "stopped by SIGTERM" in first.out
+    for result in two_ranks(folder, "resume=run"):
+        assert result.code == 0, result.err
+    assert_the_same(folder / "run", whole_of_two)
+
+
 def start_two(folder: Path, *arguments: str) -> subprocess.Popen:
+    """As Lightning starts the second."""
     command = [str(Path(sys.executable).with_name("rwkv-train")), *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
@@ -297,50 +331,43 @@ def start_two(folder: Path, *arguments: str) -> subprocess.Popen:
     )
 
 
-@pytest.fixture(scope="module")
-def whole_of_two(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("two")
-    (folder / "corpus.txt").write_bytes(CORPUS)
-    process = start_two(folder, *DDP)
-    _, err = process.communicate(timeout=120)
+@pytest.mark.slow
+def test_two_processes_of_lightning_stop_together(tmp_path):
+    """The one that was started, the one that it has started, or both get the signal."""
+    (tmp_path / "corpus.txt").write_bytes(CORPUS)
+    process = start_two(tmp_path, *DDP, "hydra.run.dir=whole")
+    _, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
-    return folder / "run"
+    for to in ("parent", "child", "group"):
+        run = tmp_path / to
+        process = start_two(tmp_path, *DDP, f"hydra.run.dir={to}")
+        end = time.monotonic() + 600
+        while not (run / "metrics.csv").exists() or len((run / "metrics.csv").read_text().splitlines()) < 12:
+            assert time.monotonic() < end and process.poll() is None
+            time.sleep(0.01)
+        if to == "group":
+            os.killpg(process.pid, signal.SIGTERM)
+        else:
+            (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[:1]
+            os.kill(process.pid if to == "parent" else int(child), signal.SIGTERM)
+        out, err = process.communicate(timeout=600)
+        assert process.returncode == 143, err
+        assert "stopped by SIGTERM" in out
+        process = start_two(tmp_path, f"resume={to}")
+        _, err = process.communicate(timeout=600)
+        assert process.returncode == 0, err
+        assert_the_same(run, tmp_path / "whole")
 
 
-@pytest.mark.parametrize(
-    "to", ["parent", pytest.param("child", marks=pytest.mark.slow), pytest.param("group", marks=pytest.mark.slow)]
-)
-def test_two_processes_stop_together(folder, whole_of_two, to):
-    process = start_two(folder, *DDP)
-    run = folder / "run"
-    end = time.monotonic() + 60
-    while not (run / "metrics.csv").exists() or len((run / "metrics.csv").read_text().splitlines()) < 12:
-        assert time.monotonic() < end and process.poll() is None
-        time.sleep(0.01)
-    told = time.monotonic()
-    if to == "group":
-        os.killpg(process.pid, signal.SIGTERM)
-    else:
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        os.kill(process.pid if to == "parent" else int(children[0]), signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 143, err
-    assert time.monotonic() - told < 5 + 5  # and the step under way; under load
-    assert "stopped by SIGTERM" in out
-    process = start_two(folder, "resume=run")
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    assert_the_same(run, whole_of_two)
-
-
-def test_another_number_of_devices_reads_the_same_batches(folder, whole_of_two):
+def test_another_number_of_devices_reads_the_same_batches(folder):
     """Stopped after a few steps on one device, with another accumulation, and gone on with on two."""
-    one = (*DDP, "trainer.devices=1", "trainer.strategy=auto", "trainer.accumulate_grad_batches=2", "model.dropout=0.0")
-    stop = Strike(TRAINING_STEP, 25, terminate)
+    one = (*DDP, "trainer.devices=1", "trainer.strategy=auto", "trainer.accumulate_grad_batches=2", "model.dropout=0.0",
+           "trainer.max_steps=12")  # fmt: skip
+    stop = Strike(TRAINING_STEP, 10, terminate)
     assert forks.run(folder, *one, strikes=[stop]).code == 143
-    two = start_two(folder, "resume=run", "trainer=ddp", "trainer.devices=2", "trainer.accumulate_grad_batches=1")
-    _, err = two.communicate(timeout=120)
-    assert two.returncode == 0, err
+    two = ("trainer=ddp", "trainer.devices=2", "trainer.accumulate_grad_batches=1")
+    for result in two_ranks(folder, "resume=run", *two):
+        assert result.code == 0, result.err
     other = folder / "other"
     other.mkdir()
     (other / "corpus.txt").write_bytes(CORPUS)

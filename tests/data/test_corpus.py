@@ -227,7 +227,7 @@ def _download(folder: Path, url: str) -> None:
 def test_a_killed_download_is_cleaned_up_and_made_again(tmp_path: Path, server: Server) -> None:
     process = multiprocessing.get_context("spawn").Process(target=_download, args=(tmp_path, server.url("slow")))
     process.start()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 600
     while not (tmp_path / "enwik8.zip.partial").exists():
         assert time.monotonic() < deadline
         assert process.is_alive()
@@ -496,14 +496,12 @@ def test_stdlib_by_its_definition(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_stdlib_of_this_python() -> None:
-    begin = time.perf_counter()
     corpus = stdlib()
-    again = time.perf_counter()
+    written = corpus.path.stat()
     assert stdlib() == corpus
-    # A fifth of a second, and a fortieth, on a quiet machine.
-    assert again - begin < 20
-    assert time.perf_counter() - again < 5
-    size = corpus.path.stat().st_size
+    again = corpus.path.stat()
+    assert (again.st_ino, again.st_mtime_ns) == (written.st_ino, written.st_mtime_ns), "it was made again"
+    size = written.st_size
     assert 5e6 < size < 20e6
     assert corpus.splits.test[1] == size
     assert abs(corpus.splits.train[1] - 0.9 * size) < 4
