@@ -15,6 +15,7 @@ import pytest
 import torch
 from command import SMALL, TEXT, Result
 from forks import Strike, kill, terminate
+from quick_compiler import quick_compiler
 from test_ranks import begin, free_port
 
 from rwkv_pl.files import cache_folder
@@ -111,17 +112,12 @@ def folder(tmp_path) -> Path:
     return tmp_path
 
 
-def kill_soon() -> None:
-    threading.Timer(0.8, kill).start()
-
-
 AGAIN, RESUME = RUN, ("resume=run",)
 
 
 @pytest.mark.parametrize(
     ("strike", "then"),
     [
-        pytest.param(Strike("rwkv_pl.ops.build:_compile_cpu", 1, kill_soon), AGAIN, id="compiling"),
         pytest.param(Strike("rwkv_pl.data.tokens:Vocabulary.encode", 2, kill), AGAIN, id="tokenising"),
         pytest.param(Strike("rwkv_pl.cli.train:take_folder", 1, kill, after=True), AGAIN, id="folder-made"),
         pytest.param(Strike("hydra.core.utils:_save_config", 2, kill, after=True), AGAIN, id="settings-half-written"),
@@ -136,12 +132,30 @@ AGAIN, RESUME = RUN, ("resume=run",)
     ],
 )
 def test_a_killed_run_ends_in_the_same_bits(folder, whole, strike, then):
-    cache = {"RWKV_PL_CACHE": str(folder / "cache")} if "compil" in strike.place or "Vocab" in strike.place else {}
+    cache = {"RWKV_PL_CACHE": str(folder / "cache")} if "Vocab" in strike.place else {}
     if "Vocab" in strike.place:  # nothing is tokenised yet, but the kernel is there
         (folder / "cache").mkdir()
         (folder / "cache" / "kernels").symlink_to(cache_folder() / "kernels")
     assert forks.run(folder, *RUN, strikes=[strike], **cache).code == -signal.SIGKILL
     finished(folder, *then, **cache)
+    assert_the_same(folder / "run", whole)
+
+
+def kill_soon() -> None:
+    threading.Timer(0.8, kill).start()
+
+
+def test_a_run_that_is_killed_while_it_compiles_ends_in_the_same_bits(folder, whole):
+    slow = folder / "slow-c++"
+    slow.write_text('#!/bin/sh\ncase "$*" in *" -c "*) exec sleep 60;; *) echo fake 1.0;; esac\n')
+    slow.chmod(0o755)
+    cache = {"RWKV_PL_CACHE": str(folder / "cache")}
+    compiling = Strike("rwkv_pl.ops.build:_compile_cpu", 1, kill_soon)
+    assert forks.run(folder, *RUN, strikes=[compiling], CXX=str(slow), **cache).code == -signal.SIGKILL
+    assert list((folder / "cache" / "kernels").glob("building-*"))
+    finished(folder, *RUN, CXX=quick_compiler(folder), **cache)
+    assert not list((folder / "cache" / "kernels").glob("building-*"))
+    assert list((folder / "cache" / "kernels").glob("*.so"))
     assert_the_same(folder / "run", whole)
 
 

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 import rwkv_pl.cuda
+from quick_compiler import quick_compiler
 
 from rwkv_pl.files import cache_folder
 from rwkv_pl.ops.build import CPU_SOURCES, Recipe, _compile_cpu, _recipe_digest, _try_load, cpu_flags
-from rwkv_pl.ops.toolchain import Compiler, find_compiler
+from rwkv_pl.ops.toolchain import Compiler
 
 CALL = """
 import os, warnings
@@ -52,21 +53,7 @@ def fake_compiler(folder: Path, body: str) -> str:
 
 @pytest.fixture(scope="module")
 def compiler(tmp_path_factory) -> str:
-    """The system's, which compiles each file once and from then on hands out what it made."""
-    script = tmp_path_factory.mktemp("compiler") / "c++"
-    real = find_compiler()
-    assert real is not None
-    script.write_text(
-        f"""#!/bin/sh
-case "$*" in *" -c "*) ;; *) exec '{real.path}' "$@";; esac
-for made; do :; done
-kept="$(dirname "$0")/$made"
-if [ -e "$kept" ]; then exec cp "$kept" "$made"; fi
-'{real.path}' "$@" && cp "$made" "$kept"
-"""
-    )
-    script.chmod(0o755)
-    return str(script)
+    return quick_compiler(tmp_path_factory.mktemp("compiler"))
 
 
 @pytest.fixture(scope="module")
