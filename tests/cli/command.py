@@ -1,10 +1,14 @@
 """A run of a second, and what a command ended with."""
 
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import pytest
+from brief import shorten_the_end
 
 TEXT = Path(__file__).with_name("test_train.py").read_bytes()[:8000] * 6
 
@@ -40,3 +44,26 @@ def call(main: Callable[[], None], argv: Sequence[str], monkeypatch: Any, capfd:
         code = int(exit.code or 0)
     streams = capfd.readouterr()
     return Result(code, streams.out, streams.err)
+
+
+def make_run(folder: Path, *overrides: str, text: bytes = TEXT) -> Path:
+    """A run of a second in the folder, on a text in it; the run's own folder."""
+    (folder / "corpus.txt").write_bytes(text)
+    from rwkv_pl.cli.train import main
+
+    with pytest.MonkeyPatch.context() as patch:
+        shorten_the_end(patch.setattr)
+        patch.chdir(folder)
+        patch.delenv("LOCAL_RANK", raising=False)
+        patch.setattr(sys, "argv", ["rwkv-train", *SMALL, *overrides, "hydra.run.dir=run"])
+        main()
+    return folder / "run"
+
+
+def copy_run(run: Path, folder: Path) -> Path:
+    """The run as if it had been made in that folder; its hard links are files."""
+    there, here = str(run.parent), str(folder)
+    shutil.copytree(run, folder / "run")
+    for path in (folder / "run" / ".hydra").iterdir():
+        path.write_text(path.read_text(encoding="utf-8").replace(there, here), encoding="utf-8")
+    return folder / "run"

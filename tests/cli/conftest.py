@@ -2,9 +2,11 @@
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
-from command import TEXT, Result, call
+from brief import shorten_the_end
+from command import TEXT, Result, call, copy_run, make_run
 
 from rwkv_pl.cli import eval as evaluation
 from rwkv_pl.cli import train as training
@@ -13,6 +15,7 @@ from rwkv_pl.cli import train as training
 @pytest.fixture
 def command(tmp_path, monkeypatch, capfd):
     """command(main, name, *arguments) -> Result, in an empty folder with a corpus.txt."""
+    shorten_the_end(monkeypatch.setattr)
     monkeypatch.chdir(tmp_path)
     for name in ("LOCAL_RANK", "WORLD_SIZE", "NODE_RANK"):  # as a run of two devices in this process leaves them
         monkeypatch.delenv(name, raising=False)
@@ -22,6 +25,18 @@ def command(tmp_path, monkeypatch, capfd):
         return call(main, [name, *arguments], monkeypatch, capfd)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def run_of_four_steps(tmp_path_factory) -> Path:
+    """Made once. Copies are changed."""
+    return make_run(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture
+def run(run_of_four_steps, tmp_path) -> Path:
+    """A run of SMALL in `tmp_path`, where its corpus.txt is written too."""
+    return copy_run(run_of_four_steps, tmp_path)
 
 
 @pytest.fixture

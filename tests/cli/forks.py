@@ -4,6 +4,7 @@ The imports of a command take five seconds, a fork takes none. Never from the te
 operation with two threads in it a forked child hangs.
 """
 
+import functools
 import importlib
 import multiprocessing
 import os
@@ -15,22 +16,25 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import pytest
+from brief import shorten_the_end
 from command import Result
 
-context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(
-    [
-        "matplotlib.backends.backend_agg",
-        "matplotlib.figure",
-        "rwkv_pl.runs.train",
-        "rwkv_pl.cli.train",
-        "rwkv_pl.training.callbacks.signals",
-        "rwkv_pl.training.callbacks.metrics",
-        "rwkv_pl.training.callbacks.progress",
-        "rwkv_pl.training.callbacks.sample_text",
-        "torch.utils.tensorboard",
-    ]
-)
+CAN_FORK = "forkserver" in multiprocessing.get_all_start_methods()
+context = multiprocessing.get_context("forkserver" if CAN_FORK else "spawn")
+context.set_forkserver_preload(["preloaded"])
+
+
+@functools.cache
+def _serve() -> None:
+    """Starts the server. It looks for what it preloads in its own import path."""
+    if not CAN_FORK:
+        return
+    from multiprocessing.forkserver import ensure_running
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        ensure_running()
 
 
 @dataclass
@@ -71,27 +75,35 @@ def terminate() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _command(folder: Path, arguments: Sequence[str], strikes: Sequence[Strike], environment: dict[str, str]) -> None:
+def _command(
+    main: str, folder: Path, arguments: Sequence[str], strikes: Sequence[Strike], environment: dict[str, str]
+) -> None:
     os.chdir(folder)
     os.environ.update(environment)
     for stream, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND), stream)
+    shorten_the_end()
     for strike in strikes:
         strike.install()
-    sys.argv = ["rwkv-train", *arguments]
-    from rwkv_pl.cli.train import main
-
-    main()
+    sys.argv = [f"rwkv-{main.rpartition('.')[2]}", *arguments]
+    importlib.import_module(main).main()
 
 
-def start(folder: Path, *arguments: str, strikes: Sequence[Strike] = (), **environment: str) -> BaseProcess:
-    """Begins the command in `folder`."""
-    process = context.Process(target=_command, args=(folder, arguments, strikes, environment))
+def start(
+    folder: Path,
+    *arguments: str,
+    strikes: Sequence[Strike] = (),
+    main: str = "rwkv_pl.cli.train",
+    **environment: str,
+) -> BaseProcess:
+    """Begins the command in `folder`. main: the module whose main() it is."""
+    _serve()
+    process = context.Process(target=_command, args=(main, folder, arguments, strikes, environment))
     process.start()
     return process
 
 
-def finish(process: BaseProcess, folder: Path, seconds: float = 90) -> Result:
+def finish(process: BaseProcess, folder: Path, seconds: float = 600) -> Result:
     """Waits for the command; the exit code is the signal's number, negative, where it died of one."""
     process.join(seconds)
     if process.exitcode is None:
@@ -100,6 +112,6 @@ def finish(process: BaseProcess, folder: Path, seconds: float = 90) -> Result:
     return Result(process.exitcode, (folder / "out").read_text(), (folder / "err").read_text())
 
 
-def run(folder: Path, *arguments: str, strikes: Sequence[Strike] = (), **environment: str) -> Result:
-    """The command from beginning to end."""
-    return finish(start(folder, *arguments, strikes=strikes, **environment), folder)
+def run(folder: Path, *arguments: str, **how: Any) -> Result:
+    """The command from beginning to end. how: as `start` takes it."""
+    return finish(start(folder, *arguments, **how), folder)

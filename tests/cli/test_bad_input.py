@@ -189,7 +189,25 @@ def files(tmp_path):
     torch.save(weights, tmp_path / "partial.pth")
 
 
-@pytest.mark.parametrize("arguments", CASES)
+# Of each kind of check the others are in `make test`.
+SLOW = {
+    "callbacks.last.every=3", "callbacks.best.mode=3", "logger.tensorboard.name=3",
+    "callbacks.last.every_n_train_steps=abc", "model.n_layer=2.5", "model.n_layer=null", "trainer.max_steps=abc",
+    "trainer.val_check_interval=0.5", "optim.lr=0", "optim.lr=inf", "optim.eps=-1", "skip_nonfinite=-1",
+    "activation_checkpointing=null", "activation_checkpointing=3", "tf32=0.5", "loss_chunk_len=half",
+    "callbacks.best.dirpath=/elsewhere", "optim.weight_decay=-1", "data.batch_size=-1", "model.n_embd=0",
+    "schedule.warmup_steps=-1", "trainer.val_check_interval=0", "trainer.accumulate_grad_batches=0",
+    "callbacks.last.dirpath=null", "callbacks.best=null", "trainer=null", "optim.lr_scale=3", "+model.foo=1",
+    "~trainer.max_steps", "data.val_path=missing.txt", "data.val_path=empty.txt", "weights=empty.txt",
+    "weights=corpus.txt", "weights=list.pth", "weights=tensors.pth", "optim._target_=torch.optim.Nosuch",
+    "callbacks.best._target_=builtins.eval", "logger.tensorboard._target_=os.mkdir", "data.vocab=word", "seed=x",
+}  # fmt: skip
+assert CASES.keys() > SLOW
+
+
+@pytest.mark.parametrize(
+    "arguments", [pytest.param(case, marks=pytest.mark.slow) if case in SLOW else case for case in CASES]
+)
 def test_one_line_exit_2_no_folder(train, files, tmp_path, arguments):
     before = sorted(tmp_path.rglob("*"))
     result = train(*SMALL, *arguments.split())

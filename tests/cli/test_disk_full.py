@@ -98,9 +98,9 @@ def small_disk(tmp_path) -> Iterator[Path]:
     ("place", "call"),
     [
         ("torch:save", 3),
-        (TRAINING_STEP, 14),
         (VALIDATION_STEP, 15),
-        ("rwkv_pl.training.callbacks.metrics:_begin", 1),
+        pytest.param(TRAINING_STEP, 14, marks=pytest.mark.slow),
+        pytest.param("rwkv_pl.training.callbacks.metrics:_begin", 1, marks=pytest.mark.slow),
         ("rwkv_pl.training.callbacks.sample_text:sample_tokens", 1),
     ],
 )

@@ -1,13 +1,17 @@
 """rwkv-doctor: what it finds, what it advises, and its verdict."""
 
 import os
-import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+import forks
 import pytest
 import torch
+from command import Result
 from filelock import FileLock
+from forks import Strike
+from rich.console import Console
 
 from rwkv_pl.cli import doctor
 from rwkv_pl.files import cache_folder
@@ -15,10 +19,10 @@ from rwkv_pl.ops.backend import load
 from rwkv_pl.ops.toolchain import Compiler, find_nvcc, nvcc_trouble
 
 
-def run(cache: Path, **environment: str) -> "subprocess.CompletedProcess[str]":
-    env = os.environ | {"RWKV_PL_CACHE": str(cache)} | environment
-    command = [sys.executable, "-m", "rwkv_pl.cli.doctor"]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+def run(cache: Path, strikes: Sequence[Strike] = (), **environment: str) -> Result:
+    """In a process of its own: one process loads one library."""
+    environment = {"RWKV_PL_CACHE": str(cache)} | environment
+    return forks.run(cache.parent, main="rwkv_pl.cli.doctor", strikes=strikes, **environment)
 
 
 def test_all_is_well(tmp_path):
@@ -27,11 +31,11 @@ def test_all_is_well(tmp_path):
     (tmp_path / "a b \u00e9").mkdir()
     (tmp_path / "a b \u00e9" / "kernels").symlink_to(cache_folder() / "kernels")
     result = run(tmp_path / "a b \u00e9")
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "cpu: kernel=auto uses the compiled kernel: there in " in result.stdout
+    assert result.code == 0, result.out + result.err
+    assert "cpu: kernel=auto uses the compiled kernel: there in " in result.out
     for what in ("Python", torch.__version__, "C++ compiler", "ninja", "a b \u00e9"):
-        assert what in result.stdout
-    assert "Traceback" not in result.stderr
+        assert what in result.out
+    assert "Traceback" not in result.err
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a program that is a shell script")
@@ -41,8 +45,8 @@ def test_a_compiler_that_is_none(tmp_path):
     script.chmod(0o755)
     for command in (str(script), "g++ 'x"):
         result = run(tmp_path, CXX=command)
-        assert (result.returncode, "Traceback" in result.stderr) == (1, False), result.stderr
-        assert result.stdout.splitlines()[-1].startswith("cpu: kernel=auto uses the scan in plain torch: ")
+        assert (result.code, "Traceback" in result.err) == (1, False), result.err
+        assert result.out.splitlines()[-1].startswith("cpu: kernel=auto uses the scan in plain torch: ")
 
 
 def test_a_build_that_fails(tmp_path):
@@ -52,9 +56,9 @@ def test_a_build_that_fails(tmp_path):
     )
     script.chmod(0o755)
     result = run(tmp_path, CXX=str(script))
-    assert result.returncode == 1
+    assert result.code == 1
     log = tmp_path / "kernels" / "wkv4_cpu.log"
-    assert result.stdout.splitlines()[-1].endswith(f"failed: a.cpp:1:2: error: no; all that it said is in {log}")
+    assert result.out.splitlines()[-1].endswith(f"failed: a.cpp:1:2: error: no; all that it said is in {log}")
     assert "a.cpp:1:2: error: no" in log.read_text()
 
 
@@ -100,23 +104,24 @@ def test_an_nvcc_of_another_cuda(monkeypatch, tmp_path):
     assert found.cure == "install the CUDA toolkit 98.0 and put its nvcc on PATH"
 
 
+def have_another_cuda() -> None:
+    """This torch may have none, of which nvcc would then be no matter. And the table is not folded."""
+    torch.version.cuda = "98.0"
+    doctor.console = lambda: Console(width=400)
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        os.environ.pop(name, None)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="a program that is a shell script")
 def test_the_table_where_nothing_fits(tmp_path):
     """No compiler, an nvcc of another CUDA, and what a process left that died as it built."""
     fake_nvcc(tmp_path / "bin", "99.1")
     (tmp_path / "kernels" / "building-x").mkdir(parents=True)
     (tmp_path / "kernels" / "lock").write_text("of a process that died")
-    # This torch may have no CUDA, of which nvcc would then be no matter.
-    code = (
-        "import torch; torch.version.cuda = '98.0'\n"
-        "from rich.console import Console; from rwkv_pl.cli import doctor\n"
-        "doctor.console = lambda: Console(width=400); doctor.main()"
-    )
-    hidden = {"RWKV_PL_CACHE": str(tmp_path), "PATH": str(tmp_path / "bin"), "CXX": "/nowhere/c++"}
-    env = {name: value for name, value in os.environ.items() if name not in ("CUDA_HOME", "CUDA_PATH")} | hidden
-    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
-    assert (result.returncode, "Traceback" in result.stderr) == (1, False), result.stderr
-    cells = [[cell.strip() for cell in line.split("\u2502")[1:4]] for line in result.stdout.splitlines()]
+    hidden = {"PATH": str(tmp_path / "bin"), "CXX": "/nowhere/c++"}
+    result = run(tmp_path, [Strike("rwkv_pl.cli.doctor:main", 1, have_another_cuda)], **hidden)
+    assert (result.code, "Traceback" in result.err) == (1, False), result.err
+    cells = [[cell.strip() for cell in line.split("\u2502")[1:4]] for line in result.out.splitlines()]
     table = {row[0]: row[1:] for row in cells if len(row) == 3}
     assert table["C++ compiler"] == ["CXX=/nowhere/c++ is none", "let CXX name one, or unset it"]
     fault = f"{tmp_path / 'bin' / 'nvcc'} is too new: its CUDA is 99.1, torch's 98.0"
@@ -124,7 +129,7 @@ def test_the_table_where_nothing_fits(tmp_path):
     left = "0 libraries, 0.0 MB; 1 builds that were broken off, which the next one clears away"
     assert table["cache"] == [f"{tmp_path / 'kernels'}: {left}", "-"]
     reason = "no C++ compiler (CXX=/nowhere/c++ is none); let CXX name one, or unset it"
-    assert result.stdout.splitlines()[-1] == f"cpu: kernel=auto uses the scan in plain torch: {reason}"
+    assert result.out.splitlines()[-1] == f"cpu: kernel=auto uses the scan in plain torch: {reason}"
 
 
 def test_advice_on_nvcc():

@@ -10,37 +10,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from command import SMALL, TEXT
+from command import TEXT, make_run
 
 from rwkv_pl import RWKV4, RWKV4Config, load_weights
-from rwkv_pl.cli import train as training
 from rwkv_pl.data.sources.text import Text
 from rwkv_pl.inference import evaluate as protocols
 from rwkv_pl.training.curve import read_rows
 
+WHOLE_VALIDATION = ("trainer.limit_val_batches=1.0", "data.eval_batch_size=64")
 CHARACTERS = "naïve café, 5 €: 𝄞 ".encode() * 900
-
-
-def ran(folder: Path, text: bytes, *overrides: str) -> Path:
-    """A run of a second in the folder, on a text that lies in it; the run's own folder."""
-    (folder / "corpus.txt").write_bytes(text)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.delenv("LOCAL_RANK", raising=False)
-        patch.setattr(sys, "argv", ["rwkv-train", *SMALL, "trainer.limit_val_batches=1.0", "hydra.run.dir=run"])
-        sys.argv += overrides
-        training.main()
-    return folder / "run"
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    return ran(tmp_path_factory.mktemp("bytes"), TEXT, "data.eval_batch_size=64")
+    return make_run(tmp_path_factory.mktemp("bytes"), *WHOLE_VALIDATION)
 
 
 @pytest.fixture(scope="module")
 def run_on_characters(tmp_path_factory):
-    return ran(tmp_path_factory.mktemp("characters"), CHARACTERS, "data.vocab=char", "data.eval_batch_size=64")
+    return make_run(tmp_path_factory.mktemp("characters"), *WHOLE_VALIDATION, "data.vocab=char", text=CHARACTERS)
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,8 @@ import pytest
 import torch
 from command import SMALL, TEXT, Result
 from forks import Strike, kill, terminate
+from quick_compiler import quick_compiler
+from test_ranks import begin, free_port
 
 from rwkv_pl.files import cache_folder
 
@@ -110,34 +113,28 @@ def folder(tmp_path) -> Path:
     return tmp_path
 
 
-def kill_soon() -> None:
-    threading.Timer(0.8, kill).start()
-
-
 AGAIN, RESUME = RUN, ("resume=run",)
+LONG = pytest.mark.slow  # a moment near another one
 
 
 @pytest.mark.parametrize(
     ("strike", "then"),
     [
-        pytest.param(Strike("rwkv_pl.ops.build:_compile_cpu", 1, kill_soon), AGAIN, id="compiling"),
         pytest.param(Strike("rwkv_pl.data.vocabulary:Vocabulary.encode", 2, kill), AGAIN, id="tokenising"),
         pytest.param(Strike("rwkv_pl.runs.folder:create_run_dir", 1, kill, after=True), AGAIN, id="folder-made"),
-        pytest.param(Strike("hydra.core.utils:_save_config", 2, kill, after=True), AGAIN, id="settings-half-written"),
-        pytest.param(Strike("rwkv_pl.training.callbacks.metrics:_begin", 1, kill), RESUME, id="starting"),
+        pytest.param(Strike("rwkv_pl.runs.folder:publish", 2, kill), AGAIN, id="settings-half-written"),
+        pytest.param(Strike("rwkv_pl.training.callbacks.metrics:_begin", 1, kill), RESUME, id="starting", marks=LONG),
         pytest.param(Strike(TRAINING_STEP, optimizer_steps_are(2, 2), kill), RESUME, id="before-the-first-checkpoint"),
         pytest.param(Strike(TRAINING_STEP, optimizer_steps_are(5, 3), kill), RESUME, id="stepping"),
-        pytest.param(Strike("torch:save", 3, kill), RESUME, id="checkpoint-begun"),
+        pytest.param(Strike("torch:save", 3, kill), RESUME, id="checkpoint-begun", marks=LONG),
         pytest.param(Strike("torch:save", 2, kill, after=True), RESUME, id="checkpoint-not-renamed"),
-        pytest.param(
-            Strike("rwkv_pl.training.callbacks.checkpoints:_link", 2, kill), RESUME, id="between-best-and-last"
-        ),
-        pytest.param(Strike(VALIDATION_STEP, 15, kill), RESUME, id="validating"),
+        pytest.param(Strike("rwkv_pl.training.checkpoint_io:_link", 2, kill), RESUME, id="between-best-and-last"),
+        pytest.param(Strike(VALIDATION_STEP, 15, kill), RESUME, id="validating", marks=LONG),
         pytest.param(Strike(VALIDATION_STEP, 25, kill), RESUME, id="the-last-validation"),
     ],
 )
 def test_a_killed_run_ends_in_the_same_bits(folder, whole, strike, then):
-    cache = {"RWKV_PL_CACHE": str(folder / "cache")} if "compil" in strike.place or "Vocab" in strike.place else {}
+    cache = {"RWKV_PL_CACHE": str(folder / "cache")} if "Vocab" in strike.place else {}
     if "Vocab" in strike.place:  # nothing is tokenised yet, but the kernel is there
         (folder / "cache").mkdir()
         (folder / "cache" / "kernels").symlink_to(cache_folder() / "kernels")
@@ -146,15 +143,35 @@ def test_a_killed_run_ends_in_the_same_bits(folder, whole, strike, then):
     assert_the_same(folder / "run", whole)
 
 
+def kill_soon() -> None:
+    threading.Timer(0.8, kill).start()
+
+
+def test_a_run_that_is_killed_while_it_compiles_ends_in_the_same_bits(folder, whole):
+    slow = folder / "slow-c++"
+    slow.write_text('#!/bin/sh\ncase "$*" in *" -c "*) exec sleep 60;; *) echo fake 1.0;; esac\n')
+    slow.chmod(0o755)
+    cache = {"RWKV_PL_CACHE": str(folder / "cache")}
+    compiling = Strike("rwkv_pl.ops.build:_compile_cpu", 1, kill_soon)
+    assert forks.run(folder, *RUN, strikes=[compiling], CXX=str(slow), **cache).code == -signal.SIGKILL
+    assert list((folder / "cache" / "kernels").glob("building-*"))
+    finished(folder, *RUN, CXX=quick_compiler(folder), **cache)
+    assert not list((folder / "cache" / "kernels").glob("building-*"))
+    assert list((folder / "cache" / "kernels").glob("*.so"))
+    assert_the_same(folder / "run", whole)
+
+
 @pytest.mark.parametrize(
     ("strike", "step"),
     [
-        pytest.param(Strike(TRAINING_STEP, optimizer_steps_are(5, 1), terminate), 4, id="first-micro-batch"),
+        pytest.param(
+            Strike(TRAINING_STEP, optimizer_steps_are(5, 1), terminate), 4, id="first-micro-batch", marks=LONG
+        ),
         pytest.param(Strike(TRAINING_STEP, optimizer_steps_are(5, 2), terminate), 4, id="inside-the-window"),
         pytest.param(Strike("torch:Tensor.backward", optimizer_steps_are(6, 3), terminate), 6, id="backward"),
-        pytest.param(Strike("torch.optim:AdamW.step", 6, terminate, after=True), 6, id="optimizer-step"),
+        pytest.param(Strike("torch.optim:AdamW.step", 6, terminate, after=True), 6, id="optimizer-step", marks=LONG),
         pytest.param(Strike("torch.optim:AdamW.step", 4, terminate), 4, id="a-validation-due"),
-        pytest.param(Strike(VALIDATION_STEP, 15, terminate), 8, id="validation"),
+        pytest.param(Strike(VALIDATION_STEP, 15, terminate), 8, id="validation", marks=LONG),
         pytest.param(Strike(VALIDATION_STEP, 23, terminate), 10, id="the-last-validation"),
     ],
 )
@@ -173,11 +190,10 @@ def test_averaged_weights(folder):
     result = forks.run(folder, *averaged, strikes=[Strike(VALIDATION_STEP, 15, terminate)])
     assert result.code == 143, result.err
     finished(folder, "resume=run")
-    finished(folder, *averaged, "hydra.run.dir=whole")
-    assert_the_same(folder / "run", folder / "whole")
     finished(folder, "resume=run", "trainer.max_steps=12")
     finished(folder, *averaged, "trainer.max_steps=12", "hydra.run.dir=long")
     expected, found = state(folder / "long", "last.ckpt"), state(folder / "run", "last.ckpt")
+    assert expected.keys() == found.keys()
     assert all(torch.equal(value, found[name]) for name, value in expected.items())
     finished(folder, "resume=run", "callbacks=[default]", "trainer.max_steps=14")
     finished(folder, *RUN, "trainer.max_steps=14", "hydra.run.dir=plain")
@@ -202,21 +218,31 @@ def interrupt() -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_ctrl_c(folder, whole):
+def step_of(run: Path) -> int:
+    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
+
+
+def test_ctrl_c(folder):
     result = forks.run(folder, *RUN, strikes=[Strike(TRAINING_STEP, 14, interrupt)])
     assert result.code == 130
     assert "stopped by SIGINT after step 4" in result.out
-    finished(folder, "resume=run")
-    assert_the_same(folder / "run", whole)
+    assert step_of(folder / "run") == 4
 
 
-@pytest.mark.parametrize(("act", "number"), [(terminate, signal.SIGTERM), (interrupt, signal.SIGINT)])
+PREPARING = "rwkv_pl.data.datamodule:DataModule.prepare_data"
+BEGINNING = "lightning.pytorch.trainer.trainer:Trainer._run_stage"
+SAMPLING = "rwkv_pl.training.callbacks.sample_text:sample_tokens"
+
+
 @pytest.mark.parametrize(
-    "place",
+    ("place", "act", "number"),
     [
-        "rwkv_pl.data.datamodule:DataModule.prepare_data",
-        "lightning.pytorch.trainer.trainer:Trainer._run_stage",
-        "rwkv_pl.training.callbacks.sample_text:sample_tokens",
+        (PREPARING, interrupt, signal.SIGINT),
+        (BEGINNING, terminate, signal.SIGTERM),
+        (SAMPLING, interrupt, signal.SIGINT),
+        pytest.param(PREPARING, terminate, signal.SIGTERM, marks=LONG),
+        pytest.param(BEGINNING, interrupt, signal.SIGINT, marks=LONG),
+        pytest.param(SAMPLING, terminate, signal.SIGTERM, marks=LONG),
     ],
 )
 def test_before_and_after_the_training_a_signal_ends_the_process_at_once(folder, place, act, number):
@@ -276,8 +302,9 @@ def test_slurm_queues_the_job_again(folder, whole, answer):
     assert (folder / "asked").read_text() == "requeue 17\n"
     assert ("queued again: scontrol: no such job" in result.out) == bool(answer)
     assert f"resume={folder / 'run'} goes on" in result.out
-    finished(folder, "resume=run", **slurm)
-    assert_the_same(folder / "run", whole)
+    if answer == 0:
+        finished(folder, "resume=run", **slurm)
+        assert_the_same(folder / "run", whole)
 
 
 # More than one process
@@ -285,7 +312,40 @@ def test_slurm_queues_the_job_again(folder, whole, answer):
 DDP = (*RUN, "trainer=ddp", "trainer.devices=2", "trainer.max_steps=40", "trainer.accumulate_grad_batches=3")
 
 
+def two_ranks(folder: Path, *arguments: str, told: int | None = None) -> list[Result]:
+    """As torchrun starts them, in `folder`/run. told: the rank that gets a SIGTERM, in step 8."""
+    port = free_port()
+    strikes = {told: [Strike(TRAINING_STEP, optimizer_steps_are(8, 2), terminate)]}
+    if "resume=run" in arguments:
+        arguments = tuple(f"resume={folder / 'run'}" if each == "resume=run" else each for each in arguments)
+    else:
+        arguments = (*arguments, f"hydra.run.dir={folder / 'run'}")
+    ends = [begin(folder, "torchrun", rank, port, *arguments, strikes=strikes.get(rank, ())) for rank in (0, 1)]
+    return [end() for end in ends]
+
+
+@pytest.fixture(scope="module")
+def whole_of_two(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("two")
+    (folder / "corpus.txt").write_bytes(CORPUS)
+    for result in two_ranks(folder, *DDP, "trainer.max_steps=12"):
+        assert result.code == 0, result.err
+    return folder / "run"
+
+
+@pytest.mark.parametrize("told", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_two_ranks_stop_together_and_end_in_the_same_bits(folder, whole_of_two, told):
+    """A signal to one of them ends both after the same step."""
+    first, second = two_ranks(folder, *DDP, "trainer.max_steps=12", told=told)
+    assert (first.code, second.code) == (143, 143), first.err + second.err
+    assert "stopped by SIGTERM" in first.out
+    for result in two_ranks(folder, "resume=run"):
+        assert result.code == 0, result.err
+    assert_the_same(folder / "run", whole_of_two)
+
+
 def start_two(folder: Path, *arguments: str) -> subprocess.Popen:
+    """As Lightning starts the second."""
     command = [str(Path(sys.executable).with_name("rwkv-train")), *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
@@ -299,50 +359,43 @@ def start_two(folder: Path, *arguments: str) -> subprocess.Popen:
     )
 
 
-@pytest.fixture(scope="module")
-def whole_of_two(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("two")
-    (folder / "corpus.txt").write_bytes(CORPUS)
-    process = start_two(folder, *DDP)
-    _, err = process.communicate(timeout=120)
+@pytest.mark.slow
+def test_two_processes_of_lightning_stop_together(tmp_path):
+    """The one that was started, the one that it has started, or both get the signal."""
+    (tmp_path / "corpus.txt").write_bytes(CORPUS)
+    process = start_two(tmp_path, *DDP, "hydra.run.dir=whole")
+    _, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
-    return folder / "run"
+    for to in ("parent", "child", "group"):
+        run = tmp_path / to
+        process = start_two(tmp_path, *DDP, f"hydra.run.dir={to}")
+        end = time.monotonic() + 600
+        while not (run / "metrics.csv").exists() or len((run / "metrics.csv").read_text().splitlines()) < 12:
+            assert time.monotonic() < end and process.poll() is None
+            time.sleep(0.01)
+        if to == "group":
+            os.killpg(process.pid, signal.SIGTERM)
+        else:
+            (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[:1]
+            os.kill(process.pid if to == "parent" else int(child), signal.SIGTERM)
+        out, err = process.communicate(timeout=600)
+        assert process.returncode == 143, err
+        assert "stopped by SIGTERM" in out
+        process = start_two(tmp_path, f"resume={to}")
+        _, err = process.communicate(timeout=600)
+        assert process.returncode == 0, err
+        assert_the_same(run, tmp_path / "whole")
 
 
-@pytest.mark.parametrize(
-    "to", ["parent", pytest.param("child", marks=pytest.mark.slow), pytest.param("group", marks=pytest.mark.slow)]
-)
-def test_two_processes_stop_together(folder, whole_of_two, to):
-    process = start_two(folder, *DDP)
-    run = folder / "run"
-    end = time.monotonic() + 60
-    while not (run / "metrics.csv").exists() or len((run / "metrics.csv").read_text().splitlines()) < 12:
-        assert time.monotonic() < end and process.poll() is None
-        time.sleep(0.01)
-    told = time.monotonic()
-    if to == "group":
-        os.killpg(process.pid, signal.SIGTERM)
-    else:
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        os.kill(process.pid if to == "parent" else int(children[0]), signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 143, err
-    assert time.monotonic() - told < 5 + 5  # and the step under way; under load
-    assert "stopped by SIGTERM" in out
-    process = start_two(folder, "resume=run")
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    assert_the_same(run, whole_of_two)
-
-
-def test_another_number_of_devices_reads_the_same_batches(folder, whole_of_two):
+def test_another_number_of_devices_reads_the_same_batches(folder):
     """Stopped after a few steps on one device, with another accumulation, and gone on with on two."""
-    one = (*DDP, "trainer.devices=1", "trainer.strategy=auto", "trainer.accumulate_grad_batches=2", "model.dropout=0.0")
-    stop = Strike(TRAINING_STEP, 25, terminate)
+    one = (*DDP, "trainer.devices=1", "trainer.strategy=auto", "trainer.accumulate_grad_batches=2", "model.dropout=0.0",
+           "trainer.max_steps=12")  # fmt: skip
+    stop = Strike(TRAINING_STEP, 10, terminate)
     assert forks.run(folder, *one, strikes=[stop]).code == 143
-    two = start_two(folder, "resume=run", "trainer=ddp", "trainer.devices=2", "trainer.accumulate_grad_batches=1")
-    _, err = two.communicate(timeout=120)
-    assert two.returncode == 0, err
+    two = ("trainer=ddp", "trainer.devices=2", "trainer.accumulate_grad_batches=1")
+    for result in two_ranks(folder, "resume=run", *two):
+        assert result.code == 0, result.err
     other = folder / "other"
     other.mkdir()
     (other / "corpus.txt").write_bytes(CORPUS)
@@ -421,11 +474,10 @@ def hang_up() -> None:
     os.kill(os.getpid(), signal.SIGHUP)
 
 
-def test_a_closed_terminal_saves(folder, whole):
+def test_a_closed_terminal_saves(folder):
     result = forks.run(folder, *RUN, strikes=[Strike(TRAINING_STEP, 14, hang_up)])
     assert result.code == 129
-    finished(folder, "resume=run")
-    assert_the_same(folder / "run", whole)
+    assert step_of(folder / "run") == 4
 
 
 def ignore_hang_up() -> None:
@@ -448,8 +500,8 @@ def test_the_best_checkpoint_serves_where_the_last_is_gone(folder, whole):
 
 
 @pytest.mark.parametrize("kind", ["dangling link", "folder", "pipe"])
-def test_what_bears_a_checkpoints_name_and_is_no_file(folder, kind):
-    finished(folder, *RUN)
+def test_what_bears_a_checkpoints_name_and_is_no_file(folder, whole, kind):
+    shutil.copytree(whole, folder / "run")
     paths = [folder / "run" / "checkpoints" / name for name in ("last.ckpt", "last.prev.ckpt", "best.ckpt")]
     for path in paths:
         path.unlink()

@@ -250,7 +250,7 @@ def test_torchrun_itself(folder):
 
     def run() -> "subprocess.CompletedProcess[str]":
         quiet = os.environ | {"OMP_NUM_THREADS": "1"}
-        return subprocess.run(command, cwd=folder, env=quiet, capture_output=True, text=True, timeout=120)
+        return subprocess.run(command, cwd=folder, env=quiet, capture_output=True, text=True, timeout=600)
 
     done = run()
     assert done.returncode == 0, done.stderr
