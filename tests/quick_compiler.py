@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
+from rwkv_pl.ops.backend import load
 from rwkv_pl.ops.toolchain import find_compiler
-from rwkv_pl.ops.wkv4 import _load
 
 SCRIPT = """#!/bin/sh
 for made; do [ "$before" = -o ] && output="$made"; before="$made"; done
@@ -22,7 +22,7 @@ esac
 
 def quick_compiler(folder: Path) -> str:
     """Its path, in `folder`. For CXX."""
-    assert _load("cpu") == ""
+    assert load("cpu") == ""
     compiler = find_compiler()
     assert compiler is not None
     (library,) = (path for path in torch.ops.loaded_libraries if Path(path).name.startswith("wkv4_cpu"))

@@ -17,12 +17,14 @@ def shorten_the_end(set_attribute: SetAttribute = setattr) -> None:
     """set_attribute: monkeypatch.setattr, in a process that goes on with other tests."""
     from matplotlib.figure import Figure
 
-    from rwkv_pl.training import sample
+    from rwkv_pl.runs import train
+    from rwkv_pl.training.callbacks import sample_text
 
-    whole = sample.sample_tokens
+    whole = sample_text.sample_tokens
 
     def few_tokens(model: Any, prompt: list[int], n_tokens: int, seed: int) -> list[int]:
         return whole(model, prompt, min(n_tokens, FEW_TOKENS), seed)
 
     set_attribute(Figure, "draw", lambda *_: None)
-    set_attribute(sample, "sample_tokens", few_tokens)
+    for module in (sample_text, train):
+        set_attribute(module, "sample_tokens", few_tokens)

@@ -101,7 +101,7 @@ def small_disk(tmp_path) -> Iterator[Path]:
         (VALIDATION_STEP, 15),
         pytest.param(TRAINING_STEP, 14, marks=pytest.mark.slow),
         pytest.param("rwkv_pl.training.callbacks.metrics:_begin", 1, marks=pytest.mark.slow),
-        ("rwkv_pl.training.callbacks.sample_text:sample_tokens", 1),
+        ("rwkv_pl.runs.train:sample_tokens", 1),
     ],
 )
 def test_a_disk_that_fills_up(tmp_path, small_disk, whole, place, call):

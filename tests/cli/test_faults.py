@@ -231,7 +231,7 @@ def test_ctrl_c(folder):
 
 PREPARING = "rwkv_pl.data.datamodule:DataModule.prepare_data"
 BEGINNING = "lightning.pytorch.trainer.trainer:Trainer._run_stage"
-SAMPLING = "rwkv_pl.training.callbacks.sample_text:sample_tokens"
+SAMPLING = "rwkv_pl.runs.train:sample_tokens"
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from test_train import checkpoint, column, rows
 
 from rwkv_pl.errors import UserError
 from rwkv_pl.runs.folder import locked
-from rwkv_pl.training import checkpoints, module
+from rwkv_pl.training import checkpoint_io, module
 from rwkv_pl.training.module import LitRWKV
 
 EVERY = ("trainer.log_every_n_steps=1", "trainer.max_steps=8", "callbacks.last.every_n_train_steps=2")
@@ -405,7 +405,7 @@ def test_rows_go_on_without_gaps(train, tmp_path):
 def test_checkpoints_written_by_a_thread(train, tmp_path, monkeypatch):
     """As on a GPU: the same run, and a full disk is told at the next step, or at the end."""
     assert train(*SMALL, *EVERY, "hydra.run.dir=whole").code == 0
-    monkeypatch.setattr(checkpoints, "in_background", lambda checkpoint: True)
+    monkeypatch.setattr(checkpoint_io, "in_background", lambda checkpoint: True)
     assert train(*SMALL, *EVERY, "hydra.run.dir=run").code == 0
     for name in ("last.ckpt", "best.ckpt"):
         expected, found = checkpoint(tmp_path / "whole", name)["state_dict"], checkpoint(tmp_path / "run", name)

@@ -12,8 +12,8 @@ import pytest
 from command import SMALL, TEXT, Result
 from forks import Strike, kill
 
-from rwkv_pl.cli import ranks
 from rwkv_pl.errors import UserError
+from rwkv_pl.runs import ranks
 
 TWO = (*SMALL, "trainer=ddp", "trainer.devices=2")
 SCHEDULERS = ("torchrun", "SLURM", "one command a node")

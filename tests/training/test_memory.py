@@ -5,7 +5,7 @@ import torch
 from lightning.pytorch.plugins import MixedPrecision, Precision
 
 from rwkv_pl import RWKV4, RWKV4Config
-from rwkv_pl.training import estimate_memory as f
+from rwkv_pl.training import memory as f
 from rwkv_pl.training.module import LitRWKV
 
 

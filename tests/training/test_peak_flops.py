@@ -7,7 +7,7 @@ import pytest
 import torch
 from lightning.pytorch.plugins import HalfPrecision, MixedPrecision, Precision
 
-from rwkv_pl.training import peak
+from rwkv_pl.training import peak_flops as peak
 from rwkv_pl.training.callbacks.metrics import MetricsRecorder
 
 CPU = torch.device("cpu")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rwkv_pl.errors import CorruptFileError
-from rwkv_pl.training import checkpoints
+from rwkv_pl.training import checkpoint_io as checkpoints
 from rwkv_pl.training.checkpoint_io import DurableCheckpointIO
 from rwkv_pl.weights.checkpoint import read_checkpoint
 

@@ -6,7 +6,7 @@ import pytest
 from lightning.pytorch import Trainer
 
 from rwkv_pl import RWKV4, CorpusDataModule, LitRWKV, RWKV4Config
-from rwkv_pl.training import history
+from rwkv_pl.training.callbacks import metrics as history
 from rwkv_pl.training.callbacks.checkpoints import LastCheckpoint
 from rwkv_pl.training.callbacks.metrics import COLUMNS, MetricsRecorder, draw, read_rows
 

@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer
 from rich.console import Console
 
 from rwkv_pl import RWKV4, CorpusDataModule, LitRWKV, RWKV4Config
-from rwkv_pl.training import progress
+from rwkv_pl.training.callbacks import progress
 from rwkv_pl.training.callbacks.metrics import MetricsRecorder
 from rwkv_pl.training.callbacks.progress import ConsoleHandler, TrainingProgress, duration
 
