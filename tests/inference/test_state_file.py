@@ -5,7 +5,7 @@ import torch
 
 from rwkv_pl import RWKV4, RWKV4Config, generate
 from rwkv_pl.errors import UserError
-from rwkv_pl.inference.memory import Memory, check_replaceable, load_memory, save_memory
+from rwkv_pl.inference.state_file import Memory, check_replaceable, load_memory, save_memory
 
 
 @pytest.fixture
