@@ -15,6 +15,7 @@ from rwkv_pl import RWKV4, RWKV4Config, load_weights
 from rwkv_pl.cli.convert import main
 from rwkv_pl.data.vocabulary import Vocabulary
 from rwkv_pl.weights.read import read_weights
+from rwkv_pl.weights.tensors import Weights
 
 TRAINED = (*SMALL, "model.n_embd=64", "optim.lr=3e-3", "data.ctx_len=32", "trainer.max_steps=60")
 
@@ -207,15 +208,13 @@ def test_what_a_killed_conversion_may_have_left_is_told_and_kept(convert, offici
 
 @pytest.mark.parametrize("target", ["x.pth", "x.ckpt", "x"])
 def test_a_disk_that_does_not_keep_what_was_written(convert, official, tmp_path, monkeypatch, target):
-    from rwkv_pl import weights
-
-    def flipped(path: Path) -> weights.Weights:
+    def flipped(path: Path) -> Weights:
         read = read_weights(path)
         if path != Path("official.pth"):
             read.tensors["ln_out.bias"][0] = -0.0  # one bit, and equal as a number
         return read
 
-    monkeypatch.setattr(weights, "read_weights", flipped)
+    monkeypatch.setattr("rwkv_pl.weights.write.read_weights", flipped)
     assert_refused(convert("official.pth", target), "ln_out.bias was not written", code=1)
     assert list(tmp_path.iterdir()) == [official]
 

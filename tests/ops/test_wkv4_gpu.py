@@ -232,9 +232,8 @@ def test_every_architecture_compiles_without_spills_and_loads(tmp_path):
     spills = re.findall(r"(\d+) bytes spill stores", run.stderr)
     assert len(spills) > 14 * len(chips) and set(spills) == {"0"}
     # Beside a torch without CUDA too; that it links proves nothing.
-    load = (
-        f"from rwkv_pl.ops.backend import load, torch; assert not load('cpu'); torch.ops.load_library({str(library)!r})"
-    )
+    load = "import torch; from rwkv_pl.ops.backend import load; assert not load('cpu'); "
+    load += f"torch.ops.load_library({str(library)!r})"
     subprocess.run([sys.executable, "-c", load], check=True)
 
 
