@@ -86,8 +86,8 @@ def main() -> None:
         import torch
 
         from rwkv_pl.inference.generate import Generation, select
-        from rwkv_pl.inference.state_file import Memory, check_replaceable, load_memory, save_memory
         from rwkv_pl.inference.sampling import Dice
+        from rwkv_pl.inference.state_file import Memory, check_replaceable, load_memory, save_memory
         from rwkv_pl.limits import use_usable_cores
         from rwkv_pl.ops.linear import matrices_to
         from rwkv_pl.ops.rwkv4_step import lay_together
