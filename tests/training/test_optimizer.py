@@ -9,7 +9,8 @@ from rwkv_pl import RWKV4, LitRWKV, RWKV4Config
 from rwkv_pl.config import Optim, Schedule, Train
 from rwkv_pl.errors import UserError
 from rwkv_pl.training.muon import MuonAdamW
-from rwkv_pl.training.optim import build_optimizer, check_schedule, learning_rate, parameter_groups, write_numbers
+from rwkv_pl.training.optimizer import build_optimizer, parameter_groups, write_numbers
+from rwkv_pl.training.schedule import check_schedule, learning_rate
 
 MODEL = RWKV4(RWKV4Config(vocab_size=11, n_layer=2, n_embd=8))
 

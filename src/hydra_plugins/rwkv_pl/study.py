@@ -1,7 +1,7 @@
 """hydra/sweeper=optuna: a study whose trials are the jobs, kept in a journal in the sweep's folder.
 
 Only the sweeper asks and tells. A job reads trial.json in its folder and reports its validations to the same journal
-(see training/pruning.py).
+(see training/callbacks/pruning.py).
 """
 
 import hashlib

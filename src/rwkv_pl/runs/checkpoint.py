@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from rwkv_pl.errors import CorruptFileError, UserError
 from rwkv_pl.training.module import LitRWKV
-from rwkv_pl.training.optim import build_optimizer, write_numbers
+from rwkv_pl.training.optimizer import build_optimizer, write_numbers
 from rwkv_pl.weights.checkpoint import read_checkpoint
 from rwkv_pl.weights.metadata import KEY, Metadata
 

@@ -19,7 +19,7 @@ from rwkv_pl.runs.device import choose_accelerator, choose_precision
 from rwkv_pl.runs.stored import StoredRun
 from rwkv_pl.targets import find_targets, load_class
 from rwkv_pl.training.module import LitRWKV
-from rwkv_pl.training.optim import check_schedule
+from rwkv_pl.training.schedule import check_schedule
 from rwkv_pl.weights.metadata import Metadata
 from rwkv_pl.weights.read import read_weights
 from rwkv_pl.weights.tensors import Weights

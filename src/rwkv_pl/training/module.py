@@ -24,7 +24,8 @@ from rwkv_pl.model import MODELS
 from rwkv_pl.ops.cross_entropy import head_cross_entropy
 from rwkv_pl.training.loss import IGNORED, count_bytes, l2wrap, split_tokens
 from rwkv_pl.training.muon import MuonAdamW
-from rwkv_pl.training.optim import build_optimizer, learning_rate, parameter_groups, write_numbers
+from rwkv_pl.training.optimizer import build_optimizer, parameter_groups, write_numbers
+from rwkv_pl.training.schedule import learning_rate
 from rwkv_pl.weights.metadata import KEY, Metadata
 
 log = logging.getLogger(__name__)
