@@ -7,10 +7,15 @@ import gc
 import os
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+# On a busy machine any example may take a second.
+settings.register_profile("any speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any speed")
 
 # A minute each: begun last, one of two workers would wait for the other.
 LONGEST = ("test_wheel.py", "test_benchmarks.py")

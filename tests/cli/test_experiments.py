@@ -2,12 +2,13 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
-import forks
 import pytest
 import torch
-from command import SMALL, TEXT
+from command import SMALL
 from test_train import checkpoint, column, rows
 
 from rwkv_pl.cli.sweep import OURS
@@ -133,16 +134,16 @@ def test_tensorboard_knows_the_settings_and_the_code(train, tmp_path):
     assert "n_embd: 16" in known and "rwkv_pl 0.1.0, torch " in known and ", git " in known
 
 
-def test_wandb_offline(tmp_path):
+def test_wandb_offline(train, tmp_path):
     pytest.importorskip("wandb")
-    (tmp_path / "corpus.txt").write_bytes(TEXT)
-    # In processes of their own: wandb writes the last when that ends.
-    result = forks.run(tmp_path, *SMALL, "logger=wandb", "logger.wandb.offline=true", "hydra.run.dir=run")
-    assert result.code == 0, result.err
+    # In a process of its own: wandb writes the last when that ends.
+    command = [sys.executable, "-m", "rwkv_pl.cli.train", *SMALL, "logger=wandb", "logger.wandb.offline=true"]
+    done = subprocess.run([*command, "hydra.run.dir=run"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     (first,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
     content = first.read_bytes()
     assert b"bits_per_byte" in content and b"n_embd" in content and b"rwkv_pl 0.1.0" in content
-    result = forks.run(tmp_path, "resume=run", "trainer.max_steps=6")
+    result = train("resume=run", "trainer.max_steps=6")
     assert result.code == 0, result.err
     # The same run of theirs goes on.
     assert len({path.name for path in (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")}) == 1

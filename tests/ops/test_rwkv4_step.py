@@ -276,6 +276,13 @@ def test_every_level_of_this_cpu(level):
         "    test_fused.test_squared_relu.hypothesis.inner_test([3, 70], dtype, 0)\n"
         "    test_fused.test_gate.hypothesis.inner_test([3, 70], dtype, True, 1.0, 0)\n"
         "    test_fused.test_cross_entropy.hypothesis.inner_test(5, 5000, dtype, 50.0, 1e6, True, 0)\n"
+        "from test_wkv4 import assert_same, draw, results\n"
+        "torch.set_num_threads(2)\n"
+        "for shape in [(1, 100, 130), (2, 33, 5)]:\n"
+        "    for dtype, tolerance in [(torch.float32, 5e-6), (torch.float64, 1e-12)]:\n"
+        "        arguments = draw(*shape)\n"
+        "        judge = results('recurrence', arguments, torch.float64)\n"
+        "        assert_same(results('compiled', arguments, dtype), judge, tolerance)\n"
     )
     run_at(level, code)
 

@@ -140,7 +140,9 @@ def assert_close(got, judge, tolerance):
 
 @pytest.mark.parametrize("is_linear", [True, False], ids=["linear loss", "squared loss"])
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "autocast"])
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(
+    "kernel", [pytest.param(kernel, marks=pytest.mark.slow) if kernel == "auto" else kernel for kernel in KERNELS]
+)
 @pytest.mark.parametrize("name", OPERATORS)
 def test_each_input_by_each_input(name, kernel, half, is_linear, product):
     with use_kernel(kernel):

@@ -9,11 +9,10 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from levels import run_at
 from torch import Tensor
 
 from rwkv_pl.ops.backend import current_kernel, load, use_kernel
-from rwkv_pl.ops.build import LEVELS, BuildError, cpu_level
+from rwkv_pl.ops.build import BuildError, cpu_level
 from rwkv_pl.ops.wkv4 import wkv4
 from rwkv_pl.ops.wkv4_reference import EMPTY
 
@@ -479,19 +478,6 @@ def test_a_device_without_the_compiled_operator():
         assert wkv4(*arguments)[0].shape == (1, 4, 3)
     with use_kernel("compiled"), pytest.raises(RuntimeError, match="no compiled operator: none is built for meta"):
         wkv4(*arguments)
-
-
-@pytest.mark.parametrize("level", LEVELS)
-def test_every_level_of_this_cpu(level):
-    code = (
-        "import torch; torch.set_num_threads(2); from test_wkv4 import *\n"
-        "for shape in [(1, 100, 130), (2, 33, 5)]:\n"
-        "    for dtype, tolerance in [(torch.float32, 5e-6), (torch.float64, 1e-12)]:\n"
-        "        arguments = draw(*shape)\n"
-        "        assert_same(results('compiled', arguments, dtype), results('recurrence', arguments, torch.float64),"
-        " tolerance)\n"
-    )
-    run_at(level, code)
 
 
 def test_an_unknown_level_is_refused(monkeypatch):
