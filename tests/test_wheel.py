@@ -50,6 +50,7 @@ def environment(tmp_path_factory) -> Path:
     return install(tmp_path_factory.mktemp("wheel"), prebuilt=False)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="there libraries are built at first use")
 def test_a_platform_wheel_needs_no_compiler(tmp_path):
     programs = install(tmp_path, prebuilt=True)

@@ -62,5 +62,5 @@ def test_what_is_not_used_is_one_line(argv, message, monkeypatch):
 def test_completion(train, monkeypatch):
     monkeypatch.setenv("COMP_LINE", "rwkv-train seed=1 -m schedule=")
     assert train("-sc", "query=bash").out.split() == [
-        f"schedule={name}" for name in ("constant", "cosine", "exponential")
+        f"schedule={name}" for name in ("constant", "cosine", "exponential", "linear", "wsd")
     ]

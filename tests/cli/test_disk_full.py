@@ -79,7 +79,7 @@ def test_tokens_and_folders_that_cannot_be_written(tmp_path):
     assert_told(result, 2, "cache/tokens")
     assert not (tmp_path / "run").exists()
     assert not list((tmp_path / "cache").rglob("*.partial"))
-    result = forks.run(tmp_path, *RUN, strikes=[Strike("hydra.core.utils:_save_config", 2, no_room)])
+    result = forks.run(tmp_path, *RUN, strikes=[Strike("rwkv_pl.runs.folder:publish", 2, no_room)])
     assert_told(result, 1, "")
     finished(tmp_path, *RUN)
 

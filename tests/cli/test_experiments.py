@@ -134,6 +134,7 @@ def test_tensorboard_knows_the_settings_and_the_code(train, tmp_path):
     assert "n_embd: 16" in known and "rwkv_pl 0.1.0, torch " in known and ", git " in known
 
 
+@pytest.mark.slow
 def test_wandb_offline(train, tmp_path):
     pytest.importorskip("wandb")
     # In a process of its own: wandb writes the last when that ends.

@@ -2,12 +2,16 @@
 
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
+import forks
 import pytest
 import torch
-from command import SMALL
+from command import SMALL, TEXT
+from forked_jobs import FORK_THE_JOBS
+from forks import Strike
 
 PLUGIN = """
 from pathlib import Path
@@ -197,3 +201,37 @@ def test_a_strangers_run_that_names_a_plug_in_imports_nothing(train, mine):
         result = train("resume=run", "trainer.max_steps=4", *arguments)
         assert (result.code, "add plugins=[mypkg]" in result.err) == (2, True), result.err
     assert not (mine / "imported").exists()
+
+
+def find_lib() -> None:
+    sys.path.insert(0, str(Path("lib").absolute()))
+
+
+def sweep(folder: Path, *arguments: str):
+    strikes = [FORK_THE_JOBS, Strike("rwkv_pl.cli.train:main", 1, find_lib)]
+    return forks.run(folder, "-m", *arguments, strikes=strikes, RWKV_PL_CONFIG=str(folder / "user"))
+
+
+def test_a_sweep_hands_its_plug_ins_to_its_jobs(mine):
+    (mine / "corpus.txt").write_bytes(TEXT)
+    begun = (*SMALL, *NOTE, "trainer.max_steps=2", "seed=1,2", "hydra.sweep.dir=sweep")
+    result = sweep(mine, *begun)
+    assert (result.code, "plugins=[mypkg]" in result.err) == (2, True), result.err
+    assert not (mine / "sweep").exists()
+    result = sweep(mine, *begun, "plugins=[mypkg]")
+    assert result.code == 0, result.out + result.err
+    notes = [mine / "sweep" / name / "note.txt" for name in "01"]
+    assert [note.read_text() for note in notes] == ["hello at step 2"] * 2
+
+    # One job starts, the other is resumed: both need the plug-ins, typed again.
+    shutil.rmtree(mine / "sweep" / "0")
+    shutil.rmtree(mine / "sweep" / "1" / "checkpoints")
+    (mine / "sweep" / "1" / "result.json").unlink()
+    notes[1].unlink()
+    (mine / "imported").unlink()
+    result = sweep(mine, "resume=sweep", "--config-dir", "mine")
+    assert (result.code, "plugins=[mypkg]" in (result.out + result.err)) == (1, True), result.out + result.err
+    assert not (mine / "imported").exists()
+    result = sweep(mine, "resume=sweep", "--config-dir", "mine", "plugins=[mypkg]")
+    assert result.code == 0, result.out + result.err
+    assert [note.read_text() for note in notes] == ["hello at step 2"] * 2

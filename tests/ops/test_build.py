@@ -76,6 +76,7 @@ def test_two_processes_build_once(built):
     assert library(cache).exists() and not list((cache / "kernels").glob("building-*"))
 
 
+@pytest.mark.slow
 def test_the_next_process_builds_nothing(built, compiler):
     assert finish(start(COMPILED, built[0], CXX=compiler)) == ""
 
@@ -120,11 +121,13 @@ def test_without_a_compiler_the_scan_serves(tmp_path):
     assert "no C++ compiler (CXX=/nowhere/c++ is none); " in said
 
 
+@pytest.mark.slow
 def test_nothing_on_path(tmp_path):
     environment = {"PATH": str(tmp_path), "CXX": ""}
     assert "no C++ compiler (none found); " in finish(start(AUTO, tmp_path, **environment))
 
 
+@pytest.mark.slow
 def test_compiled_where_it_cannot_be_had(tmp_path):
     process = start(COMPILED, tmp_path, CXX="/nowhere/c++")
     last = process.communicate(timeout=600)[1].splitlines()[-1]

@@ -139,9 +139,9 @@ def assert_close(got, judge, tolerance):
 
 
 @pytest.mark.parametrize("is_linear", [True, False], ids=["linear loss", "squared loss"])
-@pytest.mark.parametrize("half", [False, True], ids=["float32", "autocast"])
+@pytest.mark.parametrize("half", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["float32", "autocast"])
 @pytest.mark.parametrize(
-    "kernel", [pytest.param(kernel, marks=pytest.mark.slow) if kernel == "auto" else kernel for kernel in KERNELS]
+    "kernel", [k if k in ("compiled", "scan") else pytest.param(k, marks=pytest.mark.slow) for k in KERNELS]
 )
 @pytest.mark.parametrize("name", OPERATORS)
 def test_each_input_by_each_input(name, kernel, half, is_linear, product):

@@ -105,17 +105,20 @@ def operator(library, kernel: tuple[int, int], io: torch.dtype):
     return wkv4
 
 
+CASES = {
+    "B": st.integers(1, 2),
+    "T": st.sampled_from([1, 2, 7, 8, 9, 31, 33, 64, 70, 136]),
+    "C": st.sampled_from([1, 3, 4, 8, 17]),
+    "keys": st.sampled_from(KEYS),
+    "decays": st.sampled_from(["ordinary", "none", "all"]),
+    "with_state": st.booleans(),
+    "dtype": st.sampled_from(DTYPES),
+}
+
+
 @pytest.mark.parametrize("kernel", [WALK, *SMALL_SCANS], ids=str)
-@settings(max_examples=25, deadline=None, derandomize=True)
-@given(
-    B=st.integers(1, 2),
-    T=st.sampled_from([1, 2, 7, 8, 9, 31, 33, 64, 70, 136]),
-    C=st.sampled_from([1, 3, 4, 8, 17]),
-    keys=st.sampled_from(KEYS),
-    decays=st.sampled_from(["ordinary", "none", "all"]),
-    with_state=st.booleans(),
-    dtype=st.sampled_from(DTYPES),
-)
+@settings(max_examples=4, deadline=None, derandomize=True)
+@given(**CASES)
 @example(B=1, T=300, C=5, keys="ordinary", decays="ordinary", with_state=True, dtype=torch.float32)
 @example(B=1, T=1, C=1, keys="ordinary", decays="all", with_state=True, dtype=torch.float16)
 @example(B=2, T=70, C=3, keys="far apart", decays="ordinary", with_state=True, dtype=torch.float16)
@@ -134,6 +137,14 @@ def test_agrees_with_the_recurrence(library, kernel, B, T, C, keys, decays, with
     scale = [torch.maximum(a.norm(), b.norm()) for a, b in zip(judge, ordinary, strict=True)]
     got = results(operator(library, kernel, dtype), arguments, dtype, with_state=with_state)
     assert_same(got, judge, tolerance, scale, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", [WALK, *SMALL_SCANS], ids=str)
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(**CASES)
+def test_agrees_with_the_recurrence_in_many_cases(library, kernel, **case):
+    test_agrees_with_the_recurrence.hypothesis.inner_test(library, kernel, **case)
 
 
 # The kernels as a GPU runs them, each with a tile that is cut short.

@@ -93,7 +93,7 @@ def run(inputs: Inputs, folder: Path, record: Record, resumed: bool = False) -> 
             file.write(json.dumps(data.vocabulary.to_dict()).encode())
         if not resumed:
             start_loggers(trainer, config, folder)
-    with record:
+    with record, ranks.leading():
         started = time.perf_counter()
         try:
             trainer.fit(inputs.module, data, ckpt_path=inputs.resume_from, weights_only=True)
@@ -178,7 +178,7 @@ def run_in(folder: Path, composed: DictConfig, task: Callable[[], None], describ
         composed.hydra.output_subdir = None  # which Hydra would write at once, as that of a started run
     context = HydraContext(config_loader=None, callbacks=Callbacks(composed))  # type: ignore[arg-type]
     try:
-        with located(folder), ranks.leading():
+        with located(folder):
             ended = run_job(lambda _: task(), composed, "hydra.run.dir", None, context)
             if isinstance(ended._return_value, Exception):
                 raise ended._return_value
