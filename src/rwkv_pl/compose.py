@@ -51,6 +51,8 @@ def parse_overrides(overrides: Sequence[str], sweep: bool = False) -> list[Overr
         key = override.key_or_group
         if override.is_add() or override.is_force_add():
             raise UserError(f"{text}: keys are not added, all there are exist already: leave out the +")
+        if key == "hydra":
+            raise UserError(f"{text}: Hydra's own settings are given one by one, as hydra.run.dir=FOLDER")
         if override.is_delete():
             raise UserError(f"{text}: keys are not removed; write {key}=null, or choose another file of its group")
         if override.is_sweep_override() and key == "plugins":
@@ -88,15 +90,19 @@ def compose(overrides: Sequence[str], config_dir: str | None = None, name: str =
         except MissingConfigException as error:
             group, _, name = (error.missing_cfg_file or "").rpartition("/")
             # Hydra lists them for a single choice, not for a list of them.
-            files = resources.files(CONFIG_MODULE).joinpath(group)
-            there = error.options or sorted(f.name[:-5] for f in files.iterdir() if f.name.endswith(".yaml"))
-            options = ", ".join(there)
-            raise UserError(f"there is no {group}={name}; there are: {options}") from error
+            folders = [
+                resources.files(CONFIG_MODULE).joinpath(group),
+                *([Path(config_dir, group)] if config_dir else []),
+            ]
+            files = {file.name for folder in folders if folder.is_dir() for file in folder.iterdir()}
+            there = error.options or sorted(file[:-5] for file in files if file.endswith(".yaml"))
+            raise UserError(f"there is no {group}={name}; there are: {', '.join(there)}") from error
         except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
             reason = error
     explain_unknown_key(overrides, config_dir, name)
     cause = f" ({one_line(reason.__cause__)})" if reason.__cause__ else ""
-    raise UserError(one_line(reason) + cause) from reason
+    # Hydra's advice is refused here.
+    raise UserError(re.sub(r" To append to your config use \S+", "", one_line(reason) + cause)) from reason
 
 
 def typed_config_dir(sources: Any) -> str | None:
@@ -127,6 +133,10 @@ def require_key(key: str, config: Any) -> None:
                 check_trainer({part: None}, trainer_defaults())
             names = [name for name in node if name != "hydra"] if isinstance(node, dict | DictConfig) else []
             hint = nearest(part, names) if names else f"; {seen.rstrip('.')} is a value"
+            if seen == "optim.":
+                hint += (
+                    "; further arguments of the class are keys of a file of yours, DIR/optim/NAME.yaml (--config-dir)"
+                )
             groups = [group for group in GROUPS if isinstance(config.get(group), dict | DictConfig)]
             if key == part and (group := next((group for group in groups if part in config[group]), None)):
                 hint = f"; did you mean {group}.{part}?"
@@ -165,6 +175,8 @@ def check(config: DictConfig, overrides: Sequence[Override] = (), config_dir: st
     check_trainer(plain["trainer"], defaults)
     for group in ("callbacks", "logger"):
         for name, arguments in plain[group].items():
+            if name == "_target_":
+                raise UserError(f"a file of {group} gives its class a name: mine: {{_target_: {arguments}}}")
             if not isinstance(arguments, dict) or "_target_" not in arguments:
                 raise UserError(f"{group}.{name} must be a mapping that names its class as _target_, got {arguments}")
             arguments["_target_"] = MOVED.get(str(arguments["_target_"]), arguments["_target_"])

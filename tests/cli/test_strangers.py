@@ -401,3 +401,30 @@ def test_report_of_a_folder_with_a_planted_name(tmp_path):
     done = subprocess.run(report, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0 and (sweep / "sweep.csv").exists(), done.stderr
     assert precious.read_text() == "precious\n"
+
+
+def test_a_stored_run_downloads_only_to_where_it_is_typed(train, evaluate, tmp_path):
+    """Whoever wrote it could name any folder, and a URL that sends the environment's variables away."""
+    assert train(*SMALL, "hydra.run.dir=run").code == 0
+    path = tmp_path / "run" / ".hydra" / "config.yaml"
+    stored = yaml.safe_load(path.read_text())
+    elsewhere = tmp_path / "elsewhere"
+    stored["data"] |= {"name": "enwik8", "path": str(elsewhere), "url": "http://127.0.0.1:1/${oc.env:HOME}"}
+    path.write_text(yaml.safe_dump(stored))
+    for result in (train("resume=run", "trainer.max_steps=9"), evaluate("weights=run")):
+        assert (result.code, result.err.count("\n")) == (2, 1), result.err
+        assert "has no enwik8; to download it, if you trust this run, type data.path=" in result.err
+    assert not elsewhere.exists()
+    result = train("resume=run", "trainer.max_steps=9", f"data.path={elsewhere}")
+    assert (result.code, "type data.url=" in result.err) == (2, True), result.err
+    result = train("resume=run", "trainer.max_steps=9", f"data.path={elsewhere}", "data.url=http://127.0.0.1:1/zip")
+    assert (result.code, "cannot download http://127.0.0.1:1/zip" in result.err) == (2, True), result.err
+
+
+@pytest.mark.parametrize("task", ["hydra={job:{name:'../../VICTIM'}}", "hydra={sweep:{dir:elsewhere}}"])
+def test_a_stored_sweep_sets_nothing_of_hydras_as_a_whole(train, tmp_path, task):
+    sweep = write_sweep(tmp_path / "sweep", tmp_path, [task])
+    before = {path.name for path in tmp_path.rglob("*")}
+    result = train("-m", f"resume={sweep}")
+    assert (result.code, result.err.count("\n"), "one by one" in result.err) == (2, 1, True), result.err
+    assert {path.name for path in tmp_path.rglob("*")} == before

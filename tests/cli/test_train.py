@@ -412,3 +412,20 @@ def test_the_micro_batch_is_found_and_kept(train, tmp_path, monkeypatch):
     result = train(*auto, "hydra.run.dir=none")
     assert (result.code, "not even one sequence fits the memory" in result.err) == (2, True), result.err
     assert not (tmp_path / "none").exists()
+
+
+def test_what_a_killed_start_has_half_written_is_no_obstacle(train, tmp_path):
+    (tmp_path / "run" / ".hydra").mkdir(parents=True)
+    for name in ("vocab.json.partial", ".hydra/config.yaml.partial"):
+        (tmp_path / "run" / name).touch()
+    result = train(*SMALL, "hydra.run.dir=run")
+    assert result.code == 0, result.err
+    assert not list((tmp_path / "run").rglob("*.partial"))
+
+
+def test_a_start_that_fails_leaves_a_folder_as_it_was(train, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for folder in ("empty", "new/run"):
+        result = train(*SMALL, "trainer.strategy=nonsense", f"hydra.run.dir={folder}")
+        assert (result.code, result.err.count("\n")) == (2, 1), result.err
+    assert not list((tmp_path / "empty").iterdir()) and not (tmp_path / "new").exists()

@@ -23,7 +23,7 @@ from rwkv_pl.compose import compose, is_group_choice, parse_overrides, to_datacl
 from rwkv_pl.config import CORPORA, DATA_PATHS, Data, Eval
 from rwkv_pl.errors import RunError, UserError, one_line
 from rwkv_pl.files import cache_folder, made_for_success, publish, writing
-from rwkv_pl.runs.stored import StoredRun
+from rwkv_pl.runs.stored import StoredRun, require_no_download
 from rwkv_pl.terminal import console
 from rwkv_pl.training.curve import default_style
 
@@ -61,6 +61,8 @@ def main() -> None:
         return
     config = to_dataclass(settings, Eval)
     given = {o.key_or_group for o in overrides}
+    if run is not None and "data" not in given:
+        require_no_download(config.data, Path.cwd(), given)
     if run is None and "data" not in given and Path(str(config.weights)).exists():
         raise UserError(
             f"weights={config.weights} are of no run, which would know its text: choose one, data=text data.path=FILE, "

@@ -80,7 +80,7 @@ def resume_sweep(sweep: Path, later: list[Override], config_dir: str | None) -> 
         raise UserError(f"the sweep used --config-dir {config_dir_then}: give it again if you trust its files")
     require_own_files(sweep)
     os.chdir(cwd)
-    told = [text for text in told if not text.startswith(("hydra.", "hydra/", "plugins="))]
+    told = [o.input_line or "" for o in parse_overrides(told, sweep=True) if not _is_typed_again(o)]
     own = [text for text in own if text.startswith(STORED) and "_target_" not in text]
     if any(o.key_or_group == "hydra/launcher" for o in later):
         own = [text for text in own if not text.startswith("hydra.launcher.")]
@@ -113,6 +113,10 @@ def _run(sweep: Path, argv: Sequence[str], launcher: DictConfig) -> None:
                 print(f"what is missing is tried again by rwkv-train -m resume={sweep}")
     if not done:
         sys.exit(FAILED)
+
+
+def _is_typed_again(override: Override) -> bool:
+    return override.is_hydra_override() or override.key_or_group == "plugins"
 
 
 def _check_plugins(composed: DictConfig, told: Sequence[Override]) -> None:

@@ -20,7 +20,7 @@ from rwkv_pl.errors import UserError
 from rwkv_pl.files import require_own_files
 from rwkv_pl.runs import ranks
 from rwkv_pl.runs.folder import SWEEP_JOB_ENV, latest_run
-from rwkv_pl.runs.stored import StoredRun, require_own_places
+from rwkv_pl.runs.stored import StoredRun, require_no_download, require_own_places
 from rwkv_pl.terminal import IgnoreBrokenPipe
 
 
@@ -56,6 +56,7 @@ def _start(overrides: list[Override], config_dir: str | None) -> None:
     config = check(composed, overrides, config_dir)
     if sweep.RESUMED in os.environ:
         require_own_places(config, Path(composed.hydra.run.dir))
+        require_no_download(config.data, Path.cwd())
     _load_training().start(config, composed, typed=any(o.key_or_group == "hydra.run.dir" for o in overrides))
 
 

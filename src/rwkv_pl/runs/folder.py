@@ -36,6 +36,7 @@ START_FILES = {
     "hparams.yaml",
     "wandb",
     "mlflow.db",
+    "mlflow.db-journal",
     "mlflow_run",
 }
 
@@ -46,17 +47,18 @@ def run_folder(wanted: Path, typed: bool) -> Iterator[Path]:
 
     If the start fails before its training, what it has put there is removed. typed: see `create_run_dir`.
     """
-    there = wanted.exists()
+    before: set[str] | None = None  # the names in a folder that was there already
     with made_for_success(wanted.parent), ExitStack() as held:
-        before: set[str] = set()
 
         def take() -> str:
+            nonlocal before
             if attempt := int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
                 raise UserError(f"torchrun's restart {attempt} would start at step 0 again: go on with resume=RUN")
+            there = wanted.exists()
             folder = create_run_dir(wanted, typed)
-            held.enter_context(locked(folder))
             if there and folder == wanted:
-                before.update(path.name for path in folder.iterdir())
+                before = {path.name for path in folder.iterdir()}
+            held.enter_context(locked(folder))
             return str(folder)
 
         folder = Path(first_decides("folder", take))
@@ -68,13 +70,14 @@ def run_folder(wanted: Path, typed: bool) -> Iterator[Path]:
             raise
 
 
-def _clear(folder: Path, keep: set[str]) -> None:
-    """To be called while the folder is locked, so that nothing in it is another process's."""
+def _clear(folder: Path, before: set[str] | None) -> None:
+    """Removes what is new in the folder, which is locked, so that nothing in it is another process's; and the folder
+    itself if before is None."""
     for path in folder.iterdir():
-        if path.name not in keep:
+        if path.name not in (before or ()):
             with suppress(OSError):
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    if not keep:
+    if before is None:
         with suppress(OSError):
             folder.rmdir()
 
@@ -113,8 +116,9 @@ def create_run_dir(folder: Path, typed: bool) -> Path:
 
 def _unused(folder: Path) -> bool:
     names = {path.name for path in folder.iterdir()}
-    left = (name for name in names - START_FILES if not name.startswith("events.out.tfevents."))
-    return not any(left) and not has_started(folder)
+    left = {name for name in names - START_FILES if not name.endswith(PARTIAL)}
+    left = {name for name in left if not name.startswith("events.out.tfevents.")}
+    return not left and not has_started(folder)
 
 
 def describe(folder: Path, composed: DictConfig) -> None:
@@ -171,7 +175,7 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         with suppress(OSError):
-            path.write_text("")
+            os.truncate(path, 0)  # not there if the start has failed
         lock.release()
 
 

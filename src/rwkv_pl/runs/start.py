@@ -65,6 +65,7 @@ class Start(Callback):
             "data    " + self.inputs.data.description().replace(": ", ":\n        ", 1),
             f"model   {model.name}, {model.n_layer} x {model.n_embd}, {estimate.parameters:,} parameters, "
             f"{format_si(estimate.flops, 'FLOP')} a token",
+            f"optim   {config.optim._target_.rpartition('.')[2]}, lr {config.optim.lr:g}, {config.schedule.name}",
             f"memory  about {format_si(estimate.bytes(rows * config.data.ctx_len))} for weights, optimizer and a "
             f"micro-batch of {windows}, of {format_si(free_memory(device))} free",
             f"machine {each}{format_si(peak, 'FLOP/s')} of {str(dtype).removeprefix('torch.')} products, measured",

@@ -11,7 +11,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from rwkv_pl.compose import check, compose, is_group_choice, parse_overrides, require_key, typed_config_dir
-from rwkv_pl.config import Train, check_kinds, split_own
+from rwkv_pl.config import Data, Train, check_kinds, split_own
 from rwkv_pl.data.documents import exists
 from rwkv_pl.errors import UserError
 from rwkv_pl.files import leads_out, publish
@@ -118,6 +118,7 @@ class StoredRun:
         checked = check(config, [*later, *plugins], self.config_dir)
         check_kinds("optim", checked.optim.own, split_own(before.optim)[1])
         require_own_places(checked, self.folder, set(values))
+        require_no_download(checked.data, self.cwd, set(values))
         return checked, entry
 
     def keep(self, entry: dict[str, Any]) -> None:
@@ -144,6 +145,21 @@ def require_own_places(config: Train, folder: Path, typed: Collection[str] = ())
         for key, text in strings(getattr(config, group), group):
             if key not in typed and not key.endswith("._target_") and leads_out(text, folder, key):
                 raise UserError(f"{key}={text} leads out of {folder}: type it again if you trust this run")
+
+
+def require_no_download(data: Data, cwd: Path, typed: Collection[str] = ()) -> None:
+    """Raises UserError if a stored run's corpus is to be downloaded, unless the folder and the URL are typed now.
+
+    Whoever wrote the settings could name any folder to write in, and have environment variables in the URL.
+    """
+    if data.name != "enwik8" or data.path is None:
+        return
+    folder = cwd / data.path
+    if not any((folder / name).exists() for name in ("enwik8", "enwik8.zip")):
+        missing = [key for key in ("data.path", "data.url") if key not in typed and getattr(data, key[5:])]
+        if missing:
+            how = " ".join(f"{key}={getattr(data, key[5:])}" for key in missing)
+            raise UserError(f"{folder} has no enwik8; to download it, if you trust this run, type {how}")
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
