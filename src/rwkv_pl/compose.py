@@ -169,7 +169,7 @@ def check(config: DictConfig, overrides: Sequence[Override] = (), config_dir: st
         base = compose(list(choices.values()), config_dir)
         for group in ("callbacks", "logger"):
             check_kinds(group, plain[group], OmegaConf.to_container(base[group]))
-        check_kinds("optim", plain["optim"], split_own(base.optim)[1])
+        check_kinds("optim", plain["optim"], split_own(OmegaConf.to_container(base.optim))[1])  # type: ignore[arg-type]
     defaults = trainer_defaults()
     plain["trainer"] = defaults | plain["trainer"]
     check_trainer(plain["trainer"], defaults)

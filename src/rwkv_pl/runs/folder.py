@@ -5,6 +5,7 @@ import platform
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from fnmatch import fnmatch
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -25,6 +26,9 @@ JOB_FILES = ("trial.json", "error.txt", RESULT)
 
 # In the environment of a sweep's job: the text that it would show is left to its folder.
 SWEEP_JOB_ENV = "RWKV_PL_OF_A_SWEEP"
+
+# TensorBoard's files.
+EVENTS = "events.out.tfevents.*"
 
 # What a start that was killed before its training can leave.
 START_FILES = {
@@ -59,6 +63,8 @@ def run_folder(wanted: Path, typed: bool) -> Iterator[Path]:
             if there and folder == wanted:
                 before = {path.name for path in folder.iterdir()}
             held.enter_context(locked(folder))
+            for events in folder.glob(EVENTS):  # of a killed start: its settings would stand there twice
+                events.unlink()
             return str(folder)
 
         folder = Path(first_decides("folder", take))
@@ -117,7 +123,8 @@ def create_run_dir(folder: Path, typed: bool) -> Path:
 def _unused(folder: Path) -> bool:
     names = {path.name for path in folder.iterdir()}
     left = {name for name in names - START_FILES if not name.endswith(PARTIAL)}
-    left = {name for name in left if not name.startswith("events.out.tfevents.")}
+    if ".hydra" in names:  # else they are the user's
+        left = {name for name in left if not fnmatch(name, EVENTS)}
     return not left and not has_started(folder)
 
 

@@ -116,7 +116,9 @@ class StoredRun:
                     f"{key}={new} contradicts the past of {self.folder}, which has {key}={old}: start a new run for it"
                 )
         checked = check(config, [*later, *plugins], self.config_dir)
-        check_kinds("optim", checked.optim.own, split_own(before.optim)[1])
+        check_kinds(
+            "optim", checked.optim.own, split_own(cast(dict[str, Any], OmegaConf.to_container(before.optim)))[1]
+        )
         require_own_places(checked, self.folder, set(values))
         require_no_download(checked.data, self.cwd, set(values))
         return checked, entry

@@ -183,7 +183,9 @@ def run_in(folder: Path, composed: DictConfig, task: Callable[[], None], describ
             if isinstance(ended._return_value, Exception):
                 raise ended._return_value
     finally:
-        for handler in logging.getLogger().handlers:
+        root = logging.getLogger()
+        for handler in [handler for handler in root.handlers if isinstance(handler, logging.FileHandler)]:
+            root.removeHandler(handler)  # a closed one would open its file again
             handler.close()  # Windows removes no open file
 
 
