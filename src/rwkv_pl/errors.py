@@ -6,7 +6,7 @@ class UserError(Exception):
 
 
 class CorruptFileError(UserError):
-    """A file of ours whose content is not what was written."""
+    """A file that rwkv_pl wrote, and whose content has changed since."""
 
 
 class RunError(UserError):

@@ -24,7 +24,7 @@ TARGET_MODULES = {
     "logger": ("lightning.pytorch.loggers",),
 }
 
-# Classes of ours that have moved, by the names that stored runs have for them.
+# Classes that have moved, by the names that stored runs have for them.
 MOVED = {
     "rwkv_pl.training.checkpoints.BestCheckpoint": "rwkv_pl.training.callbacks.checkpoints.BestCheckpoint",
     "rwkv_pl.training.checkpoints.LastCheckpoint": "rwkv_pl.training.callbacks.checkpoints.LastCheckpoint",

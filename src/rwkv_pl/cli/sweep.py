@@ -68,10 +68,11 @@ def resume_sweep(sweep: Path, later: list[Override], config_dir: str | None) -> 
         raise UserError(f"resume={sweep} is no folder of a sweep{hint}")
     try:
         stored = yaml.safe_load(path.read_text(encoding="utf-8"))["hydra"]
-        told, own = ([str(text) for text in stored["overrides"][part]] for part in ("task", "hydra"))
+        task, own = ([str(text) for text in stored["overrides"][part]] for part in ("task", "hydra"))
         cwd = Path(stored["runtime"]["cwd"])
         config_dir_then = typed_config_dir(stored["runtime"]["config_sources"])
-        parse_overrides([*told, *own], sweep=True)
+        settings = parse_overrides(task, sweep=True)
+        parse_overrides(own, sweep=True)
     except Exception as error:  # what is not what was written can fail in any way
         raise UserError(f"{path} is damaged: {one_line(error)[:200]}") from error
     if not cwd.is_absolute() or not cwd.is_dir():
@@ -80,7 +81,7 @@ def resume_sweep(sweep: Path, later: list[Override], config_dir: str | None) -> 
         raise UserError(f"the sweep used --config-dir {config_dir_then}: give it again if you trust its files")
     require_own_files(sweep)
     os.chdir(cwd)
-    told = [o.input_line or "" for o in parse_overrides(told, sweep=True) if not _is_typed_again(o)]
+    kept = [o.input_line or "" for o in settings if not o.is_hydra_override() and o.key_or_group != "plugins"]
     own = [text for text in own if text.startswith(STORED) and "_target_" not in text]
     if any(o.key_or_group == "hydra/launcher" for o in later):
         own = [text for text in own if not text.startswith("hydra.launcher.")]
@@ -89,7 +90,7 @@ def resume_sweep(sweep: Path, later: list[Override], config_dir: str | None) -> 
     where = ["--config-dir", config_dir] if config_dir else []
     os.environ[RESUMED] = "1"
     try:
-        _run(sweep, ["-m", *where, *own, *given, *told], launcher)
+        _run(sweep, ["-m", *where, *own, *given, *kept], launcher)
     finally:
         del os.environ[RESUMED]
 
@@ -113,10 +114,6 @@ def _run(sweep: Path, argv: Sequence[str], launcher: DictConfig) -> None:
                 print(f"what is missing is tried again by rwkv-train -m resume={sweep}")
     if not done:
         sys.exit(FAILED)
-
-
-def _is_typed_again(override: Override) -> bool:
-    return override.is_hydra_override() or override.key_or_group == "plugins"
 
 
 def _check_plugins(composed: DictConfig, told: Sequence[Override]) -> None:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from rwkv_pl.data.vocabulary import BYTE_OF, EncodingError, Tokens, Vocabulary
-from rwkv_pl.errors import UserError
+from rwkv_pl.errors import UserError, one_line
 
 # Before 0.23.1 the library warns at every fork that follows a use of its threads. What we fork, workers that gather
 # batches, does not use it.
@@ -81,7 +81,7 @@ class Vocabulary20B(Vocabulary):
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}") from error
         except (ValueError, RecursionError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)[:200]
             raise UserError(
                 f"{path} is not the json of the 20B tokenizer ({reason}): name 20B_tokenizer.json"
             ) from error

@@ -7,24 +7,24 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rwkv_pl.errors import CorruptFileError, UserError
+from rwkv_pl.errors import CorruptFileError, UserError, one_line
 from rwkv_pl.training.module import LitRWKV
 from rwkv_pl.training.optimizer import build_optimizer, write_numbers
 from rwkv_pl.weights.checkpoint import read_checkpoint
 from rwkv_pl.weights.metadata import KEY, Metadata
 
 
-def load_resume_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint of a run of ours, tensors mapped; what it says of itself is checked. Raises UserError."""
+def load_resume_checkpoint(path: Path) -> tuple[dict[str, Any], Metadata]:
+    """A checkpoint that rwkv-train wrote, tensors mapped, and its metadata, checked. Raises UserError."""
     content = read_checkpoint(path)
     if KEY not in content:
         raise UserError(f"{path} was not written by rwkv-train: take it as weights={path}")
-    Metadata.from_checkpoint(content, path)
+    metadata = Metadata.from_checkpoint(content, path)
     if "optimizer_states" not in content and "loops" not in content:
         raise UserError(f"{path} holds weights without the state of a training: take it as weights={path}")
     if type(content.get("global_step")) is not int or content["global_step"] < 0:
         raise CorruptFileError(f"{path} is not a whole checkpoint: it does not say its step")
-    return content
+    return content, metadata
 
 
 def check_same_run(metadata: Metadata, now: dict[str, Any], path: Path) -> None:
@@ -65,7 +65,7 @@ def check_loadable(content: dict[str, Any], module: LitRWKV, optimizer: Optimize
     except UserError:
         raise
     except Exception as error:  # what was made by hand can fail in any way
-        raise CorruptFileError(f"{path} does not fit this run ({' '.join(str(error).split())[:200]})") from error
+        raise CorruptFileError(f"{path} does not fit this run ({one_line(error)[:200]})") from error
 
 
 def check_state(optimizer: Optimizer, module: LitRWKV) -> None:
@@ -94,7 +94,7 @@ def check_state(optimizer: Optimizer, module: LitRWKV) -> None:
     try:
         twin.step()
     except Exception as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        reason = f"{type(error).__name__}: {one_line(error)[:200]}"
         raise UserError(
             f"optim can't change to these settings on a resume ({reason}): keep those of the run"
         ) from error

@@ -217,12 +217,13 @@ def in_use(folder: Path) -> bool:
 def latest_run(outputs: Path) -> Path:
     """Of the runs below `outputs` that are neither finished nor in use, the one started last. Raises UserError."""
     from rwkv_pl.weights.checkpoint import read_checkpoint
+    from rwkv_pl.weights.metadata import KEY
 
     found = [path.parent.parent for path in outputs.glob("**/" + OVERRIDES.as_posix())]
     started = [folder for folder in found if has_started(folder)]
     for folder in sorted(started, key=lambda folder: (folder / OVERRIDES).stat().st_mtime_ns, reverse=True):
         with suppress(UserError):
-            about = read_checkpoint(folder / "checkpoints" / "last.ckpt", checked=False).get("rwkv_pl")
+            about = read_checkpoint(folder / "checkpoints" / "last.ckpt", checked=False).get(KEY)
             if isinstance(about, dict) and about.get("finished"):
                 continue
         with suppress(UserError), locked(folder):

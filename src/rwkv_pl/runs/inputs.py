@@ -20,7 +20,6 @@ from rwkv_pl.runs.stored import StoredRun
 from rwkv_pl.targets import find_targets, load_class
 from rwkv_pl.training.module import LitRWKV
 from rwkv_pl.training.schedule import check_schedule
-from rwkv_pl.weights.metadata import Metadata
 from rwkv_pl.weights.read import read_weights
 from rwkv_pl.weights.tensors import Weights
 
@@ -95,8 +94,7 @@ def open_inputs(config: Train, cwd: Path, resume_from: Path | None = None) -> In
 
     Raises UserError for all that can be known to be wrong without a folder and without the model's memory.
     """
-    content = load_resume_checkpoint(resume_from) if resume_from else None
-    resumed = Metadata.from_checkpoint(content, resume_from) if content and resume_from else None
+    content, resumed = load_resume_checkpoint(resume_from) if resume_from else (None, None)
     loaded = read_weights(cwd / config.weights) if config.weights and not content else None
     if resumed:
         vocabulary: Vocabulary | None = Vocabulary.from_dict(resumed.vocabulary or {})

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from rwkv_pl.compose import check, compose, is_group_choice, parse_overrides, require_key, typed_config_dir
 from rwkv_pl.config import Data, Train, check_kinds, split_own
 from rwkv_pl.data.documents import exists
-from rwkv_pl.errors import UserError
+from rwkv_pl.errors import UserError, one_line
 from rwkv_pl.files import leads_out, publish
 from rwkv_pl.runs.folder import has_started
 
@@ -58,7 +58,7 @@ class StoredRun:
             """The --config-dir of the first start."""
             self.config()
         except Exception as error:  # what is not what was written can fail in any way
-            raise UserError(f"{folder}/.hydra is damaged: {' '.join(str(error).split())[:200]}") from error
+            raise UserError(f"{folder}/.hydra is damaged: {one_line(error)[:200]}") from error
 
     def _read(self, name: str, kind: type) -> Any:
         content = OmegaConf.to_container(OmegaConf.load(self.folder / ".hydra" / name))

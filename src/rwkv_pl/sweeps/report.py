@@ -13,7 +13,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rwkv_pl.errors import UserError
+from rwkv_pl.errors import UserError, one_line
 from rwkv_pl.files import in_words, publish
 from rwkv_pl.runs.folder import OVERRIDES, has_started, in_use
 from rwkv_pl.runs.outcome import DONE, RESULT, read_result
@@ -122,7 +122,7 @@ def read(folder: Path) -> Run:
             run.settings = {key: yaml.safe_load(value) for key, _, value in pairs}
         run.rows = read_rows(folder / "metrics.csv", up_to=10**18)
     except (UserError, OmegaConfBaseException, yaml.YAMLError, *NOT_AS_WRITTEN) as error:
-        run.status, run.error = "damaged", " ".join(str(error).split())
+        run.status, run.error = "damaged", one_line(error)
     if run.status in DONE and run.latest("val/bits_per_byte") is None and run.best is not None:
         run.error = f"{folder / 'metrics.csv'} holds no validation: only result.json's figures are known"
     if not run.status:

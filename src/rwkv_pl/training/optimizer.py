@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from rwkv_pl.config import Optim, nearest
-from rwkv_pl.errors import UserError
+from rwkv_pl.errors import UserError, one_line
 
 
 def parameter_groups(model: nn.Module, lr_scale: dict[str, float], split_blocks: bool = False) -> list[dict[str, Any]]:
@@ -65,7 +65,7 @@ def build_optimizer(target: Any, groups: list[dict[str, Any]], optim: Optim) -> 
     try:
         optimizer = target(groups, **arguments)
     except Exception as error:  # a class can refuse its arguments in any way
-        raise UserError(f"optim refuses its settings: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"optim refuses its settings: {one_line(error)[:300]}") from error
     # A fused step could unscale float16 gradients itself, but then they could not be clipped before it.
     optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
     return optimizer

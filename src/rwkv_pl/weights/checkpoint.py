@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from rwkv_pl.errors import CorruptFileError, UserError
+from rwkv_pl.errors import CorruptFileError, UserError, one_line
 
 
 def read_checkpoint(path: Path, checked: bool = True) -> dict[str, Any]:
@@ -43,4 +43,4 @@ def read_checkpoint(path: Path, checked: bool = True) -> dict[str, Any]:
 
 def first_sentence(error: BaseException) -> str:
     """An error's first sentence: torch's go on with advice that is not for this command's users."""
-    return " ".join(str(error).split()).partition(". ")[0][:200] or type(error).__name__
+    return one_line(error).partition(". ")[0][:200] or type(error).__name__

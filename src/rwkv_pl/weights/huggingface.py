@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rwkv_pl.errors import CorruptFileError, UserError
+from rwkv_pl.errors import CorruptFileError, UserError, one_line
 from rwkv_pl.weights.tensors import abbreviate
 
 CONFIG, TENSORS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
@@ -176,7 +176,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except Exception as error:  # a file that is none can fail in any way
-        told = " ".join(str(error).split())[:200]
+        told = one_line(error)[:200]
         raise CorruptFileError(f"{path} is no safetensors file, or damaged ({told})") from error
 
 
