@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "data": set(),
     "weights": {"model", "data"},
     "inference": {"model", "ops", "weights"},
-    "training": {"ops", "model", "inference", "weights"},
+    "training": {"targets", "ops", "model", "inference", "weights"},
     "runs": {"compose", "targets", "data", "ops", "model", "weights", "training"},
     "sweeps": {"compose", "data", "runs", "training"},
     "hydra_plugins": {"runs", "sweeps"},

@@ -88,7 +88,7 @@ class Spoilt(LitRWKV):
             self._loss = self._loss * math.nan
         return parts
 
-    def leaves_out_on_the_device(self, optimizer):
+    def skips_nonfinite_on_device(self, optimizer):
         return self.late and optimizer.defaults["fused"]
 
 
@@ -105,7 +105,7 @@ def spoilt(data, late, skip, steps):
     state = trainer.optimizers[0].state_dict()["state"]
     return (
         error,
-        module.skipped,
+        module._guard.skipped,
         list(module.model.state_dict().values()) + [v for s in state.values() for v in s.values()],
     )
 
@@ -149,7 +149,7 @@ def test_what_the_host_asks_of_the_device_in_a_step(data, tmp_path, monkeypatch)
 
     for name in ("tolist", "item", "cpu", "numpy", "__float__", "__int__", "__bool__", "__index__"):
         watched(name, getattr(torch.Tensor, name))
-    monkeypatch.setattr(LitRWKV, "leaves_out_on_the_device", lambda self, optimizer: optimizer.defaults["fused"])
+    monkeypatch.setattr(LitRWKV, "skips_nonfinite_on_device", lambda self, optimizer: optimizer.defaults["fused"])
     monkeypatch.setattr(LitRWKV, "log", lambda self, *_, **__: logged.update([step]))
     callbacks = [MetricsRecorder(tmp_path, 4 * 32), Steps()]
     trained(data, max_steps=8, val_check_interval=100, limit_val_batches=0, log_every_n_steps=5, callbacks=callbacks)

@@ -97,13 +97,25 @@ class TakesAnything(torch.optim.SGD):
         (torch.optim.Optimizer, Optim("Optimizer"), "optim.lr: Optimizer takes no lr; there are: defaults"),
         (TakesAnything, Optim("Mine", own={"momentun": 0.9}), "optim refuses its settings: "),
         (MuonAdamW, Optim("MuonAdamW", own={"adjust_lr_fn": "x"}), "optim refuses its settings: Adjust learning rate"),
-        (dict, Optim("builtins.dict"), "optim._target_=builtins.dict is not an optimizer"),
     ],
 )
 def test_an_optimizer_refuses_in_one_line(target, optim, message):
     with pytest.raises(UserError) as raised:
         build_optimizer(target, parameter_groups(MODEL, {}), optim)
     assert message in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("builtins.dict", "optim._target_=builtins.dict is not a torch.optim.Optimizer"),
+        ("torch.optim.Adm", "optim._target_=torch.optim.Adm is not a class of torch.optim; did you mean Adam?"),
+    ],
+)
+def test_a_target_that_is_not_an_optimizer_gives_one_line(target, message):
+    with pytest.raises(UserError) as raised:
+        LitRWKV(MODEL, Optim(target)).configure_optimizers()
+    assert str(raised.value) == message
 
 
 @pytest.mark.parametrize("name", ["Adagrad", "Adadelta", "RMSprop", "Rprop", "NAdam", "Adafactor", "ASGD"])

@@ -3,8 +3,6 @@
 B  batch, the rows of a micro-batch    T  time, ctx_len    V  vocab_size
 """
 
-import importlib
-import logging
 import math
 from collections.abc import Callable
 from dataclasses import asdict
@@ -17,18 +15,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rwkv_pl.config import Optim, Schedule
-from rwkv_pl.errors import RunError
 from rwkv_pl.inference.evaluate import bits_per_byte
 from rwkv_pl.inference.sampling import seed_of
 from rwkv_pl.model import MODELS
 from rwkv_pl.ops.cross_entropy import head_cross_entropy
+from rwkv_pl.targets import load_class
 from rwkv_pl.training.loss import IGNORED, count_bytes, l2wrap, split_tokens
 from rwkv_pl.training.muon import MuonAdamW
+from rwkv_pl.training.nonfinite import NonfiniteGuard
 from rwkv_pl.training.optimizer import build_optimizer, parameter_groups, write_numbers
 from rwkv_pl.training.schedule import learning_rate
 from rwkv_pl.weights.metadata import KEY, Metadata
-
-log = logging.getLogger(__name__)
 
 
 class LitRWKV(LightningModule):
@@ -70,12 +67,10 @@ class LitRWKV(LightningModule):
         self.vocabulary = vocabulary
         self.past = past or {}
         self.loss_chunk_len = loss_chunk_len
-        self.skip_nonfinite = skip_nonfinite
-        self.skipped = 0
+        self._guard = NonfiniteGuard(skip_nonfinite)
         self.grad_norm: Tensor | float = math.nan
         self.used_lr = math.nan
         self._loss: Tensor | float = 0.0
-        self._unread: tuple[int, Tensor, torch.cuda.Event | None] | None = None
         self.bytes_per_token: Tensor | None
         self.register_buffer("bytes_per_token", bytes_per_token, persistent=False)
 
@@ -167,8 +162,7 @@ class LitRWKV(LightningModule):
     # The optimizer
 
     def configure_optimizers(self) -> Optimizer:
-        module, _, name = self.optim._target_.rpartition(".")
-        target = getattr(importlib.import_module(module), name)
+        target = load_class("optim", self.optim._target_)
         groups = parameter_groups(self.model, self.lr_scale, split_blocks=target is MuonAdamW)
         return build_optimizer(target, groups, self.optim)
 
@@ -203,86 +197,58 @@ class LitRWKV(LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """Takes the gradient's norm, once, for the record, for the clipping, and to see whether it is a number."""
-        self.read_findings()
+        """Computes the gradient's norm once: for the record, for clipping and to see whether it is finite."""
+        self.check_finite()
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        self.grad_norm = norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         loss = torch.as_tensor(self._loss, device=norm.device) / self.trainer.accumulate_grad_batches
         self._loss = 0.0
-        if self._scaled and self.trainer.world_size > 1:
+        if self._loss_scaled and self.trainer.world_size > 1:
             loss = self.trainer.strategy.reduce(loss, reduce_op="mean")
-        self.grad_norm = norm
-        figures, step = torch.stack([norm, loss.to(norm.dtype)]), self.trainer.global_step
-        if self.leaves_out_on_the_device(optimizer):
-            # Read before the next step, when the GPU has the next gradient to compute already.
-            optimizer.found_inf = (figures * 0 != 0).any().float()  # type: ignore[attr-defined]
-            there, copied = figures.to("cpu", non_blocking=True), torch.cuda.Event() if figures.is_cuda else None
-            if copied:
-                copied.record()
-            self._unread = step, there, copied
-        else:
-            self._unread = step, figures, None
-            if self.read_findings():
-                for parameter in parameters:
-                    parameter.grad = None  # an optimizer step without gradients changes nothing
-                return
+        self._guard.look(norm, loss, self.trainer.global_step, self.used_lr)
+        if self.skips_nonfinite_on_device(optimizer):
+            self._guard.skip_on_device(optimizer)
+        elif not self.check_finite():
+            for parameter in parameters:
+                parameter.grad = None  # an optimizer step without gradients changes nothing
+            return
         if gradient_clip_val and gradient_clip_algorithm == "norm":
             torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     @property
-    def _scaled(self) -> bool:
-        # float16's loss scaler probes for the largest scale, and itself leaves out the steps of the Inf that it makes.
+    def _loss_scaled(self) -> bool:
         return getattr(self.trainer.precision_plugin, "scaler", None) is not None
 
-    def leaves_out_on_the_device(self, optimizer: Optimizer) -> bool:
-        """Does the optimizer itself leave out a step of NaN? On a GPU to look first is to wait at each step."""
-        # SGD's momentum begins as the first gradient: leaving that out, it would begin as uninitialised memory.
-        begins = bool(optimizer.defaults.get("momentum")) and not optimizer.state
-        return self.device.type == "cuda" and bool(optimizer.defaults.get("fused")) and not self._scaled and not begins
+    def skips_nonfinite_on_device(self, optimizer: Optimizer) -> bool:
+        """Does the optimizer itself skip a step of NaN? If the host looked first, it would wait for the GPU."""
+        # SGD's momentum starts as the first gradient; if that step were skipped, it would be uninitialised memory.
+        starts_momentum = bool(optimizer.defaults.get("momentum")) and not optimizer.state
+        fused = bool(optimizer.defaults.get("fused"))
+        return self.device.type == "cuda" and fused and not self._loss_scaled and not starts_momentum
 
-    def read_findings(self) -> bool:
-        """Was the batch that last went backwards left out? A warning, or RunError, has said so by then."""
-        if self._unread is None:
-            return False
-        (step, figures, copied), self._unread = self._unread, None
-        if copied:
-            copied.synchronize()
-        norm, loss = figures.tolist()
-        if math.isfinite(loss) and (self._scaled or math.isfinite(norm)):
-            return False
-        told = (
-            f"the {'gradient' if math.isfinite(loss) else 'loss'} of batch {step:,} is not finite "
-            f"(loss {loss:.4g}, gradient norm {norm:.4g}, learning rate {self.rate_of(step):.3g})"
-        )
-        if self.skipped >= self.skip_nonfinite:
-            raise RunError(
-                f"{told}: stopped before optimizer step {step + 1:,}, which it would have spoilt; "
-                "a lower optim.lr often helps"
-            )
-        self.skipped += 1
-        if self.trainer.is_global_zero:
-            log.warning(f"{told}: left out, {self.skipped} of at most {self.skip_nonfinite}")
-        return True
+    def check_finite(self) -> bool:
+        """Was the last optimizer step finite? If not, a warning or RunError says so."""
+        return self._guard.check_finite(self._loss_scaled, self.trainer.is_global_zero)
 
     def on_validation_start(self) -> None:
-        self.read_findings()
+        self.check_finite()
 
     def on_train_end(self) -> None:
-        self.read_findings()
+        self.check_finite()
 
     # Checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.read_findings()
+        self.check_finite()
         checkpoint[KEY] = Metadata(
             model=next(name for name, (cls, _) in MODELS.items() if isinstance(self.model, cls)),
             config=asdict(self.model.config),
             vocabulary=self.vocabulary,
             finished=self.finished(),
             past=self.past,
-            skipped=self.skipped,
+            skipped=self._guard.skipped,
             accumulate=self.trainer.accumulate_grad_batches,
             precision=self.trainer.precision,
         ).to_dict()
@@ -304,7 +270,7 @@ class LitRWKV(LightningModule):
         return self.trainer.callbacks  # type: ignore[attr-defined]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.skipped = checkpoint.get(KEY, {}).get("skipped", 0)
+        self._guard.skipped = checkpoint.get(KEY, {}).get("skipped", 0)
         averaged = any(isinstance(callback, WeightAveraging) for callback in self._callbacks)
         if "current_model_state" in checkpoint and not averaged:
             # The averaging was taken off: the training goes on from the weights that it trained.

@@ -117,7 +117,7 @@ class MetricsRecorder(Callback):
         if step % trainer.log_every_n_steps and step != 1:  # type: ignore[attr-defined]
             return
         if ended:
-            pl_module.read_findings()  # a batch that stops the run has no row
+            pl_module.check_finite()  # a batch that stops the run has no row
         n_bytes = count_bytes(batch[:, 1:], pl_module.bytes_per_token)
         self._sums.append(torch.stack([outputs["nats"], outputs["l2wrap"], n_bytes]))
         if not ended:
