@@ -140,7 +140,7 @@ def wrong_checkpoints(run: Path, number: int, seed: int) -> Iterator[tuple[bytes
         yield file.getvalue(), f"{spot} = {value}"
 
 
-HOW_MANY = pytest.mark.parametrize("n", [15, pytest.param(400, marks=pytest.mark.slow)])
+HOW_MANY = pytest.mark.parametrize("n", [8, pytest.param(400, marks=pytest.mark.slow)])
 
 
 @HOW_MANY

@@ -76,12 +76,21 @@ def terminate() -> None:
 
 
 def _command(
-    main: str, folder: Path, arguments: Sequence[str], strikes: Sequence[Strike], environment: dict[str, str]
+    main: str,
+    code: str | None,
+    folder: Path,
+    arguments: Sequence[str],
+    strikes: Sequence[Strike],
+    environment: dict[str, str],
 ) -> None:
     os.chdir(folder)
     os.environ.update(environment)
+    multiprocessing.set_start_method(None, force=True)  # the default, as in a command: workers are forked again
     for stream, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND), stream)
+    if code is not None:
+        exec(code, {})
+        return
     shorten_the_end()
     for strike in strikes:
         strike.install()
@@ -94,11 +103,12 @@ def start(
     *arguments: str,
     strikes: Sequence[Strike] = (),
     main: str = "rwkv_pl.cli.train",
+    code: str | None = None,
     **environment: str,
 ) -> BaseProcess:
-    """Begins the command in `folder`. main: the module whose main() it is."""
+    """Begins the command in `folder`. main: the module whose main() it is. code: Python to run instead of a command."""
     _serve()
-    process = context.Process(target=_command, args=(main, folder, arguments, strikes, environment))
+    process = context.Process(target=_command, args=(main, code, folder, arguments, strikes, environment))
     process.start()
     return process
 

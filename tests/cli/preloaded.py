@@ -6,6 +6,7 @@ No torch operation runs here: after one with two threads a forked child hangs.
 import contextlib
 import gc
 import importlib
+import inspect
 import io
 import os
 import pkgutil
@@ -26,6 +27,7 @@ MODULES = (
     "lightning.pytorch",
     "matplotlib.backends.backend_agg",
     "matplotlib.figure",
+    "rich._emoji_codes",
     "torch.utils.tensorboard",
     *(module.name for module in pkgutil.walk_packages(rwkv_pl.__path__, "rwkv_pl.")),
 )
@@ -47,5 +49,6 @@ def compose_once() -> None:
 
 
 compose_once()
+inspect.getmodule(inspect.currentframe(), "none")  # caches the file of every module: registering an operator asks
 gc.collect()
 gc.freeze()  # a collection in a child would copy every page

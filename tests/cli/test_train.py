@@ -367,6 +367,7 @@ def test_awkward_folder_names(train, tmp_path):
     assert checkpoint(run)["global_step"] == 5
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_batch(train, tmp_path):
     """The same training on two devices as on one: DDP starts the command again, for the second."""
     arguments = [*SMALL, "trainer.log_every_n_steps=1", "trainer.limit_val_batches=1.0", "data.ctx_len=64"]

@@ -3,16 +3,24 @@
 import hashlib
 import os
 import shutil
+import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import time
+from dataclasses import dataclass
 from importlib import resources
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 import rwkv_pl.cuda
 from quick_compiler import quick_compiler
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "cli"))
+
+import forks
 
 from rwkv_pl.files import cache_folder
 from rwkv_pl.ops.build import CPU_SOURCES, Recipe, _compile_cpu, _recipe_digest, _try_load, cpu_flags
@@ -32,16 +40,23 @@ COMPILED = CALL + "use_kernel('compiled'); call(); assert dict(os.environ) == be
 AUTO = CALL + "warnings.simplefilter('always'); call(); call(); assert not hasattr(torch.ops.rwkv_pl, 'wkv4_forward')"
 
 
-def start(code: str, cache: Path, **environment: str) -> subprocess.Popen[str]:
-    env = os.environ | {"RWKV_PL_CACHE": str(cache)} | environment
-    return subprocess.Popen([sys.executable, "-c", code], env=env, stderr=subprocess.PIPE, text=True)
+@dataclass
+class Child:
+    process: BaseProcess
+    folder: Path
 
 
-def finish(process: subprocess.Popen[str]) -> str:
-    """Its stderr; fails where the process did, or hangs."""
-    _, stderr = process.communicate(timeout=600)
-    assert process.returncode == 0, stderr
-    return stderr
+def start(code: str, cache: Path, **environment: str) -> Child:
+    folder = Path(tempfile.mkdtemp())
+    return Child(forks.start(folder, code=code, RWKV_PL_CACHE=str(cache), **environment), folder)
+
+
+def finish(child: Child, code: int = 0) -> str:
+    """Its stderr; fails if it ends with another exit code, or hangs."""
+    result = forks.finish(child.process, child.folder)
+    shutil.rmtree(child.folder)
+    assert result.code == code, result.err
+    return result.err
 
 
 def fake_compiler(folder: Path, body: str) -> str:
@@ -106,10 +121,10 @@ def test_a_killed_build_disturbs_nobody(compiler, tmp_path):
     killed = start(COMPILED, tmp_path, CXX=fake_compiler(tmp_path, "sleep 60"))
     deadline = time.monotonic() + 600
     while not list(tmp_path.glob("kernels/building-*/build.ninja")):
-        assert time.monotonic() < deadline and killed.poll() is None
+        assert time.monotonic() < deadline and killed.process.is_alive()
         time.sleep(0.02)
-    killed.kill()
-    killed.wait()
+    killed.process.kill()
+    finish(killed, code=-signal.SIGKILL)
     assert list(tmp_path.glob("kernels/building-*")), "nothing was left over: the test shows nothing"
     assert finish(start(COMPILED, tmp_path, CXX=compiler)).count("building") == 1
     assert not list(tmp_path.glob("kernels/building-*"))
@@ -129,9 +144,7 @@ def test_nothing_on_path(tmp_path):
 
 @pytest.mark.slow
 def test_compiled_where_it_cannot_be_had(tmp_path):
-    process = start(COMPILED, tmp_path, CXX="/nowhere/c++")
-    last = process.communicate(timeout=600)[1].splitlines()[-1]
-    assert process.returncode == 1
+    last = finish(start(COMPILED, tmp_path, CXX="/nowhere/c++"), code=1).splitlines()[-1]
     assert last.startswith("RuntimeError: wkv4: no compiled operator: no C++ compiler (CXX=/nowhere/c++ is none); ")
 
 

@@ -260,7 +260,9 @@ def test_opcheck():
         torch.library.opcheck(torch.ops.rwkv_pl.rwkv4_step, (parameters, torch.arange(3), state))
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(
+    "level", [pytest.param(level, marks=[pytest.mark.slow] * (level == "portable")) for level in LEVELS]
+)
 def test_every_level_of_this_cpu(level):
     code = (
         "from test_rwkv4_step import *\n"

@@ -117,9 +117,9 @@ CASES = {
 
 
 @pytest.mark.parametrize("kernel", [WALK, *SMALL_SCANS], ids=str)
-@settings(max_examples=4, deadline=None, derandomize=True)
+@settings(max_examples=2, deadline=None, derandomize=True)
 @given(**CASES)
-@example(B=1, T=300, C=5, keys="ordinary", decays="ordinary", with_state=True, dtype=torch.float32)
+@example(B=1, T=300, C=3, keys="ordinary", decays="ordinary", with_state=True, dtype=torch.float32)
 @example(B=1, T=1, C=1, keys="ordinary", decays="all", with_state=True, dtype=torch.float16)
 @example(B=2, T=70, C=3, keys="far apart", decays="ordinary", with_state=True, dtype=torch.float16)
 @example(B=2, T=70, C=3, keys="near -1e4", decays="ordinary", with_state=False, dtype=torch.float16)
@@ -190,7 +190,7 @@ def test_a_gradient_that_is_not_a_number(library, kernel):
 @pytest.mark.parametrize("kernel", [WALK, *SMALL_SCANS], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_same_bits_every_time(library, kernel, dtype):
-    called, arguments = operator(library, kernel, dtype), draw(3, 75, 5, io=dtype)
+    called, arguments = operator(library, kernel, dtype), draw(2, 75, 3, io=dtype)
     once, again = (results(called, arguments, dtype) for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(once, again, strict=True))
 
