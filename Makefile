@@ -2,7 +2,7 @@
 # make test    installs into .venv, runs the tests
 # make lint    ruff and mypy
 # make wheel   a wheel for this platform, with the kernels built, in dist/
-# make bench   what the README claims, measured here
+# make bench   measures here what docs/guides/benchmarks.md claims
 # Of these the first that serves; `make PYTHON=...` names another.
 PYTHON ?= python3.14 python3.13 python3.12 python3.11 python3
 VENV   ?= .venv

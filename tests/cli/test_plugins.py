@@ -121,7 +121,7 @@ def test_a_class_of_each_kind_through_start_and_resume(train, mine):
 def test_the_callback_of_the_readme(train, tmp_path, monkeypatch):
     readme = Path(__file__).parents[2].joinpath("README.md").read_text(encoding="utf-8")
     module = re.search(r"```python\n# norms\.py\n(.*?)```", readme, flags=re.DOTALL)[1]
-    settings = re.search(r"```yaml\n(norms: .*?)```", readme, flags=re.DOTALL)[1]
+    settings = re.search(r"```yaml\n# mine/callbacks/norms\.yaml\n(.*?)```", readme, flags=re.DOTALL)[1]
     command = re.search(r"^PYTHONPATH=\. rwkv-train (.* 'plugins=\[norms\]')$", readme, flags=re.MULTILINE)[1]
     (tmp_path / "mine" / "callbacks").mkdir(parents=True)
     (tmp_path / "mine" / "callbacks" / "norms.yaml").write_text(settings)

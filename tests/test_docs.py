@@ -1,0 +1,276 @@
+"""What the README and the guides say can be done: commands parse, settings exist, code runs, links lead somewhere."""
+
+import ast
+import copy
+import functools
+import importlib
+import itertools
+import re
+import shlex
+import sys
+import tomllib
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+import yaml
+from benchmarks.__main__ import NAMES, ON_A_GPU
+from omegaconf import DictConfig, OmegaConf
+
+from rwkv_pl import RWKV4, RWKV4Config
+from rwkv_pl.cli import convert, doctor, generate, report
+from rwkv_pl.cli.arguments import parse_arguments
+from rwkv_pl.compose import (
+    check,
+    compose,
+    is_group_choice,
+    parse_overrides,
+    require_key,
+    to_dataclass,
+    to_plain_dict,
+)  # fmt: skip
+from rwkv_pl.config import GROUPS, Eval
+from rwkv_pl.data.vocabulary import Vocabulary
+from rwkv_pl.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+PAGES = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for page in
+         (README, *sorted((ROOT / "docs" / "guides").glob("*.md")))}  # fmt: skip
+GENERATED = {"docs/guides/settings.md"}
+ANY_PAGE = "\n".join(PAGES.values())
+
+# Commands that argparse reads.
+PARSERS = {"rwkv-convert": convert, "rwkv-doctor": doctor, "rwkv-generate": generate, "rwkv-report": report}
+# Programs of other packages. Unknown ones fail, so that a typing error in a name does not pass.
+FOREIGN = {"source", "tensorboard", "py", "python3", "eval", "["}
+# In front of a command.
+BEFORE = {"srun", "then", "else", "if", "fi"}
+
+
+def blocks(text: str, *languages: str) -> list[str]:
+    return re.findall(rf"^```(?:{'|'.join(languages)})\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def prose(text: str) -> str:
+    return re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def commands(text: str) -> list[list[str]]:
+    """The words of every command in shell blocks, and of ours in `code` within a sentence."""
+    inline = re.findall(r"`((?:rwkv-\w+|make|pip install|python -m|pytest) [^`\n]+)`", prose(text))
+    lines = "\n".join([*blocks(text, "bash", "bat"), *inline]).replace("\\\n", " ").replace(".venv\\Scripts\\", "")
+    found = []
+    for line in lines.splitlines():
+        lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
+        lexer.whitespace_split = True
+        words: list[str] = []
+        for word in [*lexer, ";"]:
+            if word in (";", "|", "&&"):
+                found.append(words)
+                words = []
+            elif words or not (word in BEFORE or re.match(r"[A-Z]+=", word)):
+                words.append(word.removeprefix(".venv/bin/"))
+    return [words[: words.index("<")] if "<" in words else words for words in found if words]
+
+
+COMMANDS = list(dict.fromkeys(tuple(words) for text in PAGES.values() for words in commands(text)))
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """The current folder, with the files of the pages that begin with their name, as `# mine/optim/lion.yaml`."""
+    for text in blocks(ANY_PAGE, "python", "yaml"):
+        if name := re.match(r"# ([\w/]+\.(?:py|yaml))\n", text):
+            path = tmp_path / name[1]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text[name.end() :])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("RWKV_PL_CONFIG", str(tmp_path / "user"))
+    return tmp_path
+
+
+def test_the_commands_are_found():
+    ours = {"make", "pip", "python", "pytest", *PARSERS, "rwkv-eval", "rwkv-train"}
+    assert {words[0] for words in COMMANDS} == ours | FOREIGN
+    assert len(COMMANDS) > 50
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_a_command(words, mine, monkeypatch):
+    name, *arguments = words
+    if name in ("rwkv-train", "rwkv-eval"):
+        check_overrides(name, arguments)
+    elif name in PARSERS:
+        check_arguments(PARSERS[name], arguments, monkeypatch)
+    elif name == "make":
+        check_make(arguments)
+    elif name == "pip":
+        check_pip(arguments)
+    elif words[:3] == ("python", "-m", "benchmarks") and arguments[2:]:
+        assert arguments[2] in (*NAMES, *ON_A_GPU)
+        check_arguments(importlib.import_module(f"benchmarks.{arguments[2]}"), arguments[3:], monkeypatch)
+    elif words[:2] == ("python", "-m"):
+        assert find_spec(arguments[1])
+    elif name == "pytest":
+        assert all(Path(ROOT, word).exists() for word in arguments if word.startswith("tests"))
+    else:
+        assert name in FOREIGN
+
+
+def check_overrides(name: str, arguments: list[str]) -> None:
+    args = parse_arguments(arguments)
+    if args.help or args.shell_completion:
+        return
+    overrides = parse_overrides(args.overrides, sweep=args.multirun or name == "rwkv-eval")
+    values = [o for o in overrides if o.key_or_group != "resume"]
+    fixed = [o for o in values if not o.is_sweep_override()]
+    if len(values) < len(overrides) and any(o.key_or_group.startswith("hydra.sweeper.") for o in values):
+        fixed += parse_overrides(["hydra/sweeper=optuna"])  # which the sweep has kept
+    swept = [o for o in values if o.is_sweep_override() and not o.is_interval_sweep()]
+    jobs = itertools.zip_longest(*([f"{o.key_or_group}={v}" for v in o.sweep_string_iterator()] for o in swept))
+    for job in list(jobs) or [()]:
+        settings = [*fixed, *parse_overrides([text for text in job if text])]
+        choices = tuple(str(o.input_line) for o in settings if is_group_choice(o))
+        config = copy.deepcopy(composed(choices, args.config_dir, name.removeprefix("rwkv-")))
+        for override in settings:
+            if not is_group_choice(override):
+                require_key(override.key_or_group, config)
+                OmegaConf.update(config, override.key_or_group, override.value())
+        if name == "rwkv-eval":
+            to_dataclass(to_plain_dict(config), Eval)
+        else:
+            check(config, [o for o in fixed if o.key_or_group == "plugins"], args.config_dir)
+
+
+@functools.cache
+def composed(choices: tuple[str, ...], config_dir: str | None, name: str) -> DictConfig:
+    """To compose is slow: once for each choice of files, and the values are set in a copy."""
+    return compose(choices, config_dir, name)
+
+
+class _Parsed(BaseException):
+    pass
+
+
+def check_arguments(module: ModuleType, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Starts the command, and ends it when its own parser has read the arguments."""
+
+    def parse(parser, *_):
+        assert parser.parse_known_args(arguments)[1] == []
+        raise _Parsed
+
+    monkeypatch.setattr("sys.argv", [module.__name__, *arguments])
+    if module is generate:
+        assert generate.parse().weights
+        return
+    monkeypatch.setattr("argparse.ArgumentParser.parse_args", parse)
+    for variable in ("GOMP_SPINCOUNT", "HYDRA_FULL_ERROR"):
+        monkeypatch.setenv(variable, "1")  # a command sets them
+    with pytest.raises(_Parsed):
+        module.main()
+
+
+def check_make(arguments: list[str]) -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in arguments:
+        assert re.search(rf"^{target.partition('=')[0]} *(?:\?=|:)", makefile, flags=re.MULTILINE), target
+
+
+def check_pip(arguments: list[str]) -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for word in arguments:
+        for extra in re.findall(r"\.\[(.*)\]", word):
+            assert set(extra.split(",")) <= extras.keys()
+
+
+def test_settings_within_sentences_exist():
+    known = {key for group in GROUPS for path in (ROOT / "conf" / group).glob("**/*.yaml")
+             for key in keys(yaml.safe_load(path.read_text()), group)}  # fmt: skip
+    for key in re.findall(rf"`((?:{'|'.join(GROUPS)})\.[\w.]+)(?:=[^`]*)?`", prose(ANY_PAGE)):
+        assert key in known, key
+
+
+def keys(node: object, prefix: str) -> list[str]:
+    if not isinstance(node, dict):
+        return []
+    below = {f"{prefix}.{key}".lstrip("."): value for key, value in node.items()}
+    return [*below, *(inner for key, value in below.items() for inner in keys(value, key))]
+
+
+def test_the_mistake_that_the_readme_shows():
+    shown = re.search(r"^rwkv-train: (.*)$", PAGES["README.md"], flags=re.MULTILINE)[1]
+    with pytest.raises(UserError, match=re.escape(shown)):
+        compose(["model.n_layr=3"])
+
+
+@pytest.mark.parametrize("code", blocks(ANY_PAGE, "python"), ids=lambda code: code.splitlines()[0])
+def test_python_compiles_and_its_imports_resolve(code):
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import):
+            assert all(find_spec(name.name) for name in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module.startswith("rwkv_pl"):
+            assert all(hasattr(importlib.import_module(node.module), name.name) for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert find_spec(node.module)
+
+
+def test_dotted_names_exist():
+    for module, name in re.findall(r"`(rwkv_pl[\w.]*)\.(\w+)`", ANY_PAGE):
+        assert hasattr(importlib.import_module(module), name), f"{module}.{name}"
+
+
+def python_block(part: str) -> str:
+    (code,) = (code for code in blocks(ANY_PAGE, "python") if part in code)
+    return code
+
+
+def test_the_python_of_the_readme_runs(mine, capsys):
+    model = RWKV4(RWKV4Config(vocab_size=256, n_layer=1, n_embd=8))
+    torch.save(model.state_dict(), "small.pth")
+    code = python_block("load_weights").replace("n_layer=12, n_embd=512", "n_layer=1, n_embd=8")
+    code = code.replace('load_weights("outputs/DATE/TIME")', '(load_weights("small.pth")[0], Vocabulary("byte"))')
+    exec(compile(code, "README.md", "exec"), {"Vocabulary": Vocabulary})
+    assert len(capsys.readouterr().out) > 10
+
+
+def test_the_python_of_library_md_runs(mine, capsys):
+    exec(compile(python_block("assert_close"), "library.md", "exec"), {})
+    Path("book.txt").write_bytes(b"The quick brown fox jumps over the lazy dog. " * 100)
+    code = python_block("CorpusDataModule").replace("max_steps=500", "max_steps=2, logger=False, accelerator='cpu'")
+    code = code.replace("ctx_len=256", "ctx_len=16").replace("n_embd=128", "n_embd=8")
+    exec(compile(code.replace("val_check_interval=100", "val_check_interval=1"), "library.md", "exec"), {})
+    assert "tensor" in capsys.readouterr().out
+
+
+def test_the_optimizer_of_library_md_descends(mine):
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = importlib.import_module("lion").Lion([parameter], lr=0.1, scale=2.0)
+    sys.modules.pop("lion")
+    (parameter**2).sum().backward()
+    optimizer.step()
+    torch.testing.assert_close(parameter.detach(), torch.full((3,), 0.8))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_pictures_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", PAGES[page]):
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (ROOT / page).parent / path if path else ROOT / page
+        name = file.resolve().relative_to(ROOT).as_posix()
+        assert file.exists() or name in GENERATED, target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
+            slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert anchor in slugs, target
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_is_readable_as_text(page):
+    assert [line for line in PAGES[page].splitlines() if len(line) > 120] == []
+    assert page != "README.md" or PAGES[page].count("\n") <= 150
