@@ -11,21 +11,21 @@ from importlib import import_module
 from pathlib import Path
 
 NAMES = ("wkv", "train_step", "generate", "loop", "memory", "startup", "checkpoint", "race", "plot")
-ON_A_GPU = ("gpu", "wkv_gpu")
+GPU_NAMES = ("gpu", "wkv_gpu")
 
 
-def about(name: str) -> str:
+def read_summary(name: str) -> str:
     """The first line of what a benchmark says of itself, without importing it."""
     source = Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8")
     return (ast.get_docstring(ast.parse(source)) or "").splitlines()[0]
 
 
-def of_all(options: list[str]) -> dict[str, list[str]]:
+def options_of_all(options: list[str]) -> dict[str, list[str]]:
     """The options of each when all are run with `options`. Ends the process where they are wrong."""
-    from benchmarks.common import arguments  # imports torch, which the list does without
+    from benchmarks.common import make_parser  # imports torch, which the list does without
 
     results = (
-        arguments("all", "All that run on a CPU, one after another, then the plot", None).parse_args(options).results
+        make_parser("all", "All that run on a CPU, one after another, then the plot", None).parse_args(options).results
     )
     return {name: [f"--results={results}"] if name == "plot" else options for name in NAMES}
 
@@ -33,16 +33,18 @@ def of_all(options: list[str]) -> dict[str, list[str]]:
 def main() -> None:
     name, *options = sys.argv[1:] or ["--help"]
     if name == "all":
-        commands = {each: [sys.executable, "-m", "benchmarks", each, *words] for each, words in of_all(options).items()}
+        commands = {
+            each: [sys.executable, "-m", "benchmarks", each, *words] for each, words in options_of_all(options).items()
+        }
         failed = [each for each, command in commands.items() if subprocess.run(command).returncode]
         sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
-    if name in (*NAMES, *ON_A_GPU):
+    if name in (*NAMES, *GPU_NAMES):
         sys.argv = [f"benchmarks {name}", *options]
         import_module(f"benchmarks.{name}").main()
         return
     print(__doc__)
-    for each in (*NAMES, *ON_A_GPU):
-        print(f"    {each:12}{about(each)}")
+    for each in (*NAMES, *GPU_NAMES):
+        print(f"    {each:12}{read_summary(each)}")
     sys.exit(0 if name in ("-h", "--help") else f"\nthere is no benchmark {name}")
 
 

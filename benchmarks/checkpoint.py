@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import arguments, begin, save, summary
+from benchmarks.common import begin_benchmark, make_parser, save_results, summarize
 
 SETTINGS = ("data=stdlib", "trainer.limit_val_batches=1", "trainer.log_every_n_steps=1")
 
@@ -47,29 +47,29 @@ open("told.json", "w").write(json.dumps(told))
 """
 
 
-def command(folder: Path, *arguments: str) -> dict[str, Any]:
+def run_command(folder: Path, *arguments: str) -> dict[str, Any]:
     """Runs rwkv-train in `folder`; returns what it took, in seconds."""
     subprocess.run([sys.executable, "-c", CHILD, "-", *arguments], cwd=folder, check=True, stdout=subprocess.DEVNULL)
     return json.loads((folder / "told.json").read_text())
 
 
 def main() -> None:
-    options = arguments("checkpoint", __doc__, rounds=5).parse_args()
+    options = make_parser("checkpoint", __doc__, rounds=5).parse_args()
     saves, title = options.rounds, "a checkpoint at the classic setting"
-    begin(title, options.threads)
+    begin_benchmark(title, options.threads)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         every = "callbacks.last.every_n_train_steps=3"
-        first = command(folder, *SETTINGS, every, f"trainer.max_steps={3 * saves}", "hydra.run.dir=run")
+        first = run_command(folder, *SETTINGS, every, f"trainer.max_steps={3 * saves}", "hydra.run.dir=run")
         size = (folder / "run" / "checkpoints" / "last.ckpt").stat().st_size
         longer = [f"trainer.max_steps={3 * saves + more}" for more in (1, 2, 3)]
-        resumed = [command(folder, "resume=run", length)["to_first_step"] for length in longer]
-        fresh = [command(folder, *SETTINGS, "trainer.max_steps=1")["to_first_step"] for _ in range(3)]
+        resumed = [run_command(folder, "resume=run", length)["to_first_step"] for length in longer]
+        fresh = [run_command(folder, *SETTINGS, "trainer.max_steps=1")["to_first_step"] for _ in range(3)]
         started = time.perf_counter()
         (folder / "copy").write_bytes((folder / "run" / "checkpoints" / "last.ckpt").read_bytes())
         copied = time.perf_counter() - started
     steps = [b - a for a, b in zip(first["steps"], first["steps"][1:], strict=False)]
-    step, blocked = statistics.median(steps), summary(first["blocked"])
+    step, blocked = statistics.median(steps), summarize(first["blocked"])
     share = blocked["median"] / (1000 * step + blocked["median"])
     to_first_step = {"resumed": statistics.median(resumed), "fresh": statistics.median(fresh)}
     print(
@@ -78,7 +78,7 @@ def main() -> None:
         f"to the first step: resumed {to_first_step['resumed']:.2f} s, fresh {to_first_step['fresh']:.2f} s, "
         f"and the imports {first['imports']:.2f} s; the file copied in {copied:.2f} s"
     )
-    save(
+    save_results(
         options.results,
         "checkpoint",
         title,

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from rwkv_pl.files import publish
+from rwkv_pl.files import atomic_write
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -26,25 +26,25 @@ Summary = dict[str, float]
 
 
 # A process's first step at 12 x 512 takes a thousand page faults, its second a hundred, and some come up to the tenth.
-WARM_UP = 6
+WARM_UP_CALLS = 6
 # A call from the second that takes so many seconds is the last: minutes of waiting would mend a small part of it.
-SLOW = 5.0
+SLOW_SECONDS = 5.0
 
 
-def arguments(name: str, about: str | None, rounds: int | None, threads: int = 2) -> argparse.ArgumentParser:
+def make_parser(name: str, doc: str | None, rounds: int | None, threads: int = 2) -> argparse.ArgumentParser:
     """The options that every benchmark has; no rounds: each benchmark has its own number of them."""
-    parser = argparse.ArgumentParser(prog=f"python -m benchmarks {name}", description=(about or "").splitlines()[0])
-    told = rounds or "each has its own number"
-    parser.add_argument("--rounds", type=at_least(1), default=rounds, help=f"turns of each contestant ({told})")
-    parser.add_argument("--threads", type=at_least(1), default=threads, help=f"of every contestant ({threads})")
-    parser.add_argument("--results", type=folder, default=RESULTS, help="the folder of the JSON file")
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks {name}", description=(doc or "").splitlines()[0])
+    default = rounds or "each has its own number"
+    parser.add_argument("--rounds", type=int_at_least(1), default=rounds, help=f"turns of each contestant ({default})")
+    parser.add_argument("--threads", type=int_at_least(1), default=threads, help=f"of every contestant ({threads})")
+    parser.add_argument("--results", type=output_folder, default=RESULTS, help="the folder of the JSON file")
     return parser
 
 
-def at_least(least: int) -> Callable[[str], int]:
+def int_at_least(least: int) -> Callable[[str], int]:
     """An argparse type: a whole number from `least`."""
 
-    def number(text: str) -> int:
+    def parse(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
@@ -53,10 +53,10 @@ def at_least(least: int) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"{text} is not a whole number from {least:,}")
         return value
 
-    return number
+    return parse
 
 
-def above_zero(text: str) -> float:
+def positive_float(text: str) -> float:
     """An argparse type: a finite number above 0."""
     try:
         value = float(text)
@@ -67,7 +67,7 @@ def above_zero(text: str) -> float:
     return value
 
 
-def folder(text: str) -> Path:
+def output_folder(text: str) -> Path:
     """An argparse type: a folder to write into, made where there is none: not to fail when all has been measured."""
     path = Path(text)
     try:
@@ -77,14 +77,14 @@ def folder(text: str) -> Path:
     return path
 
 
-def begin(title: str, threads: int) -> None:
+def begin_benchmark(title: str, threads: int) -> None:
     """Tells what is measured on what, and sets the threads of this process and of those that it starts."""
     os.environ["OMP_NUM_THREADS"] = str(threads)
     torch.set_num_threads(threads)
-    print(f"{title}\n{in_words(machine())}", flush=True)
+    print(f"{title}\n{format_machine(describe_machine())}", flush=True)
 
 
-def machine() -> dict[str, Any]:
+def describe_machine() -> dict[str, Any]:
     """The device that the figures belong to."""
     cpu = Path("/proc/cpuinfo")
     lines = cpu.read_text().splitlines() if cpu.exists() else []
@@ -99,23 +99,23 @@ def machine() -> dict[str, Any]:
     }
 
 
-def gpu() -> dict[str, Any]:
+def describe_gpu() -> dict[str, Any]:
     """The GPU that the figures belong to."""
-    about = torch.cuda.get_device_properties(0)
+    properties = torch.cuda.get_device_properties(0)
     return {
-        "gpu": about.name,
-        "gpu_memory_bytes": about.total_memory,
+        "gpu": properties.name,
+        "gpu_memory_bytes": properties.total_memory,
         "cuda": torch.version.cuda,
-        "multiprocessors": about.multi_processor_count,
+        "multiprocessors": properties.multi_processor_count,
     }
 
 
-def in_words(about: dict[str, Any]) -> str:
-    """`machine()` in one line."""
-    return f"{about['cpu']} ({', '.join(about['cpu_features'])}), {about['threads']} threads, torch {about['torch']}"
+def format_machine(info: dict[str, Any]) -> str:
+    """`describe_machine()` in one line."""
+    return f"{info['cpu']} ({', '.join(info['cpu_features'])}), {info['threads']} threads, torch {info['torch']}"
 
 
-class Failed(Exception):
+class ContestantError(Exception):
     """A contestant that cannot take part, and why."""
 
 
@@ -138,8 +138,8 @@ class Contestant:
             message = self._pipe.recv()
         except (EOFError, ConnectionResetError):
             self._process.join()
-            raise Failed(f"its process ended with exit code {self._process.exitcode}") from None
-        if isinstance(message, Failed):
+            raise ContestantError(f"its process ended with exit code {self._process.exitcode}") from None
+        if isinstance(message, ContestantError):
             raise message
         return message
 
@@ -160,10 +160,10 @@ def _process(work: Callable[[Any], None], pipe: Any) -> None:
     except EOFError:  # nothing more is asked
         pass
     except Exception as error:
-        pipe.send(Failed(f"{type(error).__name__}: {error}".splitlines()[0]))
+        pipe.send(ContestantError(f"{type(error).__name__}: {error}".splitlines()[0]))
 
 
-def once(function: Callable[..., Any], *arguments: Any) -> Any:
+def run_once(function: Callable[..., Any], *arguments: Any) -> Any:
     """The function's result, from a fresh process. Raises Failed."""
     contestant = Contestant(partial(_send_result, partial(function, *arguments)))
     try:
@@ -190,7 +190,7 @@ def take_turns(makers: Mapping[str, Maker], rounds: int, seconds_a_turn: float =
             contestant = Contestant(partial(_timed, maker, seconds_a_turn))
             try:
                 contestant.answer()
-            except Failed as why:
+            except ContestantError as why:
                 print(f"left out: {name}: {why}")
             else:
                 contestants[name], seconds[name] = contestant, []
@@ -206,11 +206,11 @@ def take_turns(makers: Mapping[str, Maker], rounds: int, seconds_a_turn: float =
 def _timed(maker: Maker, seconds_a_turn: float, pipe: Any) -> None:
     call = maker()
     call()  # builds and loads what there is to, so its time says nothing
-    for _ in range(WARM_UP - 1):
+    for _ in range(WARM_UP_CALLS - 1):
         started = time.perf_counter()
         call()
         taken = time.perf_counter() - started
-        if taken >= SLOW:
+        if taken >= SLOW_SECONDS:
             break
     calls = max(1, int(seconds_a_turn / taken))
     pipe.send("ready")
@@ -222,25 +222,25 @@ def _timed(maker: Maker, seconds_a_turn: float, pipe: Any) -> None:
         pipe.send((time.perf_counter() - started) / calls)
 
 
-def summary(values: Sequence[float]) -> Summary:
+def summarize(values: Sequence[float]) -> Summary:
     """The median, the quartiles as low and high, least and most."""
     median = statistics.median(values)
     low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [median] * 3
     return {"median": median, "low": low, "high": high, "min": min(values), "max": max(values)}
 
 
-def spread(values: Sequence[float]) -> float:
+def relative_spread(values: Sequence[float]) -> float:
     """From least to most, as a share of the median."""
     return (max(values) - min(values)) / statistics.median(values)
 
 
-def cells(of: Summary, factor: float = 1.0, digits: int = 2) -> list[str]:
+def summary_cells(values: Summary, factor: float = 1.0, digits: int = 2) -> list[str]:
     """The median and the quartiles, for a table."""
-    median, low, high = (f"{factor * of[name]:,.{digits}f}" for name in ("median", "low", "high"))
+    median, low, high = (f"{factor * values[name]:,.{digits}f}" for name in ("median", "low", "high"))
     return [median, f"{low} to {high}"]
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Prints rows of words below their heads, the first column to the left."""
     widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
     print()
@@ -249,9 +249,9 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         print("   ".join([row[0].ljust(widths[0]), *padded[1:]]).rstrip(), flush=True)
 
 
-def save(folder: Path, name: str, title: str, **content: Any) -> None:
+def save_results(folder: Path, name: str, title: str, **content: Any) -> None:
     """Writes NAME.json: the title, the machine and the figures. An interrupted write leaves the previous file."""
     folder.mkdir(parents=True, exist_ok=True)
-    about = {"title": title, "machine": machine(), **content}
-    with publish(folder / f"{name}.json") as file:
+    about = {"title": title, "machine": describe_machine(), **content}
+    with atomic_write(folder / f"{name}.json") as file:
         file.write((json.dumps(about, indent=2) + "\n").encode())

@@ -16,13 +16,23 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common import Call, Maker, arguments, begin, cells, save, summary, table, take_turns
+from benchmarks.common import (
+    Call,
+    Maker,
+    begin_benchmark,
+    make_parser,
+    print_table,
+    save_results,
+    summarize,
+    summary_cells,
+    take_turns,
+)
 from rwkv_pl import RWKV4, RWKV4Config
-from rwkv_pl.inference.generate import Generation, read
-from rwkv_pl.inference.sampling import Dice, Sampling
+from rwkv_pl.inference.generate import Generation, read_tokens
+from rwkv_pl.inference.sampling import RowRandom, Sampling
 from rwkv_pl.ops.build import STABLE_ABI, cpu_flags, cpu_level
-from rwkv_pl.ops.linear import matrices_to
-from rwkv_pl.ops.rwkv4_step import lay_together
+from rwkv_pl.ops.linear import cast_linear_weights
+from rwkv_pl.ops.rwkv4_step import move_to_huge_pages
 
 VOCAB, LAYERS, CHANNELS = 256, 12, 512
 # Of one call.
@@ -38,27 +48,27 @@ def random_model(layers: int = LAYERS, channels: int = CHANNELS) -> RWKV4:
     return model
 
 
-def ours(weights: torch.dtype = torch.float32, batch: int = 1, place: int = 10) -> Call:
+def make_ours(weights: torch.dtype = torch.float32, batch: int = 1, place: int = 10) -> Call:
     """From the state after `place` tokens."""
-    return writer(random_model(), weights, batch, place)
+    return make_writer(random_model(), weights, batch, place)
 
 
-def writer(model: RWKV4, weights: torch.dtype, batch: int = 1, place: int = 10) -> Call:
+def make_writer(model: RWKV4, weights: torch.dtype, batch: int = 1, place: int = 10) -> Call:
     """Writes TOKENS tokens as rwkv-generate does, on the model's device."""
-    matrices_to(model, weights)
-    lay_together(model)
+    cast_linear_weights(model, weights)
+    move_to_huge_pages(model)
     text = torch.randint(VOCAB, (batch, place), device=model.emb.weight.device)
-    logits, state = read(model, text)
+    logits, state = read_tokens(model, text)
 
     def call() -> None:
-        generation = Generation(model, logits, state, Sampling(temperature=0), Dice(0, batch), list(text))
+        generation = Generation(model, logits, state, Sampling(temperature=0), RowRandom(0, batch), list(text))
         for _ in islice(generation, TOKENS + 1):  # the first is chosen without a step
             pass
 
     return call
 
 
-def rwkv_package() -> Call:
+def make_rwkv_package() -> Call:
     os.environ |= {"RWKV_JIT_ON": "1", "RWKV_CUDA_ON": "0"}
     from rwkv.model import RWKV
 
@@ -75,7 +85,7 @@ def rwkv_package() -> Call:
     return call
 
 
-def transformers_generate() -> Call:
+def make_transformers() -> Call:
     import transformers
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -92,11 +102,11 @@ def transformers_generate() -> Call:
     return call
 
 
-def reading() -> Call:
+def make_reader() -> Call:
     from torch.utils import cpp_extension
 
     model = random_model()
-    lay_together(model)
+    move_to_huge_pages(model)
     weights = [x.detach() for name, x in model.named_parameters() if x.dim() == 2 and name != "emb.weight"]
     with importlib.resources.as_file(importlib.resources.files("rwkv_pl.cuda")) as headers:
         cpp_extension.load(
@@ -115,24 +125,24 @@ def reading() -> Call:
 
 
 def main() -> None:
-    rounds = (options := arguments("generate", __doc__, rounds=15).parse_args()).rounds
+    rounds = (options := make_parser("generate", __doc__, rounds=15).parse_args()).rounds
     title = f"tokens a second, {LAYERS} x {CHANNELS}, {VOCAB} tokens"
-    begin(title, options.threads)
+    begin_benchmark(title, options.threads)
     half = torch.bfloat16
     makers: dict[str, Maker] = {
-        "reading the weights": reading,
-        "rwkv_pl": ours,
-        "rwkv_pl, token 10,000": partial(ours, place=10_000),
-        "rwkv_pl, batch 8": partial(ours, batch=8),
-        "rwkv_pl, bfloat16": partial(ours, half),
-        "rwkv_pl, bfloat16, batch 8": partial(ours, half, batch=8),
-        "rwkv package, cpu fp32": rwkv_package,
-        "transformers, generate": transformers_generate,
+        "reading the weights": make_reader,
+        "rwkv_pl": make_ours,
+        "rwkv_pl, token 10,000": partial(make_ours, place=10_000),
+        "rwkv_pl, batch 8": partial(make_ours, batch=8),
+        "rwkv_pl, bfloat16": partial(make_ours, half),
+        "rwkv_pl, bfloat16, batch 8": partial(make_ours, half, batch=8),
+        "rwkv package, cpu fp32": make_rwkv_package,
+        "transformers, generate": make_transformers,
     }
     rows = {}
     for name, taken in take_turns(makers, rounds).items():
         tokens = TOKENS * (8 if name.endswith("batch 8") else 1)
-        rows[name] = summary([tokens / seconds for seconds in taken])
+        rows[name] = summarize([tokens / seconds for seconds in taken])
     compared = {
         "times the rwkv package": ("rwkv_pl", "rwkv package, cpu fp32"),
         "reading the weights, times ours": ("reading the weights", "rwkv_pl"),
@@ -146,9 +156,9 @@ def main() -> None:
         for about, (one, other) in compared.items()
         if one in rows and other in rows
     }
-    table(["", "tokens/s", "quartiles"], [[name, *cells(row, 1, 1)] for name, row in rows.items()])
-    table(["", "times"], [[about, f"{ratio:.2f}"] for about, ratio in ratios.items()])
-    save(options.results, "generate", title, rounds=rounds, tokens_per_second=rows, ratios=ratios)
+    print_table(["", "tokens/s", "quartiles"], [[name, *summary_cells(row, 1, 1)] for name, row in rows.items()])
+    print_table(["", "times"], [[about, f"{ratio:.2f}"] for about, ratio in ratios.items()])
+    save_results(options.results, "generate", title, rounds=rounds, tokens_per_second=rows, ratios=ratios)
 
 
 if __name__ == "__main__":

@@ -52,7 +52,15 @@ from typing import Any
 import torch
 
 from benchmarks import gpu_runs as runs
-from benchmarks.common import above_zero, arguments, begin, gpu, machine, save, table
+from benchmarks.common import (
+    begin_benchmark,
+    describe_gpu,
+    describe_machine,
+    make_parser,
+    positive_float,
+    print_table,
+    save_results,
+)
 from benchmarks.gpu_runs import Finding, Scale, Unavailable
 
 BUDGET = 540.0
@@ -136,7 +144,7 @@ class Row:
     log: str = ""
 
 
-def measured(run: Run, scale: Scale, seconds: float) -> Row:
+def run_measurement(run: Run, scale: Scale, seconds: float) -> Row:
     """Executes a run. seconds: the time that is left for it, besides its own limit."""
     if run.needs_gpu and scale.device != "cuda":
         return Row(run.part, run.name, "unavailable", "needs a GPU", 0.0, {})
@@ -147,13 +155,13 @@ def measured(run: Run, scale: Scale, seconds: float) -> Row:
         return Row(run.part, run.name, "skipped", "no time is left", 0.0, {})
     started = time.perf_counter()
     with tempfile.NamedTemporaryFile() as log:
-        status, summary, figures = isolated(run.measure, scale, limit, Path(log.name))
+        status, summary, figures = run_isolated(run.measure, scale, limit, Path(log.name))
         end = Path(log.name).read_text(errors="replace").splitlines()[-LINES_OF_A_LOG:]
     taken = time.perf_counter() - started
     return Row(run.part, run.name, status, summary, taken, figures, "" if status == "ok" else "\n".join(end))
 
 
-def isolated(
+def run_isolated(
     measure: Callable[[Scale], Finding], scale: Scale, seconds: float, log: Path
 ) -> tuple[str, str, dict[str, Any]]:
     """Status, summary and figures of a measurement in a separate process. Kills the processes that it leaves."""
@@ -193,7 +201,7 @@ def _measure(measure: Callable[[Scale], Finding], scale: Scale, log: Path, pipe:
     pipe.send(answer)
 
 
-def times_transformers(rows: Sequence[Row]) -> dict[str, float]:
+def ratios_to_transformers(rows: Sequence[Row]) -> dict[str, float]:
     """Each step's speed relative to transformers' at the same batch and precision."""
     seconds = {
         (row.part, row.name): row.figures["seconds_a_step"]["median"] for row in rows if "seconds_a_step" in row.figures
@@ -208,12 +216,12 @@ def times_transformers(rows: Sequence[Row]) -> dict[str, float]:
 
 def main() -> None:
     tiny = "--tiny" in sys.argv
-    parser = arguments("gpu", __doc__, rounds=2 if tiny else 5, threads=1 if tiny else min(8, os.cpu_count() or 1))
+    parser = make_parser("gpu", __doc__, rounds=2 if tiny else 5, threads=1 if tiny else min(8, os.cpu_count() or 1))
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: try the program (cuda)")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes: try the program")
     parser.add_argument(
-        "--budget", type=above_zero, default=BUDGET, help=f"seconds of all runs together ({BUDGET:.0f})"
+        "--budget", type=positive_float, default=BUDGET, help=f"seconds of all runs together ({BUDGET:.0f})"
     )
     options = parser.parse_args()
     # Ask NVML instead of CUDA: a process that has initialised CUDA cannot be forked.
@@ -221,8 +229,8 @@ def main() -> None:
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.exit(2, "benchmarks gpu: torch finds no GPU; --device cpu --tiny tries the program\n")
     started = time.perf_counter()
-    begin("GPU benchmark", options.threads)
-    about = machine() | (gpu() if options.device == "cuda" else {})
+    begin_benchmark("GPU benchmark", options.threads)
+    about = describe_machine() | (describe_gpu() if options.device == "cuda" else {})
     device = about.get("gpu", "CPU")
     print(f"device: {device}\n")
     print(f"{'part':11}{'run':35}{'status':13}{'time':>6}  result", flush=True)
@@ -231,21 +239,21 @@ def main() -> None:
     scale = Scale(options.device, options.tiny, options.rounds)
     rows: list[Row] = []
     for run in [run for run in RUNS if run.part in options.parts]:
-        row = measured(run, scale, options.budget - (time.perf_counter() - started))
+        row = run_measurement(run, scale, options.budget - (time.perf_counter() - started))
         rows.append(row)
         head = f"{row.part:11}{row.name:35}{row.status:13}{row.seconds:4.0f} s  "
         print(head + row.summary.replace("\n", "\n" + " " * len(head)), flush=True)
-        save(
+        save_results(
             options.results,
             f"gpu_{re.sub('[^a-z0-9]+', '_', device.lower())}",
             f"GPU benchmark: {device}",
             **{"machine": about},
             scale=asdict(scale),
-            times_transformers=times_transformers(rows),
+            times_transformers=ratios_to_transformers(rows),
             rows=[asdict(row) for row in rows],
         )
-    if ratios := times_transformers(rows):
-        table(["", "x transformers"], [[name, f"{times:,.1f}"] for name, times in ratios.items()])
+    if ratios := ratios_to_transformers(rows):
+        print_table(["", "x transformers"], [[name, f"{times:,.1f}"] for name, times in ratios.items()])
     print(f"\n{time.perf_counter() - started:.0f} s")
 
 

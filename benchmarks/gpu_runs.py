@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from benchmarks import generate, train_step, wkv_gpu
-from benchmarks.common import Call, summary
+from benchmarks.common import Call, summarize
 from benchmarks.train_step import Setting
-from benchmarks.wkv import inputs
+from benchmarks.wkv import make_inputs
 from rwkv_pl import LitRWKV
 from rwkv_pl.cli import doctor, train
 from rwkv_pl.ops.backend import load
@@ -101,11 +101,11 @@ class Blocks:
 
     def figures(self, tokens: int) -> dict[str, Any]:
         """tokens: their number in one step."""
-        seconds = summary([(end - start) / self._steps for start, end in pairwise(self._starts[1:])])
+        seconds = summarize([(end - start) / self._steps for start, end in pairwise(self._starts[1:])])
         return {"seconds_a_step": seconds, "tokens_per_second": tokens / seconds["median"], **self._memory}
 
 
-def in_words(figures: dict[str, Any]) -> str:
+def format_step(figures: dict[str, Any]) -> str:
     """A step's figures in one line."""
     line = f"{1e3 * figures['seconds_a_step']['median']:,.2f} ms, {figures['tokens_per_second']:,.0f} tokens/s"
     if "mfu" in figures:
@@ -119,7 +119,7 @@ def in_words(figures: dict[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def corpus() -> Iterator[Path]:
+def temporary_corpus() -> Iterator[Path]:
     """A folder with 2 MB of random printable text in corpus.txt."""
     with tempfile.TemporaryDirectory() as folder:
         letters = np.random.default_rng(0).integers(32, 127, 2_000_000, dtype=np.uint8)
@@ -127,7 +127,7 @@ def corpus() -> Iterator[Path]:
         yield Path(folder)
 
 
-def overrides(scale: Scale, setting: Setting, precision: str, steps: int, run: str = "run") -> list[str]:
+def make_overrides(scale: Scale, setting: Setting, precision: str, steps: int, run: str = "run") -> list[str]:
     """rwkv-train's overrides, for a folder with corpus.txt."""
     return [
         "data=text",
@@ -165,9 +165,9 @@ def training(scale: Scale, precision: str, large: bool = False, compiled: bool =
         before_each(self, batch, batch_idx)
 
     LitRWKV.on_train_batch_start = on_train_batch_start
-    with corpus() as folder:
+    with temporary_corpus() as folder:
         # The last block ends before one more step.
-        words = [*overrides(scale, setting, precision, steps + 1), f"compile={str(compiled).lower()}"]
+        words = [*make_overrides(scale, setting, precision, steps + 1), f"compile={str(compiled).lower()}"]
         rwkv_train(folder, words)
         log = (folder / "run" / "train.log").read_text()
         os.chdir(ROOT)
@@ -176,7 +176,7 @@ def training(scale: Scale, precision: str, large: bool = False, compiled: bool =
     assert blocks is not None
     figures = blocks.figures(setting.rows * setting.steps) | costs
     figures["mfu"] = figures["tokens_per_second"] * costs["flops_per_token"] / costs["peak_flops_per_second"]
-    line = in_words(figures)
+    line = format_step(figures)
     if "peak_bytes" in figures and not large:
         line += f", goal {format_si(GOAL_BYTES)}: {'met' if figures['peak_bytes'] < GOAL_BYTES else 'missed'}"
     return Finding(line, {"setting": str(setting), "goal_bytes": GOAL_BYTES} | figures)
@@ -200,20 +200,23 @@ def resume(scale: Scale) -> Finding:
         return process
 
     def run(name: str) -> list[str]:
-        words = overrides(scale, scale.setting(), "bf16-mixed", steps, name)
+        words = make_overrides(scale, scale.setting(), "bf16-mixed", steps, name)
         return [*words, "trainer.deterministic=true", "trainer.log_every_n_steps=1"]
 
-    with corpus() as folder:
+    with temporary_corpus() as folder:
         whole, stopped = start(*run("whole")), start(*run("stopped"))
         metrics = folder / "stopped" / "metrics.csv"
         while stopped.is_alive() and not (metrics.exists() and metrics.read_bytes().count(b"\n") > stop_after):
             time.sleep(0.01)
         stopped.terminate()
         check_exit_code(stopped, 143)
-        done = checkpoint(folder / "stopped")["global_step"]
+        done = load_checkpoint(folder / "stopped")["global_step"]
         check_exit_code(start("resume=stopped"), 0)
         check_exit_code(whole, 0)
-        expected, found = tensors(checkpoint(folder / "whole")), tensors(checkpoint(folder / "stopped"))
+        expected, found = (
+            select_tensors(load_checkpoint(folder / "whole")),
+            select_tensors(load_checkpoint(folder / "stopped")),
+        )
     differing = [name for name in expected if name not in found or not torch.equal(expected[name], found[name])]
     figures = {"steps": steps, "stopped_after": done, "tensors": len(expected), "differing": differing}
     if differing or expected.keys() != found.keys():
@@ -228,11 +231,11 @@ def check_exit_code(process: BaseProcess, expected: int) -> None:
         raise RuntimeError(f"rwkv-train ended with exit code {process.exitcode}, expected {expected}")
 
 
-def checkpoint(run: Path) -> dict[str, Any]:
+def load_checkpoint(run: Path) -> dict[str, Any]:
     return torch.load(run / "checkpoints" / "last.ckpt", map_location="cpu", weights_only=True)
 
 
-def tensors(content: dict[str, Any]) -> dict[str, Tensor]:
+def select_tensors(content: dict[str, Any]) -> dict[str, Tensor]:
     """Weights and the optimizer's moments."""
     moments = content["optimizer_states"][0]["state"]
     return content["state_dict"] | {f"{n}.{name}": value for n, of in moments.items() for name, value in of.items()}
@@ -244,7 +247,7 @@ def tensors(content: dict[str, Any]) -> dict[str, Tensor]:
 def bare_step(step: Call, blocks: Blocks, setting: Setting, rounds: int) -> Finding:
     blocks.run(step, rounds)
     figures = blocks.figures(setting.rows * setting.steps)
-    return Finding(in_words(figures), {"setting": str(setting)} | figures)
+    return Finding(format_step(figures), {"setting": str(setting)} | figures)
 
 
 def use_tensor_cores() -> None:
@@ -257,9 +260,9 @@ def cuda_graph(scale: Scale, precision: str, large: bool = False) -> Finding:
     use_tensor_cores()
     # A replay allocates nothing, so the peak is that of the capture.
     setting, blocks = scale.setting(large), Blocks(scale.device, scale.steps(large))
-    step = train_step.our_step(setting, precision, full=True, device=scale.device)
+    step = train_step.make_our_step(setting, precision, full=True, device=scale.device)
     torch.cuda.synchronize()
-    return bare_step(wkv_gpu.graph_of(step, calls=1).replay, blocks, setting, scale.rounds)
+    return bare_step(wkv_gpu.capture_graph(step, calls=1).replay, blocks, setting, scale.rounds)
 
 
 def transformers(scale: Scale, precision: str, large: bool = False) -> Finding:
@@ -271,7 +274,7 @@ def transformers(scale: Scale, precision: str, large: bool = False) -> Finding:
         raise Unavailable(f"transformers cannot be imported: {error}") from error
     use_tensor_cores()
     setting, blocks = scale.setting(large), Blocks(scale.device, steps=1)
-    step = train_step.transformers_step(setting, precision, scale.device)
+    step = train_step.make_transformers_step(setting, precision, scale.device)
     return bare_step(step, blocks, setting, rounds=1 if large else min(2, scale.rounds))
 
 
@@ -279,7 +282,7 @@ def profile(scale: Scale, precision: str, large: bool = False) -> Finding:
     """A step's time by parts; on a GPU also the share of the time in which the GPU is idle."""
     use_tensor_cores()
     setting, blocks = scale.setting(large), Blocks(scale.device, scale.steps(large))
-    blocks.run(train_step.our_step(setting, precision, full=True, device=scale.device), scale.rounds)
+    blocks.run(train_step.make_our_step(setting, precision, full=True, device=scale.device), scale.rounds)
     wall = 1e3 * blocks.figures(1)["seconds_a_step"]["median"]
     figures = train_step.profile(setting, precision, full=True, device=scale.device)
     parts = figures["milliseconds"]
@@ -299,7 +302,7 @@ def generation(scale: Scale, dtype: torch.dtype) -> Finding:
     setting = scale.setting()
     model = generate.random_model(setting.n_layer, setting.n_embd).to(scale.device)
     blocks = Blocks(scale.device, steps=1)
-    blocks.run(generate.writer(model, dtype), scale.rounds)
+    blocks.run(generate.make_writer(model, dtype), scale.rounds)
     figures = blocks.figures(generate.TOKENS)
     return Finding(f"{figures['tokens_per_second']:,.0f} tokens/s", {"tokens_per_second": figures["tokens_per_second"]})
 
@@ -318,7 +321,17 @@ def build(scale: Scale) -> Finding:
 
 def gpu_tests(scale: Scale) -> Finding:
     """`pytest -m gpu`."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "tests/ops/test_gpu.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-m",
+        "gpu",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "tests/ops/test_wkv4_cuda.py",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     print(done.stdout, done.stderr, sep="\n")
     figures = {name: int(count) for count, name in re.findall(r"(\d+) (passed|failed|skipped|error)", done.stdout)}
@@ -367,10 +380,10 @@ def every_kernel() -> None:
         raise RuntimeError(failure)
     for dtype in (torch.float32, torch.bfloat16):
         for B, T, C in ((1, 1, 1), (2, 70, 33), (1, 1100, 16)):
-            arguments, grad = inputs(B, T, C, dtype)
+            arguments, grad = make_inputs(B, T, C, dtype)
             on_gpu = [x.cuda() for x in (*arguments, grad)]
             for tile in wkv_gpu.TILES:
-                for work in wkv_gpu.ours(on_gpu[:-1], on_gpu[-1], tile):
+                for work in wkv_gpu.make_ours(on_gpu[:-1], on_gpu[-1], tile):
                     work()
     torch.cuda.synchronize()
 
@@ -381,11 +394,11 @@ def operator(scale: Scale) -> Finding:
         sys.argv = ["benchmarks wkv_gpu", f"--results={folder}"]
         wkv_gpu.main()
         figures = json.loads(Path(folder, "wkv_gpu.json").read_text())
-    lines = [*map(operator_in_words, figures["rows"]), *(f"left out: {reason}" for reason in figures["left_out"])]
+    lines = [*map(format_operator, figures["rows"]), *(f"left out: {reason}" for reason in figures["left_out"])]
     return Finding("\n".join(lines), figures)
 
 
-def operator_in_words(row: dict[str, Any]) -> str:
+def format_operator(row: dict[str, Any]) -> str:
     """Times of a shape, and the share of a copy's bandwidth, in one line."""
     times = row["microseconds"]
     line = [f"{name} {taken:,.1f} us" for name, taken in times.items() if name not in ("forward", "backward")]

@@ -20,7 +20,15 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import Contestant, arguments, begin, cells, save, summary, table
+from benchmarks.common import (
+    Contestant,
+    begin_benchmark,
+    make_parser,
+    print_table,
+    save_results,
+    summarize,
+    summary_cells,
+)
 
 # Of each setting rwkv-train's overrides and the steps of a block.
 SETTINGS: dict[str, tuple[list[str], int]] = {
@@ -28,10 +36,10 @@ SETTINGS: dict[str, tuple[list[str], int]] = {
     "small": (["experiment=quickstart", "model.n_embd=192"], 20),
     "tiny": (["data=stdlib", "data.ctx_len=32", "model.n_layer=2", "model.n_embd=16"], 10),  # to try the program
 }
-WARM_UP = 2  # blocks
+WARM_UP_BLOCKS = 2  # blocks
 
 
-def command(overrides: list[str], steps: int, blocks: int, pipe: Any) -> None:
+def run_command(overrides: list[str], steps: int, blocks: int, pipe: Any) -> None:
     """rwkv-train, of which each block begins when the pipe says so."""
     from rwkv_pl.cli.train import main
     from rwkv_pl.training.module import LitRWKV
@@ -57,13 +65,13 @@ def command(overrides: list[str], steps: int, blocks: int, pipe: Any) -> None:
         main()
 
 
-def bare(overrides: list[str], steps: int, pipe: Any) -> None:
+def run_bare_loop(overrides: list[str], steps: int, pipe: Any) -> None:
     """The same steps in a plain loop."""
-    from rwkv_pl.compose import check, compose
+    from rwkv_pl.compose import check_config, compose
     from rwkv_pl.runs.inputs import open_inputs
     from rwkv_pl.runs.train import prepare_process
 
-    config = check(compose(overrides))
+    config = check_config(compose(overrides))
     prepare_process(config)
     inputs = open_inputs(config, Path.cwd())
     trainer, module = config.trainer, inputs.module
@@ -87,12 +95,12 @@ def bare(overrides: list[str], steps: int, pipe: Any) -> None:
         pipe.send(time.perf_counter() - started)
 
 
-def measured(overrides: list[str], steps: int, rounds: int) -> dict[str, list[float]]:
+def measure(overrides: list[str], steps: int, rounds: int) -> dict[str, list[float]]:
     """Seconds of each block."""
-    blocks = WARM_UP + rounds
+    blocks = WARM_UP_BLOCKS + rounds
     contestants = {
-        "rwkv-train": Contestant(partial(command, overrides, steps, blocks)),
-        "bare loop": Contestant(partial(bare, overrides, steps)),
+        "rwkv-train": Contestant(partial(run_command, overrides, steps, blocks)),
+        "bare loop": Contestant(partial(run_bare_loop, overrides, steps)),
     }
     try:
         for contestant in contestants.values():
@@ -101,34 +109,34 @@ def measured(overrides: list[str], steps: int, rounds: int) -> dict[str, list[fl
     finally:
         for contestant in contestants.values():
             contestant.stop()
-    return {name: [turn[name] for turn in turns[WARM_UP:]] for name in contestants}
+    return {name: [turn[name] for turn in turns[WARM_UP_BLOCKS:]] for name in contestants}
 
 
 def main() -> None:
-    parser = arguments("loop", __doc__, rounds=15)
+    parser = make_parser("loop", __doc__, rounds=15)
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=["classic", "small"])
     options = parser.parse_args()
     title = "rwkv-train's steps in its steady state beside a bare loop's"
-    begin(title, options.threads)
+    begin_benchmark(title, options.threads)
     found, lines = {}, []
     for setting in options.settings:
         overrides, steps = SETTINGS[setting]
-        seconds = measured(overrides, steps, options.rounds)
+        seconds = measure(overrides, steps, options.rounds)
         ratios = [bare / ours for bare, ours in zip(seconds["bare loop"], seconds["rwkv-train"], strict=True)]
-        rows = {name: summary([taken / steps for taken in each]) for name, each in seconds.items()}
+        rows = {name: summarize([taken / steps for taken in each]) for name, each in seconds.items()}
         found[setting] = {
             "overrides": overrides,
             "steps_a_block": steps,
             "seconds_a_step": rows,
-            "share_of_the_bare_loop": summary(ratios),
+            "share_of_the_bare_loop": summarize(ratios),
             "share_over_all_blocks": sum(seconds["bare loop"]) / sum(seconds["rwkv-train"]),
         }
         for name, row in rows.items():
-            lines.append([setting, f"{name}, ms a step", *cells(row, 1e3), ""])
+            lines.append([setting, f"{name}, ms a step", *summary_cells(row, 1e3), ""])
         whole = f"{found[setting]['share_over_all_blocks']:.1%}"
-        lines.append([setting, "% of the bare loop's tokens/s", *cells(summary(ratios), 100, 1), whole])
-    table(["", "", "median", "quartiles", "all blocks together"], lines)
-    save(options.results, "loop", title, rounds=options.rounds, settings=found)
+        lines.append([setting, "% of the bare loop's tokens/s", *summary_cells(summarize(ratios), 100, 1), whole])
+    print_table(["", "", "median", "quartiles", "all blocks together"], lines)
+    save_results(options.results, "loop", title, rounds=options.rounds, settings=found)
 
 
 if __name__ == "__main__":

@@ -25,8 +25,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.common import Failed, arguments, at_least, begin, once, save, summary, table
-from benchmarks.train_step import SETTINGS, Setting, autocast, our_module, random_tokens, transformers_model
+from benchmarks.common import (
+    ContestantError,
+    begin_benchmark,
+    int_at_least,
+    make_parser,
+    print_table,
+    run_once,
+    save_results,
+    summarize,
+)
+from benchmarks.train_step import SETTINGS, Setting, autocast, make_our_module, make_transformers_model, random_tokens
 
 LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 ROWS = (1, 4, 16, 64)
@@ -34,7 +43,7 @@ LONGEST_OF_TRANSFORMERS = 1024  # each step of its loop copies the gradient of a
 STATUS = Path("/proc/self/status")
 
 
-def megabytes(field: str) -> float:
+def read_megabytes(field: str) -> float:
     """VmRSS, what the process holds now, or VmHWM, the most since `forget_peak`."""
     return next(int(line.split()[1]) for line in STATUS.read_text().splitlines() if line.startswith(field)) / 1024
 
@@ -48,17 +57,17 @@ def forget_peak() -> None:
 Trained = tuple[Any, Callable[[Tensor], Tensor], torch.optim.Optimizer]
 
 
-def ours(setting: Setting, checkpointing: bool = False) -> Trained:
-    module = our_module(setting)
+def make_ours(setting: Setting, checkpointing: bool = False) -> Trained:
+    module = make_our_module(setting)
     if checkpointing:
         if not hasattr(module.model, "activation_checkpointing"):
-            raise Failed("the model has no activation checkpointing")
+            raise ContestantError("the model has no activation checkpointing")
         module.model.activation_checkpointing = True
     return module, lambda tokens: module.training_step(tokens, 0)["loss"], module.configure_optimizers()
 
 
-def transformers(setting: Setting) -> Trained:
-    model = transformers_model(setting)
+def make_transformers(setting: Setting) -> Trained:
+    model = make_transformers_model(setting)
 
     def loss(tokens: Tensor) -> Tensor:
         logits = model(tokens[:, :-1], use_cache=False).logits
@@ -68,9 +77,9 @@ def transformers(setting: Setting) -> Trained:
 
 
 CONTESTANTS: dict[str, Callable[[Setting], Trained]] = {
-    "rwkv_pl": ours,
-    "rwkv_pl, checkpointing": partial(ours, checkpointing=True),
-    "transformers": transformers,
+    "rwkv_pl": make_ours,
+    "rwkv_pl, checkpointing": partial(make_ours, checkpointing=True),
+    "transformers": make_transformers,
 }
 
 
@@ -88,9 +97,9 @@ def measure(contestant: str, setting: Setting, precision: str) -> dict[str, floa
     tokens = random_tokens(setting)
     step(tokens[:1, :17])
     forget_peak()
-    before = megabytes("VmRSS")
+    before = read_megabytes("VmRSS")
     step(tokens)
-    peak = megabytes("VmHWM") - before
+    peak = read_megabytes("VmHWM") - before
     if contestant != "transformers":  # whose step takes as long as all of ours
         step(tokens)
         step(tokens)
@@ -98,12 +107,12 @@ def measure(contestant: str, setting: Setting, precision: str) -> dict[str, floa
     for _ in range(steps := max(1, 2048 // tokens.numel())):
         step(tokens)
     seconds = (time.perf_counter() - started) / steps
-    steady = megabytes("VmHWM") - before
+    steady = read_megabytes("VmHWM") - before
     gradients = sum(p.numel() * p.element_size() for p in module.parameters()) / 2**20
     return {"peak_mb": peak, "steady_mb": steady, "gradients_mb": gradients, "seconds": seconds}
 
 
-def grown(tokens: list[float], values: list[float]) -> float:
+def growth_exponent(tokens: list[float], values: list[float]) -> float:
     """The power of the tokens with which the values grow, over the upper half of the sizes: 1 is linear."""
     half = len(tokens) // 2
     x, y = ([math.log(value) for value in each[half:]] for each in (tokens, values))
@@ -118,8 +127,8 @@ def sweep(settings: list[Setting], contestants: list[str], precision: str, round
         if name in left_out or (name == "transformers" and setting.steps > LONGEST_OF_TRANSFORMERS):
             continue
         try:
-            taken.setdefault((name, setting), []).append(once(measure, name, setting, precision))
-        except Failed as why:
+            taken.setdefault((name, setting), []).append(run_once(measure, name, setting, precision))
+        except ContestantError as why:
             print(f"left out: {name}: {why}", flush=True)
             left_out.add(name)
     rows = []
@@ -131,10 +140,10 @@ def sweep(settings: list[Setting], contestants: list[str], precision: str, round
                 "contestant": name,
                 **asdict(setting),
                 "tokens": tokens,
-                "peak_mb": summary(figures["peak_mb"]),
-                "steady_mb": summary(figures["steady_mb"]),
+                "peak_mb": summarize(figures["peak_mb"]),
+                "steady_mb": summarize(figures["steady_mb"]),
                 "gradients_mb": figures["gradients_mb"][0],
-                "seconds": summary(figures["seconds"]),
+                "seconds": summarize(figures["seconds"]),
             }
         )
     lines = []
@@ -151,11 +160,11 @@ def sweep(settings: list[Setting], contestants: list[str], precision: str, round
         ]
         lines.append([row["contestant"], f"{row['rows']} x {row['steps']:,}", *numbers])
     head = ["", "tokens", "peak MB", "steady MB", "KB a token, without gradients", "ms a step", "us a token"]
-    table(head, lines)
+    print_table(head, lines)
     return rows
 
 
-def growth(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+def growth_exponents(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """Of each contestant with four sizes or more: exponents of memory, gradients apart, and of time."""
     found = {}
     for name in dict.fromkeys(row["contestant"] for row in rows):
@@ -164,28 +173,35 @@ def growth(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
             continue
         tokens = [float(row["tokens"]) for row in own]
         memory = [max(row["peak_mb"]["median"] - row["gradients_mb"], 1e-3) for row in own]
-        found[name] = {"memory": grown(tokens, memory), "time": grown(tokens, [r["seconds"]["median"] for r in own])}
+        found[name] = {
+            "memory": growth_exponent(tokens, memory),
+            "time": growth_exponent(tokens, [r["seconds"]["median"] for r in own]),
+        }
         powers = ", ".join(f"{of} {power:.2f}" for of, power in found[name].items())
         print(f"{name}: grows with the number of tokens to the power of: {powers} (1 is linear)")
     return found
 
 
 def main() -> None:
-    parser = arguments("memory", __doc__, rounds=3)
-    parser.add_argument("--longest", type=at_least(LENGTHS[0]), default=LENGTHS[-1], help="leave out longer contexts")
+    parser = make_parser("memory", __doc__, rounds=3)
+    parser.add_argument(
+        "--longest", type=int_at_least(LENGTHS[0]), default=LENGTHS[-1], help="leave out longer contexts"
+    )
     parser.add_argument("--tiny", action="store_true", help="of a tiny model, to try the program")
     options = parser.parse_args()
     if not STATUS.exists():
         sys.exit("memory is measured through /proc, which this system has not")
     title, precision = "memory and time of a training step, bf16-mixed", "bf16-mixed"
-    begin(title, options.threads)
+    begin_benchmark(title, options.threads)
     classic, small = (SETTINGS["tiny" if options.tiny else name] for name in ("classic", "small"))
     lengths = [replace(classic, rows=1, steps=T) for T in LENGTHS if options.longest >= T]
     batches = [replace(small, rows=B, steps=min(1024, options.longest)) for B in ROWS]
     by_length = sweep(lengths, list(CONTESTANTS), precision, options.rounds)
     by_batch = sweep(batches, ["rwkv_pl"], precision, options.rounds)
-    found = {"by_length": growth(by_length), "by_batch": growth(by_batch)}
-    save(options.results, "memory", title, rounds=options.rounds, by_length=by_length, by_batch=by_batch, growth=found)
+    found = {"by_length": growth_exponents(by_length), "by_batch": growth_exponents(by_batch)}
+    save_results(
+        options.results, "memory", title, rounds=options.rounds, by_length=by_length, by_batch=by_batch, growth=found
+    )
 
 
 if __name__ == "__main__":

@@ -17,17 +17,17 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from benchmarks.common import RESULTS, folder, in_words
+from benchmarks.common import RESULTS, format_machine, output_folder
 
 DOCS = Path(__file__).parents[1] / "docs"
 OURS, OTHERS = "tab:blue", "tab:gray"
 
 
-class Unreadable(Exception):
+class UnreadableError(Exception):
     """Why there is nothing to draw."""
 
 
-def bars(
+def draw_bars(
     axes: Axes, title: str, unit: str, rows: dict[str, dict[str, float]], factor: float, limit: dict[str, float]
 ) -> None:
     """rows: names to summaries; limit: names to a figure each, drawn as dashed lines."""
@@ -51,7 +51,7 @@ def bars(
     axes.set_xlabel(unit)
 
 
-def train_step(setting: str, axes: Axes, content: dict[str, Any]) -> None:
+def draw_train_step(setting: str, axes: Axes, content: dict[str, Any]) -> None:
     about = content["settings"][setting]
     seconds, size = about["seconds"], about["setting"]
     # An older result has the products of another run than that of the bars, and so without a ratio.
@@ -62,22 +62,22 @@ def train_step(setting: str, axes: Axes, content: dict[str, Any]) -> None:
     names = sorted(seconds.keys() - limit, key=lambda name: ("bf16" in name, -seconds[name]["median"]))
     rows = {name: seconds[name] for name in names}
     title = f"a training step, {size['n_layer']} x {size['n_embd']}, {size['rows']} x {size['steps']:,} tokens"
-    bars(axes, title, "ms", rows, 1e3, {f"matrix {name}": value for name, value in limit.items()})
+    draw_bars(axes, title, "ms", rows, 1e3, {f"matrix {name}": value for name, value in limit.items()})
 
 
-def wkv(axes: Axes, content: dict[str, Any]) -> None:
+def draw_wkv(axes: Axes, content: dict[str, Any]) -> None:
     rows = {name: row["seconds"] for name, row in content["rows"].items()}
     floor = 8 * 4 * 1024 * 512 / content["copy_bytes_per_second"]
-    bars(axes, "WKV forward and backward, B1 T1,024 C512", "ms", rows, 1e3, {"bytes over a copy's speed": floor})
+    draw_bars(axes, "WKV forward and backward, B1 T1,024 C512", "ms", rows, 1e3, {"bytes over a copy's speed": floor})
 
 
-def generate(axes: Axes, content: dict[str, Any]) -> None:
+def draw_generate(axes: Axes, content: dict[str, Any]) -> None:
     rows = dict(content["tokens_per_second"])
     limit = {name: rows.pop(name)["median"] for name in list(rows) if name.startswith("reading")}
-    bars(axes, "generation, 12 x 512", "tokens a second", rows, 1, limit)
+    draw_bars(axes, "generation, 12 x 512", "tokens a second", rows, 1, limit)
 
 
-def lines(field: str, factor: float, title: str, unit: str, axes: Axes, content: dict[str, Any]) -> None:
+def draw_lines(field: str, factor: float, title: str, unit: str, axes: Axes, content: dict[str, Any]) -> None:
     for name in dict.fromkeys(row["contestant"] for row in content["by_length"]):
         own = [row for row in content["by_length"] if row["contestant"] == name]
         color, style = (OURS, "o--" if "," in name else "o-") if name.startswith("rwkv_pl") else (OTHERS, "o-")
@@ -92,55 +92,55 @@ def lines(field: str, factor: float, title: str, unit: str, axes: Axes, content:
     axes.legend(fontsize="x-small")
 
 
-def memory(axes: Axes, content: dict[str, Any]) -> None:
-    lines("peak_mb", 1, "memory of a step above weights and gradients, bf16-mixed", "MB", axes, content)
+def draw_memory(axes: Axes, content: dict[str, Any]) -> None:
+    draw_lines("peak_mb", 1, "memory of a step above weights and gradients, bf16-mixed", "MB", axes, content)
 
 
-def time(axes: Axes, content: dict[str, Any]) -> None:
-    lines("seconds", 1e3, "time of a step, 12 x 512, one row, bf16-mixed", "ms", axes, content)
+def draw_time(axes: Axes, content: dict[str, Any]) -> None:
+    draw_lines("seconds", 1e3, "time of a step, 12 x 512, one row, bf16-mixed", "ms", axes, content)
 
 
 # What a panel is called where it is left out, the benchmark whose result it shows, and how it is drawn.
 PANELS: list[tuple[str, str, Callable[[Axes, dict[str, Any]], None]]] = [
-    ("train_step classic", "train_step", partial(train_step, "classic")),
-    ("train_step small", "train_step", partial(train_step, "small")),
-    ("wkv", "wkv", wkv),
-    ("generate", "generate", generate),
-    ("time by context", "memory", time),
-    ("memory by context", "memory", memory),
+    ("train_step classic", "train_step", partial(draw_train_step, "classic")),
+    ("train_step small", "train_step", partial(draw_train_step, "small")),
+    ("wkv", "wkv", draw_wkv),
+    ("generate", "generate", draw_generate),
+    ("time by context", "memory", draw_time),
+    ("memory by context", "memory", draw_memory),
 ]
 
 
-def read(results: Path, name: str) -> dict[str, Any]:
+def read_results(results: Path, name: str) -> dict[str, Any]:
     """Raises Unreadable."""
     try:
         return json.loads((results / f"{name}.json").read_text())
     except FileNotFoundError:
-        raise Unreadable("not measured") from None
+        raise UnreadableError("not measured") from None
     except (OSError, ValueError):
-        raise Unreadable("not readable") from None
+        raise UnreadableError("not readable") from None
 
 
-def draw(panel: Callable[[Axes, dict[str, Any]], None], axes: Axes, content: dict[str, Any]) -> None:
+def draw_panel(panel: Callable[[Axes, dict[str, Any]], None], axes: Axes, content: dict[str, Any]) -> None:
     """Raises Unreadable."""
     try:
-        in_words(content["machine"])
+        format_machine(content["machine"])
         panel(axes, content)
     except KeyError as error:  # of an older form, or without this setting
-        raise Unreadable(f"the result has no {error}") from None
+        raise UnreadableError(f"the result has no {error}") from None
     except (AttributeError, IndexError, TypeError, ValueError):
-        raise Unreadable("the result has another form") from None
+        raise UnreadableError("the result has another form") from None
 
 
-def write(figure: Figure, path: Path) -> None:
+def write_figure(figure: Figure, path: Path) -> None:
     FigureCanvasAgg(figure).print_png(path)
     print(path)
 
 
-def tell_left_out(whys: dict[str, str], names: Iterable[str]) -> None:
+def print_left_out(reasons: dict[str, str], names: Iterable[str]) -> None:
     """One line: what is not drawn and why, and the benchmarks that measure it."""
-    if whys:
-        told = ", ".join(f"{what} ({why})" for what, why in whys.items())
+    if reasons:
+        told = ", ".join(f"{what} ({why})" for what, why in reasons.items())
         commands = ", ".join(f"python -m benchmarks {name}" for name in dict.fromkeys(names))
         print(f"left out: {told}; made by: {commands}")
 
@@ -149,25 +149,25 @@ def draw_all(results: Path = RESULTS, docs: Path = DOCS) -> None:
     panels, left_out, names = [], {}, []
     for title, name, panel in PANELS:
         try:
-            content = read(results, name)
-            draw(panel, Figure().subplots(), content)  # a trial: the layout needs to know how many there are
+            content = read_results(results, name)
+            draw_panel(panel, Figure().subplots(), content)  # a trial: the layout needs to know how many there are
             panels.append((panel, content))
-        except Unreadable as why:
+        except UnreadableError as why:
             left_out[title] = str(why)
             names.append(name)
-    tell_left_out(left_out, names)
+    print_left_out(left_out, names)
     if not panels:
         return
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(7 * columns, 0.5 + 3.5 * rows), dpi=100, layout="constrained")
     for place, (panel, content) in enumerate(panels, 1):
-        draw(panel, figure.add_subplot(rows, columns, place), content)
-    figure.suptitle("\n".join(sorted({in_words(content["machine"]) for _, content in panels})), fontsize="small")
-    write(figure, docs / "benchmarks.png")
+        draw_panel(panel, figure.add_subplot(rows, columns, place), content)
+    figure.suptitle("\n".join(sorted({format_machine(content["machine"]) for _, content in panels})), fontsize="small")
+    write_figure(figure, docs / "benchmarks.png")
 
 
-def race(axes: Axes, content: dict[str, Any]) -> None:
+def draw_race_panel(axes: Axes, content: dict[str, Any]) -> None:
     for (name, one), color in zip(content["contestants"].items(), (OURS, "tab:orange", "tab:green"), strict=False):
         x, y, steps = zip(*((p["seconds"], p["bits_per_byte"], p["steps"]) for p in one["curve"]), strict=True)
         axes.plot(x, y, "o-", color=color, markersize=3, label=f"{name}: {y[-1]:.2f} in {steps[-1]:,} steps")
@@ -184,19 +184,19 @@ def race(axes: Axes, content: dict[str, Any]) -> None:
 def draw_race(results: Path = RESULTS, docs: Path = DOCS) -> None:
     figure = Figure(figsize=(8, 5), dpi=100, layout="constrained")
     try:
-        content = read(results, "race")
-        draw(race, figure.subplots(), content)
-    except Unreadable as why:
-        tell_left_out({"race": str(why)}, ["race"])
+        content = read_results(results, "race")
+        draw_panel(draw_race_panel, figure.subplots(), content)
+    except UnreadableError as why:
+        print_left_out({"race": str(why)}, ["race"])
         return
-    figure.suptitle(in_words(content["machine"]), fontsize="x-small")
-    write(figure, docs / "race.png")
+    figure.suptitle(format_machine(content["machine"]), fontsize="x-small")
+    write_figure(figure, docs / "race.png")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks plot", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of the JSON files")
-    parser.add_argument("--docs", type=folder, default=DOCS, help="where the pictures go")
+    parser.add_argument("--docs", type=output_folder, default=DOCS, help="where the pictures go")
     options = parser.parse_args()
     if not options.results.is_dir():
         parser.error(f"argument --results: there is no folder {options.results}")

@@ -22,9 +22,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.common import RESULTS, Contestant, Failed, above_zero, arguments, begin, save, table
+from benchmarks.common import (
+    RESULTS,
+    Contestant,
+    ContestantError,
+    begin_benchmark,
+    make_parser,
+    positive_float,
+    print_table,
+    save_results,
+)
 from benchmarks.plot import DOCS, draw_race
-from benchmarks.train_step import VOCAB, Setting, our_module, transformers_model
+from benchmarks.train_step import VOCAB, Setting, make_our_module, make_transformers_model
 from rwkv_pl.data.datamodule import DataModule, EvalBatches
 from rwkv_pl.data.sources.stdlib import Stdlib
 from rwkv_pl.data.sources.text import Text
@@ -72,15 +81,15 @@ def nats(logits: Tensor, tokens: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
 
-def built(name: str, setting: Setting) -> tuple[nn.Module, Any, Any]:
+def build_contestant(name: str, setting: Setting) -> tuple[nn.Module, Any, Any]:
     """The model, its loss in training, and its cross-entropy in validation, both of tokens (B, T+1)."""
     torch.manual_seed(0)
     keep_freed_memory()  # for all
     if name == "rwkv_pl":
-        module = our_module(setting)
+        module = make_our_module(setting)
         return module, lambda x: module.training_step(x, 0)["loss"], lambda x: nats(module(x[:, :-1])[0], x)
     if name == "transformers Rwkv":
-        model = transformers_model(setting)
+        model = make_transformers_model(setting)
 
         def loss(tokens: Tensor) -> Tensor:
             return nats(model(tokens[:, :-1], use_cache=False).logits, tokens)
@@ -90,18 +99,18 @@ def built(name: str, setting: Setting) -> tuple[nn.Module, Any, Any]:
     return gpt, lambda x: nats(gpt(x[:, :-1]), x), lambda x: nats(gpt(x[:, :-1]), x)
 
 
-def text(setting: Setting, path: Path | None) -> DataModule:
+def open_text(setting: Setting, path: Path | None) -> DataModule:
     settings: dict[str, Any] = {"batch_size": setting.rows, "ctx_len": setting.steps, "eval_batch_size": 8}
     data = DataModule(Text(path) if path else Stdlib(), **settings)
     data.setup("fit")
     return data
 
 
-def runner(name: str, setting: Setting, rate: float, seconds: float, path: Path | None, pipe: Any) -> None:
+def run_contestant(name: str, setting: Setting, rate: float, seconds: float, path: Path | None, pipe: Any) -> None:
     """Trains for as long as it is asked to, and answers how far it is and how well it does."""
-    model, loss, cross_entropy = built(name, setting)
+    model, loss, cross_entropy = build_contestant(name, setting)
     optimizer = torch.optim.Adam(model.parameters(), lr=rate, betas=BETAS, fused=True)
-    data = text(setting, path)
+    data = open_text(setting, path)
     batches, held_back = data.train_dataloader().dataset, cast(EvalBatches, data.val_dataloader().dataset)
     # The last batch of the validation is padded.
     whole = len(held_back) - 1
@@ -134,7 +143,7 @@ def runner(name: str, setting: Setting, rate: float, seconds: float, path: Path 
         pipe.send({"seconds": clock, "steps": steps, "bits_per_byte": validate()})
 
 
-def race(
+def run_race(
     entries: dict[str, tuple[str, float]], setting: Setting, seconds: float, turns: int, path: Path | None
 ) -> dict[str, Any]:
     """entries: what a curve is called to the contestant and its rate. Returns each one's size, rate and curve."""
@@ -142,11 +151,11 @@ def race(
     found: dict[str, Any] = {}
     try:
         for label, (name, rate) in entries.items():
-            contestant = Contestant(partial(runner, name, setting, rate, seconds, path))
+            contestant = Contestant(partial(run_contestant, name, setting, rate, seconds, path))
             try:
                 found[label] = {"parameters": contestant.answer(), "rate": rate, "curve": [contestant.ask(0.0)]}
                 runners[label] = contestant
-            except Failed as why:
+            except ContestantError as why:
                 print(f"left out: {label}: {why}")
         for turn in range(1, turns + 1):
             for label, contestant in runners.items():
@@ -161,7 +170,7 @@ def race(
     return found
 
 
-def compressors(data: DataModule) -> dict[str, float]:
+def measure_compressors(data: DataModule) -> dict[str, float]:
     lo, hi = data.token_file.splits.val
     content = np.asarray(data.token_file.tokens[lo:hi]).astype(np.uint8).tobytes()
     sizes = {"gzip -9": len(gzip.compress(content, 9)), "xz -9": len(lzma.compress(content, preset=9))}
@@ -169,36 +178,38 @@ def compressors(data: DataModule) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = arguments("race", __doc__, rounds=20)
-    parser.add_argument("--seconds", type=above_zero, default=100, help="of training, for each (100)")
+    parser = make_parser("race", __doc__, rounds=20)
+    parser.add_argument("--seconds", type=positive_float, default=100, help="of training, for each (100)")
     parser.add_argument("--data", type=Path, help="a text of yours instead of the standard library's source")
-    parser.add_argument("--rates", type=above_zero, nargs="+", help="a race of learning rates; nothing is written")
+    parser.add_argument("--rates", type=positive_float, nargs="+", help="a race of learning rates; nothing is written")
     parser.add_argument("--tiny", action="store_true", help="of tiny models, to try the program")
     options = parser.parse_args()
     setting = TINY if options.tiny else SIZE
     path = options.data.absolute() if options.data else None
     title = f"bits per byte of held-back text, {options.seconds:g} s each, {setting}, float32"
     try:
-        data = text(setting, path)
+        data = open_text(setting, path)
     except UserError as error:
         parser.error(f"argument --data: {error}")
-    begin(title, options.threads)
+    begin_benchmark(title, options.threads)
     print(data.description())
     if options.rates:
         entries = {f"{name}, {rate:g}": (name, rate) for name in RATES for rate in options.rates}
     else:
         entries = {name: (name, rate) for name, rate in RATES.items()}
-    found = race(entries, setting, options.seconds, options.rounds, path)
+    found = run_race(entries, setting, options.seconds, options.rounds, path)
     lines = []
     for label, one in found.items():
         last = one["curve"][-1]
         numbers = [f"{one['parameters']:,}", f"{one['rate']:g}", f"{last['steps']:,}", f"{last['seconds']:.1f}"]
         lines.append([label, *numbers, f"{last['bits_per_byte']:.3f}"])
-    compressed = compressors(data)
+    compressed = measure_compressors(data)
     lines += [[name, "", "", "", "", f"{bits:.3f}"] for name, bits in compressed.items()]
-    table(["", "parameters", "rate", "steps", "seconds", "bits per byte"], lines)
+    print_table(["", "parameters", "rate", "steps", "seconds", "bits per byte"], lines)
     if not options.rates:
-        save(options.results, "race", title, corpus=data.description(), contestants=found, compressors=compressed)
+        save_results(
+            options.results, "race", title, corpus=data.description(), contestants=found, compressors=compressed
+        )
         draw_race(options.results, DOCS if options.results == RESULTS else options.results)
 
 

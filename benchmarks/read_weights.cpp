@@ -25,7 +25,7 @@ double read_weights(std::vector<Tensor> weights) {
       const int64_t begin = first * weight.numel() / threads, end = last * weight.numel() / threads;
       for (int64_t i = begin; i + LANES <= end; i += LANES) {
         for (int64_t line = 0; line < LANES; line += 16) WKV_PREFETCH(reinterpret_cast<const char*>(p + i + line) + AHEAD);
-        WKV_LANES
+        WKV_SIMD
         for (int64_t l = 0; l < LANES; ++l) sums[l] += p[i + l];
       }
     }

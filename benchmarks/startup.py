@@ -11,7 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.common import arguments, begin, cells, save, summary, table
+from benchmarks.common import begin_benchmark, make_parser, print_table, save_results, summarize, summary_cells
 
 TINY = [
     "data=text", "data.path=text.txt", "data.ctx_len=64", "model.n_layer=2", "model.n_embd=64",
@@ -32,30 +32,30 @@ COMMANDS = {
 }
 
 
-def run(folder: Path, arguments: list[str]) -> None:
+def run_python(folder: Path, arguments: list[str]) -> None:
     done = subprocess.run([sys.executable, *arguments], cwd=folder, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr.strip().splitlines()[-1])
 
 
 def main() -> None:
-    options = arguments("startup", __doc__, rounds=7).parse_args()
+    options = make_parser("startup", __doc__, rounds=7).parse_args()
     title = "start to end of a command"
-    begin(title, options.threads)
+    begin_benchmark(title, options.threads)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "text.txt").write_bytes(bytes(range(32, 127)) * 50)
-        run(folder, [*TRAIN, *TINY, "hydra.run.dir=run"])
+        run_python(folder, [*TRAIN, *TINY, "hydra.run.dir=run"])
         seconds: dict[str, list[float]] = {about: [] for about in COMMANDS}
         for turn in range(options.rounds + 1):
             for about, words in COMMANDS.items():
                 started = time.perf_counter()
-                run(folder, words)
+                run_python(folder, words)
                 if turn:  # at first the files are not in the memory
                     seconds[about].append(time.perf_counter() - started)
-    rows = {about: summary(taken) for about, taken in seconds.items()}
-    table(["", "s", "quartiles"], [[about, *cells(row)] for about, row in rows.items()])
-    save(options.results, "startup", title, rounds=options.rounds, seconds=rows)
+    rows = {about: summarize(taken) for about, taken in seconds.items()}
+    print_table(["", "s", "quartiles"], [[about, *summary_cells(row)] for about, row in rows.items()])
+    save_results(options.results, "startup", title, rounds=options.rounds, seconds=rows)
 
 
 if __name__ == "__main__":

@@ -27,14 +27,14 @@ from benchmarks.common import (
     Call,
     Maker,
     Summary,
-    arguments,
-    begin,
-    cells,
-    once,
-    save,
-    spread,
-    summary,
-    table,
+    begin_benchmark,
+    make_parser,
+    print_table,
+    relative_spread,
+    run_once,
+    save_results,
+    summarize,
+    summary_cells,
     take_turns,
 )
 from rwkv_pl import RWKV4, LitRWKV, RWKV4Config
@@ -80,18 +80,20 @@ def autocast(precision: str, device: str = "cpu") -> AbstractContextManager[Any]
     return torch.autocast(device, torch.bfloat16, enabled=precision == "bf16-mixed")
 
 
-def our_module(setting: Setting) -> LitRWKV:
+def make_our_module(setting: Setting) -> LitRWKV:
     """With the memory set up as rwkv-train does it."""
     keep_freed_memory()
     return LitRWKV(RWKV4(RWKV4Config(VOCAB, setting.n_layer, setting.n_embd)))
 
 
-def our_step(setting: Setting, precision: str, full: bool = False, compiled: bool = False, device: str = "cpu") -> Call:
+def make_our_step(
+    setting: Setting, precision: str, full: bool = False, compiled: bool = False, device: str = "cpu"
+) -> Call:
     """What LitRWKV and its optimizer do in one step; full: with gradient clipping and L2Wrap.
 
     On a GPU the step can be captured in a CUDA graph.
     """
-    module = our_module(setting).to(device)
+    module = make_our_module(setting).to(device)
     if compiled:
         for block in module.model.blocks:
             block.compile(dynamic=False)
@@ -116,7 +118,7 @@ def our_step(setting: Setting, precision: str, full: bool = False, compiled: boo
     return step
 
 
-def transformers_model(setting: Setting) -> Any:
+def make_transformers_model(setting: Setting) -> Any:
     import transformers
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -131,9 +133,9 @@ def transformers_model(setting: Setting) -> Any:
     return transformers.RwkvForCausalLM(config).train()
 
 
-def transformers_step(setting: Setting, precision: str, device: str = "cpu") -> Call:
+def make_transformers_step(setting: Setting, precision: str, device: str = "cpu") -> Call:
     """The same size and text through transformers' RwkvForCausalLM."""
-    model = transformers_model(setting).to(device)
+    model = make_transformers_model(setting).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-5, fused=True)
     tokens = random_tokens(setting, device)
 
@@ -148,7 +150,7 @@ def transformers_step(setting: Setting, precision: str, device: str = "cpu") -> 
     return step
 
 
-def products(setting: Setting, precision: str) -> Call:
+def make_products(setting: Setting, precision: str) -> Call:
     """The matrix products of a step and nothing else."""
     keep_freed_memory()
     C, dtype = setting.n_embd, torch.float32 if precision == "float32" else torch.bfloat16
@@ -188,7 +190,7 @@ def profile(
 
     On a GPU an operator's time is that of the kernels that it launched.
     """
-    step = our_step(setting, precision, full, device=device)
+    step = make_our_step(setting, precision, full, device=device)
     step()
     step()
     activity = torch.profiler.ProfilerActivity
@@ -203,14 +205,14 @@ def profile(
         if event.device_type != torch.autograd.DeviceType.CPU:
             continue  # a kernel itself, which its operator counts
         milliseconds = (event.self_device_time_total if device == "cuda" else event.self_cpu_time_total) / 1000 / steps
-        part = part_of(event)
+        part = find_part(event)
         parts[part] += milliseconds
         if part == "rest":
             rest[event.name] += milliseconds
     return {"milliseconds": dict(parts.most_common()), "largest_of_the_rest": dict(rest.most_common(5))}
 
 
-def part_of(event: Any) -> str:
+def find_part(event: Any) -> str:
     """The part that an operator of the profile belongs to, by its own name or by its callers', nearest first."""
     own = event.name
     while event is not None:
@@ -221,16 +223,16 @@ def part_of(event: Any) -> str:
     return "gates" if own == "aten::mul" else "rest"
 
 
-def measured_pairs(setting: Setting, rounds: int) -> tuple[dict[str, list[float]], dict[str, float], int]:
+def measure_pairs(setting: Setting, rounds: int) -> tuple[dict[str, list[float]], dict[str, float], int]:
     """Seconds of products and steps in turns, the products' spread, and which try it was."""
     makers: dict[str, Maker] = {}
     for precision in PRECISIONS:
-        makers[f"products, {precision}"] = partial(products, setting, precision)
-        makers[f"rwkv_pl, {precision}"] = partial(our_step, setting, precision)
+        makers[f"products, {precision}"] = partial(make_products, setting, precision)
+        makers[f"rwkv_pl, {precision}"] = partial(make_our_step, setting, precision)
     tries = []
     for attempt in range(1, TRIES + 1):
         seconds = take_turns(makers, rounds, SECONDS_A_TURN)
-        spreads = {precision: spread(seconds[f"products, {precision}"]) for precision in PRECISIONS}
+        spreads = {precision: relative_spread(seconds[f"products, {precision}"]) for precision in PRECISIONS}
         tries.append((seconds, spreads, attempt))
         if max(spreads.values()) <= SPREAD:
             break
@@ -238,7 +240,7 @@ def measured_pairs(setting: Setting, rounds: int) -> tuple[dict[str, list[float]
     return min(tries, key=lambda one: max(one[1].values()))
 
 
-def remainders(seconds: dict[str, list[float]]) -> dict[str, dict[str, Summary]]:
+def compute_remainders(seconds: dict[str, list[float]]) -> dict[str, dict[str, Summary]]:
     """What is not a matrix product, of each precision: as a share of the float32 products' time, and of its own."""
     found = {}
     for precision in PRECISIONS:
@@ -246,48 +248,52 @@ def remainders(seconds: dict[str, list[float]]) -> dict[str, dict[str, Summary]]
         rest = [step - bare for step, bare in zip(seconds[f"rwkv_pl, {precision}"], alone, strict=True)]
         shares = {}
         for of, times in (("float32 products", seconds["products, float32"]), ("its own products", alone)):
-            shares[of] = summary([value / statistics.median(times) for value in rest])
+            shares[of] = summarize([value / statistics.median(times) for value in rest])
         found[precision] = shares
     return found
 
 
-def measured(setting: Setting, rounds: int, profiled: bool) -> dict[str, Any]:
+def measure_setting(setting: Setting, rounds: int, profiled: bool) -> dict[str, Any]:
     """Everything of one setting, told as it comes."""
     print(f"\n{setting}", flush=True)
-    pairs, spreads, attempt = measured_pairs(setting, rounds)
+    pairs, spreads, attempt = measure_pairs(setting, rounds)
     makers: dict[str, Maker] = {}
     for precision in PRECISIONS:
         makers |= {
-            f"products, {precision}": partial(products, setting, precision),
-            f"rwkv_pl, {precision}": partial(our_step, setting, precision),
-            f"rwkv_pl, full, {precision}": partial(our_step, setting, precision, True),
-            f"rwkv_pl, full, compiled, {precision}": partial(our_step, setting, precision, True, True),
-            f"transformers, {precision}": partial(transformers_step, setting, precision),
+            f"products, {precision}": partial(make_products, setting, precision),
+            f"rwkv_pl, {precision}": partial(make_our_step, setting, precision),
+            f"rwkv_pl, full, {precision}": partial(make_our_step, setting, precision, True),
+            f"rwkv_pl, full, compiled, {precision}": partial(make_our_step, setting, precision, True, True),
+            f"transformers, {precision}": partial(make_transformers_step, setting, precision),
         }
-    rows = {name: summary(taken) for name, taken in take_turns(makers, max(3, rounds // 2), SECONDS_A_TURN).items()}
+    rows = {name: summarize(taken) for name, taken in take_turns(makers, max(3, rounds // 2), SECONDS_A_TURN).items()}
     ratios = {name: row["median"] / rows[f"rwkv_pl, {name.split(', ')[-1]}"]["median"] for name, row in rows.items()}
-    lines = [[name, *cells(row, 1e3), f"{ratios[name]:.2f}"] for name, row in rows.items()]
-    table(["", "ms", "quartiles", "x rwkv_pl"], lines)
+    lines = [[name, *summary_cells(row, 1e3), f"{ratios[name]:.2f}"] for name, row in rows.items()]
+    print_table(["", "ms", "quartiles", "x rwkv_pl"], lines)
 
-    rest = remainders(pairs)
-    lines = [[precision, of, *cells(share, 1, 3)] for precision, shares in rest.items() for of, share in shares.items()]
-    table(["not a matrix product", "as a share of", "median", "quartiles"], lines)
+    rest = compute_remainders(pairs)
+    lines = [
+        [precision, of, *summary_cells(share, 1, 3)]
+        for precision, shares in rest.items()
+        for of, share in shares.items()
+    ]
+    print_table(["not a matrix product", "as a share of", "median", "quartiles"], lines)
     reached = "" if max(spreads.values()) <= SPREAD else f", over {SPREAD:.0%} in {TRIES} tries: not a quiet machine"
     told = ", ".join(f"{value:.1%} in {precision}" for precision, value in spreads.items())
     print(f"try {attempt}: the products spread over {told}{reached}", flush=True)
 
     profiles = {}
     for precision in PRECISIONS if profiled else ():
-        profiles[precision] = found = once(profile, setting, precision)
+        profiles[precision] = found = run_once(profile, setting, precision)
         total = sum(found["milliseconds"].values())
         lines = [[part, f"{taken:.2f}", f"{taken / total:.1%}"] for part, taken in found["milliseconds"].items()]
-        table([f"profile, {precision}", "ms", "of the step"], lines)
+        print_table([f"profile, {precision}", "ms", "of the step"], lines)
         print("rest: " + ", ".join(f"{name} {taken:.2f} ms" for name, taken in found["largest_of_the_rest"].items()))
     return {
         "setting": asdict(setting),
         "seconds": rows,
         "times_ours": ratios,
-        "pairs": {name: summary(taken) for name, taken in pairs.items()},
+        "pairs": {name: summarize(taken) for name, taken in pairs.items()},
         "not_a_matrix_product": rest,
         "products_spread": spreads,
         "profiles": profiles,
@@ -295,14 +301,14 @@ def measured(setting: Setting, rounds: int, profiled: bool) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = arguments("train_step", __doc__, rounds=7)
+    parser = make_parser("train_step", __doc__, rounds=7)
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=["classic", "small"])
     parser.add_argument("--profile", action="store_true", help="where the time goes, by parts")
     options = parser.parse_args()
     title = "one training step: forward, loss, backward, Adam"
-    begin(title, options.threads)
-    settings = {name: measured(SETTINGS[name], options.rounds, options.profile) for name in options.settings}
-    save(options.results, "train_step", title, rounds=options.rounds, settings=settings)
+    begin_benchmark(title, options.threads)
+    settings = {name: measure_setting(SETTINGS[name], options.rounds, options.profile) for name in options.settings}
+    save_results(options.results, "train_step", title, rounds=options.rounds, settings=settings)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import Call, Maker, arguments, at_least, begin, cells, once, save, summary, table, take_turns
+from benchmarks.common import (
+    Call,
+    Maker,
+    begin_benchmark,
+    int_at_least,
+    make_parser,
+    print_table,
+    run_once,
+    save_results,
+    summarize,
+    summary_cells,
+    take_turns,
+)
 from rwkv_pl.ops.backend import use_kernel
 from rwkv_pl.ops.build import LEVELS, cpu_level
 from rwkv_pl.ops.toolchain import find_compiler
@@ -29,13 +41,13 @@ Shape = tuple[int, int, int]
 CLASSIC: Shape = (1, 1024, 512)
 LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 OTHERS: tuple[Shape, ...] = ((6, 256, 192), (8, 1024, 512), (64, 1024, 512))
-LONGEST_OF_THE_SCAN = 4096
+MAX_SCAN_LENGTH = 4096
 
 # Short calls: as many a turn as fill this.
 SECONDS_A_TURN = 0.05
 
 
-def inputs(
+def make_inputs(
     B: int, T: int, C: int, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> tuple[list[Tensor], Tensor]:
     """time_decay, time_first, key and value, and the gradient in the output, of ordinary size."""
@@ -46,19 +58,19 @@ def inputs(
     return [time_decay - 1, time_first, key.to(dtype), value.to(dtype)], grad.to(dtype)
 
 
-def call(operator: Operator, arguments: list[Tensor], grad: Tensor) -> list[Tensor]:
+def run_both_ways(operator: Operator, arguments: list[Tensor], grad: Tensor) -> list[Tensor]:
     leaves = [x.detach().requires_grad_() for x in arguments]
     output, _ = operator(*leaves)
     return [output.detach(), *torch.autograd.grad(output, leaves, grad)]
 
 
-def errors(operator: Operator, arguments: list[Tensor], grad: Tensor) -> dict[str, float]:
-    """|x - judge| / |judge| for the output and each gradient, the judge being the recurrence in float64."""
+def relative_errors(operator: Operator, arguments: list[Tensor], grad: Tensor) -> dict[str, float]:
+    """|x - reference| / |reference| for the output and each gradient, the reference being the recurrence in float64."""
     with use_kernel("recurrence"):
-        judge = call(wkv4, [x.double() for x in arguments], grad.double())
+        reference = run_both_ways(wkv4, [x.double() for x in arguments], grad.double())
     names = ["output", "time_decay", "time_first", "key", "value"]
-    got = call(operator, arguments, grad)
-    return {n: ((x - y).norm() / y.norm()).item() for n, x, y in zip(names, got, judge, strict=True)}
+    got = run_both_ways(operator, arguments, grad)
+    return {n: ((x - y).norm() / y.norm()).item() for n, x, y in zip(names, got, reference, strict=True)}
 
 
 def with_kernel(name: str) -> Operator:
@@ -69,7 +81,7 @@ def with_kernel(name: str) -> Operator:
     return operator
 
 
-def operator_of(name: str) -> Operator:
+def make_operator(name: str) -> Operator:
     """transformers, scan, or compiled LEVEL, which a process can have of one level only."""
     if name == "transformers":
         from transformers.models.rwkv.modeling_rwkv import rwkv_linear_attention_cpu
@@ -81,86 +93,93 @@ def operator_of(name: str) -> Operator:
     return with_kernel(kernel)
 
 
-def both_ways(name: str, shape: Shape, dtype: torch.dtype = torch.float32) -> Call:
-    return partial(call, operator_of(name), *inputs(*shape, dtype))
+def make_both_ways(name: str, shape: Shape, dtype: torch.dtype = torch.float32) -> Call:
+    return partial(run_both_ways, make_operator(name), *make_inputs(*shape, dtype))
 
 
-def worst_error(name: str, shape: Shape) -> float:
-    return max(errors(operator_of(name), *inputs(*shape)).values())
+def measure_worst_error(name: str, shape: Shape) -> float:
+    return max(relative_errors(make_operator(name), *make_inputs(*shape)).values())
 
 
-def copy() -> Call:
+def make_copy() -> Call:
     source = torch.randn(2**26)
     return partial(torch.empty_like(source).copy_, source)
 
 
-def moved(shape: Shape, dtype: torch.dtype) -> int:
+def bytes_moved(shape: Shape, dtype: torch.dtype) -> int:
     """Bytes that forward and backward must read and write."""
     B, T, C = shape
     return 8 * B * T * C * dtype.itemsize
 
 
-def peers(shape: Shape, rounds: int) -> dict[str, dict[str, Any]]:
+def measure_peers(shape: Shape, rounds: int) -> dict[str, dict[str, Any]]:
     """All who compute it, at one shape."""
     levels = list(LEVELS)
     compiled = [f"compiled {level}" for level in levels[levels.index(cpu_level()) :]]
-    makers: dict[str, Maker] = {name: partial(both_ways, name, shape) for name in ("transformers", "scan", *compiled)}
+    makers: dict[str, Maker] = {
+        name: partial(make_both_ways, name, shape) for name in ("transformers", "scan", *compiled)
+    }
     seconds = take_turns(makers, rounds, SECONDS_A_TURN)
     rows: dict[str, dict[str, Any]] = {}
     for name, taken in seconds.items():
-        rows[name] = {"seconds": summary(taken), "worst_relative_error": once(worst_error, name, shape)}
+        rows[name] = {"seconds": summarize(taken), "worst_relative_error": run_once(measure_worst_error, name, shape)}
     best = rows[compiled[0]]["seconds"]["median"]
     lines = []
     for name, row in rows.items():
         row["times_ours"] = row["seconds"]["median"] / best
         lines.append(
-            [name, *cells(row["seconds"], 1e3, 3), f"{row['times_ours']:.2f}", f"{row['worst_relative_error']:.1e}"]
+            [
+                name,
+                *summary_cells(row["seconds"], 1e3, 3),
+                f"{row['times_ours']:.2f}",
+                f"{row['worst_relative_error']:.1e}",
+            ]
         )
-    table(["B{} T{} C{}, float32".format(*shape), "ms", "quartiles", "x ours", "worst error"], lines)
+    print_table(["B{} T{} C{}, float32".format(*shape), "ms", "quartiles", "x ours", "worst error"], lines)
     return rows
 
 
-def sizes(shapes: list[Shape], rounds: int) -> tuple[float, list[dict[str, Any]]]:
+def measure_sizes(shapes: list[Shape], rounds: int) -> tuple[float, list[dict[str, Any]]]:
     """Bytes a second of a copy, read and written, and a row for each shape and way."""
     contestants = [
         (name, shape, dtype)
         for shape in shapes
         for name, dtype in (("compiled", torch.float32), ("compiled", torch.bfloat16), ("scan", torch.float32))
-        if name == "compiled" or shape[0] * shape[1] <= LONGEST_OF_THE_SCAN
+        if name == "compiled" or shape[0] * shape[1] <= MAX_SCAN_LENGTH
     ]
     rows: list[dict[str, Any]] = []
     bandwidths = []
     # A few at a time: each is a process.
     for shape in shapes:
         own = {str(one[:1] + one[2:]): one for one in contestants if one[1] == shape}
-        makers: dict[str, Maker] = {key: partial(both_ways, *one) for key, one in own.items()}
-        seconds = take_turns({"copy": copy, **makers}, rounds, SECONDS_A_TURN)
-        bandwidths.append(2 * 4 * 2**26 / summary(seconds.pop("copy"))["median"])
+        makers: dict[str, Maker] = {key: partial(make_both_ways, *one) for key, one in own.items()}
+        seconds = take_turns({"copy": make_copy, **makers}, rounds, SECONDS_A_TURN)
+        bandwidths.append(2 * 4 * 2**26 / summarize(seconds.pop("copy"))["median"])
         for key, taken in seconds.items():
             name, _, dtype = own[key]
-            floor = moved(shape, dtype) / bandwidths[-1]
+            floor = bytes_moved(shape, dtype) / bandwidths[-1]
             rows.append(
                 {
                     "operator": name,
                     "shape": list(shape),
                     "dtype": str(dtype).removeprefix("torch."),
-                    "seconds": summary(taken),
+                    "seconds": summarize(taken),
                     "floor_seconds": floor,
-                    "microseconds_a_token": 1e6 * summary(taken)["median"] / (shape[0] * shape[1]),
+                    "microseconds_a_token": 1e6 * summarize(taken)["median"] / (shape[0] * shape[1]),
                 }
             )
     lines = [
         [
             "B{} T{:,} C{}".format(*row["shape"]),
             f"{row['operator']}, {row['dtype']}",
-            *cells(row["seconds"], 1e3, 3),
+            *summary_cells(row["seconds"], 1e3, 3),
             f"{row['microseconds_a_token']:.3f}",
             f"{1e3 * row['floor_seconds']:.3f}",
         ]
         for row in rows
     ]
-    bandwidth = summary(bandwidths)["median"]
-    table(["", "", "ms", "quartiles", "us a token", "floor, ms"], lines)
+    bandwidth = summarize(bandwidths)["median"]
+    print_table(["", "", "ms", "quartiles", "us a token", "floor, ms"], lines)
     print(
         f"a copy moves {bandwidth / 1e9:.1f} GB/s, read and written; what fits the caches can be faster than the floor"
     )
@@ -168,17 +187,17 @@ def sizes(shapes: list[Shape], rounds: int) -> tuple[float, list[dict[str, Any]]
 
 
 def main() -> None:
-    parser = arguments("wkv", __doc__, rounds=10)
-    parser.add_argument("--longest", type=at_least(LENGTHS[0]), default=LENGTHS[-1], help="leave out longer texts")
+    parser = make_parser("wkv", __doc__, rounds=10)
+    parser.add_argument("--longest", type=int_at_least(LENGTHS[0]), default=LENGTHS[-1], help="leave out longer texts")
     options = parser.parse_args()
     title = "WKV-4 forward and backward"
-    begin(title, options.threads)
+    begin_benchmark(title, options.threads)
     longest = options.longest
-    rows = peers((1, min(longest, CLASSIC[1]), CLASSIC[2]), options.rounds)
+    rows = measure_peers((1, min(longest, CLASSIC[1]), CLASSIC[2]), options.rounds)
     shapes = [(1, T, 512) for T in LENGTHS if longest >= T] + [one for one in OTHERS if one[0] * one[1] <= longest * 8]
-    bandwidth, by_size = sizes(shapes, options.rounds)
+    bandwidth, by_size = measure_sizes(shapes, options.rounds)
     compiler = find_compiler()
-    save(
+    save_results(
         options.results,
         "wkv",
         title,

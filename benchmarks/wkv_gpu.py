@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from benchmarks import common
-from benchmarks.wkv import errors, inputs, with_kernel
+from benchmarks.wkv import make_inputs, relative_errors, with_kernel
 from rwkv_pl.ops.backend import load
 from rwkv_pl.ops.toolchain import find_nvcc
-from rwkv_pl.ops.wkv4 import LONG_SCAN, SCAN, WALK, _tile, wkv4
+from rwkv_pl.ops.wkv4 import LONG_SCAN, SCAN, WALK, _choose_tile, wkv4
 
 SHAPES = [
     (1, 1024, 512, torch.float32),
@@ -41,7 +41,7 @@ TILES = (WALK, SCAN, LONG_SCAN)
 Work = Callable[[], Any]
 
 
-def graph_of(work: Work, calls: int) -> torch.cuda.CUDAGraph:
+def capture_graph(work: Work, calls: int) -> torch.cuda.CUDAGraph:
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for _ in range(3):
@@ -54,7 +54,7 @@ def graph_of(work: Work, calls: int) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def microseconds(works: dict[str, Work], rounds: int = 15, calls: int = 10) -> dict[str, float]:
+def measure_microseconds(works: dict[str, Work], rounds: int = 15, calls: int = 10) -> dict[str, float]:
     """The median of each contestant's call, in turns; those that need over 20 ms are called once a round."""
     graphs, counts = {}, {}
     for name, work in works.items():
@@ -65,7 +65,7 @@ def microseconds(works: dict[str, Work], rounds: int = 15, calls: int = 10) -> d
         end.record()
         end.synchronize()
         counts[name] = calls if start.elapsed_time(end) < 20 else 1
-        graphs[name] = graph_of(work, counts[name])
+        graphs[name] = capture_graph(work, counts[name])
     taken: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(rounds + 2):
         for name, graph in graphs.items():
@@ -79,7 +79,7 @@ def microseconds(works: dict[str, Work], rounds: int = 15, calls: int = 10) -> d
     return {name: statistics.median(times) for name, times in taken.items()}
 
 
-def copy_bandwidth() -> dict[str, float]:
+def measure_copy_bandwidth() -> dict[str, float]:
     """Bytes a second, read and written, of a large copy: by the driver, and by a kernel that reads and writes."""
     source = torch.randn(2**29, device="cuda")
     target = torch.empty_like(source)
@@ -87,10 +87,10 @@ def copy_bandwidth() -> dict[str, float]:
         "driver": lambda: target.copy_(source),
         "kernel": lambda: torch.mul(source, 1, out=target),
     }
-    return {name: 8e6 * source.numel() / taken for name, taken in microseconds(copies, calls=3).items()}
+    return {name: 8e6 * source.numel() / taken for name, taken in measure_microseconds(copies, calls=3).items()}
 
 
-def ours(arguments: list[Tensor], grad: Tensor, tile: int) -> tuple[Work, Work]:
+def make_ours(arguments: list[Tensor], grad: Tensor, tile: int) -> tuple[Work, Work]:
     """The forward and the backward operator alone."""
     _, _, saved = torch.ops.rwkv_pl.wkv4_forward(*arguments, None, tile)
     return (
@@ -99,7 +99,7 @@ def ours(arguments: list[Tensor], grad: Tensor, tile: int) -> tuple[Work, Work]:
     )
 
 
-def autograd(operator: Callable[..., tuple[Tensor, Any]], arguments: list[Tensor], grad: Tensor) -> Work:
+def make_autograd(operator: Callable[..., tuple[Tensor, Any]], arguments: list[Tensor], grad: Tensor) -> Work:
     leaves = [x.detach().requires_grad_() for x in arguments]
     return lambda: torch.autograd.grad(operator(*leaves)[0], leaves, grad)
 
@@ -115,13 +115,13 @@ def flash_linear_attention() -> Callable[..., tuple[Tensor, Tensor]] | str:
         return fused_recurrent_rwkv4(time_decay, time_first, key, value, state)
 
     try:
-        autograd(operator, *inputs(1, 2, 32, torch.float32, "cuda"))()
+        make_autograd(operator, *make_inputs(1, 2, 32, torch.float32, "cuda"))()
     except Exception as error:  # Triton compiles it with tools that can be missing
         return f"fla-core cannot be used: {error}".splitlines()[0]
     return operator
 
 
-class Classic:
+class ClassicKernels:
     """benchmarks/classic_wkv4.cu by way of ctypes."""
 
     def __init__(self) -> None:
@@ -151,17 +151,17 @@ class Classic:
 
 
 def main() -> None:
-    parser = common.arguments("wkv_gpu", __doc__, rounds=15)
+    parser = common.make_parser("wkv_gpu", __doc__, rounds=15)
     parser.add_argument("--tiles", action="store_true", help="time every way through time at many shapes as well")
     options = parser.parse_args()
     if failure := load("cuda"):
         parser.error(failure)
     title = "WKV-4 on a GPU"
-    common.begin(title, options.threads)
+    common.begin_benchmark(title, options.threads)
 
-    copies = copy_bandwidth()
+    copies = measure_copy_bandwidth()
     bandwidth = max(copies.values())
-    about = common.machine() | common.gpu() | {"copy_bytes_per_second": copies}
+    about = common.describe_machine() | common.describe_gpu() | {"copy_bytes_per_second": copies}
     print(f"{about['gpu']}, CUDA {about['cuda']}")
     print("a copy moves " + ", ".join(f"{x / 1e12:.2f} TB/s ({name})" for name, x in copies.items()) + "\n")
     left_out = []
@@ -169,33 +169,33 @@ def main() -> None:
     if isinstance(peer, str):
         left_out.append(peer)
     try:
-        classic = Classic()
+        classic = ClassicKernels()
     except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
         classic = None
         left_out.append(f"the classic kernel cannot be built: {error}")
 
     rows = []
     for B, T, C, dtype in SHAPES:
-        arguments, grad = inputs(B, T, C, dtype, "cuda")
+        arguments, grad = make_inputs(B, T, C, dtype, "cuda")
         moved = B * T * C * grad.element_size()
-        tile = _tile(arguments[2])
-        forward, backward = ours(arguments, grad, tile)
-        works = {"forward": forward, "backward": backward, "forward + backward": autograd(wkv4, arguments, grad)}
+        tile = _choose_tile(arguments[2])
+        forward, backward = make_ours(arguments, grad, tile)
+        works = {"forward": forward, "backward": backward, "forward + backward": make_autograd(wkv4, arguments, grad)}
         small = B * T * C < 2**22
         if not isinstance(peer, str):
-            works["fla-core fused_recurrent_rwkv4"] = autograd(peer, arguments, grad)
+            works["fla-core fused_recurrent_rwkv4"] = make_autograd(peer, arguments, grad)
         if small:
             if classic:
                 works["classic forward"], works["classic backward"] = classic.works(arguments, grad)
-            works["scan in torch"] = autograd(with_kernel("scan"), arguments, grad)
-        times = microseconds(works, options.rounds)
+            works["scan in torch"] = make_autograd(with_kernel("scan"), arguments, grad)
+        times = measure_microseconds(works, options.rounds)
         row: dict[str, Any] = {"shape": [B, T, C], "dtype": str(dtype), "tile": tile, "microseconds": times}
         row["bandwidth"] = {
             "forward": 3e6 * moved / times["forward"] / bandwidth,
             "backward": 5e6 * moved / times["backward"] / bandwidth,
         }
         if small:
-            row["relative_error"] = errors(wkv4, arguments, grad)
+            row["relative_error"] = relative_errors(wkv4, arguments, grad)
         rows.append(row)
         print(f"B{B} T{T} C{C} {str(dtype).removeprefix('torch.')}, tile {tile}")
         for name, taken in times.items():
@@ -208,13 +208,13 @@ def main() -> None:
 
     report: dict[str, Any] = {"machine": about, "rounds": options.rounds, "rows": rows, "left_out": left_out}
     if options.tiles:
-        report["tiles"] = tiles()
+        report["tiles"] = measure_tiles()
     for line in left_out:
         print(line)
-    common.save(options.results, "wkv_gpu", title, **report)
+    common.save_results(options.results, "wkv_gpu", title, **report)
 
 
-def tiles() -> list[dict[str, Any]]:
+def measure_tiles() -> list[dict[str, Any]]:
     rows = []
     print(f"\n{'forward / backward, us':32}" + "".join(f"{tile:>18}" for tile in TILES))
     for dtype in (torch.float32, torch.bfloat16):
@@ -223,11 +223,11 @@ def tiles() -> list[dict[str, Any]]:
             (16384, 1024), (32768, 256), (32768, 1024), (65536, 256), (512, 8192), (4096, 8192),
         ]:  # fmt: skip
             B, C = max(1, channels // 512), 512
-            arguments, grad = inputs(B, T, C, dtype, "cuda")
+            arguments, grad = make_inputs(B, T, C, dtype, "cuda")
             works = {}
             for tile in TILES:
-                works[f"{tile} forward"], works[f"{tile} backward"] = ours(arguments, grad, tile)
-            times = microseconds(works, rounds=5, calls=3)
+                works[f"{tile} forward"], works[f"{tile} backward"] = make_ours(arguments, grad, tile)
+            times = measure_microseconds(works, rounds=5, calls=3)
             rows.append({"shape": [B, T, C], "dtype": str(dtype), "microseconds": times})
             cells = (f"{times[f'{tile} forward']:8.1f} / {times[f'{tile} backward']:7.1f}" for tile in TILES)
             print(f"{f'B{B} T{T} C{C} ' + str(dtype).removeprefix('torch.'):32}" + "".join(cells))

@@ -17,10 +17,10 @@ WKV_INLINE float widen(bfloat16 x) {
   return wide;
 }
 
-// Calls f with a number of the type in which a tensor's are: bfloat16 where half, else float32.
+// Calls f with a number of the type in which a tensor's are: bfloat16 where is_bf16, else float32.
 template <typename F>
-void of_type(bool half, const F& f) {
-  half ? f(bfloat16()) : f(float());
+void dispatch_type(bool is_bf16, const F& f) {
+  is_bf16 ? f(bfloat16()) : f(float());
 }
 
 template <typename T>
@@ -57,7 +57,7 @@ WKV_INLINE float sum(int64_t n, const F& term) {
   alignas(64) float sums[LANES] = {};
   int64_t i = 0;
   for (; i + LANES <= n; i += LANES) {
-    WKV_LANES
+    WKV_SIMD
     for (int64_t l = 0; l < LANES; ++l) sums[l] += term(i + l);
   }
   for (int64_t l = 0; l < n - i; ++l) sums[l] += term(i + l);

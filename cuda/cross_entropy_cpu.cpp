@@ -45,7 +45,7 @@ float largest_of(const T* x, int64_t V) {
   // The last piece overlaps the one before it, which changes no maximum.
   for (int64_t v = LANES; v < V; v += LANES) {
     const T* piece = x + std::min(v, V - LANES);
-    WKV_LANES
+    WKV_SIMD
     for (int64_t l = 0; l < LANES; ++l) most[l] = widen(piece[l]) > most[l] ? widen(piece[l]) : most[l];
   }
   return *std::max_element(most, most + LANES);
@@ -83,7 +83,7 @@ void backward(const T* logits, const int64_t* targets, int64_t N, int64_t V, con
       const float of = counts ? grad_nats[n] : 0.0f, most = largest[n], log_sum_n = log_sum[n];
       // Apart, as the sum of the two would be rounded to a share of the largest.
       const auto softmax = [=](int64_t v) { return of * wkv::exp_negative(widen(x[v]) - most - log_sum_n); };
-      WKV_LANES
+      WKV_SIMD
       for (int64_t v = 0; v < V; ++v) to[v] = wkv::narrow<T>(softmax(v));
       // The two of their own are made again, so that each is rounded once.
       for (int64_t v : {counts ? targets[n] : top[n], top[n]}) {
@@ -107,7 +107,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy(const Tensor& logits, c
   }
   const Tensor nats = new_empty(x, {N}, ScalarType::Float), largest = new_empty(x, {N}, ScalarType::Float);
   const Tensor log_sum = new_empty(x, {N}, ScalarType::Float), top = new_empty(x, {N}, ScalarType::Long);
-  wkv::of_type(x.scalar_type() == ScalarType::BFloat16, [&](auto zero) {
+  wkv::dispatch_type(x.scalar_type() == ScalarType::BFloat16, [&](auto zero) {
     forward(data<decltype(zero)>(x), target, N, V, data<float>(nats), data<float>(largest), data<float>(log_sum),
             data<int64_t>(top));
   });
@@ -120,7 +120,7 @@ Tensor cross_entropy_backward(const Tensor& logits, const Tensor& targets, const
   const Tensor x = torch::stable::contiguous(logits), t = torch::stable::contiguous(targets),
                gn = torch::stable::contiguous(grad_nats), gl = torch::stable::contiguous(grad_largest);
   const Tensor grad = torch::stable::empty_like(x);
-  wkv::of_type(x.scalar_type() == ScalarType::BFloat16, [&](auto zero) {
+  wkv::dispatch_type(x.scalar_type() == ScalarType::BFloat16, [&](auto zero) {
     using T = decltype(zero);
     backward(data<T>(x), data<int64_t>(t), N, V, data<float>(largest), data<float>(log_sum), data<int64_t>(top),
              data<float>(gn), data<float>(gl), data<T>(grad));

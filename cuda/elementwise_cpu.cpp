@@ -16,7 +16,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using wkv::data;
 using wkv::narrow;
-using wkv::of_type;
+using wkv::dispatch_type;
 using wkv::widen;
 
 // Some 10 microseconds are worth a thread.
@@ -28,14 +28,14 @@ void parallel(const Tensor& t, const F& f) {
   torch::stable::parallel_for(0, t.numel(), GRAIN, f);
 }
 
-bool is_half(const Tensor& t) { return t.scalar_type() == ScalarType::BFloat16; }
+bool is_bf16(const Tensor& t) { return t.scalar_type() == ScalarType::BFloat16; }
 
 void squared_relu_(Tensor x) {
-  of_type(is_half(x), [&](auto zero) {
+  dispatch_type(is_bf16(x), [&](auto zero) {
     using T = decltype(zero);
     T* p = data<T>(x);
     parallel(x, [=](int64_t begin, int64_t end) {
-      WKV_LANES
+      WKV_SIMD
       for (int64_t i = begin; i < end; ++i) {
         const float root = widen(p[i]) < 0.0f ? 0.0f : widen(p[i]);
         p[i] = narrow<T>(root * root);
@@ -52,12 +52,12 @@ void expect_alike(const char* what, const Tensor& a, const Tensor& b, bool same_
 
 void squared_relu_backward_(Tensor grad, const Tensor& y) {
   expect_alike("squared_relu_backward_: grad and y", grad, y);
-  of_type(is_half(y), [&](auto zero) {
+  dispatch_type(is_bf16(y), [&](auto zero) {
     using T = decltype(zero);
     const T* out = data<T>(y);
     T* g = data<T>(grad);
     parallel(y, [=](int64_t begin, int64_t end) {
-      WKV_LANES
+      WKV_SIMD
       for (int64_t i = begin; i < end; ++i) g[i] = narrow<T>(2.0f * std::sqrt(widen(out[i])) * widen(g[i]));
     });
   });
@@ -69,7 +69,7 @@ Tensor gate(const Tensor& receptance, const Tensor& x, const std::optional<Tenso
   const Tensor r = torch::stable::contiguous(receptance), xc = torch::stable::contiguous(x);
   const std::optional<Tensor> rest = wkv::contiguous(residual);
   const Tensor y = torch::stable::empty_like(rest ? *rest : xc);
-  of_type(is_half(x), [&](auto zero) {
+  dispatch_type(is_bf16(x), [&](auto zero) {
     using T = decltype(zero);
     const T *by = data<T>(r), *value = data<T>(xc);
     const float* old = data<float>(rest);
@@ -77,12 +77,12 @@ Tensor gate(const Tensor& receptance, const Tensor& x, const std::optional<Tenso
     float* sum = rest ? data<float>(y) : nullptr;
     parallel(xc, [=](int64_t begin, int64_t end) {
       if (old) {
-        WKV_LANES
+        WKV_SIMD
         for (int64_t i = begin; i < end; ++i) {
           sum[i] = wkv::multiply_add(wkv::sigmoid(widen(by[i])), widen(value[i]), old[i]);
         }
       } else {
-        WKV_LANES
+        WKV_SIMD
         for (int64_t i = begin; i < end; ++i) out[i] = narrow<T>(wkv::sigmoid(widen(by[i])) * widen(value[i]));
       }
     });
@@ -94,16 +94,16 @@ std::tuple<Tensor, Tensor> gate_backward(const Tensor& grad, const Tensor& recep
   expect_alike("gate_backward: grad and x", grad, x, /*same_type=*/false);
   const Tensor g = torch::stable::contiguous(grad), r = torch::stable::contiguous(receptance),
                xc = torch::stable::contiguous(x);
-  const Tensor dr = torch::stable::empty_like(r), dx = torch::stable::empty_like(xc);
-  of_type(is_half(x), [&](auto zero) {
-    of_type(is_half(g), [&](auto grad_zero) {
+  const Tensor grad_receptance = torch::stable::empty_like(r), grad_x = torch::stable::empty_like(xc);
+  dispatch_type(is_bf16(x), [&](auto zero) {
+    dispatch_type(is_bf16(g), [&](auto grad_zero) {
       using T = decltype(zero);
       using G = decltype(grad_zero);
       const T *by = data<T>(r), *value = data<T>(xc);
       const G* of = data<G>(g);
-      T *to_r = data<T>(dr), *to_x = data<T>(dx);
+      T *to_r = data<T>(grad_receptance), *to_x = data<T>(grad_x);
       parallel(xc, [=](int64_t begin, int64_t end) {
-        WKV_LANES
+        WKV_SIMD
         for (int64_t i = begin; i < end; ++i) {
           const float s = wkv::sigmoid(widen(by[i])), dx_i = s * widen(of[i]);
           to_x[i] = narrow<T>(dx_i);
@@ -112,7 +112,7 @@ std::tuple<Tensor, Tensor> gate_backward(const Tensor& grad, const Tensor& recep
       });
     });
   });
-  return {dr, dx};
+  return {grad_receptance, grad_x};
 }
 
 }  // namespace

@@ -52,10 +52,10 @@ constexpr int TILE = 4;
 struct Matrix {
   const void* data;
   int64_t rows, columns;
-  bool half;
+  bool is_bf16;
 };
 
-WKV_APART float sum_of(const float (&lanes)[LANES]) { return sum_lanes<LANES>(lanes); }
+WKV_NOINLINE float sum_row(const float (&lanes)[LANES]) { return sum_lanes<LANES>(lanes); }
 
 // sums (+)= weights x, LANES of each; FIRST: there are no sums yet. (Zeros written beforehand would be a memset, and the
 // sums in memory for it.)
@@ -64,7 +64,7 @@ WKV_INLINE void accumulate(const W* weight, const float* x, int64_t x_stride, fl
   for (int n = 0; n < N; ++n) {
     const float* with = x + n * x_stride;
     float* sum = sums[n];
-    WKV_LANES
+    WKV_SIMD
     for (int64_t l = 0; l < LANES; ++l) {
       sum[l] = FIRST ? widen(weight[l]) * with[l] : wkv::multiply_add(widen(weight[l]), with[l], sum[l]);
     }
@@ -103,7 +103,7 @@ void multiply_row(const W* row, const float* x, int64_t columns, float* y, int64
     accumulate<false>(row + i, x + i, columns, sums);
   }
   if (i < columns) accumulate_rest<false>(row + i, x + i, columns, columns - i, sums);
-  for (int n = 0; n < N; ++n) y[n * y_stride] = sum_of(sums[n]);
+  for (int n = 0; n < N; ++n) y[n * y_stride] = sum_row(sums[n]);
 }
 
 // The same for a batch, N at a time, then half as many, as long as there are some.
@@ -122,7 +122,7 @@ void multiply(const W* w, const Matrix& m, int64_t begin, int64_t end, const flo
   }
 }
 void multiply(const Matrix& m, int64_t begin, int64_t end, const float* x, int64_t batch, float* y) {
-  if (m.half) {
+  if (m.is_bf16) {
     multiply(static_cast<const bfloat16*>(m.data), m, begin, end, x, batch, y);
   } else {
     multiply(static_cast<const float*>(m.data), m, begin, end, x, batch, y);
@@ -143,21 +143,21 @@ void normalise(const Norm& norm, const float* x, int64_t channels, float* y) {
   const float mean = sum(channels, [=](int64_t c) { return x[c]; }) / float(channels);
   const float variance = sum(channels, [=](int64_t c) { return (x[c] - mean) * (x[c] - mean); }) / float(channels);
   const float scale = 1.0f / std::sqrt(variance + EPSILON);
-  WKV_LANES
+  WKV_SIMD
   for (int64_t c = 0; c < channels; ++c) {
     y[c] = wkv::multiply_add((x[c] - mean) * scale, norm.weight[c], norm.bias[c]);
   }
 }
 
-// From the last token's x to this one's, in the part `by`; last is nullptr where a text begins.
-void mix(const float* by, const float* x, const float* last, int64_t channels, float* y) {
-  if (last == nullptr) {
-    WKV_LANES
+// From the last token's x to this one's, in the part `by`; shift is nullptr where a text begins.
+void mix(const float* by, const float* x, const float* shift, int64_t channels, float* y) {
+  if (shift == nullptr) {
+    WKV_SIMD
     for (int64_t c = 0; c < channels; ++c) y[c] = by[c] * x[c];
     return;
   }
-  WKV_LANES
-  for (int64_t c = 0; c < channels; ++c) y[c] = wkv::multiply_add(by[c], x[c] - last[c], last[c]);
+  WKV_SIMD
+  for (int64_t c = 0; c < channels; ++c) y[c] = wkv::multiply_add(by[c], x[c] - shift[c], shift[c]);
 }
 
 // wkv::decay by our own exp, which a compiler can make vectors of.
@@ -171,7 +171,7 @@ WKV_INLINE float decay(float time_decay) {
 void step_wkv(const float* time_decay, const float* time_first, int64_t begin, int64_t end, int64_t channels,
               const float* key, const float* value, const float* receptance, const float* state, float* output,
               float* new_state) {
-  WKV_LANES
+  WKV_SIMD
   for (int64_t c = begin; c < end; ++c) {
     const float w = decay(time_decay[c]);
     const wkv::State<float> before = {state[c], state[channels + c], state[2 * channels + c], 0.0f};
@@ -225,8 +225,8 @@ class Reader {
                     " is neither float32 nor bfloat16");
     widened_.emplace_back(new float[channels]);
     float* wide = widened_.back().get();
-    const bfloat16* half = wkv::data<const bfloat16>(t);
-    for (int64_t c = 0; c < channels; ++c) wide[c] = widen(half[c]);
+    const bfloat16* source = wkv::data<const bfloat16>(t);
+    for (int64_t c = 0; c < channels; ++c) wide[c] = widen(source[c]);
     return wide;
   }
 
@@ -250,7 +250,7 @@ class Reader {
 };
 
 // Parameters of the model but of its layers, and of one of these.
-constexpr int64_t OUTSIDE = 6, A_LAYER = 18;
+constexpr int64_t PARAMS_OUTSIDE_BLOCKS = 6, PARAMS_PER_BLOCK = 18;
 
 struct Model {
   Reader reader;
@@ -261,14 +261,14 @@ struct Model {
 
   explicit Model(const std::vector<Tensor>& parameters) : reader(parameters) {
     const int64_t count = reader.left();
-    STD_TORCH_CHECK(count >= OUTSIDE && (count - OUTSIDE) % A_LAYER == 0, "rwkv4_step: ", count,
-                    " parameters are not those of an RWKV-4 model");
+    STD_TORCH_CHECK(count >= PARAMS_OUTSIDE_BLOCKS && (count - PARAMS_OUTSIDE_BLOCKS) % PARAMS_PER_BLOCK == 0,
+                    "rwkv4_step: ", count, " parameters are not those of an RWKV-4 model");
     emb = reader.matrix(-1, -1);
     const int64_t C = channels = emb.columns;
-    layers.reserve((count - OUTSIDE) / A_LAYER);
+    layers.reserve((count - PARAMS_OUTSIDE_BLOCKS) / PARAMS_PER_BLOCK);
     // The embedding's norm comes first in the first block.
     ln0 = reader.norm(C);
-    for (int64_t l = 0; l < (count - OUTSIDE) / A_LAYER; ++l) {
+    for (int64_t l = 0; l < (count - PARAMS_OUTSIDE_BLOCKS) / PARAMS_PER_BLOCK; ++l) {
       Layer layer;
       layer.ln1 = reader.norm(C);
       layer.ln2 = reader.norm(C);
@@ -294,7 +294,7 @@ struct Model {
 
 void embed(const Matrix& emb, int64_t token, float* x) {
   const int64_t first = token * emb.columns;
-  if (emb.half) {
+  if (emb.is_bf16) {
     for (int64_t c = 0; c < emb.columns; ++c) x[c] = widen(static_cast<const bfloat16*>(emb.data)[first + c]);
   } else {
     std::memcpy(x, static_cast<const float*>(emb.data) + first, emb.columns * sizeof(float));
@@ -363,11 +363,11 @@ std::tuple<Tensor, Tensor, Tensor> rwkv4_step(std::vector<Tensor> parameters, co
 
     each_row([&](int64_t b) {
       float* normal = wkv::data<float>(new_shifts) + (2 * l * B + b) * C;
-      const float* last = before(l, 0, b);
+      const float* shift = before(l, 0, b);
       normalise(layer.ln1, x + b * C, C, normal);
-      mix(att.mix_k, normal, last, C, mixed_k + b * C);
-      mix(att.mix_v, normal, last, C, mixed_v + b * C);
-      mix(att.mix_r, normal, last, C, mixed_r + b * C);
+      mix(att.mix_k, normal, shift, C, mixed_k + b * C);
+      mix(att.mix_v, normal, shift, C, mixed_v + b * C);
+      mix(att.mix_r, normal, shift, C, mixed_r + b * C);
     });
     parallel(C, 3 * C * B, [&](int64_t begin, int64_t end) {
       multiply(att.key, begin, end, mixed_k, B, key);
@@ -382,17 +382,17 @@ std::tuple<Tensor, Tensor, Tensor> rwkv4_step(std::vector<Tensor> parameters, co
     parallel(C, C * B, [&](int64_t begin, int64_t end) {
       multiply(att.output, begin, end, gated, B, product);
       for (int64_t b = 0; b < B; ++b) {
-        WKV_LANES
+        WKV_SIMD
         for (int64_t c = b * C + begin; c < b * C + end; ++c) x[c] += product[c];
       }
     });
 
     each_row([&](int64_t b) {
       float* normal = wkv::data<float>(new_shifts) + ((2 * l + 1) * B + b) * C;
-      const float* last = before(l, 2, b);
+      const float* shift = before(l, 2, b);
       normalise(layer.ln2, x + b * C, C, normal);
-      mix(ffn.mix_k, normal, last, C, mixed_k + b * C);
-      mix(ffn.mix_r, normal, last, C, mixed_r + b * C);
+      mix(ffn.mix_k, normal, shift, C, mixed_k + b * C);
+      mix(ffn.mix_r, normal, shift, C, mixed_r + b * C);
     });
     const int64_t width = ffn.key.rows;
     parallel(C, (C + width) * B, [&](int64_t begin, int64_t end) {
@@ -401,7 +401,7 @@ std::tuple<Tensor, Tensor, Tensor> rwkv4_step(std::vector<Tensor> parameters, co
       multiply(ffn.key, first, last, mixed_k, B, inner);
       multiply(ffn.receptance, begin, end, mixed_r, B, receptance);
       for (int64_t b = 0; b < B; ++b) {
-        WKV_LANES
+        WKV_SIMD
         for (int64_t f = b * width + first; f < b * width + last; ++f) {
           const float root = inner[f] < 0.0f ? 0.0f : inner[f];
           inner[f] = root * root;
@@ -411,7 +411,7 @@ std::tuple<Tensor, Tensor, Tensor> rwkv4_step(std::vector<Tensor> parameters, co
     parallel(C, width * B, [&](int64_t begin, int64_t end) {
       multiply(ffn.value, begin, end, inner, B, product);
       for (int64_t b = 0; b < B; ++b) {
-        WKV_LANES
+        WKV_SIMD
         for (int64_t c = b * C + begin; c < b * C + end; ++c) {
           x[c] = wkv::multiply_add(sigmoid(receptance[c]), product[c], x[c]);
         }

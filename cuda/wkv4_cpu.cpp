@@ -48,29 +48,29 @@ struct Rows {
 
 // LANES numbers in the type that is computed in: where they lie, or from bfloat16 into `own`.
 template <typename T, typename Width>
-WKV_INLINE const T* widened(const T* row, T*, Width) {
+WKV_INLINE const T* load_row(const T* row, T*, Width) {
   return row;
 }
 template <typename Width>
-WKV_INLINE const float* widened(const bfloat16* row, float* own, Width width) {
+WKV_INLINE const float* load_row(const bfloat16* row, float* own, Width width) {
   const int64_t lanes = width;
-  WKV_LANES
+  WKV_SIMD
   for (int64_t c = 0; c < lanes; ++c) own[c] = wkv::widen(row[c]);
   return own;
 }
 
 // Where LANES results are to be put, and what takes them from there to memory.
 template <typename T>
-WKV_INLINE T* place(T* row, T*) {
+WKV_INLINE T* output_row(T* row, T*) {
   return row;
 }
-WKV_INLINE float* place(bfloat16*, float* own) { return own; }
+WKV_INLINE float* output_row(bfloat16*, float* own) { return own; }
 template <typename T, typename Width>
-WKV_INLINE void write(const T*, T*, Width) {}
+WKV_INLINE void store_row(const T*, T*, Width) {}
 template <typename Width>
-WKV_INLINE void write(const float* own, bfloat16* row, Width width) {
+WKV_INLINE void store_row(const float* own, bfloat16* row, Width width) {
   const int64_t lanes = width;
-  WKV_LANES
+  WKV_SIMD
   for (int64_t c = 0; c < lanes; ++c) row[c] = wkv::narrow<bfloat16>(own[c]);
 }
 
@@ -176,8 +176,8 @@ void forward(const Arguments<T, IO>& a, const T* state, IO* output, T* new_state
     const Rows<const IO> key = a.rows(a.key, b, c0), value = a.rows(a.value, b, c0);
     alignas(64) T own_k[LANES], own_v[LANES];
     for (int64_t t = plan.start(chunk); t < plan.end(chunk); ++t) {
-      const T *k = widened(key[t], own_k, width), *v = widened(value[t], own_v, width);
-      WKV_LANES
+      const T *k = load_row(key[t], own_k, width), *v = load_row(value[t], own_v, width);
+      WKV_SIMD
       for (int64_t c = 0; c < lanes; ++c) s.set(c, wkv::update(s.get(c), w[c], k[c], v[c]).state);
     }
     const Saved<T> to = a.saved(b, plan.end(chunk), c0);
@@ -212,15 +212,15 @@ void forward(const Arguments<T, IO>& a, const T* state, IO* output, T* new_state
         const Saved<T> to = a.saved(b, t, c0);
         for (int64_t c = 0; c < lanes; ++c) to.set(c, s.get(c));
       }
-      const T *k = widened(key[t], own_k, width), *v = widened(value[t], own_v, width);
-      T* y = place(out[t], own_y);
-      WKV_LANES
+      const T *k = load_row(key[t], own_k, width), *v = load_row(value[t], own_v, width);
+      T* y = output_row(out[t], own_y);
+      WKV_SIMD
       for (int64_t c = 0; c < lanes; ++c) {
         const wkv::State<T> before = s.get(c);
         y[c] = wkv::output(before, w[c], u[c], k[c], v[c]).value;
         s.set(c, wkv::update(before, w[c], k[c], v[c]).state);
       }
-      write(y, out[t], width);
+      store_row(y, out[t], width);
     }
     if (chunk == plan.chunks - 1) {
       const Saved<T> to = a.saved(b, plan.steps, c0);
@@ -246,8 +246,8 @@ struct Gradients {
 // Back through one chunk, from the adjoint of the state after it (num and den of LANES channels) to that of the state
 // before. WRITE: the gradients are written as well.
 template <bool WRITE, typename T, typename IO, typename Width>
-void walk_back(const Arguments<T, IO>& a, const Gradients<T, IO>& g, int64_t b, int64_t chunk, int64_t c0, Width width,
-               T* adjoint_num, T* adjoint_den) {
+void backward_chunk(const Arguments<T, IO>& a, const Gradients<T, IO>& g, int64_t b, int64_t chunk, int64_t c0,
+                    Width width, T* adjoint_num, T* adjoint_den) {
   const int64_t lanes = width;
   const Plan& plan = a.plan;
   // A tile, walked forwards: 7 arrays that stay in the first cache, and the values where they are not read in place.
@@ -271,9 +271,9 @@ void walk_back(const Arguments<T, IO>& a, const Gradients<T, IO>& g, int64_t b, 
     const Saved<T> from = a.saved(b, t0, c0);
     for (int64_t c = 0; c < lanes; ++c) s.set(c, from.get(c));
     for (int64_t i = 0; i < length; ++i) {
-      const T *k = widened(key[t0 + i], own_k, width), *v = widened(value[t0 + i], own_v[i], width);
-      const T* gy = widened(grad[t0 + i], own_g, width);
-      WKV_LANES
+      const T *k = load_row(key[t0 + i], own_k, width), *v = load_row(value[t0 + i], own_v[i], width);
+      const T* gy = load_row(grad[t0 + i], own_g, width);
+      WKV_SIMD
       for (int64_t c = 0; c < lanes; ++c) {
         const wkv::State<T> before = s.get(c);
         const wkv::Output<T> o = wkv::output(before, w[c], u[c], k[c], v[c]);
@@ -287,10 +287,10 @@ void walk_back(const Arguments<T, IO>& a, const Gradients<T, IO>& g, int64_t b, 
       }
     }
     for (int64_t i = length - 1; i >= 0; --i) {
-      const T* v = std::is_same_v<T, IO> ? widened(value[t0 + i], own_v[i], width) : own_v[i];
-      T *gk = WRITE ? place(grad_key[t0 + i], own_gk) : nullptr;
-      T *gv = WRITE ? place(grad_value[t0 + i], own_gv) : nullptr;
-      WKV_LANES
+      const T* v = std::is_same_v<T, IO> ? load_row(value[t0 + i], own_v[i], width) : own_v[i];
+      T *gk = WRITE ? output_row(grad_key[t0 + i], own_gk) : nullptr;
+      T *gv = WRITE ? output_row(grad_value[t0 + i], own_gv) : nullptr;
+      WKV_SIMD
       for (int64_t c = 0; c < lanes; ++c) {
         wkv::Adjoint<T> adjoint = {adjoint_num[c], adjoint_den[c]};
         const wkv::StepGradient<T> step =
@@ -302,7 +302,7 @@ void walk_back(const Arguments<T, IO>& a, const Gradients<T, IO>& g, int64_t b, 
           sum_u[c] += step.u, sum_w[c] += step.w;
         }
       }
-      if (WRITE) write(gk, grad_key[t0 + i], width), write(gv, grad_value[t0 + i], width);
+      if (WRITE) store_row(gk, grad_key[t0 + i], width), store_row(gv, grad_value[t0 + i], width);
     }
   }
   if (WRITE) {
@@ -334,7 +334,7 @@ void backward(const Arguments<T, IO>& a, const Gradients<T, IO>& g, const T* gra
     }
     if (chunk == 0) return;
     alignas(64) T num[LANES] = {}, den[LANES] = {};
-    walk_back<false>(a, g, b, chunk, c0, width, num, den);
+    backward_chunk<false>(a, g, b, chunk, c0, width, num, den);
     T* to = adjoint(b, chunk - 1) + c0;
     for (int64_t c = 0; c < lanes; ++c) to[c] = num[c], to[C + c] = den[c];
   });
@@ -358,7 +358,7 @@ void backward(const Arguments<T, IO>& a, const Gradients<T, IO>& g, const T* gra
     alignas(64) T num[LANES], den[LANES];
     const T* from = adjoint(b, chunk) + c0;
     for (int64_t c = 0; c < lanes; ++c) num[c] = from[c], den[c] = from[C + c];
-    walk_back<true>(a, g, b, chunk, c0, width, num, den);
+    backward_chunk<true>(a, g, b, chunk, c0, width, num, den);
     if (chunk == 0) {
       const Saved<T> first = a.saved(b, 0, c0);
       T* gs = grad_state + b * 3 * C + c0;
@@ -379,7 +379,7 @@ void backward(const Arguments<T, IO>& a, const Gradients<T, IO>& g, const T* gra
 
 // f(a number of the type that is computed in, one of the type that keys are in).
 template <typename F>
-void of_types(const Tensor& key, const F& f) {
+void dispatch_types(const Tensor& key, const F& f) {
   using torch::headeronly::ScalarType;
   const ScalarType type = key.scalar_type();
   if (type == ScalarType::Double) return f(0.0, 0.0);
@@ -398,7 +398,7 @@ std::tuple<Tensor, Tensor, Tensor> wkv4_forward(const Tensor& time_decay, const 
   const Tensor output = new_empty(key, {plan.batch, plan.steps, plan.channels});
   const Tensor new_state = new_empty(decay, {plan.batch, 3, plan.channels});
   const Tensor tiles = new_empty(decay, {plan.batch, plan.tiles + 1, 4, plan.channels});
-  of_types(key, [&](auto zero, auto io_zero) {
+  dispatch_types(key, [&](auto zero, auto io_zero) {
     using T = decltype(zero);
     using IO = decltype(io_zero);
     forward<T, IO>({plan, data<T>(decay), data<T>(first), data<IO>(k), data<IO>(v), data<T>(tiles)}, data<T>(s),
@@ -423,7 +423,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> wkv4_backward(const Tensor& t
   const Tensor grad_value = new_empty(key, {plan.batch, plan.steps, plan.channels});
   const Tensor grad_state = new_empty(decay, {plan.batch, 3, plan.channels});
   const Tensor sums = new_empty(decay, {plan.batch, plan.chunks, 2, plan.channels});
-  of_types(key, [&](auto zero, auto io_zero) {
+  dispatch_types(key, [&](auto zero, auto io_zero) {
     using T = decltype(zero);
     using IO = decltype(io_zero);
     backward<T, IO>({plan, data<T>(decay), data<T>(first), data<IO>(k), data<IO>(v), data<T>(saved)},

@@ -25,7 +25,7 @@ MAY_IMPORT = {
 FILES = sorted(SOURCE.rglob("*.py"))
 
 
-def room(module: str) -> str:
+def package_of(module: str) -> str:
     """The first part of a module's name below rwkv_pl; all of hydra_plugins is one room."""
     parts = module.split(".")
     return parts[0] if parts[0] == "hydra_plugins" or len(parts) == 1 else parts[1]
@@ -33,7 +33,7 @@ def room(module: str) -> str:
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.relative_to(SOURCE).as_posix())
 def test_imports_point_one_way(file):
-    here = room(".".join(file.relative_to(SOURCE).with_suffix("").parts))
+    here = package_of(".".join(file.relative_to(SOURCE).with_suffix("").parts))
     if here == "__init__":
         return
     allowed = {here} | MAY_IMPORT[here] | (set() if here in LEAVES else LEAVES)
@@ -46,6 +46,6 @@ def test_imports_point_one_way(file):
             modules = [alias.name for alias in node.names]
         for module in modules:
             if module.startswith(("rwkv_pl.", "hydra_plugins.")):
-                assert room(module) in allowed, f"{file}:{node.lineno} imports {module}"
-                if (here, room(module)) == ("weights", "data"):
+                assert package_of(module) in allowed, f"{file}:{node.lineno} imports {module}"
+                if (here, package_of(module)) == ("weights", "data"):
                     assert module.startswith("rwkv_pl.data.vocabulary."), f"{file}:{node.lineno} imports {module}"

@@ -14,7 +14,7 @@ import pytest
 import torch
 from benchmarks import __main__ as benchmarks
 from benchmarks import common, memory, plot, race, train_step, wkv
-from benchmarks.train_step import SETTINGS, our_step, products
+from benchmarks.train_step import SETTINGS, make_our_step, make_products
 
 TINY = SETTINGS["tiny"]
 ROOT = Path(__file__).parents[1]
@@ -35,7 +35,7 @@ class Pipe(list):
         return self.asked.pop(0)
 
 
-def test_the_list_needs_no_torch():
+def test_benchmark_list_needs_no_torch():
     code = "import sys; sys.argv=['benchmarks']; import benchmarks.__main__ as b; b.main()"
     done = subprocess.run([sys.executable, "-X", "importtime", "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "train_step  A training step" in done.stdout
@@ -52,30 +52,30 @@ def test_a_contestant_is_warmed_up_then_timed_by_the_turn():
     with pytest.raises(EOFError):
         common._timed(maker, 0.02, pipe)
     ready, first, second = pipe
-    a_turn = (len(calls) - common.WARM_UP) // 2
+    a_turn = (len(calls) - common.WARM_UP_CALLS) // 2
     assert ready == "ready" and 2 <= a_turn <= 5
     assert min(first, second) >= 0.004 and max(first, second) < 0.02
 
 
 def test_a_slow_one_is_called_twice_before_its_turns(monkeypatch):
     calls = []
-    monkeypatch.setattr(common, "SLOW", 0.0)
+    monkeypatch.setattr(common, "SLOW_SECONDS", 0.0)
     with pytest.raises(EOFError):
         common._timed(lambda: lambda: calls.append(1), 0.0, Pipe())
     assert len(calls) == 2
 
 
-def test_one_that_fails_says_why():
+def test_failing_contestant_gives_its_reason():
     pipe = Pipe()
     common._process(lambda _: 1 / 0, pipe)
-    assert isinstance(pipe[0], common.Failed) and str(pipe[0]) == "ZeroDivisionError: division by zero"
+    assert isinstance(pipe[0], common.ContestantError) and str(pipe[0]) == "ZeroDivisionError: division by zero"
 
 
 def test_figures():
-    assert common.summary([1.0, 2.0, 3.0, 4.0, 5.0]) == {"median": 3, "low": 2, "high": 4, "min": 1, "max": 5}
-    assert common.summary([7.0])["high"] == 7
-    assert common.spread([0.95, 1.0, 1.02]) == pytest.approx(0.07)
-    assert memory.grown([1.0, 2, 4, 8, 16, 32], [0, 0, 0, 5.0, 20, 80]) == pytest.approx(2)
+    assert common.summarize([1.0, 2.0, 3.0, 4.0, 5.0]) == {"median": 3, "low": 2, "high": 4, "min": 1, "max": 5}
+    assert common.summarize([7.0])["high"] == 7
+    assert common.relative_spread([0.95, 1.0, 1.02]) == pytest.approx(0.07)
+    assert memory.growth_exponent([1.0, 2, 4, 8, 16, 32], [0, 0, 0, 5.0, 20, 80]) == pytest.approx(2)
 
 
 def test_the_remainder_is_that_of_pairs():
@@ -85,7 +85,7 @@ def test_the_remainder_is_that_of_pairs():
         "products, bf16-mixed": [0.5, 0.5, 0.5],
         "rwkv_pl, bf16-mixed": [0.75, 0.65, 0.75],
     }
-    found = train_step.remainders(seconds)
+    found = train_step.compute_remainders(seconds)
     assert found["float32"]["float32 products"]["median"] == pytest.approx(0.1)
     assert found["bf16-mixed"]["float32 products"]["median"] == pytest.approx(0.125)
     assert found["bf16-mixed"]["its own products"]["median"] == pytest.approx(0.5)
@@ -103,7 +103,7 @@ def test_times_and_ratios_are_of_one_run_and_remainders_of_the_pairs(rounds, bes
         return {name: [10.0 + place] * rounds for place, name in enumerate(makers)}
 
     monkeypatch.setattr(train_step, "take_turns", take_turns)
-    found = train_step.measured(TINY, rounds, profiled=False)
+    found = train_step.measure_setting(TINY, rounds, profiled=False)
     (_, of_pairs), (names, of_beside) = runs
     assert (of_pairs, of_beside) == (rounds, beside)
     who = ("products", "rwkv_pl", "rwkv_pl, full", "rwkv_pl, full, compiled", "transformers")
@@ -119,20 +119,20 @@ def test_times_and_ratios_are_of_one_run_and_remainders_of_the_pairs(rounds, bes
 @pytest.mark.parametrize("precision", train_step.PRECISIONS)
 def test_steps_and_products(precision):
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-        products(TINY, precision)()
+        make_products(TINY, precision)()
     of_products = [e for e in profiler.events() if e.name in ("aten::mm", "mkldnn::_linear_pointwise")]
     assert len(of_products) == 3 * (7 * TINY.n_layer + 1)
-    our_step(TINY, precision)()
+    make_our_step(TINY, precision)()
     found = train_step.profile(TINY, precision, full=True, steps=1)["milliseconds"]
     assert set(train_step.PARTS) <= set(found)
 
 
 def test_a_part_is_that_of_the_nearest_caller():
     node = SimpleNamespace(name="autograd::engine::evaluate_function: LerpBackward1", cpu_parent=None)
-    assert train_step.part_of(SimpleNamespace(name="aten::mul", cpu_parent=node)) == "LayerNorm, shift, mixes"
-    assert train_step.part_of(SimpleNamespace(name="aten::mul", cpu_parent=None)) == "gates"
-    assert train_step.part_of(SimpleNamespace(name="rwkv_pl::wkv4_backward", cpu_parent=None)) == "WKV"
-    assert train_step.part_of(SimpleNamespace(name="aten::add", cpu_parent=None)) == "rest"
+    assert train_step.find_part(SimpleNamespace(name="aten::mul", cpu_parent=node)) == "LayerNorm, shift, mixes"
+    assert train_step.find_part(SimpleNamespace(name="aten::mul", cpu_parent=None)) == "gates"
+    assert train_step.find_part(SimpleNamespace(name="rwkv_pl::wkv4_backward", cpu_parent=None)) == "WKV"
+    assert train_step.find_part(SimpleNamespace(name="aten::add", cpu_parent=None)) == "rest"
 
 
 @pytest.mark.parametrize("name", ["rwkv_pl", "GPT of torch's layers"])
@@ -141,12 +141,12 @@ def test_a_runner_of_the_race_learns(name, tmp_path):
     path.write_bytes(b"abcdefgh" * 2000)
     pipe = Pipe((0.0,), (0.3,))
     with pytest.raises(EOFError):
-        race.runner(name, race.TINY, 1e-2, 0.3, path, pipe)
+        race.run_contestant(name, race.TINY, 1e-2, 0.3, path, pipe)
     size, before, after = pipe
     assert size > 10_000
     assert before["steps"] == 0 and before["bits_per_byte"] == pytest.approx(8, abs=1)
     assert after["seconds"] >= 0.3 and after["steps"] > 1 and after["bits_per_byte"] < before["bits_per_byte"] - 0.3
-    assert race.compressors(race.text(race.TINY, path))["xz -9"] < 2
+    assert race.measure_compressors(race.open_text(race.TINY, path))["xz -9"] < 2
 
 
 def test_the_gpt_sees_no_future():
@@ -165,10 +165,10 @@ def test_memory_of_a_step():
     assert figures["gradients_mb"] == pytest.approx(4 * 42_560 / 2**20, rel=0.1)
 
 
-def results(folder):
+def write_results(folder):
     """Made up results of all that is drawn but the small setting's step."""
-    about = {"title": "made up", "machine": common.machine()}
-    row = common.summary([1.0, 2.0, 4.0])
+    about = {"title": "made up", "machine": common.describe_machine()}
+    row = common.summarize([1.0, 2.0, 4.0])
     steps = dict.fromkeys(["products, float32", "rwkv_pl, float32", "transformers, float32"], row)
     step = {"setting": {"n_layer": 1, "n_embd": 2, "rows": 3, "steps": 4}, "seconds": steps}
     curve = [{"seconds": x, "steps": x, "bits_per_byte": 8 / (x + 1)} for x in range(4)]
@@ -186,7 +186,7 @@ def results(folder):
 
 
 def test_the_pictures(tmp_path):
-    results(tmp_path)
+    write_results(tmp_path)
     plot.draw_all(tmp_path, tmp_path)
     plot.draw_race(tmp_path, tmp_path)
     assert (tmp_path / "benchmarks.png").stat().st_size > 10_000
@@ -195,14 +195,14 @@ def test_the_pictures(tmp_path):
 
 def test_panels_are_those_of_readable_results(tmp_path, monkeypatch, capsys):
     figures = []
-    monkeypatch.setattr(plot, "write", lambda figure, _: figures.append(figure))
-    step = results(tmp_path)["train_step"]["settings"]["classic"]
+    monkeypatch.setattr(plot, "write_figure", lambda figure, _: figures.append(figure))
+    step = write_results(tmp_path)["train_step"]["settings"]["classic"]
     # The products of another run than the bars have no ratio.
     old = step | {"times_ours": {"rwkv_pl, float32": 1.0}}
-    content = {"machine": common.machine(), "settings": {"classic": old}}
+    content = {"machine": common.describe_machine(), "settings": {"classic": old}}
     (tmp_path / "train_step.json").write_text(json.dumps(content))
     (tmp_path / "wkv.json").write_text("{")
-    content = {"machine": common.machine(), "tokens_per_second": {"rwkv_pl": {"median": 1.0}}}
+    content = {"machine": common.describe_machine(), "tokens_per_second": {"rwkv_pl": {"median": 1.0}}}
     (tmp_path / "generate.json").write_text(json.dumps(content))
     plot.draw_all(tmp_path, tmp_path)
     assert [axes.get_title().split()[0] for axes in figures[0].axes] == ["time", "memory"]
@@ -213,7 +213,7 @@ def test_panels_are_those_of_readable_results(tmp_path, monkeypatch, capsys):
     assert how == ", ".join(f"python -m benchmarks {name}" for name in ("train_step", "wkv", "generate"))
 
 
-def test_no_picture_of_nothing(tmp_path, capsys):
+def test_no_picture_without_results(tmp_path, capsys):
     plot.draw_all(tmp_path, tmp_path)
     plot.draw_race(tmp_path, tmp_path)
     assert not list(tmp_path.iterdir())
@@ -222,7 +222,7 @@ def test_no_picture_of_nothing(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "message"),
     [
         ("startup --threads 0", "--threads: 0 is not a whole number from 1"),
         ("loop --rounds -3", "--rounds: -3 is not a whole number from 1"),
@@ -241,18 +241,18 @@ def test_no_picture_of_nothing(tmp_path, capsys):
         ("gpu --budget 0", "--budget: 0 is not a number above 0"),
     ],
 )
-def test_wrong_options_are_refused(line, told, tmp_path, monkeypatch, capsys):
+def test_wrong_options_are_refused(line, message, tmp_path, monkeypatch, capsys):
     (tmp_path / "taken").touch()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["benchmarks", *line.split()])
     with pytest.raises(SystemExit) as end:
         benchmarks.main()
     printed = capsys.readouterr()
-    assert end.value.code == 2 and told in printed.err.splitlines()[-1] and not printed.out
+    assert end.value.code == 2 and message in printed.err.splitlines()[-1] and not printed.out
 
 
 def test_options_that_all_benchmarks_have(tmp_path, monkeypatch, capsys):
-    for name in (*benchmarks.NAMES, *benchmarks.ON_A_GPU):
+    for name in (*benchmarks.NAMES, *benchmarks.GPU_NAMES):
         monkeypatch.setattr(sys, "argv", ["benchmarks", "--help"])
         with pytest.raises(SystemExit):
             import_module(f"benchmarks.{name}").main()
@@ -260,13 +260,13 @@ def test_options_that_all_benchmarks_have(tmp_path, monkeypatch, capsys):
         options = ("--results", "--docs") if name == "plot" else ("--results", "--rounds", "--threads")
         assert all(option in told for option in options)
     given = ["--rounds=1", f"--results={tmp_path}"]
-    words = benchmarks.of_all(given)
+    words = benchmarks.options_of_all(given)
     assert words.pop("plot") == given[1:] and all(each == given for each in words.values())
 
 
 def test_the_floor_of_wkv():
-    assert wkv.moved((2, 3, 5), torch.bfloat16) == 8 * 30 * 2
-    assert math.isfinite(wkv.worst_error("scan", (1, 5, 3)))
+    assert wkv.bytes_moved((2, 3, 5), torch.bfloat16) == 8 * 30 * 2
+    assert math.isfinite(wkv.measure_worst_error("scan", (1, 5, 3)))
 
 
 @pytest.mark.slow

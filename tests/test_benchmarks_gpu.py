@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from benchmarks import gpu
-from benchmarks.gpu import Row, Run, measured, times_transformers
+from benchmarks.gpu import Row, Run, ratios_to_transformers, run_measurement
 from benchmarks.gpu_runs import Blocks, Finding, Scale, Unavailable
 
 ROOT = Path(__file__).parents[1]
@@ -54,7 +54,7 @@ def is_gone(pid):
 
 
 def test_successful_run_is_a_row_with_its_figures():
-    row = measured(Run("part", "name", succeed, 10), TINY, 10)
+    row = run_measurement(Run("part", "name", succeed, 10), TINY, 10)
     assert (row.part, row.name, row.status, row.summary) == ("part", "name", "ok", "done")
     assert row.figures == {"device": "cpu"} and not row.log
 
@@ -69,7 +69,7 @@ def test_successful_run_is_a_row_with_its_figures():
     ],
 )
 def test_failed_run_is_a_row_with_the_reason(measure, status, summary):
-    row = measured(Run("part", "name", measure, 10), TINY, 10)
+    row = run_measurement(Run("part", "name", measure, 10), TINY, 10)
     assert (row.status, row.summary, row.figures) == (status, summary, {})
     if measure is fail:
         assert "about to fail" in row.log and "ValueError" in row.log
@@ -83,7 +83,7 @@ def test_timeout_kills_a_run_and_its_children(tmp_path):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         time.sleep(60)
 
-    row = measured(Run("part", "name", hang, 1.0), TINY, 100)
+    row = run_measurement(Run("part", "name", hang, 1.0), TINY, 100)
     assert (row.status, row.summary) == ("timeout", "stopped at its limit of 1 s")
     assert is_gone(path.read_text())
 
@@ -93,9 +93,9 @@ def test_run_without_a_gpu_or_time_left_is_not_started(tmp_path):
         (tmp_path / "started").touch()
 
     rows = [
-        measured(Run("part", "name", touch, 10, needs_gpu=True), TINY, 10),
-        measured(Run("part", "name", touch, 10, not_tiny=True), TINY, 10),
-        measured(Run("part", "name", touch, 10), TINY, 0.0),
+        run_measurement(Run("part", "name", touch, 10, needs_gpu=True), TINY, 10),
+        run_measurement(Run("part", "name", touch, 10, not_tiny=True), TINY, 10),
+        run_measurement(Run("part", "name", touch, 10), TINY, 0.0),
     ]
     assert [row.summary for row in rows] == ["needs a GPU", "not at tiny sizes", "no time is left"]
     assert [row.status for row in rows] == ["unavailable", "skipped", "skipped"]
@@ -104,13 +104,13 @@ def test_run_without_a_gpu_or_time_left_is_not_started(tmp_path):
 
 def test_budget_limits_all_runs_and_results_are_written_after_each(tmp_path, monkeypatch, capsys):
     written = []
-    saved = gpu.save
+    saved = gpu.save_results
 
     def save(folder, name, *about, **content):
         saved(folder, name, *about, **content)
         written.append(len(json.loads((folder / f"{name}.json").read_text())["rows"]))
 
-    monkeypatch.setattr(gpu, "save", save)
+    monkeypatch.setattr(gpu, "save_results", save)
     runs = [Run("kernels", "first", succeed, 9), Run("step", "left out", die, 9)]
     runs += [Run("kernels", "second", lambda scale: time.sleep(60), 9), Run("kernels", "third", succeed, 9)]
     monkeypatch.setattr(gpu, "RUNS", runs)
@@ -176,7 +176,7 @@ def test_ratio_to_transformers_at_the_same_batch_and_precision():
         row("step", "transformers, bf16", 3.0),
         Row("batch", "transformers, bf16", "timeout", "", 1.0, {}),
     ]
-    assert times_transformers(rows) == {"step: rwkv-train, float32": 4.0, "step: rwkv-train, bf16": 12.0}
+    assert ratios_to_transformers(rows) == {"step: rwkv-train, float32": 4.0, "step: rwkv-train, bf16": 12.0}
 
 
 def test_warm_up_block_is_not_timed():

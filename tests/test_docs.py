@@ -16,14 +16,14 @@ from types import ModuleType
 import pytest
 import torch
 import yaml
-from benchmarks.__main__ import NAMES, ON_A_GPU
+from benchmarks.__main__ import GPU_NAMES, NAMES
 from omegaconf import DictConfig, OmegaConf
 
 from rwkv_pl import RWKV4, RWKV4Config
 from rwkv_pl.cli import convert, doctor, generate, report
 from rwkv_pl.cli.arguments import parse_arguments
 from rwkv_pl.compose import (
-    check,
+    check_config,
     compose,
     is_group_choice,
     parse_overrides,
@@ -111,7 +111,7 @@ def test_a_command(words, mine, monkeypatch):
     elif name == "pip":
         check_pip(arguments)
     elif words[:3] == ("python", "-m", "benchmarks") and arguments[2:]:
-        assert arguments[2] in (*NAMES, *ON_A_GPU)
+        assert arguments[2] in (*NAMES, *GPU_NAMES)
         check_arguments(importlib.import_module(f"benchmarks.{arguments[2]}"), arguments[3:], monkeypatch)
     elif words[:2] == ("python", "-m"):
         assert find_spec(arguments[1])
@@ -143,7 +143,7 @@ def check_overrides(name: str, arguments: list[str]) -> None:
         if name == "rwkv-eval":
             to_dataclass(to_plain_dict(config), Eval)
         else:
-            check(config, [o for o in fixed if o.key_or_group == "plugins"], args.config_dir)
+            check_config(config, [o for o in fixed if o.key_or_group == "plugins"], args.config_dir)
 
 
 @functools.cache
@@ -165,7 +165,7 @@ def check_arguments(module: ModuleType, arguments: list[str], monkeypatch: pytes
 
     monkeypatch.setattr("sys.argv", [module.__name__, *arguments])
     if module is generate:
-        assert generate.parse().weights
+        assert generate.parse_arguments().weights
         return
     monkeypatch.setattr("argparse.ArgumentParser.parse_args", parse)
     for variable in ("GOMP_SPINCOUNT", "HYDRA_FULL_ERROR"):

@@ -9,17 +9,17 @@ import pytest
 import torch
 
 from rwkv_pl import files
-from rwkv_pl.files import in_words, publish, replace
+from rwkv_pl.files import atomic_write, describe_os_error, replace_with_retry
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
-def test_what_torch_says_of_a_full_disk_is_told_by_its_cause(tmp_path, monkeypatch):
+def test_full_disk_error_of_torch_is_reported_by_its_cause(tmp_path, monkeypatch):
     """torch.save makes a RuntimeError of its own of it; /dev/full refuses every write."""
-    monkeypatch.setattr(files._Remembering, "__init__", lambda self, *_: io.FileIO.__init__(self, "/dev/full", "wb"))
-    with pytest.raises(OSError) as caught, publish(tmp_path / "x") as file:
+    monkeypatch.setattr(files._ErrorRecorder, "__init__", lambda self, *_: io.FileIO.__init__(self, "/dev/full", "wb"))
+    with pytest.raises(OSError) as caught, atomic_write(tmp_path / "x") as file:
         torch.save({"weights": torch.zeros(100_000)}, file)
     assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path / "x"))
-    assert in_words(caught.value) == f"disk full: {tmp_path / 'x'} was not written"
+    assert describe_os_error(caught.value) == f"disk full: {tmp_path / 'x'} was not written"
     assert not list(tmp_path.iterdir())
 
 
@@ -27,52 +27,52 @@ def refuse_always(*args):
     raise PermissionError(errno.EACCES, "Access is denied")
 
 
-def test_a_file_that_another_process_has_open_is_tried_again(tmp_path, monkeypatch):
+def test_replace_is_retried_while_another_process_has_the_file_open(tmp_path, monkeypatch):
     """As Windows refuses it."""
-    refusals, whole = [], Path.replace
+    refusals, original = [], Path.replace
 
     def refuse(self, target):
         if len(refusals) < 2:
             refusals.append(self)
             refuse_always()
-        return whole(self, target)
+        return original(self, target)
 
     monkeypatch.setattr(Path, "replace", refuse)
     monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
     (tmp_path / "a").write_text("new")
     (tmp_path / "b").write_text("old")
-    replace(tmp_path / "a", tmp_path / "b")
+    replace_with_retry(tmp_path / "a", tmp_path / "b")
     assert (tmp_path / "b").read_text() == "new"
     monkeypatch.setattr(Path, "replace", refuse_always)
     with pytest.raises(PermissionError):
-        replace(tmp_path / "b", tmp_path / "a")
+        replace_with_retry(tmp_path / "b", tmp_path / "a")
     assert (tmp_path / "b").read_text() == "new"
 
 
-def test_a_folder_need_not_know_fsync(tmp_path, monkeypatch):
+def test_folder_without_fsync(tmp_path, monkeypatch):
     """Windows opens no folder."""
-    whole = os.open
+    original = os.open
 
     def refuse(path, *args, **kwargs):
         if Path(path) == tmp_path:
             raise PermissionError(errno.EACCES, "Permission denied")
-        return whole(path, *args, **kwargs)
+        return original(path, *args, **kwargs)
 
     monkeypatch.setattr(os, "open", refuse)
-    with publish(tmp_path / "x") as file:
+    with atomic_write(tmp_path / "x") as file:
         file.write(b"whole")
     assert (tmp_path / "x").read_bytes() == b"whole"
 
 
-def test_what_is_published_is_whole(tmp_path: Path) -> None:
+def test_atomic_write_leaves_a_complete_file_or_none(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"old")
-    with pytest.raises(KeyboardInterrupt), publish(path) as file:
+    with pytest.raises(KeyboardInterrupt), atomic_write(path) as file:
         file.write(b"half")
         raise KeyboardInterrupt
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
     assert path.read_bytes() == b"old"
-    with publish(path) as file:
+    with atomic_write(path) as file:
         file.write(b"new")
         file.flush()
         assert path.read_bytes() == b"old"

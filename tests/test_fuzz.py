@@ -55,9 +55,9 @@ def is_clean(result: Result) -> bool:
     )
 
 
-def mutated(whole: bytes, draw: random.Random) -> bytes:
+def mutate(data: bytes, draw: random.Random) -> bytes:
     """One of the ways in which disks, networks and people spoil a file."""
-    content, kind = bytearray(whole), draw.randrange(6)
+    content, kind = bytearray(data), draw.randrange(6)
     at, length = draw.randrange(len(content)), draw.randrange(1, 600)
     if kind <= 1:
         content[at] ^= 1 << draw.randrange(8)
@@ -72,13 +72,13 @@ def mutated(whole: bytes, draw: random.Random) -> bytes:
     return bytes(content)
 
 
-def same(one: Any, other: Any) -> bool:
+def are_equal(one: Any, other: Any) -> bool:
     if isinstance(one, torch.Tensor):
         return isinstance(other, torch.Tensor) and torch.equal(one, other)
     if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
+        return one.keys() == other.keys() and all(are_equal(value, other[key]) for key, value in one.items())
     if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(same, one, other))
+        return len(one) == len(other) and all(map(are_equal, one, other))
     return one == other
 
 
@@ -89,12 +89,12 @@ def test_four_hundred_spoilt_checkpoints(run, tmp_path):
     weights = load_weights(run / "checkpoints" / "last.ckpt")[0].state_dict()
     draw, path, refused = random.Random(1), tmp_path / "x.ckpt", 0
     for number in range(400):
-        path.write_bytes(mutated(whole, draw))
+        path.write_bytes(mutate(whole, draw))
         try:
             if number % 2:
-                assert same(content, read_checkpoint(path))
+                assert are_equal(content, read_checkpoint(path))
             else:
-                assert same(weights, load_weights(path)[0].state_dict())
+                assert are_equal(weights, load_weights(path)[0].state_dict())
         except UserError as error:
             assert "\n" not in str(error)
             assert str(path) in str(error)
@@ -102,18 +102,18 @@ def test_four_hundred_spoilt_checkpoints(run, tmp_path):
     assert refused > 350  # the others were changed where nothing is kept: between the parts of the archive
 
 
-def places(content: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+def walk_places(content: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     if path:
         yield path
     if isinstance(content, dict):
         for key in content:
-            yield from places(content[key], (*path, key))
+            yield from walk_places(content[key], (*path, key))
     elif isinstance(content, list):
         for index in range(min(len(content), 2)):
-            yield from places(content[index], (*path, index))
+            yield from walk_places(content[index], (*path, index))
 
 
-def put(content: Any, path: tuple[Any, ...], value: Any) -> None:
+def set_at(content: Any, path: tuple[Any, ...], value: Any) -> None:
     for key in path[:-1]:
         content = content[key]
     if value is KeyError:
@@ -129,21 +129,21 @@ def wrong_checkpoints(run: Path, number: int, seed: int) -> Iterator[tuple[bytes
     """Whole archives whose content is another: a part is missing, or of another kind."""
     whole = (run / "checkpoints" / "last.ckpt").read_bytes()
     draw = random.Random(seed)
-    spots = list(places(torch.load(io.BytesIO(whole), weights_only=True)))
+    spots = list(walk_places(torch.load(io.BytesIO(whole), weights_only=True)))
     outer = [spot for spot in spots if len(spot) <= 2]
     for _ in range(number):
         content = torch.load(io.BytesIO(whole), weights_only=True)
         spot, value = draw.choice(draw.choice([spots, outer])), draw.choice(WRONG)
-        put(content, spot, value)
+        set_at(content, spot, value)
         file = io.BytesIO()
         torch.save(content, file)
         yield file.getvalue(), f"{spot} = {value}"
 
 
-HOW_MANY = pytest.mark.parametrize("n", [8, pytest.param(400, marks=pytest.mark.slow)])
+SAMPLE_SIZES = pytest.mark.parametrize("n", [8, pytest.param(400, marks=pytest.mark.slow)])
 
 
-@HOW_MANY
+@SAMPLE_SIZES
 def test_checkpoints_of_another_content(run, tmp_path, command, n):
     """As a stranger might have made them. One that is taken leads to a run that ends in order."""
     for file, what in wrong_checkpoints(run, n, seed=2):
@@ -160,7 +160,7 @@ def test_checkpoints_of_another_content(run, tmp_path, command, n):
 VALUES = ("null", "abc", "-1", "0", "1e400", ".nan", "[1, 2]", "{a: 1}", "true", "7")
 
 
-def wrong_config(text: str, draw: random.Random) -> str:
+def mutate_config(text: str, draw: random.Random) -> str:
     lines = text.splitlines(keepends=True)
     at, kind = draw.randrange(len(lines)), draw.randrange(6)
     key = lines[at].partition(":")[0]
@@ -175,11 +175,11 @@ def wrong_config(text: str, draw: random.Random) -> str:
     elif kind == 3:
         lines.insert(at, lines[draw.randrange(len(lines))])
     else:
-        return mutated(text.encode(), draw).decode(errors=draw.choice(["replace", "ignore", "surrogateescape"]))
+        return mutate(text.encode(), draw).decode(errors=draw.choice(["replace", "ignore", "surrogateescape"]))
     return "".join(lines)
 
 
-@HOW_MANY
+@SAMPLE_SIZES
 def test_spoilt_configs(run, tmp_path, command, n):
     text = (run / ".hydra" / "config.yaml").read_text()
     draw = random.Random(8)
@@ -187,7 +187,7 @@ def test_spoilt_configs(run, tmp_path, command, n):
     for _ in range(n):
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
         shutil.copytree(run, tmp_path / "run")
-        config = wrong_config(text, draw)
+        config = mutate_config(text, draw)
         (tmp_path / "run" / ".hydra" / "config.yaml").write_text(config, errors="surrogateescape")
         result = command("resume=run", *HELD)
         assert is_clean(result), (config, result)
@@ -209,14 +209,14 @@ def test_two_hundred_spoilt_token_files(tmp_path, monkeypatch):
     assert len(files) == 3
     for _ in range(150):
         file = draw.choice(files)
-        file.write_bytes(mutated(file.read_bytes(), draw))
+        file.write_bytes(mutate(file.read_bytes(), draw))
         assert build_vocabulary("char", corpus) == vocabulary
         again = open_tokens(corpus, vocabulary)
         assert again.splits == tokens.splits
         assert (again.tokens == expected).all()
     whole = path.read_bytes()
     for _ in range(50):
-        path.write_bytes(spoilt := mutated(whole, draw))
+        path.write_bytes(spoilt := mutate(whole, draw))
         if spoilt:
             assert (Text(path).open().digest == corpus.digest) == (spoilt == whole)
 
@@ -231,9 +231,11 @@ def test_thirty_through_the_command(run, tmp_path):
         folder = tmp_path / str(number)
         shutil.copytree(run.parent, folder)
         if number % 3 == 0:
-            (folder / "run" / ".hydra" / "config.yaml").write_text(wrong_config(config, draw), errors="surrogateescape")
+            (folder / "run" / ".hydra" / "config.yaml").write_text(
+                mutate_config(config, draw), errors="surrogateescape"
+            )
         else:
-            spoilt = mutated(checkpoint, draw) if number % 3 == 1 else next(wrong)[0]
+            spoilt = mutate(checkpoint, draw) if number % 3 == 1 else next(wrong)[0]
             (folder / "run" / "checkpoints" / "last.ckpt").unlink()
             (folder / "run" / "checkpoints" / "last.ckpt").write_bytes(spoilt)
         result = forks.run(folder, "resume=run", *HELD)

@@ -104,7 +104,7 @@ def threads(monkeypatch):
 @pytest.mark.parametrize(("quota", "processes", "expected"), [(2, 1, 2), (3, 2, 1), (1, 4, 1)])
 def test_a_quota_bounds_the_threads(groups, eight_cores, threads, quota, processes, expected):
     groups("0::/\n", {"cpu.max": f"{quota}00000 100000"})
-    limits.use_usable_cores(processes)
+    limits.limit_threads(processes)
     assert (torch.get_num_threads(), os.environ["OMP_NUM_THREADS"]) == (expected, str(expected))
 
 
@@ -113,7 +113,7 @@ def test_the_users_number_and_a_wide_quota_change_nothing(groups, eight_cores, t
     groups("0::/\n", {"cpu.max": "100000 100000" if named else "500000 100000"})
     if named:
         monkeypatch.setenv(named, "4")
-    limits.use_usable_cores()
+    limits.limit_threads()
     assert torch.get_num_threads() == 4
     assert named == "OMP_NUM_THREADS" or "OMP_NUM_THREADS" not in os.environ
 
@@ -131,9 +131,9 @@ def test_jobs_of_a_sweep_share_the_quota(groups, eight_cores, monkeypatch, tmp_p
 
     monkeypatch.setattr(pool.subprocess, "Popen", no_process)
     with pytest.raises(OSError):
-        pool._begin(pool.Job([], tmp_path), 2, {})
+        pool._start_job(pool.Job([], tmp_path), 2, {})
     assert started.pop()["OMP_NUM_THREADS"] == "2"
     monkeypatch.setenv("MKL_NUM_THREADS", "3")
     with pytest.raises(OSError):
-        pool._begin(pool.Job([], tmp_path), 2, {})
+        pool._start_job(pool.Job([], tmp_path), 2, {})
     assert "OMP_NUM_THREADS" not in started[0]

@@ -46,13 +46,13 @@ def make(tmp_path):
     return run
 
 
-def test_the_newest_that_serves(make):
+def test_newest_supported_python_is_used(make):
     result = make({"python3": (3, 9), "python3.11": (3, 11), "python3.13": (3, 13), "python3.14": "no venv"})
     assert result.returncode == 0
     assert "python3.13 -m venv .venv" in result.stdout
 
 
-def test_a_name_of_ones_own(make):
+def test_python_named_by_the_user(make):
     result = make({"python3.13": (3, 13), "mine": (3, 12)}, "PYTHON=mine")
     assert "mine -m venv .venv" in result.stdout
 
@@ -67,7 +67,7 @@ def test_a_name_of_ones_own(make):
         ({"python3": (3, 12), "old": (3, 8)}, ["PYTHON=old"], "found old is 3.8, but"),
     ],
 )
-def test_none_that_serves_is_one_line_and_leaves_no_environment(make, tmp_path, pythons, arguments, found):
+def test_no_supported_python_gives_one_line_error_and_no_environment(make, tmp_path, pythons, arguments, found):
     result = make(pythons, *arguments)
     assert result.returncode == 2
     said, made = result.stderr.strip().split("\n")  # the second is make's own
@@ -76,7 +76,7 @@ def test_none_that_serves_is_one_line_and_leaves_no_environment(make, tmp_path, 
     assert not (tmp_path / ".venv").exists()
 
 
-def test_an_environment_that_serves_is_kept_and_another_replaced(make, tmp_path):
+def test_supported_environment_is_kept_and_another_replaced(make, tmp_path):
     make({"python3": (3, 12)})
     os.utime(tmp_path / "pyproject.toml", (2e9, 2e9))
     (tmp_path / ".venv" / "mine").touch()

@@ -20,7 +20,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rwkv_pl.config import GROUPS, Train, check_kind, check_kinds, check_trainer, nearest, split_own
+from rwkv_pl.config import GROUPS, Train, check_kind, check_kinds, check_trainer, split_own_arguments, suggest_key
 from rwkv_pl.errors import UserError, one_line
 from rwkv_pl.targets import MOVED, check_target, find_targets, trusted_modules
 
@@ -132,7 +132,7 @@ def require_key(key: str, config: Any) -> None:
             if seen.startswith("trainer."):
                 check_trainer({part: None}, trainer_defaults())
             names = [name for name in node if name != "hydra"] if isinstance(node, dict | DictConfig) else []
-            hint = nearest(part, names) if names else f"; {seen.rstrip('.')} is a value"
+            hint = suggest_key(part, names) if names else f"; {seen.rstrip('.')} is a value"
             if seen == "optim.":
                 hint += (
                     "; further arguments of the class are keys of a file of yours, DIR/optim/NAME.yaml (--config-dir)"
@@ -155,7 +155,7 @@ def trainer_defaults() -> dict[str, Any]:
     return OmegaConf.to_container(OmegaConf.create(text))  # type: ignore[return-value]
 
 
-def check(config: DictConfig, overrides: Sequence[Override] = (), config_dir: str | None = None) -> Train:
+def check_config(config: DictConfig, overrides: Sequence[Override] = (), config_dir: str | None = None) -> Train:
     """The composed config, its types and ranges held. Raises UserError: the key, what was given, what is allowed."""
     plain = to_plain_dict(config)
     for group in GROUPS[:-1]:
@@ -169,7 +169,7 @@ def check(config: DictConfig, overrides: Sequence[Override] = (), config_dir: st
         base = compose(list(choices.values()), config_dir)
         for group in ("callbacks", "logger"):
             check_kinds(group, plain[group], OmegaConf.to_container(base[group]))
-        check_kinds("optim", plain["optim"], split_own(OmegaConf.to_container(base.optim))[1])  # type: ignore[arg-type]
+        check_kinds("optim", plain["optim"], split_own_arguments(OmegaConf.to_container(base.optim))[1])  # type: ignore[arg-type]
     defaults = trainer_defaults()
     plain["trainer"] = defaults | plain["trainer"]
     check_trainer(plain["trainer"], defaults)
@@ -193,7 +193,7 @@ def check(config: DictConfig, overrides: Sequence[Override] = (), config_dir: st
         raise UserError(
             "an experiment's file begins with the line '# @package _global_': without it its settings go astray"
         )
-    common, own = split_own(plain["optim"])
+    common, own = split_own_arguments(plain["optim"])
     return to_dataclass(plain | {"optim": common | {"own": own}}, Train)
 
 
@@ -218,7 +218,7 @@ def to_dataclass(plain: dict[str, Any], schema: type[Schema]) -> Schema:
         if "not in" in str(error.msg):
             parent = key.rpartition(".")[0]
             keys = OmegaConf.select(OmegaConf.structured(schema), parent) if parent else OmegaConf.structured(schema)
-            raise UserError(f"{key} is not a setting{nearest(key.rpartition('.')[2], keys)}") from error
+            raise UserError(f"{key} is not a setting{suggest_key(key.rpartition('.')[2], keys)}") from error
         raise UserError(f"{key}: {one_line(str(error.msg).split('full_key')[0])}") from error
 
 

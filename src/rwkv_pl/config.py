@@ -29,9 +29,9 @@ class RWKV4Config:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        at_least("model.n_layer", self.n_layer, 1)
-        at_least("model.n_embd", self.n_embd, 1)
-        between("model.dropout", self.dropout, 0, 1)
+        check_at_least("model.n_layer", self.n_layer, 1)
+        check_at_least("model.n_embd", self.n_embd, 1)
+        check_between("model.dropout", self.dropout, 0, 1)
 
 
 MODEL_CONFIGS = {"rwkv4": RWKV4Config}
@@ -78,8 +78,8 @@ class Data:
     field: str = "text"
 
     def __post_init__(self) -> None:
-        one_of("data.name", self.name, tuple(CORPORA))
-        one_of("data.vocab", self.vocab, VOCABULARIES)
+        check_one_of("data.name", self.name, tuple(CORPORA))
+        check_one_of("data.vocab", self.vocab, VOCABULARIES)
         corpus = CORPORA[self.name]
         if self.vocab_path and self.vocab != "20b":
             raise UserError(f"data.vocab_path is the json of data.vocab=20b, the config has {self.vocab}: leave it out")
@@ -92,8 +92,8 @@ class Data:
         if self.vocab not in corpus.vocabularies:
             raise UserError(f"data={self.name} takes data.vocab={' or '.join(corpus.vocabularies)}, got {self.vocab}")
         for name in ("batch_size", "ctx_len", "eval_batch_size"):
-            at_least(f"data.{name}", getattr(self, name), 1)
-        at_least("data.num_workers", self.num_workers, 0)
+            check_at_least(f"data.{name}", getattr(self, name), 1)
+        check_at_least("data.num_workers", self.num_workers, 0)
         if len(self.split) != 3 or not all(0 < part < 1 for part in self.split) or abs(sum(self.split) - 1) > 1e-6:
             raise UserError(
                 f"data.split must be three shares (train, val, test) above 0 that add up to 1, got {self.split}"
@@ -110,7 +110,7 @@ class Model:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        one_of("model.name", self.name, tuple(MODEL_CONFIGS))
+        check_one_of("model.name", self.name, tuple(MODEL_CONFIGS))
         MODEL_CONFIGS[self.name](vocab_size=1, n_layer=self.n_layer, n_embd=self.n_embd, dropout=self.dropout)
 
 
@@ -140,20 +140,20 @@ class Optim:
         return {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
 
     def __post_init__(self) -> None:
-        above("optim.lr", self.lr, 0)
+        check_above("optim.lr", self.lr, 0)
         if self.betas is not None and not (self.betas and all(0 <= beta < 1 for beta in self.betas)):
             raise UserError(f"optim.betas must be numbers from 0 to below 1, got {self.betas}")
         if self.eps is not None:
-            above("optim.eps", self.eps, 0)
-        at_least("optim.weight_decay", self.weight_decay, 0)
+            check_above("optim.eps", self.eps, 0)
+        check_at_least("optim.weight_decay", self.weight_decay, 0)
         if self.lr_scale not in (None, "version"):
             check_kind("optim.lr_scale, where neither null nor version,", self.lr_scale, (dict,))
             for name, factor in self.lr_scale.items():
                 check_kind(f"optim.lr_scale.{name}", factor, (float,))
-                above(f"optim.lr_scale.{name}", factor, 0)
+                check_above(f"optim.lr_scale.{name}", factor, 0)
 
 
-def split_own(optim: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def split_own_arguments(optim: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The optim group of a config: the keys that every optimizer has, and those of its class alone."""
     known = {of.name for of in fields(Optim)} - {"own"}
     common = {key: value for key, value in optim.items() if key in known}
@@ -176,23 +176,23 @@ class Schedule:
     decay_share: float | None = None
 
     def __post_init__(self) -> None:
-        one_of("schedule.name", self.name, ("constant", "cosine", "linear", "wsd", "exponential"))
+        check_one_of("schedule.name", self.name, ("constant", "cosine", "linear", "wsd", "exponential"))
         if (self.decay_share is None) == (self.name == "wsd"):
             wrong = "is missing" if self.decay_share is None else f"is not a setting of schedule={self.name}"
             raise UserError(f"schedule.decay_share {wrong}; schedule=wsd has it")
         if self.decay_share is not None and not 0 < self.decay_share <= 1:
             raise UserError(f"schedule.decay_share must be a share above 0, at most 1, got {self.decay_share}")
-        at_least("schedule.warmup_steps", self.warmup_steps, 0)
+        check_at_least("schedule.warmup_steps", self.warmup_steps, 0)
         if self.decay_steps is not None:
-            at_least("schedule.decay_steps", self.decay_steps, 1)
+            check_at_least("schedule.decay_steps", self.decay_steps, 1)
             if self.decay_steps <= self.warmup_steps:
                 raise UserError(
                     f"schedule.decay_steps ({self.decay_steps}) must be above schedule.warmup_steps "
                     f"({self.warmup_steps}): the decay comes after the warm-up"
                 )
-        at_least("schedule.final_lr", self.final_lr, 0)
+        check_at_least("schedule.final_lr", self.final_lr, 0)
         if self.name == "exponential":
-            above("schedule.final_lr", self.final_lr, 0)
+            check_above("schedule.final_lr", self.final_lr, 0)
 
 
 @dataclass
@@ -218,11 +218,11 @@ class Train:
     plugins: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        at_least("skip_nonfinite", self.skip_nonfinite, 0)
+        check_at_least("skip_nonfinite", self.skip_nonfinite, 0)
         if self.loss_chunk_len is not None:
-            at_least("loss_chunk_len", self.loss_chunk_len, 1)
-        one_of("kernel", self.kernel, KERNELS)
-        between("seed", self.seed, 0, 2**63 - 1, inclusive=True)
+            check_at_least("loss_chunk_len", self.loss_chunk_len, 1)
+        check_one_of("kernel", self.kernel, KERNELS)
+        check_between("seed", self.seed, 0, 2**63 - 1, inclusive=True)
 
     def hyperparameters(self) -> dict[str, Any]:
         """For loggers: the keys of the config, without those of optim and schedule that the chosen ones do not have."""
@@ -254,16 +254,16 @@ class Eval:
     def __post_init__(self) -> None:
         if not self.weights:
             raise UserError("weights is missing: name a run folder, .ckpt, .pth or Hugging Face folder, weights=RUN")
-        one_of("split", self.split, ("train", "val", "test"))
-        one_of("protocol", self.protocol, ("both", "carried", "windows"))
-        at_least("streams", self.streams, 1)
-        at_least("warmup", self.warmup, 0)
-        at_least("chunk_len", self.chunk_len, 1)
+        check_one_of("split", self.split, ("train", "val", "test"))
+        check_one_of("protocol", self.protocol, ("both", "carried", "windows"))
+        check_at_least("streams", self.streams, 1)
+        check_at_least("warmup", self.warmup, 0)
+        check_at_least("chunk_len", self.chunk_len, 1)
         if self.stride is not None:
-            between("stride", self.stride, 1, self.data.ctx_len, inclusive=True)
-        one_of("accelerator", self.accelerator, ("auto", "cpu", "gpu", "cuda", "mps"))
-        one_of("precision", self.precision, ("32-true", "64-true", "bf16-mixed", "16-mixed"))
-        one_of("kernel", self.kernel, KERNELS)
+            check_between("stride", self.stride, 1, self.data.ctx_len, inclusive=True)
+        check_one_of("accelerator", self.accelerator, ("auto", "cpu", "gpu", "cuda", "mps"))
+        check_one_of("precision", self.precision, ("32-true", "64-true", "bf16-mixed", "16-mixed"))
+        check_one_of("kernel", self.kernel, KERNELS)
 
 
 GROUPS = ("data", "model", "optim", "schedule", "trainer", "callbacks", "logger", "experiment")
@@ -305,32 +305,34 @@ def check_trainer(trainer: dict[str, Any], defaults: dict[str, Any]) -> None:
         if key in TRAINER_OWNED:
             raise UserError(f"trainer.{key} is not offered, the order of batches owns it: {TRAINER_OWNED[key]}")
         if key not in defaults:
-            raise UserError(f"trainer.{key} is not a setting{nearest(key, defaults)}")
+            raise UserError(f"trainer.{key} is not a setting{suggest_key(key, defaults)}")
         kinds = TRAINER_KINDS.get(key) or (type(defaults[key]),)
         if value is None and (defaults[key] is None or key in TRAINER_NULLABLE):
             continue
         check_kind(f"trainer.{key}", value, kinds)
     trainer = defaults | trainer
     if isinstance(trainer["accumulate_grad_batches"], str):
-        one_of("trainer.accumulate_grad_batches, where not a number,", trainer["accumulate_grad_batches"], ("auto",))
+        check_one_of(
+            "trainer.accumulate_grad_batches, where not a number,", trainer["accumulate_grad_batches"], ("auto",)
+        )
         trainer["accumulate_grad_batches"] = 1
     for key in ("max_steps", "max_epochs"):
         if trainer[key] is not None and trainer[key] < 1 and trainer[key] != -1:
             raise UserError(f"trainer.{key} must be at least 1, or -1 for no limit, got {trainer[key]}")
     for key in ("val_check_interval", "accumulate_grad_batches", "log_every_n_steps", "num_nodes"):
-        at_least(f"trainer.{key}", trainer[key], 1)
+        check_at_least(f"trainer.{key}", trainer[key], 1)
     for key in ("limit_val_batches", "limit_test_batches"):
         limit = 0 if trainer[key] is None else trainer[key]
         if isinstance(limit, float) and limit > 1:
             raise UserError(f"trainer.{key} must be a share from 0.0 to 1.0, or a whole number, got {limit}")
-        at_least(f"trainer.{key}", limit, 0)
+        check_at_least(f"trainer.{key}", limit, 0)
     if trainer["precision"] == "16-true":
         raise UserError(
             "trainer.precision=16-true is not offered, its small gradients are 0 and it ends in NaN: use 16-mixed, "
             "which scales the loss, or bf16-true"
         )
     if trainer["gradient_clip_val"] is not None:
-        at_least("trainer.gradient_clip_val", trainer["gradient_clip_val"], 0)
+        check_at_least("trainer.gradient_clip_val", trainer["gradient_clip_val"], 0)
 
 
 def check_kinds(prefix: str, given: Any, default: Any) -> None:
@@ -363,7 +365,7 @@ _KIND_NAMES = {
 }
 
 
-def nearest(key: str, keys: Any) -> str:
+def suggest_key(key: str, keys: Any) -> str:
     """ " (did you mean ...?)" where one of `keys` resembles `key`, else what there is."""
     from difflib import get_close_matches
 
@@ -371,25 +373,25 @@ def nearest(key: str, keys: Any) -> str:
     return f"; did you mean {close[0]}?" if close else f"; there are: {', '.join(map(str, keys))}"
 
 
-def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+def check_one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     """Raises UserError where `value` is none of `allowed`."""
     if value not in allowed:
         raise UserError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
 
-def at_least(name: str, value: float, lowest: float) -> None:
+def check_at_least(name: str, value: float, lowest: float) -> None:
     """Raises UserError where `value` is below `lowest`, or not finite."""
     if not (math.isfinite(value) and value >= lowest):
         raise UserError(f"{name} must be at least {lowest}, got {value}")
 
 
-def above(name: str, value: float, bound: float) -> None:
+def check_above(name: str, value: float, bound: float) -> None:
     """Raises UserError where `value` is not above `bound`, or not finite."""
     if not (math.isfinite(value) and value > bound):
         raise UserError(f"{name} must be a finite number above {bound}, got {value}")
 
 
-def between(name: str, value: float, lowest: float, bound: float, inclusive: bool = False) -> None:
+def check_between(name: str, value: float, lowest: float, bound: float, inclusive: bool = False) -> None:
     """Raises UserError where `value` is outside [lowest, bound), or [lowest, bound] where inclusive."""
     if not (lowest <= value < bound or (inclusive and value == bound)):
         raise UserError(f"{name} must be from {lowest} to {'' if inclusive else 'below '}{bound}, got {value}")

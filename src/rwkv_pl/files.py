@@ -16,7 +16,7 @@ import platformdirs
 
 from rwkv_pl.errors import UserError
 
-PARTIAL = ".partial"
+PARTIAL_SUFFIX = ".partial"
 """How the name ends of a file that is being written; one that a killed process has left is nothing."""
 
 
@@ -26,21 +26,21 @@ def cache_folder() -> Path:
 
 
 @contextlib.contextmanager
-def publish(path: Path) -> Iterator[IO[bytes]]:
+def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     """A file to write that bears its name only when it is complete and on the disk; nothing is left of a failure.
 
     For one writer at a time: hold a lock on the name. Raises OSError with the name, whatever the writer made of it.
     """
-    partial = path.with_name(path.name + PARTIAL)
+    partial = path.with_name(path.name + PARTIAL_SUFFIX)
     raw = None
     try:
         partial.unlink(missing_ok=True)
-        raw = _Remembering(partial, "xb")  # never through a link of this name
+        raw = _ErrorRecorder(partial, "xb")  # never through a link of this name
         with io.BufferedWriter(raw) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        replace(partial, path)
+        replace_with_retry(partial, path)
         _fsync_folder(path.parent)
     except Exception as error:
         failure = raw.failure if raw else None
@@ -54,33 +54,33 @@ def publish(path: Path) -> Iterator[IO[bytes]]:
             partial.unlink(missing_ok=True)
 
 
-def digest_of(plain: Any) -> str:
+def json_digest(plain: Any) -> str:
     """64 hex digits, the same for equal content of what JSON can hold."""
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def write_record(path: Path, content: dict[str, Any]) -> None:
     """Publishes what JSON can hold, with a sum by which ``read_record`` knows it again."""
-    with publish(path) as file:
-        file.write(json.dumps({"content": content, "sum": digest_of(content)}).encode())
+    with atomic_write(path) as file:
+        file.write(json.dumps({"content": content, "sum": json_digest(content)}).encode())
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
     """What ``write_record`` wrote there; None where that is not what the file holds."""
     try:
         stored = json.loads(path.read_bytes())
-        return stored["content"] if stored["sum"] == digest_of(stored["content"]) else None
+        return stored["content"] if stored["sum"] == json_digest(stored["content"]) else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
 @contextlib.contextmanager
-def publish_folder(folder: Path) -> Iterator[Path]:
+def atomic_write_folder(folder: Path) -> Iterator[Path]:
     """A folder to fill with files that are on the disk; it bears its name only then, and nothing is left of a failure.
 
     `folder` is not there, or empty. For one writer at a time. Raises OSError.
     """
-    partial = folder.with_name(folder.name + PARTIAL)
+    partial = folder.with_name(folder.name + PARTIAL_SUFFIX)
     partial.mkdir()
     try:
         yield partial
@@ -95,7 +95,7 @@ def publish_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-class _Remembering(io.FileIO):
+class _ErrorRecorder(io.FileIO):
     """Keeps what a write failed of: torch.save says no more than that it did."""
 
     failure: OSError | None = None
@@ -108,7 +108,7 @@ class _Remembering(io.FileIO):
             raise
 
 
-def replace(source: Path, target: Path) -> None:
+def replace_with_retry(source: Path, target: Path) -> None:
     """os.replace, tried again for two seconds while another process has `target` open, which Windows refuses."""
     for seconds in (0.05, 0.25, 0.7, 1.0):
         try:
@@ -119,7 +119,7 @@ def replace(source: Path, target: Path) -> None:
     source.replace(target)
 
 
-def in_words(error: OSError) -> str:
+def describe_os_error(error: OSError) -> str:
     """What the system refused, and where."""
     where = f": {error.filename}" if error.filename else ""
     if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
@@ -128,7 +128,7 @@ def in_words(error: OSError) -> str:
 
 
 @contextlib.contextmanager
-def located(where: str | Path) -> Iterator[None]:
+def with_path(where: str | Path) -> Iterator[None]:
     """Says where, when the disk refuses a write and the writer does not."""
     try:
         yield
@@ -146,7 +146,7 @@ def _fsync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def made_for_success(folder: Path) -> Iterator[None]:
+def remove_on_failure(folder: Path) -> Iterator[None]:
     """Takes away what the block has made of the folder and its parents, where it fails and leaves them empty."""
     missing = [place for place in (folder, *folder.parents) if not os.path.lexists(place)]
     try:
@@ -158,7 +158,7 @@ def made_for_success(folder: Path) -> Iterator[None]:
         raise
 
 
-def leads_out(text: str, folder: Path, key: str = "") -> bool:
+def is_outside(text: str, folder: Path, key: str = "") -> bool:
     """Whether a setting, read as a path below the folder or as a URI, names a place on this machine outside of it.
 
     key: its dotted name. MLflow's places count from the current folder, not from the run's.
@@ -188,10 +188,10 @@ def require_own_files(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def writing(folder: Path) -> Iterator[None]:
+def as_user_error(folder: Path) -> Iterator[None]:
     """Makes the folder; what the disk refuses inside the block becomes one line."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
-        raise UserError(f"cannot write in {folder}: {in_words(error)}") from error
+        raise UserError(f"cannot write in {folder}: {describe_os_error(error)}") from error

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 
 # Variables by which a user names the number of threads.
-THREADS = {"OMP_NUM_THREADS", "MKL_NUM_THREADS"}
+THREAD_VARIABLES = {"OMP_NUM_THREADS", "MKL_NUM_THREADS"}
 
 CGROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
@@ -22,15 +22,15 @@ def usable_cores() -> int:
     """Cores that this process may run on at once: those of its affinity, at most its quota of time, rounded up."""
     process = psutil.Process()
     allowed = len(process.cpu_affinity()) if hasattr(process, "cpu_affinity") else os.cpu_count() or 1  # not on macOS
-    return math.ceil(min([allowed, *map(_quota, _groups("cpu"))]))
+    return math.ceil(min([allowed, *map(_cpu_quota, _control_groups("cpu"))]))
 
 
-def use_usable_cores(n_processes: int = 1) -> None:
+def limit_threads(n_processes: int = 1) -> None:
     """Where a quota allows fewer threads than torch would start, and the user has named no number, starts that many.
 
     torch heeds the affinity, and knows no quota. n_processes: so many share the cores, and inherit the number.
     """
-    if THREADS & os.environ.keys():
+    if THREAD_VARIABLES & os.environ.keys():
         return
     import torch
 
@@ -42,10 +42,10 @@ def use_usable_cores(n_processes: int = 1) -> None:
 
 def free_memory() -> int:
     """Bytes that this process can still take: free in the machine, and in each of its control groups."""
-    return max(0, int(min([psutil.virtual_memory().available, *map(_free, _groups("memory"))])))
+    return max(0, int(min([psutil.virtual_memory().available, *map(_free_bytes, _control_groups("memory"))])))
 
 
-def _groups(controller: str) -> Iterator[Path]:
+def _control_groups(controller: str) -> Iterator[Path]:
     """Folders of the groups whose `controller` limits this process: its own, and those above it."""
     try:
         lines = [line.split(":", 2) for line in OWN_GROUPS.read_text().splitlines()]
@@ -63,7 +63,7 @@ def _groups(controller: str) -> Iterator[Path]:
             yield from (root.joinpath(*parts[:n]) for n in range(len(parts), -1, -1))
 
 
-def _numbers(file: Path) -> list[float]:
+def _read_numbers(file: Path) -> list[float]:
     """Those in a group's file, which says "max" where there is no limit; none where there is no such file."""
     try:
         return [float(word.replace("max", "inf")) for word in file.read_text().split()]
@@ -71,23 +71,25 @@ def _numbers(file: Path) -> list[float]:
         return []
 
 
-def _quota(group: Path) -> float:
+def _cpu_quota(group: Path) -> float:
     """Cores' worth of time in each period."""
-    two = _numbers(group / "cpu.max") or _numbers(group / "cpu.cfs_quota_us") + _numbers(group / "cpu.cfs_period_us")
+    two = _read_numbers(group / "cpu.max") or _read_numbers(group / "cpu.cfs_quota_us") + _read_numbers(
+        group / "cpu.cfs_period_us"
+    )
     quota, period = two if len(two) == 2 else (math.inf, 1)
     return quota / period if quota > 0 else math.inf  # version 1 says -1 where there is no limit
 
 
-def _free(group: Path) -> float:
+def _free_bytes(group: Path) -> float:
     """Bytes up to the limit. A file's pages that lie in memory unused are free: the system takes them back."""
     for limit, used, unused in (
         ("memory.max", "memory.current", "inactive_file"),
         ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     ):
-        if bounds := _numbers(group / limit):
+        if bounds := _read_numbers(group / limit):
             try:
                 stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
             except OSError:
                 stat = {}
-            return bounds[0] - sum(_numbers(group / used)) + float(stat.get(unused, 0))
+            return bounds[0] - sum(_read_numbers(group / used)) + float(stat.get(unused, 0))
     return math.inf

@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from rwkv_pl.config import nearest
+from rwkv_pl.config import suggest_key
 from rwkv_pl.errors import UserError, one_line
 
 # By group; `_target_` is one of these modules and exactly one more name.
@@ -39,7 +39,7 @@ BASES = {
 }
 
 
-def user_file() -> Path:
+def user_plugins_file() -> Path:
     """Modules that every command of this user may load classes from, one a line."""
     import platformdirs
 
@@ -51,7 +51,7 @@ def trusted_modules(typed: Any = None) -> list[str]:
     """The modules of a typed `plugins=` value, a name or a list of names, then those of the user's own file."""
     names = typed if isinstance(typed, list) else [] if typed in (None, "") else [typed]
     found = [(str(name), f"plugins={name}") for name in names]
-    file = user_file()
+    file = user_plugins_file()
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
@@ -111,7 +111,9 @@ def load_class(where: str, target: str) -> type:
     base = getattr(import_module(base_module), base_name)
     if not isinstance(found, type):
         there = [key for key, value in vars(namespace).items() if isinstance(value, type) and issubclass(value, base)]
-        raise UserError(f"{where}._target_={target} is not a class of {module}{nearest(name, there) if there else ''}")
+        raise UserError(
+            f"{where}._target_={target} is not a class of {module}{suggest_key(name, there) if there else ''}"
+        )
     if not issubclass(found, base):
         raise UserError(f"{where}._target_={target} is not a {base_module}.{base_name}")
     return found

@@ -13,17 +13,17 @@ class SetAttribute(Protocol):
     def __call__(self, owner: Any, name: str, value: Any, /) -> None: ...
 
 
-def shorten_the_end(set_attribute: SetAttribute = setattr) -> None:
+def shorten_run_end(set_attribute: SetAttribute = setattr) -> None:
     """set_attribute: monkeypatch.setattr, in a process that goes on with other tests."""
     from matplotlib.figure import Figure
 
     from rwkv_pl.runs import train
     from rwkv_pl.training.callbacks import sample_text
 
-    whole = sample_text.sample_tokens
+    original = sample_text.sample_tokens
 
     def few_tokens(model: Any, prompt: list[int], n_tokens: int, seed: int) -> list[int]:
-        return whole(model, prompt, min(n_tokens, FEW_TOKENS), seed)
+        return original(model, prompt, min(n_tokens, FEW_TOKENS), seed)
 
     set_attribute(Figure, "draw", lambda *_: None)
     for module in (sample_text, train):

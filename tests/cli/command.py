@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from brief import shorten_the_end
+from brief import shorten_run_end
 
 TEXT = Path(__file__).with_name("test_train.py").read_bytes()[:8000] * 6
 
@@ -52,7 +52,7 @@ def make_run(folder: Path, *overrides: str, text: bytes = TEXT) -> Path:
     from rwkv_pl.cli.train import main
 
     with pytest.MonkeyPatch.context() as patch:
-        shorten_the_end(patch.setattr)
+        shorten_run_end(patch.setattr)
         patch.chdir(folder)
         patch.delenv("LOCAL_RANK", raising=False)
         patch.setattr(sys, "argv", ["rwkv-train", *SMALL, *overrides, "hydra.run.dir=run"])

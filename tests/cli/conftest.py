@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from brief import shorten_the_end
+from brief import shorten_run_end
 from command import TEXT, Result, call, copy_run, make_run
 
 from rwkv_pl.cli import eval as evaluation
@@ -15,7 +15,7 @@ from rwkv_pl.cli import train as training
 @pytest.fixture
 def command(tmp_path, monkeypatch, capfd):
     """command(main, name, *arguments) -> Result, in an empty folder with a corpus.txt."""
-    shorten_the_end(monkeypatch.setattr)
+    shorten_run_end(monkeypatch.setattr)
     monkeypatch.chdir(tmp_path)
     for name in ("LOCAL_RANK", "WORLD_SIZE", "NODE_RANK"):  # as a run of two devices in this process leaves them
         monkeypatch.delenv(name, raising=False)

@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
-from brief import shorten_the_end
+from brief import shorten_run_end
 from forks import CAN_FORK, Strike
 
 JOB = ["-m", "rwkv_pl.cli.train"]
@@ -70,14 +70,14 @@ def _run(what: int, out: int, err: int) -> None:
     os.environ.update(environment)
     os.dup2(out, 1)
     os.dup2(err, 2)
-    shorten_the_end()
+    shorten_run_end()
     sys.argv = ["rwkv-train", *arguments]
     from rwkv_pl.cli.train import main
 
     main()
 
 
-def _mind(what: int, out: int, err: int, send_end: int) -> None:
+def _fork_and_report(what: int, out: int, err: int, send_end: int) -> None:
     """Forks the job, and says its number and what it ended with."""
     if pid := os.fork():
         for descriptor in (what, out, err):
@@ -99,7 +99,7 @@ def _serve(requests: socket.socket) -> None:
                 break
             if os.fork() == 0:
                 requests.close()
-                _mind(*descriptors)
+                _fork_and_report(*descriptors)
                 break
             for descriptor in descriptors:
                 os.close(descriptor)
@@ -122,9 +122,9 @@ def _fork_the_jobs() -> None:
         ours.close()
         _serve(theirs)
     theirs.close()
-    whole = subprocess.Popen
+    original = subprocess.Popen
 
-    class Popen(whole):  # type: ignore[misc,valid-type]
+    class Popen(original):  # type: ignore[misc,valid-type]
         def __new__(cls, command: Any, *args: Any, **kwargs: Any) -> Any:
             if list(command[1:3]) == JOB:
                 return ForkedJob(ours, command, **kwargs)

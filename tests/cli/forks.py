@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from brief import shorten_the_end
+from brief import shorten_run_end
 from command import Result
 
 CAN_FORK = "forkserver" in multiprocessing.get_all_start_methods()
@@ -53,13 +53,13 @@ class Strike:
         *parents, name = path.split(".")
         for parent in parents:
             owner = getattr(owner, parent)
-        whole = getattr(owner, name)
+        original = getattr(owner, name)
 
         def struck(*args: Any, **kwargs: Any) -> Any:
             self.calls += 1
             if self.calls == self.call and not self.after:
                 self.act()
-            result = whole(*args, **kwargs)
+            result = original(*args, **kwargs)
             if self.calls == self.call and self.after:
                 self.act()
             return result
@@ -91,7 +91,7 @@ def _command(
     if code is not None:
         exec(code, {})
         return
-    shorten_the_end()
+    shorten_run_end()
     for strike in strikes:
         strike.install()
     sys.argv = [f"rwkv-{main.rpartition('.')[2]}", *arguments]

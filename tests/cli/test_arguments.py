@@ -20,7 +20,7 @@ def flags(parser: argparse.ArgumentParser) -> dict[str, tuple]:
 
 
 @pytest.mark.skipif(sys.version_info >= (3, 14), reason="argparse refuses Hydra's own parser")
-def test_the_flags_are_those_of_the_hydra_that_is_installed():
+def test_flags_match_installed_hydra():
     assert flags(HydraParser()) == flags(get_args_parser())
 
 
@@ -52,7 +52,7 @@ def test_flags_and_settings_in_any_order():
         (["-sc", "query=fish"], "COMP_LINE"),
     ],
 )
-def test_what_is_not_used_is_one_line(argv, message, monkeypatch):
+def test_unused_flag_gives_one_line_error(argv, message, monkeypatch):
     monkeypatch.delenv("COMP_LINE", raising=False)
     with pytest.raises(UserError, match=message) as refused:
         parse_arguments(argv)

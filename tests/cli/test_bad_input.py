@@ -208,7 +208,7 @@ assert CASES.keys() > SLOW
 @pytest.mark.parametrize(
     "arguments", [pytest.param(case, marks=pytest.mark.slow) if case in SLOW else case for case in CASES]
 )
-def test_one_line_exit_2_no_folder(train, files, tmp_path, arguments):
+def test_bad_input_gives_one_line_exit_2_and_no_folder(train, files, tmp_path, arguments):
     before = sorted(tmp_path.rglob("*"))
     result = train(*SMALL, *arguments.split())
     assert result.code == 2
@@ -219,7 +219,7 @@ def test_one_line_exit_2_no_folder(train, files, tmp_path, arguments):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_an_old_name_of_a_precision_is_told_by_no_warning(train, recwarn):
+def test_old_precision_name_gives_no_warning(train, recwarn):
     assert train(*SMALL, "trainer.precision=16").code == 2
     assert not [each for each in recwarn if "precision" in str(each.message)]
 
@@ -261,7 +261,7 @@ def test_an_output_folder_that_is_not_permitted(train, tmp_path, monkeypatch):
     assert "can't be made (Permission denied)" in result.err
 
 
-def test_a_run_folder_that_cannot_be_made_takes_its_parents_away(train, tmp_path):
+def test_failed_run_folder_removes_its_parents(train, tmp_path):
     result = train(*SMALL, f"hydra.run.dir=new/sub/{'x' * 300}")
     assert (result.code, result.err.count("\n")) == (2, 1)
     assert not (tmp_path / "new").exists()
@@ -298,7 +298,7 @@ def test_a_truncated_checkpoint(train, tmp_path):
         assert "last.ckpt is not a checkpoint that can be read safely" in result.err
 
 
-def test_a_hostile_checkpoint_runs_nothing(train, tmp_path):
+def test_hostile_checkpoint_executes_no_code(train, tmp_path):
     class Hostile:
         def __reduce__(self):
             return (Path.touch, (tmp_path / "owned",))

@@ -42,14 +42,14 @@ def official(tmp_path) -> Path:
     return tmp_path / "official.pth"
 
 
-def assert_refused(result: Result, told: str, code: int = 2) -> None:
+def assert_refused(result: Result, message: str, code: int = 2) -> None:
     assert (result.code, result.err.count("\n")) == (code, 1), result.err
     assert result.err.startswith("rwkv-convert: ")
-    assert told in result.err
+    assert message in result.err
     assert "Traceback" not in result.err + result.out
 
 
-def test_a_trained_model_speaks_elsewhere_and_comes_back(train, convert, tmp_path):
+def test_trained_model_converts_to_other_formats_and_back(train, convert, tmp_path):
     assert train(*TRAINED, "hydra.run.dir=run").code == 0
     result = convert("run", "folder")
     assert result.code == 0, result.err
@@ -80,7 +80,7 @@ def test_a_trained_model_speaks_elsewhere_and_comes_back(train, convert, tmp_pat
     assert torch.nn.functional.cross_entropy(ours[0, :-1], tokens[0, 1:]) < 4
 
 
-def test_what_is_said(convert, official, tmp_path):
+def test_messages(convert, official, tmp_path):
     result = convert("official.pth", "half", "--dtype", "bfloat16")
     assert result.code == 0, result.err
     told = "rwkv4 2 x 16, 42 tensors, "
@@ -102,7 +102,7 @@ def test_what_is_said(convert, official, tmp_path):
         assert torch.equal(value.view(torch.int16), half.tensors[name].view(torch.int16))
 
 
-def test_a_vocabulary_that_is_left_behind_is_told(train, convert, tmp_path):
+def test_dropped_vocabulary_is_reported(train, convert, tmp_path):
     (tmp_path / "corpus.txt").write_text("Fünf größere Bären äßen Öl. " * 2000, encoding="utf-8")
     assert train(*SMALL, "data.vocab=char", "hydra.run.dir=run").code == 0
     assert "without the vocabulary (char)" in convert("run", "x.pth").out
@@ -111,7 +111,7 @@ def test_a_vocabulary_that_is_left_behind_is_told(train, convert, tmp_path):
         assert load_weights(tmp_path / target)[1].characters == "Ößäöü"
 
 
-def test_converted_weights_start_a_run_and_resume_none(train, convert, official, tmp_path):
+def test_converted_weights_start_a_run_but_cannot_be_resumed(train, convert, official, tmp_path):
     assert convert("official.pth", "x.ckpt").code == 0
     assert convert("official.pth", "folder").code == 0
     result = train(*SMALL, "weights=folder", "hydra.run.dir=run", "optim.lr=1e-9", "trainer.max_steps=1")
@@ -141,7 +141,7 @@ def test_weights_of_another_vocabulary_start_no_run(train, convert, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (("nosuch", "x"), "there are no weights at nosuch"),
         (("official.pth", "."), "has no name of its own"),
@@ -163,7 +163,7 @@ def test_weights_of_another_vocabulary_start_no_run(train, convert, tmp_path):
         (("partial.pth", "x"), "it lacks ln_out.bias"),
     ],
 )
-def test_refused_in_one_line_with_nothing_left(convert, official, tmp_path, arguments, told):
+def test_refusal_is_one_line_and_leaves_no_files(convert, official, tmp_path, arguments, message):
     class Hostile:
         def __reduce__(self):
             return (Path.touch, (tmp_path / "owned",))
@@ -180,7 +180,7 @@ def test_refused_in_one_line_with_nothing_left(convert, official, tmp_path, argu
     for name in ("link", "link.pth"):
         (tmp_path / name).symlink_to("nowhere")
     before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
-    assert_refused(convert(*arguments), told)
+    assert_refused(convert(*arguments), message)
     assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
 
 
@@ -194,7 +194,7 @@ def test_names_with_anything_in_them(convert, official, tmp_path):
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_what_a_killed_conversion_may_have_left_is_told_and_kept(convert, official, tmp_path):
+def test_leftover_of_a_killed_conversion_is_reported_and_kept(convert, official, tmp_path):
     (tmp_path / "x.partial").mkdir()
     (tmp_path / "x.partial" / "config.json").write_text("half")
     (tmp_path / "x.pth.partial").write_text("half")
@@ -207,7 +207,7 @@ def test_what_a_killed_conversion_may_have_left_is_told_and_kept(convert, offici
 
 
 @pytest.mark.parametrize("target", ["x.pth", "x.ckpt", "x"])
-def test_a_disk_that_does_not_keep_what_was_written(convert, official, tmp_path, monkeypatch, target):
+def test_corrupting_disk_is_detected(convert, official, tmp_path, monkeypatch, target):
     def flipped(path: Path) -> Weights:
         read = read_weights(path)
         if path != Path("official.pth"):
@@ -231,7 +231,7 @@ def test_a_full_disk(convert, small_disk, tmp_path, target):  # noqa: F811
     ("target", "call"),
     [("x.pth", "os.fsync"), ("x.pth", "pathlib.Path.replace"), ("x", "os.fsync"), ("x", "pathlib.Path.rename")],
 )
-def test_a_system_that_refuses(convert, official, tmp_path, monkeypatch, target, call):
+def test_system_error_gives_one_line(convert, official, tmp_path, monkeypatch, target, call):
     def refuse(*_, **__):
         raise OSError(errno.EIO, "Input/output error")
 

@@ -38,7 +38,7 @@ def megatron(tmp_path: Path) -> Path:
     return tmp_path / "corpus"
 
 
-def weights_of(run: Path) -> dict[str, torch.Tensor]:
+def load_weights_of(run: Path) -> dict[str, torch.Tensor]:
     return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
 
 
@@ -53,7 +53,7 @@ def test_a_run_in_20b_needs_its_json_once(train, tokenizer, tmp_path):
     shutil.move(tmp_path / "run", tmp_path / "moved")
     result = train("resume=moved", "trainer.max_steps=6")
     assert result.code == 0, result.err
-    ours, theirs = weights_of(tmp_path / "moved"), weights_of(tmp_path / "unbroken")
+    ours, theirs = load_weights_of(tmp_path / "moved"), load_weights_of(tmp_path / "unbroken")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert json.loads((tmp_path / "moved" / "vocab.json").read_text()) == VOCABULARY.to_dict()
     model, vocabulary = load_weights(tmp_path / "moved")
@@ -85,7 +85,7 @@ def test_a_run_on_megatron_s_files(train, tokenizer, megatron, tmp_path):
     assert "there is no" in result.err
     result = train("resume=run", "trainer.max_steps=6", "data.path=elsewhere")
     assert result.code == 0, result.err
-    ours, theirs = weights_of(tmp_path / "run"), weights_of(tmp_path / "unbroken")
+    ours, theirs = load_weights_of(tmp_path / "run"), load_weights_of(tmp_path / "unbroken")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     content = (tmp_path / "elsewhere.bin").read_bytes()
     (tmp_path / "elsewhere.bin").write_bytes(content[2:] + content[:2])
@@ -111,7 +111,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("arguments", BAD)
-def test_one_line_exit_2_no_folder(train, tokenizer, megatron, tmp_path, arguments):
+def test_bad_input_gives_one_line_exit_2_and_no_folder(train, tokenizer, megatron, tmp_path, arguments):
     (tmp_path / "noise.txt").write_bytes(TEXT[:7000] + b"\xff" + TEXT)
     (tmp_path / "page.idx").write_bytes(b"<!DOCTYPE html>" * 9)
     (tmp_path / "page.bin").write_bytes(b"")

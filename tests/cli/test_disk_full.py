@@ -9,17 +9,17 @@ from pathlib import Path
 import forks
 import pytest
 from forks import Strike
-from test_faults import CORPUS, RUN, TRAINING_STEP, VALIDATION_STEP, assert_the_same, finished, state
+from test_faults import CORPUS, RUN, TRAINING_STEP, VALIDATION_STEP, assert_the_same, finish_run, load_state
 
 # What TensorBoard and the log do on the way down must not cover the line.
 NOISE = ("Traceback", "Logging error", "Exception ignored", "Exception in thread")
 
 
-def no_room() -> None:
+def raise_disk_full() -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def fill(folder: Path) -> None:
+def fill_disk(folder: Path) -> None:
     """Takes what room there is."""
     with (folder / "ballast").open("wb", buffering=0) as file:
         for size in (1 << 16, 1 << 12, 1):
@@ -30,7 +30,7 @@ def fill(folder: Path) -> None:
                 continue
 
 
-def assert_told(result: forks.Result, code: int, where: str) -> None:
+def assert_reported(result: forks.Result, code: int, where: str) -> None:
     assert result.code == code, result.err
     last = result.err.splitlines()[-1]
     assert last.startswith("rwkv-train: "), result.err
@@ -40,10 +40,10 @@ def assert_told(result: forks.Result, code: int, where: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Path:
+def finished_run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
     (folder / "corpus.txt").write_bytes(CORPUS)
-    finished(folder, *RUN)
+    finish_run(folder, *RUN)
     return folder / "run"
 
 
@@ -58,30 +58,30 @@ def whole(tmp_path_factory) -> Path:
         ("os:link", 1, "checkpoints/"),
     ],
 )
-def test_a_refused_write(tmp_path, whole, place, call, where):
+def test_refused_write_is_reported(tmp_path, finished_run, place, call, where):
     (tmp_path / "corpus.txt").write_bytes(CORPUS)
-    result = forks.run(tmp_path, *RUN, strikes=[Strike(place, call, no_room)])
+    result = forks.run(tmp_path, *RUN, strikes=[Strike(place, call, raise_disk_full)])
     if place == "os:link":  # a copy serves
         assert result.code == 0
     else:
-        assert_told(result, 1, where)
+        assert_reported(result, 1, where)
         assert "run goes on from it" in result.err or "run starts it again" in result.err
-    finished(tmp_path, "resume=run")
-    assert_the_same(tmp_path / "run", whole)
+    finish_run(tmp_path, "resume=run")
+    assert_the_same(tmp_path / "run", finished_run)
 
 
 def test_tokens_and_folders_that_cannot_be_written(tmp_path):
     (tmp_path / "corpus.txt").write_bytes(CORPUS)
     cache = {"RWKV_PL_CACHE": str(tmp_path / "cache")}
     result = forks.run(
-        tmp_path, *RUN, strikes=[Strike("rwkv_pl.data.vocabulary:Vocabulary.encode", 3, no_room)], **cache
+        tmp_path, *RUN, strikes=[Strike("rwkv_pl.data.vocabulary:Vocabulary.encode", 3, raise_disk_full)], **cache
     )
-    assert_told(result, 2, "cache/tokens")
+    assert_reported(result, 2, "cache/tokens")
     assert not (tmp_path / "run").exists()
     assert not list((tmp_path / "cache").rglob("*.partial"))
-    result = forks.run(tmp_path, *RUN, strikes=[Strike("rwkv_pl.runs.folder:publish", 2, no_room)])
-    assert_told(result, 1, "")
-    finished(tmp_path, *RUN)
+    result = forks.run(tmp_path, *RUN, strikes=[Strike("rwkv_pl.runs.folder:publish", 2, raise_disk_full)])
+    assert_reported(result, 1, "")
+    finish_run(tmp_path, *RUN)
 
 
 @pytest.fixture
@@ -100,18 +100,18 @@ def small_disk(tmp_path) -> Iterator[Path]:
         ("torch:save", 3),
         (VALIDATION_STEP, 15),
         pytest.param(TRAINING_STEP, 14, marks=pytest.mark.slow),
-        pytest.param("rwkv_pl.training.callbacks.metrics:_begin", 1, marks=pytest.mark.slow),
+        pytest.param("rwkv_pl.training.callbacks.metrics:_rewrite_csv", 1, marks=pytest.mark.slow),
         ("rwkv_pl.runs.train:sample_tokens", 1),
     ],
 )
-def test_a_disk_that_fills_up(tmp_path, small_disk, whole, place, call):
+def test_full_disk_is_reported(tmp_path, small_disk, finished_run, place, call):
     (tmp_path / "corpus.txt").write_bytes(CORPUS)
     run = (*RUN, f"hydra.run.dir={small_disk}/run")
-    result = forks.run(tmp_path, *run, strikes=[Strike(place, call, functools.partial(fill, small_disk))])
-    assert_told(result, 1, f"{small_disk}/run")
+    result = forks.run(tmp_path, *run, strikes=[Strike(place, call, functools.partial(fill_disk, small_disk))])
+    assert_reported(result, 1, f"{small_disk}/run")
     for name in ("last.ckpt", "last.prev.ckpt", "best.ckpt"):
         if (small_disk / "run" / "checkpoints" / name).exists():
-            state(small_disk / "run", name)
+            load_state(small_disk / "run", name)
     (small_disk / "ballast").unlink()
-    finished(tmp_path, f"resume={small_disk}/run")
-    assert_the_same(small_disk / "run", whole)
+    finish_run(tmp_path, f"resume={small_disk}/run")
+    assert_the_same(small_disk / "run", finished_run)

@@ -16,7 +16,7 @@ from rich.console import Console
 from rwkv_pl.cli import doctor
 from rwkv_pl.files import cache_folder
 from rwkv_pl.ops.backend import load
-from rwkv_pl.ops.toolchain import Compiler, find_nvcc, nvcc_trouble
+from rwkv_pl.ops.toolchain import Compiler, describe_nvcc_problem, find_nvcc
 
 
 def run(cache: Path, strikes: Sequence[Strike] = (), **environment: str) -> Result:
@@ -25,7 +25,7 @@ def run(cache: Path, strikes: Sequence[Strike] = (), **environment: str) -> Resu
     return forks.run(cache.parent, main="rwkv_pl.cli.doctor", strikes=strikes, **environment)
 
 
-def test_all_is_well(tmp_path):
+def test_working_machine(tmp_path):
     # In a folder with a blank and a letter that is not ASCII; built it is in test_build.py.
     assert load("cpu") == ""
     (tmp_path / "a b \u00e9").mkdir()
@@ -39,7 +39,7 @@ def test_all_is_well(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a program that is a shell script")
-def test_a_compiler_that_is_none(tmp_path):
+def test_broken_compiler(tmp_path):
     script = tmp_path / "c++"
     script.write_text("#!/bin/sh\nexit 3\n")
     script.chmod(0o755)
@@ -62,8 +62,8 @@ def test_a_build_that_fails(tmp_path):
     assert "a.cpp:1:2: error: no" in log.read_text()
 
 
-def finding(what: str) -> doctor.Finding:
-    return next(found for found in doctor.findings() if found.what == what)
+def find_check(what: str) -> doctor.Finding:
+    return next(found for found in doctor.check_build_tools() if found.name == what)
 
 
 def test_the_cache(monkeypatch, tmp_path):
@@ -71,12 +71,12 @@ def test_the_cache(monkeypatch, tmp_path):
     kernels = tmp_path / "kernels"
     (kernels / "building-x").mkdir(parents=True)
     (kernels / "lock").write_text("of a process that died")
-    assert "1 builds that were broken off" in finding("cache").found
+    assert "1 builds that were broken off" in find_check("cache").found
     with FileLock(kernels / "lock"):
-        assert "another process builds" in finding("cache").found
+        assert "another process builds" in find_check("cache").found
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("RWKV_PL_CACHE", str(tmp_path / "file"))
-    assert "RWKV_PL_CACHE" in finding("cache").cure
+    assert "RWKV_PL_CACHE" in find_check("cache").cure
 
 
 def fake_nvcc(folder: Path, release: str) -> None:
@@ -99,7 +99,7 @@ def test_an_nvcc_of_another_cuda(monkeypatch, tmp_path):
     assert find_nvcc("11.7") == Compiler("nvcc", str(tmp_path / "old" / "nvcc"), "11.8")
     assert find_nvcc("98.0") == Compiler("nvcc", str(tmp_path / "new" / "nvcc"), "99.1")
     monkeypatch.setattr(torch.version, "cuda", "98.0")
-    found = finding("nvcc")
+    found = find_check("nvcc")
     assert found.found == f"{tmp_path / 'new' / 'nvcc'} is too new: its CUDA is 99.1, torch's 98.0"
     assert found.cure == "install the CUDA toolkit 98.0 and put its nvcc on PATH"
 
@@ -113,7 +113,7 @@ def have_another_cuda() -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a program that is a shell script")
-def test_the_table_where_nothing_fits(tmp_path):
+def test_table_without_any_build_tool(tmp_path):
     """No compiler, an nvcc of another CUDA, and what a process left that died as it built."""
     fake_nvcc(tmp_path / "bin", "99.1")
     (tmp_path / "kernels" / "building-x").mkdir(parents=True)
@@ -134,8 +134,8 @@ def test_the_table_where_nothing_fits(tmp_path):
 
 def test_advice_on_nvcc():
     old = Compiler("nvcc", "/cuda/nvcc", "11.8")
-    assert nvcc_trouble(old, "13.0").startswith(
+    assert describe_nvcc_problem(old, "13.0").startswith(
         "/cuda/nvcc is too old: its CUDA is 11.8, torch's 13.0; run `pip install"
     )
-    assert nvcc_trouble(None, "12.8") == "no nvcc; install the CUDA toolkit 12.8 and put its nvcc on PATH"
-    assert nvcc_trouble(Compiler("nvcc", "/cuda/nvcc", "13.1"), "13.0") == ""
+    assert describe_nvcc_problem(None, "12.8") == "no nvcc; install the CUDA toolkit 12.8 and put its nvcc on PATH"
+    assert describe_nvcc_problem(Compiler("nvcc", "/cuda/nvcc", "13.1"), "13.0") == ""

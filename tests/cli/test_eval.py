@@ -32,14 +32,14 @@ def run_on_characters(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_left(run, run_on_characters):
+def leave_no_files(run, run_on_characters):
     yield
     for folder in (run, run_on_characters):
         for path in folder.glob("eval-*"):
             path.unlink()
 
 
-def reported(folder: Path) -> float:
+def read_reported_score(folder: Path) -> float:
     """The bits per byte of training's last validation."""
     rows = read_rows(folder / "metrics.csv", up_to=4)
     return next(row["val/bits_per_byte"] for row in reversed(rows) if "val/bits_per_byte" in row)
@@ -68,7 +68,7 @@ def test_a_run_on_its_own_text_from_another_folder(evaluate, run, tmp_path):
         assert figures["perplexity_per_token"] == pytest.approx(math.exp(figures["nats"] / n))
         assert f"{figures['bits_per_byte']:.4f}" in result.out
     # Training adds the nats of one call in float32, which keeps 6e-8, and reports a float32.
-    assert found["windows"]["bits_per_byte"] == pytest.approx(reported(run), rel=1e-6)
+    assert found["windows"]["bits_per_byte"] == pytest.approx(read_reported_score(run), rel=1e-6)
     by_position = found["windows"]["loss_by_position"]
     assert len(by_position) == 16
     assert sum(by_position) / 16 == pytest.approx(found["windows"]["nats_per_token"], rel=0.01)
@@ -87,7 +87,7 @@ def test_characters_count_as_the_bytes_of_the_file(evaluate, run_on_characters):
     for figures in report["protocols"].values():
         assert figures["bits_per_byte"] == pytest.approx(figures["nats"] / math.log(2) / text["bytes"])
     windows = report["protocols"]["windows"]
-    assert windows["bits_per_byte"] == pytest.approx(reported(run_on_characters), rel=1e-6)
+    assert windows["bits_per_byte"] == pytest.approx(read_reported_score(run_on_characters), rel=1e-6)
 
     assert evaluate(f"weights={run_on_characters}", "split=train", "protocol=carried").code == 0
     text = json.loads((run_on_characters / "eval-train.json").read_text())["text"]
@@ -133,7 +133,7 @@ def test_official_weights(evaluate, run, tmp_path):
     assert evaluate("weights=mine.pth", *settings).code == 0
     report = json.loads((tmp_path / "eval-mine-val.json").read_text())
     assert report["weights"]["step"] is None
-    assert report["protocols"]["windows"]["bits_per_byte"] == pytest.approx(reported(run), rel=1e-6)
+    assert report["protocols"]["windows"]["bits_per_byte"] == pytest.approx(read_reported_score(run), rel=1e-6)
 
     torch.save(RWKV4(RWKV4Config(300, 1, 8)).state_dict(), tmp_path / "other.pth")
     result = evaluate("weights=other.pth", *settings)
@@ -146,8 +146,8 @@ def test_halves(evaluate, run, precision, tolerance):
     """They keep 4e-3 and 5e-4 of each product of matrices."""
     assert evaluate(f"weights={run}", f"precision={precision}", "kernel=scan").code == 0
     report = json.loads((run / "eval-val.json").read_text())
-    assert report["protocols"]["windows"]["bits_per_byte"] == pytest.approx(reported(run), rel=tolerance)
-    assert report["protocols"]["windows"]["bits_per_byte"] != pytest.approx(reported(run), rel=1e-7)
+    assert report["protocols"]["windows"]["bits_per_byte"] == pytest.approx(read_reported_score(run), rel=tolerance)
+    assert report["protocols"]["windows"]["bits_per_byte"] != pytest.approx(read_reported_score(run), rel=1e-7)
     assert (report["precision"], report["kernel"]) == (precision, "scan")
 
 
@@ -156,7 +156,7 @@ def test_double_precision(evaluate, run):
     carried = json.loads((run / "eval-val.json").read_text())["protocols"]["carried"]
     text = np.frombuffer(TEXT, np.uint8)
     lo, hi = Text(run.parent / "corpus.txt").open().splits.val
-    nats, _ = protocols.carried(load_weights(run)[0].double(), text, lo, hi, chunk_len=99)
+    nats, _ = protocols.evaluate_stream(load_weights(run)[0].double(), text, lo, hi, chunk_len=99)
     # Sums in float64 of another order; float32 would be 1e-7 away.
     assert carried["nats"] == pytest.approx(nats, rel=1e-12)
 
@@ -177,21 +177,21 @@ def test_ctrl_c(evaluate, run, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("rwkv_pl.inference.evaluate.carried", interrupted)
+    monkeypatch.setattr("rwkv_pl.inference.evaluate.evaluate_stream", interrupted)
     result = evaluate(f"weights={run}")
     assert (result.code, result.err) == (130, "")
     assert not list(run.glob("eval-*"))
 
 
 def test_the_text_changes_meanwhile(evaluate, run, tmp_path, monkeypatch):
-    carried = protocols.carried
+    carried = protocols.evaluate_stream
 
     def changed(*args, **kwargs):
         result = carried(*args, **kwargs)
         (tmp_path / "corpus.txt").write_bytes(TEXT[::-1])
         return result
 
-    monkeypatch.setattr(protocols, "carried", changed)
+    monkeypatch.setattr(protocols, "evaluate_stream", changed)
     result = evaluate(f"weights={run}", "data.path=corpus.txt")
     assert (result.code, result.err.count("\n")) == (2, 1)
     assert "corpus.txt has changed under the run" in result.err
@@ -248,7 +248,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("arguments", CASES)
-def test_one_line_exit_2_nothing_left(evaluate, run, tmp_path, arguments):
+def test_bad_input_gives_one_line_exit_2_and_no_files(evaluate, run, tmp_path, arguments):
     (tmp_path / "short.txt").write_bytes(b"x")
     shutil.copytree(run, tmp_path / "damaged")
     (tmp_path / "damaged" / ".hydra" / "config.yaml").write_text("[1")
@@ -262,12 +262,12 @@ def test_one_line_exit_2_nothing_left(evaluate, run, tmp_path, arguments):
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU")
-def test_a_gpu_that_is_not_there(evaluate, run):
+def test_missing_gpu(evaluate, run):
     result = evaluate(f"weights={run}", "accelerator=gpu")
     assert (result.code, result.err) == (2, "rwkv-eval: accelerator=gpu is not there: torch finds the CPU alone\n")
 
 
-def test_mistakes_are_told_and_help_is_shown_before_torch_is_loaded():
+def test_mistakes_and_help_are_shown_before_torch_is_loaded():
     code = (
         "import sys; from rwkv_pl.cli.eval import main\n"
         "try: main()\nexcept SystemExit: pass\n"

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from command import SMALL
-from test_train import checkpoint, column, rows
+from test_train import load_checkpoint, read_column, read_metrics
 
-from rwkv_pl.cli.sweep import OURS
-from rwkv_pl.compose import check, compose
+from rwkv_pl.cli.sweep import OWN_PLUGINS
+from rwkv_pl.compose import check_config, compose
 from rwkv_pl.model import MODELS
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -26,11 +26,11 @@ SHRUNK = ("data=text", "data.path=corpus.txt", "data.batch_size=2", "data.ctx_le
 def test_an_experiment_composes_and_runs_two_steps(train, tmp_path, name):
     shown = train("--cfg", "job", f"experiment={name}")
     assert shown.code == 0 and "n_embd" in shown.out
-    check(compose([f"experiment={name}"]))
+    check_config(compose([f"experiment={name}"]))
     vocab = [] if name == "demo_chars" else ["data.vocab=byte"]
     result = train(f"experiment={name}", *SHRUNK, *vocab)
     assert result.code == 0, result.err
-    assert checkpoint(tmp_path / "run")["global_step"] == 2
+    assert load_checkpoint(tmp_path / "run")["global_step"] == 2
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -59,7 +59,7 @@ def test_the_help_names_every_file_of_every_group(train):
 @pytest.mark.parametrize(("name", "n_layer", "n_embd"), [("169m", 12, 768), ("430m", 24, 1024), ("1b5", 24, 2048)])
 def test_the_official_sizes(name, n_layer, n_embd):
     """https://huggingface.co/BlinkDL: with the Pile's 50,277 tokens 169, 430 and 1,515 million parameters."""
-    config = check(compose([f"model=rwkv4_{name}"])).model
+    config = check_config(compose([f"model=rwkv4_{name}"])).model
     assert (config.name, config.n_layer, config.n_embd) == ("rwkv4", n_layer, n_embd)
     model_class, config_class = MODELS["rwkv4"]
     with torch.device("meta"):
@@ -72,7 +72,7 @@ def test_the_sizes_of_ours_have_the_parameters_that_they_say():
     model_class, config_class = MODELS["rwkv4"]
     for name in ("tiny", "mini", "small"):
         said = float(re.search(r"([\d.]+) million", (CONF / "model" / f"rwkv4_{name}.yaml").read_text())[1])
-        config = check(compose([f"model=rwkv4_{name}"])).model
+        config = check_config(compose([f"model=rwkv4_{name}"])).model
         with torch.device("meta"):
             model = model_class(config_class(vocab_size=256, n_layer=config.n_layer, n_embd=config.n_embd))
         there = sum(parameter.numel() for parameter in model.parameters()) / 1e6
@@ -84,18 +84,18 @@ def test_the_search_is_a_study():
     known = set(compose(["hydra/sweeper=optuna"]).hydra.sweeper)
     assert set(composed.hydra.sweeper) == known
     arguments = dict(composed.hydra.sweeper)
-    assert type(OURS[arguments.pop("_target_")](**arguments)).__name__ == "StudySweeper"
+    assert type(OWN_PLUGINS[arguments.pop("_target_")](**arguments)).__name__ == "StudySweeper"
 
 
 def test_a_number_that_follows_another():
     for name, lr in (("rwkv4_tiny", 1.5 / 192), ("rwkv4_small", 1.5 / 384)):
-        assert check(compose(["experiment=scaling", f"model={name}"])).optim.lr == lr
+        assert check_config(compose(["experiment=scaling", f"model={name}"])).optim.lr == lr
 
 
 def test_the_debug_experiment_learns_its_text_by_heart(train, tmp_path):
     result = train("experiment=debug", "hydra.run.dir=run")
     assert result.code == 0 and "(1 pass is 1 steps)" in result.out, result.err
-    losses = [float(loss) for _, loss in column(tmp_path / "run", "train/loss")]
+    losses = [float(loss) for _, loss in read_column(tmp_path / "run", "train/loss")]
     assert len(losses) == 50 and losses[0] > 5 and max(losses[-10:]) < 0.1, losses
 
 
@@ -110,7 +110,7 @@ def test_samples_as_it_goes(train, tmp_path):
         "step-0000004.txt",
     }
     # To look on changes nothing.
-    losses = [[row["train/loss"] for row in rows(tmp_path / name)] for name in ("plain", "run")]
+    losses = [[row["train/loss"] for row in read_metrics(tmp_path / name)] for name in ("plain", "run")]
     assert losses[0] == losses[1]
 
 

@@ -40,12 +40,12 @@ TRAINING_STEP = "rwkv_pl.training.module:LitRWKV.training_step"
 VALIDATION_STEP = "rwkv_pl.training.module:LitRWKV.validation_step"
 
 
-def optimizer_steps_are(step: int, micro_batch: int) -> int:
+def nth_training_step(step: int, micro_batch: int) -> int:
     """The number of a training_step's call, from 1; steps and micro-batches from 1 too."""
     return (step - 1) * 3 + micro_batch
 
 
-def state(run: Path, name: str) -> dict[str, torch.Tensor]:
+def load_state(run: Path, name: str) -> dict[str, torch.Tensor]:
     content = torch.load(run / "checkpoints" / name, weights_only=True)
     moments = content["optimizer_states"][0]["state"]
     weights = content["state_dict"] | {f"trained.{k}": v for k, v in content.get("current_model_state", {}).items()}
@@ -55,7 +55,7 @@ def state(run: Path, name: str) -> dict[str, torch.Tensor]:
 SPEEDS = ("tokens_per_second", "model_flops_per_second", "mfu")
 
 
-def figures(run: Path) -> list[list[str]]:
+def read_figures(run: Path) -> list[list[str]]:
     """metrics.csv without what the clock says, which must only rise."""
     lines = [line.split(",") for line in (run / "metrics.csv").read_text().splitlines()]
     clock = lines[0].index("seconds")
@@ -65,7 +65,7 @@ def figures(run: Path) -> list[list[str]]:
     return [[cell for i, cell in enumerate(line) if i not in timed] for line in lines]
 
 
-def tensorboard(run: Path) -> list[tuple[str, int, float]]:
+def read_tensorboard(run: Path) -> list[tuple[str, int, float]]:
     """What TensorBoard shows of the run, without what the clock says."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -75,24 +75,24 @@ def tensorboard(run: Path) -> list[tuple[str, int, float]]:
     return [(name, event.step, event.value) for name in names for event in events.Scalars(name)]
 
 
-def best_of(run: Path) -> dict[str, object]:
+def read_best(run: Path) -> dict[str, object]:
     callbacks = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"]
     best = next(of for name, of in callbacks.items() if name.startswith("BestCheckpoint"))
     return {"score": best["best_model_score"], "path": Path(best["best_model_path"]).name}
 
 
-def assert_the_same(run: Path, whole: Path) -> None:
-    assert figures(run) == figures(whole)
-    assert tensorboard(run) == tensorboard(whole)
-    assert best_of(run) == best_of(whole)
+def assert_the_same(run: Path, reference: Path) -> None:
+    assert read_figures(run) == read_figures(reference)
+    assert read_tensorboard(run) == read_tensorboard(reference)
+    assert read_best(run) == read_best(reference)
     for name in ("last.ckpt", "best.ckpt"):
-        expected, found = state(whole, name), state(run, name)
+        expected, found = load_state(reference, name), load_state(run, name)
         assert expected.keys() == found.keys()
         assert all(torch.equal(value, found[key]) for key, value in expected.items()), name
     assert not list(run.rglob("*.partial"))
 
 
-def finished(folder: Path, *arguments: str, **environment: str) -> Result:
+def finish_run(folder: Path, *arguments: str, **environment: str) -> Result:
     """What resumes, or starts again, and must come to its end."""
     result = forks.run(folder, *arguments, **environment)
     assert result.code == 0, result.err
@@ -100,10 +100,10 @@ def finished(folder: Path, *arguments: str, **environment: str) -> Result:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Path:
+def uninterrupted_run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
     (folder / "corpus.txt").write_bytes(CORPUS)
-    finished(folder, *RUN)
+    finish_run(folder, *RUN)
     return folder / "run"
 
 
@@ -123,9 +123,11 @@ LONG = pytest.mark.slow  # a moment near another one
         pytest.param(Strike("rwkv_pl.data.vocabulary:Vocabulary.encode", 2, kill), AGAIN, id="tokenising"),
         pytest.param(Strike("rwkv_pl.runs.folder:create_run_dir", 1, kill, after=True), AGAIN, id="folder-made"),
         pytest.param(Strike("rwkv_pl.runs.folder:publish", 2, kill), AGAIN, id="settings-half-written"),
-        pytest.param(Strike("rwkv_pl.training.callbacks.metrics:_begin", 1, kill), RESUME, id="starting", marks=LONG),
-        pytest.param(Strike(TRAINING_STEP, optimizer_steps_are(2, 2), kill), RESUME, id="before-the-first-checkpoint"),
-        pytest.param(Strike(TRAINING_STEP, optimizer_steps_are(5, 3), kill), RESUME, id="stepping"),
+        pytest.param(
+            Strike("rwkv_pl.training.callbacks.metrics:_rewrite_csv", 1, kill), RESUME, id="starting", marks=LONG
+        ),
+        pytest.param(Strike(TRAINING_STEP, nth_training_step(2, 2), kill), RESUME, id="before-the-first-checkpoint"),
+        pytest.param(Strike(TRAINING_STEP, nth_training_step(5, 3), kill), RESUME, id="stepping"),
         pytest.param(Strike("torch:save", 3, kill), RESUME, id="checkpoint-begun", marks=LONG),
         pytest.param(Strike("torch:save", 2, kill, after=True), RESUME, id="checkpoint-not-renamed"),
         pytest.param(Strike("rwkv_pl.training.checkpoint_io:_link", 2, kill), RESUME, id="between-best-and-last"),
@@ -133,21 +135,21 @@ LONG = pytest.mark.slow  # a moment near another one
         pytest.param(Strike(VALIDATION_STEP, 25, kill), RESUME, id="the-last-validation"),
     ],
 )
-def test_a_killed_run_ends_in_the_same_bits(folder, whole, strike, then):
+def test_killed_run_resumes_to_the_same_bits(folder, uninterrupted_run, strike, then):
     cache = {"RWKV_PL_CACHE": str(folder / "cache")} if "Vocab" in strike.place else {}
     if "Vocab" in strike.place:  # nothing is tokenised yet, but the kernel is there
         (folder / "cache").mkdir()
         (folder / "cache" / "kernels").symlink_to(cache_folder() / "kernels")
     assert forks.run(folder, *RUN, strikes=[strike], **cache).code == -signal.SIGKILL
-    finished(folder, *then, **cache)
-    assert_the_same(folder / "run", whole)
+    finish_run(folder, *then, **cache)
+    assert_the_same(folder / "run", uninterrupted_run)
 
 
 def kill_soon() -> None:
     threading.Timer(0.8, kill).start()
 
 
-def test_a_run_that_is_killed_while_it_compiles_ends_in_the_same_bits(folder, whole):
+def test_a_run_that_is_killed_while_it_compiles_ends_in_the_same_bits(folder, uninterrupted_run):
     slow = folder / "slow-c++"
     slow.write_text('#!/bin/sh\ncase "$*" in *" -c "*) exec sleep 60;; *) echo fake 1.0;; esac\n')
     slow.chmod(0o755)
@@ -155,33 +157,31 @@ def test_a_run_that_is_killed_while_it_compiles_ends_in_the_same_bits(folder, wh
     compiling = Strike("rwkv_pl.ops.build:_compile_cpu", 1, kill_soon)
     assert forks.run(folder, *RUN, strikes=[compiling], CXX=str(slow), **cache).code == -signal.SIGKILL
     assert list((folder / "cache" / "kernels").glob("building-*"))
-    finished(folder, *RUN, CXX=quick_compiler(folder), **cache)
+    finish_run(folder, *RUN, CXX=quick_compiler(folder), **cache)
     assert not list((folder / "cache" / "kernels").glob("building-*"))
     assert list((folder / "cache" / "kernels").glob("*.so"))
-    assert_the_same(folder / "run", whole)
+    assert_the_same(folder / "run", uninterrupted_run)
 
 
 @pytest.mark.parametrize(
     ("strike", "step"),
     [
-        pytest.param(
-            Strike(TRAINING_STEP, optimizer_steps_are(5, 1), terminate), 4, id="first-micro-batch", marks=LONG
-        ),
-        pytest.param(Strike(TRAINING_STEP, optimizer_steps_are(5, 2), terminate), 4, id="inside-the-window"),
-        pytest.param(Strike("torch:Tensor.backward", optimizer_steps_are(6, 3), terminate), 6, id="backward"),
+        pytest.param(Strike(TRAINING_STEP, nth_training_step(5, 1), terminate), 4, id="first-micro-batch", marks=LONG),
+        pytest.param(Strike(TRAINING_STEP, nth_training_step(5, 2), terminate), 4, id="inside-the-window"),
+        pytest.param(Strike("torch:Tensor.backward", nth_training_step(6, 3), terminate), 6, id="backward"),
         pytest.param(Strike("torch.optim:AdamW.step", 6, terminate, after=True), 6, id="optimizer-step", marks=LONG),
         pytest.param(Strike("torch.optim:AdamW.step", 4, terminate), 4, id="a-validation-due"),
         pytest.param(Strike(VALIDATION_STEP, 15, terminate), 8, id="validation", marks=LONG),
         pytest.param(Strike(VALIDATION_STEP, 23, terminate), 10, id="the-last-validation"),
     ],
 )
-def test_a_run_told_to_stop_ends_in_the_same_bits(folder, whole, strike, step):
+def test_stopped_run_resumes_to_the_same_bits(folder, uninterrupted_run, strike, step):
     result = forks.run(folder, *RUN, strikes=[strike])
     assert result.code == 143, result.err
     goes_on = f"rwkv-train resume={folder / 'run'} goes on"
     assert result.out.splitlines()[-1] == f"stopped by SIGTERM after step {step}; {goes_on}"
-    finished(folder, "resume=run")
-    assert_the_same(folder / "run", whole)
+    finish_run(folder, "resume=run")
+    assert_the_same(folder / "run", uninterrupted_run)
 
 
 def test_averaged_weights(folder):
@@ -189,28 +189,28 @@ def test_averaged_weights(folder):
     averaged = (*RUN, "callbacks=[default,ema]", "callbacks.ema.decay=0.9")
     result = forks.run(folder, *averaged, strikes=[Strike(VALIDATION_STEP, 15, terminate)])
     assert result.code == 143, result.err
-    finished(folder, "resume=run")
-    finished(folder, "resume=run", "trainer.max_steps=12")
-    finished(folder, *averaged, "trainer.max_steps=12", "hydra.run.dir=long")
-    expected, found = state(folder / "long", "last.ckpt"), state(folder / "run", "last.ckpt")
+    finish_run(folder, "resume=run")
+    finish_run(folder, "resume=run", "trainer.max_steps=12")
+    finish_run(folder, *averaged, "trainer.max_steps=12", "hydra.run.dir=long")
+    expected, found = load_state(folder / "long", "last.ckpt"), load_state(folder / "run", "last.ckpt")
     assert expected.keys() == found.keys()
     assert all(torch.equal(value, found[name]) for name, value in expected.items())
-    finished(folder, "resume=run", "callbacks=[default]", "trainer.max_steps=14")
-    finished(folder, *RUN, "trainer.max_steps=14", "hydra.run.dir=plain")
-    expected, found = state(folder / "plain", "last.ckpt"), state(folder / "run", "last.ckpt")
+    finish_run(folder, "resume=run", "callbacks=[default]", "trainer.max_steps=14")
+    finish_run(folder, *RUN, "trainer.max_steps=14", "hydra.run.dir=plain")
+    expected, found = load_state(folder / "plain", "last.ckpt"), load_state(folder / "run", "last.ckpt")
     assert expected.keys() == found.keys()
     assert all(torch.equal(value, found[name]) for name, value in expected.items())
 
 
-def test_the_last_validation_of_a_short_run_is_owed(folder, whole):
+def test_pending_last_validation_of_a_short_run_is_made_on_resume(folder, uninterrupted_run):
     """No checkpoint before it: the one that is saved in it has all the steps, and resuming validates."""
     run = (*RUN, "callbacks.last.every_n_train_steps=1000", "trainer.val_check_interval=1000")
     assert forks.run(folder, *run, strikes=[Strike(VALIDATION_STEP, 3, terminate)]).code == 143
-    assert len(figures(folder / "run")) == 1 + 10
+    assert len(read_figures(folder / "run")) == 1 + 10
     for _ in range(2):
-        finished(folder, "resume=run")
-        assert figures(folder / "run")[1:-1] == [row for row in figures(whole)[1:] if row[2]]
-        assert len(figures(folder / "run")) == 1 + 10 + 1
+        finish_run(folder, "resume=run")
+        assert read_figures(folder / "run")[1:-1] == [row for row in read_figures(uninterrupted_run)[1:] if row[2]]
+        assert len(read_figures(folder / "run")) == 1 + 10 + 1
     assert (folder / "run" / "checkpoints" / "best.ckpt").samefile(folder / "run" / "checkpoints" / "last.ckpt")
 
 
@@ -218,7 +218,7 @@ def interrupt() -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
 
-def step_of(run: Path) -> int:
+def read_step(run: Path) -> int:
     return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
 
 
@@ -226,7 +226,7 @@ def test_ctrl_c(folder):
     result = forks.run(folder, *RUN, strikes=[Strike(TRAINING_STEP, 14, interrupt)])
     assert result.code == 130
     assert "stopped by SIGINT after step 4" in result.out
-    assert step_of(folder / "run") == 4
+    assert read_step(folder / "run") == 4
 
 
 PREPARING = "rwkv_pl.data.datamodule:DataModule.prepare_data"
@@ -258,20 +258,20 @@ def twice() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_a_second_signal_ends_at_once(folder, whole):
+def test_a_second_signal_ends_at_once(folder, uninterrupted_run):
     assert forks.run(folder, *RUN, strikes=[Strike("torch:save", 2, twice)]).code in (130, 143)
     assert list((folder / "run").rglob("*.partial"))
-    finished(folder, "resume=run")
-    assert_the_same(folder / "run", whole)
+    finish_run(folder, "resume=run")
+    assert_the_same(folder / "run", uninterrupted_run)
 
 
-def test_workers_leave_the_signals_to_the_run(folder, whole):
+def test_workers_leave_the_signals_to_the_run(folder, uninterrupted_run):
     """A terminal's Ctrl-C, or a signal to the process group, reaches the processes that gather batches."""
     run = (*RUN, "data.num_workers=2")
     result = forks.run(folder, *run, strikes=[Strike(TRAINING_STEP, 14, signal_all)])
     assert (result.code, result.err) == (143, "")
-    finished(folder, "resume=run")
-    assert_the_same(folder / "run", whole)
+    finish_run(folder, "resume=run")
+    assert_the_same(folder / "run", uninterrupted_run)
 
 
 def signal_all() -> None:
@@ -289,7 +289,7 @@ def requeue_signal() -> None:
 
 
 @pytest.mark.parametrize("answer", [0, 1])
-def test_slurm_queues_the_job_again(folder, whole, answer):
+def test_slurm_queues_the_job_again(folder, uninterrupted_run, answer):
     scontrol = folder / "bin" / "scontrol"
     scontrol.parent.mkdir()
     scontrol.write_text(f"#!/bin/sh\necho $* >> {folder}/asked\necho no such job >&2\nexit {answer}\n")
@@ -303,8 +303,8 @@ def test_slurm_queues_the_job_again(folder, whole, answer):
     assert ("queued again: scontrol: no such job" in result.out) == bool(answer)
     assert f"resume={folder / 'run'} goes on" in result.out
     if answer == 0:
-        finished(folder, "resume=run", **slurm)
-        assert_the_same(folder / "run", whole)
+        finish_run(folder, "resume=run", **slurm)
+        assert_the_same(folder / "run", uninterrupted_run)
 
 
 # More than one process
@@ -312,10 +312,10 @@ def test_slurm_queues_the_job_again(folder, whole, answer):
 DDP = (*RUN, "trainer=ddp", "trainer.devices=2", "trainer.max_steps=40", "trainer.accumulate_grad_batches=3")
 
 
-def two_ranks(folder: Path, *arguments: str, told: int | None = None) -> list[Result]:
-    """As torchrun starts them, in `folder`/run. told: the rank that gets a SIGTERM, in step 8."""
+def run_two_ranks(folder: Path, *arguments: str, signalled_rank: int | None = None) -> list[Result]:
+    """As torchrun starts them, in `folder`/run. signalled_rank: the rank that gets a SIGTERM, in step 8."""
     port = free_port()
-    strikes = {told: [Strike(TRAINING_STEP, optimizer_steps_are(8, 2), terminate)]}
+    strikes = {signalled_rank: [Strike(TRAINING_STEP, nth_training_step(8, 2), terminate)]}
     if "resume=run" in arguments:
         arguments = tuple(f"resume={folder / 'run'}" if each == "resume=run" else each for each in arguments)
     else:
@@ -325,23 +325,23 @@ def two_ranks(folder: Path, *arguments: str, told: int | None = None) -> list[Re
 
 
 @pytest.fixture(scope="module")
-def whole_of_two(tmp_path_factory) -> Path:
+def uninterrupted_two_ranks(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("two")
     (folder / "corpus.txt").write_bytes(CORPUS)
-    for result in two_ranks(folder, *DDP, "trainer.max_steps=12"):
+    for result in run_two_ranks(folder, *DDP, "trainer.max_steps=12"):
         assert result.code == 0, result.err
     return folder / "run"
 
 
-@pytest.mark.parametrize("told", [1, pytest.param(0, marks=pytest.mark.slow)])
-def test_two_ranks_stop_together_and_end_in_the_same_bits(folder, whole_of_two, told):
+@pytest.mark.parametrize("signalled_rank", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_two_ranks_stop_together_and_end_in_the_same_bits(folder, uninterrupted_two_ranks, signalled_rank):
     """A signal to one of them ends both after the same step."""
-    first, second = two_ranks(folder, *DDP, "trainer.max_steps=12", told=told)
+    first, second = run_two_ranks(folder, *DDP, "trainer.max_steps=12", signalled_rank=signalled_rank)
     assert (first.code, second.code) == (143, 143), first.err + second.err
     assert "stopped by SIGTERM" in first.out
-    for result in two_ranks(folder, "resume=run"):
+    for result in run_two_ranks(folder, "resume=run"):
         assert result.code == 0, result.err
-    assert_the_same(folder / "run", whole_of_two)
+    assert_the_same(folder / "run", uninterrupted_two_ranks)
 
 
 def start_two(folder: Path, *arguments: str) -> subprocess.Popen:
@@ -394,13 +394,13 @@ def test_another_number_of_devices_reads_the_same_batches(folder):
     stop = Strike(TRAINING_STEP, 10, terminate)
     assert forks.run(folder, *one, strikes=[stop]).code == 143
     two = ("trainer=ddp", "trainer.devices=2", "trainer.accumulate_grad_batches=1")
-    for result in two_ranks(folder, "resume=run", *two):
+    for result in run_two_ranks(folder, "resume=run", *two):
         assert result.code == 0, result.err
     other = folder / "other"
     other.mkdir()
     (other / "corpus.txt").write_bytes(CORPUS)
-    finished(other, *one)
-    mixed, alone = figures(folder / "run"), figures(other / "run")
+    finish_run(other, *one)
+    mixed, alone = read_figures(folder / "run"), read_figures(other / "run")
     assert [row[0] for row in mixed] == [row[0] for row in alone]
     loss = mixed[0].index("train/loss")
     for ours, theirs in zip(mixed[1:], alone[1:], strict=True):
@@ -417,12 +417,12 @@ KINDS = {"float32": (), "bf16": ("trainer.precision=bf16-mixed",), "averaged": (
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_twenty_random_moments(tmp_path, kind):
+def test_killed_or_stopped_at_random_moments(tmp_path, kind):
     """Killed, or told to stop, at a random moment, resumed, and so on until the run has come to its end."""
     draw = random.Random(kind)
     (tmp_path / "whole").mkdir()
     (tmp_path / "whole" / "corpus.txt").write_bytes(CORPUS)
-    finished(tmp_path / "whole", *RANDOM, *KINDS[kind])
+    finish_run(tmp_path / "whole", *RANDOM, *KINDS[kind])
     moments, number = 0, 0
     while moments < 20:
         folder = tmp_path / str(number)
@@ -445,29 +445,29 @@ def test_twenty_random_moments(tmp_path, kind):
     print(f"{kind}: {moments} moments in {number} runs")
 
 
-def resumed_three_times(folder: Path, *run: str) -> None:
+def resume_three_times(folder: Path, *run: str) -> None:
     """Stopped in the last validation, then killed after its row, when it is made again."""
     assert forks.run(folder, *run, strikes=[Strike(VALIDATION_STEP, 23, terminate)]).code == 143
     after_its_row = Strike("rwkv_pl.training.callbacks.checkpoints:BestCheckpoint.on_validation_end", 1, kill)
     assert forks.run(folder, "resume=run", strikes=[after_its_row]).code == -signal.SIGKILL
-    finished(folder, "resume=run")
+    finish_run(folder, "resume=run")
 
 
-def test_a_validation_that_is_made_again_has_one_row(folder, whole):
-    resumed_three_times(folder, *RUN)
-    assert_the_same(folder / "run", whole)
+def test_a_validation_that_is_made_again_has_one_row(folder, uninterrupted_run):
+    resume_three_times(folder, *RUN)
+    assert_the_same(folder / "run", uninterrupted_run)
 
 
 def test_a_run_whose_time_ended_makes_its_last_validation(folder):
     length = ("trainer.max_steps=-1", "trainer.max_time=00:00:00:02", "trainer.val_check_interval=100000")
     run = (*RUN, *length, "callbacks.last.every_n_train_steps=100000")
     assert forks.run(folder, *run, strikes=[Strike(VALIDATION_STEP, 2, terminate)]).code == 143
-    finished(folder, "resume=run")
+    finish_run(folder, "resume=run")
     last = torch.load(folder / "run" / "checkpoints" / "last.ckpt", weights_only=True)
     assert last["rwkv_pl"]["finished"] == "time"
-    assert [row[0] for row in figures(folder / "run")[1:] if row[-1]] == [str(last["global_step"])]
+    assert [row[0] for row in read_figures(folder / "run")[1:] if row[-1]] == [str(last["global_step"])]
     assert (folder / "run" / "checkpoints" / "best.ckpt").exists()
-    assert "is finished" in finished(folder, "resume=run").out
+    assert "is finished" in finish_run(folder, "resume=run").out
 
 
 def hang_up() -> None:
@@ -477,31 +477,31 @@ def hang_up() -> None:
 def test_a_closed_terminal_saves(folder):
     result = forks.run(folder, *RUN, strikes=[Strike(TRAINING_STEP, 14, hang_up)])
     assert result.code == 129
-    assert step_of(folder / "run") == 4
+    assert read_step(folder / "run") == 4
 
 
 def ignore_hang_up() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
-def test_under_nohup_a_closed_terminal_is_nothing(folder, whole):
+def test_closed_terminal_under_nohup_is_ignored(folder, uninterrupted_run):
     ignore = Strike("rwkv_pl.runs.folder:create_run_dir", 1, ignore_hang_up)
     result = forks.run(folder, *RUN, strikes=[ignore, Strike(TRAINING_STEP, 14, hang_up)])
     assert result.code == 0, result.err
-    assert_the_same(folder / "run", whole)
+    assert_the_same(folder / "run", uninterrupted_run)
 
 
-def test_the_best_checkpoint_serves_where_the_last_is_gone(folder, whole):
+def test_best_checkpoint_is_used_if_last_is_missing(folder, uninterrupted_run):
     assert forks.run(folder, *RUN, strikes=[Strike(TRAINING_STEP, 29, kill)]).code == -signal.SIGKILL
     for name in ("last.ckpt", "last.prev.ckpt"):
         (folder / "run" / "checkpoints" / name).unlink()
-    assert "there is no last.ckpt; going on from" in finished(folder, "resume=run").out
-    assert_the_same(folder / "run", whole)
+    assert "there is no last.ckpt; going on from" in finish_run(folder, "resume=run").out
+    assert_the_same(folder / "run", uninterrupted_run)
 
 
 @pytest.mark.parametrize("kind", ["dangling link", "folder", "pipe"])
-def test_what_bears_a_checkpoints_name_and_is_no_file(folder, whole, kind):
-    shutil.copytree(whole, folder / "run")
+def test_non_file_with_a_checkpoint_name(folder, uninterrupted_run, kind):
+    shutil.copytree(uninterrupted_run, folder / "run")
     paths = [folder / "run" / "checkpoints" / name for name in ("last.ckpt", "last.prev.ckpt", "best.ckpt")]
     for path in paths:
         path.unlink()
@@ -519,7 +519,7 @@ def test_what_bears_a_checkpoints_name_and_is_no_file(folder, whole, kind):
     assert (folder / "run" / "metrics.csv").read_bytes() == before
 
 
-def test_a_start_that_was_cut_short_is_made_again(folder, whole):
+def test_interrupted_start_can_be_repeated(folder, uninterrupted_run):
     """As by a full disk: Hydra's last file is there, and empty."""
     settings = folder / "run" / ".hydra"
     settings.mkdir(parents=True)
@@ -527,5 +527,5 @@ def test_a_start_that_was_cut_short_is_made_again(folder, whole):
         (settings / name).touch()
     result = forks.run(folder, "resume=run")
     assert (result.code, "start it by the same command" in result.err) == (2, True)
-    finished(folder, *RUN)
-    assert_the_same(folder / "run", whole)
+    finish_run(folder, *RUN)
+    assert_the_same(folder / "run", uninterrupted_run)

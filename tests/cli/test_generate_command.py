@@ -44,15 +44,15 @@ def run(monkeypatch, capfdbinary):
     return run
 
 
-def expected(model, prompt: bytes, n: int, **sampling: object) -> str:
+def generate_expected(model, prompt: bytes, n: int, **sampling: object) -> str:
     """What the Python API makes of the prompt, one newline behind it."""
     tokens = api(model, torch.tensor([list(prompt)]), **sampling)
     return bytes(int(token) for token in islice(tokens, n)).decode(errors="replace") + "\n"
 
 
-def test_it_prints_what_follows_the_prompt(model, run):
+def test_prints_the_continuation_of_the_prompt(model, run):
     result = run("model.pth", "def f", "--seed", "3", "--max-tokens", "50")
-    assert (result.code, result.out) == (0, expected(model, b"def f", 50, seed=3))
+    assert (result.code, result.out) == (0, generate_expected(model, b"def f", 50, seed=3))
     assert result.err.startswith("50 tokens, ") and result.err.count("\n") == 1
 
 
@@ -60,7 +60,7 @@ def test_the_options_are_those_of_the_api(model, run):
     given = {"temperature": 0.7, "top_k": 40, "top_p": 0.9, "repetition": 1.2, "window": 9}
     options = [text for name, value in given.items() for text in (f"--{name.replace('_', '-')}", str(value))]
     result = run("model.pth", "abc", "--seed", "1", "--max-tokens", "60", *options)
-    assert result.out == expected(model, b"abc", 60, seed=1, **given)
+    assert result.out == generate_expected(model, b"abc", 60, seed=1, **given)
 
 
 @pytest.mark.parametrize(
@@ -68,18 +68,18 @@ def test_the_options_are_those_of_the_api(model, run):
 )
 def test_a_prompt_is_taken_as_it_is(model, run, prompt):
     result = run("model.pth", prompt, "--temperature", "0", "--max-tokens", "8")
-    assert result.out == expected(model, prompt.encode() or b"\n", 8, temperature=0)
+    assert result.out == generate_expected(model, prompt.encode() or b"\n", 8, temperature=0)
 
 
 def test_a_prompt_of_binary_bytes(model, run):
     prompt = b"\xff\xfe\x80ok"
     result = run("model.pth", os.fsdecode(prompt), "--temperature", "0", "--max-tokens", "8")
-    assert result.out == expected(model, prompt, 8, temperature=0)
+    assert result.out == generate_expected(model, prompt, 8, temperature=0)
 
 
 def test_a_prompt_that_begins_with_a_dash(model, run):
     result = run("model.pth", "--temperature", "0", "--max-tokens", "8", "--", "-5 --x")
-    assert result.out == expected(model, b"-5 --x", 8, temperature=0)
+    assert result.out == generate_expected(model, b"-5 --x", 8, temperature=0)
     refused = run("model.pth", "--x")
     assert refused.code == 2 and "put -- before one that begins with -" in refused.err and refused.err.count("\n") == 1
 
@@ -125,8 +125,8 @@ def test_a_sample_whose_turn_has_not_come_waits(model, run):
     assert result.out == "--- 1 of 2 ---\n{}\n--- 2 of 2 ---\n{}\n".format(*shown)
 
 
-def test_a_memory_goes_on_as_if_nothing_had_been_between(model, run):
-    whole = expected(model, b"abc", 40, temperature=0)
+def test_saved_state_continues_exactly(model, run):
+    whole = generate_expected(model, b"abc", 40, temperature=0)
     first = run("model.pth", "abc", "--temperature", "0", "--max-tokens", "15", "--state-out", "memory")
     second = run("model.pth", "--temperature", "0", "--max-tokens", "25", "--state-in", "memory")
     # Cut where no character of several bytes is.
@@ -135,17 +135,17 @@ def test_a_memory_goes_on_as_if_nothing_had_been_between(model, run):
     said = run("model.pth", "d", "--temperature", "0", "--max-tokens", "9", "--state-in", "memory")
     written = list(islice(api(model, torch.tensor([list(b"abc")]), temperature=0), 15))
     heard = b"abc" + bytes(map(int, written)) + b"d"
-    assert said.out == expected(model, heard, 9, temperature=0)
+    assert said.out == generate_expected(model, heard, 9, temperature=0)
 
 
-def test_a_memory_can_be_kept_in_the_same_file_again_and_without_writing(run):
+def test_state_can_be_overwritten_and_saved_without_new_text(run):
     for _ in range(2):
         kept = run("model.pth", "abc", "--max-tokens", "0", "--state-out", "memory", "--seed", "1")
         assert (kept.code, kept.out, kept.err) == (0, "\n", "")
     assert run("model.pth", "d", "--max-tokens", "3", "--state-in", "memory", "--state-out", "memory").code == 0
 
 
-def test_a_memory_of_other_weights_is_refused(model, run):
+def test_state_of_other_weights_is_refused(model, run):
     run("model.pth", "abc", "--max-tokens", "0", "--state-out", "memory")
     state = model.state_dict()
     torch.save({name: value + 1 if name == "ln_out.bias" else value for name, value in state.items()}, "other.pth")
@@ -154,7 +154,7 @@ def test_a_memory_of_other_weights_is_refused(model, run):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         ([], "WEIGHTS"),
         (["nowhere"], "no weights at nowhere"),
@@ -180,7 +180,7 @@ def test_a_memory_of_other_weights_is_refused(model, run):
         (["odd.pth"], "does not say what its 7 tokens are"),
     ],
 )
-def test_bad_input_is_one_line(run, tmp_path, arguments, told):
+def test_bad_input_is_one_line(run, tmp_path, arguments, message):
     (tmp_path / "empty.pth").touch()
     (tmp_path / "killed.partial").touch()
     torch.save(RWKV4(RWKV4Config(vocab_size=7, n_layer=1, n_embd=8)).state_dict(), "odd.pth")
@@ -188,7 +188,7 @@ def test_bad_input_is_one_line(run, tmp_path, arguments, told):
     result = run(*arguments)
     assert result.code == 2 and result.out == ""
     assert result.err.startswith("rwkv-generate: ") and result.err.count("\n") == 1
-    assert told in result.err
+    assert message in result.err
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
@@ -208,7 +208,7 @@ SMALL = Vocabulary20B(small_20b())
 
 
 @pytest.fixture
-def speaker(tmp_path):
+def model_20b(tmp_path):
     """A model of the small 20b's tokens, its weights without their vocabulary, and the tokenizer's json."""
     torch.manual_seed(1)
     model = RWKV4(RWKV4Config(vocab_size=SMALL.size, n_layer=1, n_embd=16)).eval()
@@ -221,16 +221,16 @@ def speaker(tmp_path):
 
 
 @pytest.mark.parametrize("prompt", ["Licensed to", ""])
-def test_tokens_of_several_bytes_by_the_tokenizer_that_is_given(speaker, run, prompt):
+def test_tokens_of_several_bytes_by_the_tokenizer_that_is_given(model_20b, run, prompt):
     result = run("speaker.pth", prompt, "--vocab", "20b.json", "--temperature", "0", "--max-tokens", "30")
     tokens = SMALL.encode(prompt.encode()).tolist() or [0]
-    written = [int(token) for token in islice(api(speaker, torch.tensor([tokens]), temperature=0), 30)]
+    written = [int(token) for token in islice(api(model_20b, torch.tensor([tokens]), temperature=0), 30)]
     written = written[: written.index(0)] if 0 in written else written
     assert result.out == SMALL.decode(written).decode(errors="replace") + "\n"
 
 
-def test_the_end_of_a_document_ends_the_text(speaker, run):
-    state = speaker.state_dict()
+def test_the_end_of_a_document_ends_the_text(model_20b, run):
+    state = model_20b.state_dict()
     # <|endoftext|> follows whatever there is.
     state["ln_out.bias"] += 5
     state["head.weight"][0] = 9
@@ -240,7 +240,7 @@ def test_the_end_of_a_document_ends_the_text(speaker, run):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["speaker.pth", "a"], "give --vocab"),
         (["speaker.pth", "a", "--vocab", "nowhere"], "nowhere"),
@@ -249,10 +249,10 @@ def test_the_end_of_a_document_ends_the_text(speaker, run):
         (["model.pth", "a", "--vocab", "20b.json"], "1,281 tokens, model.pth has 256"),
     ],
 )
-def test_vocabularies_that_do_not_fit_are_one_line(speaker, run, arguments, told):
+def test_vocabularies_that_do_not_fit_are_one_line(model_20b, run, arguments, message):
     result = run(*arguments)
     assert (result.code, result.out) == (2, "")
-    assert told in result.err and result.err.count("\n") == 1
+    assert message in result.err and result.err.count("\n") == 1
 
 
 def command(*arguments: str) -> list[str]:
@@ -260,7 +260,7 @@ def command(*arguments: str) -> list[str]:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT to one process")
-def test_ctrl_c_ends_cleanly_and_keeps_the_memory(tmp_path):
+def test_ctrl_c_ends_cleanly_and_saves_the_state(tmp_path):
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     process = subprocess.Popen(
         command("model.pth", "abc", "--max-tokens", "-1", "--state-out", "memory"),
@@ -278,7 +278,7 @@ def test_ctrl_c_ends_cleanly_and_keeps_the_memory(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no pipes of this kind")
-def test_a_reader_that_goes_away_ends_it_quietly():
+def test_closed_pipe_ends_it_quietly():
     process = subprocess.Popen(
         command("model.pth", "abc", "--max-tokens", "-1"), stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from command import SMALL, copy_run, make_run
-from test_train import checkpoint, column, rows
+from test_train import load_checkpoint, read_column, read_metrics
 
 from rwkv_pl.errors import UserError
 from rwkv_pl.runs.folder import locked
@@ -33,7 +33,7 @@ def run(run_of_eight_steps, tmp_path) -> Path:
 
 
 @pytest.fixture
-def spoil(monkeypatch):
+def make_nonfinite(monkeypatch):
     """spoil(3, 5): the losses of these micro-batches, from 1, are NaN; factor=1e38: their gradients alone are Inf."""
     whole, step = module.l2wrap, LitRWKV.training_step
 
@@ -59,10 +59,8 @@ def spoil(monkeypatch):
 
 @pytest.mark.parametrize("factor", [float("nan"), 1e38])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_loss_or_gradient_that_is_no_number_stops_the_run_before_it_is_spoilt(
-    train, tmp_path, spoil, factor, accumulate
-):
-    spoil(5 * accumulate, factor=factor)  # of batch 4, the fifth
+def test_nonfinite_loss_or_gradient_stops_the_run_before_the_step(train, tmp_path, make_nonfinite, factor, accumulate):
+    make_nonfinite(5 * accumulate, factor=factor)  # of batch 4, the fifth
     more = ("optim.lr=1e-2", f"trainer.accumulate_grad_batches={accumulate}", "hydra.run.dir=run")
     result = train(*SMALL, *EVERY, *more)
     assert (result.code, result.err.count("\n")) == (1, 1), result.err
@@ -70,28 +68,28 @@ def test_a_loss_or_gradient_that_is_no_number_stops_the_run_before_it_is_spoilt(
         assert told in result.err
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
     assert f"the last checkpoint is {last} of step 4: rwkv-train resume={tmp_path / 'run'} goes on" in result.err
-    assert all(value.isfinite().all() for value in checkpoint(tmp_path / "run")["state_dict"].values())
-    assert [step for step, _ in column(tmp_path / "run", "train/loss")] == [1, 2, 3, 4]
+    assert all(value.isfinite().all() for value in load_checkpoint(tmp_path / "run")["state_dict"].values())
+    assert [step for step, _ in read_column(tmp_path / "run", "train/loss")] == [1, 2, 3, 4]
 
 
-def test_batches_that_are_no_numbers_can_be_left_out(train, tmp_path, spoil, monkeypatch):
+def test_nonfinite_batches_can_be_skipped(train, tmp_path, make_nonfinite, monkeypatch):
     with monkeypatch.context() as then:
-        spoil(3, 5)
+        make_nonfinite(3, 5)
         result = train(*SMALL, *EVERY, "skip_nonfinite=2", "trainer.max_steps=6", "hydra.run.dir=run")
         then.undo()
     assert result.code == 0, result.err
     assert "left out, 2 of at most 2" in result.out
     weights = {}
     run = tmp_path / "run"
-    assert checkpoint(run)["rwkv_pl"]["skipped"] == 2
-    assert [value for _, value in column(run, "train/grad_norm")][2] == "nan"
+    assert load_checkpoint(run)["rwkv_pl"]["skipped"] == 2
+    assert [value for _, value in read_column(run, "train/grad_norm")][2] == "nan"
     assert (run / "loss.png").stat().st_size > 0
-    weights = checkpoint(run)["state_dict"]
+    weights = load_checkpoint(run)["state_dict"]
     assert all(value.isfinite().all() for value in weights.values())
-    steps = checkpoint(run)["optimizer_states"][0]["state"][0]["step"]
+    steps = load_checkpoint(run)["optimizer_states"][0]["state"][0]["step"]
     assert steps == 4
     # Counted over the whole run: the third is one too many.
-    spoil(1)
+    make_nonfinite(1)
     result = train("resume=run", "trainer.max_steps=8")
     assert (result.code, result.err.count("\n")) == (1, 1), result.err
     assert "of batch 6 is not finite" in result.err
@@ -105,7 +103,7 @@ def test_the_gradient_norm_is_read_once_a_step(train, tmp_path, monkeypatch):
     assert len(calls) == 5
 
 
-def test_float16_scaling_may_meet_inf(train, tmp_path, spoil, monkeypatch):
+def test_float16_scaling_may_meet_inf(train, tmp_path, make_nonfinite, monkeypatch):
     """Its scaler probes for the largest scale: steps of Inf gradients are lawful, a loss of NaN is not."""
     from lightning.pytorch.plugins import MixedPrecision
 
@@ -120,25 +118,25 @@ def test_float16_scaling_may_meet_inf(train, tmp_path, spoil, monkeypatch):
         return trainer(**arguments)
 
     monkeypatch.setattr(build, "Trainer", scaled)
-    spoil(3, factor=1e38)
+    make_nonfinite(3, factor=1e38)
     result = train(*SMALL, *EVERY, "hydra.run.dir=run")
     assert result.code == 0, result.err
-    scaler = checkpoint(tmp_path / "run")["MixedPrecision"]
+    scaler = load_checkpoint(tmp_path / "run")["MixedPrecision"]
     assert scaler["scale"] == 1.0
     # Its state goes on too: the same bits in two parts.
-    spoil(3, factor=1e38)
+    make_nonfinite(3, factor=1e38)
     assert train(*SMALL, *EVERY, "trainer.max_steps=4", "hydra.run.dir=parts").code == 0
     assert train("resume=parts", "trainer.max_steps=8").code == 0
-    whole, parts = checkpoint(tmp_path / "run"), checkpoint(tmp_path / "parts")
+    whole, parts = load_checkpoint(tmp_path / "run"), load_checkpoint(tmp_path / "parts")
     assert parts["MixedPrecision"] == scaler
     assert all(torch.equal(value, parts["state_dict"][name]) for name, value in whole["state_dict"].items())
-    spoil(3)
+    make_nonfinite(3)
     result = train(*SMALL, *EVERY, "hydra.run.dir=next")
     assert result.code == 1
     assert "the loss of batch 2 is not finite" in result.err
 
 
-def test_a_scaler_that_has_left_out_all_steps_so_far(train, tmp_path, monkeypatch):
+def test_loss_scaler_that_has_skipped_every_step(train, tmp_path, monkeypatch):
     from lightning.pytorch.plugins import MixedPrecision
 
     from rwkv_pl.runs import build
@@ -153,13 +151,13 @@ def test_a_scaler_that_has_left_out_all_steps_so_far(train, tmp_path, monkeypatc
 
     monkeypatch.setattr(build, "Trainer", scaled)
     assert train(*SMALL, *EVERY, "trainer.max_steps=2", "hydra.run.dir=run").code == 0
-    assert not checkpoint(tmp_path / "run")["optimizer_states"][0]["state"]
+    assert not load_checkpoint(tmp_path / "run")["optimizer_states"][0]["state"]
     result = train("resume=run", "trainer.max_steps=4")
     assert result.code == 0, result.err
 
 
 @pytest.mark.parametrize("row", ["nan,,,,,,,,,,", "inf,1,,,,,,,,,", "3,inf,1,,,,,,,,", "3,96,1,,,,,,,,,surplus"])
-def test_a_damaged_record_is_said_to_be(train, run, tmp_path, row):
+def test_corrupt_metrics_file_is_reported(train, run, tmp_path, row):
     record = tmp_path / "run" / "metrics.csv"
     lines = record.read_text().splitlines(keepends=True)
     record.write_text("".join([*lines[:3], row + "\n", *lines[3:]]))
@@ -170,7 +168,7 @@ def test_a_damaged_record_is_said_to_be(train, run, tmp_path, row):
     assert record.read_bytes() == before
 
 
-def test_a_step_that_is_not_the_loops_own_is_damage(train, run, tmp_path):
+def test_step_that_differs_from_the_loops_is_corruption(train, run, tmp_path):
     checkpoints = tmp_path / "run" / "checkpoints"
     for name in ("last.ckpt", "last.prev.ckpt", "best.ckpt"):
         content = torch.load(checkpoints / name, weights_only=True) | {"global_step": 3}
@@ -182,7 +180,7 @@ def test_a_step_that_is_not_the_loops_own_is_damage(train, run, tmp_path):
 
 
 @pytest.mark.parametrize("content", [{"rwkv_pl": 3}, {"rwkv_pl": None}, {}])
-def test_a_strange_checkpoint_does_not_hide_the_latest_run(train, run_of_eight_steps, tmp_path, content):
+def test_unreadable_checkpoint_does_not_hide_the_latest_run(train, run_of_eight_steps, tmp_path, content):
     for name in ("a", "b"):
         run = tmp_path / "outputs" / "2026-01-01" / name
         run.parent.mkdir(parents=True, exist_ok=True)
@@ -233,7 +231,7 @@ def test_a_text_that_changes_under_the_run(train, tmp_path, monkeypatch, change,
     path.write_bytes(text)
     result = train("resume=run")
     assert result.code == 0, result.err
-    assert checkpoint(tmp_path / "run")["global_step"] == 12
+    assert load_checkpoint(tmp_path / "run")["global_step"] == 12
 
 
 def test_a_second_start_in_a_folder_is_refused(train, tmp_path):
@@ -289,9 +287,9 @@ def test_the_latest_run_is_resumed(train, run_of_eight_steps, tmp_path):
         assert result.code == 0, result.err
         assert f"{outputs / 'b'} has no checkpoint yet: it starts at step 0" in result.out
     assert train("resume=latest").code == 0
-    assert checkpoint(outputs / "d")["global_step"] == 8
+    assert load_checkpoint(outputs / "d")["global_step"] == 8
     assert train("resume=latest").code == 0
-    assert checkpoint(outputs / "a")["global_step"] == 8
+    assert load_checkpoint(outputs / "a")["global_step"] == 8
     assert train("resume=latest").code == 2
 
 
@@ -309,12 +307,12 @@ def test_a_checkpoint_says_why_its_run_is_over(train, tmp_path, reason):
         ),
     }[reason]
     assert train(*SMALL, *more, "hydra.run.dir=run").code == 0
-    assert checkpoint(tmp_path / "run")["rwkv_pl"]["finished"] == reason
+    assert load_checkpoint(tmp_path / "run")["rwkv_pl"]["finished"] == reason
     result = train("resume=run")
     assert (result.code, "is finished" in result.out) == (0, True)
 
 
-def test_the_score_to_beat_is_that_of_the_file(train, tmp_path, caplog):
+def test_best_score_is_read_from_the_checkpoint(train, tmp_path, caplog):
     every = ("trainer.val_check_interval=2", "trainer.max_steps=6", "hydra.run.dir=run")
     assert train(*SMALL, *EVERY, *every).code == 0
     checkpoints = tmp_path / "run" / "checkpoints"
@@ -322,14 +320,14 @@ def test_the_score_to_beat_is_that_of_the_file(train, tmp_path, caplog):
     key = next(name for name in best["callbacks"] if name.startswith("BestCheckpoint"))
 
     def score_of_last():
-        return checkpoint(tmp_path / "run")["callbacks"][key]["best_model_score"]
+        return load_checkpoint(tmp_path / "run")["callbacks"][key]["best_model_score"]
 
     # Better than what last.ckpt knows: as where a run was killed between the two.
     best["callbacks"][key]["best_model_score"] = torch.tensor(0.5, dtype=torch.float64)
     torch.save(best, checkpoints / "best.ckpt")
     assert train("resume=run", "trainer.max_steps=8").code == 0
     assert score_of_last() == 0.5
-    assert checkpoint(tmp_path / "run", "best.ckpt")["global_step"] == 6
+    assert load_checkpoint(tmp_path / "run", "best.ckpt")["global_step"] == 6
     # Cut short, and gone: the next validation writes it.
     for steps in (10, 12):
         if steps == 10:
@@ -339,7 +337,7 @@ def test_the_score_to_beat_is_that_of_the_file(train, tmp_path, caplog):
         result = train("resume=run", f"trainer.max_steps={steps}")
         assert result.code == 0, result.err
         assert ("is damaged, or of another monitor" in result.out) == (steps == 10)
-        assert checkpoint(tmp_path / "run", "best.ckpt")["global_step"] in (steps - 1, steps)
+        assert load_checkpoint(tmp_path / "run", "best.ckpt")["global_step"] in (steps - 1, steps)
 
 
 class Hostile:
@@ -348,7 +346,7 @@ class Hostile:
 
 
 @pytest.mark.parametrize("name", ["last.ckpt", "best.ckpt", "both"])
-def test_a_strangers_checkpoint_runs_nothing(train, run, tmp_path, name):
+def test_untrusted_checkpoint_executes_no_code(train, run, tmp_path, name):
     checkpoints = tmp_path / "run" / "checkpoints"
     content = torch.load(checkpoints / "last.ckpt", weights_only=True)
     for file in ("last.ckpt", "best.ckpt") if name == "both" else (name,):
@@ -374,7 +372,7 @@ def test_a_strangers_checkpoint_runs_nothing(train, run, tmp_path, name):
         {"seed": "${oc.decode:'!!python/object/apply:os.system [touch executed]'}"},
     ],
 )
-def test_a_strangers_settings_run_nothing(train, run, tmp_path, change):
+def test_untrusted_settings_execute_no_code(train, run, tmp_path, change):
     path = tmp_path / "run" / ".hydra" / "config.yaml"
     config = yaml.safe_load(path.read_text())
     for group, values in change.items():
@@ -385,7 +383,7 @@ def test_a_strangers_settings_run_nothing(train, run, tmp_path, change):
     assert not (tmp_path / "executed").exists()
 
 
-def test_a_strangers_yaml_is_plain_data(train, run, tmp_path):
+def test_untrusted_yaml_is_plain_data(train, run, tmp_path):
     for name in ("config.yaml", "hydra.yaml", "overrides.yaml", "resumes.yaml"):
         path = tmp_path / "run" / ".hydra" / name
         before = path.read_bytes() if path.exists() else None
@@ -399,16 +397,19 @@ def test_a_strangers_yaml_is_plain_data(train, run, tmp_path):
 def test_rows_go_on_without_gaps(train, tmp_path):
     assert train(*SMALL, *EVERY, "trainer.max_steps=4", "hydra.run.dir=run").code == 0
     assert train("resume=run", "trainer.max_steps=8").code == 0
-    assert [int(row["step"]) for row in rows(tmp_path / "run")] == [1, 2, 3, 4, 4, 5, 6, 7, 8, 8]
+    assert [int(row["step"]) for row in read_metrics(tmp_path / "run")] == [1, 2, 3, 4, 4, 5, 6, 7, 8, 8]
 
 
 def test_checkpoints_written_by_a_thread(train, tmp_path, monkeypatch):
     """As on a GPU: the same run, and a full disk is told at the next step, or at the end."""
     assert train(*SMALL, *EVERY, "hydra.run.dir=whole").code == 0
-    monkeypatch.setattr(checkpoint_io, "in_background", lambda checkpoint: True)
+    monkeypatch.setattr(checkpoint_io, "writes_in_background", lambda checkpoint: True)
     assert train(*SMALL, *EVERY, "hydra.run.dir=run").code == 0
     for name in ("last.ckpt", "best.ckpt"):
-        expected, found = checkpoint(tmp_path / "whole", name)["state_dict"], checkpoint(tmp_path / "run", name)
+        expected, found = (
+            load_checkpoint(tmp_path / "whole", name)["state_dict"],
+            load_checkpoint(tmp_path / "run", name),
+        )
         assert all(torch.equal(value, found["state_dict"][key]) for key, value in expected.items())
     whole = torch.save
     for last in (False, True):
@@ -426,7 +427,7 @@ def test_checkpoints_written_by_a_thread(train, tmp_path, monkeypatch):
         assert "disk full" in result.err and steps[-1] == (8 if last else 2)
 
 
-def test_what_a_checkpoint_says_of_the_past_is_held(train, run, tmp_path):
+def test_run_identity_in_the_checkpoint_is_checked(train, run, tmp_path):
     """Settings that were changed in the stored config itself."""
     path = tmp_path / "run" / ".hydra" / "config.yaml"
     text = path.read_text()
@@ -437,7 +438,7 @@ def test_what_a_checkpoint_says_of_the_past_is_held(train, run, tmp_path):
         assert (result.code, result.err.count("\n")) == (2, 1), (change, result.err)
 
 
-def test_a_checkpoint_of_the_first_days_is_read(train, run, tmp_path):
+def test_early_checkpoint_format_is_read(train, run, tmp_path):
     """Before they told the past, only the corpus."""
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
     content = torch.load(last, weights_only=True)

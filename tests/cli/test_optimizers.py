@@ -4,14 +4,14 @@ import pytest
 import torch
 import yaml
 from command import SMALL
-from test_train import checkpoint
+from test_train import load_checkpoint
 
 PLAIN = tuple(setting for setting in SMALL if not setting.startswith(("optim=", "trainer.max_steps")))
 WSD = ("schedule=wsd", "schedule.decay_steps=8", "schedule.decay_share=0.5", "schedule.final_lr=1e-4")
 
 
-def same(run, other):
-    weights, others = checkpoint(run)["state_dict"], checkpoint(other)["state_dict"]
+def assert_same_weights(run, other):
+    weights, others = load_checkpoint(run)["state_dict"], load_checkpoint(other)["state_dict"]
     return all(torch.equal(value, others[name]) for name, value in weights.items())
 
 
@@ -30,14 +30,16 @@ def test_a_run_resumes_in_the_same_bits(train, tmp_path, optim):
     assert train(*settings, "trainer.max_steps=3", "hydra.run.dir=parts").code == 0
     result = train("resume=parts", "trainer.max_steps=8")
     assert result.code == 0, result.err
-    assert same(tmp_path / "parts", tmp_path / "whole")
+    assert assert_same_weights(tmp_path / "parts", tmp_path / "whole")
 
 
 def test_a_new_momentum_has_effect_on_a_resume(train, tmp_path):
     assert train(*PLAIN, "optim=sgd", "trainer.max_steps=4", "hydra.run.dir=run").code == 0
     result = train("resume=run", "optim.momentum=0.0", "trainer.max_steps=5")
     assert result.code == 0 and "changed optim.momentum = 0.0" in result.out, result.err
-    assert {group["momentum"] for group in checkpoint(tmp_path / "run")["optimizer_states"][0]["param_groups"]} == {0.0}
+    assert {
+        group["momentum"] for group in load_checkpoint(tmp_path / "run")["optimizer_states"][0]["param_groups"]
+    } == {0.0}
     # What a momentum of 0 does not read stays, and goes on with the next.
     assert train("resume=run", "optim.momentum=0.5", "trainer.max_steps=6").code == 0
     for setting, message in {
@@ -74,12 +76,12 @@ def test_an_optimizer_file_of_the_user(train, tmp_path):
                         "alpha": 0.8, "momentum": 0.5}  # fmt: skip
     result = train("resume=run", "trainer.max_steps=4")
     assert result.code == 0, result.err
-    groups = checkpoint(tmp_path / "run")["optimizer_states"][0]["param_groups"]
+    groups = load_checkpoint(tmp_path / "run")["optimizer_states"][0]["param_groups"]
     assert {(group["alpha"], group["momentum"], group["eps"]) for group in groups} == {(0.8, 0.5, 1e-8)}
 
 
 @pytest.mark.parametrize("optim", ["sgd", "muon", "adamw"])
-def test_an_optimizer_state_that_does_not_fit_is_damage(train, tmp_path, optim):
+def test_misfitting_optimizer_state_is_corruption(train, tmp_path, optim):
     assert train(*PLAIN, f"optim={optim}", "trainer.max_steps=3", "hydra.run.dir=run").code == 0
     checkpoints = tmp_path / "run" / "checkpoints"
     content = torch.load(checkpoints / "last.ckpt", weights_only=True)

@@ -6,29 +6,29 @@ from dataclasses import replace
 import pytest
 import torch
 from command import SMALL
-from test_train import checkpoint
+from test_train import load_checkpoint
 
 from rwkv_pl.cli.entry import cli_entry_point
 from rwkv_pl.config import Train
 from rwkv_pl.runs import device
-from rwkv_pl.runs.device import choose_accelerator, choose_products
+from rwkv_pl.runs.device import choose_accelerator, choose_matmul_precision
 
 TRAINED = (*SMALL, "optim.lr=1e-2", "model.dropout=0.1", "trainer.accumulate_grad_batches=3")
 
 
-def weights(run):
-    return list(checkpoint(run)["state_dict"].values())
+def load_weights_of(run):
+    return list(load_checkpoint(run)["state_dict"].values())
 
 
-def test_less_memory_is_the_same_training(train, tmp_path):
+def test_memory_options_do_not_change_training(train, tmp_path):
     assert train(*TRAINED, "hydra.run.dir=whole").code == 0
     assert train(*TRAINED, "activation_checkpointing=true", "trainer.max_steps=2", "hydra.run.dir=parts").code == 0
     result = train("resume=parts", "activation_checkpointing=false", "trainer.max_steps=4")
     assert result.code == 0 and "changed activation_checkpointing = False" in result.out, result.err
-    whole = weights(tmp_path / "whole")
-    assert all(torch.equal(*pair) for pair in zip(weights(tmp_path / "parts"), whole, strict=True))
+    whole = load_weights_of(tmp_path / "whole")
+    assert all(torch.equal(*pair) for pair in zip(load_weights_of(tmp_path / "parts"), whole, strict=True))
     assert train(*TRAINED, "loss_chunk_len=7", "hydra.run.dir=chunks").code == 0
-    for found, expected in zip(weights(tmp_path / "chunks"), whole, strict=True):
+    for found, expected in zip(load_weights_of(tmp_path / "chunks"), whole, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
@@ -51,31 +51,31 @@ def test_a_compiled_run_resumes_in_the_same_bits(train, tmp_path):
     torch._dynamo.reset()  # as in another process
     result = train("resume=parts", "trainer.max_steps=4")
     assert result.code == 0 and "compile 2 blocks, in " in result.out, result.err
-    whole, parts = checkpoint(tmp_path / "whole")["state_dict"], checkpoint(tmp_path / "parts")["state_dict"]
+    whole, parts = load_checkpoint(tmp_path / "whole")["state_dict"], load_checkpoint(tmp_path / "parts")["state_dict"]
     assert all(torch.equal(value, parts[name]) for name, value in whole.items())
 
 
-def test_tensor_cores_serve_float32_on_a_gpu_alone(monkeypatch):
+def test_tf32_is_used_on_a_gpu_only(monkeypatch):
     set_to = []
     monkeypatch.setattr(torch, "set_float32_matmul_precision", set_to.append)
     config = Train(trainer={"precision": "32-true"})
-    choose_products(config, torch.device("cpu"))
+    choose_matmul_precision(config, torch.device("cpu"))
     assert set_to == []
-    choose_products(config, torch.device("cuda"))
-    choose_products(replace(config, tf32=False), torch.device("cuda"))
+    choose_matmul_precision(config, torch.device("cuda"))
+    choose_matmul_precision(replace(config, tf32=False), torch.device("cuda"))
     assert set_to == ["high", "highest"]
-    choose_products(replace(config, trainer={"precision": "16-mixed"}), torch.device("cuda"))
+    choose_matmul_precision(replace(config, trainer={"precision": "16-mixed"}), torch.device("cuda"))
 
 
 @pytest.fixture
 def bf16_speed(monkeypatch):
     """bf16_speed(2.0): products in bfloat16 are as fast as that, compared with float32."""
 
-    def be(speedup: float) -> None:
+    def set_speed(speedup: float) -> None:
         rates = {torch.float32: 1.0, torch.bfloat16: speedup}
-        monkeypatch.setattr(device, "product_rates", lambda *_: rates)
+        monkeypatch.setattr(device, "measure_product_rates", lambda *_: rates)
 
-    return be
+    return set_speed
 
 
 @pytest.mark.parametrize(
@@ -89,15 +89,15 @@ def test_the_faster_precision_is_chosen_once_and_kept(train, tmp_path, bf16_spee
     bf16_speed(speedup)
     result = train(*SMALL, "trainer.precision=auto", "trainer.max_steps=2", "hydra.run.dir=run")
     assert result.code == 0 and f"precision {chosen}: {words}" in result.out, result.err
-    assert checkpoint(tmp_path / "run")["rwkv_pl"]["precision"] == chosen
+    assert load_checkpoint(tmp_path / "run")["rwkv_pl"]["precision"] == chosen
     bf16_speed(1 / speedup)  # another machine
     result = train("resume=run", "trainer.max_steps=4")
     assert result.code == 0 and "auto" not in result.out, result.err
-    assert checkpoint(tmp_path / "run")["rwkv_pl"]["precision"] == chosen
+    assert load_checkpoint(tmp_path / "run")["rwkv_pl"]["precision"] == chosen
     assert ("32-true would be faster" in result.out) == (chosen == "bf16-mixed")
     result = train("resume=run", "trainer.max_steps=6", "trainer.precision=64-true")
     assert result.code == 0, result.err
-    assert checkpoint(tmp_path / "run")["rwkv_pl"]["precision"] == "64-true"
+    assert load_checkpoint(tmp_path / "run")["rwkv_pl"]["precision"] == "64-true"
 
 
 def test_a_typed_precision_that_is_slower_says_so(train, bf16_speed):

@@ -71,7 +71,7 @@ MINE = {
 
 
 @pytest.fixture
-def mine(tmp_path, monkeypatch):
+def plugin_folder(tmp_path, monkeypatch):
     """mypkg.py in a folder of Python's path, and mine/, the user's config folder."""
     (tmp_path / "lib" / "package").mkdir(parents=True)
     (tmp_path / "lib" / "mypkg.py").write_text(PLUGIN)
@@ -92,27 +92,27 @@ NOTE = ("callbacks=[default,note]", "--config-dir", "mine")
 ALL = ("optim=sign", "logger=[tensorboard,lines]", *NOTE)
 
 
-def test_a_class_of_each_kind_through_start_and_resume(train, mine):
+def test_a_class_of_each_kind_through_start_and_resume(train, plugin_folder):
     quick = [text for text in SMALL if not text.startswith("optim=")]
     plugins = "plugins=[mypkg]"
     result = train(*quick, *ALL, plugins, "optim.scale=3.0", "trainer.max_steps=2", "hydra.run.dir=run")
     assert result.code == 0, result.err
-    assert (mine / "run" / "note.txt").read_text() == "hello at step 2"
-    assert {"1", "2"} <= set((mine / "lines.txt").read_text().split())
-    checkpoint = torch.load(mine / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert (plugin_folder / "run" / "note.txt").read_text() == "hello at step 2"
+    assert {"1", "2"} <= set((plugin_folder / "lines.txt").read_text().split())
+    checkpoint = torch.load(plugin_folder / "run" / "checkpoints" / "last.ckpt", weights_only=True)
     assert {group["scale"] for group in checkpoint["optimizer_states"][0]["param_groups"]} == {3.0}
 
-    before = (mine / "run" / "checkpoints" / "last.ckpt").read_bytes()
+    before = (plugin_folder / "run" / "checkpoints" / "last.ckpt").read_bytes()
     result = train("resume=run", "trainer.max_steps=4")
     assert result.code == 2 and "plugins=[mypkg]" in result.err, result.err
-    assert (mine / "run" / "checkpoints" / "last.ckpt").read_bytes() == before
+    assert (plugin_folder / "run" / "checkpoints" / "last.ckpt").read_bytes() == before
 
     result = train("resume=run", "trainer.max_steps=4", "callbacks.note.text=bye", plugins)
     assert result.code == 0, result.err
-    assert (mine / "run" / "note.txt").read_text() == "bye at step 4"
+    assert (plugin_folder / "run" / "note.txt").read_text() == "bye at step 4"
     assert train(*quick, *ALL, plugins, "optim.scale=3.0", "hydra.run.dir=whole").code == 0
     whole, parts = (
-        torch.load(mine / name / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        torch.load(plugin_folder / name / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
         for name in ("whole", "run")
     )
     assert all(torch.equal(value, parts[name]) for name, value in whole.items())
@@ -151,87 +151,91 @@ def test_the_callback_of_the_readme(train, tmp_path, monkeypatch):
         (("plugins=[mypkg]", "callbacks.note.text=3"), "callbacks.note.text must be a word"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_with_a_plug_in_is_said_in_one_line(train, mine, arguments, words):
+def test_plugin_error_is_one_line(train, plugin_folder, arguments, words):
     result = train(*SMALL, *NOTE, *arguments, "hydra.run.dir=run")
     assert (result.code, result.err.count("\n")) == (2, 1), result.err
     assert words in result.err
-    assert not (mine / "run").exists()
+    assert not (plugin_folder / "run").exists()
 
 
-def test_a_module_inside_a_package_is_named_in_full(train, mine):
+def test_a_module_inside_a_package_is_named_in_full(train, plugin_folder):
     result = train(
         *SMALL, *NOTE, "plugins=package.inner", "callbacks.note._target_=package.inner.Note", "hydra.run.dir=run"
     )
     assert result.code == 0, result.err
 
 
-def test_a_module_in_the_users_own_file_needs_no_typing(train, mine):
-    (mine / "user").mkdir()
-    (mine / "user" / "plugins").write_text("# mine\nmypkg  # callbacks\n")
+def test_a_module_in_the_users_own_file_needs_no_typing(train, plugin_folder):
+    (plugin_folder / "user").mkdir()
+    (plugin_folder / "user" / "plugins").write_text("# mine\nmypkg  # callbacks\n")
     assert train(*SMALL, *NOTE, "trainer.max_steps=2", "hydra.run.dir=run").code == 0
     assert train("resume=run", "trainer.max_steps=3").code == 0
-    assert (mine / "run" / "note.txt").read_text() == "hello at step 3"
-    (mine / "user" / "plugins").write_text("my pkg\n")
+    assert (plugin_folder / "run" / "note.txt").read_text() == "hello at step 3"
+    (plugin_folder / "user" / "plugins").write_text("my pkg\n")
     result = train("resume=run", "trainer.max_steps=4")
     assert result.code == 2 and "plugins: my pkg is not the name of a module" in result.err, result.err
 
 
-def test_a_config_file_cannot_name_a_plug_in(train, mine):
-    (mine / "mine" / "experiment").mkdir()
-    (mine / "mine" / "experiment" / "theirs.yaml").write_text("# @package _global_\nplugins: [mypkg]\n")
+def test_a_config_file_cannot_name_a_plug_in(train, plugin_folder):
+    (plugin_folder / "mine" / "experiment").mkdir()
+    (plugin_folder / "mine" / "experiment" / "theirs.yaml").write_text("# @package _global_\nplugins: [mypkg]\n")
     result = train(*SMALL, *NOTE, "experiment=theirs", "hydra.run.dir=run")
     assert (result.code, "plugins= is typed" in result.err) == (2, True), result.err
-    (mine / "mine" / "experiment" / "theirs.yaml").write_text(
+    (plugin_folder / "mine" / "experiment" / "theirs.yaml").write_text(
         "# @package _global_\nhydra:\n  sweeper:\n    params:\n      plugins: mypkg\n      seed: 1,2\n"
     )
     result = train("-m", *SMALL, *NOTE, "experiment=theirs", "hydra.sweep.dir=sweep")
     assert (result.code, "plugins" in result.err) == (2, True), result.err
     result = train("-m", *SMALL, *NOTE, "plugins=mypkg,package.inner", "hydra.sweep.dir=sweep")
     assert (result.code, "plugins=[mypkg,package.inner]" in result.err) == (2, True), result.err
-    assert not (mine / "run").exists() and not (mine / "sweep").exists() and not (mine / "imported").exists()
+    assert (
+        not (plugin_folder / "run").exists()
+        and not (plugin_folder / "sweep").exists()
+        and not (plugin_folder / "imported").exists()
+    )
 
 
-def test_a_strangers_run_that_names_a_plug_in_imports_nothing(train, mine):
+def test_untrusted_run_cannot_import_a_plugin(train, plugin_folder):
     assert train(*SMALL, *NOTE, "plugins=[mypkg]", "trainer.max_steps=2", "hydra.run.dir=run").code == 0
-    (mine / "imported").unlink()
+    (plugin_folder / "imported").unlink()
     sys.modules.pop("mypkg")
-    stored = mine / "run" / ".hydra"
+    stored = plugin_folder / "run" / ".hydra"
     assert "mypkg" in (stored / "config.yaml").read_text() and "plugins" in (stored / "overrides.yaml").read_text()
     for arguments in ((), ("callbacks=[default,note]",), ("schedule=cosine",)):
         result = train("resume=run", "trainer.max_steps=4", *arguments)
         assert (result.code, "add plugins=[mypkg]" in result.err) == (2, True), result.err
-    assert not (mine / "imported").exists()
+    assert not (plugin_folder / "imported").exists()
 
 
 def find_lib() -> None:
     sys.path.insert(0, str(Path("lib").absolute()))
 
 
-def sweep(folder: Path, *arguments: str):
+def run_sweep(folder: Path, *arguments: str):
     strikes = [FORK_THE_JOBS, Strike("rwkv_pl.cli.train:main", 1, find_lib)]
     return forks.run(folder, "-m", *arguments, strikes=strikes, RWKV_PL_CONFIG=str(folder / "user"))
 
 
-def test_a_sweep_hands_its_plug_ins_to_its_jobs(mine):
-    (mine / "corpus.txt").write_bytes(TEXT)
+def test_a_sweep_hands_its_plug_ins_to_its_jobs(plugin_folder):
+    (plugin_folder / "corpus.txt").write_bytes(TEXT)
     begun = (*SMALL, *NOTE, "trainer.max_steps=2", "seed=1,2", "hydra.sweep.dir=sweep")
-    result = sweep(mine, *begun)
+    result = run_sweep(plugin_folder, *begun)
     assert (result.code, "plugins=[mypkg]" in result.err) == (2, True), result.err
-    assert not (mine / "sweep").exists()
-    result = sweep(mine, *begun, "plugins=[mypkg]")
+    assert not (plugin_folder / "sweep").exists()
+    result = run_sweep(plugin_folder, *begun, "plugins=[mypkg]")
     assert result.code == 0, result.out + result.err
-    notes = [mine / "sweep" / name / "note.txt" for name in "01"]
+    notes = [plugin_folder / "sweep" / name / "note.txt" for name in "01"]
     assert [note.read_text() for note in notes] == ["hello at step 2"] * 2
 
     # One job starts, the other is resumed: both need the plug-ins, typed again.
-    shutil.rmtree(mine / "sweep" / "0")
-    shutil.rmtree(mine / "sweep" / "1" / "checkpoints")
-    (mine / "sweep" / "1" / "result.json").unlink()
+    shutil.rmtree(plugin_folder / "sweep" / "0")
+    shutil.rmtree(plugin_folder / "sweep" / "1" / "checkpoints")
+    (plugin_folder / "sweep" / "1" / "result.json").unlink()
     notes[1].unlink()
-    (mine / "imported").unlink()
-    result = sweep(mine, "resume=sweep", "--config-dir", "mine")
+    (plugin_folder / "imported").unlink()
+    result = run_sweep(plugin_folder, "resume=sweep", "--config-dir", "mine")
     assert (result.code, "plugins=[mypkg]" in (result.out + result.err)) == (1, True), result.out + result.err
-    assert not (mine / "imported").exists()
-    result = sweep(mine, "resume=sweep", "--config-dir", "mine", "plugins=[mypkg]")
+    assert not (plugin_folder / "imported").exists()
+    result = run_sweep(plugin_folder, "resume=sweep", "--config-dir", "mine", "plugins=[mypkg]")
     assert result.code == 0, result.out + result.err
     assert [note.read_text() for note in notes] == ["hello at step 2"] * 2

@@ -19,8 +19,8 @@ TWO = (*SMALL, "trainer=ddp", "trainer.devices=2")
 SCHEDULERS = ("torchrun", "SLURM", "one command a node")
 
 
-def lose_patience() -> None:
-    ranks.PATIENCE = 3.0
+def shorten_timeout() -> None:
+    ranks.TIMEOUT = 3.0
 
 
 def die_slowly() -> None:
@@ -28,7 +28,7 @@ def die_slowly() -> None:
     kill()
 
 
-IMPATIENT = Strike("rwkv_pl.cli.train:main", 1, lose_patience)
+IMPATIENT = Strike("rwkv_pl.cli.train:main", 1, shorten_timeout)
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def begin(folder: Path, scheduler: str, rank: int, port: str, *arguments: str, s
     return lambda: forks.finish(process, place)
 
 
-def both(folder: Path, scheduler: str, *arguments: str) -> list[Result]:
+def run_both(folder: Path, scheduler: str, *arguments: str) -> list[Result]:
     port = free_port()
     if scheduler == "one command a node":
         arguments = (*arguments, "trainer.num_nodes=2", "trainer.devices=1")
@@ -78,7 +78,7 @@ def both(folder: Path, scheduler: str, *arguments: str) -> list[Result]:
     return [end() for end in ends][::-1]
 
 
-def content(folder: Path) -> dict[str, bytes]:
+def read_content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
@@ -86,15 +86,15 @@ def content(folder: Path) -> dict[str, bytes]:
 def test_two_ranks_share_one_folder_and_a_second_start_is_refused(folder, scheduler):
     run = folder / "run"
     arguments = (*TWO, f"hydra.run.dir={run}")
-    for result in both(folder, scheduler, *arguments):
+    for result in run_both(folder, scheduler, *arguments):
         assert result.code == 0, result.err
-    before = content(run)
+    before = read_content(run)
     assert before[".hydra/overrides.yaml"] and before["checkpoints/last.ckpt"]
-    first, second = both(folder, scheduler, *arguments, "optim.lr=1")
+    first, second = run_both(folder, scheduler, *arguments, "optim.lr=1")
     assert (first.code, second.code) == (2, 2), first.err + second.err
     assert first.err.count("\n") == 1 and f"go on with a run by resume={run}" in first.err
     assert second.err == ""
-    assert content(run) == before
+    assert read_content(run) == before
 
 
 def test_a_dated_folder_is_that_of_rank_0(folder):
@@ -114,14 +114,14 @@ def test_a_resume_is_refused_on_all_ranks_while_the_run_is_in_use(folder):
 
     run = folder / "run"
     assert forks.run(folder, *SMALL, f"hydra.run.dir={run}").code == 0
-    before = content(run)
+    before = read_content(run)
     more = ("trainer.max_steps=6", "trainer=ddp", "trainer.devices=2")
     with locked(run):
-        first, second = both(folder, "torchrun", f"resume={run}", *more)
+        first, second = run_both(folder, "torchrun", f"resume={run}", *more)
     assert (first.code, second.code) == (2, 2), first.err + second.err
     assert "is in use by process" in first.err and second.err == ""
-    assert {**content(run), ".lock": b""} == {**before, ".lock": b""}
-    for result in both(folder, "torchrun", f"resume={run}", *more):
+    assert {**read_content(run), ".lock": b""} == {**before, ".lock": b""}
+    for result in run_both(folder, "torchrun", f"resume={run}", *more):
         assert result.code == 0, result.err
     assert (run / "metrics.csv").read_text().splitlines()[-1].startswith("6,")
 
@@ -172,7 +172,7 @@ def test_a_port_that_is_taken(folder):
 
 
 def test_processes_that_would_each_train_for_themselves_are_refused(folder):
-    for result in both(folder, "torchrun", *SMALL, "hydra.run.dir=run"):
+    for result in run_both(folder, "torchrun", *SMALL, "hydra.run.dir=run"):
         assert result.code == 2
         assert "2 processes were started, but trainer.devices x trainer.num_nodes is 1" in result.err
     assert not (folder / "rank 0" / "run").exists()
@@ -204,12 +204,12 @@ def test_an_environment_that_makes_no_sense(train, tmp_path, monkeypatch, variab
 
 def test_processes_that_lightning_starts_do_not_decide_again(monkeypatch):
     """They could measure something else than their parent has."""
-    assert ranks.first_decides("speed", lambda: "2.5") == "2.5"
-    with ranks.leading():
+    assert ranks.decide_on_first_rank("speed", lambda: "2.5") == "2.5"
+    with ranks.share_answers():
         monkeypatch.setenv("LOCAL_RANK", "1")
-        assert ranks.first_decides("speed", lambda: "0.9") == "2.5"
+        assert ranks.decide_on_first_rank("speed", lambda: "0.9") == "2.5"
         monkeypatch.delenv("LOCAL_RANK")
-    assert not ranks.launched_by_lightning() and ranks.ANSWERS not in os.environ
+    assert not ranks.launched_by_lightning() and ranks.ANSWERS_ENV not in os.environ
 
 
 @pytest.fixture
@@ -254,9 +254,9 @@ def test_torchrun_itself(folder):
 
     done = run()
     assert done.returncode == 0, done.stderr
-    before = content(folder / "run")
+    before = read_content(folder / "run")
     done = run()
     assert done.returncode == 1
     assert done.stderr.count("go on with a run by resume=") == 1
     assert done.stderr.count("exitcode  : 2") == 2
-    assert content(folder / "run") == before
+    assert read_content(folder / "run") == before

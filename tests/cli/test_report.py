@@ -16,7 +16,7 @@ from rwkv_pl.sweeps import report
 from rwkv_pl.training.curve import COLUMNS
 
 
-def make(folder: Path, bits: list[float], *, status: str | None = "finished", **settings: object) -> Path:
+def make_run_folder(folder: Path, bits: list[float], *, status: str | None = "finished", **settings: object) -> Path:
     """A run folder as a run leaves it: a row for each figure, 1,000 tokens and 10 seconds apart."""
     (folder / ".hydra").mkdir(parents=True)
     config = {"model": {"n_layer": 2, "n_embd": 64}, "optim": {"lr": 1e-3}, "seed": 42, "resume": None}
@@ -37,7 +37,7 @@ def make(folder: Path, bits: list[float], *, status: str | None = "finished", **
     return folder
 
 
-def run(capsys, monkeypatch, *arguments: object) -> tuple[int, str, str]:
+def run_report(capsys, monkeypatch, *arguments: object) -> tuple[int, str, str]:
     monkeypatch.setattr(sys, "argv", ["rwkv-report", *map(str, arguments)])
     code = 0
     try:
@@ -49,14 +49,14 @@ def run(capsys, monkeypatch, *arguments: object) -> tuple[int, str, str]:
 
 
 def test_a_table_a_file_and_a_picture(tmp_path, capsys, monkeypatch):
-    make(tmp_path / "10", [5.0, 3.0, 3.5], optim__lr=1e-2)
-    make(tmp_path / "2", [5.0, 4.0], optim__lr=1e-4, status=None)
-    make(tmp_path / "3", [6.0], optim__lr=1e-5, status="stopped")
+    make_run_folder(tmp_path / "10", [5.0, 3.0, 3.5], optim__lr=1e-2)
+    make_run_folder(tmp_path / "2", [5.0, 4.0], optim__lr=1e-4, status=None)
+    make_run_folder(tmp_path / "3", [6.0], optim__lr=1e-5, status="stopped")
     write_result_only = tmp_path / "4"
     write_result_only.mkdir()
     write_result(write_result_only, status="failed", error="no such thing", overrides=["optim.lr=7", "data=text"])
     with locked(tmp_path / "2"):
-        code, out, err = run(capsys, monkeypatch, tmp_path)
+        code, out, err = run_report(capsys, monkeypatch, tmp_path)
     assert (code, err) == (0, "")
     lines = [line.split("│")[1:-1] for line in out.splitlines() if line.startswith("│")]
     cells = [[cell.strip() for cell in line] for line in lines]
@@ -75,28 +75,28 @@ def test_a_table_a_file_and_a_picture(tmp_path, capsys, monkeypatch):
 
 
 def test_later_settings_count(tmp_path):
-    folder = make(tmp_path / "a", [5.0], optim__lr=1e-2)
+    folder = make_run_folder(tmp_path / "a", [5.0], optim__lr=1e-2)
     (folder / ".hydra" / "resumes.yaml").write_text(yaml.safe_dump([{"set": {"optim.lr": 5e-3}, "remove": []}]))
-    assert report.read(folder).settings["optim.lr"] == 5e-3
+    assert report.read_run(folder).settings["optim.lr"] == 5e-3
 
 
 def test_a_number_that_follows_another_is_shown_as_one(tmp_path):
-    folder = make(tmp_path / "a", [5.0], optim__lr="${divide:1.5,${model.n_embd}}")
-    assert report.read(folder).settings["optim.lr"] == 1.5 / 64
+    folder = make_run_folder(tmp_path / "a", [5.0], optim__lr="${divide:1.5,${model.n_embd}}")
+    assert report.read_run(folder).settings["optim.lr"] == 1.5 / 64
 
 
-def test_what_is_damaged_is_said_to_be(tmp_path, capsys, monkeypatch):
-    make(tmp_path / "0", [5.0])
-    make(tmp_path / "1", [5.0])
-    make(tmp_path / "2", [5.0])
+def test_corrupt_run_is_reported(tmp_path, capsys, monkeypatch):
+    make_run_folder(tmp_path / "0", [5.0])
+    make_run_folder(tmp_path / "1", [5.0])
+    make_run_folder(tmp_path / "2", [5.0])
     (tmp_path / "1" / "metrics.csv").write_text("step,tokens\nx,y\n")
     (tmp_path / "2" / ".hydra" / "config.yaml").write_text("{")
-    make(tmp_path / "3", [6.0])
+    make_run_folder(tmp_path / "3", [6.0])
     (tmp_path / "3" / "metrics.csv").write_text("")
-    make(tmp_path / "4", [float("nan")])
+    make_run_folder(tmp_path / "4", [float("nan")])
     (tmp_path / "5").mkdir()
     (tmp_path / "5" / "result.json").write_text('{"status": "failed", "overrides": 5}')
-    code, out, _ = run(capsys, monkeypatch, tmp_path)
+    code, out, _ = run_report(capsys, monkeypatch, tmp_path)
     assert code == 0
     assert out.count("damaged") >= 2 and out.count("finished") == 3
     # What it has in common with the others is no column, though it can't be read.
@@ -113,36 +113,36 @@ def test_what_is_damaged_is_said_to_be(tmp_path, capsys, monkeypatch):
         ("result.json", '{"status": "finished", "step": "abc", "seconds": {"a": 1}, "objective": []}', "finished"),
     ],
 )
-def test_a_folder_of_another_content_spoils_nothing(tmp_path, capsys, monkeypatch, file, content, status):
+def test_folder_with_other_content_does_not_break_the_report(tmp_path, capsys, monkeypatch, file, content, status):
     # Names that rich would take for its own.
     for name in ("[bold]", "q[/x]"):
-        make(tmp_path / name, [5.0])
+        make_run_folder(tmp_path / name, [5.0])
     (tmp_path / "[bold]" / file).write_text(content)
     if file == "result.json":
         (tmp_path / "[bold]" / "metrics.csv").unlink()
-    code, out, err = run(capsys, monkeypatch, tmp_path)
+    code, out, err = run_report(capsys, monkeypatch, tmp_path)
     assert (code, err) == (0, "")
     assert "[bold]" in out and "q[/x]" in out and status in out
     assert (tmp_path / "sweep.csv").exists()
 
 
 @pytest.mark.parametrize("content", ["[]", "{", "3", ""])
-def test_a_strange_result_is_none(tmp_path, content):
-    folder = make(tmp_path / "a", [5.0], status=None)
+def test_unreadable_result_is_ignored(tmp_path, content):
+    folder = make_run_folder(tmp_path / "a", [5.0], status=None)
     (folder / "result.json").write_text(content)
-    assert report.read(folder).status == "broken off"
+    assert report.read_run(folder).status == "broken off"
 
 
 def test_words_and_mixed_values_have_a_picture_too(tmp_path, capsys, monkeypatch):
     for i, value in enumerate(["a", None, 3, True, float("nan")]):
-        make(tmp_path / str(i), [5.0 - i], optim__lr=value)
-    assert run(capsys, monkeypatch, tmp_path)[0] == 0
+        make_run_folder(tmp_path / str(i), [5.0 - i], optim__lr=value)
+    assert run_report(capsys, monkeypatch, tmp_path)[0] == 0
 
 
 def test_runs_of_several_folders_go_where_it_is_said(tmp_path, capsys, monkeypatch):
-    make(tmp_path / "a" / "x", [5.0])
-    make(tmp_path / "b" / "y", [4.0])
-    code, out, _ = run(capsys, monkeypatch, tmp_path / "a", tmp_path / "b" / "y", "--out", tmp_path / "out")
+    make_run_folder(tmp_path / "a" / "x", [5.0])
+    make_run_folder(tmp_path / "b" / "y", [4.0])
+    code, out, _ = run_report(capsys, monkeypatch, tmp_path / "a", tmp_path / "b" / "y", "--out", tmp_path / "out")
     assert code == 0 and "a/x" in out and "b/y" in out
     assert (tmp_path / "out" / "sweep.csv").exists() and not (tmp_path / "a" / "sweep.csv").exists()
 
@@ -151,7 +151,7 @@ def test_runs_of_several_folders_go_where_it_is_said(tmp_path, capsys, monkeypat
 def test_bad_input_is_one_line(tmp_path, capsys, monkeypatch, arguments):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
-    code, _, err = run(capsys, monkeypatch, *arguments)
+    code, _, err = run_report(capsys, monkeypatch, *arguments)
     assert (code, err.count("\n")) == (2, 1)
 
 
@@ -160,8 +160,8 @@ def test_it_imports_no_torch():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def test_a_picture_of_nothing_but_a_failure(tmp_path, capsys, monkeypatch):
+def test_picture_of_failed_runs_only(tmp_path, capsys, monkeypatch):
     (tmp_path / "0").mkdir()
     (tmp_path / "0" / "result.json").write_text(json.dumps({"status": "failed", "error": "no"}))
-    code, out, _ = run(capsys, monkeypatch, tmp_path)
+    code, out, _ = run_report(capsys, monkeypatch, tmp_path)
     assert (code, "sweep.png" in out) == (0, False)

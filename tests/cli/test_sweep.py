@@ -17,12 +17,12 @@ from command import SMALL, TEXT
 from forked_jobs import FORK_THE_JOBS
 from forks import Strike
 
-from hydra_plugins.rwkv_pl.study import StudySweeper, _is_drawn_from, distribution
+from hydra_plugins.rwkv_pl.study import StudySweeper, _is_drawn_from, to_distribution
 from rwkv_pl.compose import compose, parse_overrides
 from rwkv_pl.errors import UserError
 from rwkv_pl.runs.folder import SWEEP_JOB_ENV, has_started
 from rwkv_pl.runs.outcome import read_result
-from rwkv_pl.sweeps.jobs import product, with_params
+from rwkv_pl.sweeps.jobs import expand_grid, merge_params
 
 QUICK = (*SMALL, "trainer.max_steps=6", "trainer.val_check_interval=3", "hydra.sweep.dir=sweep")
 
@@ -48,12 +48,12 @@ def start(folder: Path, *arguments: str, strikes: Sequence[Strike] = ()) -> Swee
     return Sweep(folder, forks.start(folder, "-m", *arguments, strikes=[FORK_THE_JOBS, *strikes]))
 
 
-def ended(sweep: Sweep) -> tuple[int, str]:
+def wait_for_end(sweep: Sweep) -> tuple[int, str]:
     result = forks.finish(sweep.process, sweep.folder)
     return result.code, result.out + result.err
 
 
-def table(folder: Path) -> dict[str, dict[str, str]]:
+def read_table(folder: Path) -> dict[str, dict[str, str]]:
     with (folder / "sweep" / "sweep.csv").open(newline="") as file:
         return {row["run"]: row for row in csv.DictReader(file)}
 
@@ -69,15 +69,15 @@ def has_begun(job: Path) -> bool:
     return (job / "metrics.csv").exists() and len((job / "metrics.csv").read_text().splitlines()) > 1
 
 
-def process_of(job: Path) -> int:
+def read_process_id(job: Path) -> int:
     return int((job / ".lock").read_text().split()[1])
 
 
 def test_a_grid_with_a_job_that_fails(folder):
     """Two at a time: a table, a picture, the failed ones with their reason; and what is finished is not run again."""
-    code, out = ended(start(folder, *QUICK, "optim.lr=1e-2,1e-3", "model.n_embd=0,16", "hydra.launcher.jobs=2"))
+    code, out = wait_for_end(start(folder, *QUICK, "optim.lr=1e-2,1e-3", "model.n_embd=0,16", "hydra.launcher.jobs=2"))
     assert code == 1, out
-    found = table(folder)
+    found = read_table(folder)
     assert [(row["model.n_embd"], row["optim.lr"]) for row in found.values()] == [
         ("0", "0.01"),
         ("16", "0.01"),
@@ -93,7 +93,7 @@ def test_a_grid_with_a_job_that_fails(folder):
     job = folder / "sweep" / "1"
     assert has_started(job) and read_result(job)["objective"] == pytest.approx(float(found["1"]["val/bits_per_byte"]))
     before = (job / "metrics.csv").stat().st_mtime_ns
-    code, out = ended(start(folder.parent, f"resume={folder / 'sweep'}"))
+    code, out = wait_for_end(start(folder.parent, f"resume={folder / 'sweep'}"))
     assert (code, "job 1 was finished before" in out) == (1, True), out
     assert (job / "metrics.csv").stat().st_mtime_ns == before
 
@@ -103,15 +103,15 @@ def test_a_killed_job_leaves_the_others_alone(folder):
                     "optim.lr=1e-2", "hydra.launcher.jobs=2", "callbacks.last.every_n_train_steps=100")  # fmt: skip
     jobs = [folder / "sweep" / name for name in "01"]
     wait_for(lambda: (jobs[0] / "checkpoints" / "last.ckpt").exists())
-    os.kill(process_of(jobs[0]), signal.SIGKILL)
-    code, out = ended(process)
+    os.kill(read_process_id(jobs[0]), signal.SIGKILL)
+    code, out = wait_for_end(process)
     assert code == 1, out
     assert "job 0 failed: killed by SIGKILL" in out
-    assert [row["status"] for row in table(folder).values()] == ["failed", "finished"]
+    assert [row["status"] for row in read_table(folder).values()] == ["failed", "finished"]
     assert (jobs[0] / "error.txt").read_text() == "killed by SIGKILL\n"
-    code, out = ended(start(folder, "resume=sweep"))
+    code, out = wait_for_end(start(folder, "resume=sweep"))
     assert code == 0, out
-    assert [row["status"] for row in table(folder).values()] == ["finished", "finished"]
+    assert [row["status"] for row in read_table(folder).values()] == ["finished", "finished"]
     assert not (jobs[0] / "error.txt").exists()
     assert "of which" in out, "it began anew"
 
@@ -120,11 +120,11 @@ def test_a_signal_reaches_the_jobs_and_the_table_is_printed(folder):
     process = start(folder, *QUICK, "trainer.max_steps=100000", "optim.lr=1e-2,1e-3")
     wait_for(lambda: has_begun(folder / "sweep" / "0"))
     process.send_signal(signal.SIGTERM)
-    code, out = ended(process)
+    code, out = wait_for_end(process)
     assert code == 143, out
     assert "stopped by SIGTERM after step" in out and "bits/byte" in out and "-m resume=" in out
     assert (folder / "sweep" / "0" / "checkpoints" / "last.ckpt").exists()
-    assert [(row["optim.lr"], row["status"]) for row in table(folder).values()] == [
+    assert [(row["optim.lr"], row["status"]) for row in read_table(folder).values()] == [
         ("0.01", "stopped"),
         ("0.001", "waiting"),
     ]
@@ -135,14 +135,14 @@ def ignore_hang_up() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
-def test_under_nohup_a_closed_terminal_is_nothing(folder):
+def test_closed_terminal_under_nohup_is_ignored(folder):
     process = start(folder, *QUICK, "trainer.max_steps=300", "trainer.val_check_interval=300", "optim.lr=1e-2,0",
                     strikes=[Strike("rwkv_pl.cli.train:main", 1, ignore_hang_up)])  # fmt: skip
     wait_for(lambda: has_begun(folder / "sweep" / "0"))
     process.send_signal(signal.SIGHUP)
-    code, out = ended(process)
+    code, out = wait_for_end(process)
     assert code == 1, out
-    assert [row["status"] for row in table(folder).values()] == ["finished", "failed"]
+    assert [row["status"] for row in read_table(folder).values()] == ["finished", "failed"]
 
 
 def test_a_study(folder):
@@ -152,17 +152,17 @@ def test_a_study(folder):
     process = start(folder, *study)
     second = folder / "sweep" / "1"
     wait_for(lambda: (second / "checkpoints" / "last.ckpt").exists())
-    os.kill(process_of(second), signal.SIGSTOP)
+    os.kill(read_process_id(second), signal.SIGSTOP)
     process.send_signal(signal.SIGTERM)
     time.sleep(0.3)
-    os.kill(process_of(second), signal.SIGCONT)
-    code, out = ended(process)
+    os.kill(read_process_id(second), signal.SIGCONT)
+    code, out = wait_for_end(process)
     assert code == 143, out
-    assert [row["status"] for row in table(folder).values()] == ["finished", "stopped"]
-    tried = table(folder)["1"]["optim.lr"]
-    code, out = ended(start(folder, "resume=sweep", "hydra.sweeper.n_trials=3"))
+    assert [row["status"] for row in read_table(folder).values()] == ["finished", "stopped"]
+    tried = read_table(folder)["1"]["optim.lr"]
+    code, out = wait_for_end(start(folder, "resume=sweep", "hydra.sweeper.n_trials=3"))
     assert code == 0, out
-    rows = table(folder)
+    rows = read_table(folder)
     assert rows["1"]["optim.lr"] == tried
     assert len({(row["optim.lr"], row["model.n_embd"]) for row in rows.values()}) == 3
     # The first is the config as it stands.
@@ -182,7 +182,7 @@ def test_a_study(folder):
 
 
 @pytest.mark.parametrize(
-    ("space", "as_it_stands"),
+    ("space", "expected"),
     [
         (("optim.lr=tag(log,interval(1e-3,1e-1))", "seed=1,2"), {"optim.lr": 1e-2, "seed": "2"}),
         (("schedule.final_lr=0.0001,1e-3", "optim.betas=[0.8,0.9],[0.9,0.99]"),
@@ -192,11 +192,11 @@ def test_a_study(folder):
         (("optim.lr=interval(0.1,0.2)",), None),
     ],
 )  # fmt: skip
-def test_the_first_trial_is_the_config_as_it_stands(space, as_it_stands):
+def test_first_trial_uses_the_config_values(space, expected):
     sweeper = StudySweeper(n_trials=1, sampler="tpe", pruner="none", seed=1)
     sweeper.config = compose(["optim=rwkv", "schedule=cosine", "optim.lr=1e-2", "seed=2", "schedule.final_lr=1e-4"])
-    distributions = {o.key_or_group: distribution(o) for o in parse_overrides(space, sweep=True)}
-    assert sweeper._default(distributions) == as_it_stands
+    distributions = {o.key_or_group: to_distribution(o) for o in parse_overrides(space, sweep=True)}
+    assert sweeper._default(distributions) == expected
 
 
 @pytest.mark.parametrize(
@@ -213,10 +213,10 @@ def test_the_first_trial_is_the_config_as_it_stands(space, as_it_stands):
 )
 def test_a_trial_of_another_search_is_known(params, drawn):
     overrides = parse_overrides(["optim.lr=tag(log,interval(1e-3,1e-1))", "seed=1,2"], sweep=True)
-    assert _is_drawn_from({o.key_or_group: distribution(o) for o in overrides}, params) == drawn
+    assert _is_drawn_from({o.key_or_group: to_distribution(o) for o in overrides}, params) == drawn
 
 
-def print_for_nobody() -> None:
+def close_stdout() -> None:
     read, write = os.pipe()
     os.close(read)
     os.dup2(write, 1)
@@ -224,14 +224,14 @@ def print_for_nobody() -> None:
 
 
 def test_a_job_outlives_whoever_reads_it(folder):
-    nobody = Strike("rwkv_pl.cli.train:main", 1, print_for_nobody)
+    nobody = Strike("rwkv_pl.cli.train:main", 1, close_stdout)
     arguments = (*SMALL, "trainer.max_steps=3", "hydra.run.dir=run")
     result = forks.run(folder, *arguments, strikes=[nobody], **{SWEEP_JOB_ENV: "1"})
     assert (result.code, result.out + result.err) == (0, "")
     assert read_result(folder / "run")["status"] == "finished"
 
 
-def test_a_study_outlives_its_sweeper_its_jobs_and_half_a_line(folder):
+def test_study_survives_a_killed_sweeper_and_a_partial_journal_line(folder):
     """What a killed sweeper left at work is waited for, and a trial that was killed is tried again."""
     process = start(folder, *QUICK, "hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", "trainer.max_steps=400",
                     "trainer.val_check_interval=400", "optim.lr=tag(log,interval(1e-4,1e-2))",
@@ -239,21 +239,21 @@ def test_a_study_outlives_its_sweeper_its_jobs_and_half_a_line(folder):
     first, second = (folder / "sweep" / name for name in "01")
     wait_for(lambda: has_begun(first))
     process.send_signal(signal.SIGKILL)
-    assert ended(process)[0] == -signal.SIGKILL
+    assert wait_for_end(process)[0] == -signal.SIGKILL
     with (folder / "sweep" / "study.journal").open("a") as journal:
         journal.write('{"op_code": 4, "worker')
     process = start(folder, "resume=sweep")
     wait_for(lambda: (second / "checkpoints" / "last.ckpt").exists())
-    os.kill(process_of(second), signal.SIGKILL)
-    code, out = ended(process)
+    os.kill(read_process_id(second), signal.SIGKILL)
+    code, out = wait_for_end(process)
     assert code == 1, out
     assert "job 0 is still at work" in out and "study.journal ended in half a line" in out
-    assert [row["status"] for row in table(folder).values()] == ["finished", "failed"]
-    tried = table(folder)["1"]["optim.lr"]
-    code, out = ended(start(folder, "resume=sweep"))
+    assert [row["status"] for row in read_table(folder).values()] == ["finished", "failed"]
+    tried = read_table(folder)["1"]["optim.lr"]
+    code, out = wait_for_end(start(folder, "resume=sweep"))
     assert code == 0, out
-    assert [row["status"] for row in table(folder).values()] == ["finished", "finished"]
-    assert table(folder)["1"]["optim.lr"] == tried
+    assert [row["status"] for row in read_table(folder).values()] == ["finished", "finished"]
+    assert read_table(folder)["1"]["optim.lr"] == tried
 
 
 def test_a_trial_that_falls_behind_is_pruned(train, tmp_path):
@@ -285,14 +285,14 @@ def test_a_trial_that_falls_behind_is_pruned(train, tmp_path):
 @pytest.mark.parametrize("launcher", ["basic", pytest.param("submitit_local", marks=pytest.mark.slow)])
 def test_another_launcher(folder, launcher):
     """Hydra's own, and submitit on this machine: its workers start the same processes."""
-    code, out = ended(start(folder, *QUICK, f"hydra/launcher={launcher}", "optim.lr=1e-2,0"))
+    code, out = wait_for_end(start(folder, *QUICK, f"hydra/launcher={launcher}", "optim.lr=1e-2,0"))
     assert code == 1, out
-    assert [row["status"] for row in table(folder).values()] == ["finished", "failed"]
+    assert [row["status"] for row in read_table(folder).values()] == ["finished", "failed"]
     assert has_started(folder / "sweep" / "0")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         ("model.n_layr=2,4", "did you mean n_layer?"),
         ("+foo=1,2", "keys are not added"),
@@ -311,29 +311,29 @@ def test_another_launcher(folder, launcher):
         ("resume=nosuch optim.lr=1", "goes on with a sweep as it was"),
     ],
 )
-def test_what_is_wrong_in_every_job_refuses_the_sweep(train, tmp_path, arguments, told):
+def test_what_is_wrong_in_every_job_refuses_the_sweep(train, tmp_path, arguments, message):
     before = sorted(tmp_path.rglob("*"))
     own = () if "resume" in arguments else SMALL
     result = train("-m", *own, *arguments.split())
     assert (result.code, result.err.count("\n")) == (2, 1), result.err
-    assert told in result.err
+    assert message in result.err
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_the_jobs_of_a_product():
     told = parse_overrides(["a=1,2", "b='x,y'", "c=choice(3,4)", "d=range(0,2)"], sweep=True)
-    jobs = list(product(told))
+    jobs = list(expand_grid(told))
     assert len(jobs) == 8
     assert jobs[1] == ["a=1", "b='x,y'", "c=3", "d=1"]
 
 
 def test_swept_values_of_a_file_give_way_to_those_that_are_typed():
-    told = with_params({"a": "1,2", "b": "3,4"}, ["b=5"])
-    assert list(product(told)) == [["a=1", "b=5"], ["a=2", "b=5"]]
+    told = merge_params({"a": "1,2", "b": "3,4"}, ["b=5"])
+    assert list(expand_grid(told)) == [["a=1", "b=5"], ["a=2", "b=5"]]
 
 
 @pytest.mark.parametrize(
-    ("told", "expected"),
+    ("typed", "expected"),
     [
         ("x=int(interval(1,8))", "IntDistribution(high=8, log=False, low=1, step=1)"),
         ("x=tag(log,interval(1e-4,1e-2))", "FloatDistribution(high=0.01, log=True, low=0.0001, step=None)"),
@@ -343,19 +343,19 @@ def test_swept_values_of_a_file_give_way_to_those_that_are_typed():
         ("x=1e-3,3e-4", "CategoricalDistribution(choices=('0.001', '0.0003'))"),
     ],
 )
-def test_what_optuna_draws_from(told, expected):
-    from hydra_plugins.rwkv_pl.study import distribution
+def test_what_optuna_draws_from(typed, expected):
+    from hydra_plugins.rwkv_pl.study import to_distribution
 
-    (override,) = parse_overrides([told], sweep=True)
-    assert repr(distribution(override)) == expected
+    (override,) = parse_overrides([typed], sweep=True)
+    assert repr(to_distribution(override)) == expected
 
 
-def test_a_space_that_is_none():
-    from hydra_plugins.rwkv_pl.study import distribution
+def test_invalid_search_space():
+    from hydra_plugins.rwkv_pl.study import to_distribution
 
     (override,) = parse_overrides(["optim.lr=tag(log,interval(0.0,1.0))"], sweep=True)
     with pytest.raises(UserError, match="can't be searched so"):
-        distribution(override)
+        to_distribution(override)
 
 
 @pytest.mark.parametrize(
@@ -371,7 +371,7 @@ def test_a_space_that_is_none():
         {"task": 3},
     ],
 )
-def test_a_strangers_sweep_runs_nothing(folder, change):
+def test_untrusted_sweep_executes_no_code(folder, change):
     stored = {
         "overrides": {"task": [*SMALL, "trainer.max_steps=0"], "hydra": []},
         "runtime": {"cwd": str(folder), "config_sources": []},
@@ -380,7 +380,7 @@ def test_a_strangers_sweep_runs_nothing(folder, change):
     stored["overrides"]["task"] = change.get("task", stored["overrides"]["task"])
     (folder / "sweep").mkdir()
     (folder / "sweep" / "multirun.yaml").write_text(yaml.safe_dump({"hydra": stored}))
-    code, out = ended(start(folder, "resume=sweep"))
+    code, out = wait_for_end(start(folder, "resume=sweep"))
     # A folder for the run is taken for the job's own.
     assert code in ((0,) if "hydra.run.dir=executed" in str(change) else (1, 2)), out
     assert "Traceback" not in out

@@ -17,20 +17,20 @@ from rwkv_pl.runs.folder import create_run_dir
 from rwkv_pl.training import memory
 
 
-def rows(run: Path) -> list[dict[str, str]]:
+def read_metrics(run: Path) -> list[dict[str, str]]:
     with (run / "metrics.csv").open(newline="") as file:
         return list(csv.DictReader(file))
 
 
-def column(run: Path, name: str) -> list[tuple[int, str]]:
-    return [(int(row["step"]), row[name]) for row in rows(run) if row[name]]
+def read_column(run: Path, name: str) -> list[tuple[int, str]]:
+    return [(int(row["step"]), row[name]) for row in read_metrics(run) if row[name]]
 
 
-def checkpoint(run: Path, name: str = "last.ckpt"):
+def load_checkpoint(run: Path, name: str = "last.ckpt"):
     return torch.load(run / "checkpoints" / name, weights_only=True)
 
 
-def test_a_run_leaves_what_is_promised(train, tmp_path):
+def test_run_folder_has_all_files(train, tmp_path):
     result = train(*SMALL, "trainer.log_every_n_steps=2", "trainer.val_check_interval=3")
     assert result.code == 0, result.err
     (run,) = (tmp_path / "outputs").glob("*/*")
@@ -38,10 +38,10 @@ def test_a_run_leaves_what_is_promised(train, tmp_path):
         assert (run / name).stat().st_size > 0, name
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert list(run.glob("events.out.tfevents.*"))
-    assert [step for step, _ in column(run, "train/loss")] == [1, 2, 4]
-    assert [step for step, _ in column(run, "val/bits_per_byte")] == [3, 4]
-    assert [int(row["tokens"]) for row in rows(run)] == [int(row["step"]) * 6 * 16 for row in rows(run)]
-    last = checkpoint(run)
+    assert [step for step, _ in read_column(run, "train/loss")] == [1, 2, 4]
+    assert [step for step, _ in read_column(run, "val/bits_per_byte")] == [3, 4]
+    assert [int(row["tokens"]) for row in read_metrics(run)] == [int(row["step"]) * 6 * 16 for row in read_metrics(run)]
+    last = load_checkpoint(run)
     assert last["global_step"] == 4
     assert last["rwkv_pl"]["config"] == {"vocab_size": 256, "n_layer": 2, "n_embd": 16, "dropout": 0.0}
     assert all(name.startswith("model.") for name in last["state_dict"])
@@ -52,8 +52,8 @@ def test_a_run_leaves_what_is_promised(train, tmp_path):
 
 def test_a_run_shorter_than_the_interval_ends_with_a_validation(train, tmp_path):
     assert train(*SMALL, "trainer.max_steps=2", "hydra.run.dir=run").code == 0
-    assert [step for step, _ in column(tmp_path / "run", "val/bits_per_byte")] == [2]
-    assert checkpoint(tmp_path / "run", "best.ckpt")["global_step"] == 2
+    assert [step for step, _ in read_column(tmp_path / "run", "val/bits_per_byte")] == [2]
+    assert load_checkpoint(tmp_path / "run", "best.ckpt")["global_step"] == 2
 
 
 def test_max_time_ends_in_order(train, tmp_path):
@@ -62,9 +62,9 @@ def test_max_time_ends_in_order(train, tmp_path):
     )
     assert result.code == 0, result.err
     run = tmp_path / "run"
-    end = checkpoint(run)["global_step"]
+    end = load_checkpoint(run)["global_step"]
     assert end > 1
-    assert column(run, "val/bits_per_byte")[-1][0] == end
+    assert read_column(run, "val/bits_per_byte")[-1][0] == end
 
 
 def test_last_is_written_every_n_steps_and_knows_its_validation(train, tmp_path):
@@ -72,8 +72,10 @@ def test_last_is_written_every_n_steps_and_knows_its_validation(train, tmp_path)
     arguments = ("trainer.val_check_interval=4", "callbacks.last.every_n_train_steps=4", "hydra.run.dir=run")
     assert train(*SMALL, *arguments).code == 0
     run = tmp_path / "run"
-    state = next(s for name, s in checkpoint(run)["callbacks"].items() if name.startswith("BestCheckpoint"))
-    assert float(state["best_model_score"]) == pytest.approx(float(column(run, "val/bits_per_byte")[-1][1]), rel=1e-6)
+    state = next(s for name, s in load_checkpoint(run)["callbacks"].items() if name.startswith("BestCheckpoint"))
+    assert float(state["best_model_score"]) == pytest.approx(
+        float(read_column(run, "val/bits_per_byte")[-1][1]), rel=1e-6
+    )
     assert Path(state["best_model_path"]) == run / "checkpoints" / "best.ckpt"
 
 
@@ -81,16 +83,16 @@ def test_one_pass_is_the_default_length(train, tmp_path):
     result = train(*SMALL, "trainer.max_steps=-1", "data.batch_size=3000", "hydra.run.dir=run")
     assert result.code == 0, result.err
     n_train = int(len((tmp_path / "corpus.txt").read_bytes()) * 0.9)
-    assert checkpoint(tmp_path / "run")["global_step"] == -(-(n_train // 16) // 3000)
+    assert load_checkpoint(tmp_path / "run")["global_step"] == -(-(n_train // 16) // 3000)
 
 
-def test_accumulation_changes_nothing(train, tmp_path):
+def test_accumulation_does_not_change_the_result(train, tmp_path):
     assert train(*SMALL, "hydra.run.dir=1", "trainer.val_check_interval=2").code == 0
     for accumulate in (2, 3):
         arguments = (f"trainer.accumulate_grad_batches={accumulate}", "trainer.val_check_interval=2")
         assert train(*SMALL, *arguments, f"hydra.run.dir={accumulate}").code == 0
         for name in ("train/loss", "train/l2wrap", "train/grad_norm", "val/bits_per_byte", "lr"):
-            whole, parts = column(tmp_path / "1", name), column(tmp_path / str(accumulate), name)
+            whole, parts = read_column(tmp_path / "1", name), read_column(tmp_path / str(accumulate), name)
             assert [step for step, _ in whole] == [step for step, _ in parts], name
             # Sums in another order, in float32, and Adam divides by small numbers.
             assert [float(x) for _, x in parts] == pytest.approx([float(x) for _, x in whole], rel=1e-3), name
@@ -115,7 +117,7 @@ def test_a_resumed_run_ends_in_the_same_bits(train, tmp_path, monkeypatch):
     for max_steps in (10, 12):
         result = train("resume=../part", f"trainer.max_steps={max_steps}")
         assert result.code == 0, result.err
-    whole, part = checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "part")
+    whole, part = load_checkpoint(tmp_path / "whole"), load_checkpoint(tmp_path / "part")
     assert whole["state_dict"].keys() == part["state_dict"].keys()
     for name, value in whole["state_dict"].items():
         assert torch.equal(value, part["state_dict"][name]), name
@@ -124,9 +126,9 @@ def test_a_resumed_run_ends_in_the_same_bits(train, tmp_path, monkeypatch):
         for name, value in of_parameter.items():
             assert torch.equal(value, moments[1][number][name]), (number, name)
     for name in ("train/loss", "train/grad_norm", "lr"):
-        assert column(tmp_path / "whole", name) == column(tmp_path / "part", name)
-    validations = dict(column(tmp_path / "part", "val/bits_per_byte"))
-    assert dict(column(tmp_path / "whole", "val/bits_per_byte")).items() <= validations.items()
+        assert read_column(tmp_path / "whole", name) == read_column(tmp_path / "part", name)
+    validations = dict(read_column(tmp_path / "part", "val/bits_per_byte"))
+    assert dict(read_column(tmp_path / "whole", "val/bits_per_byte")).items() <= validations.items()
     assert sorted(validations) == [4, 7, 8, 10, 12]
     for name, content in first.items():
         assert (tmp_path / "part" / ".hydra" / name).read_bytes() == content, f".hydra/{name} was touched"
@@ -143,16 +145,16 @@ def test_a_damaged_last_checkpoint_gives_way_to_the_one_before(train, tmp_path):
     result = train("resume=part", "trainer.max_steps=12")
     assert result.code == 0
     assert "going on from" in result.out
-    whole, part = (checkpoint(tmp_path / name)["state_dict"] for name in ("whole", "part"))
+    whole, part = (load_checkpoint(tmp_path / name)["state_dict"] for name in ("whole", "part"))
     assert all(torch.equal(value, part[name]) for name, value in whole.items())
 
 
 def test_more_steps_than_a_pass_are_made(train, tmp_path):
     assert train(*SMALL, "trainer.max_steps=5", "data.batch_size=3000", "hydra.run.dir=run").code == 0
-    assert checkpoint(tmp_path / "run")["global_step"] == 5
+    assert load_checkpoint(tmp_path / "run")["global_step"] == 5
 
 
-def test_resume_cannot_end_a_run_in_its_past(train, tmp_path):
+def test_resume_refuses_max_steps_below_the_current_step(train, tmp_path):
     assert train(*SMALL, *RESUMED, "trainer.max_steps=7", "hydra.run.dir=run").code == 0
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
     last.with_name("last.prev.ckpt").replace(last)  # as after a kill: step 6, not finished
@@ -176,18 +178,18 @@ def test_resume_takes_new_numbers_and_choices(train, tmp_path):
     assert train(*SMALL, "optim.weight_decay=0.1", "hydra.run.dir=run").code == 0
     later = ("trainer.max_steps=6", "optim.lr=3e-3", "optim.weight_decay=0.5", "trainer.log_every_n_steps=1")
     assert train("resume=run", *later).code == 0
-    groups = checkpoint(tmp_path / "run")["optimizer_states"][0]["param_groups"]
+    groups = load_checkpoint(tmp_path / "run")["optimizer_states"][0]["param_groups"]
     assert {group["weight_decay"] for group in groups} == {0, 0.5}
-    assert column(tmp_path / "run", "lr")[-2:] == [(5, "0.003"), (6, "0.003")]
+    assert read_column(tmp_path / "run", "lr")[-2:] == [(5, "0.003"), (6, "0.003")]
     later = ("trainer.max_steps=8", "schedule=cosine", "schedule.final_lr=1e-3")
     assert train("resume=run", *later).code == 0
-    assert column(tmp_path / "run", "lr")[-1] == (8, "0.001")
+    assert read_column(tmp_path / "run", "lr")[-1] == (8, "0.001")
 
 
 def test_factors_of_the_learning_rate_are_given_by_name(train, tmp_path):
     small = [setting for setting in SMALL if setting != "optim=rwkv"]
     assert train(*small, "optim=adam", "optim.lr_scale={time_decay:7}", "hydra.run.dir=run").code == 0
-    groups = checkpoint(tmp_path / "run")["optimizer_states"][0]["param_groups"]
+    groups = load_checkpoint(tmp_path / "run")["optimizer_states"][0]["param_groups"]
     assert {group["name"]: group["lr_scale"] for group in groups if group["lr_scale"] != 1} == {"time_decay": 7}
 
 
@@ -205,15 +207,15 @@ def test_the_best_model_survives_a_moved_run_folder(train, tmp_path):
 def test_a_run_that_ended_early_is_finished(train, tmp_path):
     arguments = ("trainer.max_steps=-1", "trainer.max_epochs=-1", "trainer.max_time=00:00:00:01", "hydra.run.dir=run")
     assert train(*SMALL, *arguments).code == 0
-    end = checkpoint(tmp_path / "run")["global_step"]
+    end = load_checkpoint(tmp_path / "run")["global_step"]
     result = train("resume=run")
     assert (result.code, "is finished" in result.out) == (0, True)
     assert not (tmp_path / "run" / ".hydra" / "resumes.yaml").exists()
     assert train("resume=run", "trainer.max_time=null", f"trainer.max_steps={end + 2}").code == 0
-    assert checkpoint(tmp_path / "run")["global_step"] == end + 2
+    assert load_checkpoint(tmp_path / "run")["global_step"] == end + 2
 
 
-def test_a_model_that_diverged_is_told_so(train, tmp_path):
+def test_diverged_model_is_reported(train, tmp_path):
     result = train(*SMALL, "trainer.max_steps=1", "optim.lr=1e30", "trainer.gradient_clip_val=null")
     assert result.code == 0, result.err
     assert "its training has diverged" in result.out
@@ -224,7 +226,7 @@ def test_weight_decay_may_come_at_resume_and_a_setting_that_was_not_there_then(t
     lines = [line for line in stored.read_text().splitlines() if not line.startswith(("compile:", "loss_chunk_len:"))]
     stored.write_text("\n".join(lines))
     assert train("resume=run", "trainer.max_steps=6", "optim.weight_decay=0.5", "loss_chunk_len=4").code == 0
-    groups = checkpoint(tmp_path / "run")["optimizer_states"][0]["param_groups"]
+    groups = load_checkpoint(tmp_path / "run")["optimizer_states"][0]["param_groups"]
     assert {group["weight_decay"] for group in groups} == {0, 0.5}
 
 
@@ -292,7 +294,7 @@ def test_a_folder_validated_on_rows(train, tmp_path, monkeypatch):
     (home / "books").rename(tmp_path / "moved")
     elsewhere = ("data.path='moved/**/*'", "data.val_path=moved.jsonl")
     assert train("resume=home/run", "trainer.max_steps=6", *elsewhere).code == 0
-    assert checkpoint(home / "run")["global_step"] == 6
+    assert load_checkpoint(home / "run")["global_step"] == 6
     assert train("resume=home/run", "trainer.max_steps=7").code == 0
     (tmp_path / "moved.jsonl").write_text((tmp_path / "moved.jsonl").read_text().replace("a", "b"))
     for change in ((), ("data.val_path=corpus.txt",), ("data.val_path=null",)):
@@ -302,13 +304,13 @@ def test_a_folder_validated_on_rows(train, tmp_path, monkeypatch):
 
 
 def test_weights_of_a_run_start_another(train, run, tmp_path):
-    there = checkpoint(tmp_path / "run", "best.ckpt")["state_dict"]
+    there = load_checkpoint(tmp_path / "run", "best.ckpt")["state_dict"]
     torch.save({name.removeprefix("model."): v.bfloat16() for name, v in there.items()}, tmp_path / "official.pth")
     for number, weights in enumerate(("run", "run/checkpoints/last.ckpt", "official.pth")):
         run = f"hydra.run.dir=next{number}"
         result = train(*SMALL, f"weights={weights}", run, "optim.lr=1e-9", "trainer.max_steps=1")
         assert result.code == 0, result.err
-        here = checkpoint(tmp_path / f"next{number}")
+        here = load_checkpoint(tmp_path / f"next{number}")
         assert here["global_step"] == 1
         for name, value in there.items():
             # bfloat16 keeps 8 bits of the mantissa.
@@ -339,7 +341,7 @@ def test_experiments_of_the_users_own(train, tmp_path):
     where = f"--config-dir={mine.parent}"
     small = [setting for setting in SMALL if "n_embd" not in setting]
     assert train(where, *small, "experiment=mine", "hydra.run.dir=run").code == 0
-    assert checkpoint(tmp_path / "run")["rwkv_pl"]["config"]["n_embd"] == 24
+    assert load_checkpoint(tmp_path / "run")["rwkv_pl"]["config"]["n_embd"] == 24
     assert train("resume=run", "trainer.max_steps=5", "schedule=cosine").code == 0
     (mine / "astray.yaml").write_text("model:\n  n_embd: 24\n")
     result = train(where, *SMALL, "experiment=astray")
@@ -362,9 +364,9 @@ def test_awkward_folder_names(train, tmp_path):
     run = tmp_path / "run, (1) it's = 1"
     quoted = str(run).replace("'", "\\'")
     assert train(*SMALL, f"hydra.run.dir='{quoted}'").code == 0
-    assert checkpoint(run)["global_step"] == 4
+    assert load_checkpoint(run)["global_step"] == 4
     assert train(f"resume='{quoted}'", "trainer.max_steps=5").code == 0
-    assert checkpoint(run)["global_step"] == 5
+    assert load_checkpoint(run)["global_step"] == 5
 
 
 @pytest.mark.slow
@@ -376,7 +378,7 @@ def test_two_processes_share_the_batch(train, tmp_path):
     done = subprocess.run([*command, "hydra.run.dir=two"], cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     for name in ("train/loss", "train/grad_norm", "val/bits_per_byte"):
-        one, two = column(tmp_path / "one", name), column(tmp_path / "two", name)
+        one, two = read_column(tmp_path / "one", name), read_column(tmp_path / "two", name)
         assert [step for step, _ in one] == [step for step, _ in two]
         assert [float(x) for _, x in two] == pytest.approx([float(x) for _, x in one], rel=1e-3), name
 
@@ -401,21 +403,21 @@ def test_the_micro_batch_is_found_and_kept(train, tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "free_memory", lambda device: 10**6)
     auto = (*SMALL, "trainer.accumulate_grad_batches=auto", "data.ctx_len=64")
     assert train(*auto, "hydra.run.dir=run").code == 0
-    found = checkpoint(tmp_path / "run")["rwkv_pl"]["accumulate"]
+    found = load_checkpoint(tmp_path / "run")["rwkv_pl"]["accumulate"]
     assert found in (2, 3, 6)
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     assert train("resume=run", "trainer.max_steps=6").code == 0
-    assert checkpoint(tmp_path / "run")["rwkv_pl"]["accumulate"] == found
+    assert load_checkpoint(tmp_path / "run")["rwkv_pl"]["accumulate"] == found
     assert train(*auto, "hydra.run.dir=roomy").code == 0
-    assert checkpoint(tmp_path / "roomy")["rwkv_pl"]["accumulate"] == 1
+    assert load_checkpoint(tmp_path / "roomy")["rwkv_pl"]["accumulate"] == 1
     monkeypatch.setattr(memory, "free_memory", lambda device: 1000)
     result = train(*auto, "hydra.run.dir=none")
     assert (result.code, "not even one sequence fits the memory" in result.err) == (2, True), result.err
     assert not (tmp_path / "none").exists()
 
 
-def test_what_a_killed_start_has_half_written_is_no_obstacle(train, tmp_path):
+def test_partial_files_of_a_killed_start_are_ignored(train, tmp_path):
     (tmp_path / "run" / ".hydra").mkdir(parents=True)
     for name in ("vocab.json.partial", ".hydra/config.yaml.partial"):
         (tmp_path / "run" / name).touch()

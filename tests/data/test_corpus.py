@@ -38,7 +38,7 @@ def test_an_edge_moves_to_a_document_near_by(lengths: list[int], shares: tuple[f
 
 
 def test_a_digest_says_which_content_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpora, "WHOLE_DIGEST_BELOW", 1 << 18)
+    monkeypatch.setattr(corpora, "FULL_DIGEST_BELOW", 1 << 18)
     digests = set()
     for size in (0, (1 << 18) - 1, 1 << 18, (1 << 18) + 1, 1 << 20):
         for change in (0, size // 2, size - 1):

@@ -35,7 +35,9 @@ def path(tmp_path: Path) -> Path:
     return path
 
 
-def at(data: CorpusDataModule, *, step: int = 0, devices: int = 1, rank: int = 0, accumulate: int = 1) -> None:
+def attach_trainer(
+    data: CorpusDataModule, *, step: int = 0, devices: int = 1, rank: int = 0, accumulate: int = 1
+) -> None:
     """The part of a trainer that a data module looks at."""
     trainer = SimpleNamespace(
         global_step=step,
@@ -53,7 +55,7 @@ def take(loader: Any, n: int) -> list[Tensor]:
     return [next(iterator) for _ in range(n)]
 
 
-def module(path: Path, **settings: Any) -> CorpusDataModule:
+def make_data_module(path: Path, **settings: Any) -> CorpusDataModule:
     data = CorpusDataModule(path, **{"ctx_len": 16, "batch_size": 12, **settings})
     data.prepare_data()
     data.setup()
@@ -61,9 +63,9 @@ def module(path: Path, **settings: Any) -> CorpusDataModule:
 
 
 @pytest.mark.parametrize("together", [1, 24, 60, 1024])
-def test_a_batch_is_the_contract_s(path: Path, monkeypatch: pytest.MonkeyPatch, together: int) -> None:
-    monkeypatch.setattr(datamodule, "ROWS_TOGETHER", together)
-    data = module(path, seed=7)
+def test_batch_follows_the_contract(path: Path, monkeypatch: pytest.MonkeyPatch, together: int) -> None:
+    monkeypatch.setattr(datamodule, "ROWS_PER_BLOCK", together)
+    data = make_data_module(path, seed=7)
     train = np.frombuffer(NOISE, np.uint8)[: data.corpus.splits.train[1]]
     assert np.array_equal(data.train_tokens, train)
     assert data.steps_per_pass == math.ceil(len(train) // 16 / 12)
@@ -78,26 +80,26 @@ def test_a_batch_is_the_contract_s(path: Path, monkeypatch: pytest.MonkeyPatch, 
 def test_any_hardware_at_any_step_reads_the_unbroken_run_s_batches(
     path: Path, devices: int, accumulate: int, step: int
 ) -> None:
-    data = module(path)
+    data = make_data_module(path)
     unbroken = take(data.train_dataloader(), step + 4)[step:]
     parts = []
     for rank in range(devices):
-        at(data, step=step, devices=devices, rank=rank, accumulate=accumulate)
+        attach_trainer(data, step=step, devices=devices, rank=rank, accumulate=accumulate)
         parts.append(take(data.train_dataloader(), 4 * accumulate))
     for n, batch in enumerate(unbroken):
         pieces = [parts[d][n * accumulate + a] for a in range(accumulate) for d in range(devices)]
         assert torch.equal(torch.cat(pieces), batch)
 
 
-def test_workers_change_nothing(path: Path) -> None:
-    data, helped = module(path), module(path, num_workers=2)
+def test_workers_do_not_change_the_batches(path: Path) -> None:
+    data, helped = make_data_module(path), make_data_module(path, num_workers=2)
     for ask in ("train_dataloader", "val_dataloader"):
         for ours, theirs in zip(take(getattr(data, ask)(), 2), take(getattr(helped, ask)(), 2), strict=True):
             assert torch.equal(ours, theirs)
 
 
 def test_loaders_leave_the_global_generator_alone(path: Path) -> None:
-    data = module(path)
+    data = make_data_module(path)
     before = torch.get_rng_state()
     take(data.train_dataloader(), 2)
     list(data.val_dataloader())
@@ -108,11 +110,11 @@ def test_loaders_leave_the_global_generator_alone(path: Path) -> None:
 @pytest.mark.parametrize("devices", [1, 2, 3, 5])
 @pytest.mark.parametrize(("ctx_len", "rows"), [(1, 1), (7, 3), (16, 8), (50, 4), (199, 2), (200, 1), (1000, 8)])
 def test_each_byte_of_a_split_is_a_target_once(path: Path, split: str, devices: int, ctx_len: int, rows: int) -> None:
-    data = module(path, ctx_len=ctx_len, eval_batch_size=rows)
+    data = make_data_module(path, ctx_len=ctx_len, eval_batch_size=rows)
     lo, hi = getattr(data.corpus.splits, split)
     calls, by_number = [], {}
     for rank in range(devices):
-        at(data, devices=devices, rank=rank)
+        attach_trainer(data, devices=devices, rank=rank)
         batches = list(getattr(data, f"{split}_dataloader")())
         calls.append(len(batches))
         by_number.update({i * devices + rank: batch for i, batch in enumerate(batches)})
@@ -143,11 +145,11 @@ def test_the_first_byte_of_a_corpus_is_context_only(path: Path) -> None:
 def test_characters_and_a_given_vocabulary(tmp_path: Path) -> None:
     path = tmp_path / "text"
     path.write_text("Größe und Maß, " * 200, encoding="utf-8")
-    data = module(path, vocab="char")
+    data = make_data_module(path, vocab="char")
     assert data.vocabulary.characters == "ßö"
     assert int(max(batch.max() for batch in take(data.train_dataloader(), 3))) > 255
     given = Vocabulary("char", "é")
-    data = module(path, vocabulary=given)
+    data = make_data_module(path, vocabulary=given)
     assert data.vocabulary is given
     assert data.vocabulary.decode(data.train_tokens) in path.read_bytes()
     assert "vocabulary char (257)" in data.description()
@@ -158,7 +160,7 @@ def test_validation_on_a_text_of_its_own(tmp_path: Path, vocab: str) -> None:
     """Its bytes are the targets, each once; it begins behind a document's end; and there is no test."""
     (tmp_path / "train.txt").write_text("ä train " * 100)
     (tmp_path / "val.txt").write_text("ä val ö " * 20)
-    data = module(tmp_path / "train.txt", val_path=tmp_path / "val.txt", vocab=vocab)
+    data = make_data_module(tmp_path / "train.txt", val_path=tmp_path / "val.txt", vocab=vocab)
     windows = torch.cat(list(data.val_dataloader()))
     assert windows[0, 0] == 10
     targets = windows[:, 1:].flatten()
@@ -174,12 +176,12 @@ def test_a_corpus_that_is_too_short_is_one_line(tmp_path: Path) -> None:
     path = tmp_path / "text"
     path.write_bytes(b"x" * 100)
     with pytest.raises(UserError, match=r"training split has 90 tokens.*ctx_len=90 needs 91"):
-        module(path, ctx_len=90)
-    module(path, ctx_len=89)
+        make_data_module(path, ctx_len=90)
+    make_data_module(path, ctx_len=89)
     with pytest.raises(UserError, match=r"val split of .* has 0 tokens, nothing to predict"):
-        module(path, split=(0.9, 0.0, 0.1))
+        make_data_module(path, split=(0.9, 0.0, 0.1))
     with pytest.raises(UserError, match=r"test split of .* has 0 tokens"):
-        module(path, split=(0.9, 0.1, 0.0))
+        make_data_module(path, split=(0.9, 0.1, 0.0))
     # To be evaluated a text needs no training split.
     data = CorpusDataModule(path, ctx_len=1024)
     data.setup("test")
@@ -187,15 +189,15 @@ def test_a_corpus_that_is_too_short_is_one_line(tmp_path: Path) -> None:
 
 
 def test_a_batch_size_that_devices_cannot_share(path: Path) -> None:
-    data = module(path)
-    at(data, devices=5)
+    data = make_data_module(path)
+    attach_trainer(data, devices=5)
     with pytest.raises(UserError, match="batch_size=12 is not a multiple of 5"):
         data.train_dataloader()
 
 
 def test_lightning_s_own_sampler_is_refused(path: Path) -> None:
-    data = module(path)
-    at(data, devices=2)
+    data = make_data_module(path)
+    attach_trainer(data, devices=2)
     data.trainer._accelerator_connector.use_distributed_sampler = True  # type: ignore[union-attr]
     for ask in (data.train_dataloader, data.val_dataloader, data.test_dataloader):
         with pytest.raises(UserError, match="use_distributed_sampler"):
@@ -251,14 +253,14 @@ class Recorder(LightningModule):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.read: list[Tensor] = []
-        self.judged: list[Tensor] = []
+        self.validated: list[Tensor] = []
 
     def training_step(self, batch: Tensor, _: int) -> Tensor:
         self.read.append(batch.clone())
         return self.weight.sum() * batch.sum()
 
     def validation_step(self, batch: Tensor, _: int) -> None:
-        self.judged.append(batch.clone())
+        self.validated.append(batch.clone())
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.0)
@@ -292,4 +294,4 @@ def test_a_real_trainer_goes_on_where_it_stopped(path: Path, tmp_path: Path, wor
     trainer.save_checkpoint(tmp_path / "stopped.ckpt")
     resumed, _ = fit(6, 3, tmp_path / "stopped.ckpt")
     assert torch.equal(torch.cat(resumed.read), torch.cat(unbroken.read[3:]))
-    assert len(unbroken.judged) == 3 * math.ceil(math.ceil(200 / 16) / 8)
+    assert len(unbroken.validated) == 3 * math.ceil(math.ceil(200 / 16) / 8)

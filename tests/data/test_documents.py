@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rwkv_pl.data import documents
-from rwkv_pl.data.documents import exists, find, join
+from rwkv_pl.data.documents import exists, find_files, join_documents
 from rwkv_pl.errors import UserError
 
 
@@ -26,15 +26,15 @@ def write(folder: Path, *names: str) -> None:
         (folder / name).write_bytes(name.encode())
 
 
-def names(path: Path, below: Path) -> list[str]:
-    return [source.path.relative_to(below).as_posix() for source in find(path, "data.path")]
+def find_names(path: Path, below: Path) -> list[str]:
+    return [source.path.relative_to(below).as_posix() for source in find_files(path, "data.path")]
 
 
-def joined(*paths: Path, field: str = "text") -> tuple[bytes, list[int], documents.JoinResult]:
+def join_paths(*paths: Path, field: str = "text") -> tuple[bytes, list[int], documents.JoinResult]:
     """The text, its document ends and what ``join`` says, of paths that are a part each."""
     text, ends = io.BytesIO(), io.BytesIO()
-    parts = {f"part {i}": find(path, "data.path") for i, path in enumerate(paths)}
-    told = join(parts, field, text, ends)
+    parts = {f"part {i}": find_files(path, "data.path") for i, path in enumerate(paths)}
+    told = join_documents(parts, field, text, ends)
     return text.getvalue(), np.frombuffer(ends.getvalue(), "<i8").tolist(), told
 
 
@@ -42,13 +42,13 @@ def test_a_folder_is_all_its_files_in_order(tmp_path: Path) -> None:
     write(tmp_path, "b.txt", "a/z.txt", "a/y/1.txt", "a-1.txt", "a.txt", "B", ".hidden", ".git/config", "a/.x/1.txt")
     (tmp_path / "empty").mkdir()
     expected = ["B", "a-1.txt", "a.txt", "a/y/1.txt", "a/z.txt", "b.txt"]
-    assert names(tmp_path, tmp_path) == expected
+    assert find_names(tmp_path, tmp_path) == expected
     # A link to a folder may lead round in a circle; one to a file is that file.
     (tmp_path / "a" / "circle").symlink_to(tmp_path)
     (tmp_path / "c.txt").symlink_to(tmp_path / "b.txt")
     os.mkfifo(tmp_path / "pipe")
-    assert names(tmp_path, tmp_path) == [*expected, "c.txt"]
-    assert joined(tmp_path)[0] == "\n".join([*expected, "b.txt"]).encode()
+    assert find_names(tmp_path, tmp_path) == [*expected, "c.txt"]
+    assert join_paths(tmp_path)[0] == "\n".join([*expected, "b.txt"]).encode()
 
 
 @pytest.mark.parametrize(
@@ -71,16 +71,16 @@ def test_a_glob_is_the_files_it_matches_in_order(
     folder = tmp_path / "[1] *"
     write(folder, "b.txt", "a.txt", ".c.txt", "x/1.txt", "x/3.md", "x/y/2.txt", "x/.y/2.txt")
     (folder / "x" / "circle").symlink_to(folder)
-    assert names(folder / pattern, folder) == expected
+    assert find_names(folder / pattern, folder) == expected
     assert exists(folder / pattern)
     monkeypatch.chdir(folder)
-    assert names(Path(pattern), Path()) == expected
+    assert find_names(Path(pattern), Path()) == expected
 
 
 def test_a_name_with_a_wildcard_is_that_name(tmp_path: Path) -> None:
     write(tmp_path, "a[1].txt", "a1.txt", "*/1", "x/1")
-    assert names(tmp_path / "a[1].txt", tmp_path) == ["a[1].txt"]
-    assert names(tmp_path / "*", tmp_path) == ["*/1"]
+    assert find_names(tmp_path / "a[1].txt", tmp_path) == ["a[1].txt"]
+    assert find_names(tmp_path / "*", tmp_path) == ["*/1"]
 
 
 @pytest.mark.parametrize(
@@ -97,18 +97,18 @@ def test_a_name_with_a_wildcard_is_that_name(tmp_path: Path) -> None:
         ("x" * 300, "cannot read .*: File name too long"),
     ],
 )
-def test_nothing_there_is_one_line(tmp_path: Path, name: str, says: str) -> None:
+def test_missing_source_gives_one_line_error(tmp_path: Path, name: str, says: str) -> None:
     write(tmp_path, "file", "empty/.hidden", "dangling/file")
     (tmp_path / "dangling" / "link").symlink_to("nowhere")
     with pytest.raises(UserError, match=says) as caught:
-        find(tmp_path / name, "data.path")
+        find_files(tmp_path / name, "data.path")
     assert "\n" not in str(caught.value)
 
 
 def test_a_relative_name_says_where_was_looked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=rf"data.val_path=absent: no such file \(looked for {tmp_path}/absent\)"):
-        find(Path("absent"), "data.val_path")
+        find_files(Path("absent"), "data.val_path")
     assert not exists(Path("absent"))
     assert not exists(Path("*.txt"))
 
@@ -119,7 +119,7 @@ def test_a_folder_that_cannot_be_read_is_one_line(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(UserError, match=f"cannot read {tmp_path}: Permission denied"):
-        find(tmp_path, "data.path")
+        find_files(tmp_path, "data.path")
 
 
 # JSON holds text; half a surrogate pair is none, but JSON can spell it.
@@ -144,9 +144,9 @@ def test_documents_are_joined_by_their_ends(files: list[tuple[str, list[str]]]) 
         documents = [document for document in documents if document]
         if not documents:
             with pytest.raises(UserError, match=r"part 0 names \d file\(s\) without any text"):
-                joined(Path(folder), field="words")
+                join_paths(Path(folder), field="words")
             return
-        text, ends, told = joined(Path(folder), field="words")
+        text, ends, told = join_paths(Path(folder), field="words")
     assert text == b"\n".join(documents)
     assert told == ([len(text)], len(documents))
     edges = [-1, *ends, len(text)]
@@ -155,10 +155,10 @@ def test_documents_are_joined_by_their_ends(files: list[tuple[str, list[str]]]) 
 
 def test_each_part_says_where_it_ends(tmp_path: Path) -> None:
     write(tmp_path, "a/1", "a/2", "b")
-    assert joined(tmp_path / "a", tmp_path / "b") == (b"a/1\na/2\nb", [3, 7], ([7, 9], 3))
+    assert join_paths(tmp_path / "a", tmp_path / "b") == (b"a/1\na/2\nb", [3, 7], ([7, 9], 3))
     (tmp_path / "b").write_bytes(b"")
     with pytest.raises(UserError, match=r"part 1 names 1 file\(s\) without any text, the first is .*b"):
-        joined(tmp_path / "a", tmp_path / "b")
+        join_paths(tmp_path / "a", tmp_path / "b")
 
 
 def test_a_large_document_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,7 +166,7 @@ def test_a_large_document_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for name in ("a.txt", "b.txt.gz"):
         content = bytes(range(100)) * 3
         (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
-    assert joined(tmp_path) == (bytes(range(100)) * 3 + b"\n" + bytes(range(100)) * 3, [300], ([601], 2))
+    assert join_paths(tmp_path) == (bytes(range(100)) * 3 + b"\n" + bytes(range(100)) * 3, [300], ([601], 2))
 
 
 @pytest.mark.parametrize(
@@ -189,25 +189,25 @@ def test_a_large_document_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ],
 )
 @pytest.mark.parametrize("suffix", ["", ".gz"])
-def test_a_row_that_is_none_is_named(
+def test_invalid_row_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: bytes, says: str, suffix: str
 ) -> None:
     if b"xxx" in row:
-        monkeypatch.setattr(documents, "LONGEST_ROW", 2000)
+        monkeypatch.setattr(documents, "MAX_ROW_BYTES", 2000)
     path = tmp_path / f"rows.jsonl{suffix}"
     content = b'{"text": "a"}\r\n\n' + row + b"\n"
     path.write_bytes(gzip.compress(content) if suffix else content)
     with pytest.raises(UserError, match=f"rows.jsonl{suffix}, {says}") as caught:
-        joined(path)
+        join_paths(path)
     assert "\n" not in str(caught.value)
 
 
-def test_what_rows_may_be(tmp_path: Path) -> None:
+def test_accepted_row_formats(tmp_path: Path) -> None:
     """Blank lines, Windows's line ends, a byte order mark, no end of the last line, any field."""
     (tmp_path / "rows.JSONL").write_bytes(
         b'\xef\xbb\xbf{"text": "a\\nb"}\r\n\n  \n{"x": {}, "text": "\\u00e4\\ud83d\\ude00"}'
     )
-    assert joined(tmp_path / "rows.JSONL") == ("a\nb\nä😀".encode(), [3], ([10], 2))
+    assert join_paths(tmp_path / "rows.JSONL") == ("a\nb\nä😀".encode(), [3], ([10], 2))
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "block", "text", "behind", "header"])
@@ -226,17 +226,17 @@ def test_a_broken_gzip_is_one_line(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "text.gz"
     path.write_bytes(broken[damage])
     with pytest.raises(UserError, match=f"{path} is not a whole gzip file") as caught:
-        joined(path)
+        join_paths(path)
     assert "\n" not in str(caught.value)
     # Members that follow each other are one file, as gzip has it.
     path.write_bytes(gzip.compress(b"a") + gzip.compress(b"b"))
-    assert joined(path)[0] == b"ab"
+    assert join_paths(path)[0] == b"ab"
 
 
 @pytest.mark.parametrize("change", ["grown", "touched", "gone"])
-def test_a_file_that_changes_meanwhile_is_told(tmp_path: Path, change: str) -> None:
+def test_file_that_changes_while_read_is_reported(tmp_path: Path, change: str) -> None:
     write(tmp_path, "a", "b")
-    found = find(tmp_path, "data.path")
+    found = find_files(tmp_path, "data.path")
     if change == "grown":
         (tmp_path / "a").write_bytes(b"more")
     elif change == "touched":
@@ -244,7 +244,7 @@ def test_a_file_that_changes_meanwhile_is_told(tmp_path: Path, change: str) -> N
     else:
         (tmp_path / "b").unlink()
     with pytest.raises(UserError, match="cannot read .*b: No such" if change == "gone" else "a has changed while"):
-        join({"data.path": found}, "text", io.BytesIO(), io.BytesIO())
+        join_documents({"data.path": found}, "text", io.BytesIO(), io.BytesIO())
 
 
 def test_half_a_gigabyte_costs_no_memory(tmp_path: Path) -> None:
@@ -252,7 +252,7 @@ def test_half_a_gigabyte_costs_no_memory(tmp_path: Path) -> None:
     path.write_bytes(gzip.compress(bytes(1 << 20)) * 512)
     with Path(os.devnull).open("wb") as nowhere:
         tracemalloc.start()
-        told = join({"data.path": find(path, "data.path")}, "text", nowhere, nowhere)
+        told = join_documents({"data.path": find_files(path, "data.path")}, "text", nowhere, nowhere)
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
     assert told == ([512 << 20], 1)
@@ -268,7 +268,7 @@ def test_a_terminal_sees_how_far_it_is(
     content = np.random.default_rng(0).bytes(3_000_000)
     (tmp_path / "a").write_bytes(content)
     (tmp_path / "b.gz").write_bytes(gzip.compress(content))
-    joined(tmp_path)
+    join_paths(tmp_path)
     said = capfd.readouterr()
     assert said.out == ""
     assert ("reading the corpus" in said.err) == terminal

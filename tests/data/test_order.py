@@ -24,7 +24,7 @@ def mix(x: int) -> int:
     return x ^ (x >> 31)
 
 
-def judge(g: int, seed: int, n_tokens: int, ctx_len: int) -> int:
+def reference_start(g: int, seed: int, n_tokens: int, ctx_len: int) -> int:
     """Start of sample g, in Python's integers, a sample at a time: the contract's text and nothing of numpy."""
     windows = n_tokens // ctx_len
     p, x = divmod(g, windows)
@@ -66,7 +66,7 @@ def test_pinned_values(n: int, seed: int, n_tokens: int, ctx_len: int, expected:
 @pytest.mark.parametrize(("n_tokens", "ctx_len"), [(5, 4), (100, 7), (90_000_000, 1024), (10**12, 1024), (2**40, 1)])
 def test_agrees_with_plain_integers(seed: int, n_tokens: int, ctx_len: int) -> None:
     for n, batch_size in [(0, 1), (0, 64), (3, 5), (10**15, 6)]:
-        expected = [judge(n * batch_size + b, seed, n_tokens, ctx_len) for b in range(batch_size)]
+        expected = [reference_start(n * batch_size + b, seed, n_tokens, ctx_len) for b in range(batch_size)]
         starts = window_starts(n, seed=seed, n_tokens=n_tokens, ctx_len=ctx_len, batch_size=batch_size)
         assert starts.tolist() == expected
 

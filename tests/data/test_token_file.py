@@ -49,7 +49,7 @@ def test_splits_that_cut_a_character_move(tmp_path: Path) -> None:
     assert open_tokens(corpus, Vocabulary()).splits == corpus.splits
 
 
-def test_what_is_no_text_adds_no_character(tmp_path: Path) -> None:
+def test_invalid_utf8_adds_no_character(tmp_path: Path) -> None:
     path = tmp_path / "text"
     noise = b"\xed\xa0\x80 \xf4\x90\x80\x80 \xe0\x82\x80 \xf8\x90\x80\x80 \xc1\x81 \xf0\x80\x82\x80 \x80 \xff"
     path.write_bytes((noise + "é".encode()) * 50)
@@ -57,7 +57,7 @@ def test_what_is_no_text_adds_no_character(tmp_path: Path) -> None:
     assert vocabulary.characters == "é"
 
 
-def test_a_change_that_the_digest_does_not_see_is_seen(tmp_path: Path) -> None:
+def test_change_that_the_digest_misses_is_detected(tmp_path: Path) -> None:
     path = tmp_path / "text"
     path.write_bytes(TEXT)
     corpus = Text(path).open()

@@ -41,14 +41,14 @@ WORDS = st.sampled_from(
 TEXTS = st.lists(st.one_of(HARD, ANY, WORDS), max_size=8).map("".join)
 
 
-def library(vocabulary: Vocabulary) -> Tokenizer:
+def library_tokenizer(vocabulary: Vocabulary) -> Tokenizer:
     """The library's own, which is given a text in one piece."""
     tokenizer = Tokenizer.from_str(vocabulary.to_dict()["tokenizer"])
     tokenizer.encode_special_tokens = True
     return tokenizer
 
 
-LIBRARY = library(SMALL)
+LIBRARY = library_tokenizer(SMALL)
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_a_text_may_be_cut_where_it_says(text: str, at: int) -> None:
     assert parts == LIBRARY.encode(text, add_special_tokens=False).ids
 
 
-def test_no_word_of_white_space_or_marks_is_torn_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuts_never_split_spaces_or_combining_marks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizers_20b, "PIECE", 1)
     for space in WHITE_SPACE:
         text = f"a{space} \n{space}\n\u0301{space} {space}\n\n"
@@ -129,7 +129,7 @@ def test_special_words_are_words_and_runs_of_spaces_are_tokens() -> None:
 @pytest.mark.parametrize(
     ("text", "offset"), [(b"\xff", 0), (b"word " * 5000 + b"\xe6\xbc", 25_000), (b"a\xed\xa0\x80", 1), (b"\xc0\x80", 0)]
 )
-def test_what_is_no_text_is_told_with_its_place(text: bytes, offset: int) -> None:
+def test_invalid_utf8_is_reported_with_its_position(text: bytes, offset: int) -> None:
     with pytest.raises(EncodingError, match=f"byte {offset:,} of the text is not UTF-8") as caught:
         SMALL.encode(text)
     assert caught.value.offset == offset
@@ -149,7 +149,7 @@ def test_documents_end_in_the_token_for_that() -> None:
 TEXT = ("Naïve cafe\u0301s:   e\u0301te\u0301.\n\n  It's <|endoftext|>, don't\u3000you \r\n" * 40).encode()
 
 
-def corpus_of(tmp_path: Path, text: bytes, ends: list[int] | None = None) -> Corpus:
+def make_corpus(tmp_path: Path, text: bytes, ends: list[int] | None = None) -> Corpus:
     path = tmp_path / "text"
     path.write_bytes(text)
     corpus = Text(path).open()
@@ -164,7 +164,7 @@ def corpus_of(tmp_path: Path, text: bytes, ends: list[int] | None = None) -> Cor
 def test_a_token_file_does_not_depend_on_the_pieces(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
-    corpus = corpus_of(tmp_path, TEXT)
+    corpus = make_corpus(tmp_path, TEXT)
     monkeypatch.setattr(vocabulary_module, "CHUNK", chunk)
     file = open_tokens(corpus, SMALL)
     assert file.tokens.dtype == np.uint16
@@ -188,7 +188,7 @@ def test_a_large_text_goes_through_in_chunks(tmp_path: Path, monkeypatch: pytest
         return encode(self, text, ends)
 
     monkeypatch.setattr(Vocabulary20B, "encode_documents", watched)
-    corpus = corpus_of(tmp_path, TEXT * 30)
+    corpus = make_corpus(tmp_path, TEXT * 30)
     open_tokens(corpus, SMALL)
     assert sum(sizes) == len(TEXT * 30)
     assert max(sizes) < 2 * (1 << 12)
@@ -201,7 +201,7 @@ def test_document_ends_are_where_the_corpus_has_them(
     monkeypatch.setattr(vocabulary_module, "CHUNK", chunk)
     lines = TEXT.splitlines(keepends=True)
     ends = (np.cumsum([len(line) for line in lines]) - 1).tolist()
-    corpus = corpus_of(tmp_path, TEXT, ends)
+    corpus = make_corpus(tmp_path, TEXT, ends)
     file = open_tokens(corpus, SMALL)
     for name in Splits._fields:
         lo, hi = getattr(corpus.splits, name)
@@ -222,7 +222,7 @@ def test_an_offset_in_a_corpus_is_the_file_s(tmp_path: Path, monkeypatch: pytest
     while TEXT[at] >= 0x80:
         at += 1
     with pytest.raises(UserError, match=rf"byte {at:,} of .*text is not UTF-8.*data.vocab=byte takes any file"):
-        open_tokens(corpus_of(tmp_path, TEXT[:at] + b"\xfe" + TEXT[at:]), SMALL)
+        open_tokens(make_corpus(tmp_path, TEXT[:at] + b"\xfe" + TEXT[at:]), SMALL)
     assert [file for file in (cache / "tokens").iterdir() if file.suffix != ".lock"] == []
 
 
@@ -252,7 +252,7 @@ def test_a_vocabulary_survives_json_and_is_known_by_its_content(tmp_path: Path) 
     assert one.digest != Vocabulary().digest
 
 
-def changed(**parts: Any) -> str:
+def change_json(**parts: Any) -> str:
     return json.dumps(json.loads(small_20b()) | parts)
 
 
@@ -276,13 +276,13 @@ WRONG = {
     "not json": "not the json",
     "\x80": "not the json",
     "[" * 100_000: "not the json",
-    changed(pre_tokenizer={"type": "Whitespace"}): "it lacks a part",
-    changed(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": True}): "GPT-2's pattern",
-    changed(normalizer={"type": "NFKC"}): "GPT-2's pattern",
-    changed(model={"type": "WordPiece"}): "GPT-2's pattern",
-    changed(model=json.loads(small_20b())["model"] | {"dropout": 0.1}): "GPT-2's pattern",
-    changed(model=json.loads(small_20b())["model"] | {"merges": [["zq", "qz"]]}): "not the json",
-    changed(added_tokens=[]): "its tokens are not 0, 1, 2",
+    change_json(pre_tokenizer={"type": "Whitespace"}): "it lacks a part",
+    change_json(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": True}): "GPT-2's pattern",
+    change_json(normalizer={"type": "NFKC"}): "GPT-2's pattern",
+    change_json(model={"type": "WordPiece"}): "GPT-2's pattern",
+    change_json(model=json.loads(small_20b())["model"] | {"dropout": 0.1}): "GPT-2's pattern",
+    change_json(model=json.loads(small_20b())["model"] | {"merges": [["zq", "qz"]]}): "not the json",
+    change_json(added_tokens=[]): "its tokens are not 0, 1, 2",
     with_token(content="word"): "its added token 'word' is no run of spaces",
     with_token(lstrip=True): "takes what stands beside it",
     with_token(id=9999): "its tokens are not 0, 1, 2",
@@ -309,7 +309,7 @@ def test_no_json_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot read "):
         Vocabulary20B.read(tmp_path)
     with pytest.raises(UserError, match=r"data.vocab=20b needs the tokenizer's json: data.vocab_path="):
-        build_vocabulary("20b", corpus_of(tmp_path, TEXT))
+        build_vocabulary("20b", make_corpus(tmp_path, TEXT))
     with pytest.raises(UserError, match="stored vocabulary is damaged"):
         Vocabulary.from_dict({"kind": "20b"})
 
@@ -350,10 +350,10 @@ def test_the_official_one(official: Path, tmp_path: Path, monkeypatch: pytest.Mo
     vocabulary = Vocabulary20B.read(official)
     assert (vocabulary.size, vocabulary.dtype) == (50277, np.uint16)
     assert vocabulary.encode(b"Hello world<|endoftext|>").tolist()[:2] == [12092, 1533]
-    judge = PreTrainedTokenizerFast(tokenizer_file=str(official))
+    reference = PreTrainedTokenizerFast(tokenizer_file=str(official))
     path = Stdlib().open().path
     text = path.read_bytes()[:2_000_000].decode(errors="ignore")
-    expected = judge(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    expected = reference(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     assert vocabulary.encode(text.encode()).tolist() == expected
     # Every character there is, before a space: it comes back, and a cut behind it changes nothing.
     monkeypatch.setattr(tokenizers_20b, "PIECE", 1)
@@ -361,5 +361,5 @@ def test_the_official_one(official: Path, tmp_path: Path, monkeypatch: pytest.Mo
     for lo in range(0, len(every), 300_000):
         part = every[lo : lo + 300_000]
         ids = vocabulary.encode(part.encode())
-        assert ids.tolist() == library(vocabulary).encode(part, add_special_tokens=False).ids
+        assert ids.tolist() == library_tokenizer(vocabulary).encode(part, add_special_tokens=False).ids
         assert vocabulary.decode(ids) == unicodedata.normalize("NFC", part).encode()

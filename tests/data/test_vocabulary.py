@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from rwkv_pl.data.corpus import character_start
+from rwkv_pl.data.corpus import find_character_start
 from rwkv_pl.data.vocabulary import Vocabulary
 from rwkv_pl.errors import UserError
 
@@ -79,7 +79,7 @@ def test_any_ids_are_text(ids: list[int]) -> None:
 def test_a_cut_moves_to_the_start_of_the_character_it_breaks(text: bytes, at: int) -> None:
     at = min(at, len(text))
     data = np.frombuffer(text, np.uint8)
-    start = character_start(data, at)
+    start = find_character_start(data, at)
     assert at - 3 <= start <= at
     everything = Vocabulary("char", "".join(sorted({c for c in text.decode(errors="ignore") if c > "\x7f"})))
     whole = everything.encode(text).tolist()

@@ -11,7 +11,7 @@ from lightning.pytorch import Trainer
 from torch import nn
 
 from rwkv_pl import RWKV4, CorpusDataModule, LitRWKV, RWKV4Config, use_kernel
-from rwkv_pl.inference.evaluate import carried, figures, windows
+from rwkv_pl.inference.evaluate import compute_metrics, evaluate_stream, evaluate_windows
 
 # (N, lo, hi): a split with a target in N tokens.
 SPLITS = st.integers(2, 60).flatmap(
@@ -21,7 +21,7 @@ SPLITS = st.integers(2, 60).flatmap(
 )
 
 
-class Told(nn.Module):
+class ContextTrackingModel(nn.Module):
     """A recurrent model of N tokens, none like another, whose loss on a token says what came before it.
 
     Its state is the first token that it was given since it was fresh; what it predicts after token j of a text that
@@ -84,8 +84,8 @@ def window_pairs(lo, hi, ctx_len, stride):
 @given(SPLITS, st.integers(1, 9), st.integers(0, 20), st.integers(1, 70))
 def test_carried_reads_each_target_once_in_its_context(split, streams, warmup, chunk_len):
     n, lo, hi = split
-    model, heard = Told(n, seed=n), []
-    nats, count = carried(
+    model, heard = ContextTrackingModel(n, seed=n), []
+    nats, count = evaluate_stream(
         model,
         np.arange(n, dtype=np.uint8),
         lo,
@@ -93,7 +93,7 @@ def test_carried_reads_each_target_once_in_its_context(split, streams, warmup, c
         streams=streams,
         warmup=warmup,
         chunk_len=chunk_len,
-        told=lambda *each: heard.append(each),
+        on_progress=lambda *each: heard.append(each),
     )
     pairs = carried_pairs(lo, hi, streams, warmup)
     assert count == len(pairs) == sum(each[0] for each in heard)
@@ -106,8 +106,8 @@ def test_carried_reads_each_target_once_in_its_context(split, streams, warmup, c
 @given(SPLITS, st.integers(1, 20).flatmap(lambda t: st.tuples(st.just(t), st.integers(1, t))), st.integers(1, 5))
 def test_windows_read_each_target_once_in_its_context(split, lengths, rows):
     (n, lo, hi), (ctx_len, stride) = split, lengths
-    model, heard = Told(n, seed=n), []
-    nats, count = windows(
+    model, heard = ContextTrackingModel(n, seed=n), []
+    nats, count = evaluate_windows(
         model,
         np.arange(n, dtype=np.uint8),
         lo,
@@ -115,7 +115,7 @@ def test_windows_read_each_target_once_in_its_context(split, lengths, rows):
         ctx_len=ctx_len,
         stride=stride,
         rows=rows,
-        told=lambda *each: heard.append(each),
+        on_progress=lambda *each: heard.append(each),
     )
     expected, n_expected = np.zeros(ctx_len), np.zeros(ctx_len, int)
     for start, target in window_pairs(lo, hi, ctx_len, stride):
@@ -127,7 +127,7 @@ def test_windows_read_each_target_once_in_its_context(split, lengths, rows):
     assert math.fsum(each[1] for each in heard) == pytest.approx(expected.sum(), rel=1e-12)
 
 
-def perturbed(vocab_size: int = 7, dropout: float = 0.5) -> RWKV4:
+def make_perturbed_model(vocab_size: int = 7, dropout: float = 0.5) -> RWKV4:
     """In training mode, with dropout: an evaluation has none of it."""
     torch.manual_seed(0)
     model = RWKV4(RWKV4Config(vocab_size, n_layer=2, n_embd=8, dropout=dropout))
@@ -138,83 +138,86 @@ def perturbed(vocab_size: int = 7, dropout: float = 0.5) -> RWKV4:
 
 
 @pytest.fixture(scope="module")
-def judged():
+def reference_losses():
     """A model and a text, and nats[start][i]: of token start + 1 + i, by the recurrence in float64, token by token."""
-    model, text = perturbed(), np.random.default_rng(0).integers(0, 7, 40).astype(np.uint8)
-    judge = perturbed(dropout=0).double().eval()
+    model, text = make_perturbed_model(), np.random.default_rng(0).integers(0, 7, 40).astype(np.uint8)
+    reference = make_perturbed_model(dropout=0).double().eval()
     nats: dict[int, list[float]] = {}
     with use_kernel("recurrence"), torch.no_grad():
         for start in range(len(text) - 1):
             state, nats[start] = None, []
             for token, target in zip(text[start:-1], text[start + 1 :], strict=True):
-                logits, state = judge(torch.tensor([[int(token)]]), state)
+                logits, state = reference(torch.tensor([[int(token)]]), state)
                 nats[start].append(-float(logits[0, 0].log_softmax(-1)[int(target)]))
     return model, text, nats
 
 
 @pytest.mark.parametrize("lo, hi", [(0, 40), (1, 40), (13, 38), (20, 21)])
 @pytest.mark.parametrize("streams, warmup, chunk_len", [(1, 9, 7), (1, 0, 1), (3, 5, 4), (4, 0, 100), (50, 2, 3)])
-def test_carried_is_the_recurrence(judged, lo, hi, streams, warmup, chunk_len):
-    model, text, judge = judged
-    nats, count = carried(model, text, lo, hi, streams=streams, warmup=warmup, chunk_len=chunk_len)
+def test_carried_is_the_recurrence(reference_losses, lo, hi, streams, warmup, chunk_len):
+    model, text, reference = reference_losses
+    nats, count = evaluate_stream(model, text, lo, hi, streams=streams, warmup=warmup, chunk_len=chunk_len)
     pairs = carried_pairs(lo, hi, streams, warmup)
     assert count == len(pairs)
     # float32 keeps 6e-8 an operation, and some hundred follow each other.
-    assert nats == pytest.approx(sum(judge[start][target - 1 - start] for start, target in pairs), rel=1e-5)
+    assert nats == pytest.approx(sum(reference[start][target - 1 - start] for start, target in pairs), rel=1e-5)
     assert model.training
 
 
 @pytest.mark.parametrize("lo, hi", [(0, 40), (1, 40), (13, 38), (20, 21)])
 @pytest.mark.parametrize("ctx_len, stride, rows", [(8, None, 3), (8, 3, 2), (5, 1, 4), (64, 64, 1), (1, 1, 8)])
-def test_windows_are_the_recurrence(judged, lo, hi, ctx_len, stride, rows):
-    model, text, judge = judged
-    nats, count = windows(model, text, lo, hi, ctx_len=ctx_len, stride=stride, rows=rows)
+def test_windows_are_the_recurrence(reference_losses, lo, hi, ctx_len, stride, rows):
+    model, text, reference = reference_losses
+    nats, count = evaluate_windows(model, text, lo, hi, ctx_len=ctx_len, stride=stride, rows=rows)
     pairs = window_pairs(lo, hi, ctx_len, stride or ctx_len)
     assert count.sum() == len(pairs)
-    assert nats.sum() == pytest.approx(sum(judge[start][target - 1 - start] for start, target in pairs), rel=1e-5)
+    assert nats.sum() == pytest.approx(sum(reference[start][target - 1 - start] for start, target in pairs), rel=1e-5)
 
 
-def test_float64_is_kept(judged):
-    model, text, judge = judged
-    model = perturbed().double()
-    nats, _ = carried(model, text, 0, len(text), chunk_len=16)
-    assert nats == pytest.approx(sum(judge[0]), rel=1e-12)
+def test_float64_is_kept(reference_losses):
+    model, text, reference = reference_losses
+    model = make_perturbed_model().double()
+    nats, _ = evaluate_stream(model, text, 0, len(text), chunk_len=16)
+    assert nats == pytest.approx(sum(reference[0]), rel=1e-12)
 
 
-def test_slices_of_the_logits_change_nothing(judged, monkeypatch):
-    model, text, _ = judged
-    whole = carried(model, text, 0, len(text))
-    monkeypatch.setattr("rwkv_pl.inference.evaluate.LOGITS", 20)
-    assert carried(model, text, 0, len(text)) == pytest.approx(whole, rel=1e-6)
+def test_logits_in_slices_give_the_same_result(reference_losses, monkeypatch):
+    model, text, _ = reference_losses
+    expected = evaluate_stream(model, text, 0, len(text))
+    monkeypatch.setattr("rwkv_pl.inference.evaluate.MAX_LOGITS", 20)
+    assert evaluate_stream(model, text, 0, len(text)) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("lo, hi", [(5, 5), (0, 1), (0, 0), (7, 3)])
-def test_a_split_without_a_target(judged, lo, hi):
-    model, text, _ = judged
+def test_a_split_without_a_target(reference_losses, lo, hi):
+    model, text, _ = reference_losses
     with pytest.raises(ValueError, match="no target"):
-        carried(model, text, lo, hi)
+        evaluate_stream(model, text, lo, hi)
     with pytest.raises(ValueError, match="no target"):
-        windows(model, text, lo, hi, ctx_len=4)
+        evaluate_windows(model, text, lo, hi, ctx_len=4)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_logits_that_are_not_finite(value):
-    model = perturbed()
+    model = make_perturbed_model()
     with torch.no_grad():
         model.head.weight[0, 0] = value
     text = np.ones(9, np.uint8)
-    for protocol in (lambda: carried(model, text, 0, 9), lambda: windows(model, text, 0, 9, ctx_len=4)):
+    for protocol in (
+        lambda: evaluate_stream(model, text, 0, 9),
+        lambda: evaluate_windows(model, text, 0, 9, ctx_len=4),
+    ):
         with pytest.raises(FloatingPointError, match="not finite"):
             protocol()
     assert model.training
 
 
 def test_figures():
-    found = figures(math.log(2) * 60, n_tokens=10, n_bytes=20)
+    found = compute_metrics(math.log(2) * 60, n_tokens=10, n_bytes=20)
     assert found == pytest.approx(
         {"bits_per_byte": 3, "perplexity_per_token": 64, "nats_per_token": 6 * math.log(2), "bits_per_token": 6}
     )
-    assert figures(1e6, 1, 1)["perplexity_per_token"] == math.inf
+    assert compute_metrics(1e6, 1, 1)["perplexity_per_token"] == math.inf
 
 
 SENTENCES = "The quick brown fox jumps over the lazy dog, naïvely: {} times. "
@@ -255,11 +258,11 @@ def test_windows_are_trainings_validation(trained):
     model, data, reported = trained
     file = data.val_dataloader().dataset.file
     lo, hi = file.splits.val
-    nats, count = windows(model, file.tokens, lo, hi, ctx_len=64, rows=3)
+    nats, count = evaluate_windows(model, file.tokens, lo, hi, ctx_len=64, rows=3)
     n_bytes = int(data.vocabulary.bytes_per_token[file.tokens[lo:hi]].sum())
     assert n_bytes == data.corpus.splits.val[1] - data.corpus.splits.val[0] > count.sum() == hi - lo
     # The same nats; training adds those of one call in float32, which keeps 6e-8, and reports a float32.
-    assert figures(nats.sum(), hi - lo, n_bytes)["bits_per_byte"] == pytest.approx(reported, rel=1e-6)
+    assert compute_metrics(nats.sum(), hi - lo, n_bytes)["bits_per_byte"] == pytest.approx(reported, rel=1e-6)
 
 
 def test_warmed_streams_are_close_to_one(trained):
@@ -269,7 +272,7 @@ def test_warmed_streams_are_close_to_one(trained):
     streams = (hi - lo) // 256
 
     def bits(**how) -> float:
-        nats, count = carried(model, file.tokens, lo, hi, **how)
+        nats, count = evaluate_stream(model, file.tokens, lo, hi, **how)
         assert count == hi - lo
         return nats / count / math.log(2)
 

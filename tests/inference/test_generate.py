@@ -7,15 +7,15 @@ import torch
 
 from rwkv_pl import RWKV4, RWKV4Config, generate
 from rwkv_pl.inference import generate as module
-from rwkv_pl.inference.generate import read
+from rwkv_pl.inference.generate import read_tokens
 
 
 @pytest.fixture(scope="module")
 def model():
-    return perturbed(RWKV4Config(vocab_size=5, n_layer=2, n_embd=16, dropout=0.5)).eval()
+    return make_perturbed_model(RWKV4Config(vocab_size=5, n_layer=2, n_embd=16, dropout=0.5)).eval()
 
 
-def perturbed(config):
+def make_perturbed_model(config):
     torch.manual_seed(0)
     model = RWKV4(config)
     with torch.no_grad():
@@ -24,7 +24,7 @@ def perturbed(config):
     return model
 
 
-def same(state, other, tolerance):
+def assert_same_state(state, other, tolerance):
     """States, compared by what they mean."""
     for block, before in zip(state, other, strict=True):
         num, den, max_exp = (block.wkv.double()[:, i] for i in range(3))
@@ -76,13 +76,13 @@ def test_prompts_of_unequal_lengths_are_read_as_they_are(model):
     for before in (None, state):
         together = list(islice(generate(model, prompts, before, seed=5, repetition=1.3), 8))
         for i, prompt in enumerate(prompts):
-            row = None if before is None else module.select(before, slice(i, i + 1))
+            row = None if before is None else module.select_rows(before, slice(i, i + 1))
             alone = generate(model, prompt[None], row, seed=5, repetition=1.3)
             # A sample is its row's number and the seed: row 0 alone is row 0 of the batch.
             if i == 0:
                 assert [int(t[0]) for t in together] == [int(t) for t in islice(alone, 8)]
-            logits, _ = module.read_all(model, prompts, before)
-            assert torch.allclose(logits[i], read(model, prompt[None], row)[0][0], atol=1e-6)
+            logits, _ = module.read_prompts(model, prompts, before)
+            assert torch.allclose(logits[i], read_tokens(model, prompt[None], row)[0][0], atol=1e-6)
 
 
 def test_a_sample_does_not_depend_on_the_batch(model):
@@ -97,9 +97,9 @@ def test_catch_up_has_read_every_token_that_was_yielded(model):
     generation = generate(model, torch.tensor([[1, 2]]), seed=1)
     written = [int(token) for token in islice(generation, 5)]
     generation.catch_up()
-    logits, state = read(model, torch.tensor([[1, 2, *written]]))
+    logits, state = read_tokens(model, torch.tensor([[1, 2, *written]]))
     assert torch.allclose(generation.logits, logits, atol=1e-5)
-    assert same(generation.state, state, 1e-5)
+    assert assert_same_state(generation.state, state, 1e-5)
     assert generation.recent[0].tolist() == [1, 2, *written]
 
 
@@ -120,7 +120,7 @@ def test_an_empty_prompt_is_refused(model, prompt):
 
 
 def test_recurrent_parallel_and_chunked_logits_agree_over_4096_tokens(monkeypatch):
-    model = perturbed(RWKV4Config(vocab_size=256, n_layer=3, n_embd=64)).eval()
+    model = make_perturbed_model(RWKV4Config(vocab_size=256, n_layer=3, n_embd=64)).eval()
     tokens = torch.randint(256, (1, 4096), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         parallel, after = model(tokens)
@@ -138,6 +138,6 @@ def test_recurrent_parallel_and_chunked_logits_agree_over_4096_tokens(monkeypatc
     assert (torch.cat(chunked, 1) - parallel).norm() / norm < 1e-5
     assert (torch.stack(recurrent, 1) - parallel).norm() / norm < 1e-5
     assert (torch.stack(recurrent, 1) - parallel).abs().max() < 1e-5 * parallel.abs().max()
-    assert same(state, after, 1e-4) and same(chunked_state, after, 1e-4)
+    assert assert_same_state(state, after, 1e-4) and assert_same_state(chunked_state, after, 1e-4)
     monkeypatch.setattr(module, "CHUNK", 100)
-    assert torch.allclose(read(model, tokens)[0], parallel[:, -1], atol=1e-5 * float(parallel.abs().max()))
+    assert torch.allclose(read_tokens(model, tokens)[0], parallel[:, -1], atol=1e-5 * float(parallel.abs().max()))

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rwkv_pl.inference.sampling import Dice, Sampling
+from rwkv_pl.inference.sampling import RowRandom, Sampling
 
 LOGITS = torch.tensor([2.0, -1.0, 1.0, 0.5, 1.0])
 
@@ -123,16 +123,16 @@ def test_a_number_out_of_range_is_named(name, value):
 
 
 def test_a_rows_numbers_do_not_depend_on_the_rows_beside_it():
-    alone, together = Dice(7, 1), Dice(7, 5)
-    first = [alone.roll()[0] for _ in range(4)]
-    assert first == [together.roll()[0] for _ in range(4)]
-    assert len({float(x) for x in Dice(7, 5).roll()}) == 5
-    assert not torch.equal(Dice(7, 5).roll(), Dice(8, 5).roll())
+    alone, together = RowRandom(7, 1), RowRandom(7, 5)
+    first = [alone.uniform()[0] for _ in range(4)]
+    assert first == [together.uniform()[0] for _ in range(4)]
+    assert len({float(x) for x in RowRandom(7, 5).uniform()}) == 5
+    assert not torch.equal(RowRandom(7, 5).uniform(), RowRandom(8, 5).uniform())
 
 
 def test_without_a_seed_torchs_own_generator_settles_it():
     torch.manual_seed(3)
-    first = Dice(None, 2).roll()
-    assert not torch.equal(first, Dice(None, 2).roll())
+    first = RowRandom(None, 2).uniform()
+    assert not torch.equal(first, RowRandom(None, 2).uniform())
     torch.manual_seed(3)
-    assert torch.equal(first, Dice(None, 2).roll())
+    assert torch.equal(first, RowRandom(None, 2).uniform())

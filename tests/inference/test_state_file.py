@@ -5,7 +5,7 @@ import torch
 
 from rwkv_pl import RWKV4, RWKV4Config, generate
 from rwkv_pl.errors import UserError
-from rwkv_pl.inference.state_file import Memory, check_replaceable, load_memory, save_memory
+from rwkv_pl.inference.state_file import GenerationState, check_replaceable, load_state, save_state
 
 
 @pytest.fixture
@@ -15,26 +15,26 @@ def model():
 
 
 @pytest.fixture
-def kept(model, tmp_path):
+def saved_state(model, tmp_path):
     generation = generate(model, torch.tensor([[1, 2]]), seed=1)
     next(generation)
     generation.catch_up()
-    memory = Memory(generation.logits, generation.state, generation.recent[0])
-    save_memory(tmp_path / "m", memory, "digest")
+    memory = GenerationState(generation.logits, generation.state, generation.recent[0])
+    save_state(tmp_path / "m", memory, "digest")
     return tmp_path / "m", memory
 
 
-def test_what_is_kept_is_what_was_there(model, kept):
-    path, memory = kept
-    got = load_memory(path, model, "digest")
+def test_saved_state_is_loaded_unchanged(model, saved_state):
+    path, memory = saved_state
+    got = load_state(path, model, "digest")
     assert torch.equal(got.logits, memory.logits) and torch.equal(got.recent, memory.recent)
     for block, before in zip(got.state, memory.state, strict=True):
         assert all(torch.equal(part, was) for part, was in zip(block, before, strict=True))
 
 
-def test_of_other_weights_it_is_refused(model, kept):
+def test_state_of_other_weights_is_refused(model, saved_state):
     with pytest.raises(UserError, match="other weights"):
-        load_memory(kept[0], model, "another")
+        load_state(saved_state[0], model, "another")
 
 
 CHANGES = {
@@ -54,18 +54,18 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_a_damaged_one_is_one_line(model, kept, change):
-    path, _ = kept
+def test_corrupt_state_gives_one_line_error(model, saved_state, change):
+    path, _ = saved_state
     content = torch.load(path, weights_only=True)
     change(content)
     torch.save(content, path)
     with pytest.raises(UserError, match="no whole memory") as error:
-        load_memory(path, model, "digest")
+        load_state(path, model, "digest")
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage", None])
-def test_something_else_is_neither_read_nor_replaced(model, tmp_path, content):
+def test_other_file_is_neither_read_nor_replaced(model, tmp_path, content):
     path = tmp_path / "x"
     if content is None:
         torch.save({"emb.weight": torch.zeros(3)}, path)
@@ -73,13 +73,13 @@ def test_something_else_is_neither_read_nor_replaced(model, tmp_path, content):
         path.write_bytes(content)
     before = path.read_bytes()
     with pytest.raises(UserError):
-        load_memory(path, model, "digest")
+        load_state(path, model, "digest")
     with pytest.raises(UserError):
         check_replaceable(path)
     assert path.read_bytes() == before
 
 
-def test_a_place_that_cannot_be_written_is_told_before(tmp_path):
+def test_unwritable_path_is_reported_first(tmp_path):
     with pytest.raises(UserError, match="no folder"):
         check_replaceable(tmp_path / "not" / "there")
     with pytest.raises(UserError, match="is a folder"):

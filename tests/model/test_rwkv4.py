@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from rwkv_pl import RWKV4, RWKV4Config, use_kernel
 from rwkv_pl.model import rwkv4 as module
-from rwkv_pl.ops.linear import matrices_to
+from rwkv_pl.ops.linear import cast_linear_weights
 
 VOCAB, LAYERS, CHANNELS = 50, 3, 40
 HF_NAMES = {
@@ -113,7 +113,7 @@ def test_a_text_in_pieces_gives_the_same_logits(kernel, pieces):
         assert block.wkv.shape == (3, 3, CHANNELS)
 
 
-def test_hidden_and_head_are_forward():
+def test_head_of_hidden_equals_forward():
     model = perturbed_model().eval()
     tokens = torch.randint(VOCAB, (2, 9))
     hidden, _ = model.hidden(tokens)
@@ -253,7 +253,7 @@ def test_dropout_acts_in_training_alone():
     assert torch.equal(model(tokens)[0], model(tokens)[0])
 
 
-def steps(model: RWKV4, tokens: torch.Tensor, state=None):
+def run_steps(model: RWKV4, tokens: torch.Tensor, state=None):
     """Logits (B, T, V) of tokens (B, T), one step after another, and the state after them."""
     logits = []
     for token in tokens.unbind(1):
@@ -263,7 +263,7 @@ def steps(model: RWKV4, tokens: torch.Tensor, state=None):
 
 
 @pytest.fixture
-def served(monkeypatch):
+def count_compiled_calls(monkeypatch):
     """How often the compiled operator was called."""
     calls = []
     step = module.rwkv4_step
@@ -273,17 +273,17 @@ def served(monkeypatch):
 
 @pytest.mark.parametrize("kernel", ["auto", "scan"])
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=str)
-def test_steps_and_pieces_and_the_whole_agree(kernel, weights, served):
+def test_steps_and_pieces_and_the_whole_agree(kernel, weights, count_compiled_calls):
     """Over 4,096 tokens, in and out of both forms; matrices in bfloat16 round no more than themselves."""
     model = perturbed_model(n_layer=2, n_embd=16).eval()
-    matrices_to(model, weights)
+    cast_linear_weights(model, weights)
     tokens = torch.randint(VOCAB, (1, 4096 if kernel == "auto" else 300))
     with use_kernel(kernel), torch.no_grad():
         whole, last = model(tokens)
-        logits, state = steps(model, tokens)
+        logits, state = run_steps(model, tokens)
         middle, half = model(tokens[:, :200])
-        rest, again = steps(model, tokens[:, 200:], half)
-    assert len(served) == (4096 + 3896 if kernel == "auto" else 0)
+        rest, again = run_steps(model, tokens[:, 200:], half)
+    assert len(count_compiled_calls) == (4096 + 3896 if kernel == "auto" else 0)
     # float32 keeps 6e-8 an operation; what a state forgets of its errors balances what each token adds.
     assert relative_error(logits, whole) < 1e-5
     assert relative_error(torch.cat((middle, rest), 1), whole) < 1e-5
@@ -298,41 +298,45 @@ def test_steps_and_pieces_and_the_whole_agree(kernel, weights, served):
     assert relative_error(logits, model(tokens[:, :5], last)[0]) < 1e-5
 
 
-def test_steps_of_a_model_in_bfloat16(served):
+def test_steps_of_a_model_in_bfloat16(count_compiled_calls):
     """The step keeps to float32 between its weights where the parallel form rounds every tensor, to 4e-3."""
     model = perturbed_model(n_layer=2).eval().bfloat16()
     tokens = torch.randint(VOCAB, (2, 20))
     with torch.no_grad():
-        logits, _ = steps(model, tokens)
+        logits, _ = run_steps(model, tokens)
         whole, middle = model(tokens[:, :10])
-        rest, _ = steps(model, tokens[:, 10:], middle)
-    assert len(served) == 30 and logits.dtype == torch.float32
+        rest, _ = run_steps(model, tokens[:, 10:], middle)
+    assert len(count_compiled_calls) == 30 and logits.dtype == torch.float32
     assert relative_error(logits[:, :10], whole.float()) < 3e-2
     assert relative_error(logits[:, 10:], rest) < 3e-2
 
 
-def test_matrices_to():
+def test_cast_linear_weights():
     model = perturbed_model()
     names = {name for name, x in model.named_parameters() if name.endswith(".weight") and x.dim() == 2}
     identities = [id(x) for x in model.parameters()]
-    matrices_to(model, torch.bfloat16)
+    cast_linear_weights(model, torch.bfloat16)
     halves = {name for name, x in model.named_parameters() if x.dtype == torch.bfloat16}
     assert halves == names - {"emb.weight"} and identities == [id(x) for x in model.parameters()]
 
 
-def test_a_step_with_other_rows_and_without_the_operator(served):
+def test_a_step_with_other_rows_and_without_the_operator(count_compiled_calls):
     model = perturbed_model()
     model.eval()
     tokens, state = torch.randint(VOCAB, (5,)), model(torch.randint(VOCAB, (5, 4)))[1]
     before = [x.clone() for block in state for x in block]
     expected, _ = model(tokens[:, None], state)
     logits, _ = model.step(tokens, state)
-    assert len(served) == 1 and relative_error(logits, expected[:, 0]) < 1e-5
+    assert len(count_compiled_calls) == 1 and relative_error(logits, expected[:, 0]) < 1e-5
     assert all(torch.equal(x, y) for x, y in zip([x for block in state for x in block], before, strict=True))
     assert not logits.requires_grad and torch.is_grad_enabled()
     # In float64 the plain forms serve, and tokens are refused alike.
     logits, _ = model.double().step(tokens, state)
-    assert len(served) == 1 and relative_error(logits, expected[:, 0]) < 1e-5 and logits.dtype == torch.float32
+    assert (
+        len(count_compiled_calls) == 1
+        and relative_error(logits, expected[:, 0]) < 1e-5
+        and logits.dtype == torch.float32
+    )
     with pytest.raises(IndexError):
         model.step(torch.tensor([VOCAB]))
     with pytest.raises(IndexError):
@@ -341,7 +345,7 @@ def test_a_step_with_other_rows_and_without_the_operator(served):
     assert logits.shape == (0, VOCAB) and state[0].wkv.shape == (0, 3, CHANNELS)
 
 
-def test_a_step_reads_the_parameters_of_now(served):
+def test_a_step_reads_the_parameters_of_now(count_compiled_calls):
     model, other, tokens = perturbed_model(0).eval(), perturbed_model(1).eval(), torch.arange(3)
     expected, _ = other.step(tokens)
     assert not torch.allclose(model.step(tokens)[0], expected)
@@ -352,12 +356,12 @@ def test_a_step_reads_the_parameters_of_now(served):
         other.blocks[1].ffn.key = torch.nn.Linear(CHANNELS, 4 * CHANNELS, bias=False)
         other.blocks[1].ffn.key.weight.zero_()
     assert torch.equal(model.step(tokens)[0], other.step(tokens)[0])
-    assert len(served) == 5
+    assert len(count_compiled_calls) == 5
 
 
-def test_dropout_acts_in_steps_too(served):
+def test_dropout_acts_in_steps_too(count_compiled_calls):
     model = perturbed_model(dropout=0.5)
     tokens = torch.arange(3)
-    assert not torch.equal(model.step(tokens)[0], model.step(tokens)[0]) and not served
+    assert not torch.equal(model.step(tokens)[0], model.step(tokens)[0]) and not count_compiled_calls
     model.eval()
-    assert torch.equal(model.step(tokens)[0], model.step(tokens)[0]) and served
+    assert torch.equal(model.step(tokens)[0], model.step(tokens)[0]) and count_compiled_calls

@@ -1,6 +1,6 @@
 """Each half of a block by the compiled operators computes what its modules do: values, memories and gradients.
 
-The judge is the plain half in float64. In float32 the sums over C, T and B lose some 1e-7 each; in bfloat16, whose
+The reference is the plain half in float64. In float32 the sums over C, T and B lose some 1e-7 each; in bfloat16, whose
 roundings nobody can bound well, the plain half errs as well, and the fused one may err little more than that.
 """
 
@@ -41,17 +41,17 @@ class Masked(nn.Module):
         return x * self.mask.to(x.dtype)
 
 
-class Nothing(nn.Module):
+class ZeroHalf(nn.Module):
     """In the place of the half that is not tried."""
 
     def forward(self, x, last, *state):
         return torch.zeros_like(x), x[:, -1], *state
 
 
-def block_of(half, C, dropout=0.0, dtype=torch.float32):
+def make_block(half, C, dropout=0.0, dtype=torch.float32):
     """A block of that half alone, its parameters drawn; the matrices' numbers are ones that bfloat16 holds."""
     block = Block(RWKV4Config(vocab_size=2, n_layer=2, n_embd=C, dropout=dropout), layer=1)
-    setattr(block, {"att": "ffn", "ffn": "att"}[half], Nothing())
+    setattr(block, {"att": "ffn", "ffn": "att"}[half], ZeroHalf())
     with torch.no_grad():
         for parameter in block.parameters():
             parameter += 0.3 * torch.randn_like(parameter)
@@ -64,7 +64,7 @@ def is_fused(block, half, x):
     return fused.supports(getattr(block, half), KINDS[half], getattr(block, NORMS[half]), block.dropout, x)
 
 
-def state_of(half, B, C):
+def make_state(half, B, C):
     shift, den = torch.randn(B, C), torch.rand(B, C) + 0.5
     wkv = torch.stack([torch.randn(B, C), den, torch.randn(B, C)], 1)
     return {"att": (shift, wkv), "ffn": (shift,)}[half]
@@ -76,7 +76,7 @@ def block_state(half, state):
     return BlockState(*state, None) if half == "att" else BlockState(None, None, *state)
 
 
-def outputs_of(half, x, after):
+def flatten_outputs(half, x, after):
     """x and the half's memory; of a WKV state its ratio and magnitude, since its rows are relative to the third."""
     if half == "ffn":
         return [x, after.ffn_shift]
@@ -84,22 +84,24 @@ def outputs_of(half, x, after):
     return [x, after.att_shift, num / den, den.log() + max_exp]
 
 
-def run(block, half, x, state, gradients, again=False, autocast=False, seed=0):
+def run_half(block, half, x, state, gradients, again=False, autocast=False, seed=0):
     """Outputs, and the gradients in x, the memory and all parameters."""
     block.recompute_from = 0 if again else 10**9
     leaves = [tensor.detach().requires_grad_() for tensor in (x, *state)]
     parameters = [p for name, p in block.named_parameters() if name.startswith((half, NORMS[half]))]
     torch.manual_seed(seed)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        outputs = outputs_of(half, *block(leaves[0], block_state(half, leaves[1:])))
+        outputs = flatten_outputs(half, *block(leaves[0], block_state(half, leaves[1:])))
     given = [g.to(y.dtype) for g, y in zip(gradients, outputs, strict=False)]
     return outputs, torch.autograd.grad(outputs, [*leaves, *parameters], given)
 
 
-def errors(found, judge):
+def relative_errors(found, reference):
     """Of each tensor, relative to its norm, and to a part of all norms: terms cancel in what is small."""
-    all_norms = sum(float(y.detach().norm()) for y in judge) / len(judge)
-    return [float((x.double() - y).norm() / (y.norm() + 0.2 * all_norms)) for x, y in zip(found, judge, strict=True)]
+    all_norms = sum(float(y.detach().norm()) for y in reference) / len(reference)
+    return [
+        float((x.double() - y).norm() / (y.norm() + 0.2 * all_norms)) for x, y in zip(found, reference, strict=True)
+    ]
 
 
 @settings(max_examples=40, deadline=None)
@@ -121,15 +123,15 @@ def errors(found, judge):
 @example("att", 2, 130, 33, 0.0, True, False, False, False, 1.0, 1)
 def test_a_fused_half_is_the_plain_one(half, B, T, C, dropout, has_state, autocast, again, transposed, size, seed):
     torch.manual_seed(seed)
-    block = block_of(half, C, dropout)
+    block = make_block(half, C, dropout)
     x = size * torch.randn(T, B, C).transpose(0, 1) if transposed else size * torch.randn(B, T, C)
     x = x + size * torch.arange(C)  # so that no token's variance is but rounding
-    state = state_of(half, B, C) if has_state else ()
+    state = make_state(half, B, C) if has_state else ()
     # That of x comes expanded, as from a sum.
     gradients = [torch.randn(C).bfloat16().float().expand(B, T, C), *torch.randn(3, B, C)]
 
     assert is_fused(block, half, x)
-    got, got_gradients = run(block, half, x, state, gradients, again, autocast)
+    got, got_gradients = run_half(block, half, x, state, gradients, again, autocast)
     with use_kernel("recurrence"):
         assert not is_fused(block, half, x)
         # float64 may draw another mask than the dtype of the half's result.
@@ -137,14 +139,14 @@ def test_a_fused_half_is_the_plain_one(half, B, T, C, dropout, has_state, autoca
         if half == "ffn":
             F.dropout(x, dropout)  # of the half before it
         block.dropout = Masked(F.dropout(torch.ones(B, T, C, dtype=torch.bfloat16 if autocast else x.dtype), dropout))
-        plain, plain_gradients = run(block, half, x, state, gradients, autocast=autocast)
+        plain, plain_gradients = run_half(block, half, x, state, gradients, autocast=autocast)
         (x_, *state_), gradients_ = [[tensor.double() for tensor in some] for some in ((x, *state), gradients)]
-        judge, judge_gradients = run(copy.deepcopy(block).double(), half, x_, state_, gradients_)
+        reference, reference_gradients = run_half(copy.deepcopy(block).double(), half, x_, state_, gradients_)
     assert [y.dtype for y in got] == [torch.float32] * len(got)
     for tensor, gradient in zip([x, *state], got_gradients, strict=False):
         assert tensor.shape == gradient.shape and tensor.dtype == gradient.dtype
-    for found, plainly, exact in (got, plain, judge), (got_gradients, plain_gradients, judge_gradients):
-        for error, plain_error in zip(errors(found, exact), errors(plainly, exact), strict=True):
+    for found, plainly, exact in (got, plain, reference), (got_gradients, plain_gradients, reference_gradients):
+        for error, plain_error in zip(relative_errors(found, exact), relative_errors(plainly, exact), strict=True):
             assert error <= (1.5 * plain_error + 2**-8 if autocast else 2e-5)  # 2^-8: a rounding to bfloat16
 
 
@@ -166,7 +168,7 @@ def test_a_replaced_layer_is_called(half):
         def forward(self, x):
             return 2 * super().forward(x)
 
-    block, x = block_of(half, 8), torch.randn(1, 3, 8)
+    block, x = make_block(half, 8), torch.randn(1, 3, 8)
     before, _ = block(x, None)
     linear = Doubled(8, 8, bias=False)
     linear.weight = getattr(block, half).receptance.weight
@@ -178,7 +180,7 @@ def test_a_replaced_layer_is_called(half):
 @pytest.mark.parametrize("half", HALVES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_dtypes_are_plain(half, dtype):
-    block, x = block_of(half, 8, dtype=dtype), torch.randn(1, 3, 8, dtype=dtype)
+    block, x = make_block(half, 8, dtype=dtype), torch.randn(1, 3, 8, dtype=dtype)
     assert not is_fused(block, half, x)
     assert block(x, None)[0].dtype == dtype
 
@@ -186,7 +188,7 @@ def test_other_dtypes_are_plain(half, dtype):
 @pytest.mark.parametrize("half", HALVES)
 @pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
 def test_a_backward_pass_under_autocast_is_that_of_its_forward_pass(half, autocast):
-    block, gradients = block_of(half, 8), []
+    block, gradients = make_block(half, 8), []
     for enabled in (False, True):
         x = torch.linspace(-1, 1, 48).view(2, 3, 8).requires_grad_()
         loss = block(x, None)[0].square().sum()
@@ -198,7 +200,7 @@ def test_a_backward_pass_under_autocast_is_that_of_its_forward_pass(half, autoca
 
 @pytest.mark.parametrize("half", HALVES)
 def test_the_transforms_of_torch_func_use_the_plain_form(half):
-    block, x = block_of(half, 8), torch.linspace(-1, 1, 48).view(2, 3, 8).requires_grad_()
+    block, x = make_block(half, 8), torch.linspace(-1, 1, 48).view(2, 3, 8).requires_grad_()
     parameters = dict(block.named_parameters())
     (expected,) = torch.autograd.grad(block(x, None)[0].square().sum(), x)
     got = torch.func.grad(lambda x: functional_call(block, parameters, (x, None))[0].square().sum())(x.detach())
@@ -210,19 +212,23 @@ def test_the_transforms_of_torch_func_use_the_plain_form(half):
 @pytest.mark.parametrize("half", HALVES)
 def test_the_bits_do_not_depend_on_the_threads(half):
     torch.manual_seed(0)
-    block, x, gradients = block_of(half, 70), torch.randn(2, 300, 70), [torch.randn(2, 300, 70), *torch.randn(3, 2, 70)]
-    threads, results, state = torch.get_num_threads(), [], state_of(half, 2, 70)
+    block, x, gradients = (
+        make_block(half, 70),
+        torch.randn(2, 300, 70),
+        [torch.randn(2, 300, 70), *torch.randn(3, 2, 70)],
+    )
+    threads, results, state = torch.get_num_threads(), [], make_state(half, 2, 70)
     for count in (1, 3):
         torch.set_num_threads(count)
-        outputs, found = run(block, half, x, state, gradients)
+        outputs, found = run_half(block, half, x, state, gradients)
         results.append([*outputs, *(g for g in found if g.dim() != 2)])  # torch's products may differ
     torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("half", HALVES)
-def test_a_norm_beyond_float32_is_no_number(half):
-    block = block_of(half, 4)
+def test_norm_beyond_float32_gives_nan(half):
+    block = make_block(half, 4)
     for x in (torch.tensor([1e20, 2e20, 0, 0]), torch.tensor([float("inf"), 0, 0, 0])):
         y, after = block(x.expand(1, 2, 4), None)
         assert y.isnan().all() and (after.att_shift if half == "att" else after.ffn_shift).isnan().all()
@@ -231,12 +237,12 @@ def test_a_norm_beyond_float32_is_no_number(half):
 @pytest.mark.parametrize("half", HALVES)
 def test_a_memory_of_another_batch_is_refused(half):
     with pytest.raises(RuntimeError):
-        block_of(half, 8)(torch.randn(2, 3, 8), block_state(half, state_of(half, 1, 8)))
+        make_block(half, 8)(torch.randn(2, 3, 8), block_state(half, make_state(half, 1, 8)))
 
 
 @pytest.mark.parametrize("half", HALVES)
 def test_what_is_frozen_has_no_gradient(half):
-    block, x = block_of(half, 8), torch.randn(2, 3, 8)
+    block, x = make_block(half, 8), torch.randn(2, 3, 8)
     for name, parameter in block.named_parameters():
         parameter.requires_grad_("time_mix_k" in name)
     block(x, None)[0].sum().backward()

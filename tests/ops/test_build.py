@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "cli"))
 import forks
 
 from rwkv_pl.files import cache_folder
-from rwkv_pl.ops.build import CPU_SOURCES, Recipe, _compile_cpu, _recipe_digest, _try_load, cpu_flags
+from rwkv_pl.ops.build import CPU_SOURCES, LibrarySpec, _compile_cpu, _spec_digest, _try_load, cpu_flags
 from rwkv_pl.ops.toolchain import Compiler
 
 CALL = """
@@ -108,7 +108,7 @@ def test_a_damaged_library_is_built_again(built, compiler, tmp_path):
     assert hashlib.sha256(path.read_bytes()).hexdigest() == path.with_suffix(".sha256").read_text()
 
 
-def test_what_is_not_loaded(tmp_path):
+def test_unsafe_library_is_not_loaded(tmp_path):
     path = tmp_path / "wkv4.so"
     assert not _try_load(path)
     path.write_bytes(b"no library")
@@ -130,7 +130,7 @@ def test_a_killed_build_disturbs_nobody(compiler, tmp_path):
     assert not list(tmp_path.glob("kernels/building-*"))
 
 
-def test_without_a_compiler_the_scan_serves(tmp_path):
+def test_without_a_compiler_the_scan_is_used(tmp_path):
     said = finish(start(AUTO, tmp_path, CXX="/nowhere/c++"))
     assert said.count("RuntimeWarning") == 1
     assert "no C++ compiler (CXX=/nowhere/c++ is none); " in said
@@ -175,7 +175,7 @@ def test_the_cache_folder(monkeypatch, tmp_path):
 def test_the_name_has_all_that_a_library_was_made_from():
     def name(level: str, path: str, version: str) -> str:
         compiler = Compiler("c++", path, version)
-        return _recipe_digest(Recipe("wkv4_cpu", level, CPU_SOURCES, compiler, cpu_flags(level), 3, _compile_cpu))
+        return _spec_digest(LibrarySpec("wkv4_cpu", level, CPU_SOURCES, compiler, cpu_flags(level), 3, _compile_cpu))
 
     names = {
         name("portable", "/usr/bin/c++", "12.2"),
@@ -186,9 +186,9 @@ def test_the_name_has_all_that_a_library_was_made_from():
     assert len(names) == 4
 
 
-BESIDE_CUDA = """
+WITH_CUDA_TORCH = """
 import torch
-from rwkv_pl.cli.doctor import WORST_ERROR, _worst_error
+from rwkv_pl.cli.doctor import MAX_ERROR, _measure_error
 from rwkv_pl.ops.backend import load, use_kernel
 assert torch.version.cuda is not None
 assert (load("cpu"), load("cuda")) == ("", "")
@@ -196,7 +196,7 @@ for name in ("rwkv_pl::wkv4_forward", "rwkv_pl::wkv4_backward"):
     for key in ("CPU", "CUDA"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(name, key), (name, key)
 use_kernel("compiled")
-assert _worst_error("cpu") <= WORST_ERROR
+assert _measure_error("cpu") <= MAX_ERROR
 """
 
 
@@ -204,9 +204,9 @@ assert _worst_error("cpu") <= WORST_ERROR
 @pytest.mark.skipif(
     "RWKV_PL_CUDA_PYTHON" not in os.environ, reason="RWKV_PL_CUDA_PYTHON names no Python with a torch of CUDA"
 )
-def test_beside_a_torch_with_cuda(tmp_path):
+def test_loads_with_a_cuda_torch(tmp_path):
     """Both libraries load there, with a GPU or without; that Python has rwkv_pl installed, from a wheel or editable."""
-    command = [os.environ["RWKV_PL_CUDA_PYTHON"], "-c", BESIDE_CUDA]
+    command = [os.environ["RWKV_PL_CUDA_PYTHON"], "-c", WITH_CUDA_TORCH]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
 

@@ -1,6 +1,6 @@
 """The compiled passes between the matrix products equal torch's own operations, outputs and gradients.
 
-The judge is the plain form in float64, of the numbers as they were rounded for the operator. Relative errors are of
+The reference is the plain form in float64, of the numbers as they were rounded for the operator. Relative errors are of
 norms: float32 loses some 1e-7 at each of the sums over C, T and B; bfloat16 rounds each result once, by up to 2^-9.
 """
 
@@ -25,9 +25,9 @@ TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 2**-8}
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
 
 
-def close(got, judge, dtype, slack=1, least=1e-30):
-    assert got.shape == judge.shape
-    assert (got.double() - judge).norm() <= slack * TOLERANCE[dtype] * judge.norm() + least
+def assert_close(got, reference, dtype, slack=1, least=1e-30):
+    assert got.shape == reference.shape
+    assert (got.double() - reference).norm() <= slack * TOLERANCE[dtype] * reference.norm() + least
 
 
 def gradients_of(function, tensors, gradients):
@@ -43,14 +43,14 @@ def gradients_of(function, tensors, gradients):
 def test_squared_relu(rows, dtype, seed):
     torch.manual_seed(seed)
     x, gradient = torch.randn(*rows, 12).to(dtype), torch.randn(*rows, 12).to(dtype)
-    (judge,), (judge_gradient,) = gradients_of(lambda x: [torch.relu(x).square()], [x.double()], [gradient])
+    (reference,), (reference_gradient,) = gradients_of(lambda x: [torch.relu(x).square()], [x.double()], [gradient])
     ops.squared_relu_(x)
     ops.squared_relu_backward_(gradient, x)
-    close(x, judge, dtype)
-    close(gradient, judge_gradient, dtype, slack=2)
+    assert_close(x, reference, dtype)
+    assert_close(gradient, reference_gradient, dtype, slack=2)
 
 
-def test_the_square_of_what_is_no_number():
+def test_squared_relu_of_nan():
     odd = torch.tensor([[float("nan"), -float("inf"), float("inf")]])
     ops.squared_relu_(odd)
     torch.testing.assert_close(odd, torch.tensor([[float("nan"), 0, float("inf")]]), equal_nan=True)
@@ -70,14 +70,14 @@ def test_gate(rows, dtype, has_residual, size, seed):
     residual = torch.randn(*rows, 12) if has_residual else None
     gradient = torch.randn(*rows, 12).to(torch.float32 if has_residual else dtype)
     rest = residual.double() if has_residual else 0
-    (judge,), judge_gradients = gradients_of(
+    (reference,), reference_gradients = gradients_of(
         lambda r, x: [rest + torch.sigmoid(r) * x], [r.double(), x.double()], [gradient]
     )
-    close(ops.gate(r, x, residual), judge, torch.float32 if has_residual else dtype, slack=4)
-    for g, expected in zip(ops.gate_backward(gradient, r, x), judge_gradients, strict=True):
+    assert_close(ops.gate(r, x, residual), reference, torch.float32 if has_residual else dtype, slack=4)
+    for g, expected in zip(ops.gate_backward(gradient, r, x), reference_gradients, strict=True):
         assert g.dtype == dtype
         # 1 - sigmoid is exact to 6e-8 of 1, so a gradient far out in the tail is 0.
-        close(g, expected, dtype, slack=3, least=1e-6 * x.float().norm())
+        assert_close(g, expected, dtype, slack=3, least=1e-6 * x.float().norm())
 
 
 @settings(max_examples=60, deadline=None)
@@ -97,7 +97,7 @@ def test_cross_entropy(N, V, dtype, size, offset, ignored, seed):
         logits = logits.round()  # of equal ones, the first is the largest
     targets = torch.randint(V, (N,))
     if ignored:
-        targets[::2] = ce.IGNORED
+        targets[::2] = ce.IGNORE_INDEX
     given = torch.randn(N), torch.randn(N)
 
     def run(logits, function):
@@ -107,19 +107,19 @@ def test_cross_entropy(N, V, dtype, size, offset, ignored, seed):
         return outputs, gradient[0]
 
     def plain(logits):
-        nats = F.cross_entropy(logits, targets, ignore_index=ce.IGNORED, reduction="none")
+        nats = F.cross_entropy(logits, targets, ignore_index=ce.IGNORE_INDEX, reduction="none")
         # Rows of equal largest logits: all of the gradient to the first, as the official L2Wrap has it.
         return nats, logits.gather(1, (logits == logits.amax(1, keepdim=True)).int().argmax(1, keepdim=True))[:, 0]
 
     (nats, largest), gradient = run(logits, lambda x: ce.cross_entropy(x, targets))
-    (judge, judge_largest), judge_gradient = run(logits.double(), plain)
+    (reference, reference_largest), reference_gradient = run(logits.double(), plain)
     assert nats.dtype == largest.dtype == torch.float32 and gradient.dtype == dtype
-    torch.testing.assert_close(nats.double(), judge, rtol=3e-6, atol=1e-6)
-    assert torch.equal(largest.double(), judge_largest)
-    assert (gradient.double() - judge_gradient).norm() <= 2 * TOLERANCE[dtype] * judge_gradient.norm()
+    torch.testing.assert_close(nats.double(), reference, rtol=3e-6, atol=1e-6)
+    assert torch.equal(largest.double(), reference_largest)
+    assert (gradient.double() - reference_gradient).norm() <= 2 * TOLERANCE[dtype] * reference_gradient.norm()
 
 
-def test_cross_entropy_of_what_is_no_number_and_of_no_token():
+def test_cross_entropy_of_nan_and_of_no_rows():
     bad = torch.zeros(3, 40)
     bad[0, 3], bad[1, 3], bad[2] = float("nan"), float("inf"), -float("inf")
     nats, largest = ce.cross_entropy(bad, torch.tensor([5, 5, 5]))
@@ -130,7 +130,7 @@ def test_cross_entropy_of_what_is_no_number_and_of_no_token():
         ce.cross_entropy(bad, torch.tensor([0, 40, 0]))
 
 
-def nats_of(x):
+def compute_nats(x):
     return ce.cross_entropy(x.flatten(0, 1), torch.zeros(6, dtype=torch.int64))[0]
 
 
@@ -139,7 +139,7 @@ def test_a_backward_pass_under_autocast_is_that_of_its_forward_pass(autocast):
     gradients = []
     for enabled in (False, True):
         x = torch.linspace(-1, 1, 48).view(2, 3, 8).requires_grad_()
-        loss = nats_of(x).square().sum()
+        loss = compute_nats(x).square().sum()
         with torch.autocast("cpu", autocast, enabled=enabled):
             loss.backward()
         gradients.append(x.grad)
@@ -148,19 +148,19 @@ def test_a_backward_pass_under_autocast_is_that_of_its_forward_pass(autocast):
 
 def test_the_transforms_of_torch_func_use_the_plain_form():
     x = torch.linspace(-1, 1, 48).view(2, 3, 8).requires_grad_()
-    (judge,) = torch.autograd.grad(nats_of(x).square().sum(), x)
-    got = torch.func.grad(lambda x: nats_of(x).square().sum())(x.detach())
-    torch.testing.assert_close(got, judge, rtol=1e-5, atol=1e-5)
+    (reference,) = torch.autograd.grad(compute_nats(x).square().sum(), x)
+    got = torch.func.grad(lambda x: compute_nats(x).square().sum())(x.detach())
+    torch.testing.assert_close(got, reference, rtol=1e-5, atol=1e-5)
 
 
 def test_shapes_that_do_not_fit():
     x, w, mix = torch.randn(2, 3, 8), torch.ones(8), torch.linspace(0, 1, 8)
     targets = torch.zeros(6, dtype=torch.int64)
     for wrong in (
-        lambda: ops.norm_mix(x, w, w, [mix, mix], torch.randn(1, 8), 1e-5, False),
-        lambda: ops.norm_mix(x, w, w, [mix[:7], mix], None, 1e-5, False),
-        lambda: ops.norm_mix(x, w[:7], w, [mix, mix], None, 1e-5, False),
-        lambda: ops.norm_mix(x[0], w, w, [mix, mix], None, 1e-5, False),
+        lambda: ops.norm_token_shift(x, w, w, [mix, mix], torch.randn(1, 8), 1e-5, False),
+        lambda: ops.norm_token_shift(x, w, w, [mix[:7], mix], None, 1e-5, False),
+        lambda: ops.norm_token_shift(x, w[:7], w, [mix, mix], None, 1e-5, False),
+        lambda: ops.norm_token_shift(x[0], w, w, [mix, mix], None, 1e-5, False),
         lambda: ops.gate(x[:1], x, x),
         lambda: ops.gate(x, x, x[:1]),
         lambda: ops.gate_backward(x[:1], x, x),

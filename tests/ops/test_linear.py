@@ -7,23 +7,23 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from rwkv_pl.ops import linear as ours
-from rwkv_pl.ops.linear import FEWEST_ROWS, Linear, linear
+from rwkv_pl.ops.linear import MIN_ROWS, Linear, linear
 
 
 @pytest.fixture(scope="module", autouse=True)
 def on_any_processor():
     """oneDNN's product, whether or not it is the faster here."""
-    if not ours._has_product:
+    if not ours._has_onednn:
         pytest.skip("this torch has no product of oneDNN's")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ours, "_is_faster", True)
+        patch.setattr(ours, "_is_onednn_faster", True)
         yield
 
 
 @settings(max_examples=30, deadline=None)
 @given(
     leading=st.lists(st.integers(1, 9), min_size=1, max_size=3),
-    rows=st.sampled_from([1, FEWEST_ROWS - 1, FEWEST_ROWS, 100]),
+    rows=st.sampled_from([1, MIN_ROWS - 1, MIN_ROWS, 100]),
     into=st.integers(1, 70),
     out=st.integers(1, 70),
     transposed=st.booleans(),
@@ -38,18 +38,18 @@ def test_products_and_gradients(leading, rows, into, out, transposed):
         leaves = [tensor.to(dtype).requires_grad_() for tensor in (x, weight)]
         y = function(*leaves)
         results.append([y, *torch.autograd.grad(y, leaves, gradient.to(dtype))])
-    for mine, judge in zip(*results, strict=True):
-        assert mine.shape == judge.shape
+    for mine, expected in zip(*results, strict=True):
+        assert mine.shape == expected.shape
         # float32 loses up to 6e-8 at each of its summands, products of numbers around 1.
         summands = x.numel() // into + into + out
-        torch.testing.assert_close(mine.double(), judge, rtol=1e-5, atol=1e-7 * summands + 1e-6)
+        torch.testing.assert_close(mine.double(), expected, rtol=1e-5, atol=1e-7 * summands + 1e-6)
 
 
 @torch.no_grad()
-def test_it_is_used_and_only_where_it_serves(monkeypatch):
+def test_onednn_is_used_only_where_it_is_supported(monkeypatch):
     calls = []
-    onednn = ours._onednn
-    monkeypatch.setattr(ours, "_onednn", lambda a, b: calls.append(1) or onednn(a, b))
+    onednn = ours._onednn_product
+    monkeypatch.setattr(ours, "_onednn_product", lambda a, b: calls.append(1) or onednn(a, b))
     layer, x = Linear(8, 4), torch.randn(2, 40, 8)
     layer(x)
     assert len(calls) == 1

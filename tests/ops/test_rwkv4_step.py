@@ -14,8 +14,8 @@ from rwkv_pl import RWKV4, RWKV4Config
 from rwkv_pl.model.state import BlockState
 from rwkv_pl.ops.backend import use_kernel, uses_compiled
 from rwkv_pl.ops.build import LEVELS
-from rwkv_pl.ops.linear import matrices_to
-from rwkv_pl.ops.rwkv4_step import lay_together, rwkv4_step, supports_step
+from rwkv_pl.ops.linear import cast_linear_weights
+from rwkv_pl.ops.rwkv4_step import move_to_huge_pages, rwkv4_step, supports_step
 
 HALF = torch.bfloat16
 
@@ -67,7 +67,7 @@ def with_dtypes(parameters: list[Tensor], matrices: torch.dtype, vectors: torch.
     return [x.to(matrices if x.dim() == 2 else vectors) for x in parameters]
 
 
-def flat(results: tuple[Tensor, tuple[tuple[Tensor, Tensor, Tensor], ...]]) -> list[Tensor]:
+def flatten_results(results: tuple[Tensor, tuple[tuple[Tensor, Tensor, Tensor], ...]]) -> list[Tensor]:
     """Logits, shifts and what the states stand for, in float64."""
     logits, layers = results
     found = [logits]
@@ -87,16 +87,16 @@ def plain_step(parameters: list[Tensor], tokens: Tensor, state: list[Tensor] | t
     blocks = [BlockState(*(x.double() for x in state[i : i + 3])) for i in range(0, len(state), 3)]
     with use_kernel("recurrence"):
         logits, after = model(tokens[:, None], tuple(blocks) or None)
-    return flat((logits[:, 0], after))
+    return flatten_results((logits[:, 0], after))
 
 
 def step(parameters: list[Tensor], tokens: Tensor, state: list[Tensor] | tuple[()] = ()) -> list[Tensor]:
     assert supports_step(parameters)
-    return flat(rwkv4_step(parameters, tokens, state))
+    return flatten_results(rwkv4_step(parameters, tokens, state))
 
 
-def assert_near(got: list[Tensor], judge: list[Tensor], tolerance: float) -> None:
-    for i, (x, expected) in enumerate(zip(got, judge, strict=True)):
+def assert_near(got: list[Tensor], reference: list[Tensor], tolerance: float) -> None:
+    for i, (x, expected) in enumerate(zip(got, reference, strict=True)):
         assert x.shape == expected.shape
         error, size = (x - expected).norm().item(), expected.norm().item()
         assert error <= tolerance * (size + 1e-30), f"result {i}: error {error / size:.1e} > {tolerance:.0e}"
@@ -121,15 +121,15 @@ def assert_near(got: list[Tensor], judge: list[Tensor], tolerance: float) -> Non
 def test_agrees_with_the_plain_form(B, L, C, F, V, matrices, vectors, with_state, threads):
     parameters = with_dtypes(draw_parameters(L, C, V, F), matrices, vectors)
     tokens, state = torch.randint(V, (B,)), draw_state(L, B, C) if with_state else ()
-    judge = plain_step(parameters, tokens, state)
+    reference = plain_step(parameters, tokens, state)
     torch.set_num_threads(threads)
     try:
         got = step(parameters, tokens, state)
     finally:
         torch.set_num_threads(2)
-    # Weights in bfloat16 are those of the judge, and nothing else is rounded to it. float32 keeps 6e-8 an operation;
+    # Weights in bfloat16 are the reference's, and nothing else is rounded to it. float32 keeps 6e-8 an operation;
     # some tens of them follow each other, and a norm over few channels divides by what may be near nothing.
-    assert_near(got, judge, 1e-5 if C >= 16 else 1e-3)
+    assert_near(got, reference, 1e-5 if C >= 16 else 1e-3)
 
 
 @pytest.mark.parametrize("keys", [30.0, 1e3, 1e6, 1e30])
@@ -139,8 +139,8 @@ def test_large_keys(keys):
     logits, layers = rwkv4_step(parameters, tokens, state)
     assert logits.isfinite().all() and all(x.isfinite().all() for layer in layers for x in layer)
     if keys <= 1e3:
-        judge = plain_step(parameters, tokens, state)
-        assert_near([logits.double()], [judge[0]], 2e-6 * keys)
+        reference = plain_step(parameters, tokens, state)
+        assert_near([logits.double()], [reference[0]], 2e-6 * keys)
 
 
 def test_nan_stays_in_its_row():
@@ -159,8 +159,8 @@ def test_nan_of_a_parameter_reaches_the_logits(place):
     parameters, state = draw_parameters(1, 40, 11, 160), draw_state(1, 2, 40)
     parameters[place].view(-1)[-1] = torch.nan
     logits, _ = rwkv4_step(parameters, torch.tensor([10, 10]), state)
-    judge, *_ = plain_step(parameters, torch.tensor([10, 10]), state)
-    assert torch.equal(logits.isnan(), judge.isnan()) and logits.isnan().any()
+    reference, *_ = plain_step(parameters, torch.tensor([10, 10]), state)
+    assert torch.equal(logits.isnan(), reference.isnan()) and logits.isnan().any()
 
 
 def test_a_rows_bits_depend_on_nothing_else():
@@ -214,7 +214,7 @@ def test_a_token_out_of_the_vocabulary(tokens):
         torch.ops.rwkv_pl.rwkv4_step(parameters, torch.tensor(tokens), [])
 
 
-def replace(tensors: list[Tensor], place: int, by: Tensor) -> list[Tensor]:
+def replace_at(tensors: list[Tensor], place: int, by: Tensor) -> list[Tensor]:
     return [by if i == place % len(tensors) else x for i, x in enumerate(tensors)]
 
 
@@ -222,17 +222,17 @@ def replace(tensors: list[Tensor], place: int, by: Tensor) -> list[Tensor]:
     ("change", "words"),
     [
         (lambda p, t, s: (p[:-1], t, s), "rwkv4_step: 23 parameters are not those of an RWKV-4 model"),
-        (lambda p, t, s: (replace(p, 0, p[0][0]), t, s), "parameter 0 has not the shape of its place"),
-        (lambda p, t, s: (replace(p, 1, p[1][1:]), t, s), "parameter 1 has not 8 numbers"),
-        (lambda p, t, s: (replace(p, 12, p[12][1:]), t, s), "parameter 12 has not the shape of its place"),
-        (lambda p, t, s: (replace(p, 20, p[20].T), t, s), "parameter 20 has not the shape of its place"),
-        (lambda p, t, s: (replace(p, -1, p[-1].double()), t, s), "parameter 23 is neither float32 nor bfloat16"),
+        (lambda p, t, s: (replace_at(p, 0, p[0][0]), t, s), "parameter 0 has not the shape of its place"),
+        (lambda p, t, s: (replace_at(p, 1, p[1][1:]), t, s), "parameter 1 has not 8 numbers"),
+        (lambda p, t, s: (replace_at(p, 12, p[12][1:]), t, s), "parameter 12 has not the shape of its place"),
+        (lambda p, t, s: (replace_at(p, 20, p[20].T), t, s), "parameter 20 has not the shape of its place"),
+        (lambda p, t, s: (replace_at(p, -1, p[-1].double()), t, s), "parameter 23 is neither float32 nor bfloat16"),
         (lambda p, t, s: (p, t[None], s), "tokens must be"),
         (lambda p, t, s: (p, t.int(), s), "tokens must be"),
         (lambda p, t, s: (p, t, s[1:]), "a state of 2 tensors for 1 layers"),
         (lambda p, t, s: (p, t[1:], s), "tensor 0 of the state"),
-        (lambda p, t, s: (p, t, replace(s, 1, s[1][:, 1:])), "tensor 1 of the state"),
-        (lambda p, t, s: (p, t, replace(s, 2, s[2].double())), "tensor 2 of the state"),
+        (lambda p, t, s: (p, t, replace_at(s, 1, s[1][:, 1:])), "tensor 1 of the state"),
+        (lambda p, t, s: (p, t, replace_at(s, 2, s[2].double())), "tensor 2 of the state"),
     ],
 )
 def test_the_operator_checks_what_it_reads(change, words):
@@ -242,7 +242,7 @@ def test_the_operator_checks_what_it_reads(change, words):
         torch.ops.rwkv_pl.rwkv4_step(*change(parameters, torch.arange(3), draw_state(1, 3, 8)))
 
 
-def test_which_parameters_it_takes():
+def test_supported_parameters():
     parameters = draw_parameters(1, 8, 11, 32)
     assert supports_step(parameters) and supports_step(with_dtypes(parameters, HALF, torch.float32))
     assert not supports_step(parameters[:-1]) and not supports_step([])
@@ -283,22 +283,22 @@ def test_every_level_of_this_cpu(level):
         "for shape in [(1, 100, 130), (2, 33, 5)]:\n"
         "    for dtype, tolerance in [(torch.float32, 5e-6), (torch.float64, 1e-12)]:\n"
         "        arguments = draw(*shape)\n"
-        "        judge = results('recurrence', arguments, torch.float64)\n"
-        "        assert_same(results('compiled', arguments, dtype), judge, tolerance)\n"
+        "        reference = results('recurrence', arguments, torch.float64)\n"
+        "        assert_same(results('compiled', arguments, dtype), reference, tolerance)\n"
     )
     run_at(level, code)
 
 
 @pytest.mark.parametrize("large_pages", [True, False])
-def test_laid_together_a_model_is_the_same(monkeypatch, large_pages):
+def test_huge_pages_do_not_change_the_model(monkeypatch, large_pages):
     if not large_pages:
         monkeypatch.delattr("mmap.MADV_HUGEPAGE", raising=False)
     torch.manual_seed(0)
     model = RWKV4(RWKV4Config(vocab_size=11, n_layer=2, n_embd=9)).requires_grad_(False)
-    matrices_to(model, HALF)
+    cast_linear_weights(model, HALF)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     logits, _ = model.step(torch.tensor([3]))
-    lay_together(model)
+    move_to_huge_pages(model)
     gc.collect()  # the piece lives as long as its parameters do
     after = model.state_dict()
     assert before.keys() == after.keys()

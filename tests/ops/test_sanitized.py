@@ -32,8 +32,8 @@ for B, T, C, J in [(0, 3, 2, 2), (1, 1, 1, 2), (2, 65, 5, 3), (1, 200, 33, 2)]:
         dtype = torch.bfloat16 if half else torch.float32
         x, w, b, last, mix = torch.randn(B, T, C), *torch.randn(2, C), torch.randn(B, C), list(torch.randn(J, C))
         for before in (None, last):
-            mixed, after, figures = ops.norm_mix(x, w, b, mix, before, 1e-5, half)
-            ops.norm_mix_backward(x, w, b, mix, before, figures, mixed, x, after if half else None)
+            mixed, after, figures = ops.norm_token_shift(x, w, b, mix, before, 1e-5, half)
+            ops.norm_token_shift_backward(x, w, b, mix, before, figures, mixed, x, after if half else None)
         r, y = torch.randn(2, B, T, C).to(dtype)
         ops.gate_backward(ops.gate(r, y, x), r, y)
         ops.gate_backward(ops.gate(r, y, None), r, y)

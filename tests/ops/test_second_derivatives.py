@@ -23,32 +23,32 @@ from rwkv_pl.model.state import BlockState
 from rwkv_pl.ops import linear as linear_module
 from rwkv_pl.ops.backend import uses_compiled
 from rwkv_pl.ops.cross_entropy import cross_entropy
-from rwkv_pl.ops.linear import FEWEST_ROWS, linear
+from rwkv_pl.ops.linear import MIN_ROWS, linear
 from rwkv_pl.ops.wkv4 import wkv4
 
-B, T, C = 2, FEWEST_ROWS // 2, 6  # just the rows from which oneDNN's product is used
+B, T, C = 2, MIN_ROWS // 2, 6  # just the rows from which oneDNN's product is used
 REFUSED = re.compile("differentiable once|no second derivative")
 
 
 @pytest.fixture(params=["torch's product", "oneDNN's product"])
 def product(request, monkeypatch):
     """Either product, whichever is the faster on this processor."""
-    if request.param == "oneDNN's product" and not linear_module._has_product:
+    if request.param == "oneDNN's product" and not linear_module._has_onednn:
         pytest.skip("this torch has no oneDNN product")
-    monkeypatch.setattr(linear_module, "_is_faster", request.param == "oneDNN's product")
+    monkeypatch.setattr(linear_module, "_is_onednn_faster", request.param == "oneDNN's product")
 
 
-class Nothing(nn.Module):
+class ZeroHalf(nn.Module):
     """In the place of the half of a block that is not tried."""
 
     def forward(self, x, last, *state):
         return torch.zeros_like(x), x[:, -1], *state
 
 
-def half_of_a_block(name: str, norm: str, other: str, other_norm: str) -> tuple[Callable[..., Any], list[Any]]:
+def make_half_block(name: str, norm: str, other: str, other_norm: str) -> tuple[Callable[..., Any], list[Any]]:
     """x + half(norm(x)) as a function of x, its memory and its parameters, and the shapes of these."""
     block = Block(RWKV4Config(vocab_size=2, n_layer=2, n_embd=C), layer=1)
-    setattr(block, other, Nothing())
+    setattr(block, other, ZeroHalf())
     setattr(block, other_norm, nn.Identity())  # its parameters would stay in float32
     own = {key: p for key, p in block.named_parameters() if key.startswith((name, norm))}
     memory = [(B, C), (B, 3, C)] if name == "att" else [(B, C)]
@@ -85,14 +85,14 @@ TEXT, TARGETS = (B, T, C), torch.arange(B * T) % C
 OPERATORS = {
     "wkv4": (wkv4_invariants, [(C,), (C,), TEXT, TEXT, (B, 3, C)]),
     "linear": (lambda x, weight: (linear(x, weight),), [TEXT, (5, C)]),
-    "time mixing": half_of_a_block("att", "ln1", "ffn", "ln2"),
-    "channel mixing": half_of_a_block("ffn", "ln2", "att", "ln1"),
+    "time mixing": make_half_block("att", "ln1", "ffn", "ln2"),
+    "channel mixing": make_half_block("ffn", "ln2", "att", "ln1"),
     "cross_entropy": (cross_entropy_of, [TEXT]),
 }
 REFERENCES = {name: operator for name, (operator, _) in OPERATORS.items()} | {"cross_entropy": cross_entropy_in_float64}
 
 
-def leaves_of(name: str, dtype=torch.float64) -> list[torch.Tensor]:
+def make_leaves(name: str, dtype=torch.float64) -> list[torch.Tensor]:
     torch.manual_seed(0)
     tensors = [torch.randn(shape, dtype=torch.float64) for shape in OPERATORS[name][1]]
     for tensor in tensors:
@@ -101,7 +101,7 @@ def leaves_of(name: str, dtype=torch.float64) -> list[torch.Tensor]:
     return [tensor.to(dtype).requires_grad_() for tensor in tensors]
 
 
-def loss_of(outputs, is_linear: bool) -> torch.Tensor:
+def compute_loss(outputs, is_linear: bool) -> torch.Tensor:
     """is_linear: its gradient does not depend on the outputs, and reaches the operators as a constant."""
     terms = (y.double() * torch.linspace(-1, 1, y.numel()).view(y.shape) for y in outputs)
     return sum(term.sum() if is_linear else term.square().sum() for term in terms)
@@ -109,7 +109,7 @@ def loss_of(outputs, is_linear: bool) -> torch.Tensor:
 
 def second_derivatives(outputs, leaves, is_linear):
     """Of the squared norm of the gradient in leaf i, in leaf j; None if it is refused."""
-    loss = loss_of(outputs, is_linear)
+    loss = compute_loss(outputs, is_linear)
     found = {}
     for i, first in enumerate(leaves):
         (gradient,) = torch.autograd.grad(loss, first, create_graph=True)
@@ -129,13 +129,13 @@ def second_derivatives(outputs, leaves, is_linear):
 @cache
 def reference(name, is_linear):
     with use_kernel("recurrence"):
-        leaves = leaves_of(name)
+        leaves = make_leaves(name)
         return second_derivatives(REFERENCES[name](*leaves), leaves, is_linear)
 
 
-def assert_close(got, judge, tolerance):
+def assert_close(got, expected, tolerance):
     # What is 0 in float64 is a rounding error in float32, of the size of what was added up.
-    torch.testing.assert_close(got.double(), judge, rtol=tolerance, atol=tolerance * float(judge.abs().max() + 1))
+    torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance * float(expected.abs().max() + 1))
 
 
 @pytest.mark.parametrize("is_linear", [True, False], ids=["linear loss", "squared loss"])
@@ -146,16 +146,16 @@ def assert_close(got, judge, tolerance):
 @pytest.mark.parametrize("name", OPERATORS)
 def test_each_input_by_each_input(name, kernel, half, is_linear, product):
     with use_kernel(kernel):
-        leaves = leaves_of(name, torch.float32)
+        leaves = make_leaves(name, torch.float32)
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
             outputs = OPERATORS[name][0](*leaves)
         got = second_derivatives(outputs, leaves, is_linear)
-    for pair, judge in reference(name, is_linear).items():
+    for pair, expected in reference(name, is_linear).items():
         if got[pair] is None:
             # The message of a refusal names use_kernel('scan').
             assert kernel in ("auto", "compiled") and name != "linear"
         else:
-            assert_close(got[pair], judge, 0.1 if half else 1e-4)  # bfloat16 rounds each of several factors by 2^-9
+            assert_close(got[pair], expected, 0.1 if half else 1e-4)  # bfloat16 rounds each of several factors by 2^-9
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -164,9 +164,9 @@ def test_backward_with_create_graph(name, kernel, product):
     """The other way to ask: gradients are accumulated in all leaves, then differentiated."""
     found = []
     for operator, dtype in ((REFERENCES[name], torch.float64), (OPERATORS[name][0], torch.float32)):
-        leaves = leaves_of(name, dtype)
+        leaves = make_leaves(name, dtype)
         with use_kernel("recurrence" if dtype == torch.float64 else kernel):
-            loss_of(operator(*leaves), False).backward(create_graph=True, inputs=leaves)
+            compute_loss(operator(*leaves), False).backward(create_graph=True, inputs=leaves)
         penalty = sum(x.grad.square().sum() for x in leaves)
         for x in leaves:
             x.grad = None
@@ -176,19 +176,19 @@ def test_backward_with_create_graph(name, kernel, product):
             return
         penalty.backward()
         found.append([x.grad for x in leaves])
-    for judge, mine in zip(*found, strict=True):
-        assert_close(mine, judge, 1e-4)
+    for expected, mine in zip(*found, strict=True):
+        assert_close(mine, expected, 1e-4)
 
 
 @pytest.mark.parametrize("kernel", ["scan", "recurrence"])
 @pytest.mark.parametrize("name", [name for name in OPERATORS if name != "cross_entropy"])
 def test_the_plain_forms_in_float64(name, kernel):
-    leaves = leaves_of(name)
+    leaves = make_leaves(name)
     with use_kernel(kernel):
         assert gradgradcheck(OPERATORS[name][0], leaves, fast_mode=True)
 
 
-def model_of(dtype) -> RWKV4:
+def make_model(dtype) -> RWKV4:
     torch.manual_seed(0)
     model = RWKV4(RWKV4Config(vocab_size=11, n_layer=2, n_embd=8)).double()
     with torch.no_grad():
@@ -201,7 +201,7 @@ def gradient_penalties(dtype, kernel, checkpointing=False, half=False):
     """For each parameter of the model, the derivatives of its gradient's squared norm; None if they are refused."""
     torch.manual_seed(1)
     tokens = torch.randint(11, (B, T + 1))
-    model = model_of(dtype)
+    model = make_model(dtype)
     model.activation_checkpointing = checkpointing
     parameters = list(model.parameters())
     found = []
@@ -232,8 +232,8 @@ def test_a_gradient_penalty_of_any_parameter_is_refused(checkpointing, half, pro
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
 def test_a_gradient_penalty_of_each_parameter_in_the_plain_model(checkpointing, product):
-    judge = penalties_in_float64()
-    for mine, expected in zip(gradient_penalties(torch.float32, "scan", checkpointing), judge, strict=True):
+    references = penalties_in_float64()
+    for mine, expected in zip(gradient_penalties(torch.float32, "scan", checkpointing), references, strict=True):
         scale = max(float(x.norm()) for x in expected)
         for x, y in zip(mine, expected, strict=True):
             assert (x.double() - y).norm() <= 1e-4 * scale

@@ -1,4 +1,4 @@
-"""Every realisation of the operator against one judge: the plain recurrence in float64 under autograd."""
+"""Every realisation of the operator against one reference: the plain recurrence in float64 under autograd."""
 
 import warnings
 from collections.abc import Callable
@@ -57,7 +57,7 @@ def draw(
     return [x.double() for x in (time_decay, time_first, key, value, state)]
 
 
-def called(kernel: str, *arguments: Tensor) -> Any:
+def select_kernel(kernel: str, *arguments: Tensor) -> Any:
     with use_kernel(kernel):
         return wkv4(*arguments)
 
@@ -72,7 +72,7 @@ def results(
     wide = torch.float32 if dtype in HALVES else dtype
     leaves = [x.to(wide, copy=True).requires_grad_() for x in arguments]
     given = [*leaves[:2], *(x.to(dtype) for x in leaves[2:4]), *(leaves[4:] if with_state else [])]
-    operator = partial(called, kernel) if isinstance(kernel, str) else kernel
+    operator = partial(select_kernel, kernel) if isinstance(kernel, str) else kernel
     output, state = operator(*given)
     generator = torch.Generator().manual_seed(1)
     # Numbers that halves have too: the gradient of an output in a half is rounded to one.
@@ -88,17 +88,17 @@ def results(
 
 def assert_same(
     got: list[Tensor],
-    judge: list[Tensor],
+    reference: list[Tensor],
     tolerance: float,
     scale: list[Tensor] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Norm-wise: |got - judge| <= tolerance max(|judge|, |scale|), scale being where true gradients may vanish.
+    """Norm-wise: |got - reference| <= tolerance max(|reference|, |scale|), scale being where true gradients may vanish.
 
     What is handed out in key's dtype may err by half a unit in its last place besides: 2^-11 of itself in float16, 2^-8
     in bfloat16. Sums over time and the state are never in halves, so that they keep the tolerance.
     """
-    for name, x, expected, large in zip(NAMES, got, judge, scale or judge, strict=True):
+    for name, x, expected, large in zip(NAMES, got, reference, scale or reference, strict=True):
         allowed = tolerance
         if dtype in HALVES and name in ("output", "key", "value"):
             allowed += torch.finfo(dtype).eps / 2
@@ -130,10 +130,10 @@ CASES = {
 @example(B=2, T=100, C=3, keys="near 1e4", decays="ordinary", with_state=False, dtype=torch.bfloat16)
 def test_agrees_with_the_recurrence(kernel, B, T, C, keys, decays, with_state, dtype):
     arguments = draw(B, T, C, keys, decays, dtype)
-    judge = results("recurrence", arguments, torch.float64, with_state=with_state)
+    reference = results("recurrence", arguments, torch.float64, with_state=with_state)
     ordinary = results("recurrence", draw(B, T, C), torch.float64)
     # float32 rounds at 6e-8, and a gradient sums hundreds of terms; the scan keeps an exponent in one number, so it
-    # also loses half an ulp of the largest: 5e-4 at 1e4. So does the judge, in float64 1e-12.
+    # also loses half an ulp of the largest: 5e-4 at 1e4. So does the reference, in float64 1e-12.
     far = arguments[2].abs().max().item()
     tolerance = 5e-6 if dtype != torch.float64 else 1e-12 if far < 100 else 1e-11
     if kernel == "scan":
@@ -142,8 +142,8 @@ def test_agrees_with_the_recurrence(kernel, B, T, C, keys, decays, with_state, d
     # itself then errs by 1.6e-5.
     if dtype != torch.float64 and (keys, with_state) == ("near -1e4", True):
         tolerance = max(tolerance, 3e-5)
-    scale = [torch.maximum(a.norm(), b.norm()) for a, b in zip(judge, ordinary, strict=True)]
-    assert_same(results(kernel, arguments, dtype, with_state=with_state), judge, tolerance, scale, dtype)
+    scale = [torch.maximum(a.norm(), b.norm()) for a, b in zip(reference, ordinary, strict=True)]
+    assert_same(results(kernel, arguments, dtype, with_state=with_state), reference, tolerance, scale, dtype)
 
 
 @pytest.mark.slow
@@ -219,14 +219,14 @@ def test_a_state_of_large_exponents_loses_nothing():
 def test_chunks_of_time(shape):
     """More threads than blocks of channels: time is cut as well, in both directions."""
     arguments = draw(*shape)
-    judge = results("recurrence", arguments, torch.float64)
+    reference = results("recurrence", arguments, torch.float64)
     torch.set_num_threads(16)
     try:
         chunked = results("compiled", arguments, torch.float32)
         again = results("compiled", arguments, torch.float32)
     finally:
         torch.set_num_threads(2)
-    assert_same(chunked, judge, 5e-6)
+    assert_same(chunked, reference, 5e-6)
     assert all(torch.equal(x, y) for x, y in zip(chunked, again, strict=True)), "two runs differ"
     unchunked = results("compiled", arguments, torch.float32)
     assert not all(torch.equal(x, y) for x, y in zip(chunked, unchunked, strict=True)), "time was not cut"
@@ -246,29 +246,29 @@ NOT_NUMBERS = {
 }
 
 
-def spoilt(which: str) -> list[Tensor]:
+def make_nonfinite(which: str) -> list[Tensor]:
     arguments = draw(1, 40, 3)
     argument, where, number = NOT_NUMBERS[which]
     arguments[argument][where] = number
     return arguments
 
 
-def assert_not_a_number_where_the_judge_has_it(kernel: str | Callable[..., Any], which: str) -> None:
-    """And the judge's numbers everywhere else: a key of -inf is no step."""
-    arguments = spoilt(which)
-    judge, got = results("recurrence", arguments, torch.float64), results(kernel, arguments, torch.float32)
-    for name, x, expected in zip(NAMES, got, judge, strict=True):
+def assert_nan_matches_reference(kernel: str | Callable[..., Any], which: str) -> None:
+    """And the reference's numbers everywhere else: a key of -inf is no step."""
+    arguments = make_nonfinite(which)
+    reference, got = results("recurrence", arguments, torch.float64), results(kernel, arguments, torch.float32)
+    for name, x, expected in zip(NAMES, got, reference, strict=True):
         assert torch.equal(x.isnan(), expected.isnan()), name
-    assert any(x.isnan().any() for x in judge) == which.startswith("nan")
+    assert any(x.isnan().any() for x in reference) == which.startswith("nan")
     # After 20 steps of decay alone max_exp is far from 0, and half an ulp of it is in num.
-    assert_same([x.nan_to_num() for x in got], [x.nan_to_num() for x in judge], 1e-5)
+    assert_same([x.nan_to_num() for x in got], [x.nan_to_num() for x in reference], 1e-5)
 
 
-def assert_a_nan_gradient_spreads_as_in_the_judge(operator: Callable[..., Any]) -> None:
+def assert_nan_gradient_spreads_as_in_reference(operator: Callable[..., Any]) -> None:
     grad = torch.ones(1, 40, 3)
     grad[0, 20, 1] = torch.nan
     spread = []
-    for each in (operator, partial(called, "recurrence")):
+    for each in (operator, partial(select_kernel, "recurrence")):
         leaves = [x.float().requires_grad_() for x in draw(1, 40, 3)]
         gradients = torch.autograd.grad(each(*leaves)[0], leaves, grad)
         spread.append(torch.cat([x.isnan().flatten() for x in gradients]))
@@ -276,7 +276,7 @@ def assert_a_nan_gradient_spreads_as_in_the_judge(operator: Callable[..., Any]) 
 
 
 def assert_plus_infinity_has_its_limit(operator: Callable[..., Any]) -> None:
-    """From a key of +inf on that step's value, or NaN as the judge has it; before it and beside it nothing."""
+    """From a key of +inf on that step's value, or NaN as the reference has it; before it and beside it nothing."""
     arguments = draw(1, 40, 3)
     plain, _ = wkv4(*arguments)
     arguments[2][0, 20, 1] = torch.inf
@@ -289,34 +289,34 @@ def assert_plus_infinity_has_its_limit(operator: Callable[..., Any]) -> None:
 
 @pytest.mark.parametrize("kernel", FAST)
 @pytest.mark.parametrize("which", NOT_NUMBERS)
-def test_not_a_number_where_the_judge_has_it(kernel, which):
+def test_nan_matches_reference(kernel, which):
     if (kernel, which) == ("scan", "nan max_exp"):
         pytest.skip("its clamp has no gradient there")
-    assert_not_a_number_where_the_judge_has_it(kernel, which)
+    assert_nan_matches_reference(kernel, which)
     if which in ("nan key", "nan value"):
-        max_exp = called(kernel, *(x.float() for x in spoilt(which)))[1][0, 2]
+        max_exp = select_kernel(kernel, *(x.float() for x in make_nonfinite(which)))[1][0, 2]
         assert max_exp.isnan().tolist() == [False, which == "nan key", False]
 
 
 @pytest.mark.parametrize("kernel", FAST)
-def test_a_decay_that_is_not_a_number_stays_in_its_channel(kernel):
+def test_nan_decay_stays_in_its_channel(kernel):
     arguments = draw(1, 40, 3)
     arguments[0][1] = torch.nan
-    judge, got = results("recurrence", arguments, torch.float64), results(kernel, arguments, torch.float32)
-    # At the first step, which knows no decay, and in time_decay's gradient the judge alone has a number.
-    for x, expected in zip(got, judge, strict=True):
+    reference, got = results("recurrence", arguments, torch.float64), results(kernel, arguments, torch.float32)
+    # At the first step, which knows no decay, and in time_decay's gradient the reference alone has a number.
+    for x, expected in zip(got, reference, strict=True):
         assert not (expected.isnan() & ~x.isnan()).any()
     assert not got[0][..., [0, 2]].isnan().any() and got[0][0, 1:, 1].isnan().all()
 
 
 @pytest.mark.parametrize("kernel", FAST)
-def test_a_gradient_that_is_not_a_number(kernel):
-    assert_a_nan_gradient_spreads_as_in_the_judge(partial(called, kernel))
+def test_nan_gradient(kernel):
+    assert_nan_gradient_spreads_as_in_reference(partial(select_kernel, kernel))
 
 
 @pytest.mark.parametrize("kernel", FAST)
 def test_a_key_of_plus_infinity(kernel):
-    assert_plus_infinity_has_its_limit(partial(called, kernel))
+    assert_plus_infinity_has_its_limit(partial(select_kernel, kernel))
 
 
 @pytest.mark.parametrize("kernel", FAST)
@@ -428,7 +428,7 @@ def test_compiles_to_one_graph(backend):
 
 
 @pytest.mark.parametrize("kernel", ["scan", "recurrence"])
-def test_the_plain_ones_trace_without_a_break(kernel):
+def test_plain_kernels_compile_without_graph_breaks(kernel):
     arguments = [x.float() for x in draw(2, 20, 5)]
     with use_kernel(kernel):
         output, state = torch.compile(wkv4, fullgraph=True, backend="eager")(*arguments)
@@ -440,8 +440,8 @@ def test_a_second_derivative():
     arguments = [x.requires_grad_() for x in draw(1, 3, 2)]
     words = r"wkv4: the compiled operator has no second derivative; use_kernel\('scan'\) has one"
     with pytest.raises(RuntimeError, match=words):
-        torch.autograd.gradgradcheck(partial(called, "compiled"), arguments)
-    assert torch.autograd.gradgradcheck(partial(ratios, partial(called, "scan")), arguments)
+        torch.autograd.gradgradcheck(partial(select_kernel, "compiled"), arguments)
+    assert torch.autograd.gradgradcheck(partial(ratios, partial(select_kernel, "scan")), arguments)
 
 
 def change(name: str, value: object) -> dict[str, object]:

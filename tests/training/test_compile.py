@@ -14,7 +14,7 @@ from rwkv_pl import RWKV4, RWKV4Config
 from rwkv_pl.training.compile import compile_blocks
 from rwkv_pl.training.module import LitRWKV
 
-whole = torch.compile
+original_compile = torch.compile
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def module():
     return LitRWKV(RWKV4(RWKV4Config(vocab_size=9, n_layer=2, n_embd=8)))
 
 
-def loss_and_gradients(module):
+def compute_loss_and_gradients(module):
     loss, *_ = module.loss(torch.arange(8).view(2, 4), torch.ones(2, 4, dtype=torch.int64))
     loss.backward()
     gradients = [parameter.grad for parameter in module.parameters()]
@@ -33,10 +33,10 @@ def loss_and_gradients(module):
 
 def test_two_graphs_serve_a_training(module, monkeypatch):
     """Traced as ever, but run by torch itself: the compiler alone takes most of a minute."""
-    monkeypatch.setattr(torch, "compile", functools.partial(whole, backend="eager"))
+    monkeypatch.setattr(torch, "compile", functools.partial(original_compile, backend="eager"))
     torch._dynamo.reset()
     counters.clear()
-    names, expected = list(module.state_dict()), loss_and_gradients(module)
+    names, expected = list(module.state_dict()), compute_loss_and_gradients(module)
     model, tokens = copy.deepcopy(module.model), torch.arange(8).view(2, 4)
     assert compile_blocks(module, 2, 4, Precision()).startswith("compile 2 blocks, in ")
     assert list(module.state_dict()) == names
@@ -44,7 +44,7 @@ def test_two_graphs_serve_a_training(module, monkeypatch):
     # The first block has a norm more than the others.
     assert (counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())) == (2, 0)
     module.model.activation_checkpointing = True
-    for found, wanted in zip(loss_and_gradients(module), expected, strict=True):
+    for found, wanted in zip(compute_loss_and_gradients(module), expected, strict=True):
         torch.testing.assert_close(found, wanted)
     # What follows a state is text that is written, and a copy is not compiled.
     with torch.no_grad():
@@ -61,14 +61,14 @@ def test_two_graphs_serve_a_training(module, monkeypatch):
 
 @pytest.mark.parametrize("error", [RuntimeError("no compiler\nis here"), TorchDynamoException("no compiler\nis here")])
 @pytest.mark.parametrize("when", ["at once", "called"])
-def test_what_is_not_compiled_at_first_runs_eagerly(module, monkeypatch, error, when):
+def test_failed_first_compilation_falls_back_to_eager(module, monkeypatch, error, when):
     def refuse(*_, **__):
         raise error
 
     monkeypatch.setattr(torch, "compile", refuse if when == "at once" else lambda *_, **__: refuse)
-    expected = loss_and_gradients(module)
+    expected = compute_loss_and_gradients(module)
     assert compile_blocks(module, 2, 4, MixedPrecision("bf16-mixed", "cpu")) == "compile off: no compiler is here"
-    assert all(torch.equal(*pair) for pair in zip(loss_and_gradients(module), expected, strict=True))
+    assert all(torch.equal(*pair) for pair in zip(compute_loss_and_gradients(module), expected, strict=True))
 
 
 ADVICE = "\n\nSet TORCHDYNAMO_VERBOSE=1 for the internal stack trace\n"
@@ -76,7 +76,7 @@ OF_GCC = f"CppCompileError: C++ compile error\n\nCommand:\ng++ {'-O3 ' * 99}\n\n
 
 
 @pytest.mark.parametrize(
-    ("message", "told"),
+    ("message", "reason"),
     [
         (
             f"InvalidCxxCompiler: No working C++ compiler found{ADVICE}",
@@ -90,15 +90,15 @@ OF_GCC = f"CppCompileError: C++ compile error\n\nCommand:\ng++ {'-O3 ' * 99}\n\n
     ],
     ids=["no compiler", "a compiler's error", "no word"],
 )
-def test_the_reason_is_one_short_line(module, monkeypatch, message, told):
+def test_the_reason_is_one_short_line(module, monkeypatch, message, reason):
     def refuse(*_, **__):
         raise RuntimeError(message)
 
     monkeypatch.setattr(torch, "compile", refuse)
-    assert compile_blocks(module, 2, 4, Precision()) == f"compile off: {told}"
+    assert compile_blocks(module, 2, 4, Precision()) == f"compile off: {reason}"
 
 
-def test_what_is_not_compiled_later_runs_eagerly(module, monkeypatch, caplog):
+def test_failed_later_compilation_falls_back_to_eager(module, monkeypatch, caplog):
     def compiled(call, **_):
         def refuse(x, state):
             if not module.training:
@@ -108,17 +108,17 @@ def test_what_is_not_compiled_later_runs_eagerly(module, monkeypatch, caplog):
         return refuse
 
     monkeypatch.setattr(torch, "compile", compiled)
-    expected = loss_and_gradients(module)
+    expected = compute_loss_and_gradients(module)
     assert compile_blocks(module, 2, 4, Precision()).startswith("compile 2 blocks, in ")
     module.eval()
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
-            found = loss_and_gradients(module)
+            found = compute_loss_and_gradients(module)
     assert [record.message for record in caplog.records] == ["compile off: no compiler is here"]
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
-def test_memory_that_ends_is_no_reason_not_to_compile(module, monkeypatch):
+def test_out_of_memory_is_not_taken_for_a_compile_error(module, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda call, **_: call)
 
     def refuse(*_):

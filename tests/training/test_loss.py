@@ -8,17 +8,17 @@ from torch.nn import functional as F
 
 from rwkv_pl.inference.evaluate import bits_per_byte
 from rwkv_pl.ops.cross_entropy import head_cross_entropy
-from rwkv_pl.training.loss import IGNORED, count_bytes, l2wrap, split_tokens
+from rwkv_pl.training.loss import IGNORE_INDEX, count_bytes, l2wrap, split_tokens
 
 
 def test_split_tokens_shifts_once_and_clamps_the_padding_of_inputs_alone():
-    inputs, targets = split_tokens(torch.tensor([[5, 6, 7, IGNORED, IGNORED]]))
+    inputs, targets = split_tokens(torch.tensor([[5, 6, 7, IGNORE_INDEX, IGNORE_INDEX]]))
     assert inputs.tolist() == [[5, 6, 7, 0]]
-    assert targets.tolist() == [[6, 7, IGNORED, IGNORED]]
+    assert targets.tolist() == [[6, 7, IGNORE_INDEX, IGNORE_INDEX]]
 
 
 def test_cross_entropy_is_per_target_and_zero_where_ignored():
-    nats, largest = head_cross_entropy(torch.nn.Identity(), torch.zeros(1, 3, 4), torch.tensor([[0, 3, IGNORED]]))
+    nats, largest = head_cross_entropy(torch.nn.Identity(), torch.zeros(1, 3, 4), torch.tensor([[0, 3, IGNORE_INDEX]]))
     torch.testing.assert_close(nats, torch.tensor([[math.log(4), math.log(4), 0.0]]))
     assert torch.equal(largest, torch.zeros(1, 3))
 
@@ -49,12 +49,12 @@ def test_the_loss_is_computed_in_float32():
     assert nats.dtype == largest.dtype == torch.float32
 
 
-def value_and_gradients(chunk_len, autocast):
+def compute_loss_and_gradients(chunk_len, autocast):
     """Of the whole loss in a head of 50 tokens, before it 21 places of which one is ignored."""
     torch.manual_seed(0)
     head, hidden = torch.nn.Linear(8, 50, bias=False), torch.randn(3, 7, 8, requires_grad=True)
     targets = torch.randint(50, (3, 7))
-    targets[1, 2] = IGNORED
+    targets[1, 2] = IGNORE_INDEX
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         nats, largest = head_cross_entropy(head, hidden, targets, chunk_len)
         loss = nats.mean() + 1e4 * l2wrap(largest)  # as strong as the cross-entropy
@@ -66,7 +66,7 @@ def value_and_gradients(chunk_len, autocast):
 @pytest.mark.parametrize("chunk_len", [1, 4, 20, 21, 1000])
 def test_a_loss_in_chunks_is_the_same(chunk_len, autocast):
     for whole, chunked in zip(
-        value_and_gradients(None, autocast), value_and_gradients(chunk_len, autocast), strict=True
+        compute_loss_and_gradients(None, autocast), compute_loss_and_gradients(chunk_len, autocast), strict=True
     ):
         # Of the head's gradient the whole is rounded once in bfloat16, each chunk's part on its own.
         error = (chunked - whole).norm() / whole.norm()
@@ -99,8 +99,8 @@ def test_the_logits_of_one_chunk_are_there_at_once():
 
 def test_bits_per_byte_counts_the_bytes_of_characters():
     bytes_per_token = torch.tensor([1, 3])
-    n_bytes = int(count_bytes(torch.tensor([[0, 1, 1, IGNORED]]), bytes_per_token))
+    n_bytes = int(count_bytes(torch.tensor([[0, 1, 1, IGNORE_INDEX]]), bytes_per_token))
     assert n_bytes == 7
     assert bits_per_byte(7 * math.log(2), n_bytes) == pytest.approx(1)
-    assert int(count_bytes(torch.tensor([[0, 1, IGNORED]]), None)) == 2
+    assert int(count_bytes(torch.tensor([[0, 1, IGNORE_INDEX]]), None)) == 2
     assert math.isnan(bits_per_byte(1.0, 0))

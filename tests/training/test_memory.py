@@ -14,7 +14,7 @@ def module():
     return LitRWKV(RWKV4(RWKV4Config(vocab_size=256, n_layer=3, n_embd=32)))
 
 
-def kept(module, rows, n_tokens):
+def count_kept_bytes(module, rows, n_tokens):
     """Bytes that autograd keeps for a micro-batch, counted another way: by the storages that its graph holds."""
     parameters = {p.untyped_storage().data_ptr() for p in module.parameters()}
     storages = {}
@@ -44,10 +44,10 @@ def test_memory_is_that_of_a_whole_micro_batch(module):
     for rows, n_tokens in ((1, 256), (4, 512)):
         tokens = rows * n_tokens
         # Masks and the states between the kernel's tiles do not grow exactly with the tokens.
-        assert (cost.per_token - working) * tokens == pytest.approx(kept(module, rows, n_tokens), rel=0.05)
+        assert (cost.per_token - working) * tokens == pytest.approx(count_kept_bytes(module, rows, n_tokens), rel=0.05)
 
 
-def test_it_leaves_no_trace(module):
+def test_estimate_leaves_no_trace(module):
     torch.manual_seed(3)
     before = torch.get_rng_state()
     f.estimate_memory(module, Precision())
@@ -76,7 +76,9 @@ def test_a_long_micro_batch_keeps_no_mixed_inputs(module, monkeypatch):
     assert module.model.recompute_from == 256
     assert cost.bytes(256) < cost.bytes(255)
     working, logits, fixed = 48 * 32, 4 * 256, cost.fixed
-    assert cost.bytes(512) - fixed - 512 * (working + logits) == pytest.approx(kept(module, 1, 512), rel=0.05)
+    assert cost.bytes(512) - fixed - 512 * (working + logits) == pytest.approx(
+        count_kept_bytes(module, 1, 512), rel=0.05
+    )
 
 
 def test_logits_in_chunks_do_not_grow_with_the_tokens():
@@ -95,17 +97,17 @@ def test_the_fewest_micro_batches_that_fit(module, monkeypatch, free_rows, accum
     cost = f.estimate_memory(module, Precision())
     free = cost.bytes(free_rows * 64) if free_rows else cost.fixed
     monkeypatch.setattr(f, "free_memory", lambda device: free / f.SHARE_OF_FREE_MEMORY)
-    assert f.accumulation_that_fits(module, cost, 12, 64, Precision()) == accumulate
+    assert f.find_accumulation(module, cost, 12, 64, Precision()) == accumulate
 
 
-def test_a_device_that_refuses_is_believed(module, monkeypatch):
+def test_out_of_memory_on_the_device_is_respected(module, monkeypatch):
     def refuse(*_, **__):
         raise torch.OutOfMemoryError("no")
 
-    assert f.is_enough(module, 2, 16, Precision())
+    assert f.fits_in_memory(module, 2, 16, Precision())
     assert all(parameter.grad is None for parameter in module.parameters())
     monkeypatch.setattr(LitRWKV, "loss", refuse)
-    assert not f.is_enough(module, 2, 16, Precision())
+    assert not f.fits_in_memory(module, 2, 16, Precision())
 
 
 def test_free_memory_is_that_of_the_machine():
@@ -113,7 +115,7 @@ def test_free_memory_is_that_of_the_machine():
 
 
 @pytest.mark.parametrize(
-    ("amount", "told"), [(999, "999 B"), (1234, "1.23 kB"), (6.1e9, "6.1 GB"), (2e15, "2e+03 TB"), (0, "0 B")]
+    ("amount", "expected"), [(999, "999 B"), (1234, "1.23 kB"), (6.1e9, "6.1 GB"), (2e15, "2e+03 TB"), (0, "0 B")]
 )
-def test_units(amount, told):
-    assert f.format_si(amount) == told
+def test_units(amount, expected):
+    assert f.format_si(amount) == expected

@@ -29,7 +29,7 @@ def data(tmp_path):
     return CorpusDataModule(path, batch_size=4, ctx_len=32, eval_batch_size=3)
 
 
-def trained(data, **arguments):
+def train(data, **arguments):
     torch.manual_seed(0)
     module = LitRWKV(RWKV4(RWKV4Config(256, 2, 32)))
     module.optim.lr = 1e-2
@@ -41,14 +41,14 @@ def trained(data, **arguments):
 
 
 def test_it_learns_and_ends_with_a_validation(data):
-    trainer, _ = trained(data)
+    trainer, _ = train(data)
     assert trainer.global_step == 30
     # Forty-five characters again and again: far below the 8 bits of a model that knows nothing.
     assert float(trainer.callback_metrics["val/bits_per_byte"]) < 3
 
 
 def test_validation_is_the_mean_over_every_byte(data):
-    trainer, module = trained(data, max_steps=2)
+    trainer, module = train(data, max_steps=2)
     module.eval()
     nats = n_targets = 0
     with torch.no_grad():
@@ -64,7 +64,7 @@ def test_validation_is_the_mean_over_every_byte(data):
 
 
 def test_the_test_split_has_the_same_figures(data):
-    trainer, module = trained(data, max_steps=2)
+    trainer, module = train(data, max_steps=2)
     (figures,) = trainer.test(module, data, verbose=False)
     assert not figures  # read from callback_metrics, as the validation's
     assert 0 < float(trainer.callback_metrics["test/bits_per_byte"]) < 10
@@ -72,11 +72,11 @@ def test_the_test_split_has_the_same_figures(data):
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
 def test_other_precisions(data, precision):
-    trainer, _ = trained(data, precision=precision)
+    trainer, _ = train(data, precision=precision)
     assert float(trainer.callback_metrics["val/bits_per_byte"]) < 3
 
 
-class Spoilt(LitRWKV):
+class NonfiniteLoss(LitRWKV):
     """The loss of batch 3 is NaN. late: what a fused optimizer finds is read a step later, as on a GPU."""
 
     late = False
@@ -92,9 +92,9 @@ class Spoilt(LitRWKV):
         return self.late and optimizer.defaults["fused"]
 
 
-def spoilt(data, late, skip, steps):
+def train_with_nonfinite_loss(data, late, skip, steps):
     torch.manual_seed(0)
-    module = Spoilt(RWKV4(RWKV4Config(256, 2, 32)), skip_nonfinite=skip)
+    module = NonfiniteLoss(RWKV4(RWKV4Config(256, 2, 32)), skip_nonfinite=skip)
     module.late, module.optim.lr = late, 1e-2
     trainer = Trainer(accelerator="cpu", max_steps=steps, val_check_interval=100, **QUIET, **ENDLESS)
     error = None
@@ -111,27 +111,27 @@ def spoilt(data, late, skip, steps):
 
 
 @pytest.mark.parametrize("steps", [4, 6])
-def test_a_gpu_leaves_out_a_batch_without_being_asked(data, steps):
+def test_gpu_skips_a_nonfinite_batch_without_a_sync(data, steps):
     """The same bits as where the host looks first, also where nothing follows the batch but the validation."""
-    early, late = (spoilt(data, late, skip=1, steps=steps) for late in (False, True))
+    early, late = (train_with_nonfinite_loss(data, late, skip=1, steps=steps) for late in (False, True))
     assert (early[:2], late[:2]) == ((None, 1), (None, 1))
     assert all(torch.equal(a, b) and a.isfinite().all() for a, b in zip(early[2], late[2], strict=True))
 
 
 @pytest.mark.parametrize("steps", [4, 6])
-def test_a_gpu_is_stopped_before_the_step_that_would_be_spoilt(data, steps):
-    early, late = (spoilt(data, late, skip=0, steps=steps) for late in (False, True))
+def test_gpu_run_stops_before_the_nonfinite_step(data, steps):
+    early, late = (train_with_nonfinite_loss(data, late, skip=0, steps=steps) for late in (False, True))
     assert "loss of batch 3 is not finite" in early[0] and "before optimizer step 4" in early[0]
     assert late[0] == early[0]
     assert all(torch.equal(a, b) for a, b in zip(early[2], late[2], strict=True))
 
 
-def test_what_the_host_asks_of_the_device_in_a_step(data, tmp_path, monkeypatch):
+def test_device_syncs_in_a_step(data, tmp_path, monkeypatch):
     """Each asking is a wait for a GPU: at steps that are not logged one, for what was found the step before."""
     asked, logged = Counter(), Counter()
     step = 0
 
-    def watched(name, whole):
+    def count_calls(name, whole):
         def call(tensor, *arguments):
             asked[step] += 1
             return whole(tensor, *arguments)
@@ -148,11 +148,11 @@ def test_what_the_host_asks_of_the_device_in_a_step(data, tmp_path, monkeypatch)
             step = 0
 
     for name in ("tolist", "item", "cpu", "numpy", "__float__", "__int__", "__bool__", "__index__"):
-        watched(name, getattr(torch.Tensor, name))
+        count_calls(name, getattr(torch.Tensor, name))
     monkeypatch.setattr(LitRWKV, "skips_nonfinite_on_device", lambda self, optimizer: optimizer.defaults["fused"])
     monkeypatch.setattr(LitRWKV, "log", lambda self, *_, **__: logged.update([step]))
     callbacks = [MetricsRecorder(tmp_path, 4 * 32), Steps()]
-    trained(data, max_steps=8, val_check_interval=100, limit_val_batches=0, log_every_n_steps=5, callbacks=callbacks)
+    train(data, max_steps=8, val_check_interval=100, limit_val_batches=0, log_every_n_steps=5, callbacks=callbacks)
     assert {step: asked[step] for step in range(2, 9) if step != 5} == dict.fromkeys((2, 3, 4, 6, 7, 8), 1) | {
         2: 0,
         6: 0,

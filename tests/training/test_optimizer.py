@@ -9,21 +9,21 @@ from rwkv_pl import RWKV4, LitRWKV, RWKV4Config
 from rwkv_pl.config import Optim, Schedule, Train
 from rwkv_pl.errors import UserError
 from rwkv_pl.training.muon import MuonAdamW
-from rwkv_pl.training.optimizer import build_optimizer, parameter_groups, write_numbers
+from rwkv_pl.training.optimizer import build_optimizer, parameter_groups, set_hyperparameters
 from rwkv_pl.training.schedule import check_schedule, learning_rate
 
 MODEL = RWKV4(RWKV4Config(vocab_size=11, n_layer=2, n_embd=8))
 
 
-def numbers_by_name(optim, lr_scale):
+def hyperparameters_by_name(optim, lr_scale):
     optimizer = build_optimizer(torch.optim.AdamW, parameter_groups(MODEL, lr_scale), optim)
-    write_numbers(optimizer, optim, lr_scale)
+    set_hyperparameters(optimizer, optim, lr_scale)
     group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     return {name: group_of[id(p)] for name, p in MODEL.named_parameters()}
 
 
 def test_weight_decay_falls_on_two_dimensional_weights_alone():
-    groups = numbers_by_name(Optim(weight_decay=0.1), {})
+    groups = hyperparameters_by_name(Optim(weight_decay=0.1), {})
     decayed = {name for name, group in groups.items() if group["weight_decay"]}
     assert decayed == {name for name, p in MODEL.named_parameters() if name.endswith(".weight") and p.dim() == 2}
     assert {"emb.weight", "head.weight", "blocks.1.ffn.key.weight"} <= decayed
@@ -31,7 +31,7 @@ def test_weight_decay_falls_on_two_dimensional_weights_alone():
 
 
 def test_the_official_learning_rate_factors():
-    groups = numbers_by_name(Optim(), RWKV4.lr_scale)
+    groups = hyperparameters_by_name(Optim(), RWKV4.lr_scale)
     factors = {name.rpartition(".")[2]: group["lr_scale"] for name, group in groups.items()}
     assert factors.pop("time_decay") == 2
     assert factors.pop("time_first") == 3
@@ -47,9 +47,9 @@ def test_numbers_come_from_the_config_not_from_the_checkpoint():
     old, new = Optim(lr=1e-2, betas=[0.5, 0.6], eps=1e-3, weight_decay=0.5), Optim(betas=[0.9, 0.95], weight_decay=0.1)
     optimizer = build_optimizer(torch.optim.Adam, parameter_groups(MODEL, {}), new)
     stored = build_optimizer(torch.optim.Adam, parameter_groups(MODEL, {}), old)
-    write_numbers(stored, old, {})
+    set_hyperparameters(stored, old, {})
     optimizer.load_state_dict(stored.state_dict())
-    write_numbers(optimizer, new, {"time_decay": 2.0})
+    set_hyperparameters(optimizer, new, {"time_decay": 2.0})
     for group in optimizer.param_groups:
         assert (group["betas"], group["eps"]) == ((0.9, 0.95), 1e-8)
         assert group["weight_decay"] == (0.1 if group["decays"] else 0)
@@ -62,7 +62,7 @@ def test_an_optimizers_own_arguments_come_from_the_config_too():
     optimizer = build_optimizer(torch.optim.SGD, parameter_groups(MODEL, {}), new)
     optimizer.load_state_dict(build_optimizer(torch.optim.SGD, parameter_groups(MODEL, {}), old).state_dict())
     assert optimizer.param_groups[0]["momentum"] == 0.5
-    write_numbers(optimizer, new, {})
+    set_hyperparameters(optimizer, new, {})
     assert {(group["momentum"], group["nesterov"], group["fused"]) for group in optimizer.param_groups} == {
         (0.8, False, True)
     }
@@ -123,7 +123,7 @@ def test_any_optimizer_serves(name):
     model = copy.deepcopy(MODEL)
     module = LitRWKV(model, Optim(f"torch.optim.{name}", lr=1e-3))
     optimizer = module.configure_optimizers()
-    write_numbers(optimizer, module.optim, {})
+    set_hyperparameters(optimizer, module.optim, {})
     before = [p.clone() for p in model.parameters()]
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -152,7 +152,7 @@ def test_muon_moves_the_blocks_matrices_and_adamw_everything_else():
     ours, theirs = copy.deepcopy(MODEL), copy.deepcopy(MODEL)
     module = LitRWKV(ours, optim)
     optimizer = module.configure_optimizers()
-    write_numbers(optimizer, optim, module.lr_scale)
+    set_hyperparameters(optimizer, optim, module.lr_scale)
     for group in optimizer.param_groups:
         group["lr"] = 0.01 * group["lr_scale"]
     named = dict(theirs.named_parameters())

@@ -14,45 +14,45 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def measured(tmp_path, monkeypatch):
+def measure_calls(tmp_path, monkeypatch):
     """What `measure` was asked for; it answers 1e9, 2e9, ..."""
     asked = []
     monkeypatch.setenv("RWKV_PL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(peak, "measure", lambda *what: asked.append(what) or 1e9 * len(asked))
+    monkeypatch.setattr(peak, "measure_peak", lambda *what: asked.append(what) or 1e9 * len(asked))
     return asked
 
 
 def test_no_product_is_faster_than_what_was_measured():
     """Nor is it out of all proportion: a product that was measured on, made again."""
-    found = peak.measure(CPU, torch.float32, seconds=0.05)
+    found = peak.measure_peak(CPU, torch.float32, seconds=0.05)
     a = torch.randn(256, 256)
-    best = min(peak._seconds(a, a, CPU) for _ in range(5))
+    best = min(peak._time_product(a, a, CPU) for _ in range(5))
     assert 0.2 < found / (2 * 256**3 / best) < 20
 
 
-def test_it_is_measured_once_a_day(measured, tmp_path):
-    assert peak.measured_peak(CPU, torch.float32) == peak.measured_peak(CPU, torch.float32) == 1e9
-    assert peak.measured_peak(CPU, torch.bfloat16) == 2e9
+def test_it_is_measured_once_a_day(measure_calls, tmp_path):
+    assert peak.load_or_measure_peak(CPU, torch.float32) == peak.load_or_measure_peak(CPU, torch.float32) == 1e9
+    assert peak.load_or_measure_peak(CPU, torch.bfloat16) == 2e9
     for path in (tmp_path / "cache").glob("peaks/*.json"):
-        os.utime(path, (time.time() - peak.SECONDS_KEPT - 1,) * 2)
-    assert peak.measured_peak(CPU, torch.float32) == 3e9
-    assert [what[1] for what in measured] == [torch.float32, torch.bfloat16, torch.float32]
+        os.utime(path, (time.time() - peak.CACHE_SECONDS - 1,) * 2)
+    assert peak.load_or_measure_peak(CPU, torch.float32) == 3e9
+    assert [what[1] for what in measure_calls] == [torch.float32, torch.bfloat16, torch.float32]
 
 
-def test_other_threads_are_another_machine(measured, monkeypatch):
-    assert peak.measured_peak(CPU, torch.float32) == 1e9
+def test_other_threads_are_another_machine(measure_calls, monkeypatch):
+    assert peak.load_or_measure_peak(CPU, torch.float32) == 1e9
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
-    assert peak.measured_peak(CPU, torch.float32) == 2e9
+    assert peak.load_or_measure_peak(CPU, torch.float32) == 2e9
 
 
-def test_a_cache_that_cannot_be_written_or_is_damaged_costs_the_time_alone(measured, tmp_path):
+def test_a_cache_that_cannot_be_written_or_is_damaged_costs_the_time_alone(measure_calls, tmp_path):
     (tmp_path / "cache").write_text("a file")
-    assert [peak.measured_peak(CPU, torch.float32) for _ in range(2)] == [1e9, 2e9]
+    assert [peak.load_or_measure_peak(CPU, torch.float32) for _ in range(2)] == [1e9, 2e9]
     (tmp_path / "cache").unlink()
-    assert peak.measured_peak(CPU, torch.float32) == 3e9
+    assert peak.load_or_measure_peak(CPU, torch.float32) == 3e9
     (kept,) = (tmp_path / "cache").glob("peaks/*.json")
     kept.write_text("{")
-    assert peak.measured_peak(CPU, torch.float32) == 4e9
+    assert peak.load_or_measure_peak(CPU, torch.float32) == 4e9
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_a_cache_that_cannot_be_written_or_is_damaged_costs_the_time_alone(measu
     ids=["32-true", "bf16-mixed", "bf16-true"],
 )
 def test_the_dtype_is_that_in_which_products_run(precision, dtype):
-    assert peak.product_dtype(CPU, precision) == dtype
+    assert peak.matmul_dtype(CPU, precision) == dtype
 
 
 def test_a_speed_that_is_reached_raises_the_peak(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rwkv_pl.training import precision
-from rwkv_pl.training.precision import in_words, product_rates
+from rwkv_pl.training.precision import describe_speedup, measure_product_rates
 
 CPU = torch.device("cpu")
 FLOAT32, BF16 = torch.float32, torch.bfloat16
@@ -17,15 +17,15 @@ FLOAT32, BF16 = torch.float32, torch.bfloat16
 
 def test_rates_are_those_of_both_precisions_and_the_threads_stay():
     before = torch.get_num_threads()
-    rates = product_rates(CPU, 64, 32)
+    rates = measure_product_rates(CPU, 64, 32)
     assert rates.keys() == {FLOAT32, BF16} and min(rates.values()) > 1e6
     assert torch.get_num_threads() == before
 
 
 def test_a_rate_is_the_arithmetic_of_three_products_over_the_best_time(monkeypatch):
     times = iter([9.0, 9.0, 2.0, 4.0, 1.0, 8.0, 3.0, 5.0])  # float32 and bf16 in turns; the first are a warm-up
-    monkeypatch.setattr(precision, "_seconds", lambda *_: next(times))
-    rates = precision._rates(CPU, 10, 4)
+    monkeypatch.setattr(precision, "_time_product", lambda *_: next(times))
+    rates = precision._measure_rates(CPU, 10, 4)
     assert rates == {FLOAT32: 3 * 2 * 10 * 4 * 16 / 1.0, BF16: 3 * 2 * 10 * 4 * 16 / 4.0}
 
 
@@ -41,22 +41,23 @@ def test_a_large_product_is_not_tried_where_a_small_one_crawls(monkeypatch):
         asked.append((tokens, n_embd))
         return {FLOAT32: 10.0, BF16: speed}
 
-    monkeypatch.setattr(precision, "_rates", rates)
+    monkeypatch.setattr(precision, "_measure_rates", rates)
     for speed in (1.0, 5.0):  # noqa: B007
-        product_rates(CPU, 10**6, 4096)
+        measure_product_rates(CPU, 10**6, 4096)
     assert asked == [(64, 128), (64, 128), (1024, 4096)]
 
 
-def test_in_words():
-    assert in_words(2.06) == "2.1 times as fast as"
-    assert in_words(0.0613) == "16 times slower than"
+def test_describe_speedup():
+    assert describe_speedup(2.06) == "2.1 times as fast as"
+    assert describe_speedup(0.0613) == "16 times slower than"
 
 
 @pytest.mark.skipif(not torch.backends.cpu.get_cpu_capability().startswith("AVX"), reason="needs AVX2")
 def test_a_processor_without_bf16_instructions_is_found_out():
     """Imitated: oneDNN and torch kept to AVX2, which most laptops have at most."""
     code = (
-        "import torch; from rwkv_pl.training.precision import product_rates as f; r = f(torch.device('cpu'), 512, 192);"
+        "import torch; from rwkv_pl.training.precision import measure_product_rates as f; "
+        "r = f(torch.device('cpu'), 512, 192);"
         "assert 3 * r[torch.bfloat16] < r[torch.float32], r"
     )
     avx2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}

@@ -52,7 +52,7 @@ def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-def logits_of(weights: Weights, tokens: torch.Tensor) -> torch.Tensor:
+def compute_logits(weights: Weights, tokens: torch.Tensor) -> torch.Tensor:
     return weights.model().eval()(tokens)[0]
 
 
@@ -128,7 +128,7 @@ def test_the_vocabulary_travels(tmp_path, vocabulary):
     assert write_weights(weights, tmp_path / "x.pth").vocabulary is None
 
 
-def test_a_folder_of_20b_speaks_by_transformers_tokenizer_and_is_known_by_it(tmp_path):
+def test_20b_folder_works_with_transformers_tokenizer(tmp_path):
     transformers = pytest.importorskip("transformers")
     vocabulary = Vocabulary.from_dict({"kind": "20b", "tokenizer": small_20b()})
     weights = random_weights(RWKV4Config(vocab_size=vocabulary.size, n_layer=1, n_embd=8))
@@ -170,7 +170,7 @@ def test_every_parameter_has_a_name_in_transformers():
     }
 
 
-def test_what_lies_in_a_larger_storage_or_across_is_written_alone(tmp_path):
+def test_views_and_strided_tensors_are_written_compactly(tmp_path):
     weights = random_weights()
     large = torch.zeros(1000, 12)
     large[7:37] = weights.tensors["emb.weight"]
@@ -199,14 +199,14 @@ def test_a_model_has_weights_of_its_own():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_our_weights_speak_in_transformers_and_theirs_here(tmp_path, dtype):
+def test_weights_agree_with_transformers_both_ways(tmp_path, dtype):
     transformers = pytest.importorskip("transformers")
     weights = random_weights(RWKV4Config(50, 7, 40), dtype=dtype)
     tokens = torch.randint(50, (2, 32))
     write_weights(weights, tmp_path / "ours")
     theirs = logits_in_transformers(tmp_path / "ours", tokens)
     # float32 keeps 6e-8 an operation; some hundred of them follow each other here.
-    assert relative_error(logits_of(weights, tokens), theirs) < 2e-5
+    assert relative_error(compute_logits(weights, tokens), theirs) < 2e-5
 
     # Saved by transformers itself, whose inference has left the weights as they were.
     peer = transformers.RwkvForCausalLM.from_pretrained(tmp_path / "ours", dtype=dtype)
@@ -219,7 +219,7 @@ def test_our_weights_speak_in_transformers_and_theirs_here(tmp_path, dtype):
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 3
 
 
-def test_their_own_model_speaks_here(tmp_path):
+def test_transformers_model_is_read(tmp_path):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(5)
     config = transformers.RwkvConfig(vocab_size=40, hidden_size=24, num_hidden_layers=7, context_length=64)
@@ -232,16 +232,16 @@ def test_their_own_model_speaks_here(tmp_path):
     peer.config.rescale_every = 0
     with torch.no_grad():
         theirs = peer.eval()(tokens).logits
-    assert relative_error(logits_of(read_weights(tmp_path / "theirs"), tokens), theirs) < 2e-5
+    assert relative_error(compute_logits(read_weights(tmp_path / "theirs"), tokens), theirs) < 2e-5
 
 
 @pytest.mark.parametrize("form", ["there", "there.ckpt"])
-def test_our_weights_speak_in_the_rwkv_package_and_come_back(tmp_path, form):
+def test_weights_agree_with_the_rwkv_package(tmp_path, form):
     weights = random_weights(RWKV4Config(50, 3, 64))
     tokens = torch.randint(50, (2, 20))
     write_weights(weights, tmp_path / form)
     write_weights(read_weights(tmp_path / form), tmp_path / "official.pth")
-    assert relative_error(logits_of(weights, tokens), logits_in_rwkv(tmp_path / "official.pth", tokens)) < 2e-5
+    assert relative_error(compute_logits(weights, tokens), logits_in_rwkv(tmp_path / "official.pth", tokens)) < 2e-5
 
 
 @pytest.mark.slow
@@ -255,7 +255,7 @@ def test_the_official_169m_shape_both_ways(tmp_path, dtype, capsys):
     write_weights(official, tmp_path / "folder")
     write_weights(read_weights(tmp_path / "folder"), tmp_path / "ours.ckpt")
     assert_same_bits(write_weights(read_weights(tmp_path / "ours.ckpt"), tmp_path / "back.pth"), weights)
-    ours = logits_of(read_weights(tmp_path / "ours.ckpt"), tokens)
+    ours = compute_logits(read_weights(tmp_path / "ours.ckpt"), tokens)
     # On a CPU the two make the same operations in the same order: they agree in every bit, and prove two file formats.
     errors = {"transformers": relative_error(ours, logits_in_transformers(tmp_path / "folder", tokens))}
     if dtype == torch.float32:  # of a half file `rwkv` computes the first layer norm in half
@@ -355,21 +355,24 @@ def test_a_later_checkpoint_format_is_named(tmp_path):
 # What does not fit
 
 
-def without(*names: str):
+def without_tensors(*names: str):
     return lambda tensors: {name: value for name, value in tensors.items() if name not in names}
 
 
-def extra(**more: object):
+def with_tensors(**more: object):
     return lambda tensors: tensors | {name.replace("__", "."): value for name, value in more.items()}
 
 
-def every(change):
+def with_every_tensor(change):
     return lambda tensors: {name: change(value) for name, value in tensors.items()}
 
 
 KEY = "blocks__1__att__key__weight"
 MISFITS = {
-    "missing": (without("ln_out.bias", "blocks.1.att.key.weight"), "it lacks blocks.1.att.key.weight, ln_out.bias"),
+    "missing": (
+        without_tensors("ln_out.bias", "blocks.1.att.key.weight"),
+        "it lacks blocks.1.att.key.weight, ln_out.bias",
+    ),
     "many missing": (
         lambda tensors: {n: v for n, v in tensors.items() if ".att." not in n} | {"x.att.time_first": torch.ones(1)},
         "it lacks blocks.0.att.time_decay, blocks.0.att.time_first, blocks.0.att.time_mix_k and 15 more; "
@@ -380,32 +383,43 @@ MISFITS = {
         "rwkv4 has no blocks.5.",
     ),
     "another shape": (
-        extra(**{KEY: torch.zeros(3, 4)}),
+        with_tensors(**{KEY: torch.zeros(3, 4)}),
         "blocks.1.att.key.weight is (3, 4) and should be (12, 12)",
     ),
     "another ffn": (
-        extra(blocks__0__ffn__key__weight=torch.zeros(40, 12), blocks__0__ffn__value__weight=torch.zeros(12, 40)),
+        with_tensors(
+            blocks__0__ffn__key__weight=torch.zeros(40, 12), blocks__0__ffn__value__weight=torch.zeros(12, 40)
+        ),
         "blocks.0.ffn.key.weight is (40, 12) and should be (48, 12), blocks.0.ffn.value.weight is (12, 40) and",
     ),
-    "too many": (extra(blocks__0__att__more=torch.zeros(2)), "rwkv4 has no blocks.0.att.more"),
-    "an empty embedding": (extra(emb__weight=torch.zeros(0, 12)), "it has no emb.weight of (vocabulary, channels)"),
+    "too many": (with_tensors(blocks__0__att__more=torch.zeros(2)), "rwkv4 has no blocks.0.att.more"),
+    "an empty embedding": (
+        with_tensors(emb__weight=torch.zeros(0, 12)),
+        "it has no emb.weight of (vocabulary, channels)",
+    ),
     "no layers": (
         lambda tensors: {n: v for n, v in tensors.items() if "blocks" not in n} | {"att.time_first": torch.ones(1)},
         "it has no blocks",
     ),
-    "NaN": (extra(**{KEY: torch.full((12, 12), torch.nan)}), "blocks.1.att.key.weight holds NaN or infinite values"),
-    "infinite": (extra(**{KEY: torch.full((12, 12), torch.inf)}), "blocks.1.att.key.weight holds NaN or infinite"),
-    "integers": (every(torch.Tensor.int), "is of int32; read are float32, bfloat16, float16, float64"),
-    "complex": (extra(**{KEY: torch.zeros(12, 12, dtype=torch.complex64)}), "is of complex64"),
-    "sparse": (extra(**{KEY: torch.zeros(12, 12).to_sparse()}), "is no plain tensor"),
-    "without memory": (extra(**{KEY: torch.zeros(12, 12, device="meta")}), ""),
+    "NaN": (
+        with_tensors(**{KEY: torch.full((12, 12), torch.nan)}),
+        "blocks.1.att.key.weight holds NaN or infinite values",
+    ),
+    "infinite": (
+        with_tensors(**{KEY: torch.full((12, 12), torch.inf)}),
+        "blocks.1.att.key.weight holds NaN or infinite",
+    ),
+    "integers": (with_every_tensor(torch.Tensor.int), "is of int32; read are float32, bfloat16, float16, float64"),
+    "complex": (with_tensors(**{KEY: torch.zeros(12, 12, dtype=torch.complex64)}), "is of complex64"),
+    "sparse": (with_tensors(**{KEY: torch.zeros(12, 12).to_sparse()}), "is no plain tensor"),
+    "without memory": (with_tensors(**{KEY: torch.zeros(12, 12, device="meta")}), ""),
     # 4 bytes on disk that would be 4 TB.
     "repeated": (
-        extra(emb__weight=torch.zeros(1).expand(1_000_000, 1_000_000)),
+        with_tensors(emb__weight=torch.zeros(1).expand(1_000_000, 1_000_000)),
         "emb.weight of (1000000, 1000000) has not that many values in the file",
     ),
     # 400 kB on disk whose matrices would be 40 GB each.
-    "wide": (extra(emb__weight=torch.zeros(1, 100_000)), "should be"),
+    "wide": (with_tensors(emb__weight=torch.zeros(1, 100_000)), "should be"),
 }
 
 
@@ -476,7 +490,7 @@ def broken_safetensors(whole: bytes) -> dict[str, bytes]:
     }
 
 
-def not_weights(folder: Path, name: str) -> dict[str, bytes]:
+def make_non_weights(folder: Path, name: str) -> dict[str, bytes]:
     whole = folder / "whole.pth"
     torch.save(random_weights().tensors, whole)
     content = whole.read_bytes()
@@ -515,7 +529,7 @@ def not_weights(folder: Path, name: str) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("name", ["x.pth", "x.ckpt", "x/pytorch_model.bin", "x/model.safetensors"])
 def test_files_that_hold_no_weights(tmp_path, name):
-    cases = not_weights(tmp_path, name)
+    cases = make_non_weights(tmp_path, name)
     if name.endswith(".safetensors"):
         save_file(their_tensors(random_weights()), tmp_path / "whole")
         cases |= broken_safetensors((tmp_path / "whole").read_bytes())
@@ -580,7 +594,7 @@ def test_folders_that_hold_no_weights(tmp_path, case):
     assert str(folder) in str(error.value)
 
 
-def test_names_that_transformers_has_not_are_told(tmp_path):
+def test_unknown_transformers_names_are_reported(tmp_path):
     write_config(tmp_path)
     names = [
         "model.layers.0.weight",

@@ -32,7 +32,7 @@ class JobSweeper(Sweeper):
         """The sweep's."""
         return Path(str(self.config.hydra.sweep.dir))
 
-    def begin(self) -> None:
+    def write_multirun_yaml(self) -> None:
         """Writes multirun.yaml, of which `-m resume=` makes the same jobs again."""
         OmegaConf.save(self.config, self.folder / "multirun.yaml")
 

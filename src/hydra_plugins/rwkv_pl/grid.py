@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 
 from hydra_plugins.rwkv_pl._jobs import JobSweeper
 from rwkv_pl.errors import UserError
-from rwkv_pl.sweeps.jobs import product, with_params
+from rwkv_pl.sweeps.jobs import expand_grid, merge_params
 
 
 class GridSweeper(JobSweeper):
@@ -23,5 +23,5 @@ class GridSweeper(JobSweeper):
             raise UserError(f"{drawn.input_line} is no list of values: hydra/sweeper=optuna draws from an interval")
 
     def sweep(self, arguments: list[str]) -> Sequence[JobReturn]:
-        self.begin()
-        return self.launch(list(product(with_params(self.params, arguments))))
+        self.write_multirun_yaml()
+        return self.launch(list(expand_grid(merge_params(self.params, arguments))))

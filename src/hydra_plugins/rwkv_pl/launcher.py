@@ -9,7 +9,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from rwkv_pl.errors import UserError
-from rwkv_pl.sweeps.jobs import composed_job
+from rwkv_pl.sweeps.jobs import compose_job
 from rwkv_pl.sweeps.pool import run_jobs
 
 
@@ -29,7 +29,7 @@ class ProcessLauncher(Launcher):
         """Returns when all jobs have ended, each with its objective or what it failed of, in their order."""
         loader = self.hydra_context.config_loader
         jobs = [
-            composed_job(loader, self.config, list(overrides), number)[0]
+            compose_job(loader, self.config, list(overrides), number)[0]
             for number, overrides in enumerate(job_overrides, initial_job_idx)
         ]
         # In a SLURM allocation each job is a run of its own, not one task of several.

@@ -16,18 +16,18 @@ from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from omegaconf import DictConfig, OmegaConf
 
 from hydra_plugins.rwkv_pl._jobs import JobSweeper
-from rwkv_pl.config import at_least, one_of
+from rwkv_pl.config import check_at_least, check_one_of
 from rwkv_pl.errors import UserError
-from rwkv_pl.files import publish
+from rwkv_pl.files import atomic_write
 from rwkv_pl.runs.outcome import read_result
-from rwkv_pl.sweeps.jobs import with_params
+from rwkv_pl.sweeps.jobs import merge_params
 
 if TYPE_CHECKING:
     from optuna import Study
     from optuna.distributions import BaseDistribution
     from optuna.trial import FrozenTrial
 
-JOURNAL, NAME = "study.journal", "sweep"
+JOURNAL_FILE, STUDY_NAME = "study.journal", "sweep"
 
 
 class StudySweeper(JobSweeper):
@@ -42,17 +42,17 @@ class StudySweeper(JobSweeper):
         batch: int | None = None,
         params: DictConfig | None = None,
     ) -> None:
-        at_least("hydra.sweeper.n_trials", n_trials, 1)
-        one_of("hydra.sweeper.sampler", sampler, ("tpe", "random"))
-        one_of("hydra.sweeper.pruner", pruner, ("median", "halving", "none"))
-        at_least("hydra.sweeper.batch", 1 if batch is None else batch, 1)
+        check_at_least("hydra.sweeper.n_trials", n_trials, 1)
+        check_one_of("hydra.sweeper.sampler", sampler, ("tpe", "random"))
+        check_one_of("hydra.sweeper.pruner", pruner, ("median", "halving", "none"))
+        check_at_least("hydra.sweeper.batch", 1 if batch is None else batch, 1)
         self.n_trials, self.sampler, self.pruner, self.seed, self.batch = n_trials, sampler, pruner, seed, batch
         self.params = {} if params is None else params
 
     def check(self, overrides: Sequence[Override]) -> None:
         if find_spec("optuna") is None:
             raise UserError("hydra/sweeper=optuna needs a package that is not installed: pip install 'rwkv_pl[optuna]'")
-        if not _space(overrides):
+        if not _search_space(overrides):
             raise UserError("optuna has nothing to search: give a key several values, or interval(LOW,HIGH)")
 
     def sweep(self, arguments: list[str]) -> None:
@@ -60,42 +60,45 @@ class StudySweeper(JobSweeper):
         from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        overrides = with_params(self.params, arguments)
+        overrides = merge_params(self.params, arguments)
         fixed = [str(o.input_line) for o in overrides if not o.is_sweep_override()]
-        space = _space(overrides)
-        self.begin()
-        _cut_half_a_line(self.folder / JOURNAL)
-        journal = str(self.folder / JOURNAL)
+        space = _search_space(overrides)
+        self.write_multirun_yaml()
+        _drop_partial_line(self.folder / JOURNAL_FILE)
+        journal = str(self.folder / JOURNAL_FILE)
         # optuna's own choice of a lock is a symbolic link, which Windows refuses to ordinary users.
         backend = JournalFileBackend(journal, JournalFileOpenLock(journal))
         study = optuna.create_study(
-            study_name=NAME, storage=optuna.storages.JournalStorage(backend), load_if_exists=True, direction="minimize"
+            study_name=STUDY_NAME,
+            storage=optuna.storages.JournalStorage(backend),
+            load_if_exists=True,
+            direction="minimize",
         )
         for trial in study.get_trials(deepcopy=False):
             if not _is_drawn_from(space, trial.params):
-                where = f"trial {trial.number} of {self.folder / JOURNAL}"
+                where = f"trial {trial.number} of {self.folder / JOURNAL_FILE}"
                 raise UserError(f"{where} is of another search, it has {trial.params}: start a new sweep")
         if not study.trials:
-            if as_it_stands := self._default(space):
-                study.enqueue_trial(as_it_stands)
+            if default_params := self._default_params(space):
+                study.enqueue_trial(default_params)
             else:
                 print("the config as it stands lies outside the search: trial 0 is drawn too", flush=True)
         if left_running := study.get_trials(states=[optuna.trial.TrialState.RUNNING]):
             self._run(study, left_running, fixed)  # they go on in their folders, or are tried again there
         at_once: int = self.batch or int(getattr(self.launcher, "jobs", None) or 1)
-        while (left := self.n_trials - self._begun(study)) > 0:
+        while (left := self.n_trials - self._count_started(study)) > 0:
             asked = [self._ask(study, space) for _ in range(min(left, at_once))]
             self._run(study, asked, fixed)
 
-    def _begun(self, study: "Study") -> int:
+    def _count_started(self, study: "Study") -> int:
         return sum(trial.state.name != "WAITING" for trial in study.get_trials(deepcopy=False))
 
     def _ask(self, study: "Study", space: "dict[str, BaseDistribution]") -> "FrozenTrial":
         import optuna
 
         # A sampler for each: one that is seeded once repeats itself when the study is continued.
-        place = repr((self.seed, self._begun(study))).encode()
-        seed = int.from_bytes(hashlib.blake2b(place, digest_size=4).digest(), "big")
+        position = repr((self.seed, self._count_started(study))).encode()
+        seed = int.from_bytes(hashlib.blake2b(position, digest_size=4).digest(), "big")
         if self.sampler == "tpe":
             study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=5)
         else:
@@ -109,9 +112,9 @@ class StudySweeper(JobSweeper):
         folders = [self.folder / str(trial.number) for trial in trials]
         for trial, folder in zip(trials, folders, strict=True):
             folder.mkdir(exist_ok=True)
-            with publish(folder / "trial.json") as file:
-                told = {"number": trial.number, "id": trial._trial_id, "pruner": self.pruner}
-                file.write(json.dumps(told).encode())
+            with atomic_write(folder / "trial.json") as file:
+                trial_info = {"number": trial.number, "id": trial._trial_id, "pruner": self.pruner}
+                file.write(json.dumps(trial_info).encode())
         jobs = [
             [*fixed, *(f"{key}={value}" for key, value in trial.params.items()), f"hydra.sweep.subdir={trial.number}"]
             for trial in trials
@@ -125,15 +128,15 @@ class StudySweeper(JobSweeper):
             elif result.get("status") == "pruned":
                 study.tell(trial.number, state=TrialState.PRUNED)
 
-    def _default(self, space: "dict[str, BaseDistribution]") -> dict[str, Any] | None:
+    def _default_params(self, space: "dict[str, BaseDistribution]") -> dict[str, Any] | None:
         """The config's own values, where all of them lie in the search space."""
         values = {}
         for key, where in space.items():
             value = OmegaConf.select(self.config, key)
             choices = getattr(where, "choices", None)
             if choices is not None:
-                value = next((choice for choice in choices if _value(choice) == value), None)
-            if value is None or not _holds(where, value):
+                value = next((choice for choice in choices if _parse_choice(choice) == value), None)
+            if value is None or not _contains(where, value):
                 return None
             values[key] = value
         return values
@@ -141,37 +144,37 @@ class StudySweeper(JobSweeper):
 
 def _is_drawn_from(space: "dict[str, BaseDistribution]", params: dict[str, Any]) -> bool:
     """Whether a trial of the journal has just the keys of the search, and values that it could draw."""
-    return params.keys() <= space.keys() and all(_holds(space[key], value) for key, value in params.items())
+    return params.keys() <= space.keys() and all(_contains(space[key], value) for key, value in params.items())
 
 
-def _holds(where: "BaseDistribution", value: Any) -> bool:
+def _contains(where: "BaseDistribution", value: Any) -> bool:
     try:
         return where._contains(where.to_internal_repr(value))
     except (ValueError, TypeError):  # as of 0 among powers, or of a text among numbers
         return False
 
 
-def _value(choice: str) -> Any:
+def _parse_choice(choice: str) -> Any:
     """Of a choice as it is typed, so that 1e-4 is 0.0001."""
     value = OverridesParser.create().parse_override(f"key={choice}").value()
     return getattr(value, "text", value)
 
 
-def _cut_half_a_line(journal: Path) -> None:
+def _drop_partial_line(journal: Path) -> None:
     """What a full disk or a power cut left at its end would make optuna refuse the whole."""
     content = journal.read_bytes() if journal.exists() else b""
-    whole = content[: content.rfind(b"\n") + 1]
-    if whole != content:
+    complete = content[: content.rfind(b"\n") + 1]
+    if complete != content:
         print(f"{journal} ended in half a line, which is left out", flush=True)
-        with publish(journal) as file:
-            file.write(whole)
+        with atomic_write(journal) as file:
+            file.write(complete)
 
 
-def _space(overrides: Sequence[Override]) -> "dict[str, BaseDistribution]":
-    return {o.key_or_group: distribution(o) for o in overrides if o.is_sweep_override()}
+def _search_space(overrides: Sequence[Override]) -> "dict[str, BaseDistribution]":
+    return {o.key_or_group: to_distribution(o) for o in overrides if o.is_sweep_override()}
 
 
-def distribution(override: Override) -> "BaseDistribution":
+def to_distribution(override: Override) -> "BaseDistribution":
     """What optuna draws from, for a swept value in Hydra's words: choices, range(), interval(), tag(log, ...)."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 

@@ -21,8 +21,8 @@ from omegaconf.errors import OmegaConfBaseException
 from rwkv_pl.compose import CONFIG_MODULE, compose
 from rwkv_pl.errors import UserError
 
-SHELL_COMMAND = "(install|uninstall|query)=(bash|fish|zsh)"
-INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
+SHELL_COMMAND_PATTERN = "(install|uninstall|query)=(bash|fish|zsh)"
+INFO_TOPICS = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 
 
 class HydraParser(argparse.ArgumentParser):
@@ -48,7 +48,7 @@ class HydraParser(argparse.ArgumentParser):
         flag("--config-name", "-cn", help="Not used: see --config-dir")
         flag("--config-dir", "-cd", help="A folder with files of yours for the config's groups")
         flag("--experimental-rerun", help="Not used: go on with a run by resume=RUN")
-        flag("--info", "-i", nargs="?", const="all", choices=INFO, help=f"About Hydra [{'|'.join(INFO)}]")
+        flag("--info", "-i", nargs="?", const="all", choices=INFO_TOPICS, help=f"About Hydra [{'|'.join(INFO_TOPICS)}]")
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; settings are written key=value, see --help")
@@ -65,7 +65,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     given = [flag for flag, value in (actions | {"--shell-completion": args.shell_completion}).items() if value]
     if len(given) > 1:
         raise UserError(f"{' and '.join(given)} exclude each other: give one of them")
-    if args.shell_completion and not re.fullmatch(SHELL_COMMAND, " ".join(args.overrides)):
+    if args.shell_completion and not re.fullmatch(SHELL_COMMAND_PATTERN, " ".join(args.overrides)):
         raise UserError("--shell-completion takes install=SHELL, uninstall=SHELL or query=SHELL: bash, fish or zsh")
     if args.shell_completion and args.overrides[0].startswith("query") and "COMP_LINE" not in os.environ:
         raise UserError(f"--shell-completion {args.overrides[0]} is for the shell, which sets COMP_LINE")
@@ -78,7 +78,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def show(argv: Sequence[str], overrides: Sequence[str], config_dir: str | None, name: str = "train") -> None:
+def print_hydra_info(
+    argv: Sequence[str], overrides: Sequence[str], config_dir: str | None, name: str = "train"
+) -> None:
     """Lets Hydra print what `argv` asks for: --help, --cfg, --info, completion. overrides: those in it."""
     try:
         run_with_hydra(lambda _: None, argv, name)
@@ -91,7 +93,7 @@ def run_with_hydra(task: Callable[[DictConfig], Any], argv: Sequence[str], name:
     """What hydra.main does with `argv`; it would parse that with a parser that Python 3.14 refuses."""
     parser = HydraParser()
     hydra_version.setbase("1.3")
-    with completed_by_our_parser():
+    with use_our_parser_for_completion():
         hydra_utils._run_hydra(
             args=parser.parse_intermixed_args(argv),
             args_parser=parser,
@@ -102,7 +104,7 @@ def run_with_hydra(task: Callable[[DictConfig], Any], argv: Sequence[str], name:
 
 
 @contextlib.contextmanager
-def completed_by_our_parser() -> Iterator[None]:
+def use_our_parser_for_completion() -> Iterator[None]:
     """Hydra's shell completion reads the line typed so far by the parser that Python 3.14 refuses: it gets ours."""
     before = hydra_utils.get_args
     hydra_utils.get_args = HydraParser().parse_intermixed_args

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 from rwkv_pl.cli.entry import cli_entry_point, default_sigint
 from rwkv_pl.errors import UserError
-from rwkv_pl.files import PARTIAL
+from rwkv_pl.files import PARTIAL_SUFFIX
 
 if TYPE_CHECKING:
     from rwkv_pl.weights.tensors import Weights
 
 # What other programs call files of theirs, which is no name for a folder of ours.
-FOREIGN = (".bin", ".gguf", ".h5", ".json", ".npz", ".onnx", ".pt", ".safetensors")
+FOREIGN_SUFFIXES = (".bin", ".gguf", ".h5", ".json", ".npz", ".onnx", ".pt", ".safetensors")
 
 
 @cli_entry_point
@@ -61,8 +61,8 @@ def convert(source: Path, target: Path, dtype: str | None = None) -> None:
     weights = read_weights(source)
     print(f"read    {weights.path}\n        {weights}")
     wanted = weights.cast(getattr(torch, dtype)) if dtype else weights
-    if told := rounding(weights, wanted):
-        print(f"rounded {told}")
+    if changes := describe_rounding(weights, wanted):
+        print(f"rounded {changes}")
     written = write_weights(wanted, target)
     files = [file for file in target.rglob("*") if file.is_file()] if target.is_dir() else [target]
     print(f"wrote   {target} ({sum(file.stat().st_size for file in files) / 1e6:,.1f} MB)\n        {written}")
@@ -76,20 +76,20 @@ def convert(source: Path, target: Path, dtype: str | None = None) -> None:
 
 def check_target(target: Path) -> None:
     """Raises UserError where nothing can be written under that name: whatever is there already stays as it is."""
-    if target.suffix.lower() in FOREIGN:
+    if target.suffix.lower() in FOREIGN_SUFFIXES:
         raise UserError(f"{target} is no name for it: give NAME.pth, NAME.ckpt, or that of a Hugging Face folder")
     if not target.absolute().parent.is_dir():
         raise UserError(f"there is no folder {target.absolute().parent} to write {target.name} into")
     if target.name in ("", ".."):
         raise UserError(f"{target} has no name of its own: give that of a folder which is not there yet")
-    if os.path.lexists(partial := target.with_name(target.name + PARTIAL)):
+    if os.path.lexists(partial := target.with_name(target.name + PARTIAL_SUFFIX)):
         raise UserError(f"{partial} is there: another conversion is at work, or was killed and left it; take it away")
-    a_file = target.suffix.lower() in (".pth", ".ckpt")
-    if os.path.lexists(target) and (a_file or target.is_symlink() or not target.is_dir() or any(target.iterdir())):
+    is_file = target.suffix.lower() in (".pth", ".ckpt")
+    if os.path.lexists(target) and (is_file or target.is_symlink() or not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} is there already: nothing is written over, choose another name")
 
 
-def rounding(before: "Weights", after: "Weights") -> str:
+def describe_rounding(before: "Weights", after: "Weights") -> str:
     """How many values a narrower dtype has changed, in words; nothing where none."""
     changed = lost = total = 0
     for name, value in before.tensors.items():

@@ -12,7 +12,7 @@ from typing import Any
 
 from rwkv_pl.cli.entry import cli_entry_point
 from rwkv_pl.files import cache_folder
-from rwkv_pl.limits import usable_cores, use_usable_cores
+from rwkv_pl.limits import limit_threads, usable_cores
 from rwkv_pl.terminal import console
 
 
@@ -20,13 +20,13 @@ from rwkv_pl.terminal import console
 class Finding:
     """cure: what to do, where something is amiss."""
 
-    what: str
+    name: str
     found: str
     cure: str = ""
 
 
 # Of output and gradients, relative to the recurrence in float64: what float32 can hold, and five times over.
-WORST_ERROR = 5e-6
+MAX_ERROR = 5e-6
 
 
 @cli_entry_point
@@ -48,26 +48,32 @@ def main() -> None:
     table = Table(header_style="bold", show_lines=False)
     for title in ("", "found", "cure"):
         table.add_column(title, overflow="fold")
-    for finding in findings():
+    for finding in check_build_tools():
         table.add_row(
-            finding.what, escape(finding.found), escape(finding.cure or "-"), style="red" if finding.cure else None
+            finding.name, escape(finding.found), escape(finding.cure or "-"), style="red" if finding.cure else None
         )
     console().print(table)
 
-    use_usable_cores()
+    limit_threads()
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     for device in devices:
-        print(_products(device))
-    verdicts = [_tried(device) for device in devices]
+        print(_describe_products(device))
+    verdicts = [_verify_kernel(device) for device in devices]
     sys.exit(0 if all(verdicts) else 1)
 
 
-def findings() -> Iterator[Finding]:
+def check_build_tools() -> Iterator[Finding]:
     """One for each thing that a build takes."""
     import torch
 
     from rwkv_pl.ops.build import PREBUILT, cpu_level
-    from rwkv_pl.ops.toolchain import compiler_advice, compiler_tried, find_compiler, find_nvcc, nvcc_trouble
+    from rwkv_pl.ops.toolchain import (
+        compiler_advice,
+        describe_missing_compiler,
+        describe_nvcc_problem,
+        find_compiler,
+        find_nvcc,
+    )
 
     yield Finding("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     cuda = torch.version.cuda
@@ -82,27 +88,27 @@ def findings() -> Iterator[Finding]:
     if compiler:
         yield Finding("C++ compiler", f"{compiler.version} ({compiler.path})")
     else:
-        yield Finding("C++ compiler", compiler_tried(), "" if prebuilt else compiler_advice())
+        yield Finding("C++ compiler", describe_missing_compiler(), "" if prebuilt else compiler_advice())
     try:
         import ninja
 
         yield Finding("ninja", f"{ninja.__version__} ({ninja.BIN_DIR})")
     except ImportError:
         yield Finding("ninja", "none", "run `pip install ninja`")
-    yield _cache()
+    yield _check_cache()
     if not torch.cuda.is_available():
         yield Finding("GPU", "none that torch sees" if cuda else "not looked for: this torch has no CUDA")
     for device in range(torch.cuda.device_count()):
-        about = torch.cuda.get_device_properties(device)
-        memory = about.total_memory / 2**30
-        yield Finding(f"GPU {device}", f"{about.name}, sm_{about.major}{about.minor}, {memory:.0f} GiB")
+        properties = torch.cuda.get_device_properties(device)
+        memory = properties.total_memory / 2**30
+        yield Finding(f"GPU {device}", f"{properties.name}, sm_{properties.major}{properties.minor}, {memory:.0f} GiB")
     nvcc = find_nvcc(cuda or "13")
     # Of no consequence where torch has no CUDA.
-    trouble, _, cure = nvcc_trouble(nvcc, cuda).partition("; ") if cuda else ("", "", "")
-    yield Finding("nvcc", trouble or (f"CUDA {nvcc.version} ({nvcc.path})" if nvcc else "none"), cure)
+    problem, _, cure = describe_nvcc_problem(nvcc, cuda).partition("; ") if cuda else ("", "", "")
+    yield Finding("nvcc", problem or (f"CUDA {nvcc.version} ({nvcc.path})" if nvcc else "none"), cure)
 
 
-def _cache() -> Finding:
+def _check_cache() -> Finding:
     from filelock import FileLock, Timeout
 
     folder = cache_folder() / "kernels"
@@ -120,28 +126,28 @@ def _cache() -> Finding:
     return Finding("cache", f"{folder}: {len(libraries)} libraries, {size:.1f} MB{stale}")
 
 
-def _tried(device: str) -> bool:
+def _verify_kernel(device: str) -> bool:
     """Builds the kernel of a device, judges and times it, and says in a line what kernel=auto will use there."""
     from rwkv_pl.ops.backend import use_kernel
 
     try:
         with use_kernel("compiled"):
             started = time.perf_counter()
-            _results(device, steps=4)
+            _compute_results(device, steps=4)
             ready = time.perf_counter() - started
-            error = _worst_error(device)
-            compiled = _milliseconds(device, calls=20)
+            error = _measure_error(device)
+            compiled = _measure_milliseconds(device, calls=20)
     except RuntimeError as failure:
         reason = (
             str(failure).removeprefix("wkv4: no compiled operator: ").removesuffix("; or choose use_kernel('auto')")
         )
         print(f"{device}: kernel=auto uses the scan in plain torch: {reason}")
         return False
-    if not error <= WORST_ERROR:
-        print(f"{device}: the compiled kernel errs by {error:.1e}, more than {WORST_ERROR:.0e}: use kernel=scan")
+    if not error <= MAX_ERROR:
+        print(f"{device}: the compiled kernel errs by {error:.1e}, more than {MAX_ERROR:.0e}: use kernel=scan")
         return False
     with use_kernel("scan"):
-        scan = _milliseconds(device, calls=3)
+        scan = _measure_milliseconds(device, calls=3)
     print(
         f"{device}: kernel=auto uses the compiled kernel: there in {ready:.1f} s, relative error {error:.1e}, "
         f"{compiled:.2f} ms where the scan takes {scan:.0f} (1 x 1,024 x 512, forward and backward)"
@@ -149,21 +155,23 @@ def _tried(device: str) -> bool:
     return True
 
 
-def _products(device: str) -> str:
+def _describe_products(device: str) -> str:
     """How fast matrix products are in either precision, in a line."""
     import torch
 
     from rwkv_pl.training.memory import format_si
-    from rwkv_pl.training.precision import in_words, product_rates
+    from rwkv_pl.training.precision import describe_speedup, measure_product_rates
 
-    rates = product_rates(torch.device(device), tokens=1024, n_embd=512)
+    rates = measure_product_rates(torch.device(device), tokens=1024, n_embd=512)
     float32, bf16 = rates[torch.float32], rates[torch.bfloat16]
-    a_thread = " a thread" if device == "cpu" else ""
-    speeds = f"{format_si(float32, 'FLOP/s')} in float32 and {format_si(bf16, 'FLOP/s')} in bf16{a_thread}"
-    return f"{device}: matrix products make {speeds}: in bf16-mixed they are {in_words(bf16 / float32)} in 32-true"
+    per_thread = " a thread" if device == "cpu" else ""
+    speeds = f"{format_si(float32, 'FLOP/s')} in float32 and {format_si(bf16, 'FLOP/s')} in bf16{per_thread}"
+    return (
+        f"{device}: matrix products make {speeds}: in bf16-mixed they are {describe_speedup(bf16 / float32)} in 32-true"
+    )
 
 
-def _results(device: str, steps: int, dtype: str = "float32", channels: int = 512) -> list[Any]:
+def _compute_results(device: str, steps: int, dtype: str = "float32", channels: int = 512) -> list[Any]:
     """Output and gradients for inputs of ordinary size."""
     import torch
 
@@ -177,16 +185,16 @@ def _results(device: str, steps: int, dtype: str = "float32", channels: int = 51
     return [output.detach(), *torch.autograd.grad(output, leaves, made[4])]
 
 
-def _worst_error(device: str) -> float:
+def _measure_error(device: str) -> float:
     from rwkv_pl.ops.backend import use_kernel
 
-    got = _results(device, steps=300, channels=65)
+    got = _compute_results(device, steps=300, channels=65)
     with use_kernel("recurrence"):
-        judge = _results("cpu", steps=300, channels=65, dtype="float64")
-    return max(float((x.cpu().double() - y).norm() / y.norm()) for x, y in zip(got, judge, strict=True))
+        reference = _compute_results("cpu", steps=300, channels=65, dtype="float64")
+    return max(float((x.cpu().double() - y).norm() / y.norm()) for x, y in zip(got, reference, strict=True))
 
 
-def _milliseconds(device: str, calls: int) -> float:
+def _measure_milliseconds(device: str, calls: int) -> float:
     import torch
 
     wait: Callable[[], None] = torch.cuda.synchronize if device == "cuda" else lambda: None
@@ -194,7 +202,7 @@ def _milliseconds(device: str, calls: int) -> float:
     for _ in range(calls):
         wait()
         started = time.perf_counter()
-        _results(device, steps=1024)
+        _compute_results(device, steps=1024)
         wait()
         taken.append(1e3 * (time.perf_counter() - started))
     return statistics.median(taken)

@@ -14,7 +14,7 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from rwkv_pl.errors import RunError, UserError
-from rwkv_pl.files import in_words
+from rwkv_pl.files import describe_os_error
 from rwkv_pl.terminal import FAILED, print_error
 
 
@@ -41,7 +41,7 @@ def cli_entry_point(main: Callable[[], None]) -> Callable[[], None]:
             sys.exit(FAILED)
         except OSError as error:
             # A full disk, a folder that went away: what was written before is whole.
-            sys.exit(print_error(in_words(error), FAILED))
+            sys.exit(print_error(describe_os_error(error), FAILED))
         except KeyboardInterrupt:
             sys.exit(130)
 
@@ -49,7 +49,7 @@ def cli_entry_point(main: Callable[[], None]) -> Callable[[], None]:
 
 
 # Folders that the environment names. A relative one counts from where the command was typed.
-FOLDERS = ("RWKV_PL_CACHE", "RWKV_PL_CONFIG")
+FOLDER_VARIABLES = ("RWKV_PL_CACHE", "RWKV_PL_CONFIG")
 
 
 @contextlib.contextmanager
@@ -66,9 +66,9 @@ def safe_import_path() -> Iterator[None]:
 
     path = list(sys.path)
     sys.path[:] = [entry for entry in path if Path(entry).is_absolute()]
-    before = {name: os.environ.get(name) for name in ("PYTHONSAFEPATH", "PYTHONPATH", *FOLDERS)}
+    before = {name: os.environ.get(name) for name in ("PYTHONSAFEPATH", "PYTHONPATH", *FOLDER_VARIABLES)}
     os.environ["PYTHONSAFEPATH"] = "1"
-    for name in ("PYTHONPATH", *FOLDERS):
+    for name in ("PYTHONPATH", *FOLDER_VARIABLES):
         if before[name]:
             entries = str(before[name]).split(os.pathsep) if name == "PYTHONPATH" else [str(before[name])]
             os.environ[name] = os.pathsep.join(str(Path(entry).absolute()) for entry in entries)

@@ -17,12 +17,12 @@ from filelock import FileLock
 from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf
 
-from rwkv_pl.cli.arguments import parse_arguments, show
+from rwkv_pl.cli.arguments import parse_arguments, print_hydra_info
 from rwkv_pl.cli.entry import cli_entry_point, default_sigint
 from rwkv_pl.compose import compose, is_group_choice, parse_overrides, to_dataclass, to_plain_dict
 from rwkv_pl.config import CORPORA, DATA_PATHS, Data, Eval
 from rwkv_pl.errors import RunError, UserError, one_line
-from rwkv_pl.files import cache_folder, made_for_success, publish, writing
+from rwkv_pl.files import as_user_error, atomic_write, cache_folder, remove_on_failure
 from rwkv_pl.runs.stored import StoredRun, require_no_download
 from rwkv_pl.terminal import console
 from rwkv_pl.training.curve import default_style
@@ -53,9 +53,9 @@ def main() -> None:
         if is_group_choice(override) and override.key_or_group != "data":
             raise UserError(f"{override.input_line}: data alone is chosen here, the model is that of the weights")
     if args.help or args.hydra_help or args.info or args.shell_completion or args.cfg in ("hydra", "all"):
-        show(argv, [str(o.input_line) for o in overrides], args.config_dir, "eval")
+        print_hydra_info(argv, [str(o.input_line) for o in overrides], args.config_dir, "eval")
         return
-    settings, run = composed(overrides, args.config_dir)
+    settings, run = compose_settings(overrides, args.config_dir)
     if args.cfg:
         print(OmegaConf.to_yaml(OmegaConf.create(settings)), end="")
         return
@@ -68,47 +68,47 @@ def main() -> None:
             f"weights={config.weights} are of no run, which would know its text: choose one, data=text data.path=FILE, "
             "data=enwik8 or data=stdlib"
         )
-    out, name = destination(config, run, given)
-    with made_for_success(out):
-        with writing(out):
+    out, name = choose_output(config, run, given)
+    with remove_on_failure(out):
+        with as_user_error(out):
             if not os.access(out, os.W_OK):
                 raise UserError(f"{out} can't be written to: give another folder by out=FOLDER")
         if sys.stderr.isatty():
             print("loading torch ...", file=sys.stderr, flush=True)
         report = _evaluate(config, run, given)
-        _print(report)
-        _write(report, out, name)
+        _print_report(report)
+        _write_report(report, out, name)
 
 
-def composed(overrides: Sequence[Override], config_dir: str | None) -> tuple[dict[str, Any], Path | None]:
+def compose_settings(overrides: Sequence[Override], config_dir: str | None) -> tuple[dict[str, Any], Path | None]:
     """All settings, in plain types, and the folder of the run that `weights` is, or lies in.
 
     Where that is a run, and no other data is chosen, the data settings are the run's own, but for those that are given.
     Raises UserError.
     """
     weights = next((o.value() for o in overrides if o.key_or_group == "weights"), None)
-    run = run_of(Path(str(weights))) if weights else None
-    told = [o.input_line or "" for o in overrides]
+    run = find_run(Path(str(weights))) if weights else None
+    texts = [o.input_line or "" for o in overrides]
     if run is None or any(o.key_or_group == "data" for o in overrides):
-        return to_plain_dict(compose(told, config_dir, "eval")), run
+        return to_plain_dict(compose(texts, config_dir, "eval")), run
     stored = StoredRun(run)
     own = to_plain_dict(stored.config())["data"]
     for key in DATA_PATHS:
         if own.get(key):
             own[key] = str(stored.cwd / own[key])
-    settings = to_plain_dict(compose([f"data={to_dataclass(own, Data).name}", *told], config_dir, "eval"))
+    settings = to_plain_dict(compose([f"data={to_dataclass(own, Data).name}", *texts], config_dir, "eval"))
     given = {o.key_or_group.split(".")[1] for o in overrides if o.key_or_group.startswith("data.")}
     settings["data"] |= {key: value for key, value in own.items() if key not in given}
     return settings, run
 
 
-def run_of(source: Path) -> Path | None:
+def find_run(source: Path) -> Path | None:
     """The run folder that `source` is, or in whose checkpoints/ it lies."""
     folder = source.absolute().parent.parent if source.absolute().parent.name == "checkpoints" else source.absolute()
     return folder if (folder / ".hydra" / "config.yaml").is_file() else None
 
 
-def destination(config: Eval, run: Path | None, given: set[str]) -> tuple[Path, str]:
+def choose_output(config: Eval, run: Path | None, given: set[str]) -> tuple[Path, str]:
     """The folder of the result, and its files' name: outside the run's folder, and where one of several checkpoints is
     named, it says whose result it is; and on which text, where that is not the run's own."""
     source = Path(str(config.weights)).absolute()
@@ -126,14 +126,14 @@ def _evaluate(config: Eval, run: Path | None, given: set[str]) -> dict[str, Any]
         import torch
 
         from rwkv_pl.data.datamodule import open_data
-        from rwkv_pl.inference.evaluate import carried, figures, windows
-        from rwkv_pl.limits import use_usable_cores
+        from rwkv_pl.inference.evaluate import compute_metrics, evaluate_stream, evaluate_windows
+        from rwkv_pl.limits import limit_threads
         from rwkv_pl.ops.heap import keep_freed_memory
         from rwkv_pl.runs.device import choose_kernel
         from rwkv_pl.weights.read import read_weights
 
     keep_freed_memory()
-    use_usable_cores()
+    limit_threads()
     source = Path(str(config.weights))
     weights = read_weights(source)
     vocabulary = weights.vocabulary
@@ -149,7 +149,7 @@ def _evaluate(config: Eval, run: Path | None, given: set[str]) -> dict[str, Any]
             f"{vocabulary.size:,}: give the vocabulary that it was trained with"
         )
     lo, hi = getattr(tokens.splits, config.split)
-    n_tokens, n_bytes = hi - max(lo, 1), scored_bytes(tokens, config.split, vocabulary)
+    n_tokens, n_bytes = hi - max(lo, 1), count_scored_bytes(tokens, config.split, vocabulary)
     if n_tokens < 1:
         raise UserError(
             f"the {config.split} split of {corpus.path} has {hi - lo} tokens, nothing to predict: "
@@ -157,7 +157,7 @@ def _evaluate(config: Eval, run: Path | None, given: set[str]) -> dict[str, Any]
         )
     if run and "data" not in given and weights.trained_on not in (None, corpus.digest):
         print(f"warning: {corpus.description} is not the text that the run was trained on", file=sys.stderr)
-    device = _device(config.accelerator)
+    device = _choose_device(config.accelerator)
     choose_kernel(config.kernel, device)
 
     report: dict[str, Any] = {
@@ -187,14 +187,14 @@ def _evaluate(config: Eval, run: Path | None, given: set[str]) -> dict[str, Any]
     protocols: dict[str, tuple[dict[str, Any], Callable[..., Any]]] = {
         "carried": (
             {"streams": min(config.streams, n_tokens), "warmup": config.warmup, "chunk_len": config.chunk_len},
-            carried,
+            evaluate_stream,
         ),
         "windows": (
             {"ctx_len": config.data.ctx_len, "stride": config.stride or config.data.ctx_len},
-            lambda *text, **how: windows(*text, rows=config.data.eval_batch_size, **how),
+            lambda *text, **how: evaluate_windows(*text, rows=config.data.eval_batch_size, **how),
         ),
     }
-    half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(config.precision)
+    autocast_dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(config.precision)
     try:
         model = weights.model().to(device, torch.float64 if config.precision == "64-true" else torch.float32)
         for name, (how, protocol) in protocols.items():
@@ -202,10 +202,10 @@ def _evaluate(config: Eval, run: Path | None, given: set[str]) -> dict[str, Any]
                 continue
             started = time.perf_counter()
             with (
-                torch.autocast(device.type, half) if half else nullcontext(),
+                torch.autocast(device.type, autocast_dtype) if autocast_dtype else nullcontext(),
                 _Progress(name, n_tokens, n_bytes) as progress,
             ):
-                nats, count = protocol(model, tokens.tokens, lo, hi, **how, told=progress.told)
+                nats, count = protocol(model, tokens.tokens, lo, hi, **how, on_progress=progress.update)
             seconds = time.perf_counter() - started
             by_position = {}
             if name == "windows":
@@ -217,7 +217,7 @@ def _evaluate(config: Eval, run: Path | None, given: set[str]) -> dict[str, Any]
                 "tokens": count,
                 "bytes": n_bytes,
                 "nats": nats,
-                **figures(nats, count, n_bytes),
+                **compute_metrics(nats, count, n_bytes),
                 "seconds": seconds,
                 "tokens_per_second": count / seconds,
                 **by_position,
@@ -225,18 +225,18 @@ def _evaluate(config: Eval, run: Path | None, given: set[str]) -> dict[str, Any]
     except FloatingPointError as error:
         raise RunError(f"weights={source}: {error}") from error
     except (MemoryError, RuntimeError, TypeError) as error:
-        raise _explained(error) from error
-    tokens.check()
+        raise _to_run_error(error) from error
+    tokens.check_unchanged()
     return report
 
 
-def scored_bytes(file: "TokenFile", split: str, vocabulary: "Vocabulary") -> int:
+def count_scored_bytes(file: "TokenFile", split: str, vocabulary: "Vocabulary") -> int:
     """The corpus file's own bytes in a split, but for those of token 0, which is never a target."""
     lo, _ = getattr(file.splits, split)
     return file.split_bytes(split) - (0 if lo else int(vocabulary.bytes_per_token[file.tokens[0]]))
 
 
-def _device(accelerator: str) -> "torch.device":
+def _choose_device(accelerator: str) -> "torch.device":
     import torch
 
     if accelerator == "auto":
@@ -251,7 +251,7 @@ def _device(accelerator: str) -> "torch.device":
     return there
 
 
-def _explained(error: Exception) -> Exception:
+def _to_run_error(error: Exception) -> Exception:
     """What a device refuses, in one line."""
     import torch
 
@@ -294,7 +294,7 @@ class _Progress:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def told(self, count: int, nats: float) -> None:
+    def update(self, count: int, nats: float) -> None:
         from rwkv_pl.inference.evaluate import bits_per_byte
 
         self._count, self._nats = self._count + count, self._nats + nats
@@ -306,7 +306,7 @@ class _Progress:
             )
 
 
-def _in_words(name: str, protocol: dict[str, Any]) -> str:
+def _describe_protocol(name: str, protocol: dict[str, Any]) -> str:
     """A protocol with its settings."""
     if name == "windows":
         return f"windows of {protocol['ctx_len']:,}, stride {protocol['stride']:,}"
@@ -314,10 +314,10 @@ def _in_words(name: str, protocol: dict[str, Any]) -> str:
     return "carried, 1 stream" if streams == 1 else f"carried, {streams:,} streams, warmup {warmup:,}"
 
 
-def _print(report: dict[str, Any]) -> None:
+def _print_report(report: dict[str, Any]) -> None:
     from rich.table import Table
 
-    from rwkv_pl.training.callbacks.progress import duration
+    from rwkv_pl.training.callbacks.progress import format_duration
 
     weights, text = report["weights"], report["text"]
     size = weights["config"]
@@ -334,37 +334,37 @@ def _print(report: dict[str, Any]) -> None:
         table.add_column(title, justify="left" if title == "protocol" else "right")
     for name, found in report["protocols"].items():
         table.add_row(
-            _in_words(name, found),
+            _describe_protocol(name, found),
             f"{found['bits_per_byte']:.4f}",
             f"{found['perplexity_per_token']:,.4f}",
             f"{found['nats_per_token']:.4f}",
             f"{found['tokens_per_second']:,.0f}",
-            duration(found["seconds"]),
+            format_duration(found["seconds"]),
         )
     console().print(table)
 
 
-def _write(report: dict[str, Any], out: Path, name: str) -> None:
+def _write_report(report: dict[str, Any], out: Path, name: str) -> None:
     """NAME.json, and of windows NAME.png, in the folder `out`; says where they are."""
     locks = cache_folder() / "locks"
     key = hashlib.sha256(str(out / name).encode()).hexdigest()[:16]
-    with writing(locks):
+    with as_user_error(locks):
         lock = FileLock(locks / f"eval-{key}")
     with lock:
         for found in report["protocols"].values():
             if math.isinf(found["perplexity_per_token"]):
                 found["perplexity_per_token"] = None  # JSON has no infinity
-        with publish(out / f"{name}.json") as file:
+        with atomic_write(out / f"{name}.json") as file:
             file.write(json.dumps(report, indent=1, allow_nan=False).encode())
         if "windows" in report["protocols"]:
-            draw(report, out / f"{name}.png")
+            draw_loss_by_position(report, out / f"{name}.png")
     print(f"result  {out / name}.json")
     if "windows" in report["protocols"]:
         print(f"picture {out / name}.png")
 
 
 @default_style()
-def draw(report: dict[str, Any], path: Path) -> None:
+def draw_loss_by_position(report: dict[str, Any], path: Path) -> None:
     """Loss against position in the context: where the curve still falls, the model uses memory that far back."""
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -388,12 +388,16 @@ def draw(report: dict[str, Any], path: Path) -> None:
         [context[m].mean() for m in members],
         [bits[m].mean() for m in members],
         color="tab:blue",
-        label=f"{_in_words('windows', found)}: {found['bits_per_token']:.3f} on average",
+        label=f"{_describe_protocol('windows', found)}: {found['bits_per_token']:.3f} on average",
     )
     if carried := protocols.get("carried"):
         mean = carried["bits_per_token"]
         axes.axhline(
-            mean, color="gray", linestyle="--", linewidth=1, label=f"{_in_words('carried', carried)}: {mean:.3f}"
+            mean,
+            color="gray",
+            linestyle="--",
+            linewidth=1,
+            label=f"{_describe_protocol('carried', carried)}: {mean:.3f}",
         )
     axes.set(
         xscale="log",
@@ -404,5 +408,5 @@ def draw(report: dict[str, Any], path: Path) -> None:
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.grid(alpha=0.3)
     axes.legend()
-    with publish(path) as file:
+    with atomic_write(path) as file:
         FigureCanvasAgg(figure).print_png(file)

@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 SECONDS_BEFORE_PROGRESS = 1
 
 # They are written at once, each with a state of its own.
-MOST_SAMPLES = 1000
+MAX_SAMPLES = 1000
 
 
-def parse() -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
     """The command line. Raises UserError for one that can't be meant."""
     parser = argparse.ArgumentParser(
         prog="rwkv-generate",
@@ -66,8 +66,8 @@ def parse() -> argparse.Namespace:
     arguments = parser.parse_intermixed_args()
     if arguments.max_tokens < -1:
         raise UserError(f"--max-tokens must be at least 0, or -1 for no end, got {arguments.max_tokens}")
-    if not 1 <= arguments.samples <= MOST_SAMPLES:
-        raise UserError(f"--samples must be from 1 to {MOST_SAMPLES:,}, got {arguments.samples}")
+    if not 1 <= arguments.samples <= MAX_SAMPLES:
+        raise UserError(f"--samples must be from 1 to {MAX_SAMPLES:,}, got {arguments.samples}")
     if arguments.samples > 1 and arguments.state_out:
         raise UserError("--state-out keeps the memory of one text: leave out --samples")
     if not all(arguments.stop):
@@ -77,7 +77,7 @@ def parse() -> argparse.Namespace:
 
 @cli_entry_point
 def main() -> None:
-    arguments = parse()
+    arguments = parse_arguments()
     if sys.stdout is None or (arguments.prompt == "-" and sys.stdin is None):
         raise UserError("standard input or output is closed, there is nothing to read from or to write to")
     text = sys.stdin.buffer.read() if arguments.prompt == "-" else os.fsencode(arguments.prompt)
@@ -85,16 +85,16 @@ def main() -> None:
     with default_sigint():
         import torch
 
-        from rwkv_pl.inference.generate import Generation, select
-        from rwkv_pl.inference.sampling import Dice
-        from rwkv_pl.inference.state_file import Memory, check_replaceable, load_memory, save_memory
-        from rwkv_pl.limits import use_usable_cores
-        from rwkv_pl.ops.linear import matrices_to
-        from rwkv_pl.ops.rwkv4_step import lay_together
+        from rwkv_pl.inference.generate import Generation, select_rows
+        from rwkv_pl.inference.sampling import RowRandom
+        from rwkv_pl.inference.state_file import GenerationState, check_replaceable, load_state, save_state
+        from rwkv_pl.limits import limit_threads
+        from rwkv_pl.ops.linear import cast_linear_weights
+        from rwkv_pl.ops.rwkv4_step import move_to_huge_pages
         from rwkv_pl.weights.read import read_weights
 
-    use_usable_cores()
-    sampling = _sampling(arguments)
+    limit_threads()
+    sampling = _build_sampling(arguments)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no GPU here; leave it out")
     on_gpu = arguments.device != "cpu" and torch.cuda.is_available()
@@ -102,40 +102,44 @@ def main() -> None:
         check_replaceable(arguments.state_out)
     weights = read_weights(arguments.weights)
     model = weights.model().to("cuda" if on_gpu else "cpu").eval().requires_grad_(False)
-    matrices_to(model, getattr(torch, arguments.dtype))
-    lay_together(model)
-    vocabulary = _vocabulary(weights, arguments.vocab)
+    cast_linear_weights(model, getattr(torch, arguments.dtype))
+    move_to_huge_pages(model)
+    vocabulary = _choose_vocabulary(weights, arguments.vocab)
     tokens = torch.from_numpy(vocabulary.encode(text).astype("int64"))
 
     remembers = arguments.state_in or arguments.state_out
     digest = f"{weights.digest} {vocabulary.digest}" if remembers else ""
-    before = load_memory(arguments.state_in, model, digest) if arguments.state_in else None
+    before = load_state(arguments.state_in, model, digest) if arguments.state_in else None
     if not len(tokens) and not before:
         tokens = torch.tensor([vocabulary.document_end])
     recent = torch.cat([before.recent, tokens]) if before else tokens
     try:
         if len(tokens):
-            logits, state = _read(model, tokens, before.state if before else None)
+            logits, state = _read_prompt(model, tokens, before.state if before else None)
         elif before:
             logits, state = before.logits, before.state
         rows = torch.zeros(arguments.samples, dtype=torch.int64)
         seed = int.from_bytes(os.urandom(4), "big") if arguments.seed is None else arguments.seed
-        dice = Dice(seed, arguments.samples)
-        generation = Generation(model, logits[rows], select(state, rows), sampling, dice, [recent] * arguments.samples)
+        random = RowRandom(seed, arguments.samples)
+        generation = Generation(
+            model, logits[rows], select_rows(state, rows), sampling, random, [recent] * arguments.samples
+        )
         stops = [os.fsencode(stop) for stop in arguments.stop]
         if arguments.seed is None and sampling.temperature > 0 and arguments.max_tokens:
             print(f"seed {seed} (--seed {seed} writes the same again)", file=sys.stderr)
-        interrupted = _write(generation, vocabulary, stops, arguments.samples, arguments.max_tokens)
+        interrupted = _print_texts(generation, vocabulary, stops, arguments.samples, arguments.max_tokens)
         if arguments.state_out:
             generation.catch_up()
-            save_memory(arguments.state_out, Memory(generation.logits, generation.state, generation.recent[0]), digest)
+            save_state(
+                arguments.state_out, GenerationState(generation.logits, generation.state, generation.recent[0]), digest
+            )
     except FloatingPointError as error:
         raise RunError(f"{arguments.weights}: {error}") from error
     if interrupted:
         sys.exit(130)
 
 
-def _sampling(arguments: argparse.Namespace) -> "Sampling":
+def _build_sampling(arguments: argparse.Namespace) -> "Sampling":
     from rwkv_pl.inference.sampling import Sampling
 
     names = ("temperature", "top_k", "top_p", "repetition", "window")
@@ -145,7 +149,7 @@ def _sampling(arguments: argparse.Namespace) -> "Sampling":
         raise UserError("--" + str(error).replace("_", "-", 1)) from error
 
 
-def _vocabulary(weights: "Weights", json: Path | None) -> "Vocabulary":
+def _choose_vocabulary(weights: "Weights", json: Path | None) -> "Vocabulary":
     """That of the weights, or the one given; of 256 tokens the bytes. Raises UserError where it can't be told."""
     from rwkv_pl.data.vocabulary import Vocabulary, read_vocabulary
 
@@ -161,13 +165,13 @@ def _vocabulary(weights: "Weights", json: Path | None) -> "Vocabulary":
     return vocabulary
 
 
-def _read(model: "nn.Module", tokens: "Tensor", state: "State | None") -> "tuple[Tensor, State]":
+def _read_prompt(model: "nn.Module", tokens: "Tensor", state: "State | None") -> "tuple[Tensor, State]":
     """The logits after tokens (T,), and the state; with a bar where that takes long."""
-    from rwkv_pl.inference.generate import CHUNK, read
+    from rwkv_pl.inference.generate import CHUNK, read_tokens
 
     tokens = tokens.to(next(model.parameters()).device)
     if len(tokens) <= CHUNK:
-        return read(model, tokens[None], state)
+        return read_tokens(model, tokens[None], state)
 
     from rich.console import Console
     from rich.progress import Progress
@@ -183,17 +187,17 @@ def _read(model: "nn.Module", tokens: "Tensor", state: "State | None") -> "tuple
                 bar.start()
             bar.advance(task, done)
 
-        return read(model, tokens[None], state, progress)
+        return read_tokens(model, tokens[None], state, progress)
 
 
-class Turns:
+class OrderedPrinter:
     """Texts that are written at once, printed one after the other: the one whose turn it is as it comes."""
 
     def __init__(self, out: IO[bytes], texts: int) -> None:
         self._out, self._texts = out, texts
         self._waiting = [b""] * texts
         self._turn = 0
-        self.going = set(range(texts))
+        self.unfinished = set(range(texts))
         self._announce()
 
     def add(self, text: int, shown: bytes) -> None:
@@ -201,14 +205,14 @@ class Turns:
         self._print()
 
     def end(self, text: int) -> None:
-        self.going.discard(text)
+        self.unfinished.discard(text)
         self._print()
 
     def _print(self) -> None:
         while self._turn < self._texts:
             self._out.write(self._waiting[self._turn])
             self._waiting[self._turn] = b""
-            if self._turn in self.going:
+            if self._turn in self.unfinished:
                 break
             self._out.write(b"\n")
             self._turn += 1
@@ -220,7 +224,7 @@ class Turns:
             self._out.write(f"--- {self._turn + 1} of {self._texts} ---\n".encode())
 
 
-def _write(
+def _print_texts(
     generation: "Generation", vocabulary: "Vocabulary", stops: Sequence[bytes], samples: int, max_tokens: int
 ) -> bool:
     """Prints the texts, and on stderr how fast they came. Returns whether Ctrl-C ended them."""
@@ -231,31 +235,31 @@ def _write(
     def interrupt(*_: Any) -> None:
         nonlocal interrupted
         interrupted = True
-        signal.signal(signal.SIGINT, usual)
+        signal.signal(signal.SIGINT, previous_handler)
 
     streams = [TextStream(stops) for _ in range(samples)]
-    turns = Turns(sys.stdout.buffer, samples)
+    printer = OrderedPrinter(sys.stdout.buffer, samples)
     steps = written = 0
     started = time.perf_counter()
-    usual = signal.signal(signal.SIGINT, interrupt)
+    previous_handler = signal.signal(signal.SIGINT, interrupt)
     try:
-        while turns.going and not interrupted and steps != max_tokens:
+        while printer.unfinished and not interrupted and steps != max_tokens:
             tokens = next(generation).tolist()
             steps += 1
-            written += len(turns.going)
-            for i in tuple(turns.going):
+            written += len(printer.unfinished)
+            for i in tuple(printer.unfinished):
                 spelled = vocabulary.decode(tokens[i : i + 1])
-                turns.add(i, streams[i].feed(spelled))
+                printer.add(i, streams[i].feed(spelled))
                 # A token that spells nothing ends the document.
                 if streams[i].stopped or not spelled:
-                    turns.add(i, streams[i].close())
-                    turns.end(i)
+                    printer.add(i, streams[i].close())
+                    printer.end(i)
     finally:
-        signal.signal(signal.SIGINT, usual)
+        signal.signal(signal.SIGINT, previous_handler)
     seconds = time.perf_counter() - started
-    for i in tuple(turns.going):
-        turns.add(i, streams[i].close())
-        turns.end(i)
+    for i in tuple(printer.unfinished):
+        printer.add(i, streams[i].close())
+        printer.end(i)
     if written:
         print(f"{written:,} tokens, {written / seconds:,.0f} tokens/s", file=sys.stderr)
     return interrupted

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rwkv_pl.cli.entry import cli_entry_point
 from rwkv_pl.errors import UserError
-from rwkv_pl.sweeps.report import find, report
+from rwkv_pl.sweeps.report import find_runs, print_report
 
 
 @cli_entry_point
@@ -26,10 +26,10 @@ def main() -> None:
         if not path.is_dir():
             raise UserError(f"{path} is no folder")
     out = arguments.out or (paths[0] if len(paths) == 1 else Path.cwd())
-    if not find(paths):
+    if not find_runs(paths):
         raise UserError(f"there is no run below {', '.join(map(str, paths))}")
     out.mkdir(parents=True, exist_ok=True)
-    report(paths, out)
+    print_report(paths, out)
 
 
 if __name__ == "__main__":

@@ -16,42 +16,42 @@ from hydra_plugins.rwkv_pl.grid import GridSweeper
 from hydra_plugins.rwkv_pl.launcher import ProcessLauncher
 from hydra_plugins.rwkv_pl.study import StudySweeper
 from rwkv_pl.cli.arguments import run_with_hydra
-from rwkv_pl.compose import check, compose, parse_overrides, quote_override, typed_config_dir
+from rwkv_pl.compose import check_config, compose, parse_overrides, quote_override, typed_config_dir
 from rwkv_pl.config import CORPORA
 from rwkv_pl.data.documents import exists
 from rwkv_pl.errors import UserError, one_line
 from rwkv_pl.files import require_own_files
 from rwkv_pl.runs.folder import create_run_dir, has_started, locked
-from rwkv_pl.sweeps.jobs import product, with_params
+from rwkv_pl.sweeps.jobs import expand_grid, merge_params
 from rwkv_pl.sweeps.pool import run_job
-from rwkv_pl.sweeps.report import report
+from rwkv_pl.sweeps.report import print_report
 from rwkv_pl.terminal import FAILED
 
 MULTIRUN = "multirun.yaml"
 
 # In the environment of a resumed sweep's jobs: their settings come from its folder, and are not trusted.
-RESUMED = "RWKV_PL_RESUMED_SWEEP"
+RESUMED_ENV = "RWKV_PL_RESUMED_SWEEP"
 
 # Hydra's own part of a stored sweep that is used again: not what could start a stranger's program.
-STORED = ("hydra/sweeper", "hydra.sweeper.", "hydra.sweep.subdir", "hydra.launcher.jobs=")
+STORED_KEYS = ("hydra/sweeper", "hydra.sweeper.", "hydra.sweep.subdir", "hydra.launcher.jobs=")
 
 # Our launcher and sweepers by the name of `_target_`.
-OURS: dict[str, Any] = {
+OWN_PLUGINS: dict[str, Any] = {
     f"{plugin.__module__}.{plugin.__name__}": plugin for plugin in (ProcessLauncher, GridSweeper, StudySweeper)
 }
 
 
-def start(argv: Sequence[str], overrides: list[Override], config_dir: str | None) -> None:
+def start_sweep(argv: Sequence[str], overrides: list[Override], config_dir: str | None) -> None:
     """`rwkv-train -m`. Raises UserError, with no folder made, for what is wrong in every job."""
     fixed = [o for o in overrides if not o.is_sweep_override()]
     composed = compose([str(o.input_line) for o in fixed], config_dir)
-    told = with_params(
+    merged = merge_params(
         composed.hydra.sweeper.get("params") or {}, [str(o.input_line) for o in overrides if not o.is_hydra_override()]
     )
-    _require_one_good([str(o.input_line) for o in fixed if o.is_hydra_override()], told, config_dir)
-    _check_plugins(composed, told)
+    _require_valid_job([str(o.input_line) for o in fixed if o.is_hydra_override()], merged, config_dir)
+    _check_plugins(composed, merged)
     typed = any(o.key_or_group == "hydra.sweep.dir" for o in overrides)
-    _run(create_run_dir(Path(composed.hydra.sweep.dir).absolute(), typed), argv, composed.hydra.launcher)
+    _run_sweep(create_run_dir(Path(composed.hydra.sweep.dir).absolute(), typed), argv, composed.hydra.launcher)
 
 
 def resume_sweep(sweep: Path, later: list[Override], config_dir: str | None) -> None:
@@ -82,20 +82,20 @@ def resume_sweep(sweep: Path, later: list[Override], config_dir: str | None) -> 
     require_own_files(sweep)
     os.chdir(cwd)
     kept = [o.input_line or "" for o in settings if not o.is_hydra_override() and o.key_or_group != "plugins"]
-    own = [text for text in own if text.startswith(STORED) and "_target_" not in text]
+    own = [text for text in own if text.startswith(STORED_KEYS) and "_target_" not in text]
     if any(o.key_or_group == "hydra/launcher" for o in later):
         own = [text for text in own if not text.startswith("hydra.launcher.")]
     given = [str(o.input_line) for o in later]
     launcher = compose([*own, *given], config_dir).hydra.launcher
     where = ["--config-dir", config_dir] if config_dir else []
-    os.environ[RESUMED] = "1"
+    os.environ[RESUMED_ENV] = "1"
     try:
-        _run(sweep, ["-m", *where, *own, *given, *kept], launcher)
+        _run_sweep(sweep, ["-m", *where, *own, *given, *kept], launcher)
     finally:
-        del os.environ[RESUMED]
+        del os.environ[RESUMED_ENV]
 
 
-def _run(sweep: Path, argv: Sequence[str], launcher: DictConfig) -> None:
+def _run_sweep(sweep: Path, argv: Sequence[str], launcher: DictConfig) -> None:
     """Hands over to Hydra; prints what came of the sweep, whatever happens. Exits 1 where a job failed."""
     # Hydra describes a run of its own in the job's folder, which the job's process does itself.
     ours = [f"hydra.sweep.dir={quote_override(sweep)}", "hydra.output_subdir=null", "hydra/job_logging=none"]
@@ -103,38 +103,38 @@ def _run(sweep: Path, argv: Sequence[str], launcher: DictConfig) -> None:
         # It holds pickles, which are loaded: no name that a stranger could have put his own under.
         private = sweep / f".submitit-{secrets.token_hex(8)}" / "%j"
         ours.append(f"hydra.launcher.submitit_folder={quote_override(private)}")
-    for plugin in OURS.values():  # Hydra's own search does not see those of an editable install
+    for plugin in OWN_PLUGINS.values():  # Hydra's own search does not see those of an editable install
         Plugins.instance().register(plugin)
     with locked(sweep):
         try:
             run_with_hydra(run_job, [*argv, *ours])
         finally:
-            done = report([sweep], sweep)
+            done = print_report([sweep], sweep)
             if not done:
                 print(f"what is missing is tried again by rwkv-train -m resume={sweep}")
     if not done:
         sys.exit(FAILED)
 
 
-def _check_plugins(composed: DictConfig, told: Sequence[Override]) -> None:
+def _check_plugins(composed: DictConfig, overrides: Sequence[Override]) -> None:
     """Raises UserError where our launcher or sweeper refuses its settings."""
     for part in ("launcher", "sweeper"):
         arguments = dict(composed.hydra[part])
-        if plugin := OURS.get(arguments.pop("_target_")):
+        if plugin := OWN_PLUGINS.get(arguments.pop("_target_")):
             try:
                 made = plugin(**arguments)
             except TypeError as error:
                 raise UserError(f"hydra.{part} refuses its settings: {one_line(error)}") from error
             if part == "sweeper":
-                made.check(told)
+                made.check(overrides)
 
 
-def _require_one_good(own: list[str], told: Sequence[Override], config_dir: str | None) -> None:
+def _require_valid_job(own: list[str], overrides: Sequence[Override], config_dir: str | None) -> None:
     """Raises the first job's UserError where no job's settings hold."""
     first = None
-    for job in product(told):
+    for job in expand_grid(overrides):
         try:
-            config = check(compose([*own, *job], config_dir), parse_overrides(job), config_dir)
+            config = check_config(compose([*own, *job], config_dir), parse_overrides(job), config_dir)
             texts = {"data.path": config.data.path, "data.val_path": config.data.val_path}
             for key, path in texts.items() if CORPORA[config.data.name].path else ():
                 if path and not exists(Path(path)):

@@ -13,14 +13,14 @@ from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf
 
 from rwkv_pl.cli import sweep
-from rwkv_pl.cli.arguments import parse_arguments, show
+from rwkv_pl.cli.arguments import parse_arguments, print_hydra_info
 from rwkv_pl.cli.entry import cli_entry_point
-from rwkv_pl.compose import check, compose, parse_overrides, quote_override
+from rwkv_pl.compose import check_config, compose, parse_overrides, quote_override
 from rwkv_pl.errors import UserError
 from rwkv_pl.files import require_own_files
 from rwkv_pl.runs import ranks
-from rwkv_pl.runs.folder import SWEEP_JOB_ENV, latest_run
-from rwkv_pl.runs.stored import StoredRun, require_no_download, require_own_places
+from rwkv_pl.runs.folder import SWEEP_JOB_ENV, find_latest_run
+from rwkv_pl.runs.stored import StoredRun, require_inside_run_folder, require_no_download
 from rwkv_pl.terminal import IgnoreBrokenPipe
 
 
@@ -35,16 +35,16 @@ def main() -> None:
     resumed = next((o.value() for o in overrides if o.key_or_group == "resume"), None)
     others = [o for o in overrides if o.key_or_group != "resume"]
     if args.cfg and resumed is not None:
-        print(OmegaConf.to_yaml(StoredRun(_run_folder(resumed)).resumed_with(others)[0]), end="")
+        print(OmegaConf.to_yaml(StoredRun(_find_run_folder(resumed)).apply_overrides(others)[0]), end="")
     elif args.help or args.hydra_help or args.cfg or args.info or args.shell_completion:
         plain = [str(o.input_line) for o in overrides if not o.is_sweep_override()]
-        show(argv, [] if args.shell_completion else plain, args.config_dir)
+        print_hydra_info(argv, [] if args.shell_completion else plain, args.config_dir)
     elif args.multirun:
         ranks.refuse_sweep()
         if resumed is not None:
             sweep.resume_sweep(Path(str(resumed)).absolute(), others, args.config_dir)
         else:
-            sweep.start(argv, overrides, args.config_dir)
+            sweep.start_sweep(argv, overrides, args.config_dir)
     elif resumed is not None:
         _resume(resumed, others, args.config_dir)
     else:
@@ -53,9 +53,9 @@ def main() -> None:
 
 def _start(overrides: list[Override], config_dir: str | None) -> None:
     composed = compose([str(o.input_line) for o in overrides], config_dir)
-    config = check(composed, overrides, config_dir)
-    if sweep.RESUMED in os.environ:
-        require_own_places(config, Path(composed.hydra.run.dir))
+    config = check_config(composed, overrides, config_dir)
+    if sweep.RESUMED_ENV in os.environ:
+        require_inside_run_folder(config, Path(composed.hydra.run.dir))
         require_no_download(config.data, Path.cwd())
     _load_training().start(config, composed, typed=any(o.key_or_group == "hydra.run.dir" for o in overrides))
 
@@ -63,7 +63,7 @@ def _start(overrides: list[Override], config_dir: str | None) -> None:
 def _resume(resumed: Any, later: list[Override], config_dir: str | None) -> None:
     if config_dir:
         raise UserError("resume= reads the --config-dir that the run started with: leave it out")
-    folder = _run_folder(resumed)
+    folder = _find_run_folder(resumed)
     # Lightning starts the processes of further devices by the same words, which must mean the same run.
     sys.argv = [argument for argument in sys.argv if argument != "resume=latest"]
     sys.argv += [f"resume={quote_override(folder)}"] if resumed == "latest" else []
@@ -71,14 +71,14 @@ def _resume(resumed: Any, later: list[Override], config_dir: str | None) -> None
     require_own_files(folder)
     if ranks.is_first_process() and any(o.key_or_group == "hydra.run.dir" for o in later):
         raise UserError("a run goes on in its own folder: leave out hydra.run.dir, or move the folder")
-    config, entry = stored.resumed_with([o for o in later if not o.key_or_group.startswith("hydra")])
+    config, entry = stored.apply_overrides([o for o in later if not o.key_or_group.startswith("hydra")])
     hydra_overrides = [str(o.input_line) for o in later if o.key_or_group.startswith("hydra")]
     _load_training().resume(stored, config, entry, hydra_overrides)
 
 
-def _run_folder(resumed: Any) -> Path:
+def _find_run_folder(resumed: Any) -> Path:
     if resumed == "latest":
-        return Path(ranks.first_decides("latest", lambda: str(latest_run(Path("outputs").absolute()))))
+        return Path(ranks.decide_on_first_rank("latest", lambda: str(find_latest_run(Path("outputs").absolute()))))
     return Path(str(resumed)).absolute()
 
 

@@ -5,13 +5,13 @@ from typing import Any
 
 from filelock import FileLock
 
-from rwkv_pl.files import cache_folder, read_record, write_record, writing
+from rwkv_pl.files import as_user_error, cache_folder, read_record, write_record
 
 
 def cached_json(name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """The result of ``make``, called once and stored as the JSON file ``name``."""
     path = cache_folder() / "tokens" / name
-    with writing(path.parent), FileLock(path.with_suffix(".lock")):
+    with as_user_error(path.parent), FileLock(path.with_suffix(".lock")):
         stored = read_record(path)
         if stored is None:
             stored = make()

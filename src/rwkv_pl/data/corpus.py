@@ -13,7 +13,7 @@ from rwkv_pl.errors import UserError
 
 BLOCK = 1 << 20
 
-WHOLE_DIGEST_BELOW = 64 << 20
+FULL_DIGEST_BELOW = 64 << 20
 
 
 class Splits(NamedTuple):
@@ -46,7 +46,7 @@ class Corpus:
         At each lies one byte 10, between two documents and of neither: a vocabulary with a token of its own for the
         end of a document writes that for this byte.
         """
-        return _offsets(self.ends_path)
+        return _map_offsets(self.ends_path)
 
     @property
     def cache_key(self) -> list[Any]:
@@ -56,7 +56,7 @@ class Corpus:
     def character_splits(self) -> Splits:
         """The splits, each edge moved back to the start of the character it cuts."""
         data = np.memmap(self.path, np.uint8, mode="r")
-        train, val = (character_start(data, end) for _, end in self.splits[:2])
+        train, val = (find_character_start(data, end) for _, end in self.splits[:2])
         return Splits((0, train), (train, val), (val, self.splits.test[1]))
 
     def __str__(self) -> str:
@@ -64,7 +64,7 @@ class Corpus:
         return f"{self.name} ({self.description}, digest {self.digest[:12]})"
 
 
-def _offsets(path: Path | None) -> npt.NDArray[np.int64]:
+def _map_offsets(path: Path | None) -> npt.NDArray[np.int64]:
     return np.empty(0, np.int64) if path is None else np.asarray(np.memmap(path, "<i8", mode="r"))
 
 
@@ -81,19 +81,19 @@ def split_by_fractions(path: Path, fractions: tuple[float, float, float], ends_p
         raise UserError(f"data.split={list(fractions)} is not three fractions >= 0 (train, val, test) with the sum 1")
     data = np.memmap(path, np.uint8, mode="r")
     n = len(data)
-    document_ends, reach = _offsets(ends_path), min(fractions) * n / 10
+    document_ends, reach = _map_offsets(ends_path), min(fractions) * n / 10
 
-    def edge(at: int) -> int:
-        place = int(np.searchsorted(document_ends, at))
-        starts = (document_ends[max(place - 1, 0) : place + 1] + 1).tolist()
+    def move_edge(at: int) -> int:
+        index = int(np.searchsorted(document_ends, at))
+        starts = (document_ends[max(index - 1, 0) : index + 1] + 1).tolist()
         near = [start for start in starts if abs(start - at) <= reach]
-        return min(near, key=lambda start: abs(start - at)) if near else character_start(data, at)
+        return min(near, key=lambda start: abs(start - at)) if near else find_character_start(data, at)
 
-    train, val = edge(round(n * fractions[0])), edge(round(n * (fractions[0] + fractions[1])))
+    train, val = move_edge(round(n * fractions[0])), move_edge(round(n * (fractions[0] + fractions[1])))
     return Splits((0, train), (train, val), (val, n))
 
 
-def character_start(data: npt.NDArray[np.uint8], at: int) -> int:
+def find_character_start(data: npt.NDArray[np.uint8], at: int) -> int:
     """Where the UTF-8 character begins that the cut at byte ``at`` would break; ``at`` where it breaks none.
 
     Looks at no more than three bytes to either side.
@@ -119,7 +119,7 @@ def file_digest(path: Path) -> str:
     size = path.stat().st_size
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        if size < WHOLE_DIGEST_BELOW:
+        if size < FULL_DIGEST_BELOW:
             while block := file.read(BLOCK):
                 digest.update(block)
         else:

@@ -28,7 +28,7 @@ from rwkv_pl.errors import UserError
 ENDLESS = 2**50
 
 # Places in the order are computed for so many rows at once: numpy takes little longer for them than for one.
-ROWS_TOGETHER = 1024
+ROWS_PER_BLOCK = 1024
 
 
 class TrainBatches(Dataset[Tensor]):
@@ -39,7 +39,7 @@ class TrainBatches(Dataset[Tensor]):
     ) -> None:
         self.file, self.seed, self.ctx_len, self.batch_size = file, seed, ctx_len, batch_size
         self.accumulate = accumulate
-        self._together = max(1, ROWS_TOGETHER // batch_size)
+        self._batches_per_block = max(1, ROWS_PER_BLOCK // batch_size)
         self._starts: tuple[int, order.Int64] = -1, np.empty(0, np.int64)
         self.rows = [
             order.micro_batch_rows(batch_size, world_size=world_size, rank=rank, accumulate=accumulate, micro_batch=a)
@@ -48,9 +48,9 @@ class TrainBatches(Dataset[Tensor]):
 
     def __getitem__(self, m: int) -> Tensor:
         n, a = divmod(m, self.accumulate)
-        self.file.check()
+        self.file.check_unchanged()
         tokens = self.file.split("train")
-        block, place = divmod(n, self._together)
+        block, place = divmod(n, self._batches_per_block)
         if self._starts[0] != block:
             # Rows are counted through the whole run, so several batches are a large one.
             starts = order.window_starts(
@@ -58,9 +58,9 @@ class TrainBatches(Dataset[Tensor]):
                 seed=self.seed,
                 n_tokens=len(tokens),
                 ctx_len=self.ctx_len,
-                batch_size=self._together * self.batch_size,
+                batch_size=self._batches_per_block * self.batch_size,
             )
-            self._starts = block, starts.reshape(self._together, self.batch_size)
+            self._starts = block, starts.reshape(self._batches_per_block, self.batch_size)
         return torch.from_numpy(order.read_windows(tokens, self._starts[1][place, self.rows[a]], self.ctx_len))
 
 
@@ -84,7 +84,7 @@ class EvalBatches(Dataset[Tensor]):
     def __getitem__(self, i: int) -> Tensor:
         if i >= len(self):
             raise IndexError(f"batch {i} of {len(self)}")
-        self.file.check()
+        self.file.check_unchanged()
         first = (i * self.world_size + self.rank) * self.rows
         windows = order.read_eval_windows(
             self.file.tokens, self.lo, self.hi, ctx_len=self.ctx_len, first=first, rows=self.rows
@@ -92,7 +92,7 @@ class EvalBatches(Dataset[Tensor]):
         return torch.from_numpy(windows)
 
 
-def _leave_signals_to_the_run(worker: int) -> None:
+def _ignore_signals(worker: int) -> None:
     """Ctrl-C, and a signal to all processes, reach the workers too; the run ends them when it has saved."""
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
         if hasattr(signal, name):
@@ -210,7 +210,7 @@ class DataModule(LightningDataModule):
             sampler=sampler,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
-            worker_init_fn=_leave_signals_to_the_run if self.num_workers else None,
+            worker_init_fn=_ignore_signals if self.num_workers else None,
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
             # Its own: else each pass over a loader draws a number from the generator that dropout uses.
             generator=torch.Generator(),

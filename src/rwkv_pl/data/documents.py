@@ -16,13 +16,13 @@ from itertools import count
 from pathlib import Path
 from typing import IO, NamedTuple, cast
 
-from rwkv_pl.data.progress import bytes_progress
+from rwkv_pl.data.progress import make_bytes_progress
 from rwkv_pl.errors import UserError
 
 DOCUMENT_END = b"\n"
 
 BLOCK = 1 << 20
-LONGEST_ROW = 1 << 28
+MAX_ROW_BYTES = 1 << 28
 
 
 class SourceFile(NamedTuple):
@@ -35,7 +35,7 @@ class SourceFile(NamedTuple):
 
 
 class JoinResult(NamedTuple):
-    """What ``join`` wrote: where each part ends, in bytes, and how many documents there are."""
+    """What ``join_documents`` wrote: where each part ends, in bytes, and how many documents there are."""
 
     ends: list[int]
     documents: int
@@ -43,15 +43,17 @@ class JoinResult(NamedTuple):
 
 def exists(path: Path) -> bool:
     """Is ``path`` a file, a folder, a glob that something matches, or the prefix of a binidx corpus?"""
-    return path.exists() or Path(f"{path}.bin").exists() or next(_matches(*_fixed(path)), None) is not None
+    return (
+        path.exists() or Path(f"{path}.bin").exists() or next(_match_glob(*_split_at_wildcard(path)), None) is not None
+    )
 
 
-def is_plain(path: Path) -> bool:
+def is_plain_text(path: Path) -> bool:
     """Is ``path`` one file whose bytes are the text?"""
-    return path.is_file() and not _is_gzip(path) and not _is_rows(path)
+    return path.is_file() and not _is_gzip(path) and not _is_jsonl(path)
 
 
-def find(path: Path, key: str) -> list[SourceFile]:
+def find_files(path: Path, key: str) -> list[SourceFile]:
     """The file itself, all below a folder, or those that a glob matches (``**``: any folders), by their POSIX paths.
 
     Below the folder, or the part of a glob that has no wildcard, a name that begins with a dot is left out, and no link
@@ -59,30 +61,32 @@ def find(path: Path, key: str) -> list[SourceFile]:
 
     Raises UserError, naming the setting ``key``, where there are none or a folder cannot be read.
     """
-    with _reading(path):
+    with _as_user_error(path):
         if path.is_file():
-            return [_look(path)]
+            return [_stat(path)]
         if path.is_dir():
             root, found = path, list(_walk(path))
-            none = f"{key}={path} is a folder without files: name one with text in it"
+            message = f"{key}={path} is a folder without files: name one with text in it"
         else:
-            root, pattern = _fixed(path)
-            found = [match for match in _matches(root, pattern) if not match.is_dir()]
+            root, pattern = _split_at_wildcard(path)
+            found = [match for match in _match_glob(root, pattern) if not match.is_dir()]
             if _has_wildcard(pattern):
-                none = f"{key}={path}: no file matches in {root.absolute()}"
+                message = f"{key}={path}: no file matches in {root.absolute()}"
             else:
                 where = "" if path.is_absolute() else f" (looked for {path.absolute()})"
-                none = f"{key}={path}: no such file{where}; if it was moved, give {key}= where it is now"
+                message = f"{key}={path}: no such file{where}; if it was moved, give {key}= where it is now"
         names = {file.relative_to(root): file for file in found}
         seen = [names[name] for name in sorted(names, key=Path.as_posix) if not any(p[0] == "." for p in name.parts)]
         # Pipes and sockets are no text; a link that leads nowhere was to be one, and is told.
-        sources = [_look(file) for file in seen if file.is_file() or not file.exists()]
+        sources = [_stat(file) for file in seen if file.is_file() or not file.exists()]
     if not sources:
-        raise UserError(none)
+        raise UserError(message)
     return sources
 
 
-def join(parts: dict[str, list[SourceFile]], field: str, text: IO[bytes], document_ends: IO[bytes]) -> JoinResult:
+def join_documents(
+    parts: dict[str, list[SourceFile]], field: str, text: IO[bytes], document_ends: IO[bytes]
+) -> JoinResult:
     """Writes the documents of all parts to ``text``, and to ``document_ends`` the offset of each document end.
 
     parts: the sources of each setting that names some. field: of a row of JSON, the one that holds the text.
@@ -92,16 +96,16 @@ def join(parts: dict[str, list[SourceFile]], field: str, text: IO[bytes], docume
     """
     sources = [source for part in parts.values() for source in part]
     size, documents, ends = 0, 0, []
-    with bytes_progress() as progress:
+    with make_bytes_progress() as progress:
         task = progress.add_task("reading the corpus", total=sum(source.size for source in sources))
         for key, part in parts.items():
             begin = size
             for source in part:
-                with _reading(source.path):
+                with _as_user_error(source.path):
                     raw = source.path.open("rb", buffering=0)
                 with raw:
                     counted = cast(io.RawIOBase, progress.wrap_file(raw, task_id=task))
-                    for is_first, block in _blocks(source.path, io.BufferedReader(counted, BLOCK), field):
+                    for is_first, block in _read_blocks(source.path, io.BufferedReader(counted, BLOCK), field):
                         if is_first and documents:
                             document_ends.write(struct.pack("<q", size))
                             size += text.write(DOCUMENT_END)
@@ -111,17 +115,17 @@ def join(parts: dict[str, list[SourceFile]], field: str, text: IO[bytes], docume
                 raise UserError(f"{key} names {len(part):,} file(s) without any text, the first is {part[0].path}")
             ends.append(size)
     for source in sources:
-        if _look(source.path) != source:
+        if _stat(source.path) != source:
             raise UserError(f"{source.path} has changed while it was read: start again when it is at rest")
     return JoinResult(ends, documents)
 
 
-def _blocks(path: Path, raw: IO[bytes], field: str) -> Iterator[tuple[bool, bytes]]:
+def _read_blocks(path: Path, raw: IO[bytes], field: str) -> Iterator[tuple[bool, bytes]]:
     """The documents of a file in blocks, none of them empty, each with: is it the first of its document?"""
-    with _reading(path):
+    with _as_user_error(path):
         file: IO[bytes] = gzip.GzipFile(fileobj=raw, mode="rb") if _is_gzip(path) else raw  # type: ignore[assignment]
-        if _is_rows(path):
-            yield from ((True, document) for document in _rows(path, file, field))
+        if _is_jsonl(path):
+            yield from ((True, document) for document in _read_rows(path, file, field))
         else:
             is_first = True
             while block := file.read(BLOCK):
@@ -129,14 +133,14 @@ def _blocks(path: Path, raw: IO[bytes], field: str) -> Iterator[tuple[bool, byte
                 is_first = False
 
 
-def _rows(path: Path, file: IO[bytes], field: str) -> Iterator[bytes]:
+def _read_rows(path: Path, file: IO[bytes], field: str) -> Iterator[bytes]:
     for number in count(1):
-        line = file.readline(LONGEST_ROW + 1)
+        line = file.readline(MAX_ROW_BYTES + 1)
         if not line:
             return
         where = f"{path}, line {number:,}"
-        if len(line) > LONGEST_ROW:
-            raise UserError(f"{where} is longer than {LONGEST_ROW >> 20} MiB: .jsonl has one document a line")
+        if len(line) > MAX_ROW_BYTES:
+            raise UserError(f"{where} is longer than {MAX_ROW_BYTES >> 20} MiB: .jsonl has one document a line")
         if not line.strip():
             continue
         try:
@@ -156,7 +160,7 @@ def _rows(path: Path, file: IO[bytes], field: str) -> Iterator[bytes]:
 
 
 @contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def _as_user_error(path: Path) -> Iterator[None]:
     """What reading ``path`` fails of, in one line."""
     try:
         yield
@@ -166,8 +170,8 @@ def _reading(path: Path) -> Iterator[None]:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 
 
-def _look(path: Path) -> SourceFile:
-    with _reading(path):
+def _stat(path: Path) -> SourceFile:
+    with _as_user_error(path):
         status = path.stat()
         return SourceFile(path, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
@@ -182,13 +186,13 @@ def _walk(folder: Path) -> Iterator[Path]:
         yield from (Path(place, file) for file in files)
 
 
-def _fixed(path: Path) -> tuple[Path, str]:
+def _split_at_wildcard(path: Path) -> tuple[Path, str]:
     """The part of a path that is there as it is written, whatever characters it has; and the rest, a glob."""
     root = next((folder for folder in path.parents if folder.is_dir()), Path(path.anchor))
     return root, path.relative_to(root).as_posix()
 
 
-def _matches(root: Path, pattern: str) -> Iterator[Path]:
+def _match_glob(root: Path, pattern: str) -> Iterator[Path]:
     if not _has_wildcard(pattern):
         return
     try:
@@ -206,5 +210,5 @@ def _is_gzip(path: Path) -> bool:
     return path.suffix.lower() == ".gz"
 
 
-def _is_rows(path: Path) -> bool:
+def _is_jsonl(path: Path) -> bool:
     return (path.with_suffix("") if _is_gzip(path) else path).suffix.lower() == ".jsonl"

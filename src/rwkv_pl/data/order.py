@@ -27,7 +27,7 @@ def window_starts(n: int, *, seed: int, n_tokens: int, ctx_len: int, batch_size:
 
     Raises UserError where the tokens do not fill one window, ``n_tokens < ctx_len + 1``.
     """
-    windows = _windows(n_tokens, ctx_len)
+    windows = _count_windows(n_tokens, ctx_len)
     first_pass, first_place = divmod(n * batch_size, windows)
     sample = first_place + np.arange(batch_size, dtype=np.int64)
     passes = np.uint64(first_pass % 2**64) + (sample // windows).astype(np.uint64)
@@ -39,7 +39,7 @@ def window_starts(n: int, *, seed: int, n_tokens: int, ctx_len: int, batch_size:
 
 def steps_per_pass(n_tokens: int, ctx_len: int, batch_size: int) -> int:
     """Optimizer steps until every window was read once: ceil(W / B). Raises UserError as ``window_starts`` does."""
-    return -(-_windows(n_tokens, ctx_len) // batch_size)
+    return -(-_count_windows(n_tokens, ctx_len) // batch_size)
 
 
 def micro_batch_rows(batch_size: int, *, world_size: int, rank: int, accumulate: int, micro_batch: int) -> slice:
@@ -94,7 +94,7 @@ def read_eval_windows(
     return np.where(inside, tokens[np.where(inside, positions, 0)].astype(np.int64), -1)
 
 
-def _windows(n_tokens: int, ctx_len: int) -> int:
+def _count_windows(n_tokens: int, ctx_len: int) -> int:
     if n_tokens < ctx_len + 1:
         raise UserError(
             f"the training split has {n_tokens:,} tokens, one window of data.ctx_len={ctx_len} needs {ctx_len + 1:,}: "

@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 
-def bytes_progress() -> "Progress":
+def make_bytes_progress() -> "Progress":
     """A progress bar with bytes, speed and the time left."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn

@@ -15,7 +15,7 @@ from rwkv_pl.data.corpus import Corpus, Splits, file_digest
 from rwkv_pl.data.progress import progress_bar
 from rwkv_pl.data.vocabulary import EncodingError, Tokens, Vocabulary
 from rwkv_pl.errors import UserError
-from rwkv_pl.files import cache_folder, digest_of, publish, read_record, write_record, writing
+from rwkv_pl.files import as_user_error, atomic_write, cache_folder, json_digest, read_record, write_record
 
 
 class TokenFile:
@@ -34,7 +34,7 @@ class TokenFile:
         stamp: tuple[int, int] | None = None,
     ) -> None:
         self.path, self.dtype, self.splits, self.digest, self.n_bytes = path, dtype, splits, digest, n_bytes
-        self._stamp = stamp or _stamp(path)
+        self._stamp = stamp or _stat_file(path)
 
     @functools.cached_property
     def tokens(self) -> Tokens:
@@ -53,10 +53,10 @@ class TokenFile:
         """
         return self.n_bytes[Splits._fields.index(name)]
 
-    def check(self) -> None:
+    def check_unchanged(self) -> None:
         """Raises UserError where the file is no longer the one that was opened; asks for its size and time alone."""
         try:
-            stamp = _stamp(self.path)
+            stamp = _stat_file(self.path)
             if stamp == self._stamp:
                 return
             if stamp[0] == self._stamp[0] and file_digest(self.path) == self.digest:
@@ -72,7 +72,7 @@ class TokenFile:
         return TokenFile, (self.path, self.dtype, self.splits, self.digest, self.n_bytes, self._stamp)
 
 
-def _stamp(path: Path) -> tuple[int, int]:
+def _stat_file(path: Path) -> tuple[int, int]:
     """Size and time of change."""
     status = path.stat()
     return status.st_size, status.st_mtime_ns
@@ -85,22 +85,22 @@ def open_tokens(corpus: Corpus, vocabulary: Vocabulary) -> TokenFile:
     the vocabulary cannot spell the corpus.
     """
     if vocabulary.kind == "byte":
-        n_bytes = _lengths(corpus.splits)
+        n_bytes = _split_lengths(corpus.splits)
         return TokenFile(corpus.path, vocabulary.dtype, corpus.splits, corpus.digest, n_bytes)
     data = np.memmap(corpus.path, np.uint8, mode="r")
     splits = corpus.character_splits()
     key = [*corpus.cache_key, vocabulary.digest]
     if corpus.ends_path is not None:
         key.append(file_digest(corpus.ends_path))
-    path = cache_folder() / "tokens" / f"{corpus.name}-{digest_of(key)[:16]}.{vocabulary.dtype.name}"
-    about = path.with_suffix(".json")
-    with writing(path.parent), FileLock(path.with_suffix(".lock")):
+    path = cache_folder() / "tokens" / f"{corpus.name}-{json_digest(key)[:16]}.{vocabulary.dtype.name}"
+    record_path = path.with_suffix(".json")
+    with as_user_error(path.parent), FileLock(path.with_suffix(".lock")):
         # Published last: where it is, the tokens are; and where they are not what it says, they are made again.
-        stored = read_record(about)
+        stored = read_record(record_path)
         if stored is None or not path.is_file() or file_digest(path) != stored["digest"]:
             document_ends = corpus.document_ends
             ends, count = [], 0
-            with publish(path) as file:
+            with atomic_write(path) as file:
                 for split in splits:
                     for lo, hi in progress_bar(vocabulary.chunks(data, *split), f"encoding {corpus.name}"):
                         inside = slice(*np.searchsorted(document_ends, (lo, hi)))
@@ -108,18 +108,18 @@ def open_tokens(corpus: Corpus, vocabulary: Vocabulary) -> TokenFile:
                             ids = vocabulary.encode_documents(data[lo:hi], document_ends[inside] - lo)
                         except EncodingError as error:
                             raise EncodingError(
-                                lo + error.offset, f"{error.why}; data.vocab=byte takes any file", str(corpus.path)
+                                lo + error.offset, f"{error.reason}; data.vocab=byte takes any file", str(corpus.path)
                             ) from error
                         file.write(ids.data)
                         count += len(ids)
                     ends.append(count)
             stored = {"ends": ends, "digest": file_digest(path)}
-            write_record(about, stored)
+            write_record(record_path, stored)
         train, val, test = stored["ends"]
         edges = Splits((0, train), (train, val), (val, test))
-        return TokenFile(path, vocabulary.dtype, edges, stored["digest"], _lengths(splits))
+        return TokenFile(path, vocabulary.dtype, edges, stored["digest"], _split_lengths(splits))
 
 
-def _lengths(splits: Splits) -> tuple[int, int, int]:
+def _split_lengths(splits: Splits) -> tuple[int, int, int]:
     train, val, test = (hi - lo for lo, hi in splits)
     return train, val, test

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from rwkv_pl.data.vocabulary import BYTE_OF, EncodingError, Tokens, Vocabulary
+from rwkv_pl.data.vocabulary import BYTE_BY_CHARACTER, EncodingError, Tokens, Vocabulary
 from rwkv_pl.errors import UserError, one_line
 
 # Before 0.23.1 the library warns at every fork that follows a use of its threads. What we fork, workers that gather
@@ -32,14 +32,14 @@ PIECE = 1 << 12
 # A space after what is no space: no word goes on over it, no run of spaces begins before it and no character is
 # normalised together with it. (Spaces are what Unicode calls so, and the separators U+001C to U+001F to be careful.)
 # And a punctuation mark after a letter, both of ASCII, for texts in one line: every word with a letter ends there.
-CUT = re.compile(
+SAFE_CUT = re.compile(
     rb"(?<![\t-\r\x1c-\x20])(?<!\xc2[\x85\xa0])(?<!\xe1\x9a\x80)(?<!\xe2\x80[\x80-\x8a\xa8\xa9\xaf])"
     rb"(?<!\xe2\x81\x9f)(?<!\xe3\x80\x80)(?=[ \t\n\r])"
     rb"|(?<=[A-Za-z])(?=[!-/:-@\[-`{-~])"
 )
 
 # A byte of UTF-8 is none of these.
-_NEVER = {0xC0, 0xC1, *range(0xF5, 0x100)}
+_INVALID_BYTES = {0xC0, 0xC1, *range(0xF5, 0x100)}
 
 
 class Vocabulary20B(Vocabulary):
@@ -59,10 +59,10 @@ class Vocabulary20B(Vocabulary):
         described = json.loads(tokenizer)
         self.kind = "20b"
         self._json = tokenizer
-        self._spelled = _spelling(described)
-        self.size = len(self._spelled)
+        self._token_bytes = _read_token_bytes(described)
+        self.size = len(self._token_bytes)
         self.dtype = np.min_scalar_type(self.size - 1)
-        self.bytes_per_token = np.array([len(spelled) for spelled in self._spelled], np.int64)
+        self.bytes_per_token = np.array([len(spelled) for spelled in self._token_bytes], np.int64)
         try:
             self._tokenizer = Tokenizer.from_str(tokenizer)
         except Exception as error:  # the library raises nothing narrower
@@ -96,9 +96,9 @@ class Vocabulary20B(Vocabulary):
         at = 0
         for end in (*ends, len(data)):
             while at < end:
-                cut = CUT.search(data, at + PIECE, end)
+                cut = SAFE_CUT.search(data, at + PIECE, end)
                 to = cut.start() if cut else int(end)
-                pieces.append(_decoded(data, at, to))
+                pieces.append(_decode_utf8(data, at, to))
                 at = to
             at += 1  # the byte that is the end
             document_ends.append(len(pieces))
@@ -115,13 +115,13 @@ class Vocabulary20B(Vocabulary):
             begin = max(lo, at - length)
             block = bytes(data[begin : at + 1])
             # The first three bytes may be the rest of a character.
-            places = [match.start() for match in CUT.finditer(block, 3)]
+            places = [match.start() for match in SAFE_CUT.finditer(block, 3)]
             if places:
                 return begin + places[-1]
         return lo
 
     def decode(self, ids: npt.ArrayLike) -> bytes:
-        return b"".join([self._spelled[i] for i in np.asarray(ids, np.int64).tolist()])
+        return b"".join([self._token_bytes[i] for i in np.asarray(ids, np.int64).tolist()])
 
     def to_dict(self) -> dict[str, str]:
         return {"kind": self.kind, "tokenizer": self._json}
@@ -130,14 +130,14 @@ class Vocabulary20B(Vocabulary):
         return json.loads(self._json)
 
 
-def _decoded(data: bytes, lo: int, hi: int) -> str:
+def _decode_utf8(data: bytes, lo: int, hi: int) -> str:
     try:
         return data[lo:hi].decode()
     except UnicodeDecodeError as error:
         raise EncodingError(lo + error.start, "is not UTF-8, and vocab 20b spells text alone") from error
 
 
-def _spelling(described: Any) -> list[bytes]:
+def _read_token_bytes(described: Any) -> list[bytes]:
     """What each token stands for. Raises ValueError where the json describes a tokenizer of another kind."""
     try:
         model, added = described["model"], described["added_tokens"]
@@ -148,8 +148,10 @@ def _spelling(described: Any) -> list[bytes]:
         alike = alike and (normalizer or {"type": "NFC"})["type"] == "NFC" and words == ("ByteLevel", False, True)
         if not alike:
             raise ValueError("it is not byte-level BPE with GPT-2's pattern")
-        spelling = {i: bytes(BYTE_OF[character] for character in token) for token, i in model["vocab"].items()}
-        if not set(spelling.values()) >= {bytes([byte]) for byte in range(256) if byte not in _NEVER}:
+        spelling = {
+            i: bytes(BYTE_BY_CHARACTER[character] for character in token) for token, i in model["vocab"].items()
+        }
+        if not set(spelling.values()) >= {bytes([byte]) for byte in range(256) if byte not in _INVALID_BYTES}:
             raise ValueError("it has no token for some byte")
         for token in added:
             content, special = token["content"], token["special"]

@@ -10,9 +10,9 @@ import numpy.typing as npt
 
 from rwkv_pl.config import VOCABULARIES
 from rwkv_pl.data.cache import cached_json
-from rwkv_pl.data.corpus import Corpus, character_start
+from rwkv_pl.data.corpus import Corpus, find_character_start
 from rwkv_pl.errors import UserError
-from rwkv_pl.files import digest_of
+from rwkv_pl.files import json_digest
 
 Tokens = npt.NDArray[np.unsignedinteger]
 
@@ -22,15 +22,15 @@ CHUNK = 1 << 22
 # themselves, the others for U+0100, U+0101, ... in turn.
 _VISIBLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
 _HIDDEN = tuple(sorted(set(range(256)) - set(_VISIBLE)))
-BYTE_OF = {chr(byte): byte for byte in _VISIBLE} | {chr(0x100 + i): byte for i, byte in enumerate(_HIDDEN)}
+BYTE_BY_CHARACTER = {chr(byte): byte for byte in _VISIBLE} | {chr(0x100 + i): byte for i, byte in enumerate(_HIDDEN)}
 
 
 class EncodingError(UserError):
     """A text that a vocabulary has no tokens for, from byte ``offset`` on."""
 
-    def __init__(self, offset: int, why: str, where: str = "the text") -> None:
-        super().__init__(f"byte {offset:,} of {where} {why}")
-        self.offset, self.why = offset, why
+    def __init__(self, offset: int, reason: str, where: str = "the text") -> None:
+        super().__init__(f"byte {offset:,} of {where} {reason}")
+        self.offset, self.reason = offset, reason
 
 
 class Vocabulary:
@@ -77,7 +77,7 @@ class Vocabulary:
         ids = data.astype(self.dtype)
         if not self.characters:
             return ids
-        starts, lengths, points = _long_characters(data)
+        starts, lengths, points = _find_multibyte_characters(data)
         place = np.minimum(np.searchsorted(self._points, points), len(self._points) - 1)
         known = self._points[place] == points
         starts, lengths = starts[known], lengths[known]
@@ -99,7 +99,7 @@ class Vocabulary:
 
         ``lo``, where the text begins, if there is none.
         """
-        return character_start(data, at)
+        return find_character_start(data, at)
 
     def chunks(self, data: npt.NDArray[np.uint8], lo: int, hi: int) -> list[tuple[int, int]]:
         """Ranges of about CHUNK bytes that cover [lo, hi) and can be encoded apart; longer if there is no such cut."""
@@ -128,7 +128,7 @@ class Vocabulary:
             "added_tokens": [],
             "pre_tokenizer": bytes_alone,
             "decoder": bytes_alone,
-            "model": {"type": "BPE", "vocab": BYTE_OF, "merges": []},
+            "model": {"type": "BPE", "vocab": BYTE_BY_CHARACTER, "merges": []},
         }
 
     @classmethod
@@ -146,7 +146,7 @@ class Vocabulary:
     @property
     def digest(self) -> str:
         """64 hex digits, the same for equal vocabularies."""
-        return digest_of(self.to_dict())
+        return json_digest(self.to_dict())
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Vocabulary) and self.to_dict() == other.to_dict()
@@ -174,14 +174,14 @@ def build_vocabulary(kind: str, corpus: Corpus, vocab_path: Path | None = None) 
     if kind != "char":
         return Vocabulary(kind)
 
-    def found() -> dict[str, Any]:
+    def find_characters() -> dict[str, Any]:
         seen = np.zeros(0x110000, bool)
         data = np.memmap(corpus.path, np.uint8, mode="r")
         for lo, hi in Vocabulary("char").chunks(data, *corpus.character_splits().train):
-            seen[_long_characters(data[lo:hi])[2]] = True
+            seen[_find_multibyte_characters(data[lo:hi])[2]] = True
         return Vocabulary("char", "".join(map(chr, np.flatnonzero(seen)))).to_dict()
 
-    return Vocabulary.from_dict(cached_json(f"char-{digest_of(corpus.cache_key)[:16]}.json", found))
+    return Vocabulary.from_dict(cached_json(f"char-{json_digest(corpus.cache_key)[:16]}.json", find_characters))
 
 
 def read_vocabulary(path: Path) -> Vocabulary:
@@ -191,7 +191,7 @@ def read_vocabulary(path: Path) -> Vocabulary:
     return Vocabulary20B.read(path)
 
 
-def _long_characters(
+def _find_multibyte_characters(
     data: npt.NDArray[np.uint8],
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Starts, lengths in bytes (2 to 4) and code points of the well-formed UTF-8 characters above U+007F.

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from rwkv_pl.inference.generate import evaluating
+from rwkv_pl.inference.generate import eval_mode
 from rwkv_pl.ops.cross_entropy import head_cross_entropy
 
 Tokens = npt.NDArray[np.unsignedinteger]
@@ -24,10 +24,10 @@ Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
 
 # Logits that are there at once: 64 MiB in float32, whatever the vocabulary's size.
-LOGITS = 1 << 24
+MAX_LOGITS = 1 << 24
 
 
-def carried(
+def evaluate_stream(
     model: nn.Module,
     tokens: Tokens,
     lo: int,
@@ -36,7 +36,7 @@ def carried(
     streams: int = 1,
     warmup: int = 1024,
     chunk_len: int = 1024,
-    told: Callable[[int, float], None] = lambda n_targets, nats: None,
+    on_progress: Callable[[int, float], None] = lambda n_targets, nats: None,
 ) -> tuple[float, int]:
     """Reads the split as one text, `chunk_len` tokens in parallel, the state carried on: as a recurrent model is used.
 
@@ -44,7 +44,7 @@ def carried(
     streams:   above 1 an approximation, for speed: the split is cut in as many parts, which are read side by side. Each
                but the first reads up to `warmup` uncounted tokens before its own first context, none before lo - 1.
     chunk_len: tokens of a stream in one call: memory and speed, not the result.
-    told:      hears after each call how many targets it counted, and their nats.
+    on_progress:      hears after each call how many targets it counted, and their nats.
 
     Returns the summed cross-entropy in nats, and the number of targets: hi - max(lo, 1).
 
@@ -55,14 +55,14 @@ def carried(
     edges = first + np.arange(n_streams + 1) * (hi - first) // n_streams
     start = np.maximum(edges[:-1] - 1 - warmup, first - 1)
     total, count = 0.0, 0
-    with evaluating(model), torch.inference_mode():
+    with eval_mode(model), torch.inference_mode():
         for nats, counted in _read(model, tokens, start, edges[:-1], edges[1:], chunk_len):
             total, count = total + nats.sum(), count + int(counted.sum())
-            told(int(counted.sum()), float(nats.sum()))
+            on_progress(int(counted.sum()), float(nats.sum()))
     return float(total), count
 
 
-def windows(
+def evaluate_windows(
     model: nn.Module,
     tokens: Tokens,
     lo: int,
@@ -71,7 +71,7 @@ def windows(
     ctx_len: int,
     stride: int | None = None,
     rows: int = 8,
-    told: Callable[[int, float], None] = lambda n_targets, nats: None,
+    on_progress: Callable[[int, float], None] = lambda n_targets, nats: None,
 ) -> tuple[Float64, Int64]:
     """Reads windows of `ctx_len` targets, each from a fresh state: as a model of limited context is measured.
 
@@ -80,7 +80,7 @@ def windows(
             they overlap, and only the last `stride` targets of a window count, of the first one all: none has fewer
             than ctx_len - stride tokens before it then, but in the first window.
     rows:   windows of one call: memory and speed, not the result.
-    told:   hears after each call how many targets it counted, and their nats.
+    on_progress:   hears after each call how many targets it counted, and their nats.
 
     Returns by position in the context, (ctx_len,) each: the summed cross-entropy in nats, and the number of targets.
     Position 0 has one token of context.
@@ -91,7 +91,7 @@ def windows(
     first = _first_target(lo, hi)
     n_windows = 1 + -(-max(hi - first - ctx_len, 0) // stride)
     total, count = np.zeros(ctx_len), np.zeros(ctx_len, np.int64)
-    with evaluating(model), torch.inference_mode():
+    with eval_mode(model), torch.inference_mode():
         for k in range(0, n_windows, rows):
             number = np.arange(k, min(k + rows, n_windows))
             start = first - 1 + number * stride
@@ -100,7 +100,7 @@ def windows(
             for nats, counted in _read(model, tokens, start, begin, end, chunk_len=ctx_len):
                 total[: nats.shape[1]] += nats.sum(0)
                 count[: nats.shape[1]] += counted.sum(0)
-                told(int(counted.sum()), float(nats.sum()))
+                on_progress(int(counted.sum()), float(nats.sum()))
     return total, count
 
 
@@ -109,7 +109,7 @@ def bits_per_byte(nats: float, n_bytes: float) -> float:
     return nats / (math.log(2) * n_bytes) if n_bytes else math.nan
 
 
-def figures(nats: float, n_tokens: int, n_bytes: int) -> dict[str, float]:
+def compute_metrics(nats: float, n_tokens: int, n_bytes: int) -> dict[str, float]:
     """What is reported of `n_tokens` targets that spell `n_bytes` bytes, from their summed cross-entropy in nats."""
     per_token = nats / n_tokens
     return {
@@ -153,7 +153,7 @@ def _read(
 
 def _cross_entropy(model: Any, hidden: Tensor, targets: Tensor) -> Float64:
     """hidden (n, C), targets (n,) -> nats of each target (n,)."""
-    nats, largest = head_cross_entropy(model.head, hidden, targets, max(1, LOGITS // model.config.vocab_size))
+    nats, largest = head_cross_entropy(model.head, hidden, targets, max(1, MAX_LOGITS // model.config.vocab_size))
     if not (nats.isfinite() & largest.isfinite()).all():
         raise FloatingPointError("the model's outputs are not finite: its training has diverged")
     # To the CPU first: not every device has float64.

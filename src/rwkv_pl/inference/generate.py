@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rwkv_pl.inference.sampling import Dice, Sampling
+from rwkv_pl.inference.sampling import RowRandom, Sampling
 from rwkv_pl.model.state import BlockState, State
 
 # Tokens of a prompt that are read at once: enough to keep the products busy, and little memory.
@@ -38,8 +38,8 @@ def generate(
     """
     chosen = Sampling(**sampling)
     prompts = list(tokens)
-    logits, state = read_all(model, prompts, state)
-    return Generation(model, logits, state, chosen, Dice(seed, len(prompts)), prompts)
+    logits, state = read_prompts(model, prompts, state)
+    return Generation(model, logits, state, chosen, RowRandom(seed, len(prompts)), prompts)
 
 
 class Generation(Iterator[Tensor]):
@@ -50,16 +50,16 @@ class Generation(Iterator[Tensor]):
     """
 
     def __init__(
-        self, model: Any, logits: Tensor, state: State, sampling: Sampling, dice: Dice, recent: Sequence[Tensor]
+        self, model: Any, logits: Tensor, state: State, sampling: Sampling, random: RowRandom, recent: Sequence[Tensor]
     ) -> None:
         self.logits, self.state = logits, state
-        self._model, self._sampling, self._dice = model, sampling, dice
+        self._model, self._sampling, self._random = model, sampling, random
         self.recent = [self._last(tokens).cpu() for tokens in recent]
         self._unread: Tensor | None = None
 
     def __next__(self) -> Tensor:
         self.catch_up()
-        tokens = self._sampling.choose(self.logits, self.recent, self._dice.roll())
+        tokens = self._sampling.choose(self.logits, self.recent, self._random.uniform())
         self.recent = [
             self._last(torch.cat([before, token[None]])) for before, token in zip(self.recent, tokens, strict=True)
         ]
@@ -72,12 +72,12 @@ class Generation(Iterator[Tensor]):
     def catch_up(self) -> None:
         """Reads the token that was yielded last."""
         if self._unread is not None:
-            with evaluating(self._model):
+            with eval_mode(self._model):
                 self.logits, self.state = self._model.step(self._unread, self.state)
             self._unread = None
 
 
-def read_all(model: Any, prompts: Sequence[Tensor], state: State | None = None) -> tuple[Tensor, State]:
+def read_prompts(model: Any, prompts: Sequence[Tensor], state: State | None = None) -> tuple[Tensor, State]:
     """Prompts (T_i,), one state row for each -> logits after them (B, V), and the state.
 
     One by one where their lengths differ: to fill up the shorter ones would change what the model has read.
@@ -85,9 +85,9 @@ def read_all(model: Any, prompts: Sequence[Tensor], state: State | None = None) 
     if not prompts:
         raise ValueError("no prompt: give at least one")
     if len({len(prompt) for prompt in prompts}) == 1:
-        return read(model, torch.stack(list(prompts)), state)
+        return read_tokens(model, torch.stack(list(prompts)), state)
     rows = [
-        read(model, prompt[None], None if state is None else select(state, slice(i, i + 1)))
+        read_tokens(model, prompt[None], None if state is None else select_rows(state, slice(i, i + 1)))
         for i, prompt in enumerate(prompts)
     ]
     logits, states = zip(*rows, strict=True)
@@ -95,13 +95,13 @@ def read_all(model: Any, prompts: Sequence[Tensor], state: State | None = None) 
     return torch.cat(logits), tuple(joined)
 
 
-def select(state: State, rows: slice | Tensor) -> State:
+def select_rows(state: State, rows: slice | Tensor) -> State:
     """Some rows of a state, e. g. `torch.zeros(5, dtype=torch.int64)`: five times the first."""
     return tuple(BlockState(*(part[rows] for part in block)) for block in state)
 
 
 @torch.no_grad()
-def read(
+def read_tokens(
     model: Any, tokens: Tensor, state: State | None = None, progress: Callable[[int], None] = lambda done: None
 ) -> tuple[Tensor, State]:
     """tokens (B, T), T >= 1 -> the logits after the last one, (B, V) float32, and the state.
@@ -110,7 +110,7 @@ def read(
     """
     if tokens.dim() != 2 or tokens.shape[1] == 0:
         raise ValueError(f"an empty prompt, {tuple(tokens.shape)}: begin with the vocabulary's document_end")
-    with evaluating(model):
+    with eval_mode(model):
         for chunk in tokens.split(CHUNK, dim=1):
             hidden, state = model.hidden(chunk, state)
             progress(chunk.shape[1])
@@ -118,7 +118,7 @@ def read(
         return model.head(hidden[:, -1]).float(), state
 
 
-class evaluating:
+class eval_mode:
     """The model without dropout, inside the block; costs nothing where it is so already."""
 
     def __init__(self, model: nn.Module) -> None:

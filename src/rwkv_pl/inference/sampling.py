@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 # A logit that is still a number when another is taken from it.
-LARGEST = 1e300
+MAX_LOGIT = 1e300
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Sampling:
             for row, before in zip(logits, recent, strict=True):
                 seen = before[max(0, len(before) - self.window) :]
                 row[seen] = torch.where(row[seen] > 0, row[seen] / self.repetition, row[seen] * self.repetition)
-            logits = logits.clamp(-LARGEST, LARGEST)
+            logits = logits.clamp(-MAX_LOGIT, MAX_LOGIT)
         if self.temperature == 0:
             return logits.argmax(-1)
         scores, tokens = (logits - logits.amax(-1, keepdim=True)) / self.temperature, None
@@ -74,14 +74,14 @@ class Sampling:
             better[:, 0] = -1  # the best token has none before it, and stays with a top_p of 0 too
             shares = torch.where(better < self.top_p, shares, 0)
         sums = shares.cumsum(-1)
-        whole = sums[:, -1:]
-        place = (sums <= uniform[:, None] * whole).sum(-1)
+        total = sums[:, -1:]
+        index = (sums <= uniform[:, None] * total).sum(-1)
         # Where the product is rounded up to the whole: the last token that has a share.
-        place = torch.minimum(place, (sums < whole).sum(-1))
-        return place if tokens is None else tokens.gather(-1, place[:, None])[:, 0]
+        index = torch.minimum(index, (sums < total).sum(-1))
+        return index if tokens is None else tokens.gather(-1, index[:, None])[:, 0]
 
 
-class Dice:
+class RowRandom:
     """Numbers in [0, 1), one stream a row: row i's is a function of (seed, i) alone, however many rows there are.
 
     seed None: one of torch's own generator, so that torch.manual_seed settles it.
@@ -90,13 +90,13 @@ class Dice:
     def __init__(self, seed: int | None, rows: int) -> None:
         if seed is None:
             seed = int(torch.randint(2**62, ()))
-        self._generators = [torch.Generator().manual_seed(seed_of(seed, i)) for i in range(rows)]
+        self._generators = [torch.Generator().manual_seed(derive_seed(seed, i)) for i in range(rows)]
 
-    def roll(self) -> Tensor:
+    def uniform(self) -> Tensor:
         """(rows,) float64."""
         return torch.cat([torch.rand(1, generator=g, dtype=torch.float64) for g in self._generators])
 
 
-def seed_of(*place: int) -> int:
+def derive_seed(*numbers: int) -> int:
     """A generator's seed that is a function of several numbers, and unlike that of any others."""
-    return int.from_bytes(hashlib.blake2b(repr(place).encode(), digest_size=8).digest(), "big")
+    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest(), "big")

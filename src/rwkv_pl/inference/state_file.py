@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from rwkv_pl.errors import CorruptFileError, UserError
-from rwkv_pl.files import PARTIAL, publish
-from rwkv_pl.inference.generate import read
+from rwkv_pl.files import PARTIAL_SUFFIX, atomic_write
+from rwkv_pl.inference.generate import read_tokens
 from rwkv_pl.model.state import BlockState, State
 from rwkv_pl.weights.checkpoint import read_checkpoint
 
 FORMAT = 1
 
 
-class Memory(NamedTuple):
+class GenerationState(NamedTuple):
     """logits (1, V) for the token that follows, the state (one row) that they came with, the tokens before, (n,)."""
 
     logits: Tensor
@@ -25,26 +25,26 @@ class Memory(NamedTuple):
     recent: Tensor
 
 
-def save_memory(path: Path, memory: Memory, digest: str) -> None:
+def save_state(path: Path, generation_state: GenerationState, digest: str) -> None:
     """Writes the file, whole or not at all. digest: says which weights and vocabulary these are."""
     content = {
         "rwkv_pl_memory": FORMAT,
         "digest": digest,
-        "logits": memory.logits.cpu(),
-        "state": [{name: part.cpu() for name, part in block._asdict().items()} for block in memory.state],
-        "recent": memory.recent.cpu(),
+        "logits": generation_state.logits.cpu(),
+        "state": [{name: part.cpu() for name, part in block._asdict().items()} for block in generation_state.state],
+        "recent": generation_state.recent.cpu(),
     }
-    with publish(path) as file:
+    with atomic_write(path) as file:
         torch.save(content, file)
 
 
-def load_memory(path: Path, model: Any, digest: str) -> Memory:
-    """What `save_memory` wrote. Raises UserError, one line, where it is none, or of other weights or vocabulary."""
+def load_state(path: Path, model: Any, digest: str) -> GenerationState:
+    """What `save_state` wrote. Raises UserError, one line, where it is none, or of other weights or vocabulary."""
     content = _read(path)
     if content.get("digest") != digest:
         raise UserError(f"{path} is the memory of other weights, or of another vocabulary: it means nothing to these")
     device = next(model.parameters()).device
-    like, like_state = read(model, torch.zeros(1, 1, dtype=torch.int64, device=device))
+    like, like_state = read_tokens(model, torch.zeros(1, 1, dtype=torch.int64, device=device))
     try:
         logits, recent = content["logits"].to(device), content["recent"]
         state = tuple(
@@ -58,14 +58,14 @@ def load_memory(path: Path, model: Any, digest: str) -> Memory:
             raise ValueError("tokens that are none")
     except Exception as error:  # what was made by hand can fail in any way
         raise CorruptFileError(f"{path} is no whole memory ({error})") from error
-    return Memory(logits, state, recent)
+    return GenerationState(logits, state, recent)
 
 
 def check_replaceable(path: Path) -> None:
     """Raises UserError where `path` can't be written, or holds something else than a memory."""
     if not path.parent.is_dir():
         raise UserError(f"{path}: there is no folder {path.parent}")
-    if os.path.lexists(partial := path.with_name(path.name + PARTIAL)):
+    if os.path.lexists(partial := path.with_name(path.name + PARTIAL_SUFFIX)):
         raise UserError(f"{partial} is there: another command is at work, or was killed and left it; take it away")
     if path.exists():
         _read(path)

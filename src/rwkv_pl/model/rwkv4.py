@@ -37,7 +37,7 @@ class TimeMix(nn.Module):
         self.receptance = Linear(C, C)
         self.output = Linear(C, C)
         self.register_load_state_dict_pre_hook(_unsqueeze_time_mix)
-        self.reset_parameters(*depth(config, layer))
+        self.reset_parameters(*depth_ratios(config, layer))
 
     @torch.no_grad()
     def reset_parameters(self, r01: float, r10: float) -> None:
@@ -54,9 +54,9 @@ class TimeMix(nn.Module):
         for zero in (self.key, self.receptance, self.output):
             nn.init.zeros_(zero.weight)
 
-    def forward(self, x: Tensor, last: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, shift: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, C), the x before (B, C), WKV state (B, 3, C) -> y (B, T, C), the last x, the WKV state after."""
-        x_prev = token_shift(x, last)
+        x_prev = token_shift(x, shift)
         key = self.key(torch.lerp(x_prev, x, self.time_mix_k))
         value = self.value(torch.lerp(x_prev, x, self.time_mix_v))
         receptance = self.receptance(torch.lerp(x_prev, x, self.time_mix_r))
@@ -76,7 +76,7 @@ class ChannelMix(nn.Module):
         self.receptance = Linear(C, C)
         self.value = Linear(4 * C, C)
         self.register_load_state_dict_pre_hook(_unsqueeze_time_mix)
-        self.reset_parameters(*depth(config, layer))
+        self.reset_parameters(*depth_ratios(config, layer))
 
     @torch.no_grad()
     def reset_parameters(self, r01: float, r10: float) -> None:
@@ -89,9 +89,9 @@ class ChannelMix(nn.Module):
         for zero in (self.receptance, self.value):
             nn.init.zeros_(zero.weight)
 
-    def forward(self, x: Tensor, last: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
         """x (B, T, C), the x before (B, C) -> y (B, T, C), the last x."""
-        x_prev = token_shift(x, last)
+        x_prev = token_shift(x, shift)
         key = self.key(torch.lerp(x_prev, x, self.time_mix_k))
         receptance = self.receptance(torch.lerp(x_prev, x, self.time_mix_r))
         return torch.sigmoid(receptance) * self.value(torch.relu(key).square()), x[:, -1]
@@ -115,15 +115,15 @@ class Block(nn.Module):
     def forward(self, x: Tensor, state: BlockState | None) -> tuple[Tensor, BlockState]:
         """x (B, T, C) -> (B, T, C), and the block's memory after the last token."""
         att_shift, wkv, ffn_shift = state or (None, None, None)
-        again = x.shape[0] * x.shape[1] >= self.recompute_from
+        recompute = x.shape[0] * x.shape[1] >= self.recompute_from
         x = self.ln0(x)
         if fused.supports(self.att, TimeMix, self.ln1, self.dropout, x):
-            x, att_shift, wkv = fused.time_mix(self.att, self.ln1, self.dropout, x, att_shift, wkv, again)
+            x, att_shift, wkv = fused.time_mix(self.att, self.ln1, self.dropout, x, att_shift, wkv, recompute)
         else:
             y, att_shift, wkv = self.att(self.ln1(x), att_shift, wkv)
             x = x + self.dropout(y)
         if fused.supports(self.ffn, ChannelMix, self.ln2, self.dropout, x):
-            x, ffn_shift = fused.channel_mix(self.ffn, self.ln2, self.dropout, x, ffn_shift, again)
+            x, ffn_shift = fused.channel_mix(self.ffn, self.ln2, self.dropout, x, ffn_shift, recompute)
         else:
             y, ffn_shift = self.ffn(self.ln2(x), ffn_shift)
             x = x + self.dropout(y)
@@ -163,9 +163,9 @@ class RWKV4(nn.Module):
         """tokens (B, T) int64, T >= 1 -> what the head reads, (B, T, C), and the state after the last token."""
         x = self.emb(tokens)
         after = []
-        again = self.activation_checkpointing and torch.is_grad_enabled()
+        recompute = self.activation_checkpointing and torch.is_grad_enabled()
         for block, before in zip(self.blocks, state or [None] * len(self.blocks), strict=True):
-            x, block_state = checkpoint(block, x, before, use_reentrant=False) if again else block(x, before)
+            x, block_state = checkpoint(block, x, before, use_reentrant=False) if recompute else block(x, before)
             after.append(block_state)
         return self.ln_out(x), tuple(after)
 
@@ -181,7 +181,7 @@ class RWKV4(nn.Module):
         For inference: no gradient passes through it. On the CPU, in float32 or bfloat16, it is one call of a compiled
         operator, which computes in float32 and knows nothing of hooks on the modules.
         """
-        parameters = _parameters(self)
+        parameters = _list_parameters(self)
         if supports_step(parameters) and not (self.training and self.config.dropout):
             logits, after = rwkv4_step(parameters, tokens, [x for block in state or () for x in block])
             return logits, tuple(BlockState(*block) for block in after)
@@ -196,22 +196,22 @@ class RWKV4(nn.Module):
         nn.init.orthogonal_(self.head.weight, gain=0.5 * math.sqrt(max(V / C, 1)))
 
 
-def token_shift(x: Tensor, last: Tensor | None) -> Tensor:
+def token_shift(x: Tensor, shift: Tensor | None) -> Tensor:
     """x (B, T, C) one token later: last (B, C), or zeros where a text begins, then x without its own last token."""
-    first = torch.zeros_like(x[:, 0]) if last is None else last.to(x.dtype)
+    first = torch.zeros_like(x[:, 0]) if shift is None else shift.to(x.dtype)
     return torch.cat([first[:, None], x[:, :-1]], dim=1)
 
 
-def depth(config: RWKV4Config, layer: int) -> tuple[float, float]:
+def depth_ratios(config: RWKV4Config, layer: int) -> tuple[float, float]:
     """r01, which rises from 0 to 1 over the layers, and r10, which falls from 1 to 1/L."""
     return layer / max(config.n_layer - 1, 1), 1 - layer / config.n_layer
 
 
-def _parameters(module: Any) -> list[Tensor]:
+def _list_parameters(module: Any) -> list[Tensor]:
     """As list(module.parameters()), which takes a tenth of a token's time."""
     found = list(module._parameters.values())
     for child in module._modules.values():
-        found += _parameters(child) if child._modules else child._parameters.values()
+        found += _list_parameters(child) if child._modules else child._parameters.values()
     return [parameter for parameter in found if parameter is not None]
 
 

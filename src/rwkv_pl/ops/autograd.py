@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-def autocast_off() -> AbstractContextManager[Any]:
+def disable_autocast() -> AbstractContextManager[Any]:
     """For a backward pass, whose tensors already have the dtypes of the forward pass."""
     return torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext()
 
@@ -30,10 +30,10 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
         if not torch.is_grad_enabled():  # no graph of the gradients is asked for
             saved = list(ctx.saved_tensors)
             ctx.maybe_clear_saved_tensors()
-            with autocast_off():
+            with disable_autocast():
                 return backward(ctx, saved, *gradients)
         saved = ctx.saved_tensors
-        with torch.no_grad(), autocast_off():
+        with torch.no_grad(), disable_autocast():
             found = backward(ctx, list(saved), *gradients)
         return _NoSecondDerivative.apply(type(ctx).__name__, len(found), *found, *gradients, *saved)
 

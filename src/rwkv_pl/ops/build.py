@@ -25,7 +25,14 @@ import torch
 from filelock import FileLock
 
 from rwkv_pl.files import cache_folder
-from rwkv_pl.ops.toolchain import Compiler, compiler_advice, compiler_tried, find_compiler, find_nvcc, nvcc_trouble
+from rwkv_pl.ops.toolchain import (
+    Compiler,
+    compiler_advice,
+    describe_missing_compiler,
+    describe_nvcc_problem,
+    find_compiler,
+    find_nvcc,
+)
 
 __all__ = [
     "CPU_SOURCES", "CUDA_FLAGS", "CUDA_SOURCES", "LEVELS", "PREBUILT", "STABLE_ABI", "BuildError", "chip_flags",
@@ -33,7 +40,7 @@ __all__ = [
 ]  # fmt: skip
 
 CPU_SOURCES = (
-    "wkv4_cpu.cpp", "norm_mix_cpu.cpp", "elementwise_cpu.cpp", "cross_entropy_cpu.cpp", "rwkv4_step_cpu.cpp",
+    "wkv4_cpu.cpp", "norm_token_shift_cpu.cpp", "elementwise_cpu.cpp", "cross_entropy_cpu.cpp", "rwkv4_step_cpu.cpp",
     "cpu_lanes.h", "cpu_numbers.h", "wkv4_math.h", "wkv4_tensor.h",
 )  # fmt: skip
 CUDA_SOURCES = (
@@ -68,7 +75,7 @@ SUFFIX = ".pyd" if sys.platform == "win32" else ".so"
 
 
 @dataclass(frozen=True)
-class Recipe:
+class LibrarySpec:
     """What one library is made of; ``compile(folder, recipe)`` makes it where the sources are, and loads it."""
 
     name: str
@@ -77,7 +84,7 @@ class Recipe:
     compiler: Compiler
     flags: list[str]
     seconds: int
-    compile: Callable[[Path, "Recipe"], Path]
+    compile: Callable[[Path, "LibrarySpec"], Path]
 
 
 def load_cpu_library() -> None:
@@ -88,7 +95,7 @@ def load_cpu_library() -> None:
     level = cpu_level()
     if _load_prebuilt(prebuilt_name("wkv4_cpu", level, CPU_SOURCES)):
         return
-    _load_or_build(Recipe("wkv4_cpu", level, CPU_SOURCES, _host_compiler(), cpu_flags(level), 15, _compile_cpu))
+    _load_or_build(LibrarySpec("wkv4_cpu", level, CPU_SOURCES, _host_compiler(), cpu_flags(level), 15, _compile_cpu))
 
 
 def load_cuda_library() -> None:
@@ -101,14 +108,14 @@ def load_cuda_library() -> None:
     if _load_prebuilt(prebuilt_name("wkv4_cuda", "all", CUDA_SOURCES)):
         return
     host, nvcc = _host_compiler(), find_nvcc(torch.version.cuda)
-    trouble = nvcc_trouble(nvcc, torch.version.cuda)
-    if trouble or nvcc is None:
-        raise BuildError(trouble)
+    problem = describe_nvcc_problem(nvcc, torch.version.cuda)
+    if problem or nvcc is None:
+        raise BuildError(problem)
     devices = range(torch.cuda.device_count())
     chips = sorted({"{}{}".format(*torch.cuda.get_device_capability(device)) for device in devices})
     flags = [*CUDA_FLAGS, *chip_flags(chips), *(["-ccbin", host.path] if sys.platform != "win32" else [])]
     target = "-".join(f"sm_{chip}" for chip in chips)
-    _load_or_build(Recipe("wkv4_cuda", target, CUDA_SOURCES, nvcc, flags, 15, _compile_cuda))
+    _load_or_build(LibrarySpec("wkv4_cuda", target, CUDA_SOURCES, nvcc, flags, 15, _compile_cuda))
 
 
 def prebuilt_name(name: str, target: str, sources: tuple[str, ...]) -> str:
@@ -127,13 +134,13 @@ def _load_prebuilt(name: str) -> bool:
 def _host_compiler() -> Compiler:
     compiler = find_compiler()
     if compiler is None:
-        raise BuildError(f"no C++ compiler ({compiler_tried()}); {compiler_advice()}")
+        raise BuildError(f"no C++ compiler ({describe_missing_compiler()}); {compiler_advice()}")
     return compiler
 
 
-def _load_or_build(recipe: Recipe) -> None:
+def _load_or_build(spec: LibrarySpec) -> None:
     folder = cache_folder() / "kernels"
-    library = folder / f"{recipe.name}-{recipe.target}-{_recipe_digest(recipe)}{SUFFIX}"
+    library = folder / f"{spec.name}-{spec.target}-{_spec_digest(spec)}{SUFFIX}"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder.chmod(0o700)
@@ -141,7 +148,7 @@ def _load_or_build(recipe: Recipe) -> None:
             return
         with FileLock(folder / "lock"):
             if not _try_load(library):
-                _build(library, recipe)
+                _build(library, spec)
     except OSError as error:
         raise BuildError(
             f"the cache folder {folder} cannot be used ({error.strerror or error}); "
@@ -168,17 +175,17 @@ def cpu_flags(level: str) -> list[str]:
     return ["-O3", "-fno-math-errno", "-fno-trapping-math", STABLE_ABI, *LEVELS[level]]
 
 
-def _recipe_digest(recipe: Recipe) -> str:
-    compiler = recipe.compiler
+def _spec_digest(spec: LibrarySpec) -> str:
+    compiler = spec.compiler
     made_from = [
         compiler.command,
         compiler.path,
         compiler.version,
-        *recipe.flags,
+        *spec.flags,
         torch.__version__,
         platform.machine(),
     ]
-    return _digest(recipe.sources, "\0".join(made_from))
+    return _digest(spec.sources, "\0".join(made_from))
 
 
 def _digest(sources: tuple[str, ...], made_from: str = "") -> str:
@@ -188,17 +195,17 @@ def _digest(sources: tuple[str, ...], made_from: str = "") -> str:
     return digest.hexdigest()[:16]
 
 
-def _seal(library: Path) -> Path:
+def _checksum_path(library: Path) -> Path:
     return library.with_suffix(".sha256")
 
 
 def _try_load(library: Path) -> bool:
     # The linker takes a library that was cut short, and dies of a bus error at its first missing page: compare first.
     try:
-        sealed = _seal(library).read_text() == hashlib.sha256(library.read_bytes()).hexdigest()
+        is_intact = _checksum_path(library).read_text() == hashlib.sha256(library.read_bytes()).hexdigest()
     except FileNotFoundError:
         return False
-    if not sealed:
+    if not is_intact:
         return False
     try:
         torch.ops.load_library(library)
@@ -207,47 +214,47 @@ def _try_load(library: Path) -> bool:
     return True
 
 
-def _build(library: Path, recipe: Recipe) -> None:
+def _build(library: Path, spec: LibrarySpec) -> None:
     # Whoever holds the lock is the only one who builds, so all other building folders are leftovers.
     for leftover in library.parent.glob("building-*"):
         shutil.rmtree(leftover, ignore_errors=True)
     print(
-        f"rwkv_pl: building the WKV kernel for {recipe.target} with {recipe.compiler.title} "
-        f"(once, about {recipe.seconds} s) ...",
+        f"rwkv_pl: building the WKV kernel for {spec.target} with {spec.compiler.title} "
+        f"(once, about {spec.seconds} s) ...",
         file=sys.stderr,
         flush=True,
     )
     folder = Path(tempfile.mkdtemp(prefix="building-", dir=library.parent))
     try:
-        for name in recipe.sources:
+        for name in spec.sources:
             (folder / name).write_bytes(resources.files("rwkv_pl.cuda").joinpath(name).read_bytes())
-        built = recipe.compile(folder, recipe)
-        seal = hashlib.sha256(built.read_bytes()).hexdigest()
-        _seal(built).write_text(seal)
+        built = spec.compile(folder, spec)
+        checksum = hashlib.sha256(built.read_bytes()).hexdigest()
+        _checksum_path(built).write_text(checksum)
         # The seal last: until then the library counts as not there.
         built.replace(library)
-        _seal(built).replace(_seal(library))
+        _checksum_path(built).replace(_checksum_path(library))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _compile_cpu(folder: Path, recipe: Recipe) -> Path:
-    name, compiler = recipe.name, recipe.compiler
+def _compile_cpu(folder: Path, spec: LibrarySpec) -> Path:
+    name, compiler = spec.name, spec.compiler
     try:
         import ninja
         from torch.utils import cpp_extension
 
         # pip's ninja lies beside a Python that need not be on PATH, and torch looks for it there alone.
-        with _environment(PATH=os.pathsep.join((ninja.BIN_DIR, os.environ.get("PATH", ""))), CXX=compiler.command):
+        with _set_environment(PATH=os.pathsep.join((ninja.BIN_DIR, os.environ.get("PATH", ""))), CXX=compiler.command):
             cpp_extension.load(
                 name,
-                [str(folder / source) for source in translation_units(recipe.sources)],
-                extra_cflags=recipe.flags,
+                [str(folder / source) for source in translation_units(spec.sources)],
+                extra_cflags=spec.flags,
                 build_directory=str(folder),
                 is_python_module=False,
             )
     except (ImportError, RuntimeError, OSError, subprocess.SubprocessError) as error:
-        raise _failure(recipe, folder, str(error)) from error
+        raise _build_error(spec, folder, str(error)) from error
     # torch adds a number to the name where this process has built before.
     return next(folder.glob(f"{name}*{cpp_extension.LIB_EXT}"))
 
@@ -287,28 +294,28 @@ def nvcc_command(nvcc: Compiler, flags: list[str], source: Path, library: Path) 
     ]  # fmt: skip
 
 
-def _compile_cuda(folder: Path, recipe: Recipe) -> Path:
-    library = folder / f"{recipe.name}.so"
-    command = nvcc_command(recipe.compiler, recipe.flags, folder / recipe.sources[0], library)
+def _compile_cuda(folder: Path, spec: LibrarySpec) -> Path:
+    library = folder / f"{spec.name}.so"
+    command = nvcc_command(spec.compiler, spec.flags, folder / spec.sources[0], library)
     run = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if run.returncode != 0:
-        raise _failure(recipe, folder, run.stderr + run.stdout or f"exit status {run.returncode}")
+        raise _build_error(spec, folder, run.stderr + run.stdout or f"exit status {run.returncode}")
     # As cpp_extension does with what it builds.
     torch.ops.load_library(library)
     return library
 
 
-def _failure(recipe: Recipe, folder: Path, output: str) -> BuildError:
+def _build_error(spec: LibrarySpec, folder: Path, output: str) -> BuildError:
     # As gcc, clang, cl, nvcc and their linkers begin an error; before it stand ninja's commands and any warnings.
     lines = output.splitlines()
     first = next((line for line in lines if re.search(r"\berror( [A-Z]+\d+)?:", line)), lines[0])
-    kept = folder.parent / f"{recipe.name}.log"
+    kept = folder.parent / f"{spec.name}.log"
     kept.write_text(output, encoding="utf-8")
-    return BuildError(f"the build with {recipe.compiler.command} failed: {first}; all that it said is in {kept}")
+    return BuildError(f"the build with {spec.compiler.command} failed: {first}; all that it said is in {kept}")
 
 
 @contextmanager
-def _environment(**variables: str) -> Iterator[None]:
+def _set_environment(**variables: str) -> Iterator[None]:
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from rwkv_pl.ops.autograd import once_differentiable
 from rwkv_pl.ops.backend import supports_elementwise
 
-IGNORED = -1  # a target that pads a short window; its loss does not count
+IGNORE_INDEX = -1  # a target that pads a short window; its loss does not count
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -28,7 +28,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     if supports_elementwise(logits, io=True):
         return _CrossEntropy.apply(logits, targets)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    nats = F.cross_entropy(wide, targets, ignore_index=IGNORED, reduction="none")
+    nats = F.cross_entropy(wide, targets, ignore_index=IGNORE_INDEX, reduction="none")
     return nats, logits.max(-1).values.to(nats.dtype)
 
 
@@ -40,19 +40,21 @@ def head_cross_entropy(
     chunk_len: the logits of so many rows are there at once, and are computed again in the backward pass; None: all.
     """
 
-    def of(some_hidden: Tensor, some_targets: Tensor) -> tuple[Tensor, Tensor]:
+    def chunk_cross_entropy(some_hidden: Tensor, some_targets: Tensor) -> tuple[Tensor, Tensor]:
         return cross_entropy(head(some_hidden), some_targets)
 
     rows, flat_targets = hidden.flatten(0, -2), targets.flatten()
     if chunk_len is None or chunk_len >= len(rows):
-        nats, largest = of(rows, flat_targets)
+        nats, largest = chunk_cross_entropy(rows, flat_targets)
         return nats.view_as(targets), largest.view_as(targets)
     chunks = zip(rows.split(chunk_len), flat_targets.split(chunk_len), strict=True)
     if torch.is_grad_enabled():
         # The head draws no random numbers, so there is no generator to put back.
-        parts = [checkpoint(of, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
+        parts = [
+            checkpoint(chunk_cross_entropy, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks
+        ]
     else:
-        parts = [of(*chunk) for chunk in chunks]
+        parts = [chunk_cross_entropy(*chunk) for chunk in chunks]
     nats, largest = (torch.cat(part) for part in zip(*parts, strict=True))
     return nats.view_as(targets), largest.view_as(targets)
 
@@ -66,5 +68,5 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, saved: tuple[Tensor, ...], of_nats: Tensor, of_largest: Tensor) -> tuple[Tensor, None]:
-        return torch.ops.rwkv_pl.cross_entropy_backward(*saved, of_nats, of_largest), None
+    def backward(ctx: Any, saved: tuple[Tensor, ...], grad_nats: Tensor, grad_largest: Tensor) -> tuple[Tensor, None]:
+        return torch.ops.rwkv_pl.cross_entropy_backward(*saved, grad_nats, grad_largest), None

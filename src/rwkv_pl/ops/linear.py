@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rwkv_pl.ops.autograd import autocast_off
+from rwkv_pl.ops.autograd import disable_autocast
 
 # Below this many rows oneDNN's preparation costs more than it saves.
-FEWEST_ROWS = 32
+MIN_ROWS = 32
 
 
 class Linear(nn.Linear):
@@ -35,7 +35,7 @@ class Linear(nn.Linear):
         return linear(x, self.weight)
 
 
-def matrices_to(module: nn.Module, dtype: torch.dtype) -> None:
+def cast_linear_weights(module: nn.Module, dtype: torch.dtype) -> None:
     """Keeps the matrices of a model's :class:`Linear` layers, and nothing else of it, in another dtype, in place.
 
     To generate a token is to read them all: in bfloat16 it takes little more than half of float32's time.
@@ -66,16 +66,16 @@ def _is_intel() -> bool:
     return False
 
 
-_has_product = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-_is_faster = _has_product and torch.backends.cpu.get_cpu_capability() == "AVX512" and not _is_intel()
+_has_onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+_is_onednn_faster = _has_onednn and torch.backends.cpu.get_cpu_capability() == "AVX512" and not _is_intel()
 
 
-def _by_onednn(x: Tensor) -> bool:
+def _uses_onednn(x: Tensor) -> bool:
     return (
-        _is_faster
+        _is_onednn_faster
         and x.device.type == "cpu"
         and x.dtype == torch.float32
-        and x.numel() >= FEWEST_ROWS * x.shape[-1]
+        and x.numel() >= MIN_ROWS * x.shape[-1]
         and bool(torch.backends.mkldnn.enabled)
     )
 
@@ -86,21 +86,21 @@ def _by_onednn(x: Tensor) -> bool:
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """x (..., I), weight (O, I) -> (..., O)."""
-    return _onednn(x, weight) if _by_onednn(x) else F.linear(x, weight)
+    return _onednn_product(x, weight) if _uses_onednn(x) else F.linear(x, weight)
 
 
-def gradient_of_input(gradient: Tensor, weight: Tensor) -> Tensor:
+def gradient_of_input(grad_output: Tensor, weight: Tensor) -> Tensor:
     """gradient (..., O), weight (O, I) -> (..., I)."""
-    return _onednn(gradient, weight.T) if _by_onednn(gradient) else torch.matmul(gradient, weight)
+    return _onednn_product(grad_output, weight.T) if _uses_onednn(grad_output) else torch.matmul(grad_output, weight)
 
 
-def gradient_of_weight(gradient: Tensor, x: Tensor) -> Tensor:
+def gradient_of_weight(grad_output: Tensor, x: Tensor) -> Tensor:
     """gradient (..., O), x (..., I) -> (O, I)."""
-    columns, rows = gradient.flatten(0, -2).T, x.flatten(0, -2)
-    return _onednn(columns, rows.T) if _by_onednn(columns) else torch.mm(columns, rows)
+    columns, rows = grad_output.flatten(0, -2).T, x.flatten(0, -2)
+    return _onednn_product(columns, rows.T) if _uses_onednn(columns) else torch.mm(columns, rows)
 
 
-def _onednn(x: Tensor, weight: Tensor) -> Tensor:
+def _onednn_product(x: Tensor, weight: Tensor) -> Tensor:
     if torch.is_grad_enabled():  # the operator itself has no gradient, and would break the graph silently
         return _Linear.apply(x, weight)
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
@@ -113,9 +113,9 @@ class _Linear(torch.autograd.Function):
         return product(x, weight)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        with autocast_off():
-            of_x = gradient_of_input(gradient, weight) if ctx.needs_input_grad[0] else None
-            of_weight = gradient_of_weight(gradient, x) if ctx.needs_input_grad[1] else None
-        return of_x, of_weight
+        with disable_autocast():
+            grad_x = gradient_of_input(grad_output, weight) if ctx.needs_input_grad[0] else None
+            grad_weight = gradient_of_weight(grad_output, x) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_weight

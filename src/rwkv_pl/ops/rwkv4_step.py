@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from rwkv_pl.ops.backend import uses_compiled, when_loaded
 
-__all__ = ["lay_together", "rwkv4_step", "supports_step"]
+__all__ = ["move_to_huge_pages", "rwkv4_step", "supports_step"]
 
 # Parameters of the model outside of its blocks: emb.weight, ln0, ln_out, head.weight.
-OUTSIDE = 6
+PARAMS_OUTSIDE_BLOCKS = 6
 # And of one block.
-A_BLOCK = 18
+PARAMS_PER_BLOCK = 18
 
-LARGE_PAGE, CACHE_LINE = 1 << 21, 64
+HUGE_PAGE, CACHE_LINE = 1 << 21, 64
 
 
 def supports_step(parameters: Sequence[Tensor]) -> bool:
@@ -29,15 +29,15 @@ def supports_step(parameters: Sequence[Tensor]) -> bool:
     plain form.
     """
     return (
-        len(parameters) >= OUTSIDE
-        and (len(parameters) - OUTSIDE) % A_BLOCK == 0
+        len(parameters) >= PARAMS_OUTSIDE_BLOCKS
+        and (len(parameters) - PARAMS_OUTSIDE_BLOCKS) % PARAMS_PER_BLOCK == 0
         and parameters[0].device.type == "cpu"
         and {parameter.dtype for parameter in parameters} <= {torch.float32, torch.bfloat16}
         and uses_compiled("cpu")
     )
 
 
-def lay_together(module: nn.Module) -> None:
+def move_to_huge_pages(module: nn.Module) -> None:
     """Moves the parameters into one piece of memory that Linux backs by large pages; elsewhere it does nothing.
 
     A token reads them all, and by pages of 4 KB a sixth of its time goes into finding these.
@@ -46,16 +46,16 @@ def lay_together(module: nn.Module) -> None:
         return
     parameters = [parameter for parameter in module.parameters() if parameter.device.type == "cpu"]
     sizes = [-(-parameter.nbytes // CACHE_LINE) * CACHE_LINE for parameter in parameters]
-    piece = mmap.mmap(-1, sum(sizes) + LARGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    piece = mmap.mmap(-1, sum(sizes) + HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # a kernel that has none
         piece.madvise(mmap.MADV_HUGEPAGE)
     memory = torch.frombuffer(piece, dtype=torch.uint8)
-    at = -memory.data_ptr() % LARGE_PAGE
+    offset = -memory.data_ptr() % HUGE_PAGE
     for parameter, size in zip(parameters, sizes, strict=True):
-        place = memory[at : at + parameter.nbytes].view(parameter.dtype).view(parameter.shape)
-        place.copy_(parameter.detach())
-        parameter.data = place
-        at += size
+        view = memory[offset : offset + parameter.nbytes].view(parameter.dtype).view(parameter.shape)
+        view.copy_(parameter.detach())
+        parameter.data = view
+        offset += size
 
 
 @torch.no_grad()
@@ -91,7 +91,7 @@ def _register_fake() -> None:
 
 
 def _fake(parameters: list[Tensor], tokens: Tensor, state: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    (B,), (V, C), L = tokens.shape, parameters[-1].shape, (len(parameters) - OUTSIDE) // A_BLOCK
+    (B,), (V, C), L = tokens.shape, parameters[-1].shape, (len(parameters) - PARAMS_OUTSIDE_BLOCKS) // PARAMS_PER_BLOCK
     shapes = (B, V), (2 * L, B, C), (L, B, 3, C)
     logits, shifts, wkv = (tokens.new_empty(shape, dtype=torch.float32) for shape in shapes)
     return logits, shifts, wkv

@@ -10,7 +10,14 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Compiler", "compiler_advice", "compiler_tried", "find_compiler", "find_nvcc", "nvcc_trouble"]
+__all__ = [
+    "Compiler",
+    "compiler_advice",
+    "describe_missing_compiler",
+    "describe_nvcc_problem",
+    "find_compiler",
+    "find_nvcc",
+]
 
 
 @dataclass(frozen=True)
@@ -42,11 +49,11 @@ def find_compiler() -> Compiler | None:
             words = []
         path = shutil.which(words[0]) if words else None
         if path is not None:
-            return Compiler(command, path, _version([path, *words[1:]]))
-    return _visual_studio() if sys.platform == "win32" and not os.environ.get("CXX") else None
+            return Compiler(command, path, _read_version([path, *words[1:]]))
+    return _find_visual_studio() if sys.platform == "win32" and not os.environ.get("CXX") else None
 
 
-def compiler_tried() -> str:
+def describe_missing_compiler() -> str:
     """What was looked at in vain, where there is no C++ compiler."""
     return f"CXX={os.environ['CXX']} is none" if os.environ.get("CXX") else "none found"
 
@@ -84,32 +91,32 @@ def find_nvcc(cuda: str) -> Compiler | None:
     folders.append(Path("/usr/local/cuda/bin"))
     for path in (folder / program for folder in folders):
         if os.access(path, os.X_OK):
-            release = re.search(r"release (\d+\.\d+)", _version([str(path)], last=True))
-            if release and _major(release[1]) == _major(cuda):
+            release = re.search(r"release (\d+\.\d+)", _read_version([str(path)], from_end=True))
+            if release and _major_version(release[1]) == _major_version(cuda):
                 return Compiler("nvcc", str(path), release[1])
             if release and found is None:
                 found = Compiler("nvcc", str(path), release[1])
     return found
 
 
-def nvcc_trouble(nvcc: Compiler | None, cuda: str) -> str:
+def describe_nvcc_problem(nvcc: Compiler | None, cuda: str) -> str:
     """Why this nvcc can't build for a torch of that CUDA, and what to do; "" where it can."""
     advice = f"install the CUDA toolkit {cuda} and put its nvcc on PATH"
-    if _major(cuda) == 13:
+    if _major_version(cuda) == 13:
         advice = 'run `pip install "rwkv_pl[cuda]"`'
     if nvcc is None:
         return f"no nvcc; {advice}"
-    if _major(nvcc.version) != _major(cuda):
-        fault = "too old" if _major(nvcc.version) < _major(cuda) else "too new"
+    if _major_version(nvcc.version) != _major_version(cuda):
+        fault = "too old" if _major_version(nvcc.version) < _major_version(cuda) else "too new"
         return f"{nvcc.path} is {fault}: its CUDA is {nvcc.version}, torch's {cuda}; {advice}"
     return ""
 
 
-def _major(cuda: str) -> int:
+def _major_version(cuda: str) -> int:
     return int(cuda.split(".")[0])
 
 
-def _version(command: list[str], last: bool = False) -> str:
+def _read_version(command: list[str], from_end: bool = False) -> str:
     # cl knows no --version; it says its version before it complains.
     argument = [] if sys.platform == "win32" else ["--version"]
     try:
@@ -117,10 +124,10 @@ def _version(command: list[str], last: bool = False) -> str:
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"version unknown ({error})"
     lines = (run.stdout or run.stderr).splitlines() or ["version unknown"]
-    return " ".join(lines[-2:]) if last else lines[0]
+    return " ".join(lines[-2:]) if from_end else lines[0]
 
 
-def _visual_studio() -> Compiler | None:
+def _find_visual_studio() -> Compiler | None:
     # cl is on PATH only in a developer prompt; torch finds it by way of the same program.
     programs = os.environ.get("ProgramFiles(x86)", r"C:\Program Files (x86)")  # noqa: SIM112
     vswhere = Path(programs, "Microsoft Visual Studio", "Installer", "vswhere.exe")

@@ -14,7 +14,7 @@ from rwkv_pl.ops.wkv4_reference import EMPTY, wkv4_recurrence, wkv4_scan
 # Steps between two states that the compiled operator saves for its backward pass: on the CPU at most LONGEST_TILE in
 # wkv4_cpu.cpp; on a GPU they also say which kernel runs, one that walks through time or one that scans it (those of
 # wkv4_launch.cuh).
-TILE = 32
+CPU_TILE = 32
 WALK, SCAN, LONG_SCAN, DOUBLE_SCAN = 64, 256, 1024, 128
 
 
@@ -46,7 +46,7 @@ def wkv4(
         TypeError: an argument that is not a floating tensor.
         ValueError: an argument whose shape or device does not fit key's.
     """
-    _check(time_decay, time_first, key, value, state)
+    _check_arguments(time_decay, time_first, key, value, state)
     dtype = torch.float64 if key.dtype == torch.float64 else torch.float32
     compiled = uses_compiled(key.device.type)
     # The kernels read and write halves, but for float16 on a CPU.
@@ -55,7 +55,7 @@ def wkv4(
     if state is not None:
         state = state.to(dtype)
     if compiled:
-        output, state, _ = torch.ops.rwkv_pl.wkv4_forward(*weights, *inputs, state, _tile(key))
+        output, state, _ = torch.ops.rwkv_pl.wkv4_forward(*weights, *inputs, state, _choose_tile(key))
         return output.to(key.dtype), state
     if state is None:
         batch, _, channels = key.shape
@@ -66,12 +66,12 @@ def wkv4(
     return output.to(key.dtype), state
 
 
-def _tile(key: Tensor) -> int:
+def _choose_tile(key: Tensor) -> int:
     """Steps between two saved states. On a GPU what was quickest on an H100: `python -m benchmarks.wkv_gpu --tiles`."""
     batch, steps, channels = key.shape
     if key.device.type != "cuda":
-        return TILE
-    rows = batch * channels / _multiprocessors(key.device.index)
+        return CPU_TILE
+    rows = batch * channels / _count_multiprocessors(key.device.index)
     # A walk needs some hundred channels for each multiprocessor, or little time to walk.
     if rows >= 100 or steps <= 16 or (steps <= 64 and rows >= 16):
         return WALK
@@ -81,11 +81,11 @@ def _tile(key: Tensor) -> int:
 
 
 @torch.compiler.assume_constant_result
-def _multiprocessors(device: int) -> int:
+def _count_multiprocessors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _check(time_decay: Tensor, time_first: Tensor, key: Tensor, value: Tensor, state: Tensor | None) -> None:
+def _check_arguments(time_decay: Tensor, time_first: Tensor, key: Tensor, value: Tensor, state: Tensor | None) -> None:
     arguments = {"key": key, "time_decay": time_decay, "time_first": time_first, "value": value}
     if state is not None:
         arguments["state"] = state

@@ -105,8 +105,8 @@ def _prefixes(w: Tensor, leaves: Sums) -> Sums:
 
     # 4. Add that to the chunk's own sums, decayed by the places since.
     places = torch.arange(1, CHUNK + 1, dtype=w.dtype, device=w.device).unsqueeze(-1)
-    whole = _add(w * places, (before[0], before[1], before[2]), local)
-    num, den, max_exp = (x.flatten(-3, -2)[..., :length, :] for x in whole)
+    sums = _add(w * places, (before[0], before[1], before[2]), local)
+    num, den, max_exp = (x.flatten(-3, -2)[..., :length, :] for x in sums)
     return num, den, max_exp
 
 

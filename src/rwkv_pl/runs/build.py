@@ -125,24 +125,24 @@ def build_loggers(config: Train, folder: Path, resumed_step: int | None) -> list
     return loggers
 
 
-def code_state() -> str:
+def describe_code() -> str:
     """Versions, and the commit of the checkout that runs.
 
     Not that of the working folder: git runs the programs that a repository's own config names.
     """
-    told = f"rwkv_pl {version('rwkv_pl')}, torch {torch.__version__}, lightning {lightning.__version__}"
+    versions = f"rwkv_pl {version('rwkv_pl')}, torch {torch.__version__}, lightning {lightning.__version__}"
     checkout = Path(__file__).parents[3]
     if not (checkout / ".git").exists():
-        return told
+        return versions
     git = ["git", "-C", str(checkout)]
     try:
         commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
         changes = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True)
     except OSError:
-        return told
+        return versions
     if commit.returncode:
-        return told
-    return f"{told}, git {commit.stdout.strip()}" + (" with changes" if changes.stdout.strip() else "")
+        return versions
+    return f"{versions}, git {commit.stdout.strip()}" + (" with changes" if changes.stdout.strip() else "")
 
 
 def _instantiate(where: str, arguments: dict[str, Any], folder: Path) -> Any:
@@ -157,7 +157,7 @@ def _instantiate(where: str, arguments: dict[str, Any], folder: Path) -> Any:
         raise UserError(f"{where} refuses its settings: {one_line(error)}") from error
 
 
-def quiet_lightning() -> None:
+def silence_lightning() -> None:
     """Keeps Lightning's remarks that do not fit this use, or advertise, out of the user's sight."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         for part in ("", ".utilities.rank_zero"):
@@ -171,7 +171,7 @@ def quiet_lightning() -> None:
         ".*callbacks used to create the checkpoint need to be provided.*",
         ".*WeightAveraging callback with a model that overrides.*",  # the model is built once, and not sharded
         ".*is supported for historical reasons.*",  # trainer.precision=16
-        ".*AMP with fp16 is not supported on CPU.*",  # which choose_products refuses
+        ".*AMP with fp16 is not supported on CPU.*",  # which choose_matmul_precision refuses
     ):
         warnings.filterwarnings("ignore", message=message)
     # TensorBoard's thread: what the disk refused is raised again at its next figure.

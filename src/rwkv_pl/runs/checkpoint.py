@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from rwkv_pl.errors import CorruptFileError, UserError, one_line
 from rwkv_pl.training.module import LitRWKV
-from rwkv_pl.training.optimizer import build_optimizer, write_numbers
+from rwkv_pl.training.optimizer import build_optimizer, set_hyperparameters
 from rwkv_pl.weights.checkpoint import read_checkpoint
 from rwkv_pl.weights.metadata import KEY, Metadata
 
@@ -53,7 +53,7 @@ def check_loadable(content: dict[str, Any], module: LitRWKV, optimizer: Optimize
         # A loss scaler leaves out the first steps, until its scale is found.
         unmoved = not optimizer.state and (not moved or "MixedPrecision" in content)
         if not unmoved:
-            check_state(optimizer, module)
+            check_optimizer_state(optimizer, module)
         steps = content["loops"]["fit_loop"]["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]
         if steps["total"]["completed"] != content["global_step"]:
             raise ValueError(f"its loop is at step {steps['total']['completed']}, itself at {content['global_step']}")
@@ -68,7 +68,7 @@ def check_loadable(content: dict[str, Any], module: LitRWKV, optimizer: Optimize
         raise CorruptFileError(f"{path} does not fit this run ({one_line(error)[:200]})") from error
 
 
-def check_state(optimizer: Optimizer, module: LitRWKV) -> None:
+def check_optimizer_state(optimizer: Optimizer, module: LitRWKV) -> None:
     """Compares a restored optimizer with a twin over tiny parameters.
 
     The twin takes a step with the restored numbers: what it then keeps of each parameter, the restored state must have,
@@ -90,7 +90,7 @@ def check_state(optimizer: Optimizer, module: LitRWKV) -> None:
     twin.step()
     if not all(twin.state.get(small, {}).keys() <= optimizer.state.get(real, {}).keys() for real, small in pairs):
         raise ValueError("its optimizer knows only some of the parameters")
-    write_numbers(twin, module.optim, module.lr_scale)
+    set_hyperparameters(twin, module.optim, module.lr_scale)
     try:
         twin.step()
     except Exception as error:

@@ -6,8 +6,8 @@ from rwkv_pl.config import Train
 from rwkv_pl.errors import UserError, one_line
 from rwkv_pl.ops.backend import use_kernel
 from rwkv_pl.ops.wkv4 import wkv4
-from rwkv_pl.runs.ranks import first_decides
-from rwkv_pl.training.precision import in_words, product_rates
+from rwkv_pl.runs.ranks import decide_on_first_rank
+from rwkv_pl.training.precision import describe_speedup, measure_product_rates
 
 
 def choose_accelerator(config: Train) -> None:
@@ -16,35 +16,35 @@ def choose_accelerator(config: Train) -> None:
         config.trainer["accelerator"] = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def choose_precision(config: Train, kept: str | None) -> str | None:
+def choose_precision(config: Train, stored: str | None) -> str | None:
     """`auto` is bf16-mixed if that is faster on the device, else 32-true. Returns a line for the user, or None.
 
-    kept: what a run that goes on has had so far, which `auto` keeps.
+    stored: what a run that goes on has had so far, which `auto` keeps.
     """
     trainer = config.trainer
     asked = trainer["precision"]
-    if asked == "auto" and kept:
-        asked = trainer["precision"] = kept
+    if asked == "auto" and stored:
+        asked = trainer["precision"] = stored
     on_gpu = trainer["accelerator"] in ("cuda", "gpu") and torch.cuda.is_available()
     if asked != "auto" and (on_gpu or not str(asked).startswith("bf16")):
         return None
     device = torch.device("cuda" if on_gpu else "cpu")
-    choose_products(config, device)
+    choose_matmul_precision(config, device)
     tokens = config.data.batch_size * config.data.ctx_len
 
     def measure() -> str:
-        rates = product_rates(device, tokens, config.model.n_embd)
+        rates = measure_product_rates(device, tokens, config.model.n_embd)
         return repr(rates[torch.bfloat16] / rates[torch.float32])
 
-    speedup = float(first_decides("bf16_speedup", measure))
-    comparison = f"bf16 products are {in_words(speedup)} in float32 on this {device.type.upper()}"
+    speedup = float(decide_on_first_rank("bf16_speedup", measure))
+    comparison = f"bf16 products are {describe_speedup(speedup)} in float32 on this {device.type.upper()}"
     if asked == "auto":
         trainer["precision"] = "bf16-mixed" if speedup > 1 else "32-true"
         return f"precision {trainer['precision']}: {comparison} (trainer.precision=auto)"
     return f"precision {asked}: {comparison}; 32-true would be faster" if speedup < 1 else None
 
 
-def choose_products(config: Train, device: torch.device) -> None:
+def choose_matmul_precision(config: Train, device: torch.device) -> None:
     """Of float32's products on a GPU. Raises UserError for a trainer.precision that the device does not have."""
     if device.type == "cpu" and str(config.trainer["precision"]) in ("16-mixed", "16"):
         raise UserError("trainer.precision=16-mixed needs a GPU; use trainer.precision=auto on a CPU")

@@ -12,9 +12,9 @@ from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
 from rwkv_pl.errors import UserError
-from rwkv_pl.files import PARTIAL, in_words, made_for_success, publish, require_own_files
-from rwkv_pl.runs.outcome import RESULT
-from rwkv_pl.runs.ranks import first_decides, is_first_process
+from rwkv_pl.files import PARTIAL_SUFFIX, atomic_write, describe_os_error, remove_on_failure, require_own_files
+from rwkv_pl.runs.outcome import RESULT_FILE
+from rwkv_pl.runs.ranks import decide_on_first_rank, is_first_process
 
 LOCK = ".lock"
 
@@ -22,13 +22,13 @@ LOCK = ".lock"
 OVERRIDES = Path(".hydra", "overrides.yaml")
 
 # What a sweep leaves in the folder of a job, before it and after it has failed.
-JOB_FILES = ("trial.json", "error.txt", RESULT)
+JOB_FILES = ("trial.json", "error.txt", RESULT_FILE)
 
 # In the environment of a sweep's job: the text that it would show is left to its folder.
 SWEEP_JOB_ENV = "RWKV_PL_OF_A_SWEEP"
 
 # TensorBoard's files.
-EVENTS = "events.out.tfevents.*"
+EVENT_FILES = "events.out.tfevents.*"
 
 # What a start that was killed before its training can leave.
 START_FILES = {
@@ -52,7 +52,7 @@ def run_folder(wanted: Path, typed: bool) -> Iterator[Path]:
     If the start fails before its training, what it has put there is removed. typed: see `create_run_dir`.
     """
     before: set[str] | None = None  # the names in a folder that was there already
-    with made_for_success(wanted.parent), ExitStack() as held:
+    with remove_on_failure(wanted.parent), ExitStack() as locks:
 
         def take() -> str:
             nonlocal before
@@ -62,21 +62,21 @@ def run_folder(wanted: Path, typed: bool) -> Iterator[Path]:
             folder = create_run_dir(wanted, typed)
             if there and folder == wanted:
                 before = {path.name for path in folder.iterdir()}
-            held.enter_context(locked(folder))
-            for events in folder.glob(EVENTS):  # of a killed start: its settings would stand there twice
+            locks.enter_context(locked(folder))
+            for events in folder.glob(EVENT_FILES):  # of a killed start: its settings would stand there twice
                 events.unlink()
             return str(folder)
 
-        folder = Path(first_decides("folder", take))
+        folder = Path(decide_on_first_rank("folder", take))
         try:
             yield folder
         except BaseException:
             if is_first_process() and not has_started(folder):
-                _clear(folder, before)
+                _remove_new_files(folder, before)
             raise
 
 
-def _clear(folder: Path, before: set[str] | None) -> None:
+def _remove_new_files(folder: Path, before: set[str] | None) -> None:
     """Removes what is new in the folder, which is locked, so that nothing in it is another process's; and the folder
     itself if before is None."""
     for path in folder.iterdir():
@@ -95,12 +95,12 @@ def create_run_dir(folder: Path, typed: bool) -> Path:
     leaves that was killed before its training. Raises UserError if it holds something else, or cannot be made.
     """
     try:
-        with made_for_success(folder):
+        with remove_on_failure(folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
             if typed:
                 folder.mkdir(exist_ok=True)
                 require_own_files(folder)
-                if not _unused(folder):
+                if not _is_unused(folder):
                     raise UserError(
                         f"the folder {folder} holds something already: go on with a run by resume={folder}, "
                         "or give another hydra.run.dir"
@@ -120,27 +120,27 @@ def create_run_dir(folder: Path, typed: bool) -> Path:
         ) from error
 
 
-def _unused(folder: Path) -> bool:
+def _is_unused(folder: Path) -> bool:
     names = {path.name for path in folder.iterdir()}
-    left = {name for name in names - START_FILES if not name.endswith(PARTIAL)}
+    left = {name for name in names - START_FILES if not name.endswith(PARTIAL_SUFFIX)}
     if ".hydra" in names:  # else they are the user's
-        left = {name for name in left if not fnmatch(name, EVENTS)}
+        left = {name for name in left if not fnmatch(name, EVENT_FILES)}
     return not left and not has_started(folder)
 
 
-def describe(folder: Path, composed: DictConfig) -> None:
+def write_config(folder: Path, composed: DictConfig) -> None:
     """Writes config.yaml and hydra.yaml into .hydra/, as Hydra does. The overrides come when the training starts."""
     place = folder / OVERRIDES.parent
     place.mkdir(exist_ok=True)
     keys = [str(key) for key in composed]
     for name, of in (("config.yaml", [key for key in keys if key != "hydra"]), ("hydra.yaml", ["hydra"])):
-        with publish(place / name) as file:
+        with atomic_write(place / name) as file:
             file.write(OmegaConf.to_yaml(OmegaConf.masked_copy(composed, of)).encode())
 
 
 def write_overrides(folder: Path, composed: DictConfig) -> None:
     """Marks the run as started."""
-    with publish(folder / OVERRIDES) as file:
+    with atomic_write(folder / OVERRIDES) as file:
         file.write(OmegaConf.to_yaml(composed.hydra.overrides.task).encode())
 
 
@@ -172,12 +172,12 @@ def locked(folder: Path) -> Iterator[None]:
             holder = path.read_text()
         raise UserError(f"{folder} is in use by {holder or 'another process'}: one run at a time") from None
     except OSError as error:
-        raise UserError(f"{folder} can't be locked: {in_words(error)}") from error
+        raise UserError(f"{folder} can't be locked: {describe_os_error(error)}") from error
     try:
         with suppress(OSError):  # who it is, is a courtesy; Windows lets nobody write in a locked file
             path.write_text(f"process {os.getpid()} on {platform.node()}")
         for place in (folder, folder / ".hydra", folder / "checkpoints"):
-            for left in place.glob("*" + PARTIAL) if place == folder or not place.is_symlink() else ():
+            for left in place.glob("*" + PARTIAL_SUFFIX) if place == folder or not place.is_symlink() else ():
                 left.unlink()
         yield
     finally:
@@ -187,7 +187,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
+def lock_for_all_ranks(folder: Path) -> Iterator[None]:
     """`locked` by the run's first process; if that is refused, all its processes end."""
     with ExitStack() as lock:
 
@@ -195,11 +195,11 @@ def held(folder: Path) -> Iterator[None]:
             lock.enter_context(locked(folder))
             return str(folder)
 
-        first_decides("resume", take)
+        decide_on_first_rank("resume", take)
         yield
 
 
-def in_use(folder: Path) -> bool:
+def is_in_use(folder: Path) -> bool:
     """Is a process at work there?"""
     if not (folder / LOCK).exists():
         return False
@@ -214,7 +214,7 @@ def in_use(folder: Path) -> bool:
     return False
 
 
-def latest_run(outputs: Path) -> Path:
+def find_latest_run(outputs: Path) -> Path:
     """Of the runs below `outputs` that are neither finished nor in use, the one started last. Raises UserError."""
     from rwkv_pl.weights.checkpoint import read_checkpoint
     from rwkv_pl.weights.metadata import KEY
@@ -223,8 +223,8 @@ def latest_run(outputs: Path) -> Path:
     started = [folder for folder in found if has_started(folder)]
     for folder in sorted(started, key=lambda folder: (folder / OVERRIDES).stat().st_mtime_ns, reverse=True):
         with suppress(UserError):
-            about = read_checkpoint(folder / "checkpoints" / "last.ckpt", checked=False).get(KEY)
-            if isinstance(about, dict) and about.get("finished"):
+            metadata = read_checkpoint(folder / "checkpoints" / "last.ckpt", checked=False).get(KEY)
+            if isinstance(metadata, dict) and metadata.get("finished"):
                 continue
         with suppress(UserError), locked(folder):
             return folder

@@ -38,7 +38,7 @@ class Inputs:
     max_steps: int
     resume_from: Path | None = None
     done_steps: int = 0
-    ended: str | None = None
+    finish_reason: str | None = None
     accumulate: int | None = None
     remarks: list[str] = field(default_factory=list)
 
@@ -48,16 +48,16 @@ class Inputs:
         settings: are other ones given than it had? They may prolong a run that something else ended than its length.
         """
         after = f"after {self.done_steps:,} steps"
-        if self.ended and 0 < self.max_steps <= self.done_steps:
+        if self.finish_reason and 0 < self.max_steps <= self.done_steps:
             return f"{after}; a trainer.max_steps above that prolongs it"
-        if self.ended == "pruned" and not settings:
+        if self.finish_reason == "pruned" and not settings:
             return f"pruned {after}"
-        if self.ended in ("time", "early stop") and not settings:
-            by = "trainer.max_time" if self.ended == "time" else "an early stop"
+        if self.finish_reason in ("time", "early stop") and not settings:
+            by = "trainer.max_time" if self.finish_reason == "time" else "an early stop"
             return f"by {by}, {after}; another setting of it prolongs it"
         return None
 
-    def length(self) -> str:
+    def describe_length(self) -> str:
         """How long the run is, in words."""
         passes = f"1 pass is {self.data.steps_per_pass:,} steps"
         if self.max_steps < 0:
@@ -99,11 +99,11 @@ def open_inputs(config: Train, cwd: Path, resume_from: Path | None = None) -> In
     if resumed:
         vocabulary: Vocabulary | None = Vocabulary.from_dict(resumed.vocabulary or {})
     else:
-        vocabulary = _vocabulary_of(loaded, config, cwd)
+        vocabulary = _choose_vocabulary(loaded, config, cwd)
     data = open_data(config.data, config.seed, cwd, vocabulary)
     data.prepare_data()
     data.setup("fit")
-    past = {
+    run_identity = {
         "corpus": data.corpus.digest,
         "seed": config.seed,
         "data.batch_size": config.data.batch_size,
@@ -113,18 +113,18 @@ def open_inputs(config: Train, cwd: Path, resume_from: Path | None = None) -> In
         "model.n_layer": config.model.n_layer,
         "model.n_embd": config.model.n_embd,
     }
-    done_steps, ended = 0, None
+    done_steps, finish_reason = 0, None
     if content and resumed and resume_from:
-        check_same_run(resumed, past, resume_from)
-        done_steps, ended = content["global_step"], resumed.finished
-    max_steps = run_length(config, data.steps_per_pass)
-    if 0 < max_steps < done_steps and ended is None:
+        check_same_run(resumed, run_identity, resume_from)
+        done_steps, finish_reason = content["global_step"], resumed.finished
+    max_steps = count_steps(config, data.steps_per_pass)
+    if 0 < max_steps < done_steps and finish_reason is None:
         raise UserError(f"the run is at step {done_steps:,} already, behind which {max_steps:,} steps would end it")
     check_schedule(config.schedule, max_steps)
     for where, target in find_targets(asdict(config)):
         load_class(where, target)
 
-    def lit(model: nn.Module | Callable[[], nn.Module]) -> LitRWKV:
+    def make_module(model: nn.Module | Callable[[], nn.Module]) -> LitRWKV:
         return LitRWKV(
             model,
             config.optim,
@@ -132,25 +132,25 @@ def open_inputs(config: Train, cwd: Path, resume_from: Path | None = None) -> In
             seed=config.seed,
             vocabulary=data.vocabulary.to_dict(),
             bytes_per_token=torch.from_numpy(data.vocabulary.bytes_per_token) if data.vocabulary.size > 256 else None,
-            past=past,
+            past=run_identity,
             loss_chunk_len=config.loss_chunk_len,
             skip_nonfinite=config.skip_nonfinite,
         )
 
-    model_class, size = model_of(config, data.vocabulary.size, loaded)
+    model_class, size = choose_model(config, data.vocabulary.size, loaded)
     with torch.device("meta"):
-        outline = lit(model_class(size))  # names and shapes; no memory, whatever the size
+        outline = make_module(model_class(size))  # names and shapes; no memory, whatever the size
     optimizer = outline.configure_optimizers()
     if content and resume_from:
         check_loadable(content, outline, optimizer, resume_from)
-    if (limit := config.trainer["limit_val_batches"]) and not validation_batches(config, data):
+    if (limit := config.trainer["limit_val_batches"]) and not count_validation_batches(config, data):
         raise UserError(f"trainer.limit_val_batches={limit} is less than one of the validation's batches")
     try:
         data.train_dataloader().dataset[0]
     except MemoryError as error:
         raise UserError(f"data.batch_size={config.data.batch_size}: one batch does not fit in the memory") from error
 
-    def build() -> nn.Module:
+    def build_model() -> nn.Module:
         torch.manual_seed(config.seed)
         model = model_class(size)
         if loaded:
@@ -163,10 +163,12 @@ def open_inputs(config: Train, cwd: Path, resume_from: Path | None = None) -> In
     if comparison := choose_precision(config, resumed.precision if resumed else None):
         remarks.append(comparison)
     accumulate = resumed.accumulate if resumed else None
-    return Inputs(config, data, lit(build), max_steps, resume_from, done_steps, ended, accumulate, remarks)
+    return Inputs(
+        config, data, make_module(build_model), max_steps, resume_from, done_steps, finish_reason, accumulate, remarks
+    )
 
 
-def model_of(config: Train, vocab_size: int, loaded: Weights | None) -> tuple[Any, Any]:
+def choose_model(config: Train, vocab_size: int, loaded: Weights | None) -> tuple[Any, Any]:
     """The config's model class and its size. Raises UserError if `loaded` has another."""
     model_class, config_class = MODELS[config.model.name]
     here = config_class(vocab_size=vocab_size, **{key: v for key, v in vars(config.model).items() if key != "name"})
@@ -185,7 +187,7 @@ def model_of(config: Train, vocab_size: int, loaded: Weights | None) -> tuple[An
     return model_class, here
 
 
-def _vocabulary_of(loaded: Weights | None, config: Train, cwd: Path) -> Vocabulary | None:
+def _choose_vocabulary(loaded: Weights | None, config: Train, cwd: Path) -> Vocabulary | None:
     vocabulary = loaded.vocabulary if loaded else None
     if vocabulary and vocabulary.kind != config.data.vocab:
         raise UserError(
@@ -200,7 +202,7 @@ def _vocabulary_of(loaded: Weights | None, config: Train, cwd: Path) -> Vocabula
     return vocabulary
 
 
-def run_length(config: Train, steps_per_pass: int) -> int:
+def count_steps(config: Train, steps_per_pass: int) -> int:
     """Optimizer steps of the run: the earlier of max_steps and max_epochs passes; -1 where max_time alone ends it."""
     max_steps, max_epochs = config.trainer["max_steps"], config.trainer["max_epochs"]
     if max_steps == -1 and max_epochs is None and config.trainer["max_time"] is None:
@@ -213,7 +215,7 @@ def run_length(config: Train, steps_per_pass: int) -> int:
     return min(lengths, default=-1)
 
 
-def validation_batches(config: Train, data: DataModule) -> int:
+def count_validation_batches(config: Train, data: DataModule) -> int:
     """Calls of one validation on one device."""
     there = len(cast(EvalBatches, data.val_dataloader().dataset))
     limit = 1.0 if config.trainer["limit_val_batches"] is None else config.trainer["limit_val_batches"]

@@ -9,30 +9,30 @@ from pathlib import Path
 from typing import Any
 
 from rwkv_pl.errors import RunError, UserError, one_line
-from rwkv_pl.files import in_words, publish
+from rwkv_pl.files import atomic_write, describe_os_error
 from rwkv_pl.runs.ranks import is_first_process
 
 log = logging.getLogger("rwkv_pl")
 
-RESULT = "result.json"
+RESULT_FILE = "result.json"
 
 # The statuses of runs with nothing left to do.
-DONE = ("finished", "pruned")
+DONE_STATUSES = ("finished", "pruned")
 
 
 def write_result(folder: Path, **figures: Any) -> None:
     """result.json: the run's status (waiting, finished, pruned, stopped, failed), and its figures or its error."""
     plain = {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in figures.items()}
-    with publish(folder / RESULT) as file:
+    with atomic_write(folder / RESULT_FILE) as file:
         file.write(json.dumps(plain, indent=1).encode())
 
 
 def read_result(folder: Path) -> dict[str, Any]:
     """The content of result.json; {} if there is none, as while a run goes on or after it was killed."""
-    if not (folder / RESULT).is_file():
+    if not (folder / RESULT_FILE).is_file():
         return {}
     try:
-        content = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+        content = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
@@ -54,7 +54,7 @@ class Record:
         self.has_started = True
         if is_first_process():
             self._on_start()
-            for name in (RESULT, "error.txt"):
+            for name in (RESULT_FILE, "error.txt"):
                 (self.folder / name).unlink(missing_ok=True)
 
     def __enter__(self) -> "Record":
@@ -80,7 +80,7 @@ def to_run_error(error: Exception, folder: Path, has_started: bool) -> RunError:
         while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
             chain.append(cause)
         named = (e for e in reversed(chain) if isinstance(e, OSError) and e.filename)
-        message = in_words(next(named, OSError(error.errno, error.strerror, str(folder))))
+        message = describe_os_error(next(named, OSError(error.errno, error.strerror, str(folder))))
     elif isinstance(error, UserError):
         # From a worker process it comes with that one's traceback.
         message = str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")

@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
 # In the environment of the processes that Lightning starts: what their parent has decided, the run folder among it.
-ANSWERS = "RWKV_PL_ANSWERS"
+ANSWERS_ENV = "RWKV_PL_ANSWERS"
 _answers: dict[str, str] = {}
 
 # Seconds that a process waits for another one.
-PATIENCE = 120.0
+TIMEOUT = 120.0
 
 REFUSED = "\0refused"  # no folder's name
 
@@ -47,7 +47,7 @@ class Group:
     by_slurm: bool = False
 
     @property
-    def may_be_alone(self) -> bool:
+    def may_be_single_process(self) -> bool:
         """A batch script without srun runs one process, though SLURM counts the tasks of the allocation."""
         return self.by_slurm and self.rank == 0
 
@@ -59,20 +59,20 @@ def is_first_process() -> bool:
 
 def launched_by_lightning() -> bool:
     """Whether another process of this run has started this one, and has decided everything."""
-    return ANSWERS in os.environ and os.environ.get("LOCAL_RANK", "0") != "0"
+    return ANSWERS_ENV in os.environ and os.environ.get("LOCAL_RANK", "0") != "0"
 
 
 @contextmanager
-def leading() -> Iterator[None]:
+def share_answers() -> Iterator[None]:
     """The processes that Lightning starts inside know that they are of this run, and what this process has decided."""
     if launched_by_lightning():
         yield
         return
-    os.environ[ANSWERS] = json.dumps(_answers)
+    os.environ[ANSWERS_ENV] = json.dumps(_answers)
     try:
         yield
     finally:
-        os.environ.pop(ANSWERS, None)
+        os.environ.pop(ANSWERS_ENV, None)
         _answers.clear()
 
 
@@ -90,14 +90,14 @@ def current_group() -> Group | None:
     environment = os.environ
     if launched_by_lightning():
         return None
-    if (size := _number("WORLD_SIZE", 1)) > 1:
+    if (size := _read_number("WORLD_SIZE", 1)) > 1:
         if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]:
             raise UserError(f"WORLD_SIZE={size} needs {' and '.join(missing)} too: torchrun sets them")
         # Without torchrun's RANK there is one command for each node, and Lightning starts the node's other processes.
-        rank = _number("RANK", _number("NODE_RANK", 0))
-        return Group(rank, size, environment["MASTER_ADDR"], _number("MASTER_PORT", 0))
+        rank = _read_number("RANK", _read_number("NODE_RANK", 0))
+        return Group(rank, size, environment["MASTER_ADDR"], _read_number("MASTER_PORT", 0))
     alone = "RANK" in environment or "SLURM_PROCID" not in environment
-    if not alone and _number("SLURM_NTASKS", 1) > 1 and environment.get("SLURM_JOB_NAME") not in INTERACTIVE:
+    if not alone and _read_number("SLURM_NTASKS", 1) > 1 and environment.get("SLURM_JOB_NAME") not in INTERACTIVE:
         from lightning.pytorch.plugins.environments import SLURMEnvironment
 
         try:
@@ -110,29 +110,29 @@ def current_group() -> Group | None:
     return None
 
 
-def _number(name: str, default: int) -> int:
+def _read_number(name: str, default: int) -> int:
     try:
         return int(os.environ.get(name, default))
     except ValueError:
         raise UserError(f"the environment has {name}={os.environ[name]}, which is not a whole number") from None
 
 
-def first_decides(question: str, decide: Callable[[], str]) -> str:
+def decide_on_first_rank(question: str, decide: Callable[[], str]) -> str:
     """What `decide` returns in the run's first process, which alone calls it.
 
     A UserError of rank 0 ends all ranks with exit code 2, and rank 0 prints it. Raises RunError in a rank that waits
     too long for another.
     """
     if launched_by_lightning():
-        return str(json.loads(os.environ[ANSWERS])[question])
+        return str(json.loads(os.environ[ANSWERS_ENV])[question])
     group = current_group()
     if group is None:
         _answers[question] = decide()
         return _answers[question]
     if group.rank > 0:
-        answer = _answer(group, question)
+        answer = _fetch_answer(group, question)
         if answer == REFUSED:
-            _store(group).add(f"{question}/heard", 1)
+            _open_store(group).add(f"{question}/heard", 1)
             _exit_refused()
         _answers[question] = answer
         return answer
@@ -140,17 +140,17 @@ def first_decides(question: str, decide: Callable[[], str]) -> str:
         answer = _answers[question] = decide()
     except UserError as error:
         print_error(error)
-        _store(group).set(question, REFUSED)
+        _open_store(group).set(question, REFUSED)
         _await_others(group, question)
         _exit_refused()
-    _store(group).set(question, answer)
+    _open_store(group).set(question, answer)
     return answer
 
 
 def check_world_size(world_size: int) -> None:
     """Raises UserError if the Trainer's number of processes is not that of the group: each would train for itself."""
     group = current_group()
-    if group and group.size != world_size and not (group.may_be_alone and world_size == 1):
+    if group and group.size != world_size and not (group.may_be_single_process and world_size == 1):
         raise UserError(
             f"{group.size} processes were started, but trainer.devices x trainer.num_nodes is {world_size}: "
             "choose trainer=ddp, and give trainer.devices the number of processes on each node"
@@ -160,7 +160,7 @@ def check_world_size(world_size: int) -> None:
 def refuse_sweep() -> None:
     """Raises UserError in a group: a sweep starts the processes of its jobs itself."""
     group = current_group()
-    if group and not group.may_be_alone:
+    if group and not group.may_be_single_process:
         raise UserError("-m starts the processes of its jobs itself: use it without torchrun or srun")
 
 
@@ -170,9 +170,9 @@ def _exit_refused() -> NoReturn:
     sys.exit(BAD_INPUT)
 
 
-def _answer(group: Group, question: str) -> str:
+def _fetch_answer(group: Group, question: str) -> str:
     """Rank 0's answer."""
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + TIMEOUT
     # Of a server that is not there yet, torch's client prints several lines for each attempt.
     while time.monotonic() < deadline:
         try:
@@ -181,30 +181,30 @@ def _answer(group: Group, question: str) -> str:
         except OSError:
             time.sleep(0.1)
     else:
-        raise _silence(group)
+        raise _timeout_error(group)
     try:
-        store = _store(group)
+        store = _open_store(group)
         store.wait([question], timedelta(seconds=max(1.0, deadline - time.monotonic())))
         return store.get(question).decode()
     except RuntimeError as error:
-        raise _silence(group) from error
+        raise _timeout_error(group) from error
 
 
-def _silence(group: Group) -> RunError:
+def _timeout_error(group: Group) -> RunError:
     return RunError(
-        f"rank {group.rank} got no answer from rank 0 at {group.address}:{group.port} within {PATIENCE:.0f} seconds: "
+        f"rank {group.rank} got no answer from rank 0 at {group.address}:{group.port} within {TIMEOUT:.0f} seconds: "
         "see the output of rank 0"
     )
 
 
 def _await_others(group: Group, question: str) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while _store(group).add(f"{question}/heard", 0) < group.size - 1 and time.monotonic() < deadline:
+    deadline = time.monotonic() + TIMEOUT
+    while _open_store(group).add(f"{question}/heard", 0) < group.size - 1 and time.monotonic() < deadline:
         time.sleep(0.05)
 
 
 @functools.cache
-def _store(group: Group) -> "Store":
+def _open_store(group: Group) -> "Store":
     """The store at the group's address, which torch.distributed uses as well; rank 0 keeps it open until it ends."""
     from torch.distributed import PrefixStore, TCPStore
 
@@ -214,7 +214,7 @@ def _store(group: Group) -> "Store":
             group.port,
             # torchrun's own process has one there already.
             is_master=group.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
-            timeout=timedelta(seconds=PATIENCE),
+            timeout=timedelta(seconds=TIMEOUT),
             wait_for_workers=False,
             multi_tenant=True,
         )

@@ -13,13 +13,13 @@ from rwkv_pl.config import Train
 from rwkv_pl.data.datamodule import DataModule, EvalBatches
 from rwkv_pl.data.order import micro_batch_rows
 from rwkv_pl.errors import UserError
-from rwkv_pl.runs.build import code_state
-from rwkv_pl.runs.inputs import Inputs, validation_batches
+from rwkv_pl.runs.build import describe_code
+from rwkv_pl.runs.inputs import Inputs, count_validation_batches
 from rwkv_pl.runs.outcome import Record
 from rwkv_pl.training.callbacks.metrics import MetricsRecorder
 from rwkv_pl.training.compile import compile_blocks
-from rwkv_pl.training.memory import MemoryEstimate, accumulation_that_fits, estimate_memory, format_si, free_memory
-from rwkv_pl.training.peak_flops import measured_peak, product_dtype
+from rwkv_pl.training.memory import MemoryEstimate, estimate_memory, find_accumulation, format_si, free_memory
+from rwkv_pl.training.peak_flops import load_or_measure_peak, matmul_dtype
 
 log = logging.getLogger("rwkv_pl")
 
@@ -37,7 +37,7 @@ class Start(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         config, remarks, precision = self.inputs.config, list(self.inputs.remarks), trainer.precision_plugin
-        device, dtype = trainer.strategy.root_device, product_dtype(trainer.strategy.root_device, precision)
+        device, dtype = trainer.strategy.root_device, matmul_dtype(trainer.strategy.root_device, precision)
         if device.type not in ("cpu", "cuda"):
             remarks.append(f"device  {device.type} is untested: nothing of rwkv_pl has run there")
         estimate = estimate_memory(pl_module, precision)
@@ -54,8 +54,8 @@ class Start(Callback):
             remarks.append(compile_blocks(pl_module, rows, config.data.ctx_len, precision))
         if not trainer.is_global_zero:
             return
-        self.metrics.baselines = baselines(config, self.inputs.data)
-        peak = measured_peak(device, dtype)
+        self.metrics.baselines = measure_baselines(config, self.inputs.data)
+        peak = load_or_measure_peak(device, dtype)
         self.metrics.peak = peak * trainer.world_size
         each = f"{trainer.world_size} x " if trainer.world_size > 1 else ""
         model, windows = config.model, f"{rows} x {config.data.ctx_len:,} tokens"
@@ -69,8 +69,8 @@ class Start(Callback):
             f"memory  about {format_si(estimate.bytes(rows * config.data.ctx_len))} for weights, optimizer and a "
             f"micro-batch of {windows}, of {format_si(free_memory(device))} free",
             f"machine {each}{format_si(peak, 'FLOP/s')} of {str(dtype).removeprefix('torch.')} products, measured",
-            f"length  {self.inputs.length()}",
-            f"code    {code_state()}",
+            f"length  {self.inputs.describe_length()}",
+            f"code    {describe_code()}",
         ):
             log.info(line)
 
@@ -81,7 +81,7 @@ class Start(Callback):
         data = self.inputs.config.data
         rows, left = divmod(data.batch_size, trainer.world_size)
         precision = trainer.precision_plugin
-        found = 1 if left else accumulation_that_fits(pl_module, estimate, rows, data.ctx_len, precision)
+        found = 1 if left else find_accumulation(pl_module, estimate, rows, data.ctx_len, precision)
         # All processes divide alike: as the one with the least memory must. None is more than any.
         most = int(trainer.strategy.reduce(torch.tensor(found or rows + 1, device=pl_module.device), reduce_op="max"))
         if most > rows:
@@ -94,10 +94,10 @@ class Start(Callback):
         trainer.val_check_interval *= most  # which Lightning counts in micro-batches
 
 
-def baselines(config: Train, data: DataModule) -> dict[str, float]:
+def measure_baselines(config: Train, data: DataModule) -> dict[str, float]:
     """Bits per byte that gzip -9 and xz -9 need for the text that a validation reads."""
     windows = cast(EvalBatches, data.val_dataloader().dataset)
-    n_batches = validation_batches(config, data)
+    n_batches = count_validation_batches(config, data)
     if not 0 < n_batches * config.data.eval_batch_size * config.data.ctx_len <= BASELINE_BYTES:
         return {}
     targets = np.concatenate([windows[i][:, 1:].flatten().numpy() for i in range(n_batches)])

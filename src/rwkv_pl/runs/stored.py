@@ -10,15 +10,15 @@ import yaml
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
-from rwkv_pl.compose import check, compose, is_group_choice, parse_overrides, require_key, typed_config_dir
-from rwkv_pl.config import Data, Train, check_kinds, split_own
+from rwkv_pl.compose import check_config, compose, is_group_choice, parse_overrides, require_key, typed_config_dir
+from rwkv_pl.config import Data, Train, check_kinds, split_own_arguments
 from rwkv_pl.data.documents import exists
 from rwkv_pl.errors import UserError, one_line
-from rwkv_pl.files import leads_out, publish
+from rwkv_pl.files import atomic_write, is_outside
 from rwkv_pl.runs.folder import has_started
 
 # What contradicts the past of a run. (data.path and data.val_path may change: the corpus is known by its content.)
-FIXED = (
+FIXED_KEYS = (
     "seed",
     "weights",
     "data.name",
@@ -48,7 +48,7 @@ class StoredRun:
         if not has_started(folder):
             raise UserError(f"{folder} was broken off before its run began: start it by the same command as then")
         try:
-            self.first = self._read("config.yaml", dict)
+            self.first_config = self._read("config.yaml", dict)
             self.hydra = self._read("hydra.yaml", dict)["hydra"]
             self.overrides = [str(text) for text in self._read("overrides.yaml", list)]
             self.resumes = self._read("resumes.yaml", list) if (folder / ".hydra" / "resumes.yaml").exists() else []
@@ -69,23 +69,23 @@ class StoredRun:
     def config(self) -> DictConfig:
         """As of the last resume. A setting that was not there when the run started has its default."""
         defaults = {field.name: field.default for field in fields(Train) if field.default is not MISSING}
-        config = cast(DictConfig, OmegaConf.create(defaults | self.first))
+        config = cast(DictConfig, OmegaConf.create(defaults | self.first_config))
         for entry in self.resumes:
             _apply(config, entry)
         config.plugins = []  # whoever resumes the run types them
         return config
 
-    def _composed(self, texts: list[str]) -> DictConfig:
+    def _compose(self, texts: list[str]) -> DictConfig:
         """Of all overrides that the run ever had; values of a file that is no longer chosen are dropped with it."""
         overrides = [o for o in parse_overrides(texts) if not o.key_or_group.startswith(("hydra", "plugins"))]
         choices = compose([o.input_line or "" for o in overrides if is_group_choice(o)], self.config_dir)
 
-        def there(override: Override) -> bool:
+        def is_known(override: Override) -> bool:
             return is_group_choice(override) or OmegaConf.select(choices, override.key_or_group, default=...) is not ...
 
-        return compose([o.input_line or "" for o in overrides if there(o)], self.config_dir)
+        return compose([o.input_line or "" for o in overrides if is_known(o)], self.config_dir)
 
-    def resumed_with(self, later: Sequence[Override]) -> tuple[Train, dict[str, Any]]:
+    def apply_overrides(self, later: Sequence[Override]) -> tuple[Train, dict[str, Any]]:
         """The config with later overrides, checked, and what is to be kept of them. Raises UserError."""
         before = self.config()
         config = self.config()
@@ -95,8 +95,8 @@ class StoredRun:
         choices = [override for override in later if is_group_choice(override)]
         if choices:
             texts = self.overrides + [text for earlier in self.resumes for text in earlier["overrides"]]
-            then = flatten(self._composed(texts))
-            now = flatten(self._composed(texts + [o.input_line or "" for o in choices]))
+            then = flatten(self._compose(texts))
+            now = flatten(self._compose(texts + [o.input_line or "" for o in choices]))
             entry["remove"] = sorted(then.keys() - now.keys())
             entry["set"] = {key: value for key, value in now.items() if key not in then or then[key] != value}
         _apply(config, entry)
@@ -109,28 +109,30 @@ class StoredRun:
             require_key(key, config)
         _apply(config, {"remove": [], "set": values})
         entry["set"] |= values
-        for key in FIXED:
+        for key in FIXED_KEYS:
             old, new = OmegaConf.select(before, key), OmegaConf.select(config, key)
             if old != new:
                 raise UserError(
                     f"{key}={new} contradicts the past of {self.folder}, which has {key}={old}: start a new run for it"
                 )
-        checked = check(config, [*later, *plugins], self.config_dir)
+        checked = check_config(config, [*later, *plugins], self.config_dir)
         check_kinds(
-            "optim", checked.optim.own, split_own(cast(dict[str, Any], OmegaConf.to_container(before.optim)))[1]
+            "optim",
+            checked.optim.own,
+            split_own_arguments(cast(dict[str, Any], OmegaConf.to_container(before.optim)))[1],
         )
-        require_own_places(checked, self.folder, set(values))
+        require_inside_run_folder(checked, self.folder, set(values))
         require_no_download(checked.data, self.cwd, set(values))
         return checked, entry
 
-    def keep(self, entry: dict[str, Any]) -> None:
+    def append_resume(self, entry: dict[str, Any]) -> None:
         """Appends what this resume changed to .hydra/resumes.yaml; the first start's files stay as they are."""
         self.resumes.append({"time": time.strftime("%Y-%m-%d %H:%M:%S"), **entry})
-        with publish(self.folder / ".hydra" / "resumes.yaml") as file:
+        with atomic_write(self.folder / ".hydra" / "resumes.yaml") as file:
             file.write(yaml.safe_dump(self.resumes, sort_keys=False).encode())
 
 
-def require_own_places(config: Train, folder: Path, typed: Collection[str] = ()) -> None:
+def require_inside_run_folder(config: Train, folder: Path, typed: Collection[str] = ()) -> None:
     """Raises UserError if a callback or logger would write outside of the run's folder and that is not typed now."""
 
     def strings(value: Any, key: str) -> Iterator[tuple[str, str]]:
@@ -145,7 +147,7 @@ def require_own_places(config: Train, folder: Path, typed: Collection[str] = ())
 
     for group in ("callbacks", "logger"):
         for key, text in strings(getattr(config, group), group):
-            if key not in typed and not key.endswith("._target_") and leads_out(text, folder, key):
+            if key not in typed and not key.endswith("._target_") and is_outside(text, folder, key):
                 raise UserError(f"{key}={text} leads out of {folder}: type it again if you trust this run")
 
 

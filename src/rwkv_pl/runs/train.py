@@ -21,19 +21,19 @@ from rwkv_pl.compose import compose
 from rwkv_pl.config import Train
 from rwkv_pl.data.order import micro_batch_rows
 from rwkv_pl.errors import UserError, one_line
-from rwkv_pl.files import located, publish
-from rwkv_pl.limits import use_usable_cores
+from rwkv_pl.files import atomic_write, with_path
+from rwkv_pl.limits import limit_threads
 from rwkv_pl.ops.heap import keep_freed_memory
 from rwkv_pl.runs import build, ranks
-from rwkv_pl.runs.device import choose_kernel, choose_products
-from rwkv_pl.runs.folder import SWEEP_JOB_ENV, describe, held, run_folder, write_overrides
+from rwkv_pl.runs.device import choose_kernel, choose_matmul_precision
+from rwkv_pl.runs.folder import SWEEP_JOB_ENV, lock_for_all_ranks, run_folder, write_config, write_overrides
 from rwkv_pl.runs.inputs import Inputs, open_inputs, open_stored
 from rwkv_pl.runs.outcome import Record, to_run_error, write_result
 from rwkv_pl.runs.start import Start
 from rwkv_pl.runs.stored import StoredRun
 from rwkv_pl.training.callbacks.metrics import MetricsRecorder
 from rwkv_pl.training.callbacks.pending_validation import PendingValidation
-from rwkv_pl.training.callbacks.progress import TrainingProgress, duration
+from rwkv_pl.training.callbacks.progress import TrainingProgress, format_duration
 from rwkv_pl.training.callbacks.pruning import PruneTrial
 from rwkv_pl.training.callbacks.sample_text import sample_tokens
 from rwkv_pl.training.callbacks.signals import StopOnSignal
@@ -51,10 +51,10 @@ def start(config: Train, composed: DictConfig, typed: bool) -> None:
 
 
 def resume(stored: StoredRun, config: Train, entry: dict[str, Any], hydra_overrides: list[str]) -> None:
-    """Goes on with a run. config, entry: see StoredRun.resumed_with."""
+    """Goes on with a run. config, entry: see StoredRun.apply_overrides."""
     prepare_process(config)
     folder = stored.folder
-    with held(folder):
+    with lock_for_all_ranks(folder):
         inputs = open_stored(config, stored)
         if message := inputs.finish_message(settings=bool(entry["overrides"])):
             if ranks.is_first_process():
@@ -63,7 +63,7 @@ def resume(stored: StoredRun, config: Train, entry: dict[str, Any], hydra_overri
         inputs.remarks += [f"changed {key} = {value}" for key, value in entry["set"].items()]
         inputs.remarks += [f"changed {key} falls away" for key in entry["remove"]]
         # Composed anew: a stored hydra.yaml can name classes to log with.
-        record = Record(folder, lambda: stored.keep(entry))
+        record = Record(folder, lambda: stored.append_resume(entry))
         run_in(folder, compose(hydra_overrides), lambda: run(inputs, folder, record, resumed=True))
 
 
@@ -82,18 +82,18 @@ def run(inputs: Inputs, folder: Path, record: Record, resumed: bool = False) -> 
     trainer = build.build_trainer(config, folder, inputs.max_steps, inputs.accumulate, callbacks, loggers)
 
     device, accumulate = trainer.strategy.root_device, trainer.accumulate_grad_batches
-    choose_products(config, device)
+    choose_matmul_precision(config, device)
     choose_kernel(config.kernel, device)
     ranks.check_world_size(trainer.world_size)
     micro_batch_rows(
         config.data.batch_size, world_size=trainer.world_size, rank=0, accumulate=accumulate, micro_batch=0
     )
     if trainer.is_global_zero:
-        with publish(folder / "vocab.json") as file:
+        with atomic_write(folder / "vocab.json") as file:
             file.write(json.dumps(data.vocabulary.to_dict()).encode())
         if not resumed:
             start_loggers(trainer, config, folder)
-    with record, ranks.leading():
+    with record, ranks.share_answers():
         started = time.perf_counter()
         try:
             trainer.fit(inputs.module, data, ckpt_path=inputs.resume_from, weights_only=True)
@@ -115,13 +115,13 @@ def conclude(trainer: Trainer, inputs: Inputs, metrics: MetricsRecorder, folder:
     try:
         tokens = sample_tokens(module.model, [data.vocabulary.document_end], 400, inputs.config.seed)
         written = data.vocabulary.decode(tokens)
-        with publish(folder / "sample.txt") as file:
+        with atomic_write(folder / "sample.txt") as file:
             file.write(written)
         if SWEEP_JOB_ENV not in os.environ:
             log.info(f"sample  (400 tokens, also in sample.txt)\n{_printable(written).rstrip()}\n")
     except FloatingPointError as error:
         log.info(f"sample  none: {error}")
-    log.info(f"trained {trainer.global_step - inputs.done_steps:,} steps in {duration(seconds)}")
+    log.info(f"trained {trainer.global_step - inputs.done_steps:,} steps in {format_duration(seconds)}")
     if "val/bits_per_byte" in metrics.latest:
         figures = {"this model": metrics.latest["val/bits_per_byte"], **metrics.baselines}
         scores = ", ".join(f"{name} {bits:.4f}" for name, bits in figures.items())
@@ -134,7 +134,7 @@ def conclude(trainer: Trainer, inputs: Inputs, metrics: MetricsRecorder, folder:
     write_result(
         folder,
         status="pruned" if any(getattr(callback, "pruned", False) for callback in callbacks) else "finished",
-        ended=module.finished(),
+        ended=module.finish_reason(),
         objective=float(best[0]) if best else float("nan"),
         step=trainer.global_step,
         seconds=metrics.latest.get("seconds"),
@@ -145,7 +145,7 @@ def start_loggers(trainer: Trainer, config: Train, folder: Path) -> None:
     """Gives them the settings. Raises UserError for one that can't start, as without an account or without a server."""
     for logger in trainer.loggers:
         try:
-            logger.log_hyperparams(config.hyperparameters() | {"code": build.code_state()})
+            logger.log_hyperparams(config.hyperparameters() | {"code": build.describe_code()})
             if isinstance(logger, MLFlowLogger):
                 (folder / build.MLFLOW_RUN).write_text(str(logger.run_id))
         except OSError:
@@ -158,10 +158,10 @@ def start_loggers(trainer: Trainer, config: Train, folder: Path) -> None:
 
 def prepare_process(config: Train) -> None:
     """Sets what holds for the whole process: its memory, its threads, Lightning's messages."""
-    build.quiet_lightning()
+    build.silence_lightning()
     keep_freed_memory()
     devices = config.trainer["devices"]
-    use_usable_cores(devices if isinstance(devices, int) and devices > 0 else 1)
+    limit_threads(devices if isinstance(devices, int) and devices > 0 else 1)
 
 
 def run_in(folder: Path, composed: DictConfig, task: Callable[[], None], described: bool = True) -> None:
@@ -173,12 +173,12 @@ def run_in(folder: Path, composed: DictConfig, task: Callable[[], None], describ
         composed.hydra.run.dir = composed.hydra.runtime.output_dir = str(folder)
         composed.hydra.job.name = ranks.log_name() or composed.hydra.job.name
     if not described and ranks.is_first_process():
-        describe(folder, composed)
+        write_config(folder, composed)
     with open_dict(composed):
         composed.hydra.output_subdir = None  # which Hydra would write at once, as that of a started run
     context = HydraContext(config_loader=None, callbacks=Callbacks(composed))  # type: ignore[arg-type]
     try:
-        with located(folder):
+        with with_path(folder):
             ended = run_job(lambda _: task(), composed, "hydra.run.dir", None, context)
             if isinstance(ended._return_value, Exception):
                 raise ended._return_value

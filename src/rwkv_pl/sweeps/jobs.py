@@ -19,9 +19,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from rwkv_pl.compose import check, parse_overrides, quote_override, typed_config_dir
+from rwkv_pl.compose import check_config, parse_overrides, quote_override, typed_config_dir
 from rwkv_pl.errors import RunError, UserError, one_line
-from rwkv_pl.files import publish
+from rwkv_pl.files import atomic_write
 from rwkv_pl.runs.folder import has_started, locked
 from rwkv_pl.runs.outcome import read_result, write_result
 
@@ -49,17 +49,17 @@ class Job:
         return [text for text in self.overrides if not text.startswith(("hydra.", "hydra/"))]
 
 
-def with_params(params: Mapping[Any, Any], overrides: Sequence[str]) -> list[Override]:
+def merge_params(params: Mapping[Any, Any], overrides: Sequence[str]) -> list[Override]:
     """The swept values of a config file and those of the command line, which replace them."""
     if "plugins" in params:
         raise UserError("hydra.sweeper.params names plugins, which are typed: plugins=[mypkg]")
-    told = parse_overrides(overrides, sweep=True)
-    keys = {override.key_or_group for override in told}
+    typed = parse_overrides(overrides, sweep=True)
+    keys = {override.key_or_group for override in typed}
     brought = [f"{key}={value}" for key, value in params.items() if key not in keys]
-    return parse_overrides(brought, sweep=True) + told
+    return parse_overrides(brought, sweep=True) + typed
 
 
-def product(overrides: Sequence[Override]) -> Iterator[list[str]]:
+def expand_grid(overrides: Sequence[Override]) -> Iterator[list[str]]:
     """Every combination of the swept values, the last key's changing fastest. Intervals have none, and are left out."""
     choices = [
         [f"{o.key_or_group}={value}" for value in o.sweep_string_iterator()]
@@ -78,7 +78,7 @@ def write_pending_result(job: Job) -> None:
         write_result(job.folder, status="waiting", overrides=job.settings)
 
 
-def composed_job(loader: ConfigLoader, config: DictConfig, overrides: list[str], number: int) -> tuple[Job, DictConfig]:
+def compose_job(loader: ConfigLoader, config: DictConfig, overrides: list[str], number: int) -> tuple[Job, DictConfig]:
     """A job, whose folder is the one that its settings name, and its config."""
     composed = loader.load_sweep_config(config, overrides)
     with open_dict(composed):
@@ -94,25 +94,25 @@ def validate_job(loader: ConfigLoader, config: DictConfig, overrides: list[str],
     """A job to launch; or its failure, where its settings do not hold, with the reason in its folder."""
     try:
         parse_overrides(overrides)
-        job, composed = composed_job(loader, config, overrides, number)
-        check(composed, parse_overrides(job.plugins))
+        job, composed = compose_job(loader, config, overrides, number)
+        check_config(composed, parse_overrides(job.plugins))
     except (UserError, HydraException, OmegaConfBaseException) as error:
-        told = one_line(error)
-        return job_failed(Job(overrides, Path(str(config.hydra.sweep.dir), str(number))), told)
+        reason = one_line(error)
+        return record_failure(Job(overrides, Path(str(config.hydra.sweep.dir), str(number))), reason)
     # With it the folder is the same under every launcher, and where others before it are left out.
     subdir = job.folder.relative_to(str(config.hydra.sweep.dir))
     job.overrides.append(f"hydra.sweep.subdir={quote_override(subdir.as_posix())}")
     return job
 
 
-def job_failed(job: Job, told: str, status: str = "failed", shown: bool = False) -> JobReturn:
-    """told: why. shown: has the job said so itself?"""
-    print(f"{job.name} {status if shown else told if status in told else f'{status}: {told}'}", flush=True)
+def record_failure(job: Job, reason: str, status: str = "failed", is_shown: bool = False) -> JobReturn:
+    """reason: why. is_shown: has the job said so itself?"""
+    print(f"{job.name} {status if is_shown else reason if status in reason else f'{status}: {reason}'}", flush=True)
     # A folder in which another process is at work is that one's.
     with suppress(UserError, OSError):
         job.folder.mkdir(parents=True, exist_ok=True)
         with locked(job.folder):
-            with publish(job.folder / "error.txt") as file:
-                file.write(f"{told}\n".encode())
-            write_result(job.folder, status=status, error=told, overrides=job.settings)
-    return JobReturn(overrides=job.overrides, _return_value=RunError(told), status=JobStatus.FAILED)
+            with atomic_write(job.folder / "error.txt") as file:
+                file.write(f"{reason}\n".encode())
+            write_result(job.folder, status=status, error=reason, overrides=job.settings)
+    return JobReturn(overrides=job.overrides, _return_value=RunError(reason), status=JobStatus.FAILED)

@@ -20,10 +20,10 @@ from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig
 
 from rwkv_pl.compose import quote_override, typed_config_dir
-from rwkv_pl.limits import THREADS, usable_cores
-from rwkv_pl.runs.folder import SWEEP_JOB_ENV, has_started, in_use
-from rwkv_pl.runs.outcome import DONE, read_result
-from rwkv_pl.sweeps.jobs import Job, job_failed
+from rwkv_pl.limits import THREAD_VARIABLES, usable_cores
+from rwkv_pl.runs.folder import SWEEP_JOB_ENV, has_started, is_in_use
+from rwkv_pl.runs.outcome import DONE_STATUSES, read_result
+from rwkv_pl.sweeps.jobs import Job, record_failure
 
 
 def run_job(config: DictConfig) -> float:
@@ -35,7 +35,7 @@ def run_job(config: DictConfig) -> float:
     return float(ended.return_value)
 
 
-def command(job: Job) -> list[str]:
+def job_command(job: Job) -> list[str]:
     """Of the job's process: `rwkv-train` with its settings, or resume= if it has started before."""
     python = [sys.executable, "-m", "rwkv_pl.cli.train"]
     if has_started(job.folder):
@@ -66,45 +66,45 @@ def run_jobs(
     outcomes: dict[Path, JobReturn] = {}
     waiting = list(jobs)
     running: list[_Running] = []
-    told: set[Path] = set()
+    announced: set[Path] = set()
     common = set.intersection(*(set(job.settings) for job in jobs)) if len(jobs) > 1 else set()
     with _received_signals(forward) as signals:
         while running or (waiting and not signals):
             # A sweep that was killed leaves its jobs at work.
-            at_work = [job for job in waiting if in_use(job.folder)]
+            at_work = [job for job in waiting if is_in_use(job.folder)]
             for job in at_work:
-                if job.folder not in told:
+                if job.folder not in announced:
                     print(f"{job.name} is still at work: waits for it to end", flush=True)
-                told.add(job.folder)
+                announced.add(job.folder)
             free = [job for job in waiting if job not in at_work]
             while free and len(running) + len(at_work) < at_once and not signals:
                 job = free.pop(0)
                 waiting.remove(job)
                 result = read_result(job.folder)
-                if result.get("status") in DONE:
-                    outcomes[job.folder] = _outcome(job, result)
+                if result.get("status") in DONE_STATUSES:
+                    outcomes[job.folder] = _to_job_return(job, result)
                     print(f"{job.name} was {result['status']} before", flush=True)
                 else:
                     own = shlex.join(text for text in job.settings if text not in common)
                     follow = f", {len(waiting)} to follow" if waiting else ""
                     print(f"{job.name} begins{follow}: {own}", flush=True)
-                    running.append(_begin(job, at_once, environment or {}))
+                    running.append(_start_job(job, at_once, environment or {}))
             for entry in list(running):
                 for number in signals[entry.signals :]:
                     forward_signal(entry.process, number)
                 entry.signals = len(signals)
                 if entry.process.poll() is not None:
                     running.remove(entry)
-                    outcomes[entry.job.folder] = _ended(entry)
+                    outcomes[entry.job.folder] = _finish_job(entry)
             time.sleep(0.05)
     if signals:
         sys.exit(128 + signals[0])
     return [outcomes[job.folder] for job in jobs]
 
 
-def _begin(job: Job, at_once: int, more: Mapping[str, str]) -> _Running:
+def _start_job(job: Job, at_once: int, more: Mapping[str, str]) -> _Running:
     environment = {**os.environ, SWEEP_JOB_ENV: "1", **more}
-    if at_once > 1 and not THREADS & environment.keys():
+    if at_once > 1 and not THREAD_VARIABLES & environment.keys():
         environment["OMP_NUM_THREADS"] = str(max(1, usable_cores() // at_once))
     # Ctrl-C in a terminal is for all of its group at once: ours alone gets it, and passes it on.
     own_group: dict[str, Any] = (
@@ -114,7 +114,7 @@ def _begin(job: Job, at_once: int, more: Mapping[str, str]) -> _Running:
     )
     result_before = read_result(job.folder)
     process = subprocess.Popen(
-        command(job),
+        job_command(job),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE if at_once > 1 else None,
         stderr=subprocess.PIPE,
@@ -129,12 +129,12 @@ def _begin(job: Job, at_once: int, more: Mapping[str, str]) -> _Running:
     for source, target in ((process.stdout, sys.stdout), (process.stderr, sys.stderr)):
         if source:
             kept = entry.last_line if source is process.stderr else deque(maxlen=0)
-            entry.pumps.append(threading.Thread(target=_pump, args=(source, target, prefix, kept), daemon=True))
+            entry.pumps.append(threading.Thread(target=_copy_lines, args=(source, target, prefix, kept), daemon=True))
             entry.pumps[-1].start()
     return entry
 
 
-def _pump(source: IO[str], target: IO[str], prefix: str, kept: deque[str]) -> None:
+def _copy_lines(source: IO[str], target: IO[str], prefix: str, kept: deque[str]) -> None:
     for line in source:
         if line.strip():
             kept.append(line.strip())
@@ -143,7 +143,7 @@ def _pump(source: IO[str], target: IO[str], prefix: str, kept: deque[str]) -> No
             target.flush()
 
 
-def _ended(entry: _Running) -> JobReturn:
+def _finish_job(entry: _Running) -> JobReturn:
     for pump in entry.pumps:
         pump.join(timeout=5)  # a child of it may hold the pipe
     job, code = entry.job, entry.process.returncode
@@ -151,19 +151,19 @@ def _ended(entry: _Running) -> JobReturn:
     if code and result == entry.result_before:
         result = {}  # of an earlier process: this one failed before its training
     status = result.get("status")
-    if code == 0 and status in DONE:
+    if code == 0 and status in DONE_STATUSES:
         print(f"{job.name} {status}: {result['objective'] or math.nan:.4f} bits per byte", flush=True)
-        return _outcome(job, result)
+        return _to_job_return(job, result)
     if status == "stopped" or (entry.signals and code in (130, 143, -signal.SIGINT, -signal.SIGTERM)):
-        return job_failed(job, "stopped by a signal", "stopped")
+        return record_failure(job, "stopped by a signal", "stopped")
     if code < 0:
-        return job_failed(job, f"killed by {signal.Signals(-code).name}")
+        return record_failure(job, f"killed by {signal.Signals(-code).name}")
     last_line = next(iter(entry.last_line), "").removeprefix("rwkv-train: ")
-    told = str(result.get("error") or last_line or f"exit code {code}")
-    return job_failed(job, told, shown=told == last_line)
+    reason = str(result.get("error") or last_line or f"exit code {code}")
+    return record_failure(job, reason, is_shown=reason == last_line)
 
 
-def _outcome(job: Job, result: dict[str, Any]) -> JobReturn:
+def _to_job_return(job: Job, result: dict[str, Any]) -> JobReturn:
     return JobReturn(overrides=job.overrides, _return_value=result.get("objective"), status=JobStatus.COMPLETED)
 
 

@@ -14,18 +14,18 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rwkv_pl.errors import UserError, one_line
-from rwkv_pl.files import in_words, publish
-from rwkv_pl.runs.folder import OVERRIDES, has_started, in_use
-from rwkv_pl.runs.outcome import DONE, RESULT, read_result
+from rwkv_pl.files import atomic_write, describe_os_error
+from rwkv_pl.runs.folder import OVERRIDES, has_started, is_in_use
+from rwkv_pl.runs.outcome import DONE_STATUSES, RESULT_FILE, read_result
 from rwkv_pl.runs.stored import flatten
 from rwkv_pl.terminal import console
 from rwkv_pl.training.curve import draw_sweep, read_rows
 
 # What reading a file of another content ends in.
-NOT_AS_WRITTEN = (OSError, LookupError, TypeError, ValueError, AttributeError)
+READ_ERRORS = (OSError, LookupError, TypeError, ValueError, AttributeError)
 
 # Settings by which runs differ without being other trainings.
-NOT_COMPARED = ("resume", "weights", "logger.", "trainer.enable_")
+UNCOMPARED_KEYS = ("resume", "weights", "logger.", "trainer.enable_")
 
 
 @dataclass
@@ -43,14 +43,14 @@ class Run:
     def best(self) -> float | None:
         """Bits per byte of the best validation."""
         validated = [row["val/bits_per_byte"] for row in self.rows if "val/bits_per_byte" in row]
-        if not validated and (objective := _number(self.result.get("objective"))) is not None:
+        if not validated and (objective := _to_number(self.result.get("objective"))) is not None:
             validated = [objective]
         if self.status == "damaged":
             return None
         return min((bits for bits in validated if math.isfinite(bits)), default=None)
 
     def latest(self, column: str) -> float | None:
-        there = _number(self.result.get(column))
+        there = _to_number(self.result.get(column))
         return next((row[column] for row in reversed(self.rows) if column in row), there)
 
     @property
@@ -68,35 +68,35 @@ class Run:
         return statistics.median(values) if values else None
 
 
-def report(paths: Sequence[Path], out: Path) -> bool:
+def print_report(paths: Sequence[Path], out: Path) -> bool:
     """Prints the table, and writes sweep.csv and sweep.png into `out`. Returns whether all runs have finished."""
-    runs = [read(folder) for folder in find(paths)]
+    runs = [read_run(folder) for folder in find_runs(paths)]
     if not runs:
         return False
-    names = _names([run.folder for run in runs])
-    keys = differing(runs)
+    names = _short_names([run.folder for run in runs])
+    keys = find_differing_settings(runs)
     # The files first: whoever was to read the table may be gone.
     try:
-        with publish(out / "sweep.csv") as file:
-            file.write(_csv(runs, names, keys).encode())
+        with atomic_write(out / "sweep.csv") as file:
+            file.write(_to_csv(runs, names, keys).encode())
         curves = {name: run.rows for name, run in zip(names, runs, strict=True) if run.rows}
         if curves:
             best = {name: run.best for name, run in zip(names, runs, strict=True) if run.best is not None}
             swept = {key: {n: run.settings.get(key) for n, run in zip(names, runs, strict=True)} for key in keys}
             draw_sweep(curves, best, swept, out / "sweep.png")
-        told = f"also in {out / 'sweep.csv'}" + (f", the curves in {out / 'sweep.png'}" if curves else "")
+        message = f"also in {out / 'sweep.csv'}" + (f", the curves in {out / 'sweep.png'}" if curves else "")
     except OSError as error:
-        told = f"rwkv-report: {in_words(error)}"
+        message = f"rwkv-report: {describe_os_error(error)}"
     _print_table(runs, names, keys)
-    print(told)
-    return all(run.status in DONE for run in runs)
+    print(message)
+    return all(run.status in DONE_STATUSES for run in runs)
 
 
-def find(paths: Iterable[Path]) -> list[Path]:
+def find_runs(paths: Iterable[Path]) -> list[Path]:
     """The folders of runs at and below the paths, in the order of their names, numbers as numbers."""
     found = set()
     for path in paths:
-        for name, above in ((OVERRIDES.as_posix(), 2), (RESULT, 1)):
+        for name, above in ((OVERRIDES.as_posix(), 2), (RESULT_FILE, 1)):
             found |= {file.parents[above - 1] for file in path.glob(f"**/{name}")}
 
     def by_number(folder: Path) -> list[tuple[int, int, str]]:
@@ -105,39 +105,39 @@ def find(paths: Iterable[Path]) -> list[Path]:
     return sorted(found, key=by_number)
 
 
-def read(folder: Path) -> Run:
+def read_run(folder: Path) -> Run:
     """What a run's folder holds. What is damaged in it makes the run's status."""
     result = read_result(folder)
     run = Run(folder, result)
     run.status, run.error = str(result.get("status", "")), str(result.get("error") or "")
     try:
         if has_started(folder):
-            run.settings = flatten(_yaml(folder / ".hydra" / "config.yaml"))
+            run.settings = flatten(_read_yaml(folder / ".hydra" / "config.yaml"))
             later = folder / ".hydra" / "resumes.yaml"
-            for entry in _yaml(later) if later.exists() else []:
+            for entry in _read_yaml(later) if later.exists() else []:
                 run.settings |= flatten(entry["set"])
         else:
             overrides = result.get("overrides")
             pairs = [str(text).partition("=") for text in (overrides if isinstance(overrides, list) else [])]
             run.settings = {key: yaml.safe_load(value) for key, _, value in pairs}
         run.rows = read_rows(folder / "metrics.csv", up_to=10**18)
-    except (UserError, OmegaConfBaseException, yaml.YAMLError, *NOT_AS_WRITTEN) as error:
+    except (UserError, OmegaConfBaseException, yaml.YAMLError, *READ_ERRORS) as error:
         run.status, run.error = "damaged", one_line(error)
-    if run.status in DONE and run.latest("val/bits_per_byte") is None and run.best is not None:
+    if run.status in DONE_STATUSES and run.latest("val/bits_per_byte") is None and run.best is not None:
         run.error = f"{folder / 'metrics.csv'} holds no validation: only result.json's figures are known"
     if not run.status:
-        run.status = "running" if in_use(folder) else "broken off"
+        run.status = "running" if is_in_use(folder) else "broken off"
     return run
 
 
-def differing(runs: Sequence[Run]) -> list[str]:
+def find_differing_settings(runs: Sequence[Run]) -> list[str]:
     """The settings that are not the same in all runs, in the order of the config."""
-    whole = [run for run in runs if has_started(run.folder) and run.status != "damaged"]
+    intact = [run for run in runs if has_started(run.folder) and run.status != "damaged"]
     found = []
-    for key in dict.fromkeys(key for run in whole or runs for key in run.settings):
+    for key in dict.fromkeys(key for run in intact or runs for key in run.settings):
         # A job that never began knows only what it was told.
-        told = [run for run in runs if run in whole or key in run.settings]
-        if len({repr(run.settings.get(key)) for run in told}) > 1 and not key.startswith(NOT_COMPARED):
+        compared = [run for run in runs if run in intact or key in run.settings]
+        if len({repr(run.settings.get(key)) for run in compared}) > 1 and not key.startswith(UNCOMPARED_KEYS):
             found.append(key)
     return found
 
@@ -158,11 +158,11 @@ def _print_table(runs: Sequence[Run], names: Sequence[str], keys: Sequence[str])
         bits, speed, seconds, step = run.best, run.speed, run.latest("seconds"), run.latest("step")
         table.add_row(
             escape(name),
-            *(escape(_shown(run.settings.get(key, ""))) for key in keys),
+            *(escape(_format_value(run.settings.get(key, ""))) for key in keys),
             "" if bits is None else f"{bits:.4f}",
             "" if speed is None else f"{speed:,.0f}",
             "" if step is None else f"{step:,.0f}",
-            "" if seconds is None else _duration(seconds),
+            "" if seconds is None else _format_duration(seconds),
             escape(run.status),
             style="bold green" if bits is not None and bits == best else None if run.status != "failed" else "red",
         )
@@ -173,12 +173,12 @@ def _print_table(runs: Sequence[Run], names: Sequence[str], keys: Sequence[str])
             screen.print(f"{name}: {run.error}", markup=False, highlight=False, soft_wrap=True)
     if best is not None and len(runs) > 1:
         winner, name = next((run, name) for run, name in zip(runs, names, strict=True) if run.best == best)
-        how = ", ".join(f"{key}={_shown(winner.settings.get(key))}" for key in keys)
-        told = f"best: {name}, {best:.4f} bits per byte" + (f": {how}" if how else "")
-        screen.print(told, markup=False, highlight=False, soft_wrap=True)
+        how = ", ".join(f"{key}={_format_value(winner.settings.get(key))}" for key in keys)
+        line = f"best: {name}, {best:.4f} bits per byte" + (f": {how}" if how else "")
+        screen.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def _csv(runs: Sequence[Run], names: Sequence[str], keys: Sequence[str]) -> str:
+def _to_csv(runs: Sequence[Run], names: Sequence[str], keys: Sequence[str]) -> str:
     text = io.StringIO()
     writer = csv.writer(text)
     figures = ("val/bits_per_byte", "tokens_per_second", "mfu", "step", "tokens", "seconds", "status", "error")
@@ -190,7 +190,7 @@ def _csv(runs: Sequence[Run], names: Sequence[str], keys: Sequence[str]) -> str:
     return text.getvalue()
 
 
-def _names(folders: Sequence[Path]) -> list[str]:
+def _short_names(folders: Sequence[Path]) -> list[str]:
     """The part of each path in which they differ."""
     absolute = [folder.absolute() for folder in folders]
     common = absolute[0].parent
@@ -199,7 +199,7 @@ def _names(folders: Sequence[Path]) -> list[str]:
     return [folder.relative_to(common).as_posix() for folder in absolute]
 
 
-def _yaml(path: Path) -> Any:
+def _read_yaml(path: Path) -> Any:
     text = path.read_text(encoding="utf-8")
     if "${" in text:
         return OmegaConf.to_container(OmegaConf.create(text), resolve=True)
@@ -207,14 +207,14 @@ def _yaml(path: Path) -> Any:
     return yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 
 
-def _number(value: Any) -> float | None:
+def _to_number(value: Any) -> float | None:
     return value if isinstance(value, int | float) else None
 
 
-def _shown(value: Any) -> str:
+def _format_value(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _duration(seconds: float) -> str:
+def _format_duration(seconds: float) -> str:
     minutes = int(seconds) // 60
     return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes}:{int(seconds) % 60:02}"

@@ -11,7 +11,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from rwkv_pl.files import PARTIAL, publish, replace
+from rwkv_pl.files import PARTIAL_SUFFIX, atomic_write, replace_with_retry
 
 
 class DurableCheckpointIO(TorchCheckpointIO):
@@ -37,7 +37,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
         saved, beside = self._saved or (None, path)
         same = beside if saved == content and beside != path and beside.exists() else None
         self._saved = None
-        if same is None and in_background(checkpoint):
+        if same is None and writes_in_background(checkpoint):
             checkpoint = apply_to_collection(checkpoint, Tensor, lambda tensor: tensor.detach().to("cpu", copy=True))
             self._writing = self._thread.submit(_write, checkpoint, path, None)
         else:
@@ -73,38 +73,38 @@ class DurableCheckpointIO(TorchCheckpointIO):
         self.wait()
 
 
-def in_background(checkpoint: dict[str, Any]) -> bool:
+def writes_in_background(checkpoint: dict[str, Any]) -> bool:
     """Is there a GPU that works on while the CPU writes?"""
     return any(isinstance(value, Tensor) and value.is_cuda for value in checkpoint.get("state_dict", {}).values())
 
 
 def _write(checkpoint: dict[str, Any], path: Path, same: Path | None) -> None:
     if same:
-        _keep_before(path)
+        _keep_previous(path)
         _link(same, path)
         return
-    with publish(path) as file:
+    with atomic_write(path) as file:
         torch.save(checkpoint, file)
         file.flush()
         os.fsync(file.fileno())
-        _keep_before(path)  # only now, when nothing can fail any more
+        _keep_previous(path)  # only now, when nothing can fail any more
 
 
-def _keep_before(path: Path) -> None:
+def _keep_previous(path: Path) -> None:
     if path.name == "last.ckpt" and path.exists():
         _link(path, path.with_name("last.prev.ckpt"))
 
 
 def _link(source: Path, target: Path) -> None:
     """`target` becomes another name of the file `source`, at once."""
-    beside = target.with_name(target.name + PARTIAL)
+    beside = target.with_name(target.name + PARTIAL_SUFFIX)
     beside.unlink(missing_ok=True)
     try:
         os.link(source, beside)
     except OSError:  # a file system without hard links
         with contextlib.suppress(FileNotFoundError):
             beside.unlink()
-        with publish(target) as file:
+        with atomic_write(target) as file:
             file.write(source.read_bytes())
         return
-    replace(beside, target)
+    replace_with_retry(beside, target)

@@ -41,11 +41,11 @@ def compile_blocks(module: Any, rows: int, ctx_len: int, precision: Precision) -
     finally:
         module.zero_grad(set_to_none=True)
     for block in blocks:
-        _guard(block, blocks)
+        _guard_block(block, blocks)
     return f"compile {len(blocks)} blocks, in {time.perf_counter() - started:.0f} s"
 
 
-def _guard(block: Any, blocks: Sequence[nn.Module]) -> None:
+def _guard_block(block: Any, blocks: Sequence[nn.Module]) -> None:
     """Sees to it that no compilation ends a run, and that none is made for a few tokens of text."""
     from torch._dynamo.exc import TorchDynamoException
 
@@ -67,12 +67,12 @@ def _guard(block: Any, blocks: Sequence[nn.Module]) -> None:
 def _leave_eager(blocks: Sequence[nn.Module], error: Exception) -> str:
     for block in blocks:
         block._compiled_call_impl = None
-    return f"compile off: {_reason(error)}"
+    return f"compile off: {_find_reason(error)}"
 
 
-def _reason(error: Exception) -> str:
+def _find_reason(error: Exception) -> str:
     """The first line of a C++ compiler's output that tells an error, else what stands before torch's advice."""
-    told = str(error)
-    found = re.search(r"^.*\berror: .*$", told, re.MULTILINE)
-    reason = " ".join((found[0] if found else told.strip().partition("\n\n")[0]).split())
+    message = str(error)
+    found = re.search(r"^.*\berror: .*$", message, re.MULTILINE)
+    reason = " ".join((found[0] if found else message.strip().partition("\n\n")[0]).split())
     return reason[:LONGEST_REASON] or type(error).__name__

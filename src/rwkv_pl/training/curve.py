@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rwkv_pl.errors import UserError
-from rwkv_pl.files import publish
+from rwkv_pl.files import atomic_write
 
 COLUMNS = (
     "step",
@@ -32,9 +32,9 @@ def read_rows(path: Path, up_to: int) -> list[dict[str, float]]:
     if not path.is_file():
         return []
     with path.open(newline="", encoding="utf-8", errors="replace") as file:
-        whole = [line for line in file if line.endswith("\n")]
+        complete = [line for line in file if line.endswith("\n")]
     try:
-        rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(whole)]
+        rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(complete)]
         if not all(math.isfinite(row.get("step", math.nan)) for row in rows):
             raise ValueError("a row without its step")
         if strange := {name for row in rows for name in row} - set(COLUMNS):
@@ -60,7 +60,7 @@ def default_style() -> Iterator[None]:
 
 
 @default_style()
-def draw(rows: list[dict[str, float]], path: Path, baselines: dict[str, float]) -> None:
+def draw_curve(rows: list[dict[str, float]], path: Path, baselines: dict[str, float]) -> None:
     """Bits per byte against tokens: each logged step, their running mean, validations, baselines; and the rate."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -69,7 +69,7 @@ def draw(rows: list[dict[str, float]], path: Path, baselines: dict[str, float]) 
     axes, below = figure.subplots(2, sharex=True, height_ratios=(5, 1))
     axes.set_ylabel("bits per byte")
     below.set(xlabel="tokens", ylabel="learning rate", ylim=(0, None))
-    train, val, rate = (points(rows, name) for name in ("train/bits_per_byte", "val/bits_per_byte", "lr"))
+    train, val, rate = (finite_points(rows, name) for name in ("train/bits_per_byte", "val/bits_per_byte", "lr"))
     if train:
         tokens, bits = zip(*train, strict=True)
         axes.plot(tokens, bits, color="tab:blue", alpha=0.25, linewidth=1)
@@ -89,7 +89,7 @@ def draw(rows: list[dict[str, float]], path: Path, baselines: dict[str, float]) 
         each.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
         axes.legend()
-    with publish(path) as file:
+    with atomic_write(path) as file:
         FigureCanvasAgg(figure).print_png(file)
 
 
@@ -114,10 +114,10 @@ def draw_sweep(
     colors = {name: colormaps["viridis"](0.9 * i / max(1, len(ranked) - 1)) for i, name in enumerate(ranked)}
     heights = []
     for i, name in enumerate(ranked):
-        train, val = (points(curves[name], column) for column in ("train/bits_per_byte", "val/bits_per_byte"))
+        train, val = (finite_points(curves[name], column) for column in ("train/bits_per_byte", "val/bits_per_byte"))
         # Up to three settings say which run it is, its number only where there are more.
-        told = [f"{key.rpartition('.')[2]} {_in_short(swept[key].get(name))}" for key in swept]
-        label = f"{', '.join(told) if 0 < len(told) <= 3 else name}: {best[name]:.3f}" if name in best else None
+        settings = [f"{key.rpartition('.')[2]} {_shorten(swept[key].get(name))}" for key in swept]
+        label = f"{', '.join(settings) if 0 < len(settings) <= 3 else name}: {best[name]:.3f}" if name in best else None
         if train:
             tokens, bits = zip(*train, strict=True)
             means = _running_mean(bits)
@@ -142,7 +142,7 @@ def draw_sweep(
                 panel.set_xscale("log")
             if len(set(numbers)) <= 5:
                 ticks = sorted(set(numbers))
-                panel.set_xticks(ticks, [_in_short(number) for number in ticks], minor=False)
+                panel.set_xticks(ticks, [_shorten(number) for number in ticks], minor=False)
                 panel.set_xticks([], minor=True)
         else:
             x = [str(value) for value in values]
@@ -153,15 +153,15 @@ def draw_sweep(
         beside[0].set_ylabel("best validation, bits per byte")
     for each in (axes, *beside):
         each.grid(alpha=0.3)
-    with publish(path) as file:
+    with atomic_write(path) as file:
         FigureCanvasAgg(figure).print_png(file)
 
 
-def _in_short(value: Any) -> str:
+def _shorten(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def points(rows: list[dict[str, float]], name: str) -> list[tuple[float, float]]:
+def finite_points(rows: list[dict[str, float]], name: str) -> list[tuple[float, float]]:
     """(tokens, value) of the rows that have a finite one."""
     return [(row["tokens"], row[name]) for row in rows if math.isfinite(row.get(name, math.nan))]
 

@@ -6,7 +6,7 @@ B  batch    T  time    C  channels, n_embd    V  vocab_size
 import torch
 from torch import Tensor
 
-from rwkv_pl.ops.cross_entropy import IGNORED
+from rwkv_pl.ops.cross_entropy import IGNORE_INDEX
 
 # L2Wrap's factor in the official RWKV trainers, there divided by B * T as here.
 L2WRAP = 0.5e-4
@@ -28,7 +28,7 @@ def l2wrap(largest: Tensor) -> Tensor:
 
 def count_bytes(targets: Tensor, bytes_per_token: Tensor | None) -> Tensor:
     """Bytes that the targets (B, T) spell, a scalar int64. bytes_per_token (V,) int64; None: each is one byte."""
-    counted = targets[targets != IGNORED]
+    counted = targets[targets != IGNORE_INDEX]
     if bytes_per_token is None:
         return torch.tensor(counted.numel(), device=targets.device)
     return bytes_per_token[counted].sum()

@@ -16,14 +16,14 @@ from torch.optim import Optimizer
 
 from rwkv_pl.config import Optim, Schedule
 from rwkv_pl.inference.evaluate import bits_per_byte
-from rwkv_pl.inference.sampling import seed_of
+from rwkv_pl.inference.sampling import derive_seed
 from rwkv_pl.model import MODELS
 from rwkv_pl.ops.cross_entropy import head_cross_entropy
 from rwkv_pl.targets import load_class
-from rwkv_pl.training.loss import IGNORED, count_bytes, l2wrap, split_tokens
+from rwkv_pl.training.loss import IGNORE_INDEX, count_bytes, l2wrap, split_tokens
 from rwkv_pl.training.muon import MuonAdamW
 from rwkv_pl.training.nonfinite import NonfiniteGuard
-from rwkv_pl.training.optimizer import build_optimizer, parameter_groups, write_numbers
+from rwkv_pl.training.optimizer import build_optimizer, parameter_groups, set_hyperparameters
 from rwkv_pl.training.schedule import learning_rate
 from rwkv_pl.weights.metadata import KEY, Metadata
 
@@ -42,7 +42,7 @@ class LitRWKV(LightningModule):
     skip_nonfinite:  how many batches with a NaN or Inf loss or gradient a run leaves out; the next one raises RunError.
 
     After each optimizer step `grad_norm` is its gradient's norm before clipping, where the gradient lies (`float` of it
-    waits for a GPU), and `used_lr` its learning rate.
+    waits for a GPU), and `last_lr` its learning rate.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class LitRWKV(LightningModule):
         self.loss_chunk_len = loss_chunk_len
         self._guard = NonfiniteGuard(skip_nonfinite)
         self.grad_norm: Tensor | float = math.nan
-        self.used_lr = math.nan
+        self.last_lr = math.nan
         self._loss: Tensor | float = 0.0
         self.bytes_per_token: Tensor | None
         self.register_buffer("bytes_per_token", bytes_per_token, persistent=False)
@@ -104,20 +104,20 @@ class LitRWKV(LightningModule):
         Nothing is logged here: a self.log costs 0.45 ms whether or not the step is logged. MetricsRecorder reads
         these.
         """
-        loss, nats, pull = self.loss(*split_tokens(batch))
+        loss, nats, penalty = self.loss(*split_tokens(batch))
         self._loss = self._loss + loss.detach()
-        return {"loss": loss, "nats": nats.detach(), "l2wrap": pull.detach()}
+        return {"loss": loss, "nats": nats.detach(), "l2wrap": penalty.detach()}
 
     def loss(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """inputs, targets (B, T) -> scalars: what is minimised, and its parts, nats a token and L2Wrap."""
         hidden, _ = self.model.hidden(inputs)
         nats, largest = head_cross_entropy(self.model.head, hidden, targets, self.loss_chunk_len)
-        mean, pull = nats.mean(), l2wrap(largest)
-        return mean + pull, mean, pull
+        mean, penalty = nats.mean(), l2wrap(largest)
+        return mean + penalty, mean, penalty
 
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
         # Dropout's masks are a function of the seed and the place in the run, so there is no generator to save.
-        seed = seed_of(self.seed, self.trainer.fit_loop.epoch_loop.total_batch_idx, self.trainer.global_rank)
+        seed = derive_seed(self.seed, self.trainer.fit_loop.epoch_loop.total_batch_idx, self.trainer.global_rank)
         torch.default_generator.manual_seed(seed)
         if self.device.type == "cuda":
             torch.cuda.default_generators[self.device.index].manual_seed(seed)
@@ -134,7 +134,7 @@ class LitRWKV(LightningModule):
         inputs, targets = split_tokens(batch)
         hidden, _ = self.model.hidden(inputs)
         nats, _ = head_cross_entropy(self.model.head, hidden, targets, self.loss_chunk_len)
-        n_targets = (targets != IGNORED).sum()
+        n_targets = (targets != IGNORE_INDEX).sum()
         # To the CPU first: not every device adds in float64.
         sums = torch.stack([nats.sum(), n_targets, count_bytes(targets, self.bytes_per_token)])
         self._sums += sums.cpu()
@@ -168,7 +168,7 @@ class LitRWKV(LightningModule):
 
     def on_train_start(self) -> None:
         for optimizer in self.trainer.optimizers:
-            write_numbers(optimizer, self.optim, self.lr_scale)
+            set_hyperparameters(optimizer, self.optim, self.lr_scale)
 
     @property
     def lr_scale(self) -> dict[str, float]:
@@ -178,16 +178,16 @@ class LitRWKV(LightningModule):
     @property
     def current_lr(self) -> float:
         """The rate of the optimizer step under way."""
-        return self.rate_of(self.trainer.global_step)
+        return self.lr_at(self.trainer.global_step)
 
-    def rate_of(self, step: int) -> float:
+    def lr_at(self, step: int) -> float:
         """The rate of an optimizer step, counted from 0."""
         return learning_rate(step, self.optim, self.schedule, self.trainer.max_steps)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-        self.used_lr = self.current_lr
+        self.last_lr = self.current_lr
         for group in optimizer.param_groups:
-            group["lr"] = self.used_lr * group["lr_scale"]
+            group["lr"] = self.last_lr * group["lr_scale"]
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         if self.trainer.global_step + 1 == self.trainer.max_steps:
             # Lightning counts this step when the hook returns. A run that is told to stop validates before it ends,
@@ -205,7 +205,7 @@ class LitRWKV(LightningModule):
         self._loss = 0.0
         if self._loss_scaled and self.trainer.world_size > 1:
             loss = self.trainer.strategy.reduce(loss, reduce_op="mean")
-        self._guard.look(norm, loss, self.trainer.global_step, self.used_lr)
+        self._guard.look(norm, loss, self.trainer.global_step, self.last_lr)
         if self.skips_nonfinite_on_device(optimizer):
             self._guard.skip_on_device(optimizer)
         elif not self.check_finite():
@@ -246,7 +246,7 @@ class LitRWKV(LightningModule):
             model=next(name for name, (cls, _) in MODELS.items() if isinstance(self.model, cls)),
             config=asdict(self.model.config),
             vocabulary=self.vocabulary,
-            finished=self.finished(),
+            finished=self.finish_reason(),
             past=self.past,
             skipped=self._guard.skipped,
             accumulate=self.trainer.accumulate_grad_batches,
@@ -254,7 +254,7 @@ class LitRWKV(LightningModule):
         ).to_dict()
         self._rewind(checkpoint)
 
-    def finished(self) -> str | None:
+    def finish_reason(self) -> str | None:
         """Why the run is over, where it is: length, time (trainer.max_time), pruned or early stop (a callback's)."""
         if not self.trainer.should_stop:
             return None

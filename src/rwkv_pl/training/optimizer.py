@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from rwkv_pl.config import Optim, nearest
+from rwkv_pl.config import Optim, suggest_key
 from rwkv_pl.errors import UserError, one_line
 
 
@@ -17,7 +17,7 @@ def parameter_groups(model: nn.Module, lr_scale: dict[str, float], split_blocks:
     """The parameters by the last part of their names, and by whether weight decay falls on them.
 
     It does on two-dimensional parameters named `*.weight`, and on nothing else. The groups do not depend on any number,
-    so a checkpoint fits them whatever the numbers are by then; `write_numbers` fills these in.
+    so a checkpoint fits them whatever the numbers are by then; `set_hyperparameters` fills these in.
     split_blocks: the weight matrices of the blocks get a group without embedding and head, for `MuonAdamW`.
     UserError where a name in `lr_scale` matches no parameter.
     """
@@ -40,7 +40,7 @@ def parameter_groups(model: nn.Module, lr_scale: dict[str, float], split_blocks:
     ]
 
 
-def build_optimizer(target: type, groups: list[dict[str, Any]], optim: Optim) -> Optimizer:
+def build_optimizer(target: Any, groups: list[dict[str, Any]], optim: Optim) -> Optimizer:
     """The optimizer class `target` over the groups, with the config's arguments.
 
     Fused, in one pass over memory a step, if the class has that form. UserError for an argument that it does not take,
@@ -54,7 +54,7 @@ def build_optimizer(target: type, groups: list[dict[str, Any]], optim: Optim) ->
         del arguments["weight_decay"]
     for name in arguments:
         if name not in offered and not takes_any:
-            raise UserError(f"optim.{name}: {optim._target_} takes no {name}{nearest(name, offered)}")
+            raise UserError(f"optim.{name}: {optim._target_} takes no {name}{suggest_key(name, offered)}")
     default = offered.get("betas")
     if optim.betas is not None and isinstance(default, tuple) and len(default) != len(optim.betas):
         raise UserError(f"optim.betas must be {len(default)} numbers for {optim._target_}, got {optim.betas}")
@@ -69,7 +69,7 @@ def build_optimizer(target: type, groups: list[dict[str, Any]], optim: Optim) ->
     return optimizer
 
 
-def write_numbers(optimizer: Optimizer, optim: Optim, lr_scale: dict[str, float]) -> None:
+def set_hyperparameters(optimizer: Optimizer, optim: Optim, lr_scale: dict[str, float]) -> None:
     """Puts the config's numbers into the groups, over those that a checkpoint restored; the rate comes at each step.
 
     `optimizer.defaults` are the arguments that the class was called with, and its own for those not given.

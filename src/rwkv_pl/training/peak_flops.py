@@ -8,22 +8,22 @@ import torch
 from filelock import FileLock
 from lightning.pytorch.plugins import Precision
 
-from rwkv_pl.files import cache_folder, digest_of, read_record, write_record
+from rwkv_pl.files import cache_folder, json_digest, read_record, write_record
 from rwkv_pl.ops.linear import linear
 
 SECONDS = 0.3
-SECONDS_KEPT = 24 * 3600
+CACHE_SECONDS = 24 * 3600
 LARGEST = 8192
 
 
-def product_dtype(device: torch.device, precision: Precision) -> torch.dtype:
+def matmul_dtype(device: torch.device, precision: Precision) -> torch.dtype:
     """The dtype in which the model's matrix products run."""
     with precision.forward_context(), torch.no_grad():
         return linear(torch.ones(32, 32, device=device), torch.ones(32, 32, device=device)).dtype
 
 
-def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations a second of matrix products, as `measure` finds them.
+def load_or_measure_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations a second of matrix products, as `measure_peak` finds them.
 
     Kept for a day in the cache folder, for the same machine, threads and torch: a figure that other work has spoilt
     does not stay.
@@ -35,7 +35,7 @@ def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
         "dtype": f"{dtype}, {torch.get_float32_matmul_precision()}",
         "torch": torch.__version__,
     }
-    path = cache_folder() / "peaks" / f"{digest_of(asked)[:16]}.json"
+    path = cache_folder() / "peaks" / f"{json_digest(asked)[:16]}.json"
     with contextlib.ExitStack() as stack:
         writable = True
         try:
@@ -44,16 +44,16 @@ def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
         except OSError:
             writable = False
         kept = read_record(path)
-        if kept and time.time() - path.stat().st_mtime < SECONDS_KEPT:
+        if kept and time.time() - path.stat().st_mtime < CACHE_SECONDS:
             return float(kept["flops_per_second"])
-        peak = measure(device, dtype)
+        peak = measure_peak(device, dtype)
         if writable:
             with contextlib.suppress(OSError):
                 write_record(path, {"flops_per_second": peak} | asked)
     return peak
 
 
-def measure(device: torch.device, dtype: torch.dtype, seconds: float = SECONDS) -> float:
+def measure_peak(device: torch.device, dtype: torch.dtype, seconds: float = SECONDS) -> float:
     """Floating-point operations a second of the fastest square product, of growing sizes, a few times each."""
     best, ends, side = 0.0, time.perf_counter() + seconds, 256
     # Zeros and ones cost a GPU less power than numbers, and are multiplied faster.
@@ -62,7 +62,7 @@ def measure(device: torch.device, dtype: torch.dtype, seconds: float = SECONDS) 
         while side <= LARGEST:
             try:
                 a, b = (torch.randn(side, side, device=device, generator=numbers).to(dtype) for _ in range(2))
-                times = [_seconds(a, b, device) for _ in range(4)]
+                times = [_time_product(a, b, device) for _ in range(4)]
             except torch.OutOfMemoryError:
                 break
             best = max(best, 2 * side**3 / min(times))
@@ -73,7 +73,7 @@ def measure(device: torch.device, dtype: torch.dtype, seconds: float = SECONDS) 
     return best
 
 
-def _seconds(a: torch.Tensor, b: torch.Tensor, device: torch.device) -> float:
+def _time_product(a: torch.Tensor, b: torch.Tensor, device: torch.device) -> float:
     began = time.perf_counter()
     linear(a, b)
     if device.type == "cuda":

@@ -21,20 +21,20 @@ CALLS = 3
 CLOCK = time.perf_counter if os.name == "nt" else time.thread_time
 
 
-def product_rates(device: torch.device, tokens: int, n_embd: int) -> dict[torch.dtype, float]:
+def measure_product_rates(device: torch.device, tokens: int, n_embd: int) -> dict[torch.dtype, float]:
     """Floating-point operations a second of a product with its two gradients, in float32 and in bfloat16.
 
     On a CPU those of one thread. The product is the channel mixing's first, (tokens, n_embd) by (n_embd, 4 n_embd).
     Takes some milliseconds, or a second with a large model.
     """
-    small = _rates(device, SMALL_TOKENS, min(n_embd, SMALL_EMBD))
+    small = _measure_rates(device, SMALL_TOKENS, min(n_embd, SMALL_EMBD))
     if small[torch.bfloat16] < HOPELESS * small[torch.float32]:
         return small
-    return _rates(device, min(tokens, MOST_TOKENS), n_embd)
+    return _measure_rates(device, min(tokens, MOST_TOKENS), n_embd)
 
 
 @torch.no_grad()
-def _rates(device: torch.device, tokens: int, n_embd: int) -> dict[torch.dtype, float]:
+def _measure_rates(device: torch.device, tokens: int, n_embd: int) -> dict[torch.dtype, float]:
     numbers = torch.Generator(device).manual_seed(0)
     shapes = (tokens, n_embd), (4 * n_embd, n_embd), (tokens, 4 * n_embd)
     float32 = [torch.randn(shape, device=device, generator=numbers) for shape in shapes]
@@ -46,7 +46,7 @@ def _rates(device: torch.device, tokens: int, n_embd: int) -> dict[torch.dtype, 
     try:
         for call in range(CALLS + 1):
             for dtype, (x, weight, gradient) in factors.items():
-                seconds = _seconds(x, weight, gradient)
+                seconds = _time_product(x, weight, gradient)
                 if call:  # the first one prepares
                     best[dtype] = min(best[dtype], seconds)
     finally:
@@ -54,7 +54,7 @@ def _rates(device: torch.device, tokens: int, n_embd: int) -> dict[torch.dtype, 
     return {dtype: 3 * 2 * tokens * n_embd * 4 * n_embd / seconds for dtype, seconds in best.items()}
 
 
-def _seconds(x: Tensor, weight: Tensor, gradient: Tensor) -> float:
+def _time_product(x: Tensor, weight: Tensor, gradient: Tensor) -> float:
     if x.is_cuda:
         torch.cuda.synchronize()
     clock = time.perf_counter if x.is_cuda else CLOCK
@@ -67,6 +67,6 @@ def _seconds(x: Tensor, weight: Tensor, gradient: Tensor) -> float:
     return clock() - started
 
 
-def in_words(speedup: float) -> str:
+def describe_speedup(speedup: float) -> str:
     """As in "2.1 times as fast as", or "15 times slower than"."""
     return f"{speedup:.1f} times as fast as" if speedup >= 1 else f"{1 / speedup:.2g} times slower than"

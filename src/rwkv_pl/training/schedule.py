@@ -17,7 +17,7 @@ def learning_rate(step: int, optim: Optim, schedule: Schedule, max_steps: int) -
     if schedule.name == "constant":
         return optim.lr
     end = schedule.decay_steps or max_steps
-    begin = decay_begin(schedule, end)
+    begin = decay_start(schedule, end)
     progress = min(1.0, (step + 1 - begin) / max(1, end - begin))
     if schedule.name == "cosine":
         return schedule.final_lr + (optim.lr - schedule.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
@@ -26,7 +26,7 @@ def learning_rate(step: int, optim: Optim, schedule: Schedule, max_steps: int) -
     return optim.lr + (schedule.final_lr - optim.lr) * max(0.0, progress)  # linear, wsd
 
 
-def decay_begin(schedule: Schedule, end: int) -> int:
+def decay_start(schedule: Schedule, end: int) -> int:
     """The step from which the rate falls, to reach final_lr with step `end` - 1: the warm-up's end, but for wsd."""
     if schedule.decay_share is None:
         return schedule.warmup_steps
@@ -48,7 +48,7 @@ def check_schedule(schedule: Schedule, max_steps: int) -> None:
             f"in a run of {max_steps} steps; shorten the warm-up or give schedule.decay_steps"
         )
     end = schedule.decay_steps or max_steps
-    if decay_begin(schedule, end) < schedule.warmup_steps:
+    if decay_start(schedule, end) < schedule.warmup_steps:
         raise UserError(
             f"schedule.decay_share={schedule.decay_share} of {end} steps begins before the end of "
             f"schedule.warmup_steps ({schedule.warmup_steps}): lower one of them"

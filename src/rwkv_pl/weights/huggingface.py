@@ -121,7 +121,7 @@ LAYOUTS = {"rwkv": Layout("rwkv", "rwkv4", _RWKV4_NAMES, epsilon=1e-5)}
 """By model_type."""
 
 
-def layout_of(config: dict[str, Any], folder: Path) -> Layout:
+def find_layout(config: dict[str, Any], folder: Path) -> Layout:
     """The layout that config.json names. Raises UserError for an unknown one, or a setting that it does not have."""
     layout = LAYOUTS.get(str(config.get("model_type")))
     if layout is None:
@@ -176,8 +176,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except Exception as error:  # a file that is none can fail in any way
-        told = one_line(error)[:200]
-        raise CorruptFileError(f"{path} is no safetensors file, or damaged ({told})") from error
+        reason = one_line(error)[:200]
+        raise CorruptFileError(f"{path} is no safetensors file, or damaged ({reason})") from error
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:

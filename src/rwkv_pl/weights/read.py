@@ -11,7 +11,7 @@ from rwkv_pl.errors import CorruptFileError, UserError
 from rwkv_pl.weights import huggingface
 from rwkv_pl.weights.checkpoint import first_sentence, read_checkpoint
 from rwkv_pl.weights.metadata import KEY, Metadata
-from rwkv_pl.weights.tensors import Weights, validate_tensors, version_of
+from rwkv_pl.weights.tensors import Weights, detect_version, validate_tensors
 
 
 def load_weights(source: str | Path) -> tuple[nn.Module, Vocabulary | None]:
@@ -47,18 +47,18 @@ def read_weights(source: str | Path) -> Weights:
 def _read_file(path: Path) -> Weights:
     content = read_checkpoint(path)
     if KEY not in content:
-        return validate_tensors(content, version_of(content, path), path, "official .pth")
+        return validate_tensors(content, detect_version(content, path), path, "official .pth")
     run = Metadata.from_checkpoint(content, path)
     vocabulary = Vocabulary.from_dict(run.vocabulary) if run.vocabulary else None
     weights = validate_tensors(
-        _model_part(content["state_dict"]), run.model, path, "checkpoint of rwkv_pl", run.config, vocabulary
+        _select_model_tensors(content["state_dict"]), run.model, path, "checkpoint of rwkv_pl", run.config, vocabulary
     )
     return replace(weights, step=content.get("global_step"), trained_on=(run.past or {}).get("corpus"))
 
 
 def _read_folder(folder: Path) -> Weights:
     config = huggingface.read_json(folder / huggingface.CONFIG)
-    layout = huggingface.layout_of(config, folder)
+    layout = huggingface.find_layout(config, folder)
     tensors: dict[str, Tensor] = {}
     for path in huggingface.tensor_files(folder):
         safe = path.suffix == ".safetensors"
@@ -74,7 +74,7 @@ def _read_folder(folder: Path) -> Weights:
     return validate_tensors(tensors, layout.version, folder, "Hugging Face folder", vocabulary=vocabulary)
 
 
-def _model_part(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+def _select_model_tensors(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key.removeprefix("model."): value for key, value in state_dict.items() if key.startswith("model.")}
 
 

@@ -114,7 +114,7 @@ def validate_tensors(
         # One number repeated by strides of 0 would make a small file a large model.
         if value.untyped_storage().nbytes() < value.nbytes:
             raise UserError(f"{path}: {name} of {_shape(value)} has not that many values in the file")
-    size = _size_of(tensors, version, path)
+    size = _infer_size(tensors, version, path)
     for key, there in size.items():
         if config and config.get(key) != there:
             raise CorruptFileError(f"{path} says that its {key} is {config.get(key)}, and its tensors have {there}")
@@ -140,26 +140,26 @@ def validate_tensors(
     if misshapen:
         wrong.append(abbreviate(sorted(misshapen)))
     if wrong:
-        size_told = f"{version} model of {made.n_layer} x {made.n_embd}"
-        raise UserError(f"{path} does not hold a whole {size_told}: {'; '.join(wrong)}")
+        described = f"{version} model of {made.n_layer} x {made.n_embd}"
+        raise UserError(f"{path} does not hold a whole {described}: {'; '.join(wrong)}")
     for name, value in fitted.items():
         if not _is_finite(value):
             raise UserError(f"{path}: {name} holds NaN or infinite values: its training had failed, or it is damaged")
     return Weights(path, form, version, made, {name: fitted[name] for name in expected}, vocabulary)
 
 
-def version_of(weights: dict[str, Any], path: Path) -> str:
+def detect_version(weights: dict[str, Any], path: Path) -> str:
     """The model version by the names of the parameters. Raises UserError for one that is not known here."""
-    for version, mark in VERSION_PATTERNS:
-        if any(re.search(mark, str(key)) for key in weights):
+    for version, pattern in VERSION_PATTERNS:
+        if any(re.search(pattern, str(key)) for key in weights):
             if version not in MODELS:
                 raise UserError(f"{path} holds a {version} model; known here: {', '.join(MODELS)}")
             return version
-    some = ", ".join(sorted(map(str, weights))[:3]) or "nothing"
-    raise UserError(f"{path} holds no RWKV weights: it has {some}, and no blocks.0.att.time_first")
+    names = ", ".join(sorted(map(str, weights))[:3]) or "nothing"
+    raise UserError(f"{path} holds no RWKV weights: it has {names}, and no blocks.0.att.time_first")
 
 
-def _size_of(weights: dict[str, Tensor], version: str, path: Path) -> dict[str, int]:
+def _infer_size(weights: dict[str, Tensor], version: str, path: Path) -> dict[str, int]:
     embedding = weights.get("emb.weight")
     if embedding is None or embedding.dim() != 2 or not embedding.numel():
         raise UserError(f"{path} does not hold a whole {version} model: it has no emb.weight of (vocabulary, channels)")

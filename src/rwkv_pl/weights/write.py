@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rwkv_pl.errors import RunError
-from rwkv_pl.files import publish, publish_folder
+from rwkv_pl.files import atomic_write, atomic_write_folder
 from rwkv_pl.weights import huggingface
 from rwkv_pl.weights.metadata import KEY, Metadata
 from rwkv_pl.weights.read import read_weights
@@ -25,14 +25,14 @@ def write_weights(weights: Weights, target: Path) -> Weights:
     Raises OSError where the disk refuses; nothing is left then.
     """
     # Each in memory of its own: a part of something larger would be written as the whole of it.
-    weights = replace(weights, tensors={name: _packed(value) for name, value in weights.tensors.items()})
+    weights = replace(weights, tensors={name: _pack(value) for name, value in weights.tensors.items()})
     if target.suffix.lower() in (".pth", ".ckpt"):
-        with publish(target) as file:
+        with atomic_write(target) as file:
             torch.save(weights.tensors if target.suffix.lower() == ".pth" else _checkpoint(weights), file)
             file.flush()
-            written = _read_again(Path(file.name), weights)
+            written = _verify(Path(file.name), weights)
     else:
-        with publish_folder(target) as folder:
+        with atomic_write_folder(target) as folder:
             layout = next(layout for layout in huggingface.LAYOUTS.values() if layout.version == weights.version)
             _write_json(layout.config_of(weights.config, weights.dtype), folder / huggingface.CONFIG)
             if weights.vocabulary:
@@ -42,7 +42,7 @@ def write_weights(weights: Weights, target: Path) -> Weights:
                     # Without it transformers takes a class for this model whose own settings override the json's.
                     _write_json({"tokenizer_class": "PreTrainedTokenizerFast"}, folder / "tokenizer_config.json")
             huggingface.write_tensors(layout.from_official(weights.tensors), folder / huggingface.TENSORS)
-            written = _read_again(folder, weights)
+            written = _verify(folder, weights)
     return replace(written, path=target)
 
 
@@ -55,25 +55,25 @@ def _checkpoint(weights: Weights) -> dict[str, Any]:
     }
 
 
-def _read_again(path: Path, weights: Weights) -> Weights:
+def _verify(path: Path, weights: Weights) -> Weights:
     written = read_weights(path)
     for name, value in weights.tensors.items():
         there = written.tensors[name]
-        if there.dtype != value.dtype or not torch.equal(_bits(there), _bits(value)):
+        if there.dtype != value.dtype or not torch.equal(_view_bits(there), _view_bits(value)):
             raise RunError(f"{name} was not written to {path} as it was: its disk may be failing")
     return written
 
 
 def _write_json(content: dict[str, Any], path: Path) -> None:
-    with publish(path) as file:
+    with atomic_write(path) as file:
         file.write(json.dumps(content, indent=2).encode() + b"\n")
 
 
-def _packed(value: Tensor) -> Tensor:
-    whole = value.is_contiguous() and value.untyped_storage().nbytes() == value.nbytes
-    return value if whole else value.clone(memory_format=torch.contiguous_format)
+def _pack(value: Tensor) -> Tensor:
+    is_packed = value.is_contiguous() and value.untyped_storage().nbytes() == value.nbytes
+    return value if is_packed else value.clone(memory_format=torch.contiguous_format)
 
 
-def _bits(value: Tensor) -> Tensor:
+def _view_bits(value: Tensor) -> Tensor:
     """Every bit, that of a zero's sign too."""
     return value.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[value.element_size()])

@@ -37,7 +37,7 @@ def write(prefix: Path, sequences: list[list[int]], documents: list[int] | None 
     return prefix
 
 
-def opened(prefix: Path, vocabulary: Vocabulary, split: tuple[float, float, float] = SHARES) -> TokenFile:
+def open_binidx(prefix: Path, vocabulary: Vocabulary, split: tuple[float, float, float] = SHARES) -> TokenFile:
     source = Binidx(prefix, split)
     return source.open_tokens(source.open(), vocabulary)
 
@@ -53,7 +53,7 @@ def test_it_is_read_as_megatron_reads_it(
     tmp_path_factory: pytest.TempPathFactory, sequences: list[list[int]], dtype: str
 ) -> None:
     prefix = write(tmp_path_factory.mktemp("corpus") / "some.v2", sequences, dtype=dtype)
-    file = opened(prefix, Vocabulary())
+    file = open_binidx(prefix, Vocabulary())
     flat = [i for ids in sequences for i in ids]
     assert file.tokens.tolist() == flat
     assert file.tokens.dtype.kind == "u"
@@ -69,7 +69,7 @@ def test_it_is_read_as_megatron_reads_it(
 
 def test_splits_are_cut_between_documents(tmp_path: Path) -> None:
     prefix = write(tmp_path / "corpus", SENTENCES)
-    file = opened(prefix, SMALL)
+    file = open_binidx(prefix, SMALL)
     starts = np.cumsum([0, *map(len, SENTENCES)]).tolist()
     n = starts[-1]
     (_, train), (_, val), (_, test) = file.splits
@@ -89,7 +89,7 @@ def test_splits_are_cut_between_documents(tmp_path: Path) -> None:
     ids=["one", "no end", "none", "a small one", "empty ones"],
 )
 def test_where_documents_leave_a_split_empty_it_is_cut_at_its_share(tmp_path: Path, documents: list[int]) -> None:
-    file = opened(write(tmp_path / "corpus", SENTENCES, documents), SMALL)
+    file = open_binidx(write(tmp_path / "corpus", SENTENCES, documents), SMALL)
     n = len(file.tokens)
     half, three = round(n * 0.5), round(n * 0.75)
     assert file.splits == Splits((0, half), (half, three), (three, n))
@@ -97,14 +97,14 @@ def test_where_documents_leave_a_split_empty_it_is_cut_at_its_share(tmp_path: Pa
 
 def test_a_document_may_be_several_sequences_and_the_end_of_the_last_need_not_be_told(tmp_path: Path) -> None:
     documents = [0, 4, 17, 18, 19, 30]  # as some writers do: without the 40 at the end
-    file = opened(write(tmp_path / "corpus", SENTENCES, documents), SMALL)
+    file = open_binidx(write(tmp_path / "corpus", SENTENCES, documents), SMALL)
     starts = np.cumsum([0, *map(len, SENTENCES)])
     assert file.splits.val[0] in {starts[place] for place in documents}
     assert file.splits.test[0] in {starts[place] for place in documents}
 
 
 @pytest.mark.parametrize("ending", ["", ".bin", ".idx"])
-def test_either_name_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str) -> None:
+def test_either_file_name_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str) -> None:
     write(tmp_path / "corpus.of.mine", SENTENCES)
     monkeypatch.chdir(tmp_path)
     corpus = Binidx(Path(f"corpus.of.mine{ending}"), SHARES).open()
@@ -112,8 +112,8 @@ def test_either_name_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end
     assert corpus.name == "corpus.of.mine"
 
 
-def test_it_is_mapped_where_it_lies_and_a_worker_gets_its_name(tmp_path: Path, cache: Path) -> None:
-    file = opened(write(tmp_path / "corpus", SENTENCES * 50, dtype="<i4"), SMALL)
+def test_file_is_mapped_in_place_and_pickled_by_name(tmp_path: Path, cache: Path) -> None:
+    file = open_binidx(write(tmp_path / "corpus", SENTENCES * 50, dtype="<i4"), SMALL)
     assert file.path == tmp_path / "corpus.bin"
     assert isinstance(file.tokens.base, np.memmap)
     sent = pickle.dumps(file)
@@ -126,27 +126,27 @@ def test_it_is_mapped_where_it_lies_and_a_worker_gets_its_name(tmp_path: Path, c
 def test_ids_are_checked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(binidx, "BLOCK", 7)
     prefix = write(tmp_path / "corpus", SENTENCES)
-    before = opened(prefix, SMALL).n_bytes
+    before = open_binidx(prefix, SMALL).n_bytes
     with monkeypatch.context() as patched:
-        patched.setattr(binidx, "_count", lambda *_: pytest.fail("counted again"))
-        assert opened(prefix, SMALL).n_bytes == before
+        patched.setattr(binidx, "_count_bytes", lambda *_: pytest.fail("counted again"))
+        assert open_binidx(prefix, SMALL).n_bytes == before
     write(tmp_path / "corpus", SENTENCES[::-1])
-    assert opened(prefix, SMALL).n_bytes != before
+    assert open_binidx(prefix, SMALL).n_bytes != before
 
 
 @pytest.mark.parametrize(("dtype", "wrong"), [("<u2", 1281), ("<i4", -1), ("<i2", -2), ("<i8", 1 << 40), ("<i1", -1)])
 @pytest.mark.parametrize("at", [0, 11, 39])
-def test_an_id_that_is_none_is_told_with_its_place(
+def test_invalid_id_is_reported_with_its_position(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path, dtype: str, wrong: int, at: int
 ) -> None:
     monkeypatch.setattr(binidx, "BLOCK", 7)
     ids = [[i] for i in range(40)]
     ids[at] = [wrong]
     with pytest.raises(UserError, match=rf"corpus.bin: token {at} is {wrong}, vocabulary 20b has 1,281") as caught:
-        opened(write(tmp_path / "corpus", ids, dtype=dtype), SMALL)
+        open_binidx(write(tmp_path / "corpus", ids, dtype=dtype), SMALL)
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match=r"token"):  # nothing is kept of it
-        opened(tmp_path / "corpus", SMALL)
+        open_binidx(tmp_path / "corpus", SMALL)
 
 
 def header(**parts: Any) -> bytes:
@@ -191,25 +191,27 @@ DAMAGED = {
 
 @pytest.mark.parametrize("block", [1, 2, 1 << 22])
 @pytest.mark.parametrize("name", DAMAGED)
-def test_damage_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, block: int) -> None:
+def test_corrupt_index_gives_one_line_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, block: int
+) -> None:
     monkeypatch.setattr(binidx, "BLOCK", block)
     content, n_bytes, said = DAMAGED[name]
     (tmp_path / "corpus.idx").write_bytes(content)
     (tmp_path / "corpus.bin").write_bytes(bytes(n_bytes))
     if said is None:
-        assert len(opened(tmp_path / "corpus", Vocabulary()).tokens) == 5
+        assert len(open_binidx(tmp_path / "corpus", Vocabulary()).tokens) == 5
         return
     with pytest.raises(UserError, match=said) as caught:
-        opened(tmp_path / "corpus", Vocabulary())
+        open_binidx(tmp_path / "corpus", Vocabulary())
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("missing", [".bin", ".idx"])
-def test_half_a_corpus_is_one_line(tmp_path: Path, missing: str) -> None:
+def test_missing_file_gives_one_line_error(tmp_path: Path, missing: str) -> None:
     write(tmp_path / "corpus", SENTENCES)
     (tmp_path / f"corpus{missing}").unlink()
     with pytest.raises(UserError, match=rf"data.path=.*corpus: there is no .*corpus{missing}; a binidx corpus is"):
-        opened(tmp_path / "corpus", SMALL)
+        open_binidx(tmp_path / "corpus", SMALL)
 
 
 def test_a_data_module_of_it(tmp_path: Path) -> None:

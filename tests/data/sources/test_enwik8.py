@@ -106,11 +106,11 @@ def server() -> Iterator[Server]:
         running.shutdown()
 
 
-def small(folder: Path, url: str = ENWIK8_URL) -> Corpus:
+def open_small(folder: Path, url: str = ENWIK8_URL) -> Corpus:
     return Enwik8(folder, url, len(CONTENT), SHA1).open()
 
 
-def left(folder: Path) -> set[str]:
+def list_names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()} if folder.exists() else set()
 
 
@@ -124,15 +124,15 @@ def test_a_good_download(
 ) -> None:
     monkeypatch.setenv("TTY_COMPATIBLE", str(int(terminal)))
     folder = tmp_path / "new" / "enwik8"
-    corpus = small(folder, url=server.url("good"))
+    corpus = open_small(folder, url=server.url("good"))
     assert corpus.path.read_bytes() == CONTENT
     assert corpus.splits == Splits((0, 90_000), (90_000, 95_000), (95_000, 100_000))
     assert corpus.digest == hashlib.sha256(CONTENT).hexdigest()
-    assert left(folder) == {"enwik8"}
+    assert list_names(folder) == {"enwik8"}
     said = capfd.readouterr()
     assert said.out == ""
     assert ("downloading" in said.err) == terminal
-    assert small(folder, url=server.url("good")) == corpus
+    assert open_small(folder, url=server.url("good")) == corpus
     assert server.requests == 1
 
 
@@ -149,13 +149,15 @@ def test_a_good_download(
         ("absent", "cannot download .*404.*place enwik8.zip from http://mattmahoney.*data=stdlib"),
     ],
 )
-def test_a_bad_download_is_one_line_and_leaves_nothing(tmp_path: Path, server: Server, name: str, says: str) -> None:
+def test_bad_download_gives_one_line_error_and_leaves_no_files(
+    tmp_path: Path, server: Server, name: str, says: str
+) -> None:
     with pytest.raises(UserError, match=says) as caught:
-        small(tmp_path / "data" / "enwik8", url=server.url(name))
+        open_small(tmp_path / "data" / "enwik8", url=server.url(name))
     assert "\n" not in str(caught.value)
     assert server.url(name) in str(caught.value)
-    assert left(tmp_path) == set()
-    small(tmp_path / "data" / "enwik8", url=server.url("good"))
+    assert list_names(tmp_path) == set()
+    open_small(tmp_path / "data" / "enwik8", url=server.url("good"))
 
 
 @pytest.mark.parametrize(
@@ -168,50 +170,50 @@ def test_a_bad_download_is_one_line_and_leaves_nothing(tmp_path: Path, server: S
 )
 def test_no_network_says_how_to_go_on(tmp_path: Path, url: str, says: str) -> None:
     with pytest.raises(UserError, match=f"{says}.*place enwik8.zip .* in {tmp_path} by hand, or use data=stdlib"):
-        small(tmp_path, url=url)
-    assert left(tmp_path) == set()
+        open_small(tmp_path, url=url)
+    assert list_names(tmp_path) == set()
 
 
 def test_a_download_that_broke_off_goes_on(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(enwik8_source, "TIMEOUT_SECONDS", 0.3)
     with pytest.raises(UserError, match=r"broke off after [\d,]+ of [\d,]+ bytes: start again, and it goes on.*stdlib"):
-        small(tmp_path, url=server.url("truncated"))
+        open_small(tmp_path, url=server.url("truncated"))
     third = len(zipped(CONTENT)) // 3
     assert (tmp_path / "enwik8.zip.partial").stat().st_size == third
-    small(tmp_path, url=server.url("good"))
+    open_small(tmp_path, url=server.url("good"))
     assert server.ranges == [None, f"bytes={third}-"]
-    assert left(tmp_path) == {"enwik8"}
+    assert list_names(tmp_path) == {"enwik8"}
 
 
 @pytest.mark.parametrize("there", [len(zipped(CONTENT)), len(zipped(CONTENT)) + 5])
-def test_a_download_that_is_all_there(tmp_path: Path, server: Server, there: int) -> None:
+def test_complete_leftover_download_is_used(tmp_path: Path, server: Server, there: int) -> None:
     """As left by a kill before it was unpacked; with bytes of another file behind it is none."""
     (tmp_path / "enwik8.zip.partial").write_bytes(zipped(CONTENT).ljust(there, b"x"))
-    small(tmp_path, url=server.url("good"))
-    assert left(tmp_path) == {"enwik8"}
+    open_small(tmp_path, url=server.url("good"))
+    assert list_names(tmp_path) == {"enwik8"}
 
 
-def test_what_broke_off_before_is_of_another_file(tmp_path: Path, server: Server) -> None:
+def test_partial_download_of_another_file_is_discarded(tmp_path: Path, server: Server) -> None:
     (tmp_path / "enwik8.zip.partial").write_bytes(b"of another file")
     with pytest.raises(UserError, match="not the archive of enwik8"):
-        small(tmp_path, url=server.url("good"))
-    assert left(tmp_path) == set()
-    small(tmp_path, url=server.url("good"))
+        open_small(tmp_path, url=server.url("good"))
+    assert list_names(tmp_path) == set()
+    open_small(tmp_path, url=server.url("good"))
 
 
 def test_a_silent_server_does_not_hang(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(enwik8_source, "TIMEOUT_SECONDS", 0.3)
     with pytest.raises(UserError, match="broke off: timed out"):
-        small(tmp_path, url=server.url("slow"))
+        open_small(tmp_path, url=server.url("slow"))
     # What came is kept; this server sends the whole again all the same.
-    assert left(tmp_path) == {"enwik8.zip.partial"}
+    assert list_names(tmp_path) == {"enwik8.zip.partial"}
     (tmp_path / "enwik8.zip.partial").write_bytes(b"100")
     with pytest.raises(UserError, match="not the archive of enwik8"):
-        small(tmp_path, url=server.url("short-zip"))
+        open_small(tmp_path, url=server.url("short-zip"))
 
 
 def _download(folder: Path, url: str) -> None:
-    small(folder, url=url)
+    open_small(folder, url=url)
 
 
 def test_a_killed_download_is_cleaned_up_and_made_again(tmp_path: Path, server: Server) -> None:
@@ -225,10 +227,10 @@ def test_a_killed_download_is_cleaned_up_and_made_again(tmp_path: Path, server: 
     process.kill()
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    assert left(tmp_path) == {"enwik8.zip.partial"}
+    assert list_names(tmp_path) == {"enwik8.zip.partial"}
     (tmp_path / "enwik8.partial").write_bytes(b"of a kill while unpacking")
-    small(tmp_path, url=server.url("good"))
-    assert left(tmp_path) == {"enwik8"}
+    open_small(tmp_path, url=server.url("good"))
+    assert list_names(tmp_path) == {"enwik8"}
 
 
 def test_many_at_once_download_once(tmp_path: Path, server: Server) -> None:
@@ -236,7 +238,7 @@ def test_many_at_once_download_once(tmp_path: Path, server: Server) -> None:
     processes = [context.Process(target=_download, args=(tmp_path, server.url("good"))) for _ in range(2)]
     results: list[Corpus] = []
     threads = [
-        threading.Thread(target=lambda: results.append(small(tmp_path, url=server.url("good")))) for _ in range(2)
+        threading.Thread(target=lambda: results.append(open_small(tmp_path, url=server.url("good")))) for _ in range(2)
     ]
     for one in [*processes, *threads]:
         one.start()
@@ -245,34 +247,34 @@ def test_many_at_once_download_once(tmp_path: Path, server: Server) -> None:
     assert [process.exitcode for process in processes] == [0, 0]
     assert len(results) == 2
     assert server.requests == 1
-    assert left(tmp_path) == {"enwik8"}
+    assert list_names(tmp_path) == {"enwik8"}
 
 
 def test_placed_by_hand(tmp_path: Path) -> None:
     (tmp_path / "enwik8.zip").write_bytes(zipped(CONTENT))
-    small(tmp_path, url="http://127.0.0.1:1/")
-    assert left(tmp_path) == {"enwik8", "enwik8.zip"}
+    open_small(tmp_path, url="http://127.0.0.1:1/")
+    assert list_names(tmp_path) == {"enwik8", "enwik8.zip"}
     (tmp_path / "enwik8").unlink()
     (tmp_path / "enwik8.zip").write_bytes(b"PK but no more")
     with pytest.raises(UserError, match=r"enwik8.zip is not the archive.*\(14 bytes\).*delete or replace it"):
-        small(tmp_path, url="http://127.0.0.1:1/")
-    assert left(tmp_path) == {"enwik8.zip"}
+        open_small(tmp_path, url="http://127.0.0.1:1/")
+    assert list_names(tmp_path) == {"enwik8.zip"}
 
 
 def test_a_wrong_file_is_named_and_kept(tmp_path: Path) -> None:
     path = tmp_path / "enwik8"
     path.write_bytes(CONTENT[:-5])
     with pytest.raises(UserError, match=f"{path} has 99,995 bytes, enwik8 has 100,000: delete it"):
-        small(tmp_path)
+        open_small(tmp_path)
     path.write_bytes(CONTENT[::-1])
     with pytest.raises(UserError, match=f"{path} has SHA-1 .* enwik8 has {SHA1}: delete it"):
-        small(tmp_path)
+        open_small(tmp_path)
     assert path.read_bytes() == CONTENT[::-1]
     with pytest.raises(UserError, match="is a file: for a text of yours add data=text"):
-        small(path)
+        open_small(path)
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path, server: Server) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(UserError, match=r"cannot write in .*Not a directory"):
-        small(tmp_path / "file" / "enwik8", url=server.url("good"))
+        open_small(tmp_path / "file" / "enwik8", url=server.url("good"))

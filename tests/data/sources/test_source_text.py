@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rwkv_pl.data.corpus import Splits
-from rwkv_pl.data.documents import join
+from rwkv_pl.data.documents import join_documents
 from rwkv_pl.data.sources import text as text_source
 from rwkv_pl.data.sources.text import Text
 from rwkv_pl.errors import UserError
@@ -64,7 +64,7 @@ def test_a_text_is_joined_once_and_anew_when_a_source_changes(
     for name in "cab":
         (folder / name).write_text(f"book {name}")
     calls = []
-    monkeypatch.setattr(text_source, "join", lambda *arguments: calls.append(1) or join(*arguments))
+    monkeypatch.setattr(text_source, "join_documents", lambda *arguments: calls.append(1) or join_documents(*arguments))
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         one, *others = pool.map(lambda _: Text(folder).open(), range(4))
     assert others == [one] * 3
@@ -138,7 +138,7 @@ def test_a_cache_that_takes_no_corpus_is_one_line(tmp_path: Path, monkeypatch: p
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("rwkv_pl.files._Remembering.write", full)
+        patched.setattr("rwkv_pl.files._ErrorRecorder.write", full)
         with pytest.raises(UserError, match=r"cannot write in .*corpora: disk full: .*text-.*\.txt was not written"):
             Text(tmp_path / "text.gz").open()
     assert {path.suffix for path in (cache / "corpora").iterdir()} == {".lock"}

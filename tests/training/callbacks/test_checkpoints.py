@@ -12,28 +12,28 @@ from rwkv_pl.training.checkpoint_io import DurableCheckpointIO
 from rwkv_pl.weights.checkpoint import read_checkpoint
 
 
-def checkpoint(step):
+def make_checkpoint(step):
     return {"global_step": step, "weights": torch.full((1000,), float(step))}
 
 
-def steps(folder):
+def read_steps(folder):
     return {path.name: read_checkpoint(path)["global_step"] for path in sorted(folder.iterdir())}
 
 
 def test_the_one_before_is_kept(tmp_path):
     plugin = DurableCheckpointIO()
     for step in (1, 2, 3):
-        plugin.save_checkpoint(checkpoint(step), tmp_path / "checkpoints" / "last.ckpt")
-    assert steps(tmp_path / "checkpoints") == {"last.ckpt": 3, "last.prev.ckpt": 2}
+        plugin.save_checkpoint(make_checkpoint(step), tmp_path / "checkpoints" / "last.ckpt")
+    assert read_steps(tmp_path / "checkpoints") == {"last.ckpt": 3, "last.prev.ckpt": 2}
 
 
 def test_best_and_last_of_one_step_are_one_file(tmp_path):
     plugin = DurableCheckpointIO()
-    plugin.save_checkpoint(checkpoint(4), tmp_path / "best.ckpt")
-    plugin.save_checkpoint(checkpoint(4), tmp_path / "last.ckpt")
+    plugin.save_checkpoint(make_checkpoint(4), tmp_path / "best.ckpt")
+    plugin.save_checkpoint(make_checkpoint(4), tmp_path / "last.ckpt")
     assert (tmp_path / "best.ckpt").samefile(tmp_path / "last.ckpt")
-    plugin.save_checkpoint(checkpoint(5), tmp_path / "last.ckpt")
-    assert steps(tmp_path) == {"best.ckpt": 4, "last.ckpt": 5, "last.prev.ckpt": 4}
+    plugin.save_checkpoint(make_checkpoint(5), tmp_path / "last.ckpt")
+    assert read_steps(tmp_path) == {"best.ckpt": 4, "last.ckpt": 5, "last.prev.ckpt": 4}
 
 
 def test_a_file_system_without_links(tmp_path, monkeypatch):
@@ -43,14 +43,14 @@ def test_a_file_system_without_links(tmp_path, monkeypatch):
     monkeypatch.setattr("os.link", refuse)
     plugin = DurableCheckpointIO()
     for step in (1, 2):
-        plugin.save_checkpoint(checkpoint(step), tmp_path / "last.ckpt")
-    assert steps(tmp_path) == {"last.ckpt": 2, "last.prev.ckpt": 1}
+        plugin.save_checkpoint(make_checkpoint(step), tmp_path / "last.ckpt")
+    assert read_steps(tmp_path) == {"last.ckpt": 2, "last.prev.ckpt": 1}
 
 
 def test_a_full_disk_leaves_the_old_ones_whole(tmp_path, monkeypatch):
     plugin = DurableCheckpointIO()
     for step in (1, 2):
-        plugin.save_checkpoint(checkpoint(step), tmp_path / "last.ckpt")
+        plugin.save_checkpoint(make_checkpoint(step), tmp_path / "last.ckpt")
 
     def half(content, file):
         file.write(b"half of it")
@@ -58,9 +58,9 @@ def test_a_full_disk_leaves_the_old_ones_whole(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", half)
     with pytest.raises(OSError, match="No space left"):
-        plugin.save_checkpoint(checkpoint(3), tmp_path / "last.ckpt")
+        plugin.save_checkpoint(make_checkpoint(3), tmp_path / "last.ckpt")
     monkeypatch.undo()
-    assert steps(tmp_path) == {"last.ckpt": 2, "last.prev.ckpt": 1}
+    assert read_steps(tmp_path) == {"last.ckpt": 2, "last.prev.ckpt": 1}
 
 
 @pytest.fixture
@@ -73,13 +73,13 @@ def gpu(monkeypatch):
         assert go.wait(10)
         write(*args)
 
-    monkeypatch.setattr(checkpoints, "in_background", lambda checkpoint: True)
+    monkeypatch.setattr(checkpoints, "writes_in_background", lambda checkpoint: True)
     monkeypatch.setattr(checkpoints, "_write", later)
     return go
 
 
 def test_a_gpu_goes_on_while_a_thread_writes(tmp_path, gpu):
-    plugin, content = DurableCheckpointIO(), checkpoint(1)
+    plugin, content = DurableCheckpointIO(), make_checkpoint(1)
     plugin.save_checkpoint(content, tmp_path / "best.ckpt")
     plugin.poll()
     assert not list(tmp_path.iterdir())
@@ -97,7 +97,7 @@ def test_an_error_of_the_thread_is_raised_at_the_next_step_and_at_the_end(tmp_pa
     gpu.set()
     for ask in ("poll", "wait", "teardown"):
         plugin = DurableCheckpointIO()
-        plugin.save_checkpoint(checkpoint(1), tmp_path / "last.ckpt")
+        plugin.save_checkpoint(make_checkpoint(1), tmp_path / "last.ckpt")
         plugin._thread.submit(lambda: None).result()  # behind the write
         with pytest.raises(OSError, match="No space left"):
             getattr(plugin, ask)()
@@ -107,7 +107,7 @@ def test_an_error_of_the_thread_is_raised_at_the_next_step_and_at_the_end(tmp_pa
 
 def test_every_flipped_bit_of_the_tensors_is_found(tmp_path):
     buffer = io.BytesIO()
-    torch.save(checkpoint(1), buffer)
+    torch.save(make_checkpoint(1), buffer)
     whole = buffer.getvalue()
     begin = whole.index(torch.full((1000,), 1.0).numpy().tobytes())
     for place in range(begin, begin + 4000, 97):

@@ -8,18 +8,18 @@ from lightning.pytorch import Trainer
 from rwkv_pl import RWKV4, CorpusDataModule, LitRWKV, RWKV4Config
 from rwkv_pl.training.callbacks import metrics as history
 from rwkv_pl.training.callbacks.checkpoints import LastCheckpoint
-from rwkv_pl.training.callbacks.metrics import COLUMNS, MetricsRecorder, draw, read_rows
+from rwkv_pl.training.callbacks.metrics import COLUMNS, MetricsRecorder, draw_curve, read_rows
 
 HEADER = ",".join(COLUMNS) + "\n"
 
 
-def row(step, text="1"):
+def make_row(step, text="1"):
     return f"{step},{step * 10}" + f",{text}" * (len(COLUMNS) - 2) + "\n"
 
 
 def test_rows_after_the_resumed_step_and_a_torn_last_one_are_dropped(tmp_path):
     path = tmp_path / "metrics.csv"
-    path.write_text(HEADER + row(2) + row(4) + row(6) + "8,80,1")
+    path.write_text(HEADER + make_row(2) + make_row(4) + make_row(6) + "8,80,1")
     assert [r["step"] for r in read_rows(path, up_to=4)] == [2, 4]
     assert [r["step"] for r in read_rows(path, up_to=99)] == [2, 4, 6]
 
@@ -41,7 +41,7 @@ def test_no_file_has_no_rows(tmp_path):
     ids=["train", "val", "nan"],
 )
 def test_a_curve_of_few_or_broken_rows(tmp_path, rows):
-    draw(rows, tmp_path / "loss.png", {"gzip -9": 2.0})
+    draw_curve(rows, tmp_path / "loss.png", {"gzip -9": 2.0})
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in tmp_path.iterdir()] == ["loss.png"]
 
@@ -50,8 +50,8 @@ def test_a_file_from_before_a_column_was_added_goes_on(tmp_path):
     path = tmp_path / "metrics.csv"
     old = COLUMNS[: COLUMNS.index("model_flops_per_second")]
     path.write_text(",".join(old) + "\n" + ",".join(["2", "20"] + ["1"] * (len(old) - 2)) + "\n")
-    with history._begin(path, read_rows(path, up_to=9)) as file:
-        history._append(file, {"step": 4, "tokens": 40, "mfu": 0.5})
+    with history._rewrite_csv(path, read_rows(path, up_to=9)) as file:
+        history._append_row(file, {"step": 4, "tokens": 40, "mfu": 0.5})
     first, second = read_rows(path, up_to=9)
     assert first == dict.fromkeys(old, 1.0) | {"step": 2, "tokens": 20}
     assert second == {"step": 4, "tokens": 40, "mfu": 0.5}
@@ -76,7 +76,7 @@ def test_speeds_are_those_of_the_steps_alone(tmp_path, monkeypatch):
             super().on_save_checkpoint(checkpoint)
 
     (tmp_path / "corpus.txt").write_bytes(b"The quick brown fox jumps over the lazy dog. " * 100)
-    monkeypatch.setattr(history, "draw", lambda *_: None)
+    monkeypatch.setattr(history, "draw_curve", lambda *_: None)
     record = MetricsRecorder(tmp_path, tokens_per_step=32, flops_per_token=1000, peak=64_000)
     trainer = Trainer(
         accelerator="cpu",

@@ -12,10 +12,10 @@ from rich.console import Console
 from rwkv_pl import RWKV4, CorpusDataModule, LitRWKV, RWKV4Config
 from rwkv_pl.training.callbacks import progress
 from rwkv_pl.training.callbacks.metrics import MetricsRecorder
-from rwkv_pl.training.callbacks.progress import ConsoleHandler, TrainingProgress, duration
+from rwkv_pl.training.callbacks.progress import ConsoleHandler, TrainingProgress, format_duration
 
 
-def run(tmp_path, monkeypatch, terminal: bool) -> str:
+def run_training(tmp_path, monkeypatch, terminal: bool) -> str:
     (tmp_path / "corpus.txt").write_bytes(b"The quick brown fox jumps over the lazy dog. " * 100)
     screen = Console(file=io.StringIO(), force_terminal=terminal, width=140)
     monkeypatch.setattr(rich, "_console", screen)
@@ -48,14 +48,14 @@ FIGURES = r"loss \d+\.\d+  \d+\.\d+ bits/byte  [\d,]+ tokens/s  \d+% MFU"
 
 
 def test_plain_lines(tmp_path, monkeypatch):
-    shown = run(tmp_path, monkeypatch, terminal=False)
+    shown = run_training(tmp_path, monkeypatch, terminal=False)
     assert re.search(rf"^step 3/4  {FIGURES}  \d+ s left$", shown, flags=re.MULTILINE), shown
     assert re.search(r"^step 4/4  validation \d+\.\d{4} bits per byte$", shown, flags=re.MULTILINE)
     assert "\r" not in shown and "\x1b" not in shown
 
 
 def test_a_bar_in_a_terminal(tmp_path, monkeypatch):
-    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", run(tmp_path, monkeypatch, terminal=True))
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", run_training(tmp_path, monkeypatch, terminal=True))
     assert re.search(FIGURES, shown), shown
     assert "4/4" in shown and "left" in shown
     assert "step 4/4  validation" in shown
@@ -73,4 +73,4 @@ def test_a_bar_in_a_terminal(tmp_path, monkeypatch):
     ],
 )
 def test_durations(seconds, words):
-    assert duration(seconds) == words
+    assert format_duration(seconds) == words

@@ -28,12 +28,12 @@ from rwkv_pl.data.sources import Source
 from rwkv_pl.data.token_file import TokenFile
 from rwkv_pl.data.vocabulary import Vocabulary
 from rwkv_pl.errors import UserError
-from rwkv_pl.files import digest_of
+from rwkv_pl.files import json_digest
 
 MAGIC = b"MMIDIDX\0\0"
 HEADER = struct.Struct("<9sQBQQ")
 DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2", 9: "<u4", 10: "<u8"}
-FLOATS = (6, 7)
+FLOAT_CODES = (6, 7)
 BLOCK = 1 << 22
 
 
@@ -77,7 +77,7 @@ class Binidx(Source):
     @cached_property
     def index(self) -> Index:
         """PREFIX.idx, validated against PREFIX.bin."""
-        return _read_index(_prefix(Path(self.path)), Path(self.path))
+        return _read_index(_strip_suffix(Path(self.path)), Path(self.path))
 
     def open(self) -> Corpus:
         try:
@@ -97,16 +97,16 @@ class Binidx(Source):
         index = self.index
 
         def counted() -> dict[str, Any]:
-            return {"n_bytes": [_count(index, vocabulary, *split) for split in corpus.splits]}
+            return {"n_bytes": [_count_bytes(index, vocabulary, *split) for split in corpus.splits]}
 
         key = [corpus.digest, index.path.stat().st_mtime_ns, index.dtype.str, corpus.splits, vocabulary.digest]
-        train, val, test = cached_json(f"binidx-{digest_of(key)[:16]}.json", counted)["n_bytes"]
+        train, val, test = cached_json(f"binidx-{json_digest(key)[:16]}.json", counted)["n_bytes"]
         # No id is negative, so signed ids can be read as unsigned.
         unsigned = np.dtype(f"<u{index.dtype.itemsize}")
         return TokenFile(index.path, unsigned, corpus.splits, corpus.digest, (train, val, test))
 
 
-def _prefix(path: Path) -> str:
+def _strip_suffix(path: Path) -> str:
     return str(path.absolute())[:-4] if path.suffix in (".bin", ".idx") else str(path.absolute())
 
 
@@ -129,7 +129,7 @@ def _read_index(prefix: str, given: Path) -> Index:
     if version != 1:
         raise UserError(f"{path} is of version {version} of the binidx format, known is 1")
     if code not in DTYPES:
-        what = "floating-point numbers" if code in FLOATS else f"values of an unknown kind (code {code})"
+        what = "floating-point numbers" if code in FLOAT_CODES else f"values of an unknown kind (code {code})"
         raise UserError(f"{path} says that {data.name} holds {what}: token ids are whole numbers")
     expected = HEADER.size + 12 * n_sequences + 8 * n_documents
     if n_index != expected:
@@ -167,7 +167,7 @@ def _read_index(prefix: str, given: Path) -> Index:
     return Index(data, dtype, n_data // dtype.itemsize, starts, documents)
 
 
-def _count(index: Index, vocabulary: Vocabulary, lo: int, hi: int) -> int:
+def _count_bytes(index: Index, vocabulary: Vocabulary, lo: int, hi: int) -> int:
     """The bytes that the tokens [lo, hi) spell."""
     tokens, n_bytes = np.memmap(index.path, index.dtype, mode="r"), 0
     blocks = [(at, min(at + BLOCK, hi)) for at in range(lo, hi, BLOCK)]

@@ -13,10 +13,10 @@ from pathlib import Path
 from filelock import FileLock
 
 from rwkv_pl.data.corpus import Corpus, Splits, file_digest
-from rwkv_pl.data.progress import bytes_progress
+from rwkv_pl.data.progress import make_bytes_progress
 from rwkv_pl.data.sources import Source
 from rwkv_pl.errors import UserError
-from rwkv_pl.files import cache_folder, made_for_success, publish, writing
+from rwkv_pl.files import as_user_error, atomic_write, cache_folder, remove_on_failure
 
 ENWIK8_URL = "http://mattmahoney.net/dc/enwik8.zip"
 
@@ -58,9 +58,9 @@ class Enwik8(Source):
         else:
             locks = cache_folder() / "locks"
             lock = locks / f"enwik8-{hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:16]}"
-            with writing(locks), FileLock(lock):
+            with as_user_error(locks), FileLock(lock):
                 if not path.is_file():
-                    with made_for_success(folder), writing(folder):
+                    with remove_on_failure(folder), as_user_error(folder):
                         _fetch_enwik8(path, self.url, self.n_bytes, self.sha1)
         train, val = self.n_bytes * 90 // 100, self.n_bytes * 95 // 100
         splits = Splits((0, train), (train, val), (val, self.n_bytes))
@@ -112,15 +112,15 @@ def _download(url: str, target: Path) -> None:
     except urllib.error.HTTPError as error:
         if error.code == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE and there:
             return  # nothing is missing; whether it is right is seen when it is unpacked
-        raise UserError(f"cannot download {url}: {_reason(error)}; {instead}") from error
+        raise UserError(f"cannot download {url}: {_describe(error)}; {instead}") from error
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise UserError(f"cannot download {url}: {_reason(error)}; {instead}") from error
+        raise UserError(f"cannot download {url}: {_describe(error)}; {instead}") from error
     if response.status != HTTPStatus.PARTIAL_CONTENT:
         there = 0  # a server that sends the whole again
     with (
         response,
         target.open("ab" if there else "wb") as file,
-        bytes_progress() as progress,
+        make_bytes_progress() as progress,
     ):
         header = response.headers.get("Content-Length")
         expected = there + int(header) if header and header.isdigit() else None
@@ -131,7 +131,7 @@ def _download(url: str, target: Path) -> None:
                 block = response.read(1 << 16)
             except (OSError, http.client.HTTPException) as error:
                 raise UserError(
-                    f"the download of {url} broke off: {_reason(error)}; start again, and it goes on; or {instead}"
+                    f"the download of {url} broke off: {_describe(error)}; start again, and it goes on; or {instead}"
                 ) from error
             if not block:
                 break
@@ -148,7 +148,7 @@ def _download(url: str, target: Path) -> None:
 def _unpack(archive: Path, path: Path, n_bytes: int, sha1: str, wrong: str, cure: str) -> None:
     """Writes the member ``enwik8`` of ``archive`` to ``path`` where it is what it should be; else one line."""
     digest, found = hashlib.sha1(), 0
-    with publish(path) as target:
+    with atomic_write(path) as target:
         try:
             with zipfile.ZipFile(archive) as opened, opened.open("enwik8") as source:
                 # One byte more is enough to know that it is too long.
@@ -157,7 +157,7 @@ def _unpack(archive: Path, path: Path, n_bytes: int, sha1: str, wrong: str, cure
                     digest.update(block)
                     found += len(block)
         except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, NotImplementedError, RuntimeError) as error:
-            raise UserError(f"{wrong} ({archive.stat().st_size:,} bytes): {_reason(error)}; {cure}") from error
+            raise UserError(f"{wrong} ({archive.stat().st_size:,} bytes): {_describe(error)}; {cure}") from error
         if found != n_bytes:
             size = f"more than {n_bytes:,}" if found > n_bytes else f"{found:,}"
             raise UserError(f"{wrong}: it holds {size} bytes, expected {n_bytes:,}; {cure}")
@@ -165,7 +165,7 @@ def _unpack(archive: Path, path: Path, n_bytes: int, sha1: str, wrong: str, cure
             raise UserError(f"{wrong}: its content has SHA-1 {digest.hexdigest()}, expected {sha1}; {cure}")
 
 
-def _reason(error: BaseException) -> str:
+def _describe(error: BaseException) -> str:
     """An exception in one line."""
     inner = getattr(error, "reason", None) if isinstance(error, urllib.error.URLError) else None
     words = error if isinstance(error, urllib.error.HTTPError) or inner is None else inner

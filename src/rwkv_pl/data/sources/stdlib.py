@@ -12,9 +12,9 @@ from filelock import FileLock
 from rwkv_pl.data.corpus import Corpus, file_digest, split_by_fractions
 from rwkv_pl.data.sources import Source
 from rwkv_pl.errors import UserError
-from rwkv_pl.files import cache_folder, publish, writing
+from rwkv_pl.files import as_user_error, atomic_write, cache_folder
 
-STDLIB_LEFT_OUT = frozenset(
+STDLIB_EXCLUDED = frozenset(
     {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idlelib", "lib2to3", "turtledemo"}
 )
 
@@ -41,7 +41,7 @@ class Stdlib(Source):
         digest = hashlib.sha256(text).hexdigest()
         path = cache_folder() / "corpora" / f"stdlib-{digest[:16]}.txt"
         if not path.is_file() or file_digest(path) != digest:
-            with writing(path.parent), FileLock(path.with_suffix(".lock")), publish(path) as file:
+            with as_user_error(path.parent), FileLock(path.with_suffix(".lock")), atomic_write(path) as file:
                 file.write(text)
         description = f"the standard library of Python {platform.python_version()}"
         return Corpus("stdlib", path, split_by_fractions(path, (0.9, 0.05, 0.05)), digest, description)
@@ -51,6 +51,6 @@ def _stdlib_files(root: Path) -> list[Path]:
     found = []
     for folder, names, files in os.walk(root):
         # In place: os.walk then does not descend, and a large site-packages costs nothing.
-        names[:] = [name for name in names if name not in STDLIB_LEFT_OUT]
+        names[:] = [name for name in names if name not in STDLIB_EXCLUDED]
         found += [Path(folder, file) for file in files if file.endswith(".py")]
     return sorted((path for path in found if path.is_file()), key=lambda path: path.relative_to(root).as_posix())

@@ -7,10 +7,10 @@ from typing import Any
 from filelock import FileLock
 
 from rwkv_pl.data.corpus import Corpus, Splits, file_digest, split_by_fractions
-from rwkv_pl.data.documents import SourceFile, find, is_plain, join
+from rwkv_pl.data.documents import SourceFile, find_files, is_plain_text, join_documents
 from rwkv_pl.data.sources import Source
 from rwkv_pl.errors import UserError
-from rwkv_pl.files import cache_folder, digest_of, publish, read_record, write_record, writing
+from rwkv_pl.files import as_user_error, atomic_write, cache_folder, json_digest, read_record, write_record
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class Text(Source):
 
     def open(self) -> Corpus:
         path = Path(self.path)
-        parts = {"data.path": find(path, "data.path")}
-        if self.val_path is None and is_plain(path):
+        parts = {"data.path": find_files(path, "data.path")}
+        if self.val_path is None and is_plain_text(path):
             if path.stat().st_size == 0:
                 raise UserError(f"data.path={path} is empty: name a file with text in it")
             try:
@@ -50,7 +50,7 @@ class Text(Source):
             return Corpus(path.name, path.absolute(), splits, digest, str(path))
         described = str(path)
         if self.val_path is not None:
-            parts["data.val_path"] = find(Path(self.val_path), "data.val_path")
+            parts["data.val_path"] = find_files(Path(self.val_path), "data.val_path")
             held_back = {source.path.resolve() for source in parts["data.val_path"]}
             parts["data.path"] = [source for source in parts["data.path"] if source.path.resolve() not in held_back]
             if not parts["data.path"]:
@@ -58,7 +58,7 @@ class Text(Source):
                     f"data.val_path={self.val_path} has all files of data.path={path}: none is left to train on"
                 )
             described += f", validated on {self.val_path}"
-        joined, ends_path, joining = _joined(parts, self.field)
+        joined, ends_path, joining = _join_parts(parts, self.field)
         if ends_path:
             described += f", {joining['documents']:,} documents"
         if self.val_path is None:
@@ -71,18 +71,18 @@ class Text(Source):
         return Corpus(name, joined, splits, joining["digests"][0], described, ends_path)
 
 
-def _joined(parts: dict[str, list[SourceFile]], field: str) -> tuple[Path, Path | None, dict[str, Any]]:
+def _join_parts(parts: dict[str, list[SourceFile]], field: str) -> tuple[Path, Path | None, dict[str, Any]]:
     """The parts as one file in the cache folder, the file of its document ends if it has any, and ``join``'s result."""
     sources = [[(str(source.path.absolute()), *source[1:]) for source in part] for part in parts.values()]
-    path = cache_folder() / "corpora" / f"text-{digest_of([field, sources])[:16]}.txt"
+    path = cache_folder() / "corpora" / f"text-{json_digest([field, sources])[:16]}.txt"
     ends_path, record = path.with_suffix(".ends"), path.with_suffix(".json")
-    with writing(path.parent), FileLock(path.with_suffix(".lock")):
+    with as_user_error(path.parent), FileLock(path.with_suffix(".lock")):
         # Written last: if it exists, so does the text; if the text is not the one it describes, it is made again.
         stored = read_record(record)
         there = path.is_file() and ends_path.is_file()
         if stored is None or not there or stored["digests"] != [file_digest(path), file_digest(ends_path)]:
-            with publish(path) as file, publish(ends_path) as ends_file:
-                joined = join(parts, field, file, ends_file)
+            with atomic_write(path) as file, atomic_write(ends_path) as ends_file:
+                joined = join_documents(parts, field, file, ends_file)
             digests = [file_digest(path), file_digest(ends_path)]
             stored = {**joined._asdict(), "digests": digests}
             write_record(record, stored)

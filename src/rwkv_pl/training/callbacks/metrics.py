@@ -13,9 +13,9 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from torch import Tensor
 
-from rwkv_pl.files import located, publish
+from rwkv_pl.files import atomic_write, with_path
 from rwkv_pl.inference.evaluate import bits_per_byte
-from rwkv_pl.training.curve import COLUMNS, draw, read_rows
+from rwkv_pl.training.curve import COLUMNS, draw_curve, read_rows
 from rwkv_pl.training.loss import count_bytes
 
 SECONDS_BETWEEN_DRAWINGS = 30
@@ -81,7 +81,7 @@ class MetricsRecorder(Callback):
         if file := self.__dict__.get("_file"):
             os.fsync(file.fileno())
             for logger in trainer.loggers:
-                with located(str(logger.save_dir)):
+                with with_path(str(logger.save_dir)):
                     logger.save()
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
@@ -97,7 +97,7 @@ class MetricsRecorder(Callback):
             self.rows = [row for row in self.rows if row["step"] != trainer.global_step] + here
             for row in here:
                 self._log(trainer, row, TensorBoardLogger)  # which has dropped all rows of the step
-            self._file = _begin(self.folder / "metrics.csv", self.rows)
+            self._file = _rewrite_csv(self.folder / "metrics.csv", self.rows)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Tensor, batch_idx: int) -> None:
         if self._paused_at is not None:
@@ -136,9 +136,9 @@ class MetricsRecorder(Callback):
                 "train/bits_per_byte": bits_per_byte(nats * tokens_per_micro_batch, n_bytes),
                 "train/l2wrap": pull,
                 "train/grad_norm": grad_norm,
-                "lr": pl_module.used_lr,
+                "lr": pl_module.last_lr,
                 "tokens_per_second": speed,
-                **self._arithmetic(speed),
+                **self._flops_figures(speed),
             },
         )
         self._timed_from, self._timed_step = now, step
@@ -165,7 +165,7 @@ class MetricsRecorder(Callback):
             with contextlib.suppress(OSError):  # of a full disk, again
                 file.close()
 
-    def _arithmetic(self, tokens_per_second: float) -> dict[str, float]:
+    def _flops_figures(self, tokens_per_second: float) -> dict[str, float]:
         if self.flops_per_token is None:
             return {}
         speed = tokens_per_second * self.flops_per_token
@@ -185,40 +185,40 @@ class MetricsRecorder(Callback):
         if not trainer.is_global_zero:
             return
         self.rows.append(row)
-        with located(self.folder / "metrics.csv"):
-            _append(self._file, row)
+        with with_path(self.folder / "metrics.csv"):
+            _append_row(self._file, row)
         self._log(trainer, row)
 
     @staticmethod
     def _log(trainer: Trainer, row: dict[str, float], to: type[Logger] = Logger) -> None:
         metrics = {name: value for name, value in row.items() if name != "step"}
         for logger in (logger for logger in trainer.loggers if isinstance(logger, to)):
-            with located(str(logger.save_dir)):
+            with with_path(str(logger.save_dir)):
                 logger.log_metrics(metrics, step=int(row["step"]))
 
     def _draw(self, trainer: Trainer) -> None:
         if trainer.is_global_zero and self.rows:
             began = time.perf_counter()
-            draw(self.rows, self.folder / "loss.png", self.baselines)
+            draw_curve(self.rows, self.folder / "loss.png", self.baselines)
             self._drawn = time.perf_counter()
             self._drawing = self._drawn - began
 
 
-def _begin(path: Path, rows: list[dict[str, float]]) -> Any:
+def _rewrite_csv(path: Path, rows: list[dict[str, float]]) -> Any:
     """Writes the rows that are kept, and leaves the file open to append."""
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS)
     writer.writeheader()
-    writer.writerows(_rounded(row) for row in rows)
-    with publish(path) as file:
+    writer.writerows(_format_row(row) for row in rows)
+    with atomic_write(path) as file:
         file.write(text.getvalue().encode())
     return path.open("a", newline="", encoding="utf-8")
 
 
-def _append(file: Any, row: dict[str, float]) -> None:
-    csv.DictWriter(file, COLUMNS).writerow(_rounded(row))
+def _append_row(file: Any, row: dict[str, float]) -> None:
+    csv.DictWriter(file, COLUMNS).writerow(_format_row(row))
     file.flush()
 
 
-def _rounded(row: dict[str, float]) -> dict[str, str]:
+def _format_row(row: dict[str, float]) -> dict[str, str]:
     return {name: str(int(value)) if name in ("step", "tokens") else f"{value:.9g}" for name, value in row.items()}

@@ -40,11 +40,11 @@ class LogFile(logging.FileHandler):
 
 
 class TrainingProgress(ProgressBar):
-    """Steps, loss, bits per byte, tokens/s, MFU and the time left; the figures are those that `history` logged last."""
+    """Steps, loss, bits per byte, tokens/s, MFU and the time left; the figures are those that `metrics` logged last."""
 
-    def __init__(self, history: MetricsRecorder) -> None:
+    def __init__(self, metrics: MetricsRecorder) -> None:
         super().__init__()
-        self._history = history
+        self._metrics = metrics
         self._bar: Progress | None = None
 
     def disable(self) -> None:
@@ -55,7 +55,7 @@ class TrainingProgress(ProgressBar):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self._started = self._told = time.perf_counter()
+        self._started = self._last_shown = time.perf_counter()
         self._first_step = trainer.global_step
         console = rich.get_console()
         if console.is_terminal and trainer.is_global_zero:
@@ -78,12 +78,12 @@ class TrainingProgress(ProgressBar):
     ) -> None:
         now = time.perf_counter()
         if self._bar:
-            if now - self._told >= SECONDS_BETWEEN_BARS:
-                self._told = now
-                self._show(completed=trainer.global_step, figures=self._figures())
-        elif now - self._told >= SECONDS_BETWEEN_LINES and trainer.is_global_zero:
-            self._told = now
-            log.info(f"step {self._place(trainer)}  {self._figures()}  {self._time_left(trainer)}")
+            if now - self._last_shown >= SECONDS_BETWEEN_BARS:
+                self._last_shown = now
+                self._show(completed=trainer.global_step, figures=self._format_figures())
+        elif now - self._last_shown >= SECONDS_BETWEEN_LINES and trainer.is_global_zero:
+            self._last_shown = now
+            log.info(f"step {self._format_step(trainer)}  {self._format_figures()}  {self._format_time_left(trainer)}")
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._bar:
@@ -92,21 +92,21 @@ class TrainingProgress(ProgressBar):
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
-        if self._bar and time.perf_counter() - self._told >= SECONDS_BETWEEN_BARS:
-            self._told = time.perf_counter()
+        if self._bar and time.perf_counter() - self._last_shown >= SECONDS_BETWEEN_BARS:
+            self._last_shown = time.perf_counter()
             self._show(figures=f"call {batch_idx + 1:,} of {trainer.num_val_batches[0]:,}")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != "fit" or not trainer.is_global_zero:
             return
         if self._bar:
-            self._show(description="", figures=self._figures())
+            self._show(description="", figures=self._format_figures())
         bits = float(trainer.callback_metrics["val/bits_per_byte"])
-        log.info(f"step {self._place(trainer)}  validation {bits:.4f} bits per byte")
+        log.info(f"step {self._format_step(trainer)}  validation {bits:.4f} bits per byte")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._bar:
-            self._show(completed=trainer.global_step, figures=self._figures())
+            self._show(completed=trainer.global_step, figures=self._format_figures())
         self._stop()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -121,11 +121,11 @@ class TrainingProgress(ProgressBar):
             self._bar.stop()
             self._bar = None
 
-    def _place(self, trainer: Trainer) -> str:
+    def _format_step(self, trainer: Trainer) -> str:
         return f"{trainer.global_step:,}" + (f"/{trainer.max_steps:,}" if trainer.max_steps > 0 else "")
 
-    def _figures(self) -> str:
-        latest = self._history.latest
+    def _format_figures(self) -> str:
+        latest = self._metrics.latest
         if "train/loss" not in latest:
             return ""
         return (
@@ -133,15 +133,15 @@ class TrainingProgress(ProgressBar):
             f"{latest['tokens_per_second']:,.0f} tokens/s" + (f"  {latest['mfu']:.0%} MFU" if "mfu" in latest else "")
         )
 
-    def _time_left(self, trainer: Trainer) -> str:
+    def _format_time_left(self, trainer: Trainer) -> str:
         done = trainer.global_step - self._first_step
         if trainer.max_steps < 0 or not done:
             return ""
         left = (trainer.max_steps - trainer.global_step) * (time.perf_counter() - self._started) / done
-        return f"{duration(left)} left"
+        return f"{format_duration(left)} left"
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """12 s, 3 min 20 s, 5 h 10 min, 2 days 3 h."""
     minutes, hours, days = seconds / 60, seconds / 3600, seconds / 86400
     if days >= 1:

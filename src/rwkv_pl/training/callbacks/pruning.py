@@ -17,7 +17,7 @@ class PruneTrial(Callback):
         import optuna
         from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
-        told = json.loads((folder / "trial.json").read_text(encoding="utf-8"))
+        trial_info = json.loads((folder / "trial.json").read_text(encoding="utf-8"))
         journal = str(folder.parent / "study.journal")
         backend = JournalFileBackend(journal, JournalFileOpenLock(journal))
         pruners = {
@@ -26,9 +26,9 @@ class PruneTrial(Callback):
             "none": optuna.pruners.NopPruner(),
         }
         study = optuna.load_study(
-            study_name="sweep", storage=optuna.storages.JournalStorage(backend), pruner=pruners[told["pruner"]]
+            study_name="sweep", storage=optuna.storages.JournalStorage(backend), pruner=pruners[trial_info["pruner"]]
         )
-        self._trial = optuna.trial.Trial(study, told["id"])
+        self._trial = optuna.trial.Trial(study, trial_info["id"])
         self.pruned = False
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
-from rwkv_pl.files import publish
+from rwkv_pl.files import atomic_write
 from rwkv_pl.inference.generate import generate
 
 
@@ -39,5 +39,5 @@ class SampleText(Callback):
             return  # the next gradient says so too
         folder = Path(trainer.default_root_dir, "samples")
         folder.mkdir(exist_ok=True)
-        with publish(folder / f"step-{trainer.global_step:07}.txt") as file:
+        with atomic_write(folder / f"step-{trainer.global_step:07}.txt") as file:
             file.write(vocabulary.decode(tokens))

@@ -38,7 +38,7 @@ class StopOnSignal(Callback):
 
     def __init__(self) -> None:
         self._received = 0
-        self._before: dict[int, Any] = {}
+        self._previous_handlers: dict[int, Any] = {}
         self._codes = dict(EXIT_CODES)
         self._group: Any = None
 
@@ -52,13 +52,13 @@ class StopOnSignal(Callback):
             environment.auto_requeue = False
             if environment.requeue_signal:
                 self._codes[environment.requeue_signal] = 0
-        self._handle(self._end_at_once)
+        self._set_handlers(self._end_at_once)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.world_size > 1:
             backend = torch.distributed.get_backend()
             self._group = None if backend == "gloo" else torch.distributed.new_group(backend="gloo")
-        self._handle(self._note)
+        self._set_handlers(self._on_signal)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -66,13 +66,13 @@ class StopOnSignal(Callback):
         files = trainer.strategy.checkpoint_io
         if isinstance(files, DurableCheckpointIO):
             files.poll()
-        if number := self._told(trainer):
+        if number := self._received_by_any(trainer):
             self._stop(trainer, number, validation_is_due(trainer))
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
-        if trainer.state.fn == "fit" and (number := self._told(trainer)):
+        if trainer.state.fn == "fit" and (number := self._received_by_any(trainer)):
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, WeightAveraging):
                     # It validates its average in the place of the trained weights; this puts them back.
@@ -80,23 +80,23 @@ class StopOnSignal(Callback):
             self._stop(trainer, number, due=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if number := self._told(trainer):
+        if number := self._received_by_any(trainer):
             self._stop(trainer, number, due=False)
-        self._handle(self._end_at_once)
+        self._set_handlers(self._end_at_once)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
-        self._before = {}
+        self._previous_handlers = {}
 
-    def _handle(self, handler: Callable[[int, FrameType | None], None]) -> None:
+    def _set_handlers(self, handler: Callable[[int, FrameType | None], None]) -> None:
         if threading.current_thread() is threading.main_thread():
             # Under nohup SIGHUP is ignored, and stays so.
             numbers = [number for number in self._codes if signal.getsignal(number) is not signal.SIG_IGN]
             before = {number: signal.signal(number, handler) for number in numbers}
-            self._before = self._before or before
+            self._previous_handlers = self._previous_handlers or before
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._received:
             self._end_at_once(number, frame)
         self._received = number
@@ -105,7 +105,7 @@ class StopOnSignal(Callback):
     def _end_at_once(number: int, frame: FrameType | None) -> None:
         os._exit(EXIT_CODES.get(number, 128 + number))
 
-    def _told(self, trainer: Trainer) -> int:
+    def _received_by_any(self, trainer: Trainer) -> int:
         if trainer.world_size == 1:
             return self._received
         flag = torch.tensor(self._received)
@@ -122,9 +122,9 @@ class StopOnSignal(Callback):
         trainer.strategy.barrier()
         requeued = self._codes.get(number) == 0 and trainer.is_global_zero and _requeue()
         if trainer.is_global_zero:
-            told = f"stopped by {signal.Signals(number).name} after step {trainer.global_step:,}"
+            message = f"stopped by {signal.Signals(number).name} after step {trainer.global_step:,}"
             goes_on = f"; rwkv-train resume={trainer.default_root_dir} goes on" if last else ""
-            log.info(told + goes_on + (", and the job is queued again" if requeued else ""))
+            log.info(message + goes_on + (", and the job is queued again" if requeued else ""))
         raise SystemExit(self._codes.get(number, 128 + number))
 
 

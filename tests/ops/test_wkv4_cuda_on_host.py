@@ -20,8 +20,8 @@ from test_wkv4 import (
     DTYPES,
     KEYS,
     NOT_NUMBERS,
-    assert_a_nan_gradient_spreads_as_in_the_judge,
-    assert_not_a_number_where_the_judge_has_it,
+    assert_nan_gradient_spreads_as_in_reference,
+    assert_nan_matches_reference,
     assert_plus_infinity_has_its_limit,
     assert_same,
     draw,
@@ -127,16 +127,16 @@ CASES = {
 @example(B=2, T=70, C=3, keys="near 1e4", decays="ordinary", with_state=False, dtype=torch.bfloat16)
 def test_agrees_with_the_recurrence(library, kernel, B, T, C, keys, decays, with_state, dtype):
     arguments = draw(B, T, C, keys, decays, dtype)
-    judge = results("recurrence", arguments, torch.float64, with_state=with_state)
+    reference = results("recurrence", arguments, torch.float64, with_state=with_state)
     ordinary = results("recurrence", draw(B, T, C), torch.float64)
-    # float32 as for the CPU's kernel, which has the same arithmetic. In float64 the judge is the less exact where keys
+    # float32 as for the CPU's kernel, which has the same arithmetic. In float64 the reference is less exact where keys
     # are 1e4: it keeps an exponent in one number, whose half an ulp is then 1e-12.
     tolerance = 1e-11 if dtype == torch.float64 else 5e-6
     if dtype != torch.float64 and (keys, with_state) == ("near -1e4", True):  # as for the CPU's
         tolerance = 3e-5
-    scale = [torch.maximum(a.norm(), b.norm()) for a, b in zip(judge, ordinary, strict=True)]
+    scale = [torch.maximum(a.norm(), b.norm()) for a, b in zip(reference, ordinary, strict=True)]
     got = results(operator(library, kernel, dtype), arguments, dtype, with_state=with_state)
-    assert_same(got, judge, tolerance, scale, dtype)
+    assert_same(got, reference, tolerance, scale, dtype)
 
 
 @pytest.mark.slow
@@ -154,12 +154,12 @@ def test_as_a_gpu_runs_them(library, tile, dtype):
     if (tile == 128) != (dtype == torch.float64) and tile != WALK[1]:
         pytest.skip("a scan of another dtype")
     arguments = draw(1, 75, 6, io=dtype)
-    judge = results("recurrence", arguments, torch.float64)
+    reference = results("recurrence", arguments, torch.float64)
     tolerance = 1e-11 if dtype == torch.float64 else 5e-6
-    assert_same(results(operator(library, (0, tile), dtype), arguments, dtype), judge, tolerance, dtype=dtype)
+    assert_same(results(operator(library, (0, tile), dtype), arguments, dtype), reference, tolerance, dtype=dtype)
 
 
-def test_pairs_that_do_not_begin_where_pairs_may(library):
+def test_unaligned_pairs(library):
     arguments = [x.bfloat16() if i in (2, 3) else x.float() for i, x in enumerate(draw(1, 20, 4))]
     expected = operator(library, WALK, torch.bfloat16)(*arguments)
     arguments[3] = torch.cat((arguments[3].new_zeros(1), arguments[3].flatten()))[1:].view(1, 20, 4)
@@ -178,13 +178,13 @@ def test_an_empty_batch(library, kernel):
 
 @pytest.mark.parametrize("kernel", [WALK, *SMALL_SCANS], ids=str)
 @pytest.mark.parametrize("which", NOT_NUMBERS)
-def test_not_a_number_where_the_judge_has_it(library, kernel, which):
-    assert_not_a_number_where_the_judge_has_it(operator(library, kernel, torch.float32), which)
+def test_nan_matches_reference(library, kernel, which):
+    assert_nan_matches_reference(operator(library, kernel, torch.float32), which)
 
 
 @pytest.mark.parametrize("kernel", [WALK, *SMALL_SCANS], ids=str)
-def test_a_gradient_that_is_not_a_number(library, kernel):
-    assert_a_nan_gradient_spreads_as_in_the_judge(operator(library, kernel, torch.float32))
+def test_nan_gradient(library, kernel):
+    assert_nan_gradient_spreads_as_in_reference(operator(library, kernel, torch.float32))
 
 
 @pytest.mark.parametrize("kernel", [WALK, *SMALL_SCANS], ids=str)
@@ -195,7 +195,7 @@ def test_the_same_bits_every_time(library, kernel, dtype):
     assert all(torch.equal(x, y) for x, y in zip(once, again, strict=True))
 
 
-def test_what_a_launch_refuses_is_refused(library):
+def test_launch_errors_are_reported(library):
     with pytest.raises(AssertionError):
         operator(library, (0, 48), torch.float32)(*draw(1, 5, 3))
 
@@ -257,9 +257,9 @@ def test_no_access_out_of_bounds(tmp_path):
 
 @pytest.mark.parametrize("kernel", [WALK, *SMALL_SCANS], ids=str)
 def test_gradcheck(library, kernel):
-    # In random directions: each single gradient is compared with the judge's above.
-    judged = partial(ratios, operator(library, kernel, torch.float64))
-    assert torch.autograd.gradcheck(judged, [x.requires_grad_() for x in draw(1, 11, 2)], fast_mode=True)
+    # In random directions: each single gradient is compared with the reference's above.
+    reference_ratios = partial(ratios, operator(library, kernel, torch.float64))
+    assert torch.autograd.gradcheck(reference_ratios, [x.requires_grad_() for x in draw(1, 11, 2)], fast_mode=True)
 
 
 @pytest.mark.parametrize("kernel", [WALK, *SMALL_SCANS], ids=str)

@@ -19,11 +19,11 @@ from forked_jobs import FORK_THE_JOBS
 from rwkv_pl.cli.entry import safe_import_path
 from rwkv_pl.compose import parse_overrides
 from rwkv_pl.errors import UserError
-from rwkv_pl.files import publish, require_own_files
+from rwkv_pl.files import atomic_write, require_own_files
 from rwkv_pl.runs import build
 from rwkv_pl.runs.outcome import read_result
 from rwkv_pl.training.checkpoint_io import DurableCheckpointIO
-from rwkv_pl.training.curve import draw
+from rwkv_pl.training.curve import draw_curve
 
 TRAIN = Path(sys.executable).with_name("rwkv-train")
 
@@ -53,7 +53,7 @@ def write_sweep(folder: Path, cwd: Path, task=(), own=(), config_dir: Path | Non
     return folder
 
 
-def go_on(sweep: Path, *arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+def resume_sweep(sweep: Path, *arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
         [str(TRAIN), "-m", f"resume={sweep}", *arguments],
         cwd=sweep.parent,
@@ -65,11 +65,11 @@ def go_on(sweep: Path, *arguments: str, **environment: str) -> "subprocess.Compl
 
 
 @pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_jobs_and_their_further_processes_import_nothing_from_the_folder_where_they_start(hostile, tmp_path, devices):
+def test_jobs_and_their_child_processes_import_nothing_from_the_start_folder(hostile, tmp_path, devices):
     """PYTHONPATH's relative and empty entries keep meaning the folder of the command, not that of its jobs."""
     sweep = write_sweep(tmp_path / "sweep", hostile, ["trainer=ddp", "trainer.devices=2"] if devices == 2 else [])
     (tmp_path / "mine").mkdir()
-    done = go_on(sweep, PYTHONPATH=os.pathsep.join(("mine", "")))
+    done = resume_sweep(sweep, PYTHONPATH=os.pathsep.join(("mine", "")))
     assert done.returncode == 0, done.stdout + done.stderr
     # And two devices train as one job.
     assert [path.name for path in sweep.iterdir() if path.is_dir()] == ["0"]
@@ -97,7 +97,7 @@ def test_submitits_workers_and_the_pickles_that_they_exchange(hostile, tmp_path)
         folder.mkdir(parents=True)
         (folder / f"{number}_0_result.pkl").write_bytes(planted)
         (folder / f"{number}_0_result.pkl.save_tmp").write_bytes(planted)
-    done = go_on(sweep, "hydra/launcher=submitit_local")
+    done = resume_sweep(sweep, "hydra/launcher=submitit_local")
     assert done.returncode == 0, done.stdout + done.stderr
     assert not (tmp_path / "executed").exists()
 
@@ -114,21 +114,21 @@ def evil(tmp_path) -> Path:
     return tmp_path / "evil"
 
 
-def up(path: Path) -> str:
+def relative_path_to(path: Path) -> str:
     """Hydra goes from its own config folder to the path."""
     return "/".join([".."] * 30) + str(path)
 
 
 @pytest.mark.parametrize("where", ["task", "own"])
 @pytest.mark.parametrize("how", ["upwards", "absolute", "by scheme", "of a list", "of a sweep"])
-def test_a_group_choice_is_a_name_and_no_path(train, tmp_path, evil, how, where):
+def test_group_choice_must_be_a_name_not_a_path(train, tmp_path, evil, how, where):
     file = evil / ("experiment" if where == "task" else "hydra/sweeper") / "evil"
     choice = {
-        "upwards": up(file),
+        "upwards": relative_path_to(file),
         "absolute": str(file),
         "by scheme": f"'file:{file}'",
-        "of a list": f"[{up(file)}]",
-        "of a sweep": f"{up(file)},x",
+        "of a list": f"[{relative_path_to(file)}]",
+        "of a sweep": f"{relative_path_to(file)},x",
     }[how]
     key = "experiment" if where == "task" else "hydra/sweeper"
     write_sweep(tmp_path / "sweep", tmp_path, **{where: [f"{key}={choice}"]})
@@ -143,7 +143,7 @@ def test_an_evaluation_takes_no_path_from_a_run(evaluate, train, tmp_path, evil)
     assert train(*SMALL, "trainer.max_steps=1", "hydra.run.dir=run").code == 0
     config = tmp_path / "run" / ".hydra" / "config.yaml"
     stored = yaml.safe_load(config.read_text())
-    for name in (up(evil / "data" / "evil"), None):
+    for name in (relative_path_to(evil / "data" / "evil"), None):
         stored["data"].pop("name", None)
         config.write_text(yaml.safe_dump(stored | {"data": stored["data"] | ({"name": name} if name else {})}))
         result = evaluate("weights=run")
@@ -168,7 +168,9 @@ def test_a_study_tries_no_setting_but_those_of_its_search(train, tmp_path, evil)
     sweep = write_sweep(tmp_path / "sweep", tmp_path, ["optim.lr=interval(1e-4,1e-2)"], own)
     storage = optuna.storages.JournalStorage(JournalFileBackend(str(sweep / "study.journal")))
     study = optuna.create_study(study_name="sweep", storage=storage)
-    study.ask({"experiment": optuna.distributions.CategoricalDistribution([up(evil / "experiment" / "evil")])})
+    study.ask(
+        {"experiment": optuna.distributions.CategoricalDistribution([relative_path_to(evil / "experiment" / "evil")])}
+    )
     result = train("-m", "resume=sweep")
     assert result.code == 2 and "is of another search" in result.err, result.err
     assert not (tmp_path / "executed").exists() and not (sweep / "0").exists()
@@ -217,7 +219,7 @@ def test_a_sweep_starts_in_no_relative_folder(train, tmp_path):
     assert (result.code, "the sweep was started in sweep, which is gone" in result.err) == (2, True), result.err
 
 
-def test_a_runs_links_lead_nowhere_else(train, tmp_path, run):
+def test_links_out_of_a_run_folder_are_refused(train, tmp_path, run):
     target, outside = tmp_path / "precious", tmp_path / "outside"
     target.write_text("precious\n")
     outside.mkdir()
@@ -288,7 +290,7 @@ def test_no_file_is_written_through_a_link(tmp_path):
     precious = tmp_path / "precious"
     precious.write_text("precious\n")
     (tmp_path / "sweep.csv.partial").symlink_to(precious)
-    with publish(tmp_path / "sweep.csv") as file:
+    with atomic_write(tmp_path / "sweep.csv") as file:
         file.write(b"new\n")
     assert precious.read_text() == "precious\n"
     assert (tmp_path / "sweep.csv").read_text() == "new\n" and not (tmp_path / "sweep.csv").is_symlink()
@@ -314,7 +316,7 @@ def test_quoted_names_of_files_are_names():
         parse_overrides(["schedule='../x','constant'"], sweep=True)
 
 
-def test_wandbs_own_link_to_its_log_is_none_of_a_strangers(tmp_path):
+def test_wandb_link_to_its_own_log_is_allowed(tmp_path):
     (tmp_path / "wandb" / "logs").mkdir(parents=True)
     (tmp_path / "wandb" / "logs" / "debug-core.log").symlink_to("/nowhere/else")
     require_own_files(tmp_path)
@@ -346,7 +348,7 @@ def test_git_is_not_asked_about_the_current_folder(tmp_path, monkeypatch):
     (tmp_path / "executed").unlink(missing_ok=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(build, "__file__", "/usr/lib/python3/dist-packages/rwkv_pl/runs/build.py")
-    assert "git" not in build.code_state()
+    assert "git" not in build.describe_code()
     assert not (tmp_path / "executed").exists()
 
 
@@ -355,7 +357,7 @@ def test_pictures_are_drawn_by_matplotlibs_defaults(tmp_path):
     import matplotlib
 
     with matplotlib.rc_context({"text.usetex": True}):
-        draw([{"step": 1.0, "tokens": 1.0, "train/bits_per_byte": 2.0}], tmp_path / "loss.png", {})
+        draw_curve([{"step": 1.0, "tokens": 1.0, "train/bits_per_byte": 2.0}], tmp_path / "loss.png", {})
     assert (tmp_path / "loss.png").exists()
 
 
@@ -425,7 +427,7 @@ def test_a_stored_run_downloads_only_to_where_it_is_typed(train, evaluate, tmp_p
 
 
 @pytest.mark.parametrize("task", ["hydra={job:{name:'../../VICTIM'}}", "hydra={sweep:{dir:elsewhere}}"])
-def test_a_stored_sweep_sets_nothing_of_hydras_as_a_whole(train, tmp_path, task):
+def test_stored_sweep_cannot_set_a_whole_hydra_group(train, tmp_path, task):
     sweep = write_sweep(tmp_path / "sweep", tmp_path, [task])
     before = {path.name for path in tmp_path.rglob("*")}
     result = train("-m", f"resume={sweep}")

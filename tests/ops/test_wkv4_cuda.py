@@ -36,17 +36,17 @@ def on_gpu(tile: int | None, io: torch.dtype):
     return operator
 
 
-def check(tile, io, B, T, C, keys, decays, with_state):
+def check_kernel(tile, io, B, T, C, keys, decays, with_state):
     arguments = draw(B, T, C, keys, decays)
     if io in (torch.float16, torch.bfloat16):
         arguments[2:4] = [x.to(io).double() for x in arguments[2:4]]
-    judge = results("recurrence", arguments, torch.float64, with_state=with_state)
+    reference = results("recurrence", arguments, torch.float64, with_state=with_state)
     ordinary = results("recurrence", draw(B, T, C), torch.float64)
     # A half is rounded once on its way out: 4e-3 for bfloat16.
     tolerance = {torch.float32: 5e-6, torch.float64: 1e-11}.get(io, 1e-2)
-    scale = [torch.maximum(a.norm(), b.norm()) for a, b in zip(judge, ordinary, strict=True)]
+    scale = [torch.maximum(a.norm(), b.norm()) for a, b in zip(reference, ordinary, strict=True)]
     dtype = io if io == torch.float64 else torch.float32
-    assert_same(results(on_gpu(tile, io), arguments, dtype, with_state=with_state), judge, tolerance, scale)
+    assert_same(results(on_gpu(tile, io), arguments, dtype, with_state=with_state), reference, tolerance, scale)
 
 
 @pytest.mark.parametrize("tile", [*KERNELS, None])
@@ -63,13 +63,13 @@ def check(tile, io, B, T, C, keys, decays, with_state):
 def test_agrees_with_the_recurrence(tile, B, T, C, keys, decays, with_state, io):
     if io == torch.float16 and keys in ("far apart", "near 1e4"):
         keys = "x10"
-    check(tile, io, B, T, C, keys, decays, with_state)
+    check_kernel(tile, io, B, T, C, keys, decays, with_state)
 
 
 @pytest.mark.parametrize("tile", [WALK, DOUBLE_SCAN, None])
 @pytest.mark.parametrize("T", [1, 5, 200])
 def test_float64(tile, T):
-    check(tile, torch.float64, 2, T, 5, "ordinary", "ordinary", True)
+    check_kernel(tile, torch.float64, 2, T, 5, "ordinary", "ordinary", True)
 
 
 def test_gradcheck():
@@ -100,7 +100,7 @@ def test_the_same_bits_every_time(tile):
 
 
 @pytest.mark.parametrize("kernel", ["ordinary", "transposed", "offset"])
-def test_inputs_as_they_lie(kernel):
+def test_strided_and_unaligned_inputs(kernel):
     arguments = [x.bfloat16().cuda() for x in draw(2, 40, 6)]
     with use_kernel("compiled"):
         expected = wkv4(*arguments)
@@ -160,10 +160,10 @@ def test_compile_autocast_and_checkpointing():
 
 @pytest.mark.parametrize("tile", KERNELS)
 @pytest.mark.parametrize("which", ["nan key", "nan value", "minus infinity"])
-def test_not_a_number_where_the_judge_has_it(tile, which):
+def test_nan_matches_reference(tile, which):
     arguments = draw(1, 70, 3)
     arguments[3 if which == "nan value" else 2][0, 40, 1] = torch.inf * -1 if which == "minus infinity" else torch.nan
-    judge = results("recurrence", arguments, torch.float64)
+    reference = results("recurrence", arguments, torch.float64)
     got = results(on_gpu(tile, torch.float32), arguments, torch.float32)
-    for x, y in zip(got, judge, strict=True):
+    for x, y in zip(got, reference, strict=True):
         assert torch.equal(x.isnan(), y.isnan())

@@ -1,11 +1,11 @@
 // LayerNorm, token shift and the mixes of RWKV-4, in one pass over memory each way, on the CPU.
 //
 //   y_t = (x_t - mean) / sqrt(variance + epsilon) weight + bias          over the C channels of a token
-//   mixed_j,t = y_{t-1} + mix_j (y_t - y_{t-1})                          y_{-1} = last, or 0 where a text begins
+//   mixed_j,t = y_{t-1} + mix_j (y_t - y_{t-1})                          y_{-1} = shift, or 0 where a text begins
 //
 // Letters: B sequences, T steps, C channels, j the mixes (key, value, receptance). A task walks through some steps of
 // one sequence, each row and its predecessor staying in the first cache. y is never written: the backward pass makes it
-// again from x and the two figures of each row. Sums over rows are kept apart by task and added in order, and where the
+// again from x and each row's mean and rstd. Sums over rows are kept apart by task and added in order, and where the
 // tasks begin does not depend on the threads: the same bits on any number of them.
 
 #include <torch/csrc/stable/library.h>
@@ -32,7 +32,7 @@ struct Norm {
   int64_t channels;
 
   void write(const float* x, float mean, float scale, float* y) const {
-    WKV_LANES
+    WKV_SIMD
     for (int64_t c = 0; c < channels; ++c) y[c] = multiply_add((x[c] - mean) * scale, weight[c], bias[c]);
   }
 };
@@ -70,7 +70,7 @@ class Buffer {
 
 template <typename Out>
 void forward(const Plan& plan, const Norm& norm, const float* x, const std::vector<const float*>& mix,
-             const float* last, float epsilon, const std::vector<Out*>& mixed, float* new_last, float* figures) {
+             const float* shift, float epsilon, const std::vector<Out*>& mixed, float* new_shift, float* mean_rstd) {
   const int64_t C = plan.channels;
   plan.parallel([&](int64_t, int64_t b, int64_t begin, int64_t end) {
     Buffer rows(2, C);
@@ -84,32 +84,32 @@ void forward(const Plan& plan, const Norm& norm, const float* x, const std::vect
       const float scale = (1.0f + 0.0f * variance) / std::sqrt(variance + epsilon);
       norm.write(xt, mean, scale, y);
       if (t >= begin) {
-        figures[2 * row] = mean, figures[2 * row + 1] = scale;
+        mean_rstd[2 * row] = mean, mean_rstd[2 * row + 1] = scale;
         // `before` is 0 where the text begins: it was made so.
-        if (t == 0 && last) std::copy(last + b * C, last + (b + 1) * C, before);
+        if (t == 0 && shift) std::copy(shift + b * C, shift + (b + 1) * C, before);
         for (size_t j = 0; j < mix.size(); ++j) {
           const float* by = mix[j];
           Out* out = mixed[j] + row * C;
-          WKV_LANES
+          WKV_SIMD
           for (int64_t c = 0; c < C; ++c) out[c] = wkv::narrow<Out>(multiply_add(by[c], y[c] - before[c], before[c]));
         }
       }
       std::swap(y, before);
     }
-    if (end == plan.steps) std::copy(before, before + C, new_last + b * C);
+    if (end == plan.steps) std::copy(before, before + C, new_shift + b * C);
   });
 }
 
 // What the backward pass reads and writes beside x; sums is (tasks, J + 2, C): of the mixes, weight and bias.
 struct Gradients {
-  const float *residual, *new_last;
-  float *x, *last, *sums;
+  const float *residual, *new_shift;
+  float *x, *shift, *sums;
 };
 
 // J: the number of mixes, a constant, so that one loop over C holds them all.
 template <int64_t J, typename Out>
 void backward(const Plan& plan, const Norm& norm, const float* x, const std::vector<const float*>& mix,
-              const float* last, const float* figures, const std::vector<const Out*>& grad, const Gradients& to) {
+              const float* shift, const float* mean_rstd, const std::vector<const Out*>& grad, const Gradients& to) {
   const int64_t C = plan.channels;
   plan.parallel([&](int64_t task, int64_t b, int64_t begin, int64_t end) {
     Buffer rows(4 + J + 2, C);
@@ -119,7 +119,7 @@ void backward(const Plan& plan, const Norm& norm, const float* x, const std::vec
     for (int64_t j = 0; j < J; ++j) sum_mix[j] = rows[4 + j];
     const auto normalised = [&](int64_t t, float* out) {
       const int64_t row = b * plan.steps + t;
-      norm.write(x + row * C, figures[2 * row], figures[2 * row + 1], out);
+      norm.write(x + row * C, mean_rstd[2 * row], mean_rstd[2 * row + 1], out);
     };
     // g[j]: the gradients in step t's mixes.
     const auto gradients = [&](int64_t t, const Out** g, const float** by) {
@@ -129,70 +129,71 @@ void backward(const Plan& plan, const Norm& norm, const float* x, const std::vec
     const float* by[J];
     if (end < plan.steps) {
       gradients(end, g, by);
-      WKV_LANES
+      WKV_SIMD
       for (int64_t c = 0; c < C; ++c) {
-        float through = 0.0f;
-        for (int64_t j = 0; j < J; ++j) through += (1.0f - by[j][c]) * wkv::widen(g[j][c]);
-        pull[c] = through;
+        float to_previous = 0.0f;
+        for (int64_t j = 0; j < J; ++j) to_previous += (1.0f - by[j][c]) * wkv::widen(g[j][c]);
+        pull[c] = to_previous;
       }
-    } else if (to.new_last) {
-      std::copy(to.new_last + b * C, to.new_last + (b + 1) * C, pull);
+    } else if (to.new_shift) {
+      std::copy(to.new_shift + b * C, to.new_shift + (b + 1) * C, pull);
     }
     normalised(end - 1, y);
     for (int64_t t = end - 1; t >= begin; --t) {
       const int64_t row = b * plan.steps + t;
-      const float *xt = x + row * C, mean = figures[2 * row], scale = figures[2 * row + 1];
+      const float *xt = x + row * C, mean = mean_rstd[2 * row], scale = mean_rstd[2 * row + 1];
       if (t > 0) {
         normalised(t - 1, before);
-      } else if (last) {
-        std::copy(last + b * C, last + (b + 1) * C, before);
+      } else if (shift) {
+        std::copy(shift + b * C, shift + (b + 1) * C, before);
       } else {
         std::fill(before, before + C, 0.0f);
       }
       gradients(t, g, by);
-      WKV_LANES
+      WKV_SIMD
       for (int64_t c = 0; c < C; ++c) {
         const float step = y[c] - before[c];
-        float here = pull[c], through = 0.0f;
+        float here = pull[c], to_previous = 0.0f;
         for (int64_t j = 0; j < J; ++j) {
           const float of = wkv::widen(g[j][c]);
           sum_mix[j][c] = multiply_add(of, step, sum_mix[j][c]);
           here = multiply_add(by[j][c], of, here);
-          through += multiply_add(-by[j][c], of, of);
+          to_previous += multiply_add(-by[j][c], of, of);
         }
         grad_y[c] = here;
-        pull[c] = through;
+        pull[c] = to_previous;
       }
       // LayerNorm's own: dx = scale (dn - mean(dn) - n mean(dn n)), n the normalised x and dn the gradient in it.
       const float* weight = norm.weight;
-      const float of_mean = wkv::sum(C, [=](int64_t c) { return grad_y[c] * weight[c]; }) / float(C);
-      const float of_scale =
+      const float mean_grad = wkv::sum(C, [=](int64_t c) { return grad_y[c] * weight[c]; }) / float(C);
+      const float mean_grad_x =
           wkv::sum(C, [=](int64_t c) { return grad_y[c] * weight[c] * ((xt[c] - mean) * scale); }) / float(C);
-      float* dx = to.x + row * C;
-      const float* beside = to.residual + row * C;
-      WKV_LANES
+      float* grad_x = to.x + row * C;
+      const float* residual_grad = to.residual + row * C;
+      WKV_SIMD
       for (int64_t c = 0; c < C; ++c) {
         const float n = (xt[c] - mean) * scale;
         sum_weight[c] = multiply_add(grad_y[c], n, sum_weight[c]);
         sum_bias[c] += grad_y[c];
-        dx[c] = multiply_add(scale, multiply_add(grad_y[c], weight[c], -of_mean) - n * of_scale, beside[c]);
+        grad_x[c] = 
+            multiply_add(scale, multiply_add(grad_y[c], weight[c], -mean_grad) - n * mean_grad_x, residual_grad[c]);
       }
       std::swap(y, before);
     }
-    if (begin == 0) std::copy(pull, pull + C, to.last + b * C);
+    if (begin == 0) std::copy(pull, pull + C, to.shift + b * C);
     for (int64_t j = 0; j < J + 2; ++j) std::copy(rows[4 + j], rows[4 + j] + C, to.sums + (task * (J + 2) + j) * C);
   });
 }
 
 void expect_all(const Plan& plan, const Tensor& x, const Tensor& weight, const Tensor& bias,
-                const std::vector<Tensor>& mix, const std::optional<Tensor>& last) {
-  wkv::expect("norm_mix: x", x, {plan.batch, plan.steps, plan.channels}, ScalarType::Float);
-  wkv::expect("norm_mix: weight", weight, {plan.channels}, ScalarType::Float);
-  wkv::expect("norm_mix: bias", bias, {plan.channels}, ScalarType::Float);
-  wkv::expect("norm_mix: last", last, {plan.batch, plan.channels}, ScalarType::Float);
+                const std::vector<Tensor>& mix, const std::optional<Tensor>& shift) {
+  wkv::expect("norm_token_shift: x", x, {plan.batch, plan.steps, plan.channels}, ScalarType::Float);
+  wkv::expect("norm_token_shift: weight", weight, {plan.channels}, ScalarType::Float);
+  wkv::expect("norm_token_shift: bias", bias, {plan.channels}, ScalarType::Float);
+  wkv::expect("norm_token_shift: shift", shift, {plan.batch, plan.channels}, ScalarType::Float);
   for (const Tensor& by : mix) {
-    STD_TORCH_CHECK(by.numel() == plan.channels && by.scalar_type() == ScalarType::Float, "norm_mix: a mix has not ",
-                    plan.channels, " numbers of float32");
+    STD_TORCH_CHECK(by.numel() == plan.channels && by.scalar_type() == ScalarType::Float,
+                    "norm_token_shift: a mix has not ", plan.channels, " numbers of float32");
   }
 }
 
@@ -209,89 +210,93 @@ std::vector<T*> pointers(const std::vector<Tensor>& tensors) {
   return all;
 }
 
-std::tuple<std::vector<Tensor>, Tensor, Tensor> norm_mix(const Tensor& x, const Tensor& weight, const Tensor& bias,
-                                                         std::vector<Tensor> mix, const std::optional<Tensor>& last,
-                                                         double epsilon, bool half) {
+std::tuple<std::vector<Tensor>, Tensor, Tensor> norm_token_shift(
+    const Tensor& x, const Tensor& weight, const Tensor& bias, std::vector<Tensor> mix,
+    const std::optional<Tensor>& shift, double epsilon, bool is_bf16) {
   using torch::stable::new_empty;
   const Plan plan(x);
-  expect_all(plan, x, weight, bias, mix, last);
+  expect_all(plan, x, weight, bias, mix, shift);
   const Tensor xc = torch::stable::contiguous(x), w = torch::stable::contiguous(weight),
                b = torch::stable::contiguous(bias);
-  const std::optional<Tensor> l = contiguous(last);
+  const std::optional<Tensor> l = contiguous(shift);
   const std::vector<Tensor> m = contiguous_all(mix);
   std::vector<Tensor> mixed;
   for (size_t j = 0; j < m.size(); ++j) {
     mixed.push_back(new_empty(x, {plan.batch, plan.steps, plan.channels},
-                              half ? ScalarType::BFloat16 : ScalarType::Float));
+                              is_bf16 ? ScalarType::BFloat16 : ScalarType::Float));
   }
-  const Tensor new_last = new_empty(x, {plan.batch, plan.channels}), figures = new_empty(x, {plan.batch, plan.steps, 2});
-  wkv::of_type(half, [&](auto zero) {
+  const Tensor new_shift = new_empty(x, {plan.batch, plan.channels});
+  const Tensor mean_rstd = new_empty(x, {plan.batch, plan.steps, 2});
+  wkv::dispatch_type(is_bf16, [&](auto zero) {
     using Out = decltype(zero);
     forward<Out>(plan, {data<float>(w), data<float>(b), plan.channels}, data<float>(xc), pointers<const float>(m),
-                 data<float>(l), float(epsilon), pointers<Out>(mixed), data<float>(new_last), data<float>(figures));
+                 data<float>(l), float(epsilon), pointers<Out>(mixed), data<float>(new_shift), data<float>(mean_rstd));
   });
-  return {mixed, new_last, figures};
+  return {mixed, new_shift, mean_rstd};
 }
 
-std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>, Tensor> norm_mix_backward(
+std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>, Tensor> norm_token_shift_backward(
     const Tensor& x, const Tensor& weight, const Tensor& bias, std::vector<Tensor> mix,
-    const std::optional<Tensor>& last, const Tensor& figures, std::vector<Tensor> grad, const Tensor& grad_residual,
-    const std::optional<Tensor>& grad_last) {
+    const std::optional<Tensor>& shift, const Tensor& mean_rstd, std::vector<Tensor> grad, const Tensor& grad_residual,
+    const std::optional<Tensor>& grad_new_shift) {
   using torch::stable::new_empty;
   const Plan plan(x);
   const int64_t C = plan.channels, J = int64_t(mix.size());
-  expect_all(plan, x, weight, bias, mix, last);
-  STD_TORCH_CHECK(J == 2 || J == 3, "norm_mix: 2 or 3 mixes have a gradient, not ", J);
-  STD_TORCH_CHECK(int64_t(grad.size()) == J, "norm_mix: ", grad.size(), " gradients of ", J, " mixes");
+  expect_all(plan, x, weight, bias, mix, shift);
+  STD_TORCH_CHECK(J == 2 || J == 3, "norm_token_shift: 2 or 3 mixes have a gradient, not ", J);
+  STD_TORCH_CHECK(int64_t(grad.size()) == J, "norm_token_shift: ", grad.size(), " gradients of ", J, " mixes");
   for (const Tensor& of : grad) {
-    wkv::expect("norm_mix: a gradient", of, {plan.batch, plan.steps, C}, grad[0].scalar_type());
+    wkv::expect("norm_token_shift: a gradient", of, {plan.batch, plan.steps, C}, grad[0].scalar_type());
   }
-  wkv::expect("norm_mix: figures", figures, {plan.batch, plan.steps, 2}, ScalarType::Float);
-  wkv::expect("norm_mix: the residual's gradient", grad_residual, {plan.batch, plan.steps, C}, ScalarType::Float);
-  wkv::expect("norm_mix: the gradient of last", grad_last, {plan.batch, C}, ScalarType::Float);
+  wkv::expect("norm_token_shift: mean_rstd", mean_rstd, {plan.batch, plan.steps, 2}, ScalarType::Float);
+  wkv::expect("norm_token_shift: the residual's gradient", grad_residual, {plan.batch, plan.steps, C},
+              ScalarType::Float);
+  wkv::expect("norm_token_shift: the gradient of shift", grad_new_shift, {plan.batch, C}, ScalarType::Float);
   const Tensor xc = torch::stable::contiguous(x), w = torch::stable::contiguous(weight),
-               b = torch::stable::contiguous(bias), beside = torch::stable::contiguous(grad_residual);
-  const std::optional<Tensor> l = contiguous(last), gl = contiguous(grad_last);
+               b = torch::stable::contiguous(bias), residual_grad = torch::stable::contiguous(grad_residual);
+  const std::optional<Tensor> l = contiguous(shift), gl = contiguous(grad_new_shift);
   const std::vector<Tensor> m = contiguous_all(mix), g = contiguous_all(grad);
-  const Tensor dx = new_empty(x, {plan.batch, plan.steps, C}), d_last = new_empty(x, {plan.batch, C});
-  const Tensor d_weight = new_empty(x, {C}), d_bias = new_empty(x, {C});
-  std::vector<Tensor> d_mix;
-  for (const Tensor& of : mix) d_mix.push_back(new_empty(x, of.sizes()));
+  const Tensor grad_x = new_empty(x, {plan.batch, plan.steps, C}), grad_shift = new_empty(x, {plan.batch, C});
+  const Tensor grad_weight = new_empty(x, {C}), grad_bias = new_empty(x, {C});
+  std::vector<Tensor> grad_mix;
+  for (const Tensor& of : mix) grad_mix.push_back(new_empty(x, of.sizes()));
   std::vector<float> sums(plan.batch * plan.tasks * (J + 2) * C);
   const auto of = [&](auto j) {
-    wkv::of_type(g[0].scalar_type() == ScalarType::BFloat16, [&](auto zero) {
+    wkv::dispatch_type(g[0].scalar_type() == ScalarType::BFloat16, [&](auto zero) {
       using Out = decltype(zero);
       backward<j, Out>(plan, {data<float>(w), data<float>(b), C}, data<float>(xc), pointers<const float>(m),
-                       data<float>(l), data<float>(figures), pointers<const Out>(g),
-                       {data<float>(beside), data<float>(gl), data<float>(dx), data<float>(d_last), sums.data()});
+                       data<float>(l), data<float>(mean_rstd), pointers<const Out>(g),
+                       {data<float>(residual_grad), data<float>(gl), data<float>(grad_x),
+                        data<float>(grad_shift), sums.data()});
     });
   };
   J == 2 ? of(std::integral_constant<int64_t, 2>()) : of(std::integral_constant<int64_t, 3>());
   for (int64_t j = 0; j < J + 2; ++j) {
-    float* to = data<float>(j < J ? d_mix[j] : j == J ? d_weight : d_bias);
+    float* to = data<float>(j < J ? grad_mix[j] : j == J ? grad_weight : grad_bias);
     std::fill(to, to + C, 0.0f);
     for (int64_t task = 0; task < plan.batch * plan.tasks; ++task) {
       const float* from = sums.data() + (task * (J + 2) + j) * C;
       for (int64_t c = 0; c < C; ++c) to[c] += from[c];
     }
   }
-  return {dx, d_weight, d_bias, d_mix, d_last};
+  return {grad_x, grad_weight, grad_bias, grad_mix, grad_shift};
 }
 
 }  // namespace
 
-// x (B, T, C), weight and bias (C,), each mix of C numbers, last (B, C), figures (B, T, 2) and their gradients are
-// float32; the mixed (B, T, C), and the gradients in them, are all float32 or, where half, all bfloat16. grad_x holds
+// x (B, T, C), weight and bias (C,), each mix of C numbers, shift (B, C), mean_rstd (B, T, 2) and their gradients are
+// float32; the mixed (B, T, C), and the gradients in them, are float32, or bfloat16 if is_bf16. grad_x holds
 // grad_residual, the gradient in x of what reads x beside the norm.
 STABLE_TORCH_LIBRARY_FRAGMENT(rwkv_pl, m) {
-  m.def("norm_mix(Tensor x, Tensor weight, Tensor bias, Tensor[] mix, Tensor? last, float epsilon, bool half)"
-        " -> (Tensor[] mixed, Tensor last, Tensor figures)");
-  m.def("norm_mix_backward(Tensor x, Tensor weight, Tensor bias, Tensor[] mix, Tensor? last, Tensor figures,"
-        " Tensor[] grad, Tensor grad_residual, Tensor? grad_last)"
-        " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor[] grad_mix, Tensor grad_last)");
+  m.def("norm_token_shift(Tensor x, Tensor weight, Tensor bias, Tensor[] mix, Tensor? shift, float epsilon,"
+        " bool is_bf16)"
+        " -> (Tensor[] mixed, Tensor shift, Tensor mean_rstd)");
+  m.def("norm_token_shift_backward(Tensor x, Tensor weight, Tensor bias, Tensor[] mix, Tensor? shift, Tensor mean_rstd,"
+        " Tensor[] grad, Tensor grad_residual, Tensor? grad_new_shift)"
+        " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor[] grad_mix, Tensor grad_shift)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rwkv_pl, CPU, m) {
-  m.impl("norm_mix", TORCH_BOX(&norm_mix));
-  m.impl("norm_mix_backward", TORCH_BOX(&norm_mix_backward));
+  m.impl("norm_token_shift", TORCH_BOX(&norm_token_shift));
+  m.impl("norm_token_shift_backward", TORCH_BOX(&norm_token_shift_backward));
 }
