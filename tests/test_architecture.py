@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[1] / "src"
-LEAVES = {"errors", "files", "config", "limits", "terminal"}
+LEAVES = {"errors", "files", "checks", "config", "limits", "terminal"}
 MAY_IMPORT = {
-    **{leaf: {"errors"} for leaf in LEAVES},
+    **{leaf: {"errors", "checks"} for leaf in LEAVES},
     "targets": set(),
     "compose": {"targets"},
     "ops": set(),

@@ -3,17 +3,13 @@
 import io
 import random
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).with_name("cli")))
-
-import forks
 from command import SMALL, TEXT, Result, call
 
 from rwkv_pl.cli.train import main

@@ -20,7 +20,8 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rwkv_pl.config import GROUPS, Train, check_kind, check_kinds, check_trainer, split_own_arguments, suggest_key
+from rwkv_pl.checks import check_kind, check_kinds, suggest_key
+from rwkv_pl.config import GROUPS, Train, check_trainer, split_own_arguments
 from rwkv_pl.errors import UserError, one_line
 from rwkv_pl.targets import MOVED, check_target, find_targets, trusted_modules
 

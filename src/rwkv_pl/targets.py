@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from rwkv_pl.config import suggest_key
+from rwkv_pl.checks import suggest_key
 from rwkv_pl.errors import UserError, one_line
 
 # By group; `_target_` is one of these modules and exactly one more name.

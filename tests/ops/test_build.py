@@ -6,7 +6,6 @@ import shutil
 import signal
 import stat
 import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -14,13 +13,10 @@ from importlib import resources
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import forks
 import pytest
 import rwkv_pl.cuda
 from quick_compiler import quick_compiler
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "cli"))
-
-import forks
 
 from rwkv_pl.files import cache_folder
 from rwkv_pl.ops.build import CPU_SOURCES, LibrarySpec, _compile_cpu, _spec_digest, _try_load, cpu_flags

@@ -16,7 +16,7 @@ from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from omegaconf import DictConfig, OmegaConf
 
 from hydra_plugins.rwkv_pl._jobs import JobSweeper
-from rwkv_pl.config import check_at_least, check_one_of
+from rwkv_pl.checks import check_at_least, check_one_of
 from rwkv_pl.errors import UserError
 from rwkv_pl.files import atomic_write
 from rwkv_pl.runs.outcome import read_result

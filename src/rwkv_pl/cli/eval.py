@@ -1,8 +1,5 @@
 """rwkv-eval: how well weights predict a text, as a table, a JSON file and a picture of loss against position."""
 
-import hashlib
-import json
-import math
 import os
 import sys
 import time
@@ -13,19 +10,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock
 from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf
 
 from rwkv_pl.cli.arguments import parse_arguments, print_hydra_info
 from rwkv_pl.cli.entry import cli_entry_point, default_sigint
+from rwkv_pl.cli.eval_report import print_report, write_report
 from rwkv_pl.compose import compose, is_group_choice, parse_overrides, to_dataclass, to_plain_dict
 from rwkv_pl.config import CORPORA, DATA_PATHS, Data, Eval
 from rwkv_pl.errors import RunError, UserError, one_line
-from rwkv_pl.files import as_user_error, atomic_write, cache_folder, remove_on_failure
+from rwkv_pl.files import as_user_error, remove_on_failure
 from rwkv_pl.runs.stored import StoredRun, require_no_download
-from rwkv_pl.terminal import console
-from rwkv_pl.training.curve import default_style
 
 if TYPE_CHECKING:
     import torch
@@ -76,8 +71,8 @@ def main() -> None:
         if sys.stderr.isatty():
             print("loading torch ...", file=sys.stderr, flush=True)
         report = _evaluate(config, run, given)
-        _print_report(report)
-        _write_report(report, out, name)
+        print_report(report)
+        write_report(report, out, name)
 
 
 def compose_settings(overrides: Sequence[Override], config_dir: str | None) -> tuple[dict[str, Any], Path | None]:
@@ -304,109 +299,3 @@ class _Progress:
             self._bar.update(
                 self._task, completed=self._count, figures=f"{bits:.4f} bits/byte  {speed:,.0f} tokens/s  "
             )
-
-
-def _describe_protocol(name: str, protocol: dict[str, Any]) -> str:
-    """A protocol with its settings."""
-    if name == "windows":
-        return f"windows of {protocol['ctx_len']:,}, stride {protocol['stride']:,}"
-    streams, warmup = protocol["streams"], protocol["warmup"]
-    return "carried, 1 stream" if streams == 1 else f"carried, {streams:,} streams, warmup {warmup:,}"
-
-
-def _print_report(report: dict[str, Any]) -> None:
-    from rich.table import Table
-
-    from rwkv_pl.training.callbacks.progress import format_duration
-
-    weights, text = report["weights"], report["text"]
-    size = weights["config"]
-    step = "" if weights["step"] is None else f", step {weights['step']:,}"
-    print(f"weights {weights['file']}{step}")
-    print(f"        {weights['model']}, {size['n_layer']} x {size['n_embd']}, {weights['parameters']:,} parameters")
-    vocabulary = text["vocabulary"]
-    print(f"text    {text['corpus']} ({text['description']}, digest {text['digest'][:12]}), {text['split']} split:")
-    print(f"        {text['bytes']:,} bytes, {text['tokens']:,} tokens, each counted once,", end=" ")
-    print(f"vocabulary {vocabulary['kind']} ({vocabulary['size']:,})")
-    print(f"device  {report['device']}, {report['precision']}", flush=True)
-    table = Table(header_style="bold")
-    for title in ("protocol", "bits per byte", "perplexity per token", "nats per token", "tokens/s", "time"):
-        table.add_column(title, justify="left" if title == "protocol" else "right")
-    for name, found in report["protocols"].items():
-        table.add_row(
-            _describe_protocol(name, found),
-            f"{found['bits_per_byte']:.4f}",
-            f"{found['perplexity_per_token']:,.4f}",
-            f"{found['nats_per_token']:.4f}",
-            f"{found['tokens_per_second']:,.0f}",
-            format_duration(found["seconds"]),
-        )
-    console().print(table)
-
-
-def _write_report(report: dict[str, Any], out: Path, name: str) -> None:
-    """NAME.json, and of windows NAME.png, in the folder `out`; says where they are."""
-    locks = cache_folder() / "locks"
-    key = hashlib.sha256(str(out / name).encode()).hexdigest()[:16]
-    with as_user_error(locks):
-        lock = FileLock(locks / f"eval-{key}")
-    with lock:
-        for found in report["protocols"].values():
-            if math.isinf(found["perplexity_per_token"]):
-                found["perplexity_per_token"] = None  # JSON has no infinity
-        with atomic_write(out / f"{name}.json") as file:
-            file.write(json.dumps(report, indent=1, allow_nan=False).encode())
-        if "windows" in report["protocols"]:
-            draw_loss_by_position(report, out / f"{name}.png")
-    print(f"result  {out / name}.json")
-    if "windows" in report["protocols"]:
-        print(f"picture {out / name}.png")
-
-
-@default_style()
-def draw_loss_by_position(report: dict[str, Any], path: Path) -> None:
-    """Loss against position in the context: where the curve still falls, the model uses memory that far back."""
-    import numpy as np
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    text, protocols = report["text"], report["protocols"]
-    found = protocols["windows"]
-    loss = np.array(found["loss_by_position"], float) / math.log(2)  # None is NaN
-    counts = np.array(found["tokens_by_position"])
-    # Where windows overlap, most positions count in the first one alone, and a single loss says nothing.
-    context = 1 + np.flatnonzero(counts > counts.max() // 2)
-    bits = loss[context - 1]
-    whose = "/".join(Path(report["weights"]["source"]).parts[-3:])
-    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
-    axes = figure.subplots()
-    axes.plot(context, bits, ".", color="tab:blue", alpha=0.2, markersize=4)
-    # Means over stretches that grow by a quarter: single positions scatter more than the curve still falls.
-    stretch = np.floor(np.log(context) / math.log(1.25)).astype(int)
-    members = [stretch == each for each in np.unique(stretch)]
-    axes.plot(
-        [context[m].mean() for m in members],
-        [bits[m].mean() for m in members],
-        color="tab:blue",
-        label=f"{_describe_protocol('windows', found)}: {found['bits_per_token']:.3f} on average",
-    )
-    if carried := protocols.get("carried"):
-        mean = carried["bits_per_token"]
-        axes.axhline(
-            mean,
-            color="gray",
-            linestyle="--",
-            linewidth=1,
-            label=f"{_describe_protocol('carried', carried)}: {mean:.3f}",
-        )
-    axes.set(
-        xscale="log",
-        xlabel="position in the context, tokens",
-        ylabel="bits per byte" if text["vocabulary"]["kind"] == "byte" else "bits per token",
-        title=f"Does the model use its memory?\n{whose} on {text['corpus']}, {text['split']} split",
-    )
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    with atomic_write(path) as file:
-        FigureCanvasAgg(figure).print_png(file)

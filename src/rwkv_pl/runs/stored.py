@@ -10,8 +10,9 @@ import yaml
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
+from rwkv_pl.checks import check_kinds
 from rwkv_pl.compose import check_config, compose, is_group_choice, parse_overrides, require_key, typed_config_dir
-from rwkv_pl.config import Data, Train, check_kinds, split_own_arguments
+from rwkv_pl.config import Data, Train, split_own_arguments
 from rwkv_pl.data.documents import exists
 from rwkv_pl.errors import UserError, one_line
 from rwkv_pl.files import atomic_write, is_outside

@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from rwkv_pl.config import Optim, suggest_key
+from rwkv_pl.checks import suggest_key
+from rwkv_pl.config import Optim
 from rwkv_pl.errors import UserError, one_line
 
 
@@ -65,7 +66,7 @@ def build_optimizer(target: Any, groups: list[dict[str, Any]], optim: Optim) -> 
     except Exception as error:  # a class can refuse its arguments in any way
         raise UserError(f"optim refuses its settings: {one_line(error)[:300]}") from error
     # A fused step could unscale float16 gradients itself, but then they could not be clipped before it.
-    optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+    optimizer._step_supports_amp_scaling = False
     return optimizer
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from brief import shorten_run_end
 
-TEXT = Path(__file__).with_name("test_train.py").read_bytes()[:8000] * 6
+TEXT = Path(__file__).with_name("cli").joinpath("test_train.py").read_bytes()[:8000] * 6
 
 SMALL = (
     "data=text",

@@ -1,0 +1,68 @@
+"""Checks of one setting. Each raises UserError, in one line that names the key and the value."""
+
+import math
+from typing import Any
+
+from rwkv_pl.errors import UserError
+
+
+def check_kinds(prefix: str, given: Any, default: Any) -> None:
+    """A value keeps the kind that its YAML default has; a null default takes any plain value. Raises UserError."""
+    if isinstance(given, dict) and isinstance(default, dict):
+        for key, value in given.items():
+            if key in default:
+                check_kinds(f"{prefix}.{key}", value, default[key])
+    elif default is not None:
+        check_kind(prefix, given, (type(default),))
+
+
+def check_kind(name: str, value: Any, kinds: tuple[type, ...]) -> None:
+    """An int serves where a float is wanted; a bool never serves as an int. Raises UserError."""
+    wanted = kinds + ((int,) if float in kinds else ())
+    if (isinstance(value, bool) and bool not in kinds) or not isinstance(value, wanted):
+        names = " or ".join(_KIND_NAMES[kind] for kind in kinds)
+        raise UserError(f"{name} must be {names}, got {value!r}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{name} must be a finite number, got {value}")
+
+
+_KIND_NAMES = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a word",
+    list: "a list",
+    dict: "a mapping",
+}
+
+
+def suggest_key(key: str, keys: Any) -> str:
+    """ " (did you mean ...?)" where one of `keys` resembles `key`, else what there is."""
+    from difflib import get_close_matches
+
+    close = get_close_matches(key, list(keys), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else f"; there are: {', '.join(map(str, keys))}"
+
+
+def check_one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raises UserError where `value` is none of `allowed`."""
+    if value not in allowed:
+        raise UserError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def check_at_least(name: str, value: float, lowest: float) -> None:
+    """Raises UserError where `value` is below `lowest`, or not finite."""
+    if not (math.isfinite(value) and value >= lowest):
+        raise UserError(f"{name} must be at least {lowest}, got {value}")
+
+
+def check_above(name: str, value: float, bound: float) -> None:
+    """Raises UserError where `value` is not above `bound`, or not finite."""
+    if not (math.isfinite(value) and value > bound):
+        raise UserError(f"{name} must be a finite number above {bound}, got {value}")
+
+
+def check_between(name: str, value: float, lowest: float, bound: float, inclusive: bool = False) -> None:
+    """Raises UserError where `value` is outside [lowest, bound), or [lowest, bound] where inclusive."""
+    if not (lowest <= value < bound or (inclusive and value == bound)):
+        raise UserError(f"{name} must be from {lowest} to {'' if inclusive else 'below '}{bound}, got {value}")
