@@ -20,13 +20,13 @@ def check_kind(name: str, value: Any, kinds: tuple[type, ...]) -> None:
     """An int serves where a float is wanted; a bool never serves as an int. Raises UserError."""
     wanted = kinds + ((int,) if float in kinds else ())
     if (isinstance(value, bool) and bool not in kinds) or not isinstance(value, wanted):
-        names = " or ".join(_KIND_NAMES[kind] for kind in kinds)
+        names = " or ".join(KIND_NAMES[kind] for kind in kinds)
         raise UserError(f"{name} must be {names}, got {value!r}")
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{name} must be a finite number, got {value}")
 
 
-_KIND_NAMES = {
+KIND_NAMES = {
     int: "a whole number",
     float: "a number",
     bool: "true or false",

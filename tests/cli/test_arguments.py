@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from pathlib import Path
 
 import pytest
 from hydra._internal.utils import get_args_parser
@@ -21,7 +22,9 @@ def flags(parser: argparse.ArgumentParser) -> dict[str, tuple]:
 
 @pytest.mark.skipif(sys.version_info >= (3, 14), reason="argparse refuses Hydra's own parser")
 def test_flags_match_installed_hydra():
-    assert flags(HydraParser()) == flags(get_args_parser())
+    ours = flags(HydraParser())
+    del ours["explain"]
+    assert ours == flags(get_args_parser())
 
 
 def test_every_help_can_be_formatted():
@@ -64,3 +67,72 @@ def test_completion(train, monkeypatch):
     assert train("-sc", "query=bash").out.split() == [
         f"schedule={name}" for name in ("constant", "cosine", "exponential", "linear", "wsd")
     ]
+
+
+def rows(result) -> dict[str, str]:
+    """The lines of settings that a command explains, by key."""
+    lines = [line.strip() for line in result.out.splitlines() if line.startswith("  ")]
+    return {key: " ".join(rest.split()) for key, _, rest in (line.partition(" ") for line in lines)}
+
+
+def test_explain_has_every_setting_with_value_kind_and_comment(train):
+    from rwkv_pl.compose import compose, to_plain_dict
+
+    result = train("--explain")
+    assert result.code == 0, result.err
+    shown = rows(result)
+    assert shown["seed"].startswith("42 a whole number of the initialisation")
+    assert shown["data.path"].startswith("data/enwik8 a word or null ")
+    assert shown["optim.lr"].startswith("1.0e-05 a number")
+    assert shown["hydra.launcher.jobs"].startswith("1 a whole number how many")
+    plain = to_plain_dict(compose([]))
+    for group in ("data", "model", "optim", "schedule", "trainer"):
+        assert {f"{group}.{key}" for key in plain[group]} <= shown.keys()
+
+
+def test_explain_takes_a_group_a_choice_a_key_and_other_settings(train):
+    group = train("--explain", "model")
+    assert rows(group)["model.n_layer"].startswith("12 a whole number blocks")
+    assert rows(group)["model=rwkv4_tiny"].startswith("2 x 192, 1.06 million parameters")
+    assert rows(train("--explain", "optim=sgd"))["optim.momentum"].startswith("0.9 a number")
+    assert rows(train("--explain", "data.ctx_len", "experiment=quickstart")) == {
+        "data.ctx_len": "256 a whole number tokens of a sequence"
+    }
+    assert rows(train("--explain", "experiment=quickstart"))["trainer.max_steps"] == "3800"
+    assert "from the folder where the run first starts" in " ".join(train("--explain", "data=text").out.split())
+
+
+def test_explain_a_file_of_the_users_own(train, tmp_path):
+    (tmp_path / "mine" / "optim").mkdir(parents=True)
+    text = "# Mine.\n_target_: torch.optim.SGD\nlr: 0.1  # my rate\nweight_decay: 0.0\nlr_scale: null\n"
+    (tmp_path / "mine" / "optim" / "mine.yaml").write_text(text)
+    shown = rows(train("--explain", "optim=mine", "--config-dir", "mine"))
+    assert (shown["optim.lr"], shown["optim=mine"]) == ("0.1 a number my rate", "Mine.")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--explain", "optim.lrr"], "optim.lrr is not a setting; did you mean lr?"),
+        (["--explain", "optin"], "optin is not a setting; did you mean optim?"),
+        (["--explain", "data=../x"], "data takes the name of a file, not a path"),
+        (["--explain", "data=nothing"], "there is no data=nothing; there are: binidx, enwik8, stdlib, text"),
+        (["--explain", "seed", "-m"], "--explain and --multirun exclude each other"),
+    ],
+)
+def test_explain_refuses_what_does_not_exist_in_one_line(train, argv, message):
+    result = train(*argv)
+    assert (result.code, result.err.count("\n"), message in result.err) == (2, 1, True), result.err
+
+
+def test_eval_explains_its_own_settings(evaluate):
+    shown = rows(evaluate("--explain"))
+    assert shown["warmup"].startswith("1024 a whole number carried:") and "data.path" in shown
+    assert "seed" not in shown
+
+
+def test_settings_page_is_up_to_date():
+    from rwkv_pl.cli.explain import markdown
+
+    page = Path(__file__).parents[2] / "docs" / "guides" / "settings.md"
+    assert page.read_text(encoding="utf-8") == markdown(), "python -m rwkv_pl.cli.explain > docs/guides/settings.md"

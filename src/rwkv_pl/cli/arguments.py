@@ -50,6 +50,11 @@ class HydraParser(argparse.ArgumentParser):
         flag("--experimental-rerun", help="Not used: go on with a run by resume=RUN")
         flag("--info", "-i", nargs="?", const="all", choices=INFO_TOPICS, help=f"About Hydra [{'|'.join(INFO_TOPICS)}]")
 
+        flag(
+            "--explain", nargs="?", const="", metavar="GROUP",
+            help="Each setting with its value, kind and meaning: of a GROUP, a GROUP=FILE, a KEY, or all",
+        )  # fmt: skip
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; settings are written key=value, see --help")
 
@@ -59,9 +64,19 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     args = HydraParser().parse_intermixed_args(argv)
     if args.config_path or args.config_name:
         raise UserError("--config-path and --config-name are not used: put files of yours below a --config-dir")
+    explains = args.explain is not None
+    if explains and "=" in args.explain:
+        args.overrides.append(args.explain)
+        args.explain = args.explain.partition("=")[0]
     if args.multirun and args.cfg:
         raise UserError("--cfg shows the settings of one run: leave out -m")
-    actions = {"--run": args.run, "--multirun": args.multirun, "--cfg": args.cfg, "--info": args.info}
+    actions = {
+        "--explain": explains,
+        "--run": args.run,
+        "--multirun": args.multirun,
+        "--cfg": args.cfg,
+        "--info": args.info,
+    }
     given = [flag for flag, value in (actions | {"--shell-completion": args.shell_completion}).items() if value]
     if len(given) > 1:
         raise UserError(f"{' and '.join(given)} exclude each other: give one of them")

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from rwkv_pl.cli.arguments import parse_arguments, print_hydra_info
 from rwkv_pl.cli.entry import cli_entry_point, default_sigint
 from rwkv_pl.cli.eval_report import print_report, write_report
+from rwkv_pl.cli.explain import print_settings
 from rwkv_pl.compose import compose, is_group_choice, parse_overrides, to_dataclass, to_plain_dict
 from rwkv_pl.config import CORPORA, DATA_PATHS, Data, Eval
 from rwkv_pl.errors import RunError, UserError, one_line
@@ -47,6 +48,9 @@ def main() -> None:
             raise UserError(f"{override.input_line} is not used: out=FOLDER says where the result goes")
         if is_group_choice(override) and override.key_or_group != "data":
             raise UserError(f"{override.input_line}: data alone is chosen here, the model is that of the weights")
+    if args.explain is not None:
+        print_settings(args.explain, [str(o.input_line) for o in overrides], args.config_dir, "eval")
+        return
     if args.help or args.hydra_help or args.info or args.shell_completion or args.cfg in ("hydra", "all"):
         print_hydra_info(argv, [str(o.input_line) for o in overrides], args.config_dir, "eval")
         return

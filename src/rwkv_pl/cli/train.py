@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from rwkv_pl.cli import sweep
 from rwkv_pl.cli.arguments import parse_arguments, print_hydra_info
 from rwkv_pl.cli.entry import cli_entry_point
+from rwkv_pl.cli.explain import print_settings
 from rwkv_pl.compose import check_config, compose, parse_overrides, quote_override
 from rwkv_pl.errors import UserError
 from rwkv_pl.files import require_own_files
@@ -34,7 +35,9 @@ def main() -> None:
     overrides = parse_overrides(args.overrides, sweep=args.multirun)
     resumed = next((o.value() for o in overrides if o.key_or_group == "resume"), None)
     others = [o for o in overrides if o.key_or_group != "resume"]
-    if args.cfg and resumed is not None:
+    if args.explain is not None:
+        print_settings(args.explain, [str(o.input_line) for o in overrides], args.config_dir)
+    elif args.cfg and resumed is not None:
         print(OmegaConf.to_yaml(StoredRun(_find_run_folder(resumed)).apply_overrides(others)[0]), end="")
     elif args.help or args.hydra_help or args.cfg or args.info or args.shell_completion:
         plain = [str(o.input_line) for o in overrides if not o.is_sweep_override()]

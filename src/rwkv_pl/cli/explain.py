@@ -1,0 +1,247 @@
+"""--explain: every setting with its value, its kind and the comment of its YAML file.
+
+`python -m rwkv_pl.cli.explain` prints docs/guides/settings.md.
+"""
+
+import itertools
+import re
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from types import NoneType
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+
+from rwkv_pl.checks import KIND_NAMES
+from rwkv_pl.compose import CONFIG_MODULE, compose, require_key, to_plain_dict
+from rwkv_pl.config import GROUPS, TRAINER_KINDS, TRAINER_NULLABLE, Data, Eval, Model, Optim, Schedule, Train
+from rwkv_pl.terminal import console
+
+# Groups of a sweep's own settings.
+HYDRA_GROUPS = ("hydra/launcher", "hydra/sweeper")
+SCHEMAS = {"data": Data, "model": Model, "optim": Optim, "schedule": Schedule}
+# A key is the name of a callback or logger, so that the files of the group share no key.
+NAMED_GROUPS = ("callbacks", "logger")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """key: dotted, as typed. value: as YAML. kind: in words."""
+
+    key: str
+    value: str
+    kind: str
+    comment: str
+
+
+@dataclass(frozen=True)
+class ConfigFile:
+    """A file of a group. head: the comment at its top. comments: by dotted key, those of its defaults included.
+    values: those that the file sets itself.
+    """
+
+    name: str
+    head: str
+    comments: dict[str, str]
+    values: dict[str, Any]
+
+    @property
+    def summary(self) -> str:
+        """The first sentence of the head."""
+        return re.split(r"(?<=[.?!])\s", self.head, maxsplit=1)[0]
+
+
+def print_settings(topic: str, overrides: Sequence[str], config_dir: str | None, name: str = "train") -> None:
+    """Prints the settings of a group, or of a key, or all if `topic` is empty. Raises UserError for another topic."""
+    config = compose(overrides, config_dir, name)
+    folders = [resources.files(CONFIG_MODULE), *([Path(config_dir)] if config_dir else [])]
+    known = (*GROUPS, *HYDRA_GROUPS) if name == "train" else ("data",)
+    groups = {group: read_group(folders, group) for group in known}
+    settings = {group: list_settings(config, group, files, name) for group, files in {"": {}, **groups}.items()}
+    if topic and topic not in groups:
+        require_key(topic, config)
+        settings.pop("experiment", None)
+        found = [s for each in settings.values() for s in each if f"{s.key}.".startswith(f"{topic}.")]
+        _print_table([_row(setting) for setting in found])
+        return
+    for group in [topic] if topic else ["", *groups]:
+        files, choice = groups.get(group, {}), _choice(config, group)
+        if group:
+            print(f"\n{group}={choice or 'NAME'}  {files[choice].head if choice in files else ''}".rstrip())
+        _print_table([_row(setting) for setting in settings[group]])
+        if topic or group == "experiment":
+            print("  files:")
+            _print_table([(f"{group}={file.name}", file.summary) for file in files.values()])
+    if not topic:
+        print("\n--explain GROUP lists the files of a group, --explain GROUP=FILE the settings of a file.")
+
+
+def _row(setting: Setting) -> tuple[str, ...]:
+    return setting.key, setting.value, setting.kind, setting.comment
+
+
+def _print_table(rows: Sequence[Sequence[str]]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    for i in range(max((len(row) for row in rows), default=0)):
+        table.add_column(no_wrap=i == 0, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(("  " if i == 0 else "") + cell) for i, cell in enumerate(row)))
+    if rows:
+        console().print(table)
+
+
+def _choice(config: DictConfig, group: str) -> str | None:
+    """The file of the group, or the files; None if the config has no such group."""
+    if group in NAMED_GROUPS and group in config:
+        return ",".join(str(name) for name in config[group]) or "none"
+    return OmegaConf.select(config, f"hydra.runtime.choices.{group}")
+
+
+def list_settings(config: DictConfig, group: str, files: dict[str, ConfigFile], name: str = "train") -> list[Setting]:
+    """The settings of a group as composed; group "": those that are in no group."""
+    choice = _choice(config, group)
+    if group == "experiment":
+        values = files[choice].values if choice in files else {}
+        return [Setting(key, to_yaml(value), "", "") for key, value in _flatten(values, depth=2)]
+    plain: Any = OmegaConf.to_container(config.hydra) if group in HYDRA_GROUPS else to_plain_dict(config)
+    if group == "":
+        comments = read_file(resources.files(CONFIG_MODULE), "", name).comments
+        plain = {key: value for key, value in plain.items() if key not in GROUPS}
+    else:
+        shown = files.values() if group in NAMED_GROUPS else [files[choice]] if choice in files else []
+        comments = {key: text for file in shown for key, text in file.comments.items()}
+        plain = plain[group.rpartition("/")[2]]
+    return _describe(group, plain, comments, name)
+
+
+def _describe(group: str, values: dict[str, Any], comments: dict[str, str], name: str = "train") -> list[Setting]:
+    prefix = group.replace("/", ".")
+    settings = []
+    for key, value in _flatten(values, depth=2 if group in NAMED_GROUPS else 1):
+        if not key.endswith("_target_") or group == "optim":
+            kind = describe_kind(group, key, value, name)
+            settings.append(Setting(f"{prefix}.{key}".lstrip("."), to_yaml(value), kind, comments.get(key, "")))
+    return settings
+
+
+def _flatten(plain: dict[str, Any], depth: int) -> Iterator[tuple[str, Any]]:
+    for key, value in plain.items():
+        if depth > 1 and isinstance(value, dict):
+            for inner, inner_value in _flatten(value, depth - 1):
+                yield f"{key}.{inner}", inner_value
+        else:
+            yield key, value
+
+
+def to_yaml(value: Any) -> str:
+    """A value as it would stand in a YAML file."""
+    return yaml.safe_dump(value, default_flow_style=True, width=10**6, sort_keys=False).removesuffix("...\n").strip()
+
+
+def describe_kind(group: str, key: str, value: Any, name: str = "train") -> str:
+    """The kinds of values that a setting takes, in words."""
+    schema = SCHEMAS.get(group) or ((Eval if name == "eval" else Train) if group == "" else None)
+    hints = typing.get_type_hints(schema) if schema else {}
+    if key in hints:
+        kinds = typing.get_args(hints[key]) if NoneType in typing.get_args(hints[key]) else (hints[key],)
+    elif group == "trainer" and key in TRAINER_KINDS:
+        nullable = value is None or key in TRAINER_NULLABLE
+        kinds = (*TRAINER_KINDS[key], *([NoneType] if nullable else []))
+    else:
+        kinds = (type(value),)
+    words = [KIND_NAMES.get(typing.get_origin(kind) or kind, "any") for kind in kinds if kind is not NoneType]
+    return " or ".join(words + ["null"] * (NoneType in kinds)) if words else "any"
+
+
+def read_group(folders: Sequence[Any], group: str) -> dict[str, ConfigFile]:
+    """The files of a group by name, those of later folders first of all."""
+    files: dict[str, ConfigFile] = {}
+    for folder in folders if group else ():
+        place = folder.joinpath(*group.split("/"))
+        if place.is_dir():
+            names = sorted(file.name.removesuffix(".yaml") for file in place.iterdir() if file.name.endswith(".yaml"))
+            files |= {name: read_file(folder, group, name) for name in names}
+    return files
+
+
+def read_file(folder: Any, group: str, name: str) -> ConfigFile:
+    """Reads a file's comments, and those of the files of the same group in its `defaults`."""
+    place = folder.joinpath(*group.split("/")) if group else folder
+    text = place.joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+    lines = text.splitlines()
+    comments: dict[str, str] = {}
+    values = yaml.safe_load(text) or {}
+    for default in values.pop("defaults", []) if group else ():
+        if isinstance(default, str) and default != "_self_":  # a file of the same group
+            comments |= read_file(folder, group, default).comments
+    if isinstance(root := yaml.compose(text), yaml.MappingNode):
+        comments |= dict(_comments_of(root, lines))
+    head = [line.lstrip("# ") for line in itertools.takewhile(lambda line: line.startswith("#"), lines)]
+    head = [line for line in head if not line.startswith("@package")]
+    head.sort(key=lambda line: line.startswith("http"))  # addresses last
+    return ConfigFile(name, " ".join(head), comments, values)
+
+
+def _comments_of(node: yaml.MappingNode, lines: list[str], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """The comment after each value, with the lines below it that hold a comment alone and are indented further."""
+    for key, value in node.value:
+        name = f"{prefix}{key.value}"
+        block = isinstance(value, yaml.MappingNode) and not value.flow_style
+        end = key.end_mark if block else value.end_mark
+        rest = lines[end.line][end.column :] if end.line < len(lines) else ""
+        if comment := re.match(r"\s*#\s*(.*)", rest):
+            words = [comment[1]]
+            for line in lines[end.line + 1 :]:
+                further = re.fullmatch(r"(\s+)#\s*(.*)", line)
+                if not further or len(further[1]) <= key.start_mark.column:
+                    break
+                words.append(further[2])
+            yield name, " ".join(words)
+        if block:
+            yield from _comments_of(value, lines, f"{name}.")
+
+
+HEAD = """# Settings
+
+Made by `python -m rwkv_pl.cli.explain` from the files in [conf/](../../conf); `rwkv-train --explain` prints the same in
+a terminal, for the settings that you give. A setting is typed as `key=value`, a file of a group as `group=file`.
+"""
+
+
+def markdown() -> str:
+    """docs/guides/settings.md."""
+    conf = resources.files(CONFIG_MODULE)
+    text = [HEAD, "## Without a group\n", *_rows(list_settings(compose([]), "", {}))]
+    for group in (*GROUPS, *HYDRA_GROUPS):
+        text.append(f"## {group}\n")
+        for name, file in read_group([conf], group).items():
+            text.append(f"**`{group}={name}`**: {_cell(file.head)}\n")
+            if group == "experiment":
+                values = {key: value for key, value in file.values.items() if key != "hydra"}
+                rows = [f"{key}={to_yaml(value)}" for key, value in _flatten(values, depth=2)]
+                text += ["```yaml", *rows, "```\n"] if rows else []
+                continue
+            text += _rows(_describe(group, file.values, file.comments))
+    return "\n".join(text).rstrip("\n") + "\n"
+
+
+def _rows(settings: Sequence[Setting]) -> list[str]:
+    if not settings:
+        return []
+    rows = [f"| `{s.key}` | `{s.value}` | {s.kind} | {_cell(s.comment)} |" for s in settings]
+    return ["| setting | value | kind | |", "|---|---|---|---|", *rows, ""]
+
+
+def _cell(text: str) -> str:
+    return re.sub(r"([|<*])", r"\\\1", text)
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")
