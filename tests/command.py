@@ -23,6 +23,7 @@ SMALL = (
     "trainer.accelerator=cpu",
     "trainer.max_steps=4",
     "trainer.limit_val_batches=2",
+    "trainer.val_check_interval=5000",
 )
 
 

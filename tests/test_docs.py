@@ -262,8 +262,7 @@ def test_links_and_pictures_lead_somewhere(page):
             continue
         path, _, anchor = target.partition("#")
         file = (ROOT / page).parent / path if path else ROOT / page
-        name = file.resolve().relative_to(ROOT).as_posix()
-        assert file.exists() or name in GENERATED, target
+        assert file.exists(), target
         if anchor:
             headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
             slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
@@ -272,5 +271,6 @@ def test_links_and_pictures_lead_somewhere(page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_a_page_is_readable_as_text(page):
-    assert [line for line in PAGES[page].splitlines() if len(line) > 120] == []
+    if page not in GENERATED:
+        assert [line for line in PAGES[page].splitlines() if len(line) > 120] == []
     assert page != "README.md" or PAGES[page].count("\n") <= 150

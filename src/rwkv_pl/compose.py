@@ -24,6 +24,7 @@ from rwkv_pl.checks import check_kind, check_kinds, suggest_key
 from rwkv_pl.config import GROUPS, Train, check_trainer, split_own_arguments
 from rwkv_pl.errors import UserError, one_line
 from rwkv_pl.targets import MOVED, check_target, find_targets, trusted_modules
+from rwkv_pl.terminal import quote_override
 
 # For a number in a config that follows another: ${divide:1.5,${model.n_embd}}
 OmegaConf.register_new_resolver("divide", lambda a, b: a / b, replace=True)
@@ -221,8 +222,3 @@ def to_dataclass(plain: dict[str, Any], schema: type[Schema]) -> Schema:
             keys = OmegaConf.select(OmegaConf.structured(schema), parent) if parent else OmegaConf.structured(schema)
             raise UserError(f"{key} is not a setting{suggest_key(key.rpartition('.')[2], keys)}") from error
         raise UserError(f"{key}: {one_line(str(error.msg).split('full_key')[0])}") from error
-
-
-def quote_override(value: str | Path) -> str:
-    """A text as the value of a Hydra override, whatever characters it has."""
-    return "'" + str(value).replace("\\", "\\\\").replace("'", "\\'") + "'"

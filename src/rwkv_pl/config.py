@@ -272,6 +272,7 @@ GROUPS = ("data", "model", "optim", "schedule", "trainer", "callbacks", "logger"
 TRAINER_KINDS: dict[str, tuple[type, ...]] = {
     "devices": (int, str, list),
     "accumulate_grad_batches": (int, str),
+    "val_check_interval": (int, str),
     "precision": (str, int),
     "max_epochs": (int,),
     "max_time": (str, dict),
@@ -311,11 +312,10 @@ def check_trainer(trainer: dict[str, Any], defaults: dict[str, Any]) -> None:
             continue
         check_kind(f"trainer.{key}", value, kinds)
     trainer = defaults | trainer
-    if isinstance(trainer["accumulate_grad_batches"], str):
-        check_one_of(
-            "trainer.accumulate_grad_batches, where not a number,", trainer["accumulate_grad_batches"], ("auto",)
-        )
-        trainer["accumulate_grad_batches"] = 1
+    for key in ("accumulate_grad_batches", "val_check_interval"):
+        if isinstance(trainer[key], str):
+            check_one_of(f"trainer.{key}, where not a number,", trainer[key], ("auto",))
+            trainer[key] = 1
     for key in ("max_steps", "max_epochs"):
         if trainer[key] is not None and trainer[key] < 1 and trainer[key] != -1:
             raise UserError(f"trainer.{key} must be at least 1, or -1 for no limit, got {trainer[key]}")

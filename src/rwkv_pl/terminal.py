@@ -1,6 +1,10 @@
 """What a command prints besides its results: an error's one line, tables."""
 
 import io
+import os
+import re
+import shlex
+import shutil
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +23,26 @@ def print_error(error: BaseException | str, code: int = BAD_INPUT) -> int:
     """Prints one line on stderr, with the command's name. Returns the exit code."""
     print(f"{Path(sys.argv[0]).name}: {one_line(error)}", file=sys.stderr)
     return code
+
+
+def quote_override(value: str | Path) -> str:
+    """A text as the value of a Hydra override, whatever characters it has."""
+    return "'" + str(value).replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def resume_command(folder: Path) -> str:
+    """The command that resumes a run, to be typed in this shell: with its path if the shell would not find it."""
+    program = shutil.which("rwkv-train")
+    own = Path(sys.executable).with_name("rwkv-train.exe" if os.name == "nt" else "rwkv-train")
+    if own.exists() and not (program and own.samefile(program)):
+        program = str(own.relative_to(Path.cwd()) if own.is_relative_to(Path.cwd()) else own)
+    else:
+        program = "rwkv-train"
+    plain = re.fullmatch(r"[\w./:\\-]+", str(folder), re.ASCII)
+    words = (program, f"resume={folder if plain else quote_override(folder)}")
+    if os.name == "nt":
+        return " ".join(f'"{word}"' if " " in word else word for word in words)
+    return shlex.join(words)
 
 
 def console() -> "Console":

@@ -79,7 +79,7 @@ def test_tokens_and_folders_that_cannot_be_written(tmp_path):
     assert_reported(result, 2, "cache/tokens")
     assert not (tmp_path / "run").exists()
     assert not list((tmp_path / "cache").rglob("*.partial"))
-    result = forks.run(tmp_path, *RUN, strikes=[Strike("rwkv_pl.runs.folder:publish", 2, raise_disk_full)])
+    result = forks.run(tmp_path, *RUN, strikes=[Strike("rwkv_pl.runs.folder:atomic_write", 2, raise_disk_full)])
     assert_reported(result, 1, "")
     finish_run(tmp_path, *RUN)
 

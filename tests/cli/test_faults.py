@@ -20,6 +20,7 @@ from quick_compiler import quick_compiler
 from test_ranks import begin, free_port
 
 from rwkv_pl.files import cache_folder
+from rwkv_pl.terminal import resume_command
 
 CORPUS = "Fünf größere Bären äßen Öl. ".encode() * 100 + TEXT
 
@@ -122,7 +123,7 @@ LONG = pytest.mark.slow  # a moment near another one
     [
         pytest.param(Strike("rwkv_pl.data.vocabulary:Vocabulary.encode", 2, kill), AGAIN, id="tokenising"),
         pytest.param(Strike("rwkv_pl.runs.folder:create_run_dir", 1, kill, after=True), AGAIN, id="folder-made"),
-        pytest.param(Strike("rwkv_pl.runs.folder:publish", 2, kill), AGAIN, id="settings-half-written"),
+        pytest.param(Strike("rwkv_pl.runs.folder:atomic_write", 2, kill), AGAIN, id="settings-half-written"),
         pytest.param(
             Strike("rwkv_pl.training.callbacks.metrics:_rewrite_csv", 1, kill), RESUME, id="starting", marks=LONG
         ),
@@ -157,9 +158,9 @@ def test_a_run_that_is_killed_while_it_compiles_ends_in_the_same_bits(folder, un
     compiling = Strike("rwkv_pl.ops.build:_compile_cpu", 1, kill_soon)
     assert forks.run(folder, *RUN, strikes=[compiling], CXX=str(slow), **cache).code == -signal.SIGKILL
     assert list((folder / "cache" / "kernels").glob("building-*"))
-    finish_run(folder, *RUN, CXX=quick_compiler(folder), **cache)
+    result = finish_run(folder, *RUN, CXX=quick_compiler(folder), **cache)
     assert not list((folder / "cache" / "kernels").glob("building-*"))
-    assert list((folder / "cache" / "kernels").glob("*.so"))
+    assert list((folder / "cache" / "kernels").glob("*.so")), result.out + result.err
     assert_the_same(folder / "run", uninterrupted_run)
 
 
@@ -178,7 +179,7 @@ def test_a_run_that_is_killed_while_it_compiles_ends_in_the_same_bits(folder, un
 def test_stopped_run_resumes_to_the_same_bits(folder, uninterrupted_run, strike, step):
     result = forks.run(folder, *RUN, strikes=[strike])
     assert result.code == 143, result.err
-    goes_on = f"rwkv-train resume={folder / 'run'} goes on"
+    goes_on = f"{resume_command(folder / 'run')} goes on"
     assert result.out.splitlines()[-1] == f"stopped by SIGTERM after step {step}; {goes_on}"
     finish_run(folder, "resume=run")
     assert_the_same(folder / "run", uninterrupted_run)
@@ -227,6 +228,12 @@ def test_ctrl_c(folder):
     assert result.code == 130
     assert "stopped by SIGINT after step 4" in result.out
     assert read_step(folder / "run") == 4
+
+
+def test_curve_is_drawn_when_a_run_is_stopped(folder):
+    """Before its first validation, and long before the next drawing by the clock."""
+    assert forks.run(folder, *RUN, strikes=[Strike(TRAINING_STEP, 5, interrupt)]).code == 130
+    assert (folder / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
 PREPARING = "rwkv_pl.data.datamodule:DataModule.prepare_data"

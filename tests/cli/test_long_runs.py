@@ -16,6 +16,7 @@ from test_train import load_checkpoint, read_column, read_metrics
 
 from rwkv_pl.errors import UserError
 from rwkv_pl.runs.folder import locked
+from rwkv_pl.terminal import resume_command
 from rwkv_pl.training import checkpoint_io, module
 from rwkv_pl.training.module import LitRWKV
 
@@ -67,7 +68,7 @@ def test_nonfinite_loss_or_gradient_stops_the_run_before_the_step(train, tmp_pat
     for told in ("of batch 4 is not finite", "loss ", "gradient norm ", "learning rate 0.01", "optimizer step 5"):
         assert told in result.err
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
-    assert f"the last checkpoint is {last} of step 4: rwkv-train resume={tmp_path / 'run'} goes on" in result.err
+    assert f"the last checkpoint is {last} of step 4: {resume_command(tmp_path / 'run')} goes on" in result.err
     assert all(value.isfinite().all() for value in load_checkpoint(tmp_path / "run")["state_dict"].values())
     assert [step for step, _ in read_column(tmp_path / "run", "train/loss")] == [1, 2, 3, 4]
 

@@ -74,6 +74,18 @@ def test_a_table_a_file_and_a_picture(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_mean_and_spread_over_seeds(tmp_path, capsys, monkeypatch):
+    for number, (seed, lr, bits) in enumerate([(1, 1e-3, 2.0), (2, 1e-3, 2.5), (3, 1e-3, 3.0), (1, 1e-4, 4.0)]):
+        folder = make_run_folder(tmp_path / str(number), [bits], optim__lr=lr)
+        config = yaml.safe_load((folder / ".hydra" / "config.yaml").read_text()) | {"seed": seed}
+        (folder / ".hydra" / "config.yaml").write_text(yaml.safe_dump(config))
+    make_run_folder(tmp_path / "4", [9.0], optim__lr=1e-3, status="stopped")
+    _, out, _ = run_report(capsys, monkeypatch, tmp_path)
+    lines = [line.split("│")[1:-1] for line in out.splitlines() if line.startswith("│")]
+    cells = [[cell.strip() for cell in line] for line in lines]
+    assert cells[-2:] == [["0.001", "3", "2.5000", "0.5000"], ["0.0001", "1", "4.0000", ""]]
+
+
 def test_later_settings_count(tmp_path):
     folder = make_run_folder(tmp_path / "a", [5.0], optim__lr=1e-2)
     (folder / ".hydra" / "resumes.yaml").write_text(yaml.safe_dump([{"set": {"optim.lr": 5e-3}, "remove": []}]))

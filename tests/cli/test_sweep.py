@@ -196,7 +196,7 @@ def test_first_trial_uses_the_config_values(space, expected):
     sweeper = StudySweeper(n_trials=1, sampler="tpe", pruner="none", seed=1)
     sweeper.config = compose(["optim=rwkv", "schedule=cosine", "optim.lr=1e-2", "seed=2", "schedule.final_lr=1e-4"])
     distributions = {o.key_or_group: to_distribution(o) for o in parse_overrides(space, sweep=True)}
-    assert sweeper._default(distributions) == expected
+    assert sweeper._default_params(distributions) == expected
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +14,11 @@ import yaml
 from command import SMALL
 
 from rwkv_pl import load_weights
+from rwkv_pl.config import Train
 from rwkv_pl.runs.folder import create_run_dir
+from rwkv_pl.runs.inputs import choose_val_check_interval
 from rwkv_pl.training import memory
+from rwkv_pl.weights.metadata import Metadata
 
 
 def read_metrics(run: Path) -> list[dict[str, str]]:
@@ -96,6 +100,38 @@ def test_accumulation_does_not_change_the_result(train, tmp_path):
             assert [step for step, _ in whole] == [step for step, _ in parts], name
             # Sums in another order, in float32, and Adam divides by small numbers.
             assert [float(x) for _, x in parts] == pytest.approx([float(x) for _, x in whole], rel=1e-3), name
+
+
+def test_validation_comes_ten_times_in_a_run_and_at_the_same_steps_in_a_longer_one(train, tmp_path):
+    often = ("trainer.max_steps=25", "trainer.val_check_interval=auto", "trainer.accumulate_grad_batches=2")
+    assert train(*SMALL, *often, "hydra.run.dir=run").code == 0
+    validated = [3, 6, 9, 12, 15, 18, 21, 24, 25]
+    assert [int(step) for step, _ in read_column(tmp_path / "run", "val/loss")] == validated
+    assert train("resume=run", "trainer.max_steps=32").code == 0
+    assert [int(step) for step, _ in read_column(tmp_path / "run", "val/loss")] == [*validated, 27, 30, 32]
+    assert train("resume=run", "trainer.max_steps=36", "trainer.val_check_interval=2").code == 0
+    assert [int(step) for step, _ in read_column(tmp_path / "run", "val/loss")][-3:] == [32, 34, 36]
+
+
+def test_auto_validation_interval():
+    def interval(max_steps: int, given: Any = "auto", resumed: int | None = None) -> int:
+        metadata = Metadata("rwkv4", {}, None, None, val_check_interval=resumed)
+        return choose_val_check_interval(Train(trainer={"val_check_interval": given}), max_steps, metadata)
+
+    assert [interval(steps) for steps in (1, 10, 11, 49_990, 50_001, -1)] == [1, 1, 2, 4_999, 5_000, 5_000]
+    assert interval(100, resumed=7) == 7 and interval(100, given=3, resumed=7) == 3
+
+
+def test_resume_with_another_number_of_threads_says_that_bits_may_differ(train, tmp_path):
+    assert train(*SMALL, "hydra.run.dir=run").code == 0
+    assert "threads" not in train("resume=run", "trainer.max_steps=5").out
+    path = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    content = load_checkpoint(tmp_path / "run")
+    before = content["rwkv_pl"]["threads"]
+    content["rwkv_pl"]["threads"] = before + 3
+    torch.save(content, path)
+    result = train("resume=run", "trainer.max_steps=6")
+    assert f"threads {before}, the run had {before + 3}: its bits may differ from now on" in result.out, result.err
 
 
 RESUMED = (

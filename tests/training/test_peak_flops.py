@@ -70,5 +70,5 @@ def test_the_dtype_is_that_in_which_products_run(precision, dtype):
 
 def test_a_speed_that_is_reached_raises_the_peak(tmp_path):
     history = MetricsRecorder(tmp_path, 1, flops_per_token=10, peak=100)
-    shares = [history._arithmetic(speed)["mfu"] for speed in (5, 20, 5)]
+    shares = [history._flops_figures(speed)["mfu"] for speed in (5, 20, 5)]
     assert shares == [0.5, 1, 0.25]

@@ -16,7 +16,7 @@ from hydra_plugins.rwkv_pl.grid import GridSweeper
 from hydra_plugins.rwkv_pl.launcher import ProcessLauncher
 from hydra_plugins.rwkv_pl.study import StudySweeper
 from rwkv_pl.cli.arguments import run_with_hydra
-from rwkv_pl.compose import check_config, compose, parse_overrides, quote_override, typed_config_dir
+from rwkv_pl.compose import check_config, compose, parse_overrides, typed_config_dir
 from rwkv_pl.config import CORPORA
 from rwkv_pl.data.documents import exists
 from rwkv_pl.errors import UserError, one_line
@@ -25,7 +25,7 @@ from rwkv_pl.runs.folder import create_run_dir, has_started, locked
 from rwkv_pl.sweeps.jobs import expand_grid, merge_params
 from rwkv_pl.sweeps.pool import run_job
 from rwkv_pl.sweeps.report import print_report
-from rwkv_pl.terminal import FAILED
+from rwkv_pl.terminal import FAILED, quote_override
 
 MULTIRUN = "multirun.yaml"
 

@@ -16,13 +16,13 @@ from rwkv_pl.cli import sweep
 from rwkv_pl.cli.arguments import parse_arguments, print_hydra_info
 from rwkv_pl.cli.entry import cli_entry_point
 from rwkv_pl.cli.explain import print_settings
-from rwkv_pl.compose import check_config, compose, parse_overrides, quote_override
+from rwkv_pl.compose import check_config, compose, parse_overrides
 from rwkv_pl.errors import UserError
 from rwkv_pl.files import require_own_files
 from rwkv_pl.runs import ranks
 from rwkv_pl.runs.folder import SWEEP_JOB_ENV, find_latest_run
 from rwkv_pl.runs.stored import StoredRun, require_inside_run_folder, require_no_download
-from rwkv_pl.terminal import IgnoreBrokenPipe
+from rwkv_pl.terminal import IgnoreBrokenPipe, quote_override
 
 
 @cli_entry_point

@@ -20,6 +20,7 @@ from lightning.pytorch.profilers import AdvancedProfiler, PassThroughProfiler, P
 
 from rwkv_pl.config import Train
 from rwkv_pl.errors import UserError, one_line
+from rwkv_pl.runs.inputs import Inputs
 from rwkv_pl.targets import load_class
 from rwkv_pl.training.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
 from rwkv_pl.training.checkpoint_io import DurableCheckpointIO
@@ -51,23 +52,13 @@ FIXED_TRAINER = {
 }
 
 
-def build_trainer(
-    config: Train,
-    folder: Path,
-    max_steps: int,
-    accumulate: int | None,
-    callbacks: list[Callback],
-    loggers: list[Logger],
-) -> Trainer:
-    """Lightning's Trainer with the config's arguments. Raises UserError for a value that it refuses.
-
-    accumulate: the micro-batches of a step so far, which accumulate_grad_batches=auto keeps.
-    """
-    arguments = config.trainer | FIXED_TRAINER | {"max_steps": max_steps}
+def build_trainer(inputs: Inputs, folder: Path, callbacks: list[Callback], loggers: list[Logger]) -> Trainer:
+    """Lightning's Trainer with the config's arguments. Raises UserError for a value that it refuses."""
+    arguments = inputs.config.trainer | FIXED_TRAINER | {"max_steps": inputs.max_steps}
     # Lightning counts this one in micro-batches; steps are optimizer steps everywhere in the config.
     if arguments["accumulate_grad_batches"] == "auto":
-        arguments["accumulate_grad_batches"] = accumulate or 1  # until Start has found it
-    arguments["val_check_interval"] *= arguments["accumulate_grad_batches"]
+        arguments["accumulate_grad_batches"] = inputs.accumulate or 1  # until Start has found it
+    arguments["val_check_interval"] = inputs.val_check_interval * arguments["accumulate_grad_batches"]
     if name := arguments["profiler"]:
         if name not in PROFILERS:
             raise UserError(f"trainer.profiler must be one of {', '.join(PROFILERS)}, got {name}")

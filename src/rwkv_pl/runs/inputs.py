@@ -1,5 +1,6 @@
 """What a run starts from: corpus, weights, checkpoint, opened and checked against the config. Makes no folder."""
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -20,8 +21,12 @@ from rwkv_pl.runs.stored import StoredRun
 from rwkv_pl.targets import find_targets, load_class
 from rwkv_pl.training.module import LitRWKV
 from rwkv_pl.training.schedule import check_schedule
+from rwkv_pl.weights.metadata import Metadata
 from rwkv_pl.weights.read import read_weights
 from rwkv_pl.weights.tensors import Weights
+
+# Of trainer.val_check_interval=auto.
+MAX_VAL_CHECK_INTERVAL = 5000
 
 
 @dataclass
@@ -29,13 +34,14 @@ class Inputs:
     """What a run is made of. The module builds its model when the Trainer asks for it.
 
     resume_from: the checkpoint, of step done_steps. ended: why the run is over, if it is. accumulate: the micro-batches
-    of a step before. remarks: lines for the head of the run.
+    of a step before. val_check_interval: optimizer steps between validations. remarks: lines for the head of the run.
     """
 
     config: Train
     data: DataModule
     module: LitRWKV
     max_steps: int
+    val_check_interval: int
     resume_from: Path | None = None
     done_steps: int = 0
     finish_reason: str | None = None
@@ -162,9 +168,20 @@ def open_inputs(config: Train, cwd: Path, resume_from: Path | None = None) -> In
     choose_accelerator(config)
     if comparison := choose_precision(config, resumed.precision if resumed else None):
         remarks.append(comparison)
-    accumulate = resumed.accumulate if resumed else None
+    threads = torch.get_num_threads()
+    if resumed and resumed.threads not in (None, threads):
+        remarks.append(f"threads {threads}, the run had {resumed.threads}: its bits may differ from now on")
     return Inputs(
-        config, data, make_module(build_model), max_steps, resume_from, done_steps, finish_reason, accumulate, remarks
+        config,
+        data,
+        make_module(build_model),
+        max_steps,
+        choose_val_check_interval(config, max_steps, resumed),
+        resume_from,
+        done_steps,
+        finish_reason,
+        resumed.accumulate if resumed else None,
+        remarks,
     )
 
 
@@ -213,6 +230,16 @@ def count_steps(config: Train, steps_per_pass: int) -> int:
     if not lengths and config.trainer["max_time"] is None:
         raise UserError("the run has no end: give trainer.max_steps, trainer.max_epochs or trainer.max_time")
     return min(lengths, default=-1)
+
+
+def choose_val_check_interval(config: Train, max_steps: int, resumed: Metadata | None) -> int:
+    """Optimizer steps between validations; auto keeps those of the run that is resumed, which may get longer."""
+    given = config.trainer["val_check_interval"]
+    if given != "auto":
+        return given
+    if resumed and resumed.val_check_interval:
+        return resumed.val_check_interval
+    return min(MAX_VAL_CHECK_INTERVAL, math.ceil(max_steps / 10)) if max_steps > 0 else MAX_VAL_CHECK_INTERVAL
 
 
 def count_validation_batches(config: Train, data: DataModule) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 from rwkv_pl.errors import RunError, UserError, one_line
 from rwkv_pl.files import atomic_write, describe_os_error
 from rwkv_pl.runs.ranks import is_first_process
+from rwkv_pl.terminal import resume_command
 
 log = logging.getLogger("rwkv_pl")
 
@@ -104,5 +105,5 @@ def resume_hint(folder: Path) -> str:
             step = read_checkpoint(path, checked=False)["global_step"]
         except (UserError, KeyError):
             continue
-        return f"the last checkpoint is {path} of step {step:,}: rwkv-train resume={folder} goes on from it"
-    return f"there is no checkpoint yet: rwkv-train resume={folder} starts it again"
+        return f"the last checkpoint is {path} of step {step:,}: {resume_command(folder)} goes on from it"
+    return f"there is no checkpoint yet: {resume_command(folder)} starts it again"

@@ -79,7 +79,7 @@ def run(inputs: Inputs, folder: Path, record: Record, resumed: bool = False) -> 
     first = [Start(inputs, metrics, record), metrics, *progress, *trial]
     callbacks = [*first, *build.build_callbacks(config, folder), StopOnSignal(), PendingValidation(metrics)]
     loggers = build.build_loggers(config, folder, max(inputs.done_steps, 1) if resumed else None)
-    trainer = build.build_trainer(config, folder, inputs.max_steps, inputs.accumulate, callbacks, loggers)
+    trainer = build.build_trainer(inputs, folder, callbacks, loggers)
 
     device, accumulate = trainer.strategy.root_device, trainer.accumulate_grad_batches
     choose_matmul_precision(config, device)

@@ -19,11 +19,12 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from rwkv_pl.compose import check_config, parse_overrides, quote_override, typed_config_dir
+from rwkv_pl.compose import check_config, parse_overrides, typed_config_dir
 from rwkv_pl.errors import RunError, UserError, one_line
 from rwkv_pl.files import atomic_write
 from rwkv_pl.runs.folder import has_started, locked
 from rwkv_pl.runs.outcome import read_result, write_result
+from rwkv_pl.terminal import quote_override
 
 
 @dataclass

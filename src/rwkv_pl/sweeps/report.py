@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from omegaconf import OmegaConf
@@ -20,6 +20,9 @@ from rwkv_pl.runs.outcome import DONE_STATUSES, RESULT_FILE, read_result
 from rwkv_pl.runs.stored import flatten
 from rwkv_pl.terminal import console
 from rwkv_pl.training.curve import draw_sweep, read_rows
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 # What reading a file of another content ends in.
 READ_ERRORS = (OSError, LookupError, TypeError, ValueError, AttributeError)
@@ -171,11 +174,35 @@ def _print_table(runs: Sequence[Run], names: Sequence[str], keys: Sequence[str])
     for run, name in zip(runs, names, strict=True):
         if run.error:
             screen.print(f"{name}: {run.error}", markup=False, highlight=False, soft_wrap=True)
+    _print_seeds(screen, runs, keys)
     if best is not None and len(runs) > 1:
         winner, name = next((run, name) for run, name in zip(runs, names, strict=True) if run.best == best)
         how = ", ".join(f"{key}={_format_value(winner.settings.get(key))}" for key in keys)
         line = f"best: {name}, {best:.4f} bits per byte" + (f": {how}" if how else "")
         screen.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _print_seeds(screen: "Console", runs: Sequence[Run], keys: Sequence[str]) -> None:
+    """Prints the mean and the sample standard deviation of finished runs that differ in the seed alone."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    if "seed" not in keys:
+        return
+    others = [key for key in keys if key != "seed"]
+    groups: dict[tuple[str, ...], list[float]] = {}
+    for run in runs:
+        if run.best is not None and run.status in DONE_STATUSES:
+            groups.setdefault(tuple(_format_value(run.settings.get(key, "")) for key in others), []).append(run.best)
+    if not any(len(values) > 1 for values in groups.values()):
+        return
+    table = Table(header_style="bold")
+    for title in (*(key.rpartition(".")[2] for key in others), "seeds", "mean bits/byte", "std"):
+        table.add_column(title, justify="right")
+    for settings, values in groups.items():
+        spread = f"{statistics.stdev(values):.4f}" if len(values) > 1 else ""
+        table.add_row(*map(escape, settings), str(len(values)), f"{statistics.mean(values):.4f}", spread)
+    screen.print(table)
 
 
 def _to_csv(runs: Sequence[Run], names: Sequence[str], keys: Sequence[str]) -> str:

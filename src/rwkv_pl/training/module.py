@@ -242,6 +242,7 @@ class LitRWKV(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.check_finite()
+        interval, accumulate = self.trainer.val_check_interval, self.trainer.accumulate_grad_batches
         checkpoint[KEY] = Metadata(
             model=next(name for name, (cls, _) in MODELS.items() if isinstance(self.model, cls)),
             config=asdict(self.model.config),
@@ -249,8 +250,10 @@ class LitRWKV(LightningModule):
             finished=self.finish_reason(),
             past=self.past,
             skipped=self._guard.skipped,
-            accumulate=self.trainer.accumulate_grad_batches,
+            accumulate=accumulate,
             precision=self.trainer.precision,
+            val_check_interval=interval // accumulate if isinstance(interval, int) else None,
+            threads=torch.get_num_threads(),
         ).to_dict()
         self._rewind(checkpoint)
 

@@ -13,7 +13,14 @@ KEY = "rwkv_pl"
 FORMAT = 1
 
 _KINDS = {"model": str, "config": dict, "vocabulary": dict | None, "finished": str | None}
-_OPTIONAL_KINDS = {"past": dict, "skipped": int, "accumulate": int, "precision": str}
+_OPTIONAL_KINDS = {
+    "past": dict,
+    "skipped": int,
+    "accumulate": int,
+    "precision": str,
+    "val_check_interval": int,
+    "threads": int,
+}
 
 
 @dataclass(frozen=True)
@@ -28,6 +35,8 @@ class Metadata:
     skipped:    batches left out because of a NaN or Inf.
     accumulate: micro-batches of an optimizer step.
     precision:  Lightning's name of it.
+    val_check_interval: optimizer steps between validations.
+    threads:    of torch's CPU operators.
     """
 
     model: str
@@ -38,6 +47,8 @@ class Metadata:
     skipped: int | None = None
     accumulate: int | None = None
     precision: str | None = None
+    val_check_interval: int | None = None
+    threads: int | None = None
 
     @classmethod
     def from_checkpoint(cls, checkpoint: dict[str, Any], path: Path) -> "Metadata":

@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from torch import Tensor
 
+from rwkv_pl.errors import RunError
 from rwkv_pl.files import atomic_write, with_path
 from rwkv_pl.inference.evaluate import bits_per_byte
 from rwkv_pl.training.curve import COLUMNS, draw_curve, read_rows
@@ -159,6 +160,10 @@ class MetricsRecorder(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         self._draw(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        if isinstance(exception, SystemExit | RunError):  # stopped by a signal, or by a loss of NaN
+            self._draw(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         if file := self.__dict__.pop("_file", None):

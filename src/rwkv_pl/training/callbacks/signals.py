@@ -6,6 +6,7 @@ import signal
 import subprocess
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -14,6 +15,7 @@ from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 
+from rwkv_pl.terminal import resume_command
 from rwkv_pl.training.callbacks.checkpoints import LastCheckpoint, validation_is_due
 from rwkv_pl.training.checkpoint_io import DurableCheckpointIO
 
@@ -123,7 +125,7 @@ class StopOnSignal(Callback):
         requeued = self._codes.get(number) == 0 and trainer.is_global_zero and _requeue()
         if trainer.is_global_zero:
             message = f"stopped by {signal.Signals(number).name} after step {trainer.global_step:,}"
-            goes_on = f"; rwkv-train resume={trainer.default_root_dir} goes on" if last else ""
+            goes_on = f"; {resume_command(Path(trainer.default_root_dir))} goes on" if last else ""
             log.info(message + goes_on + (", and the job is queued again" if requeued else ""))
         raise SystemExit(self._codes.get(number, 128 + number))
 

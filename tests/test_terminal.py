@@ -1,0 +1,36 @@
+"""The command that a message tells the user to type."""
+
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from rwkv_pl.compose import parse_overrides
+from rwkv_pl.terminal import resume_command
+
+
+@pytest.fixture
+def programs(tmp_path, monkeypatch) -> Path:
+    """An environment's folder of programs, below the current folder."""
+    folder = tmp_path / "env" / "bin"
+    folder.mkdir(parents=True)
+    (folder / ("rwkv-train.exe" if sys.platform == "win32" else "rwkv-train")).touch(mode=0o755)
+    monkeypatch.setattr(sys, "executable", str(folder / "python"))
+    monkeypatch.chdir(tmp_path)
+    return folder
+
+
+def test_command_has_its_path_if_the_environment_is_not_active(programs, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert resume_command(Path("/a/run")) == f"{Path('env', 'bin', 'rwkv-train')} resume=/a/run"
+    monkeypatch.setenv("PATH", str(programs))
+    assert resume_command(Path("/a/run")) == "rwkv-train resume=/a/run"
+
+
+@pytest.mark.parametrize("name", ["a b", "a,b", "it's", "x=1", "$HOME", "(c)", "ä"])
+def test_folder_with_any_name_is_quoted_for_the_shell_and_for_hydra(programs, name, monkeypatch):
+    monkeypatch.setenv("PATH", str(programs))
+    _, argument = shlex.split(resume_command(Path("/runs", name)))
+    (override,) = parse_overrides([argument])
+    assert Path(override.value()) == Path("/runs", name)
