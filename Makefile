@@ -1,9 +1,9 @@
-# make train   installs into .venv, trains for a minute or two, shows the curve and a sample
+# make train   installs into .venv, trains for a minute or two, saves a loss curve and prints a sample
 # make test    installs into .venv, runs the tests
 # make lint    ruff and mypy
-# make wheel   a wheel for this platform, with the kernels built, in dist/
-# make bench   measures here what docs/guides/benchmarks.md claims
-# Of these the first that serves; `make PYTHON=...` names another.
+# make wheel   builds a wheel for this platform in dist/, with the compiled kernels
+# make bench   repeats the measurements of docs/guides/benchmarks.md on this machine
+# The first supported one is used; `make PYTHON=...` selects another.
 PYTHON ?= python3.14 python3.13 python3.12 python3.11 python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
@@ -29,7 +29,7 @@ wheel: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks all
 
-# Ends with its reason where a Python does not serve.
+# Exits with the reason if a Python is not supported.
 SERVES := import sys, importlib.util as u; v = sys.version_info[:2]; \
     sys.exit("is %d.%d" % v if not (3, 11) <= v <= (3, 14) else None if u.find_spec("ensurepip") else "has no venv")
 

@@ -1,4 +1,4 @@
-"""A wheel that carries built libraries is of one platform; any other is of none. See `make wheel`."""
+"""Build a platform wheel if it contains compiled libraries, else a pure one. See `make wheel`."""
 
 import platform
 from pathlib import Path
@@ -10,7 +10,7 @@ PREBUILT = any(Path(__file__).parent.joinpath("src", "rwkv_pl", "prebuilt").glob
 
 
 class Wheel(bdist_wheel):
-    """The libraries use the LibTorch stable ABI, and nothing of Python's: one wheel for every Python."""
+    """One wheel works for every Python: the libraries use the LibTorch stable ABI and not Python's."""
 
     def finalize_options(self) -> None:
         super().finalize_options()

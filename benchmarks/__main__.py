@@ -1,7 +1,7 @@
 """The benchmarks by name.
 
-python -m benchmarks NAME [options]     NAME --help tells its options
-python -m benchmarks all [options]      one after another, then the plot; the options are those that all have
+python -m benchmarks NAME [options]     NAME --help lists its options
+python -m benchmarks all [options]      one after another, then the plot; only options that all benchmarks have
 """
 
 import ast
@@ -15,14 +15,14 @@ GPU_NAMES = ("gpu", "wkv_gpu")
 
 
 def read_summary(name: str) -> str:
-    """The first line of what a benchmark says of itself, without importing it."""
+    """The first line of a benchmark's docstring, without importing it."""
     source = Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8")
     return (ast.get_docstring(ast.parse(source)) or "").splitlines()[0]
 
 
 def options_of_all(options: list[str]) -> dict[str, list[str]]:
-    """The options of each when all are run with `options`. Ends the process where they are wrong."""
-    from benchmarks.common import make_parser  # imports torch, which the list does without
+    """The options of each benchmark if all are run with `options`. Exits if they are invalid."""
+    from benchmarks.common import make_parser  # imports torch, which the list does not need
 
     results = (
         make_parser("all", "All that run on a CPU, one after another, then the plot", None).parse_args(options).results

@@ -1,10 +1,11 @@
-"""What a checkpoint blocks, and what a resume costs, at the classic setting (12 x 512, 1 x 1,024 bytes, Adam).
+"""The time that a checkpoint blocks training, and the time to resume, at the classic setting (12 x 512, 1 x 1,024
+bytes, Adam).
 
     python -m benchmarks checkpoint [--rounds 5]
 
-Both in the command itself, on the standard library's text. A save blocks from the training's last instruction to its
-next: state, logs and file flushed to the disk, the name in place. A resume is counted from the command's first line to
-the first optimizer step, without the imports, which are given apart; then its parts.
+Both are measured in the command itself, on the standard library's text. A save blocks from the last instruction of the
+training to its next: collecting the state, flushing logs and file to the disk, renaming the file. A resume is timed
+from the command's first line to the first optimizer step; the imports are reported separately.
 """
 
 import json
@@ -20,7 +21,7 @@ from benchmarks.common import begin_benchmark, make_parser, save_results, summar
 
 SETTINGS = ("data=stdlib", "trainer.limit_val_batches=1", "trainer.log_every_n_steps=1")
 
-# In a process of its own: the imports, then the command, with its own moments noted.
+# Runs in a separate process: the imports, then the command, with timestamps.
 CHILD = """
 import json, sys, time
 began = time.perf_counter()
@@ -42,15 +43,15 @@ LastCheckpoint.save_now, LitRWKV.on_train_batch_start = save_now, on_train_batch
 sys.argv = ["rwkv-train", *sys.argv[2:]]
 started = time.perf_counter()
 rwkv_pl.cli.train.main()
-told = {"imports": imported - began, "to_first_step": steps[0] - started, "blocked": blocked, "steps": steps}
-open("told.json", "w").write(json.dumps(told))
+times = {"imports": imported - began, "to_first_step": steps[0] - started, "blocked": blocked, "steps": steps}
+open("times.json", "w").write(json.dumps(times))
 """
 
 
 def run_command(folder: Path, *arguments: str) -> dict[str, Any]:
-    """Runs rwkv-train in `folder`; returns what it took, in seconds."""
+    """Run rwkv-train in `folder`; return its times in seconds."""
     subprocess.run([sys.executable, "-c", CHILD, "-", *arguments], cwd=folder, check=True, stdout=subprocess.DEVNULL)
-    return json.loads((folder / "told.json").read_text())
+    return json.loads((folder / "times.json").read_text())
 
 
 def main() -> None:
@@ -73,10 +74,10 @@ def main() -> None:
     share = blocked["median"] / (1000 * step + blocked["median"])
     to_first_step = {"resumed": statistics.median(resumed), "fresh": statistics.median(fresh)}
     print(
-        f"\n{size / 1e6:,.0f} MB, blocks {blocked['median']:.2f} s ({blocked['min']:.2f} to {blocked['max']:.2f}), "
-        f"a step {step:.2f} s: every 1,000 steps {share:.2%} of the time\n"
-        f"to the first step: resumed {to_first_step['resumed']:.2f} s, fresh {to_first_step['fresh']:.2f} s, "
-        f"and the imports {first['imports']:.2f} s; the file copied in {copied:.2f} s"
+        f"\n{size / 1e6:,.0f} MB, blocks for {blocked['median']:.2f} s ({blocked['min']:.2f} to {blocked['max']:.2f}); "
+        f"a step takes {step:.2f} s: saving every 1,000 steps takes {share:.2%} of the time\n"
+        f"time to the first step: resumed {to_first_step['resumed']:.2f} s, fresh {to_first_step['fresh']:.2f} s, plus "
+        f"{first['imports']:.2f} s for the imports; copying the file takes {copied:.2f} s"
     )
     save_results(
         options.results,

@@ -1,5 +1,5 @@
-// WKV-4 as every public CUDA kernel has it, written anew for the comparison: one thread to a (sequence, channel) pair
-// walks time alone, and its backward pass keeps what it needs of every step in local memory, so T has a bound.
+// WKV-4 like every public CUDA kernel, written for the comparison: one thread per (sequence, channel) pair loops over
+// time, and its backward pass stores every step's intermediate values in local memory, so T is bounded.
 
 #include <cuda_runtime.h>
 
@@ -61,7 +61,7 @@ extern "C" void classic_forward(int B, int T, int C, const float* w, const float
   forward<<<(B * C + 31) / 32, 32, 0, stream>>>(B, T, C, w, u, k, v, y);
 }
 
-// gw and gu: (B, C), each sequence's share.
+// gw and gu: (B, C), the contribution of each sequence.
 extern "C" void classic_backward(int B, int T, int C, const float* w, const float* u, const float* k, const float* v,
                                  const float* y, const float* g, float* gw, float* gu, float* gk, float* gv,
                                  cudaStream_t stream) {

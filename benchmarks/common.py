@@ -1,4 +1,4 @@
-"""What every benchmark here shares: the machine's name, contestants that take turns, a table and a JSON file."""
+"""Shared by every benchmark: the machine's name, contestants that take turns, a table and a JSON file."""
 
 import argparse
 import json
@@ -25,18 +25,18 @@ Maker = Callable[[], Call]
 Summary = dict[str, float]
 
 
-# A process's first step at 12 x 512 takes a thousand page faults, its second a hundred, and some come up to the tenth.
+# A process's first step at 12 x 512 has a thousand page faults, its second a hundred, and some occur up to the tenth.
 WARM_UP_CALLS = 6
-# A call from the second that takes so many seconds is the last: minutes of waiting would mend a small part of it.
+# If a call takes this many seconds, warm-up ends with it: minutes of waiting would change the result little.
 SLOW_SECONDS = 5.0
 
 
 def make_parser(name: str, doc: str | None, rounds: int | None, threads: int = 2) -> argparse.ArgumentParser:
-    """The options that every benchmark has; no rounds: each benchmark has its own number of them."""
+    """The options of every benchmark. rounds=None: each benchmark has its own default."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks {name}", description=(doc or "").splitlines()[0])
     default = rounds or "each has its own number"
     parser.add_argument("--rounds", type=int_at_least(1), default=rounds, help=f"turns of each contestant ({default})")
-    parser.add_argument("--threads", type=int_at_least(1), default=threads, help=f"of every contestant ({threads})")
+    parser.add_argument("--threads", type=int_at_least(1), default=threads, help=f"of each contestant ({threads})")
     parser.add_argument("--results", type=output_folder, default=RESULTS, help="the folder of the JSON file")
     return parser
 
@@ -68,7 +68,7 @@ def positive_float(text: str) -> float:
 
 
 def output_folder(text: str) -> Path:
-    """An argparse type: a folder to write into, made where there is none: not to fail when all has been measured."""
+    """An argparse type: an output folder, created if missing, so that an error comes before the measurement."""
     path = Path(text)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -78,14 +78,14 @@ def output_folder(text: str) -> Path:
 
 
 def begin_benchmark(title: str, threads: int) -> None:
-    """Tells what is measured on what, and sets the threads of this process and of those that it starts."""
+    """Print the title and the machine; set the threads of this process and of its child processes."""
     os.environ["OMP_NUM_THREADS"] = str(threads)
     torch.set_num_threads(threads)
     print(f"{title}\n{format_machine(describe_machine())}", flush=True)
 
 
 def describe_machine() -> dict[str, Any]:
-    """The device that the figures belong to."""
+    """The CPU and the software of this machine, as stored with the results."""
     cpu = Path("/proc/cpuinfo")
     lines = cpu.read_text().splitlines() if cpu.exists() else []
     names = [line.split(":")[1].strip() for line in lines if "model name" in line]
@@ -100,7 +100,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def describe_gpu() -> dict[str, Any]:
-    """The GPU that the figures belong to."""
+    """The GPU, as stored with the results."""
     properties = torch.cuda.get_device_properties(0)
     return {
         "gpu": properties.name,
@@ -116,13 +116,13 @@ def format_machine(info: dict[str, Any]) -> str:
 
 
 class ContestantError(Exception):
-    """A contestant that cannot take part, and why."""
+    """A contestant cannot take part; the message says why."""
 
 
 class Contestant:
-    """Work in a process of its own, as it is used, where no other's memory is in its way; it rests until it is asked.
+    """Work in a separate process, as in real use, without other contestants' memory; it sleeps until asked.
 
-    work: gets the process's end of a pipe, sends one message when it is ready, then one for each that it receives.
+    work: gets the process's end of a pipe, sends a message when it is ready, then one for each message it receives.
     """
 
     def __init__(self, work: Callable[[Any], None]) -> None:
@@ -133,7 +133,7 @@ class Contestant:
         theirs.close()
 
     def answer(self) -> Any:
-        """What it sends next. Raises Failed."""
+        """The next message of the process. Raises ContestantError."""
         try:
             message = self._pipe.recv()
         except (EOFError, ConnectionResetError):
@@ -144,7 +144,7 @@ class Contestant:
         return message
 
     def ask(self, *about: Any) -> Any:
-        """Lets it work on `about`, and returns its answer. Raises Failed."""
+        """Send `about` to the process and return its answer. Raises ContestantError."""
         self._pipe.send(about)
         return self.answer()
 
@@ -157,14 +157,14 @@ class Contestant:
 def _process(work: Callable[[Any], None], pipe: Any) -> None:
     try:
         work(pipe)
-    except EOFError:  # nothing more is asked
+    except EOFError:  # no more questions
         pass
     except Exception as error:
         pipe.send(ContestantError(f"{type(error).__name__}: {error}".splitlines()[0]))
 
 
 def run_once(function: Callable[..., Any], *arguments: Any) -> Any:
-    """The function's result, from a fresh process. Raises Failed."""
+    """The function's result, from a fresh process. Raises ContestantError."""
     contestant = Contestant(partial(_send_result, partial(function, *arguments)))
     try:
         return contestant.answer()
@@ -177,11 +177,11 @@ def _send_result(function: Call, pipe: Any) -> None:
 
 
 def take_turns(makers: Mapping[str, Maker], rounds: int, seconds_a_turn: float = 0.0) -> dict[str, list[float]]:
-    """Seconds of a call of each contestant, in each round.
+    """Seconds per call of each contestant, in each round.
 
-    Each is made and warmed up in its process, then they take turns, so that a slow minute falls on all, and calls of
-    the same round make pairs. A turn is one call, or as many as fill `seconds_a_turn`, of which the mean counts. One
-    that cannot take part is left out, which is told.
+    Each contestant is started and warmed up in its process. Then they take turns, so that a slow minute affects all of
+    them, and calls of the same round form pairs. A turn is one call, or as many calls as fill `seconds_a_turn`; then it
+    counts their mean. A contestant that cannot take part is left out with a message.
     """
     contestants: dict[str, Contestant] = {}
     seconds: dict[str, list[float]] = {}
@@ -205,7 +205,7 @@ def take_turns(makers: Mapping[str, Maker], rounds: int, seconds_a_turn: float =
 
 def _timed(maker: Maker, seconds_a_turn: float, pipe: Any) -> None:
     call = maker()
-    call()  # builds and loads what there is to, so its time says nothing
+    call()  # includes building and loading, so its time says nothing
     for _ in range(WARM_UP_CALLS - 1):
         started = time.perf_counter()
         call()
@@ -223,14 +223,14 @@ def _timed(maker: Maker, seconds_a_turn: float, pipe: Any) -> None:
 
 
 def summarize(values: Sequence[float]) -> Summary:
-    """The median, the quartiles as low and high, least and most."""
+    """The median, the quartiles as low and high, minimum and maximum."""
     median = statistics.median(values)
     low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [median] * 3
     return {"median": median, "low": low, "high": high, "min": min(values), "max": max(values)}
 
 
 def relative_spread(values: Sequence[float]) -> float:
-    """From least to most, as a share of the median."""
+    """Maximum minus minimum, relative to the median."""
     return (max(values) - min(values)) / statistics.median(values)
 
 
@@ -241,7 +241,7 @@ def summary_cells(values: Summary, factor: float = 1.0, digits: int = 2) -> list
 
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Prints rows of words below their heads, the first column to the left."""
+    """Print rows of words below their heads, the first column left-aligned."""
     widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
     print()
     for row in (head, *rows):
@@ -250,7 +250,7 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def save_results(folder: Path, name: str, title: str, **content: Any) -> None:
-    """Writes NAME.json: the title, the machine and the figures. An interrupted write leaves the previous file."""
+    """Write NAME.json: the title, the machine and the content. An interrupted write leaves the previous file."""
     folder.mkdir(parents=True, exist_ok=True)
     about = {"title": title, "machine": describe_machine(), **content}
     with atomic_write(folder / f"{name}.json") as file:

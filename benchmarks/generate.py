@@ -1,9 +1,9 @@
-"""Tokens a second at the classic size: ours, BlinkDL's `rwkv` package and Hugging Face transformers, in the same run.
+"""Tokens per second at the classic size: rwkv_pl, BlinkDL's `rwkv` package and Hugging Face transformers, in turns.
 
     python -m benchmarks generate [--rounds 15]
 
-A 12 x 512 RWKV-4 of bytes on the CPU, the likeliest token each time. The floor is one reading of the matrices' weights
-a token, by a vectorised sum over them on the same threads, compiled here. Writes benchmarks/results/generate.json.
+A 12 x 512 RWKV-4 over bytes on the CPU, greedy decoding. The lower bound on the time per token is one read of all
+matrix weights: a vectorised sum over them on the same threads, compiled here. Writes benchmarks/results/generate.json.
 """
 
 import importlib.resources
@@ -35,7 +35,7 @@ from rwkv_pl.ops.linear import cast_linear_weights
 from rwkv_pl.ops.rwkv4_step import move_to_huge_pages
 
 VOCAB, LAYERS, CHANNELS = 256, 12, 512
-# Of one call.
+# Tokens per call.
 TOKENS = 20
 
 
@@ -49,12 +49,12 @@ def random_model(layers: int = LAYERS, channels: int = CHANNELS) -> RWKV4:
 
 
 def make_ours(weights: torch.dtype = torch.float32, batch: int = 1, place: int = 10) -> Call:
-    """From the state after `place` tokens."""
+    """Start from the state after `place` tokens."""
     return make_writer(random_model(), weights, batch, place)
 
 
 def make_writer(model: RWKV4, weights: torch.dtype, batch: int = 1, place: int = 10) -> Call:
-    """Writes TOKENS tokens as rwkv-generate does, on the model's device."""
+    """Generate TOKENS tokens like rwkv-generate, on the model's device."""
     cast_linear_weights(model, weights)
     move_to_huge_pages(model)
     text = torch.randint(VOCAB, (batch, place), device=model.emb.weight.device)
@@ -62,7 +62,7 @@ def make_writer(model: RWKV4, weights: torch.dtype, batch: int = 1, place: int =
 
     def call() -> None:
         generation = Generation(model, logits, state, Sampling(temperature=0), RowRandom(0, batch), list(text))
-        for _ in islice(generation, TOKENS + 1):  # the first is chosen without a step
+        for _ in islice(generation, TOKENS + 1):  # the first needs no step
             pass
 
     return call
@@ -126,7 +126,7 @@ def make_reader() -> Call:
 
 def main() -> None:
     rounds = (options := make_parser("generate", __doc__, rounds=15).parse_args()).rounds
-    title = f"tokens a second, {LAYERS} x {CHANNELS}, {VOCAB} tokens"
+    title = f"tokens per second, {LAYERS} x {CHANNELS}, {VOCAB} tokens"
     begin_benchmark(title, options.threads)
     half = torch.bfloat16
     makers: dict[str, Maker] = {

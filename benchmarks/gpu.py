@@ -14,7 +14,7 @@ finds no time left is a row with the reason.
     resume      SIGTERM, then resume=, with trainer.deterministic=true: are the checkpoints bit-identical?
     wkv         the benchmark wkv_gpu
     profile     a step's time by parts, and how long the GPU is idle
-    generate    greedy tokens a second
+    generate    greedy tokens per second
     doctor      rwkv-doctor
     sanitizer   compute-sanitizer's memcheck and racecheck on small shapes
 
@@ -218,10 +218,10 @@ def main() -> None:
     tiny = "--tiny" in sys.argv
     parser = make_parser("gpu", __doc__, rounds=2 if tiny else 5, threads=1 if tiny else min(8, os.cpu_count() or 1))
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=", ".join(PARTS))
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: try the program (cuda)")
-    parser.add_argument("--tiny", action="store_true", help="tiny sizes: try the program")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu tries the program (cuda)")
+    parser.add_argument("--tiny", action="store_true", help="tiny sizes, to try the program")
     parser.add_argument(
-        "--budget", type=positive_float, default=BUDGET, help=f"seconds of all runs together ({BUDGET:.0f})"
+        "--budget", type=positive_float, default=BUDGET, help=f"seconds for all runs together ({BUDGET:.0f})"
     )
     options = parser.parse_args()
     # Ask NVML instead of CUDA: a process that has initialised CUDA cannot be forked.

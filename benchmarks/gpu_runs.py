@@ -289,7 +289,7 @@ def profile(scale: Scale, precision: str, large: bool = False) -> Finding:
     total = sum(parts.values())
     figures |= {"setting": str(setting), "wall_milliseconds": wall}
     figures["not_a_matrix_product"] = 1 - parts["matrix products"] / total
-    line = f"{figures['not_a_matrix_product']:.0%} is not a product: "
+    line = f"{figures['not_a_matrix_product']:.0%} outside of matrix products: "
     line += ", ".join(f"{part} {taken:.2f}" for part, taken in parts.items() if taken / total > 0.02) + " ms"
     if scale.device == "cuda":
         figures["idle"] = max(0.0, 1 - total / wall)
@@ -298,7 +298,7 @@ def profile(scale: Scale, precision: str, large: bool = False) -> Finding:
 
 
 def generation(scale: Scale, dtype: torch.dtype) -> Finding:
-    """Greedy tokens a second at batch 1."""
+    """Greedy tokens per second at batch 1."""
     setting = scale.setting()
     model = generate.random_model(setting.n_layer, setting.n_embd).to(scale.device)
     blocks = Blocks(scale.device, steps=1)

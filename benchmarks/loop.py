@@ -1,12 +1,12 @@
-"""rwkv-train's steady state beside a bare loop of the same model, in turns.
+"""rwkv-train's steady state compared with a bare loop of the same model, in turns.
 
     python -m benchmarks loop [--rounds 15] [--settings classic small]
 
-The command itself in one process: it waits between blocks of steps, in the hook that Lightning calls before each batch.
-In the other, with the same config's model, optimizer and batches, training_step, backward, clipping and the optimizer
-step in a plain loop, its batches read beforehand. One block of each makes a pair; the ratio of their tokens a second is
-that of the pair. Starts, checkpoints and validations are left out: what remains is what every step pays, the progress,
-metrics.csv and TensorBoard among it.
+One process runs the command itself and pauses between blocks of steps, in the hook that Lightning calls before each
+batch. The other runs a plain loop with the same config's model, optimizer and batches: training_step, backward,
+clipping and the optimizer step, on batches that are read beforehand. One block of each forms a pair; the ratio of their
+tokens per second is computed per pair. Start-up, checkpoints and validations are excluded, so the difference is the
+cost of every step: data loading, progress, metrics.csv and TensorBoard.
 """
 
 import os
@@ -30,7 +30,7 @@ from benchmarks.common import (
     summary_cells,
 )
 
-# Of each setting rwkv-train's overrides and the steps of a block.
+# For each setting: rwkv-train's overrides and the number of steps in a block.
 SETTINGS: dict[str, tuple[list[str], int]] = {
     "classic": (["data=stdlib"], 2),
     "small": (["experiment=quickstart", "model.n_embd=192"], 20),
@@ -40,7 +40,7 @@ WARM_UP_BLOCKS = 2  # blocks
 
 
 def run_command(overrides: list[str], steps: int, blocks: int, pipe: Any) -> None:
-    """rwkv-train, of which each block begins when the pipe says so."""
+    """Run rwkv-train; each block starts when the pipe says so."""
     from rwkv_pl.cli.train import main
     from rwkv_pl.training.module import LitRWKV
 
@@ -59,7 +59,7 @@ def run_command(overrides: list[str], steps: int, blocks: int, pipe: Any) -> Non
     with tempfile.TemporaryDirectory() as folder, Path(os.devnull).open("w") as nowhere:
         os.chdir(folder)
         sys.argv = ["rwkv-train", *overrides, f"trainer.max_steps={steps * (blocks + 2)}"]
-        # The progress is written, as into a log, and nobody reads it.
+        # The progress is written as into a log, and nobody reads it.
         os.dup2(nowhere.fileno(), 1)
         os.dup2(nowhere.fileno(), 2)
         main()
@@ -116,7 +116,7 @@ def main() -> None:
     parser = make_parser("loop", __doc__, rounds=15)
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=["classic", "small"])
     options = parser.parse_args()
-    title = "rwkv-train's steps in its steady state beside a bare loop's"
+    title = "rwkv-train's steady state compared with a bare loop"
     begin_benchmark(title, options.threads)
     found, lines = {}, []
     for setting in options.settings:
@@ -132,10 +132,10 @@ def main() -> None:
             "share_over_all_blocks": sum(seconds["bare loop"]) / sum(seconds["rwkv-train"]),
         }
         for name, row in rows.items():
-            lines.append([setting, f"{name}, ms a step", *summary_cells(row, 1e3), ""])
+            lines.append([setting, f"{name}, ms per step", *summary_cells(row, 1e3), ""])
         whole = f"{found[setting]['share_over_all_blocks']:.1%}"
         lines.append([setting, "% of the bare loop's tokens/s", *summary_cells(summarize(ratios), 100, 1), whole])
-    print_table(["", "", "median", "quartiles", "all blocks together"], lines)
+    print_table(["", "", "median", "quartiles", "all blocks"], lines)
     save_results(options.results, "loop", title, rounds=options.rounds, settings=found)
 
 

@@ -2,11 +2,11 @@
 
     python -m benchmarks memory [--rounds 3] [--longest 16384]
 
-12 x 512, one row of 128 to 16,384 tokens, bf16-mixed, plain and with activation checkpointing; transformers' Rwkv as
-far as 1,024; then 2 x 192 with 1 to 64 rows of 1,024 tokens. Each length in a fresh process, which takes a step of a
-few tokens first, so that the optimizer has its memory. The peak is what the process holds at most during a step, above
-what it held before: activations, and gradients as large as the weights. Steady is that of the steps after it, which
-find the heap in pieces; their time is told. Each is measured again in every round; medians.
+12 x 512, one row of 128 to 16,384 tokens, bf16-mixed, with and without activation checkpointing; transformers' Rwkv up
+to 1,024 tokens; then 2 x 192 with 1 to 64 rows of 1,024 tokens. Each length runs in a fresh process, which first takes
+a step of a few tokens to allocate the optimizer's memory. The peak is the maximum during a step minus the memory before
+it: activations, and gradients as large as the weights. Steady is the peak including later steps, which find a
+fragmented heap; the time is that of the later steps. Every round measures all lengths again; the table has medians.
 """
 
 import ctypes
@@ -39,12 +39,12 @@ from benchmarks.train_step import SETTINGS, Setting, autocast, make_our_module, 
 
 LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 ROWS = (1, 4, 16, 64)
-LONGEST_OF_TRANSFORMERS = 1024  # each step of its loop copies the gradient of all: the time grows with the square
+LONGEST_OF_TRANSFORMERS = 1024  # each step of its loop copies the whole gradient, so the time grows with the square
 STATUS = Path("/proc/self/status")
 
 
 def read_megabytes(field: str) -> float:
-    """VmRSS, what the process holds now, or VmHWM, the most since `forget_peak`."""
+    """VmRSS, the current memory of the process, or VmHWM, its maximum since `forget_peak`."""
     return next(int(line.split()[1]) for line in STATUS.read_text().splitlines() if line.startswith(field)) / 1024
 
 
@@ -53,7 +53,7 @@ def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-# The model, its loss of a batch (B, T+1), and its optimizer.
+# The model, its loss on a batch (B, T+1), and its optimizer.
 Trained = tuple[Any, Callable[[Tensor], Tensor], torch.optim.Optimizer]
 
 
@@ -84,7 +84,7 @@ CONTESTANTS: dict[str, Callable[[Setting], Trained]] = {
 
 
 def measure(contestant: str, setting: Setting, precision: str) -> dict[str, float]:
-    """Megabytes at the peak of a step, of later ones, and of the gradients among them, and seconds of a later step."""
+    """Megabytes: the peak of a step, the peak with later steps, the gradients in both; seconds of a later step."""
     module, loss, optimizer = CONTESTANTS[contestant](setting)
 
     def step(tokens: Tensor) -> None:
@@ -100,7 +100,7 @@ def measure(contestant: str, setting: Setting, precision: str) -> dict[str, floa
     before = read_megabytes("VmRSS")
     step(tokens)
     peak = read_megabytes("VmHWM") - before
-    if contestant != "transformers":  # whose step takes as long as all of ours
+    if contestant != "transformers":  # one step of it takes as long as all steps of rwkv_pl
         step(tokens)
         step(tokens)
     started = time.perf_counter()
@@ -113,14 +113,14 @@ def measure(contestant: str, setting: Setting, precision: str) -> dict[str, floa
 
 
 def growth_exponent(tokens: list[float], values: list[float]) -> float:
-    """The power of the tokens with which the values grow, over the upper half of the sizes: 1 is linear."""
+    """The exponent with which the values grow with the tokens, over the upper half of the sizes: 1 is linear."""
     half = len(tokens) // 2
     x, y = ([math.log(value) for value in each[half:]] for each in (tokens, values))
     return statistics.linear_regression(x, y).slope
 
 
 def sweep(settings: list[Setting], contestants: list[str], precision: str, rounds: int) -> list[dict[str, Any]]:
-    """A row for each contestant and setting, told when all are there."""
+    """A row for each contestant and setting; printed at the end."""
     taken: dict[tuple[str, Setting], list[dict[str, float]]] = {}
     left_out: set[str] = set()
     for _, setting, name in itertools.product(range(rounds), settings, contestants):
@@ -159,13 +159,13 @@ def sweep(settings: list[Setting], contestants: list[str], precision: str, round
             f"{1e6 * seconds / tokens:,.1f}",
         ]
         lines.append([row["contestant"], f"{row['rows']} x {row['steps']:,}", *numbers])
-    head = ["", "tokens", "peak MB", "steady MB", "KB a token, without gradients", "ms a step", "us a token"]
+    head = ["", "tokens", "peak MB", "steady MB", "KB per token, without gradients", "ms per step", "us per token"]
     print_table(head, lines)
     return rows
 
 
 def growth_exponents(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Of each contestant with four sizes or more: exponents of memory, gradients apart, and of time."""
+    """For each contestant with at least four sizes: exponents of memory without gradients, and of time."""
     found = {}
     for name in dict.fromkeys(row["contestant"] for row in rows):
         own = [row for row in rows if row["contestant"] == name]
@@ -178,19 +178,17 @@ def growth_exponents(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
             "time": growth_exponent(tokens, [r["seconds"]["median"] for r in own]),
         }
         powers = ", ".join(f"{of} {power:.2f}" for of, power in found[name].items())
-        print(f"{name}: grows with the number of tokens to the power of: {powers} (1 is linear)")
+        print(f"{name}: exponent of the growth with the number of tokens: {powers} (1 is linear)")
     return found
 
 
 def main() -> None:
     parser = make_parser("memory", __doc__, rounds=3)
-    parser.add_argument(
-        "--longest", type=int_at_least(LENGTHS[0]), default=LENGTHS[-1], help="leave out longer contexts"
-    )
-    parser.add_argument("--tiny", action="store_true", help="of a tiny model, to try the program")
+    parser.add_argument("--longest", type=int_at_least(LENGTHS[0]), default=LENGTHS[-1], help="skip longer contexts")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model, to try the program")
     options = parser.parse_args()
     if not STATUS.exists():
-        sys.exit("memory is measured through /proc, which this system has not")
+        sys.exit("memory is measured through /proc, which this system lacks")
     title, precision = "memory and time of a training step, bf16-mixed", "bf16-mixed"
     begin_benchmark(title, options.threads)
     classic, small = (SETTINGS["tiny" if options.tiny else name] for name in ("classic", "small"))

@@ -1,9 +1,9 @@
-"""docs/benchmarks.png and docs/race.png, drawn from the JSON files of the others.
+"""docs/benchmarks.png and docs/race.png, drawn from the JSON files of the other benchmarks.
 
     python -m benchmarks plot [--results FOLDER] [--docs FOLDER]
 
-Peers side by side, and what the machine allows as a dashed line: the step's matrix products alone, the bytes over the
-bandwidth of a copy, the reading of the weights. Of what has not been measured yet there is no panel, which is told.
+Contestants side by side, and the machine's limit as a dashed line: the matrix products alone, the bytes over the
+bandwidth of a copy, one read of the weights. Results that are missing have no panel, and are listed.
 """
 
 import argparse
@@ -24,13 +24,13 @@ OURS, OTHERS = "tab:blue", "tab:gray"
 
 
 class UnreadableError(Exception):
-    """Why there is nothing to draw."""
+    """A result cannot be drawn; the message says why."""
 
 
 def draw_bars(
     axes: Axes, title: str, unit: str, rows: dict[str, dict[str, float]], factor: float, limit: dict[str, float]
 ) -> None:
-    """rows: names to summaries; limit: names to a figure each, drawn as dashed lines."""
+    """rows: names to summaries; limit: names to one value each, drawn as dashed lines."""
     names = list(reversed(rows))
     heights = [factor * rows[name]["median"] for name in names]
     ends = [[factor * rows[name][end] for name in names] for end in ("low", "high")]
@@ -54,7 +54,7 @@ def draw_bars(
 def draw_train_step(setting: str, axes: Axes, content: dict[str, Any]) -> None:
     about = content["settings"][setting]
     seconds, size = about["seconds"], about["setting"]
-    # An older result has the products of another run than that of the bars, and so without a ratio.
+    # In older results the products come from another run than the bars, so they have no ratio.
     limit = {name: seconds[name]["median"] for name in about["times_ours"] if name.startswith("products")}
     if not limit:
         raise KeyError("products in times_ours")
@@ -68,13 +68,13 @@ def draw_train_step(setting: str, axes: Axes, content: dict[str, Any]) -> None:
 def draw_wkv(axes: Axes, content: dict[str, Any]) -> None:
     rows = {name: row["seconds"] for name, row in content["rows"].items()}
     floor = 8 * 4 * 1024 * 512 / content["copy_bytes_per_second"]
-    draw_bars(axes, "WKV forward and backward, B1 T1,024 C512", "ms", rows, 1e3, {"bytes over a copy's speed": floor})
+    draw_bars(axes, "WKV forward and backward, B1 T1,024 C512", "ms", rows, 1e3, {"bytes at a copy's speed": floor})
 
 
 def draw_generate(axes: Axes, content: dict[str, Any]) -> None:
     rows = dict(content["tokens_per_second"])
     limit = {name: rows.pop(name)["median"] for name in list(rows) if name.startswith("reading")}
-    draw_bars(axes, "generation, 12 x 512", "tokens a second", rows, 1, limit)
+    draw_bars(axes, "generation, 12 x 512", "tokens per second", rows, 1, limit)
 
 
 def draw_lines(field: str, factor: float, title: str, unit: str, axes: Axes, content: dict[str, Any]) -> None:
@@ -100,7 +100,7 @@ def draw_time(axes: Axes, content: dict[str, Any]) -> None:
     draw_lines("seconds", 1e3, "time of a step, 12 x 512, one row, bf16-mixed", "ms", axes, content)
 
 
-# What a panel is called where it is left out, the benchmark whose result it shows, and how it is drawn.
+# The name of the panel if it is left out, the benchmark whose result it shows, and its drawing function.
 PANELS: list[tuple[str, str, Callable[[Axes, dict[str, Any]], None]]] = [
     ("train_step classic", "train_step", partial(draw_train_step, "classic")),
     ("train_step small", "train_step", partial(draw_train_step, "small")),
@@ -112,7 +112,7 @@ PANELS: list[tuple[str, str, Callable[[Axes, dict[str, Any]], None]]] = [
 
 
 def read_results(results: Path, name: str) -> dict[str, Any]:
-    """Raises Unreadable."""
+    """Raises UnreadableError."""
     try:
         return json.loads((results / f"{name}.json").read_text())
     except FileNotFoundError:
@@ -122,11 +122,11 @@ def read_results(results: Path, name: str) -> dict[str, Any]:
 
 
 def draw_panel(panel: Callable[[Axes, dict[str, Any]], None], axes: Axes, content: dict[str, Any]) -> None:
-    """Raises Unreadable."""
+    """Raises UnreadableError."""
     try:
         format_machine(content["machine"])
         panel(axes, content)
-    except KeyError as error:  # of an older form, or without this setting
+    except KeyError as error:  # of an older format, or without this setting
         raise UnreadableError(f"the result has no {error}") from None
     except (AttributeError, IndexError, TypeError, ValueError):
         raise UnreadableError("the result has another form") from None
@@ -138,11 +138,11 @@ def write_figure(figure: Figure, path: Path) -> None:
 
 
 def print_left_out(reasons: dict[str, str], names: Iterable[str]) -> None:
-    """One line: what is not drawn and why, and the benchmarks that measure it."""
+    """One line: the panels left out and why, and the benchmarks to run for them."""
     if reasons:
-        told = ", ".join(f"{what} ({why})" for what, why in reasons.items())
+        panels = ", ".join(f"{panel} ({why})" for panel, why in reasons.items())
         commands = ", ".join(f"python -m benchmarks {name}" for name in dict.fromkeys(names))
-        print(f"left out: {told}; made by: {commands}")
+        print(f"left out: {panels}; made by: {commands}")
 
 
 def draw_all(results: Path = RESULTS, docs: Path = DOCS) -> None:
@@ -150,7 +150,7 @@ def draw_all(results: Path = RESULTS, docs: Path = DOCS) -> None:
     for title, name, panel in PANELS:
         try:
             content = read_results(results, name)
-            draw_panel(panel, Figure().subplots(), content)  # a trial: the layout needs to know how many there are
+            draw_panel(panel, Figure().subplots(), content)  # a trial: the layout depends on the number of panels
             panels.append((panel, content))
         except UnreadableError as why:
             left_out[title] = str(why)
@@ -176,7 +176,7 @@ def draw_race_panel(axes: Axes, content: dict[str, Any]) -> None:
     best = list(content["compressors"].values())
     best += [p["bits_per_byte"] for one in content["contestants"].values() for p in one["curve"]]
     axes.set_ylim(0.9 * min(best), 5)
-    axes.set(xlabel="seconds of training", ylabel="bits per byte of held-back text", title=content["title"])
+    axes.set(xlabel="seconds of training", ylabel="bits per byte of held-out text", title=content["title"])
     axes.grid(alpha=0.3)
     axes.legend()
 
@@ -196,7 +196,7 @@ def draw_race(results: Path = RESULTS, docs: Path = DOCS) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks plot", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of the JSON files")
-    parser.add_argument("--docs", type=output_folder, default=DOCS, help="where the pictures go")
+    parser.add_argument("--docs", type=output_folder, default=DOCS, help="the folder of the pictures")
     options = parser.parse_args()
     if not options.results.is_dir():
         parser.error(f"argument --results: there is no folder {options.results}")

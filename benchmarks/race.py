@@ -1,12 +1,12 @@
-"""A race: bits per byte of text that was held back, against seconds of training on the same cores.
+"""A race: bits per byte of held-out text over seconds of training on the same cores.
 
     python -m benchmarks race [--seconds 100] [--rounds 20] [--data FILE]
     python -m benchmarks race --rates 1e-3 3e-3 1e-2 --rounds 2     which learning rate suits each
 
-Ours, transformers' Rwkv and a GPT of torch's own layers train on the same batches, in float32, with Adam and clipped
-gradients, from scratch, taking turns of some seconds; a validation in between is off the clock. All are of 6 x 256, 5
-million parameters. The rate rises over the first twentieth of the time, then stays. gzip and xz stand for the whole
-validation part, the contestants' figure is of windows spread evenly over it. Writes race.json, and draws docs/race.png.
+rwkv_pl, transformers' Rwkv and a GPT of torch's own layers train from scratch on the same batches, in float32, with
+Adam and clipped gradients, in turns of some seconds; validations do not count. All are 6 x 256, 5 million parameters.
+The learning rate rises over the first twentieth of the time, then stays constant. gzip and xz compress the whole
+validation part; the models are scored on windows spread evenly over it. Writes race.json, and draws docs/race.png.
 """
 
 import gzip
@@ -44,15 +44,15 @@ from rwkv_pl.ops.heap import keep_freed_memory
 SIZE = Setting(n_layer=6, n_embd=256, rows=4, steps=512)
 TINY = Setting(n_layer=2, n_embd=32, rows=2, steps=32)
 
-# The best of 1e-3, 3e-3 and 1e-2 after 25 seconds, by `--rates`: ours 3.04, 2.92 and 3.46 bits per byte, transformers'
-# 4.18, 4.52 and 5.93 (of 7 to 9 steps), the GPT 4.14, 4.41 and 4.77.
+# The best of 1e-3, 3e-3 and 1e-2 after 25 seconds, by `--rates`: rwkv_pl 3.04, 2.92 and 3.46 bits per byte,
+# transformers' 4.18, 4.52 and 5.93 (after 7 to 9 steps), the GPT 4.14, 4.41 and 4.77.
 RATES = {"rwkv_pl": 3e-3, "transformers Rwkv": 1e-3, "GPT of torch's layers": 1e-3}
 BETAS = (0.9, 0.99)
 WINDOWS = 128  # of the validation
 
 
 class GPT(nn.Module):
-    """A GPT-2 of torch.nn's TransformerEncoderLayer, with GPT-2's initialisation."""
+    """A GPT-2 made of torch.nn's TransformerEncoderLayer, with GPT-2's initialisation."""
 
     def __init__(self, setting: Setting) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ def nats(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 def build_contestant(name: str, setting: Setting) -> tuple[nn.Module, Any, Any]:
-    """The model, its loss in training, and its cross-entropy in validation, both of tokens (B, T+1)."""
+    """The model, its training loss, and its cross-entropy in validation, both on tokens (B, T+1)."""
     torch.manual_seed(0)
     keep_freed_memory()  # for all
     if name == "rwkv_pl":
@@ -107,7 +107,7 @@ def open_text(setting: Setting, path: Path | None) -> DataModule:
 
 
 def run_contestant(name: str, setting: Setting, rate: float, seconds: float, path: Path | None, pipe: Any) -> None:
-    """Trains for as long as it is asked to, and answers how far it is and how well it does."""
+    """Train for as long as asked; answer with the steps taken and the validation score."""
     model, loss, cross_entropy = build_contestant(name, setting)
     optimizer = torch.optim.Adam(model.parameters(), lr=rate, betas=BETAS, fused=True)
     data = open_text(setting, path)
@@ -115,7 +115,7 @@ def run_contestant(name: str, setting: Setting, rate: float, seconds: float, pat
     # The last batch of the validation is padded.
     whole = len(held_back) - 1
     places = np.unique(np.linspace(0, max(whole - 1, 0), max(1, WINDOWS // 8)).astype(int))
-    loss(batches[0]).backward()  # builds and loads what there is to
+    loss(batches[0]).backward()  # includes building and loading
     model.zero_grad()
     steps, clock = 0, 0.0
 
@@ -146,7 +146,7 @@ def run_contestant(name: str, setting: Setting, rate: float, seconds: float, pat
 def run_race(
     entries: dict[str, tuple[str, float]], setting: Setting, seconds: float, turns: int, path: Path | None
 ) -> dict[str, Any]:
-    """entries: what a curve is called to the contestant and its rate. Returns each one's size, rate and curve."""
+    """entries: label of a curve to the contestant and its rate. Returns each label's model size, rate and curve."""
     runners: dict[str, Contestant] = {}
     found: dict[str, Any] = {}
     try:
@@ -160,10 +160,10 @@ def run_race(
         for turn in range(1, turns + 1):
             for label, contestant in runners.items():
                 curve = found[label]["curve"]
-                # A step that overran its turn is taken from the next.
+                # If a step overruns its turn, the next turn is shortened.
                 curve.append(contestant.ask(turn * seconds / turns - curve[-1]["seconds"]))
-            told = ", ".join(f"{label} {one['curve'][-1]['bits_per_byte']:.3f}" for label, one in found.items())
-            print(f"{turn * seconds / turns:5.0f} s: {told}", flush=True)
+            scores = ", ".join(f"{label} {one['curve'][-1]['bits_per_byte']:.3f}" for label, one in found.items())
+            print(f"{turn * seconds / turns:5.0f} s: {scores}", flush=True)
     finally:
         for contestant in runners.values():
             contestant.stop()
@@ -179,14 +179,14 @@ def measure_compressors(data: DataModule) -> dict[str, float]:
 
 def main() -> None:
     parser = make_parser("race", __doc__, rounds=20)
-    parser.add_argument("--seconds", type=positive_float, default=100, help="of training, for each (100)")
-    parser.add_argument("--data", type=Path, help="a text of yours instead of the standard library's source")
-    parser.add_argument("--rates", type=positive_float, nargs="+", help="a race of learning rates; nothing is written")
-    parser.add_argument("--tiny", action="store_true", help="of tiny models, to try the program")
+    parser.add_argument("--seconds", type=positive_float, default=100, help="seconds of training for each (100)")
+    parser.add_argument("--data", type=Path, help="a text file instead of the standard library's source")
+    parser.add_argument("--rates", type=positive_float, nargs="+", help="compare learning rates; writes no results")
+    parser.add_argument("--tiny", action="store_true", help="tiny models, to try the program")
     options = parser.parse_args()
     setting = TINY if options.tiny else SIZE
     path = options.data.absolute() if options.data else None
-    title = f"bits per byte of held-back text, {options.seconds:g} s each, {setting}, float32"
+    title = f"bits per byte of held-out text, {options.seconds:g} s each, {setting}, float32"
     try:
         data = open_text(setting, path)
     except UserError as error:

@@ -1,4 +1,4 @@
-// The floor under a token's time: every weight read once, and summed so that it is.
+// The lower bound on the time per token: read every weight once. Summing keeps the compiler from removing the reads.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

@@ -1,8 +1,8 @@
-"""How long a command takes to begin: whole processes, beside the bare imports of torch and lightning.
+"""Start-up time of each command: whole processes, compared with the bare imports of torch and lightning.
 
     python -m benchmarks startup [--rounds 7]
 
-All once a round; the first round is not counted.
+Each round runs all of them once; the first round is not counted.
 """
 
 import subprocess
@@ -19,7 +19,7 @@ TINY = [
 ]  # fmt: skip
 TRAIN = ["-m", "rwkv_pl.cli.train"]
 
-# As the commands of the README, by the interpreter that runs this.
+# Like the commands in the README, with the current interpreter.
 COMMANDS = {
     "python -c pass": ["-c", "pass"],
     "import torch": ["-c", "import torch"],
@@ -51,7 +51,7 @@ def main() -> None:
             for about, words in COMMANDS.items():
                 started = time.perf_counter()
                 run_python(folder, words)
-                if turn:  # at first the files are not in the memory
+                if turn:  # the first round reads the files from the disk
                     seconds[about].append(time.perf_counter() - started)
     rows = {about: summarize(taken) for about, taken in seconds.items()}
     print_table(["", "s", "quartiles"], [[about, *summary_cells(row)] for about, row in rows.items()])

@@ -1,13 +1,14 @@
-"""A training step and its matrix products alone, ours and Hugging Face transformers', in turns.
+"""A training step and its matrix products alone, rwkv_pl and Hugging Face transformers, in turns.
 
     python -m benchmarks train_step [--rounds 7] [--settings classic small] [--profile]
 
-Forward, loss, backward and Adam. The times and their ratios are of one run in which all take turns, in half as many
-rounds, but three at least. What is not a matrix product is of another run, the pairs: the median of differences, where
-in each round the products are made once, then the step once (short ones as often as fill 0.2 s), each in a process of
-its own. Pairs whose products spread over 5%, from least to most, are repeated. The products are those of the model,
-each with its two of the backward pass, by the model's own way; in bfloat16 without the casts. `full` has gradient
-clipping and L2Wrap, as rwkv-train does it; the peer has neither. --profile adds where the time goes, by parts.
+A step is forward, loss, backward and Adam. Times and their ratios come from one run in which all contestants take
+turns, in half as many rounds, but at least three. The part that is not matrix products comes from another run, the
+pairs: each round runs the products once, then the step once (short ones as often as fill 0.2 s), each in a separate
+process, and the median of the differences counts. If the products of the pairs spread over more than 5%, from minimum
+to maximum, the pairs are repeated. The products are those of the model, each with two in the backward pass, computed as
+the model does; in bfloat16 without the casts. `full` adds gradient clipping and L2Wrap, like rwkv-train; the peer has
+neither. --profile adds the time of each part.
 """
 
 import logging
@@ -47,7 +48,7 @@ VOCAB = 256
 
 @dataclass(frozen=True)
 class Setting:
-    """A model of bytes, and its batch: rows of `steps` tokens."""
+    """A model over bytes, and its batch: rows of `steps` tokens."""
 
     n_layer: int
     n_embd: int
@@ -65,10 +66,10 @@ SETTINGS = {
 }
 PRECISIONS = ("float32", "bf16-mixed")
 
-# Pairs whose products spread more than this are repeated, so often.
+# Pairs are repeated at most TRIES times, while their products spread over more than SPREAD.
 SPREAD, TRIES = 0.05, 5
 
-# A call of some milliseconds alone is that of caches and threads that the others' turns have left cold.
+# A single call of some milliseconds would mostly measure caches and threads gone cold in the others' turns.
 SECONDS_A_TURN = 0.2
 
 
@@ -81,7 +82,7 @@ def autocast(precision: str, device: str = "cpu") -> AbstractContextManager[Any]
 
 
 def make_our_module(setting: Setting) -> LitRWKV:
-    """With the memory set up as rwkv-train does it."""
+    """With the allocator set up as by rwkv-train."""
     keep_freed_memory()
     return LitRWKV(RWKV4(RWKV4Config(VOCAB, setting.n_layer, setting.n_embd)))
 
@@ -89,7 +90,7 @@ def make_our_module(setting: Setting) -> LitRWKV:
 def make_our_step(
     setting: Setting, precision: str, full: bool = False, compiled: bool = False, device: str = "cpu"
 ) -> Call:
-    """What LitRWKV and its optimizer do in one step; full: with gradient clipping and L2Wrap.
+    """One step of LitRWKV and its optimizer; full: with gradient clipping and L2Wrap.
 
     On a GPU the step can be captured in a CUDA graph.
     """
@@ -151,7 +152,7 @@ def make_transformers_step(setting: Setting, precision: str, device: str = "cpu"
 
 
 def make_products(setting: Setting, precision: str) -> Call:
-    """The matrix products of a step and nothing else."""
+    """Only the matrix products of a step."""
     keep_freed_memory()
     C, dtype = setting.n_embd, torch.float32 if precision == "float32" else torch.bfloat16
     shapes = [(C, C)] * 5 + [(C, 4 * C), (4 * C, C)]
@@ -169,7 +170,7 @@ def make_products(setting: Setting, precision: str) -> Call:
     return step
 
 
-# The first that matches the name of an operator, or else of the nearest caller, has its time.
+# An operator counts for the first part whose pattern matches its name, or else the name of its nearest caller.
 PARTS = {
     "matrix products": r"::(mm|addmm|bmm|_linear_pointwise|linear)$|MmBackward|_Linear",
     "Adam": r"adam|Optimizer",
@@ -186,7 +187,7 @@ PARTS = {
 def profile(
     setting: Setting, precision: str, full: bool = False, steps: int = 5, device: str = "cpu"
 ) -> dict[str, Any]:
-    """Milliseconds a step of each part, each operator's self time, and the largest operators of the rest.
+    """Milliseconds per step of each part, from the operators' self times, and the largest operators of the rest.
 
     On a GPU an operator's time is that of the kernels that it launched.
     """
@@ -203,7 +204,7 @@ def profile(
     rest: Counter[str] = Counter()
     for event in profiler.events():
         if event.device_type != torch.autograd.DeviceType.CPU:
-            continue  # a kernel itself, which its operator counts
+            continue  # a kernel, already counted by its operator
         milliseconds = (event.self_device_time_total if device == "cuda" else event.self_cpu_time_total) / 1000 / steps
         part = find_part(event)
         parts[part] += milliseconds
@@ -213,7 +214,7 @@ def profile(
 
 
 def find_part(event: Any) -> str:
-    """The part that an operator of the profile belongs to, by its own name or by its callers', nearest first."""
+    """The part of an operator in the profile, by its own name or else by its callers' names, nearest first."""
     own = event.name
     while event is not None:
         for part, pattern in PARTS.items():
@@ -224,7 +225,7 @@ def find_part(event: Any) -> str:
 
 
 def measure_pairs(setting: Setting, rounds: int) -> tuple[dict[str, list[float]], dict[str, float], int]:
-    """Seconds of products and steps in turns, the products' spread, and which try it was."""
+    """Seconds of products and steps in turns, the spread of the products, and the number of tries."""
     makers: dict[str, Maker] = {}
     for precision in PRECISIONS:
         makers[f"products, {precision}"] = partial(make_products, setting, precision)
@@ -241,7 +242,7 @@ def measure_pairs(setting: Setting, rounds: int) -> tuple[dict[str, list[float]]
 
 
 def compute_remainders(seconds: dict[str, list[float]]) -> dict[str, dict[str, Summary]]:
-    """What is not a matrix product, of each precision: as a share of the float32 products' time, and of its own."""
+    """The time outside of matrix products, for each precision: relative to the float32 products, and to its own."""
     found = {}
     for precision in PRECISIONS:
         alone = seconds[f"products, {precision}"]
@@ -254,7 +255,7 @@ def compute_remainders(seconds: dict[str, list[float]]) -> dict[str, dict[str, S
 
 
 def measure_setting(setting: Setting, rounds: int, profiled: bool) -> dict[str, Any]:
-    """Everything of one setting, told as it comes."""
+    """Measure one setting, and print each result as it comes."""
     print(f"\n{setting}", flush=True)
     pairs, spreads, attempt = measure_pairs(setting, rounds)
     makers: dict[str, Maker] = {}
@@ -278,9 +279,9 @@ def measure_setting(setting: Setting, rounds: int, profiled: bool) -> dict[str, 
         for of, share in shares.items()
     ]
     print_table(["not a matrix product", "as a share of", "median", "quartiles"], lines)
-    reached = "" if max(spreads.values()) <= SPREAD else f", over {SPREAD:.0%} in {TRIES} tries: not a quiet machine"
-    told = ", ".join(f"{value:.1%} in {precision}" for precision, value in spreads.items())
-    print(f"try {attempt}: the products spread over {told}{reached}", flush=True)
+    reached = "" if max(spreads.values()) <= SPREAD else f", over {SPREAD:.0%} in {TRIES} tries: the machine is busy"
+    spread = ", ".join(f"{value:.1%} in {precision}" for precision, value in spreads.items())
+    print(f"try {attempt}: the products spread over {spread}{reached}", flush=True)
 
     profiles = {}
     for precision in PRECISIONS if profiled else ():
@@ -303,7 +304,7 @@ def measure_setting(setting: Setting, rounds: int, profiled: bool) -> dict[str, 
 def main() -> None:
     parser = make_parser("train_step", __doc__, rounds=7)
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=["classic", "small"])
-    parser.add_argument("--profile", action="store_true", help="where the time goes, by parts")
+    parser.add_argument("--profile", action="store_true", help="also print the time of each part")
     options = parser.parse_args()
     title = "one training step: forward, loss, backward, Adam"
     begin_benchmark(title, options.threads)

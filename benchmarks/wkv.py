@@ -1,12 +1,12 @@
-"""The WKV-4 operator, forward and backward, beside transformers' loop, the scan in torch and the memory's speed.
+"""The WKV-4 operator, forward and backward, compared with transformers' loop, torch's scan and the memory's speed.
 
     python -m benchmarks wkv [--rounds 10] [--longest 16384]
 
-First at B1 T1024 C512 in float32, as the peer is used, each checked against the plain recurrence in float64: the
-kernel's levels for other CPUs too, by which a process holds one library. Then ours at other sizes, against the floor:
-the bytes that it must move (forward key, value and output, backward key, value, the output's gradient and both their
-gradients) at the speed of a large copy. The contestants take turns; what is timed are whole calls from Python,
-gradients of all four inputs included.
+First at B1 T1024 C512 in float32, as the peer uses it, each checked against the plain recurrence in float64. This
+includes the kernel's levels for other CPUs, one per process. Then rwkv_pl at other sizes, compared with the lower
+bound: the bytes that must be moved (forward: key, value and output; backward: key, value, the output's gradient and
+both their gradients) at the speed of a large copy. The contestants take turns. Whole calls from Python are timed, with
+gradients of all four inputs.
 """
 
 import os
@@ -43,14 +43,14 @@ LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 OTHERS: tuple[Shape, ...] = ((6, 256, 192), (8, 1024, 512), (64, 1024, 512))
 MAX_SCAN_LENGTH = 4096
 
-# Short calls: as many a turn as fill this.
+# Short calls: a turn is as many as fill this time.
 SECONDS_A_TURN = 0.05
 
 
 def make_inputs(
     B: int, T: int, C: int, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> tuple[list[Tensor], Tensor]:
-    """time_decay, time_first, key and value, and the gradient in the output, of ordinary size."""
+    """time_decay, time_first, key and value, and the gradient of the output, of ordinary size."""
     generator = torch.Generator(device).manual_seed(0)
     shapes = [(C,), (C,), (B, T, C), (B, T, C), (B, T, C)]
     drawn = [torch.randn(shape, generator=generator, device=device) for shape in shapes]
@@ -65,7 +65,7 @@ def run_both_ways(operator: Operator, arguments: list[Tensor], grad: Tensor) -> 
 
 
 def relative_errors(operator: Operator, arguments: list[Tensor], grad: Tensor) -> dict[str, float]:
-    """|x - reference| / |reference| for the output and each gradient, the reference being the recurrence in float64."""
+    """|x - reference| / |reference| for the output and each gradient; the reference is the recurrence in float64."""
     with use_kernel("recurrence"):
         reference = run_both_ways(wkv4, [x.double() for x in arguments], grad.double())
     names = ["output", "time_decay", "time_first", "key", "value"]
@@ -82,7 +82,7 @@ def with_kernel(name: str) -> Operator:
 
 
 def make_operator(name: str) -> Operator:
-    """transformers, scan, or compiled LEVEL, which a process can have of one level only."""
+    """transformers, scan, or compiled LEVEL; a process can load only one level."""
     if name == "transformers":
         from transformers.models.rwkv.modeling_rwkv import rwkv_linear_attention_cpu
 
@@ -113,7 +113,7 @@ def bytes_moved(shape: Shape, dtype: torch.dtype) -> int:
 
 
 def measure_peers(shape: Shape, rounds: int) -> dict[str, dict[str, Any]]:
-    """All who compute it, at one shape."""
+    """All implementations, at one shape."""
     levels = list(LEVELS)
     compiled = [f"compiled {level}" for level in levels[levels.index(cpu_level()) :]]
     makers: dict[str, Maker] = {
@@ -140,7 +140,7 @@ def measure_peers(shape: Shape, rounds: int) -> dict[str, dict[str, Any]]:
 
 
 def measure_sizes(shapes: list[Shape], rounds: int) -> tuple[float, list[dict[str, Any]]]:
-    """Bytes a second of a copy, read and written, and a row for each shape and way."""
+    """Bytes per second of a copy, read and written, and a row for each shape, operator and dtype."""
     contestants = [
         (name, shape, dtype)
         for shape in shapes
@@ -179,16 +179,14 @@ def measure_sizes(shapes: list[Shape], rounds: int) -> tuple[float, list[dict[st
         for row in rows
     ]
     bandwidth = summarize(bandwidths)["median"]
-    print_table(["", "", "ms", "quartiles", "us a token", "floor, ms"], lines)
-    print(
-        f"a copy moves {bandwidth / 1e9:.1f} GB/s, read and written; what fits the caches can be faster than the floor"
-    )
+    print_table(["", "", "ms", "quartiles", "us per token", "floor, ms"], lines)
+    print(f"a copy moves {bandwidth / 1e9:.1f} GB/s, read plus written; sizes that fit the caches can beat the floor")
     return bandwidth, rows
 
 
 def main() -> None:
     parser = make_parser("wkv", __doc__, rounds=10)
-    parser.add_argument("--longest", type=int_at_least(LENGTHS[0]), default=LENGTHS[-1], help="leave out longer texts")
+    parser.add_argument("--longest", type=int_at_least(LENGTHS[0]), default=LENGTHS[-1], help="skip longer texts")
     options = parser.parse_args()
     title = "WKV-4 forward and backward"
     begin_benchmark(title, options.threads)

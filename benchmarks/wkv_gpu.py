@@ -1,14 +1,14 @@
-"""The WKV-4 operator on a GPU, beside the kernels that others use and beside the memory's own speed.
+"""The WKV-4 operator on a GPU, compared with public kernels and with the memory's own speed.
 
     python -m benchmarks wkv_gpu [--rounds 15] [--tiles]
 
-Each contestant's calls are captured in a CUDA graph, whose replays are timed by the GPU itself: what Python costs is
-not in the figures. Contestants take turns; medians. `bandwidth` is the bytes that a call must move (forward key, value
-and output; backward key, value, the output's gradient and both their gradients) over the time, as a share of what the
-faster of two large copies reaches in the same run. --tiles also times every way through time at many shapes, from
-which `_tile` in rwkv_pl/ops/wkv4.py was chosen. Writes benchmarks/results/wkv_gpu.json.
+Each contestant's calls are captured in a CUDA graph, and the GPU itself times its replays, so the overhead of Python is
+excluded. Contestants take turns; the table has medians. `bandwidth` is the bytes that a call must move (forward: key,
+value and output; backward: key, value, the output's gradient and both their gradients) over the time, relative to the
+faster of two large copies in the same run. --tiles also times every tile at many shapes; `_tile` in rwkv_pl/ops/wkv4.py
+was chosen from that. Writes benchmarks/results/wkv_gpu.json.
 
-fla-core and nvcc are needed for two of the peers; one that cannot be had is left out and named.
+Two of the peers need fla-core and nvcc; a peer that is not available is left out and named.
 """
 
 import ctypes
@@ -55,7 +55,7 @@ def capture_graph(work: Work, calls: int) -> torch.cuda.CUDAGraph:
 
 
 def measure_microseconds(works: dict[str, Work], rounds: int = 15, calls: int = 10) -> dict[str, float]:
-    """The median of each contestant's call, in turns; those that need over 20 ms are called once a round."""
+    """The median time of each contestant's call, in turns; calls of more than 20 ms are made once per round."""
     graphs, counts = {}, {}
     for name, work in works.items():
         work()
@@ -80,7 +80,7 @@ def measure_microseconds(works: dict[str, Work], rounds: int = 15, calls: int = 
 
 
 def measure_copy_bandwidth() -> dict[str, float]:
-    """Bytes a second, read and written, of a large copy: by the driver, and by a kernel that reads and writes."""
+    """Bytes per second, read and written, of a large copy: by the driver, and by a kernel that reads and writes."""
     source = torch.randn(2**29, device="cuda")
     target = torch.empty_like(source)
     copies: dict[str, Work] = {
@@ -91,7 +91,7 @@ def measure_copy_bandwidth() -> dict[str, float]:
 
 
 def make_ours(arguments: list[Tensor], grad: Tensor, tile: int) -> tuple[Work, Work]:
-    """The forward and the backward operator alone."""
+    """The forward and the backward operator separately."""
     _, _, saved = torch.ops.rwkv_pl.wkv4_forward(*arguments, None, tile)
     return (
         lambda: torch.ops.rwkv_pl.wkv4_forward(*arguments, None, tile),
@@ -105,7 +105,7 @@ def make_autograd(operator: Callable[..., tuple[Tensor, Any]], arguments: list[T
 
 
 def flash_linear_attention() -> Callable[..., tuple[Tensor, Tensor]] | str:
-    """The peer's operator, tried once; or one line that says why it cannot be used."""
+    """The peer's operator, tried once; or a line that says why it cannot be used."""
 
     def operator(time_decay: Tensor, time_first: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         from fla.ops.rwkv4 import fused_recurrent_rwkv4  # type: ignore[import-not-found]
@@ -116,13 +116,13 @@ def flash_linear_attention() -> Callable[..., tuple[Tensor, Tensor]] | str:
 
     try:
         make_autograd(operator, *make_inputs(1, 2, 32, torch.float32, "cuda"))()
-    except Exception as error:  # Triton compiles it with tools that can be missing
+    except Exception as error:  # Triton compiles it with tools that may be missing
         return f"fla-core cannot be used: {error}".splitlines()[0]
     return operator
 
 
 class ClassicKernels:
-    """benchmarks/classic_wkv4.cu by way of ctypes."""
+    """benchmarks/classic_wkv4.cu through ctypes."""
 
     def __init__(self) -> None:
         nvcc = find_nvcc(str(torch.version.cuda))
@@ -152,7 +152,7 @@ class ClassicKernels:
 
 def main() -> None:
     parser = common.make_parser("wkv_gpu", __doc__, rounds=15)
-    parser.add_argument("--tiles", action="store_true", help="time every way through time at many shapes as well")
+    parser.add_argument("--tiles", action="store_true", help="also time every tile at many shapes")
     options = parser.parse_args()
     if failure := load("cuda"):
         parser.error(failure)

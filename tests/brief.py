@@ -1,7 +1,7 @@
-"""Runs end with a picture and a sample of 400 tokens, which take as long as all the rest of a run of a few steps.
+"""Shorten the end of a run: the loss curve and the sample of 400 tokens take as long as a run of a few steps.
 
-The tests make hundreds of runs. Those that do not look at the picture or the sample leave the picture blank and write a
-few tokens; the files are made as ever.
+The tests make hundreds of runs. Tests that check neither the picture nor the sample draw an empty picture and generate
+a few tokens; all files are still written.
 """
 
 from typing import Any, Protocol
@@ -14,7 +14,7 @@ class SetAttribute(Protocol):
 
 
 def shorten_run_end(set_attribute: SetAttribute = setattr) -> None:
-    """set_attribute: monkeypatch.setattr, in a process that goes on with other tests."""
+    """set_attribute: monkeypatch.setattr, if the process later runs other tests."""
     from matplotlib.figure import Figure
 
     from rwkv_pl.runs import train

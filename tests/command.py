@@ -1,4 +1,4 @@
-"""A run of a second, and what a command ended with."""
+"""Run a command in this process, and make a run that takes one second."""
 
 import shutil
 import sys
@@ -35,7 +35,7 @@ class Result:
 
 
 def call(main: Callable[[], None], argv: Sequence[str], monkeypatch: Any, capfd: Any) -> Result:
-    """Runs a command inside this process. argv: its name and arguments. capfd: or capfdbinary, for bytes."""
+    """Run a command in this process. argv: its name and arguments. capfd: or capfdbinary, for bytes."""
     monkeypatch.setattr(sys, "argv", list(argv))
     capfd.readouterr()
     code = 0
@@ -48,7 +48,7 @@ def call(main: Callable[[], None], argv: Sequence[str], monkeypatch: Any, capfd:
 
 
 def make_run(folder: Path, *overrides: str, text: bytes = TEXT) -> Path:
-    """A run of a second in the folder, on a text in it; the run's own folder."""
+    """Make a one-second run in the folder, on a text in it; return its run folder."""
     (folder / "corpus.txt").write_bytes(text)
     from rwkv_pl.cli.train import main
 
@@ -62,7 +62,7 @@ def make_run(folder: Path, *overrides: str, text: bytes = TEXT) -> Path:
 
 
 def copy_run(run: Path, folder: Path) -> Path:
-    """The run as if it had been made in that folder; its hard links are files."""
+    """Copy a run as if it had been made in that folder; hard links become files."""
     there, here = str(run.parent), str(folder)
     shutil.copytree(run, folder / "run")
     for path in (folder / "run" / ".hydra").iterdir():

@@ -1,6 +1,6 @@
-"""Tests that run beside each other (pytest -n 2) take one thread each: two that wait for each other's threads crawl.
+"""Test workers (pytest -n 2) use one thread each: if two workers share the cores, waiting threads slow both to a crawl.
 
-Alone, they wait with a short spin, as the commands do.
+A single process waits with a short spin, as the commands do.
 """
 
 import gc
@@ -13,11 +13,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
-# On a busy machine any example may take a second.
+# On a busy machine one example can take a second.
 settings.register_profile("any speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any speed")
 
-# A minute each: begun last, one of two workers would wait for the other.
+# These take a minute each and start first; if one started last, the other worker would wait for it.
 LONGEST = ("test_wheel.py", "test_benchmarks.py")
 
 
@@ -26,6 +26,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What torch, lightning and the tests themselves are made of stays: to look through it again and again is slow."""
+    """Freeze all objects of torch, lightning and the tests: scanning them in every garbage collection is slow."""
     gc.collect()
     gc.freeze()

@@ -1,6 +1,6 @@
-"""Jobs of a sweep that are forked, as the sweep is, rather than each spending five seconds on its imports.
+"""Fork a sweep's jobs, because each would otherwise spend five seconds on imports.
 
-Before the sweep runs anything a server is forked from it, which forks the jobs: none has what Hydra knows of the sweep.
+A server is forked from the sweep before it runs anything, and forks the jobs, so no job inherits Hydra's state.
 """
 
 import os
@@ -20,7 +20,7 @@ JOB = ["-m", "rwkv_pl.cli.train"]
 
 
 class ForkedJob:
-    """subprocess.Popen, as far as a sweep needs it."""
+    """The part of subprocess.Popen that a sweep uses."""
 
     def __init__(
         self,
@@ -78,7 +78,7 @@ def _run(what: int, out: int, err: int) -> None:
 
 
 def _fork_and_report(what: int, out: int, err: int, send_end: int) -> None:
-    """Forks the job, and says its number and what it ended with."""
+    """Fork the job; send its process ID, then its exit code."""
     if pid := os.fork():
         for descriptor in (what, out, err):
             os.close(descriptor)

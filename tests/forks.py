@@ -1,7 +1,7 @@
-"""rwkv-train in processes of their own, to be killed: forked from one that has imported all and run nothing.
+"""Run rwkv-train in separate processes that tests can kill, forked from a server that has all imports loaded.
 
-The imports of a command take five seconds, a fork takes none. Never from the tests' own process: after a torch
-operation with two threads in it a forked child hangs.
+The imports of a command take five seconds, a fork takes none. Never fork from the tests' own process: after a torch
+operation with two threads, a forked child hangs.
 """
 
 import functools
@@ -27,7 +27,7 @@ context.set_forkserver_preload(["preloaded"])
 
 @functools.cache
 def _serve() -> None:
-    """Starts the server. It looks for what it preloads in its own import path."""
+    """Start the server. It imports the preloaded modules from its own import path."""
     if not CAN_FORK:
         return
     from multiprocessing.forkserver import ensure_running
@@ -39,7 +39,7 @@ def _serve() -> None:
 
 @dataclass
 class Strike:
-    """Does something at the n-th call of a function, before it or after it: place is "module:Class.name"."""
+    """Act at the n-th call of a function, before or after the call. place: "module:Class.name"."""
 
     place: str
     call: int
@@ -106,7 +106,7 @@ def start(
     code: str | None = None,
     **environment: str,
 ) -> BaseProcess:
-    """Begins the command in `folder`. main: the module whose main() it is. code: Python to run instead of a command."""
+    """Start the command in `folder`. main: the module whose main() runs. code: Python to run instead of a command."""
     _serve()
     process = context.Process(target=_command, args=(main, code, folder, arguments, strikes, environment))
     process.start()
@@ -114,7 +114,7 @@ def start(
 
 
 def finish(process: BaseProcess, folder: Path, seconds: float = 600) -> Result:
-    """Waits for the command; the exit code is the signal's number, negative, where it died of one."""
+    """Wait for the command. The exit code is the negated signal number if a signal killed it."""
     process.join(seconds)
     if process.exitcode is None:
         process.kill()
@@ -123,5 +123,5 @@ def finish(process: BaseProcess, folder: Path, seconds: float = 600) -> Result:
 
 
 def run(folder: Path, *arguments: str, **how: Any) -> Result:
-    """The command from beginning to end. how: as `start` takes it."""
+    """Run the command to its end. how: passed to `start`."""
     return finish(start(folder, *arguments, **how), folder)

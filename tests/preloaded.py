@@ -1,6 +1,6 @@
-"""Imported once by the server from which forks.py forks: all that a command loads, and what it does before torch.
+"""Imported once by the server of forks.py: all modules that a command loads, and its set-up before torch.
 
-No torch operation runs here: after one with two threads a forked child hangs.
+No torch operation runs here: after an operation with two threads, a forked child hangs.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import rwkv_pl
 
-# Where this file was found; the commands do without.
+# The folder of this file was added to find it; the commands do not have it.
 entries = os.environ["PYTHONPATH"].split(os.pathsep)
 entries.remove(str(Path(__file__).parent))
 os.environ["PYTHONPATH"] = os.pathsep.join(entries)
@@ -37,7 +37,7 @@ for name in MODULES:
 
 
 def compose_once() -> None:
-    """Hydra's plugins and parsers are slow the first time."""
+    """Load Hydra's plugins and parsers, which are slow the first time."""
     from command import SMALL
 
     from rwkv_pl.cli.train import main
@@ -49,6 +49,6 @@ def compose_once() -> None:
 
 
 compose_once()
-inspect.getmodule(inspect.currentframe(), "none")  # caches the file of every module: registering an operator asks
+inspect.getmodule(inspect.currentframe(), "none")  # caches every module's source: registering an operator reads it
 gc.collect()
-gc.freeze()  # a collection in a child would copy every page
+gc.freeze()  # a garbage collection in a child would copy every page

@@ -1,6 +1,6 @@
-"""A C++ compiler that takes no time: it hands out the library that the real one has built for this machine before.
+"""A C++ compiler that takes no time: it returns the library that the real compiler has already built here.
 
-tests/test_wheel.py builds with the real one, whatever was built before.
+tests/test_wheel.py always builds with the real compiler.
 """
 
 from pathlib import Path
@@ -21,7 +21,7 @@ esac
 
 
 def quick_compiler(folder: Path) -> str:
-    """Its path, in `folder`. For CXX."""
+    """Write the compiler into `folder`; return its path, for CXX."""
     assert load("cpu") == ""
     compiler = find_compiler()
     assert compiler is not None

@@ -1,4 +1,4 @@
-"""A tokenizer of the official one's structure, small: 1,000 merges learned from the licence, some of white space."""
+"""A small tokenizer with the official structure: 1,000 merges learned from the licence, some of white space."""
 
 import functools
 import json
@@ -14,7 +14,7 @@ MARKS = "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~"
 
 @functools.cache
 def small_20b() -> str:
-    """Its json, as a run keeps it."""
+    """The tokenizer's JSON, as stored by a run."""
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
@@ -28,7 +28,7 @@ def small_20b() -> str:
         show_progress=False,
     )
     licence = Path(__file__).parents[1] / "LICENSE"
-    # As one word, what a cut in the wrong place would tear apart.
+    # Merge these into one token, so that a split at a wrong place breaks it.
     runs = "".join(f"x{space} \n{space}\n" for space in WHITE_SPACE) + "".join(f"x{mark * 2}\n" for mark in MARKS)
     tokenizer.train_from_iterator([licence.read_text(encoding="utf-8"), runs * 50], trainer)
     tokenizer.add_tokens([AddedToken(" " * n, normalized=True) for n in range(24, 1, -1)])

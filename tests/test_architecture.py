@@ -1,4 +1,4 @@
-"""Imports point one way, down the list of rooms; the leaves serve all."""
+"""Imports between packages go in one direction; every package may import the leaves."""
 
 import ast
 from pathlib import Path
@@ -26,13 +26,13 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 
 def package_of(module: str) -> str:
-    """The first part of a module's name below rwkv_pl; all of hydra_plugins is one room."""
+    """The first part of a module's name below rwkv_pl; hydra_plugins counts as one package."""
     parts = module.split(".")
     return parts[0] if parts[0] == "hydra_plugins" or len(parts) == 1 else parts[1]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.relative_to(SOURCE).as_posix())
-def test_imports_point_one_way(file):
+def test_packages_import_only_allowed_packages(file):
     here = package_of(".".join(file.relative_to(SOURCE).with_suffix("").parts))
     if here == "__init__":
         return

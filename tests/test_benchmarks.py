@@ -1,4 +1,4 @@
-"""The benchmarks' own parts, at tiny sizes."""
+"""The benchmarks at tiny sizes."""
 
 import json
 import math
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 
 
 class Pipe(list):
-    """What a contestant sends, and turns as many as are given."""
+    """A pipe that stores the messages sent and asks for a given number of turns."""
 
     def __init__(self, *asked):
         super().__init__()
@@ -42,7 +42,7 @@ def test_benchmark_list_needs_no_torch():
     assert not re.search(r"\| +torch$", done.stderr, re.MULTILINE)
 
 
-def test_a_contestant_is_warmed_up_then_timed_by_the_turn():
+def test_contestant_is_timed_per_turn_after_warm_up():
     calls = []
 
     def maker():
@@ -57,7 +57,7 @@ def test_a_contestant_is_warmed_up_then_timed_by_the_turn():
     assert min(first, second) >= 0.004 and max(first, second) < 0.02
 
 
-def test_a_slow_one_is_called_twice_before_its_turns(monkeypatch):
+def test_slow_contestant_warms_up_with_two_calls(monkeypatch):
     calls = []
     monkeypatch.setattr(common, "SLOW_SECONDS", 0.0)
     with pytest.raises(EOFError):
@@ -65,23 +65,23 @@ def test_a_slow_one_is_called_twice_before_its_turns(monkeypatch):
     assert len(calls) == 2
 
 
-def test_failing_contestant_gives_its_reason():
+def test_failing_contestant_reports_its_error():
     pipe = Pipe()
     common._process(lambda _: 1 / 0, pipe)
     assert isinstance(pipe[0], common.ContestantError) and str(pipe[0]) == "ZeroDivisionError: division by zero"
 
 
-def test_figures():
+def test_summary_spread_and_growth_exponent():
     assert common.summarize([1.0, 2.0, 3.0, 4.0, 5.0]) == {"median": 3, "low": 2, "high": 4, "min": 1, "max": 5}
     assert common.summarize([7.0])["high"] == 7
     assert common.relative_spread([0.95, 1.0, 1.02]) == pytest.approx(0.07)
     assert memory.growth_exponent([1.0, 2, 4, 8, 16, 32], [0, 0, 0, 5.0, 20, 80]) == pytest.approx(2)
 
 
-def test_the_remainder_is_that_of_pairs():
+def test_remainder_is_the_median_of_paired_differences():
     seconds = {
         "products, float32": [1.0, 3.0, 2.0],
-        "rwkv_pl, float32": [1.2, 3.1, 2.3],  # a slow minute falls on both
+        "rwkv_pl, float32": [1.2, 3.1, 2.3],  # a slow minute affects both
         "products, bf16-mixed": [0.5, 0.5, 0.5],
         "rwkv_pl, bf16-mixed": [0.75, 0.65, 0.75],
     }
@@ -91,21 +91,21 @@ def test_the_remainder_is_that_of_pairs():
     assert found["bf16-mixed"]["its own products"]["median"] == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize(("rounds", "beside"), [(1, 3), (10, 5)])
-def test_times_and_ratios_are_of_one_run_and_remainders_of_the_pairs(rounds, beside, monkeypatch):
+@pytest.mark.parametrize(("rounds", "n_rounds_of_all"), [(1, 3), (10, 5)])
+def test_times_come_from_one_run_and_remainders_from_pairs(rounds, n_rounds_of_all, monkeypatch):
     runs = []
 
     def take_turns(makers, rounds, _):
         runs.append((list(makers), rounds))
-        of_pairs = {"products, float32": 1.0, "products, bf16-mixed": 0.5}
+        from_pairs = {"products, float32": 1.0, "products, bf16-mixed": 0.5}
         if len(runs) == 1:
-            return {name: [of_pairs.get(name, 1.5)] * rounds for name in makers}
+            return {name: [from_pairs.get(name, 1.5)] * rounds for name in makers}
         return {name: [10.0 + place] * rounds for place, name in enumerate(makers)}
 
     monkeypatch.setattr(train_step, "take_turns", take_turns)
     found = train_step.measure_setting(TINY, rounds, profiled=False)
-    (_, of_pairs), (names, of_beside) = runs
-    assert (of_pairs, of_beside) == (rounds, beside)
+    (_, from_pairs), (names, from_all) = runs
+    assert (from_pairs, from_all) == (rounds, n_rounds_of_all)
     who = ("products", "rwkv_pl", "rwkv_pl, full", "rwkv_pl, full, compiled", "transformers")
     assert {f"{each}, {precision}" for each in who for precision in train_step.PRECISIONS} == set(names)
     medians = {name: row["median"] for name, row in found["seconds"].items()}
@@ -117,17 +117,17 @@ def test_times_and_ratios_are_of_one_run_and_remainders_of_the_pairs(rounds, bes
 
 
 @pytest.mark.parametrize("precision", train_step.PRECISIONS)
-def test_steps_and_products(precision):
+def test_products_run_every_matrix_product_of_a_step(precision):
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         make_products(TINY, precision)()
-    of_products = [e for e in profiler.events() if e.name in ("aten::mm", "mkldnn::_linear_pointwise")]
-    assert len(of_products) == 3 * (7 * TINY.n_layer + 1)
+    product_events = [e for e in profiler.events() if e.name in ("aten::mm", "mkldnn::_linear_pointwise")]
+    assert len(product_events) == 3 * (7 * TINY.n_layer + 1)
     make_our_step(TINY, precision)()
     found = train_step.profile(TINY, precision, full=True, steps=1)["milliseconds"]
     assert set(train_step.PARTS) <= set(found)
 
 
-def test_a_part_is_that_of_the_nearest_caller():
+def test_operator_belongs_to_the_part_of_its_nearest_caller():
     node = SimpleNamespace(name="autograd::engine::evaluate_function: LerpBackward1", cpu_parent=None)
     assert train_step.find_part(SimpleNamespace(name="aten::mul", cpu_parent=node)) == "LayerNorm, shift, mixes"
     assert train_step.find_part(SimpleNamespace(name="aten::mul", cpu_parent=None)) == "gates"
@@ -136,7 +136,7 @@ def test_a_part_is_that_of_the_nearest_caller():
 
 
 @pytest.mark.parametrize("name", ["rwkv_pl", "GPT of torch's layers"])
-def test_a_runner_of_the_race_learns(name, tmp_path):
+def test_race_contestant_learns(name, tmp_path):
     path = tmp_path / "text.txt"
     path.write_bytes(b"abcdefgh" * 2000)
     pipe = Pipe((0.0,), (0.3,))
@@ -149,7 +149,7 @@ def test_a_runner_of_the_race_learns(name, tmp_path):
     assert race.measure_compressors(race.open_text(race.TINY, path))["xz -9"] < 2
 
 
-def test_the_gpt_sees_no_future():
+def test_gpt_is_causal():
     gpt = race.GPT(race.TINY)
     tokens = torch.zeros(1, race.TINY.steps, dtype=torch.int64)
     later = tokens.clone()
@@ -159,14 +159,14 @@ def test_the_gpt_sees_no_future():
 
 
 @pytest.mark.skipif(not memory.STATUS.exists(), reason="no /proc")
-def test_memory_of_a_step():
+def test_step_memory_includes_gradients():
     figures = memory.measure("rwkv_pl", TINY, "float32")
     assert figures["peak_mb"] > 0 and figures["seconds"] > 0
     assert figures["gradients_mb"] == pytest.approx(4 * 42_560 / 2**20, rel=0.1)
 
 
 def write_results(folder):
-    """Made up results of all that is drawn but the small setting's step."""
+    """Made-up results for every panel except the training step of the small setting."""
     about = {"title": "made up", "machine": common.describe_machine()}
     row = common.summarize([1.0, 2.0, 4.0])
     steps = dict.fromkeys(["products, float32", "rwkv_pl, float32", "transformers, float32"], row)
@@ -185,7 +185,7 @@ def write_results(folder):
     return files
 
 
-def test_the_pictures(tmp_path):
+def test_plots_are_written(tmp_path):
     write_results(tmp_path)
     plot.draw_all(tmp_path, tmp_path)
     plot.draw_race(tmp_path, tmp_path)
@@ -193,11 +193,11 @@ def test_the_pictures(tmp_path):
     assert (tmp_path / "race.png").stat().st_size > 10_000
 
 
-def test_panels_are_those_of_readable_results(tmp_path, monkeypatch, capsys):
+def test_unreadable_results_are_left_out_of_the_plot(tmp_path, monkeypatch, capsys):
     figures = []
     monkeypatch.setattr(plot, "write_figure", lambda figure, _: figures.append(figure))
     step = write_results(tmp_path)["train_step"]["settings"]["classic"]
-    # The products of another run than the bars have no ratio.
+    # If the products come from another run than the bars, they have no ratio.
     old = step | {"times_ours": {"rwkv_pl, float32": 1.0}}
     content = {"machine": common.describe_machine(), "settings": {"classic": old}}
     (tmp_path / "train_step.json").write_text(json.dumps(content))
@@ -206,19 +206,19 @@ def test_panels_are_those_of_readable_results(tmp_path, monkeypatch, capsys):
     (tmp_path / "generate.json").write_text(json.dumps(content))
     plot.draw_all(tmp_path, tmp_path)
     assert [axes.get_title().split()[0] for axes in figures[0].axes] == ["time", "memory"]
-    (told,) = capsys.readouterr().out.splitlines()
-    what, _, how = told.partition("; made by: ")
+    (output,) = capsys.readouterr().out.splitlines()
+    what, _, how = output.partition("; made by: ")
     reasons = ["classic (the result has no 'prod", "small (", "wkv (not readable)", "generate (the result"]
     assert all(reason in what for reason in reasons)
     assert how == ", ".join(f"python -m benchmarks {name}" for name in ("train_step", "wkv", "generate"))
 
 
-def test_no_picture_without_results(tmp_path, capsys):
+def test_plot_without_results_writes_nothing(tmp_path, capsys):
     plot.draw_all(tmp_path, tmp_path)
     plot.draw_race(tmp_path, tmp_path)
     assert not list(tmp_path.iterdir())
-    told, of_race = capsys.readouterr().out.splitlines()
-    assert told.count("not measured") == len(plot.PANELS) and of_race.endswith("python -m benchmarks race")
+    output, of_race_plot = capsys.readouterr().out.splitlines()
+    assert output.count("not measured") == len(plot.PANELS) and of_race_plot.endswith("python -m benchmarks race")
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,7 @@ def test_no_picture_without_results(tmp_path, capsys):
         ("gpu --budget 0", "--budget: 0 is not a number above 0"),
     ],
 )
-def test_wrong_options_are_refused(line, message, tmp_path, monkeypatch, capsys):
+def test_invalid_option_gives_one_line_error(line, message, tmp_path, monkeypatch, capsys):
     (tmp_path / "taken").touch()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["benchmarks", *line.split()])
@@ -251,20 +251,20 @@ def test_wrong_options_are_refused(line, message, tmp_path, monkeypatch, capsys)
     assert end.value.code == 2 and message in printed.err.splitlines()[-1] and not printed.out
 
 
-def test_options_that_all_benchmarks_have(tmp_path, monkeypatch, capsys):
+def test_all_accepts_only_options_of_every_benchmark(tmp_path, monkeypatch, capsys):
     for name in (*benchmarks.NAMES, *benchmarks.GPU_NAMES):
         monkeypatch.setattr(sys, "argv", ["benchmarks", "--help"])
         with pytest.raises(SystemExit):
             import_module(f"benchmarks.{name}").main()
-        told = capsys.readouterr().out
+        output = capsys.readouterr().out
         options = ("--results", "--docs") if name == "plot" else ("--results", "--rounds", "--threads")
-        assert all(option in told for option in options)
+        assert all(option in output for option in options)
     given = ["--rounds=1", f"--results={tmp_path}"]
     words = benchmarks.options_of_all(given)
     assert words.pop("plot") == given[1:] and all(each == given for each in words.values())
 
 
-def test_the_floor_of_wkv():
+def test_wkv_floor_counts_bytes_moved():
     assert wkv.bytes_moved((2, 3, 5), torch.bfloat16) == 8 * 30 * 2
     assert math.isfinite(wkv.measure_worst_error("scan", (1, 5, 3)))
 
@@ -282,7 +282,7 @@ def test_the_floor_of_wkv():
         "generate --rounds 1",
     ],
 )
-def test_a_benchmark_from_end_to_end(line, tmp_path):
+def test_benchmark_runs_end_to_end(line, tmp_path):
     name, *options = line.split()
     command = [sys.executable, "-m", "benchmarks", name, *options, "--threads=1", f"--results={tmp_path}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -21,7 +21,7 @@ TINY = Scale("cpu", tiny=True, rounds=1)
 
 @pytest.fixture(autouse=True)
 def forked(monkeypatch):
-    """Fake runs use no torch, so they can be forked from this process, without waiting for the server's imports."""
+    """Fork the fake runs from this process: they use no torch, so they need not wait for the server's imports."""
     monkeypatch.setattr(gpu, "CONTEXT", multiprocessing.get_context("fork"))
     monkeypatch.setattr(gpu.CONTEXT, "set_forkserver_preload", lambda names: None)
 
@@ -48,7 +48,7 @@ def end_as_a_command(scale):
 
 
 def is_gone(pid):
-    """Has the process ended? A zombie has."""
+    """Return whether the process has ended. A zombie has."""
     state = Path("/proc", pid, "stat")
     return not state.exists() or state.read_text().split()[2] == "Z"
 

@@ -1,4 +1,4 @@
-"""What the README and the guides say can be done: commands parse, settings exist, code runs, links lead somewhere."""
+"""The README and the guides are correct: commands parse, settings exist, code runs, links have targets."""
 
 import ast
 import copy
@@ -42,11 +42,11 @@ PAGES = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for
 GENERATED = {"docs/guides/settings.md"}
 ANY_PAGE = "\n".join(PAGES.values())
 
-# Commands that argparse reads.
+# Commands that use argparse.
 PARSERS = {"rwkv-convert": convert, "rwkv-doctor": doctor, "rwkv-generate": generate, "rwkv-report": report}
-# Programs of other packages. Unknown ones fail, so that a typing error in a name does not pass.
+# Programs of other packages. An unknown program fails the test, so that a misspelt name is found.
 FOREIGN = {"source", "tensorboard", "py", "python3", "eval", "["}
-# In front of a command.
+# Prefixes of a command.
 BEFORE = {"srun", "then", "else", "if", "fi"}
 
 
@@ -59,7 +59,7 @@ def prose(text: str) -> str:
 
 
 def commands(text: str) -> list[list[str]]:
-    """The words of every command in shell blocks, and of ours in `code` within a sentence."""
+    """The words of every command in shell blocks, and of rwkv_pl's commands in `code` within a sentence."""
     inline = re.findall(r"`((?:rwkv-\w+|make|pip install|python -m|pytest) [^`\n]+)`", prose(text))
     lines = "\n".join([*blocks(text, "bash", "bat"), *inline]).replace("\\\n", " ").replace(".venv\\Scripts\\", "")
     found = []
@@ -81,7 +81,7 @@ COMMANDS = list(dict.fromkeys(tuple(words) for text in PAGES.values() for words 
 
 @pytest.fixture
 def mine(tmp_path, monkeypatch):
-    """The current folder, with the files of the pages that begin with their name, as `# mine/optim/lion.yaml`."""
+    """Change to a folder with the pages' files, which start with their name, such as `# mine/optim/lion.yaml`."""
     for text in blocks(ANY_PAGE, "python", "yaml"):
         if name := re.match(r"# ([\w/]+\.(?:py|yaml))\n", text):
             path = tmp_path / name[1]
@@ -93,14 +93,14 @@ def mine(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_the_commands_are_found():
+def test_commands_are_found_in_pages():
     ours = {"make", "pip", "python", "pytest", *PARSERS, "rwkv-eval", "rwkv-train"}
     assert {words[0] for words in COMMANDS} == ours | FOREIGN
     assert len(COMMANDS) > 50
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
-def test_a_command(words, mine, monkeypatch):
+def test_documented_command_parses(words, mine, monkeypatch):
     name, *arguments = words
     if name in ("rwkv-train", "rwkv-eval"):
         check_overrides(name, arguments)
@@ -129,7 +129,7 @@ def check_overrides(name: str, arguments: list[str]) -> None:
     values = [o for o in overrides if o.key_or_group != "resume"]
     fixed = [o for o in values if not o.is_sweep_override()]
     if len(values) < len(overrides) and any(o.key_or_group.startswith("hydra.sweeper.") for o in values):
-        fixed += parse_overrides(["hydra/sweeper=optuna"])  # which the sweep has kept
+        fixed += parse_overrides(["hydra/sweeper=optuna"])  # stored by the sweep
     swept = [o for o in values if o.is_sweep_override() and not o.is_interval_sweep()]
     jobs = itertools.zip_longest(*([f"{o.key_or_group}={v}" for v in o.sweep_string_iterator()] for o in swept))
     for job in list(jobs) or [()]:
@@ -148,7 +148,7 @@ def check_overrides(name: str, arguments: list[str]) -> None:
 
 @functools.cache
 def composed(choices: tuple[str, ...], config_dir: str | None, name: str) -> DictConfig:
-    """To compose is slow: once for each choice of files, and the values are set in a copy."""
+    """Compose once per choice of files, because it is slow; values are set in a copy."""
     return compose(choices, config_dir, name)
 
 
@@ -157,7 +157,7 @@ class _Parsed(BaseException):
 
 
 def check_arguments(module: ModuleType, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Starts the command, and ends it when its own parser has read the arguments."""
+    """Start the command, and stop it after its parser has read the arguments."""
 
     def parse(parser, *_):
         assert parser.parse_known_args(arguments)[1] == []
@@ -169,7 +169,7 @@ def check_arguments(module: ModuleType, arguments: list[str], monkeypatch: pytes
         return
     monkeypatch.setattr("argparse.ArgumentParser.parse_args", parse)
     for variable in ("GOMP_SPINCOUNT", "HYDRA_FULL_ERROR"):
-        monkeypatch.setenv(variable, "1")  # a command sets them
+        monkeypatch.setenv(variable, "1")  # set by a command
     with pytest.raises(_Parsed):
         module.main()
 
@@ -187,7 +187,7 @@ def check_pip(arguments: list[str]) -> None:
             assert set(extra.split(",")) <= extras.keys()
 
 
-def test_settings_within_sentences_exist():
+def test_settings_in_text_exist():
     known = {key for group in GROUPS for path in (ROOT / "conf" / group).glob("**/*.yaml")
              for key in keys(yaml.safe_load(path.read_text()), group)}  # fmt: skip
     for key in re.findall(rf"`((?:{'|'.join(GROUPS)})\.[\w.]+)(?:=[^`]*)?`", prose(ANY_PAGE)):
@@ -201,14 +201,14 @@ def keys(node: object, prefix: str) -> list[str]:
     return [*below, *(inner for key, value in below.items() for inner in keys(value, key))]
 
 
-def test_the_mistake_that_the_readme_shows():
+def test_readme_error_example_is_the_real_message():
     shown = re.search(r"^rwkv-train: (.*)$", PAGES["README.md"], flags=re.MULTILINE)[1]
     with pytest.raises(UserError, match=re.escape(shown)):
         compose(["model.n_layr=3"])
 
 
 @pytest.mark.parametrize("code", blocks(ANY_PAGE, "python"), ids=lambda code: code.splitlines()[0])
-def test_python_compiles_and_its_imports_resolve(code):
+def test_documented_python_compiles_and_imports_resolve(code):
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.Import):
             assert all(find_spec(name.name) for name in node.names)
@@ -218,7 +218,7 @@ def test_python_compiles_and_its_imports_resolve(code):
             assert find_spec(node.module)
 
 
-def test_dotted_names_exist():
+def test_documented_dotted_names_exist():
     for module, name in re.findall(r"`(rwkv_pl[\w.]*)\.(\w+)`", ANY_PAGE):
         assert hasattr(importlib.import_module(module), name), f"{module}.{name}"
 
@@ -228,7 +228,7 @@ def python_block(part: str) -> str:
     return code
 
 
-def test_the_python_of_the_readme_runs(mine, capsys):
+def test_readme_python_runs(mine, capsys):
     model = RWKV4(RWKV4Config(vocab_size=256, n_layer=1, n_embd=8))
     torch.save(model.state_dict(), "small.pth")
     code = python_block("load_weights").replace("n_layer=12, n_embd=512", "n_layer=1, n_embd=8")
@@ -237,7 +237,7 @@ def test_the_python_of_the_readme_runs(mine, capsys):
     assert len(capsys.readouterr().out) > 10
 
 
-def test_the_python_of_library_md_runs(mine, capsys):
+def test_library_guide_python_runs(mine, capsys):
     exec(compile(python_block("assert_close"), "library.md", "exec"), {})
     Path("book.txt").write_bytes(b"The quick brown fox jumps over the lazy dog. " * 100)
     code = python_block("CorpusDataModule").replace("max_steps=500", "max_steps=2, logger=False, accelerator='cpu'")
@@ -246,7 +246,7 @@ def test_the_python_of_library_md_runs(mine, capsys):
     assert "tensor" in capsys.readouterr().out
 
 
-def test_the_optimizer_of_library_md_descends(mine):
+def test_library_guide_optimizer_reduces_the_loss(mine):
     parameter = torch.nn.Parameter(torch.ones(3))
     optimizer = importlib.import_module("lion").Lion([parameter], lr=0.1, scale=2.0)
     sys.modules.pop("lion")
@@ -256,7 +256,7 @@ def test_the_optimizer_of_library_md_descends(mine):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_links_and_pictures_lead_somewhere(page):
+def test_links_and_pictures_have_targets(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", PAGES[page]):
         if target.startswith("https://"):
             continue
@@ -270,7 +270,7 @@ def test_links_and_pictures_lead_somewhere(page):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_a_page_is_readable_as_text(page):
+def test_line_and_readme_lengths_are_limited(page):
     if page not in GENERATED:
         assert [line for line in PAGES[page].splitlines() if len(line) > 120] == []
     assert page != "README.md" or PAGES[page].count("\n") <= 150

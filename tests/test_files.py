@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Atomic writes: a file is complete or missing."""
 
 import errno
 import io
@@ -14,7 +14,7 @@ from rwkv_pl.files import atomic_write, describe_os_error, replace_with_retry
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 def test_full_disk_error_of_torch_is_reported_by_its_cause(tmp_path, monkeypatch):
-    """torch.save makes a RuntimeError of its own of it; /dev/full refuses every write."""
+    """torch.save raises its own RuntimeError instead of OSError; /dev/full refuses every write."""
     monkeypatch.setattr(files._ErrorRecorder, "__init__", lambda self, *_: io.FileIO.__init__(self, "/dev/full", "wb"))
     with pytest.raises(OSError) as caught, atomic_write(tmp_path / "x") as file:
         torch.save({"weights": torch.zeros(100_000)}, file)
@@ -28,7 +28,7 @@ def refuse_always(*args):
 
 
 def test_replace_is_retried_while_another_process_has_the_file_open(tmp_path, monkeypatch):
-    """As Windows refuses it."""
+    """Windows refuses such a replace."""
     refusals, original = [], Path.replace
 
     def refuse(self, target):
@@ -49,8 +49,8 @@ def test_replace_is_retried_while_another_process_has_the_file_open(tmp_path, mo
     assert (tmp_path / "b").read_text() == "new"
 
 
-def test_folder_without_fsync(tmp_path, monkeypatch):
-    """Windows opens no folder."""
+def test_atomic_write_works_without_folder_fsync(tmp_path, monkeypatch):
+    """Windows cannot open a folder."""
     original = os.open
 
     def refuse(path, *args, **kwargs):

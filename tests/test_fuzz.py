@@ -1,4 +1,4 @@
-"""Files that are not what was written: each a clean line or a correct run; never a traceback, nor a wrong result."""
+"""Corrupt files give a one-line error or a correct run, never a traceback or a wrong result."""
 
 import io
 import random
@@ -21,7 +21,7 @@ from rwkv_pl.weights.checkpoint import read_checkpoint
 from rwkv_pl.weights.read import load_weights
 
 RUN = (*SMALL, "trainer.max_steps=4", "callbacks.last.every_n_train_steps=2", "hydra.run.dir=run")
-# What a change of these would start is more than a test should: other processes, or a longer run.
+# Changing these would start other processes or a longer run.
 HELD = ("trainer.devices=1", "trainer.num_nodes=1", "trainer.strategy=auto", "trainer.accelerator=cpu")
 HELD += ("trainer.max_steps=6", "trainer.max_epochs=null", "trainer.max_time=null", "data.num_workers=0")
 
@@ -52,7 +52,7 @@ def is_clean(result: Result) -> bool:
 
 
 def mutate(data: bytes, draw: random.Random) -> bytes:
-    """One of the ways in which disks, networks and people spoil a file."""
+    """Corrupt data in one of the ways in which disks, networks and people do."""
     content, kind = bytearray(data), draw.randrange(6)
     at, length = draw.randrange(len(content)), draw.randrange(1, 600)
     if kind <= 1:
@@ -78,8 +78,8 @@ def are_equal(one: Any, other: Any) -> bool:
     return one == other
 
 
-def test_four_hundred_spoilt_checkpoints(run, tmp_path):
-    """None is read with another content; half are read as those of a run, half as weights."""
+def test_mutated_checkpoint_never_loads_with_other_content(run, tmp_path):
+    """No mutated checkpoint is read with different content. Half are read as a run's checkpoint, half as weights."""
     whole = (run / "checkpoints" / "last.ckpt").read_bytes()
     content = read_checkpoint(run / "checkpoints" / "last.ckpt")
     weights = load_weights(run / "checkpoints" / "last.ckpt")[0].state_dict()
@@ -95,7 +95,7 @@ def test_four_hundred_spoilt_checkpoints(run, tmp_path):
             assert "\n" not in str(error)
             assert str(path) in str(error)
             refused += 1
-    assert refused > 350  # the others were changed where nothing is kept: between the parts of the archive
+    assert refused > 350  # the others changed unused bytes between the archive's records
 
 
 def walk_places(content: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -122,7 +122,7 @@ WRONG = (KeyError, None, "text", -3, 10**12, [], {}, {"x": 1}, torch.ones(3), fl
 
 
 def wrong_checkpoints(run: Path, number: int, seed: int) -> Iterator[tuple[bytes, str]]:
-    """Whole archives whose content is another: a part is missing, or of another kind."""
+    """Intact archives with wrong content: a part is missing or has another type."""
     whole = (run / "checkpoints" / "last.ckpt").read_bytes()
     draw = random.Random(seed)
     spots = list(walk_places(torch.load(io.BytesIO(whole), weights_only=True)))
@@ -140,8 +140,8 @@ SAMPLE_SIZES = pytest.mark.parametrize("n", [8, pytest.param(400, marks=pytest.m
 
 
 @SAMPLE_SIZES
-def test_checkpoints_of_another_content(run, tmp_path, command, n):
-    """As a stranger might have made them. One that is taken leads to a run that ends in order."""
+def test_checkpoint_with_wrong_content_gives_an_error_or_a_run(run, tmp_path, command, n):
+    """Like checkpoints written by somebody else: if one is accepted, the run must end normally."""
     for file, what in wrong_checkpoints(run, n, seed=2):
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
         shutil.copytree(run, tmp_path / "run")
@@ -176,7 +176,7 @@ def mutate_config(text: str, draw: random.Random) -> str:
 
 
 @SAMPLE_SIZES
-def test_spoilt_configs(run, tmp_path, command, n):
+def test_mutated_config_gives_an_error_or_a_run(run, tmp_path, command, n):
     text = (run / ".hydra" / "config.yaml").read_text()
     draw = random.Random(8)
     outcomes = {0: 0, 1: 0, 2: 0}
@@ -191,8 +191,8 @@ def test_spoilt_configs(run, tmp_path, command, n):
     assert outcomes[2] > 0.3 * n and outcomes[0] > 0.1 * n, outcomes
 
 
-def test_two_hundred_spoilt_token_files(tmp_path, monkeypatch):
-    """Of those in the cache folder each is made again; a text that is the token file itself is told by its digest."""
+def test_mutated_token_file_is_rebuilt_or_detected(tmp_path, monkeypatch):
+    """A corrupt token file in the cache is rebuilt; a corrupt corpus is detected by its digest."""
     monkeypatch.setenv("RWKV_PL_CACHE", str(tmp_path / "cache"))
     path = tmp_path / "text"
     path.write_bytes("Fünf größere Bären äßen Öl. ".encode() * 200)
@@ -212,13 +212,13 @@ def test_two_hundred_spoilt_token_files(tmp_path, monkeypatch):
         assert (again.tokens == expected).all()
     whole = path.read_bytes()
     for _ in range(50):
-        path.write_bytes(spoilt := mutate(whole, draw))
-        if spoilt:
-            assert (Text(path).open().digest == corpus.digest) == (spoilt == whole)
+        path.write_bytes(corrupted := mutate(whole, draw))
+        if corrupted:
+            assert (Text(path).open().digest == corpus.digest) == (corrupted == whole)
 
 
 @pytest.mark.slow
-def test_thirty_through_the_command(run, tmp_path):
+def test_mutated_run_folder_gives_an_error_or_a_run_in_a_process(run, tmp_path):
     draw = random.Random(5)
     checkpoint = (run / "checkpoints" / "last.ckpt").read_bytes()
     config = (run / ".hydra" / "config.yaml").read_text()
@@ -231,8 +231,8 @@ def test_thirty_through_the_command(run, tmp_path):
                 mutate_config(config, draw), errors="surrogateescape"
             )
         else:
-            spoilt = mutate(checkpoint, draw) if number % 3 == 1 else next(wrong)[0]
+            corrupted = mutate(checkpoint, draw) if number % 3 == 1 else next(wrong)[0]
             (folder / "run" / "checkpoints" / "last.ckpt").unlink()
-            (folder / "run" / "checkpoints" / "last.ckpt").write_bytes(spoilt)
+            (folder / "run" / "checkpoints" / "last.ckpt").write_bytes(corrupted)
         result = forks.run(folder, "resume=run", *HELD)
         assert is_clean(result), (number, result)

@@ -1,4 +1,4 @@
-"""What a process may use, from files as control groups of either version have them."""
+"""The CPU and memory limits of a process, read from fake files of both versions of control groups."""
 
 import math
 import os
@@ -15,7 +15,7 @@ MUCH = 9223372036854771712  # version 1's "no limit"
 
 @pytest.fixture
 def groups(tmp_path, monkeypatch):
-    """groups(own, {file: content}): the lines of /proc/self/cgroup, and what is mounted."""
+    """groups(own, {file: content}): own is the content of /proc/self/cgroup, the files are mounted."""
     monkeypatch.setattr(limits, "CGROUPS", tmp_path / "mounted")
     monkeypatch.setattr(limits, "OWN_GROUPS", tmp_path / "own")
 
@@ -57,13 +57,13 @@ CPU = {
 
 
 @pytest.mark.parametrize("case", CPU)
-def test_cores_of_a_quota(groups, eight_cores, case):
+def test_available_cores_respect_the_cpu_quota(groups, eight_cores, case):
     own, files, cores = CPU[case]
     groups(own, files)
     assert limits.usable_cores() == cores
 
 
-def test_cores_where_there_are_no_groups(groups):
+def test_available_cores_without_control_groups(groups):
     assert limits.usable_cores() == ALLOWED
 
 
@@ -82,7 +82,7 @@ def test_cores_where_there_are_no_groups(groups):
         ("8:memory:/\n", {"memory/memory.limit_in_bytes": "1000\n", "memory/memory.usage_in_bytes": "1200\n"}, 0),
     ],
 )  # fmt: skip
-def test_memory_of_a_limit(groups, monkeypatch, own, files, free):
+def test_free_memory_respects_the_group_limit(groups, monkeypatch, own, files, free):
     machine = 10**10
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("", (), {"available": machine}))
     groups(own, files)
@@ -91,10 +91,10 @@ def test_memory_of_a_limit(groups, monkeypatch, own, files, free):
 
 @pytest.fixture
 def threads(monkeypatch):
-    """torch's number, and no number in the environment."""
+    """Fake torch's number of threads, and clear the environment's."""
     before = torch.get_num_threads()
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-        monkeypatch.setenv(name, "")  # so that it is taken back in the end, whatever is set below
+        monkeypatch.setenv(name, "")  # so that monkeypatch restores the variable, whatever is set below
         monkeypatch.delenv(name)
     torch.set_num_threads(4)
     yield
@@ -102,14 +102,14 @@ def threads(monkeypatch):
 
 
 @pytest.mark.parametrize(("quota", "processes", "expected"), [(2, 1, 2), (3, 2, 1), (1, 4, 1)])
-def test_a_quota_bounds_the_threads(groups, eight_cores, threads, quota, processes, expected):
+def test_threads_are_limited_by_the_cpu_quota(groups, eight_cores, threads, quota, processes, expected):
     groups("0::/\n", {"cpu.max": f"{quota}00000 100000"})
     limits.limit_threads(processes)
     assert (torch.get_num_threads(), os.environ["OMP_NUM_THREADS"]) == (expected, str(expected))
 
 
 @pytest.mark.parametrize("named", ["OMP_NUM_THREADS", "MKL_NUM_THREADS", None])
-def test_the_users_number_and_a_wide_quota_change_nothing(groups, eight_cores, threads, monkeypatch, named):
+def test_threads_are_unchanged_by_a_large_quota_or_user_setting(groups, eight_cores, threads, monkeypatch, named):
     groups("0::/\n", {"cpu.max": "100000 100000" if named else "500000 100000"})
     if named:
         monkeypatch.setenv(named, "4")
@@ -118,7 +118,7 @@ def test_the_users_number_and_a_wide_quota_change_nothing(groups, eight_cores, t
     assert named == "OMP_NUM_THREADS" or "OMP_NUM_THREADS" not in os.environ
 
 
-def test_jobs_of_a_sweep_share_the_quota(groups, eight_cores, monkeypatch, tmp_path):
+def test_sweep_jobs_share_the_cpu_quota(groups, eight_cores, monkeypatch, tmp_path):
     from rwkv_pl.sweeps import pool
 
     groups("0::/\n", {"cpu.max": "400000 100000"})

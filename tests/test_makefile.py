@@ -1,4 +1,4 @@
-"""make finds a Python that serves, or says in a line what it found."""
+"""make finds a supported Python, or reports in one line what it found."""
 
 import os
 import shutil
@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.skipif(os.name == "nt" or not shutil.which("make"), reason="there is no make")
+pytestmark = pytest.mark.skipif(os.name == "nt" or not shutil.which("make"), reason="needs make")
 MAKEFILE = Path(__file__).parents[1] / "Makefile"
 
-# As `python -c CODE` of another version answers; -m venv makes an environment whose pip installs nothing.
+# A fake Python of another version: answers `python -c CODE`; its -m venv makes an environment with a pip that does
+# nothing.
 PYTHON = """#!/bin/sh
 if [ "$1" = -m ]; then for folder; do :; done
     mkdir -p "$folder/bin"; [ "${{0##*/}}" = broken ] && exit 1
@@ -25,7 +26,7 @@ exec {real} -c 'import sys, importlib.util as u; sys.version_info = {version}; {
 
 @pytest.fixture
 def make(tmp_path):
-    """make(pythons, *arguments): with those alone on the path, each a name, its version and what it lacks."""
+    """make(pythons, *arguments): only those are on PATH. Each has a name and a version, or the reason why it fails."""
     for tool in ("sh", "mkdir", "cp", "chmod", "touch", "rm"):
         (tmp_path / "bin").mkdir(exist_ok=True)
         (tmp_path / "bin" / tool).symlink_to(shutil.which(tool))
@@ -52,7 +53,7 @@ def test_newest_supported_python_is_used(make):
     assert "python3.13 -m venv .venv" in result.stdout
 
 
-def test_python_named_by_the_user(make):
+def test_python_option_overrides_the_search(make):
     result = make({"python3.13": (3, 13), "mine": (3, 12)}, "PYTHON=mine")
     assert "mine -m venv .venv" in result.stdout
 
@@ -70,13 +71,13 @@ def test_python_named_by_the_user(make):
 def test_no_supported_python_gives_one_line_error_and_no_environment(make, tmp_path, pythons, arguments, found):
     result = make(pythons, *arguments)
     assert result.returncode == 2
-    said, made = result.stderr.strip().split("\n")  # the second is make's own
+    said, made = result.stderr.strip().split("\n")  # the second line is from make itself
     assert found in said and "make PYTHON=" in said
     assert "Error 1" in made
     assert not (tmp_path / ".venv").exists()
 
 
-def test_supported_environment_is_kept_and_another_replaced(make, tmp_path):
+def test_supported_venv_is_kept_and_unsupported_venv_is_replaced(make, tmp_path):
     make({"python3": (3, 12)})
     os.utime(tmp_path / "pyproject.toml", (2e9, 2e9))
     (tmp_path / ".venv" / "mine").touch()
@@ -87,6 +88,6 @@ def test_supported_environment_is_kept_and_another_replaced(make, tmp_path):
         assert "python3 -m venv .venv" in make({"python3": (3, 13)}).stdout
 
 
-def test_an_environment_that_can_not_be_made_leaves_nothing(make, tmp_path):
+def test_failed_venv_leaves_nothing(make, tmp_path):
     assert make({"broken": (3, 12)}, "PYTHON=broken").returncode == 2
     assert not (tmp_path / ".venv").exists()

@@ -1,4 +1,4 @@
-"""The package as a whole: what importing it costs, and what it offers."""
+"""The package as a whole: import cost and public names."""
 
 import subprocess
 import sys
@@ -26,7 +26,7 @@ def test_command_line_module_loads_no_torch():
 
 
 @pytest.mark.parametrize("name", rwkv_pl.__all__)
-def test_public_names(name):
+def test_public_name_is_importable(name):
     assert callable(getattr(rwkv_pl, name))
 
 
@@ -38,6 +38,6 @@ def test_every_model_version_has_a_config_class_and_a_conf_file():
         assert keys["name"] == name
 
 
-def test_an_unknown_name_is_an_attribute_error():
+def test_unknown_name_raises_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'wkv5'"):
         rwkv_pl.wkv5  # noqa: B018

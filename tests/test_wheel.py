@@ -1,4 +1,4 @@
-"""The wheel in an environment of its own: the commands, the config tree and the kernel's sources are in it."""
+"""The wheel in a fresh environment: it contains the commands, the config tree and the kernel's sources."""
 
 import shutil
 import subprocess
@@ -12,13 +12,13 @@ from packaging.version import Version
 ROOT = Path(__file__).parents[1]
 
 
-# The level of this machine alone: tests/ops builds them all.
+# Only the level of this machine: tests/ops builds them all.
 PREBUILD = "from rwkv_pl.ops import build, prebuilt; prebuilt.LEVELS = [build.cpu_level()]; prebuilt.main()"
 
 
 def install(folder: Path, prebuilt: bool) -> Path:
-    """A fresh venv with the built wheel in it; what the wheel depends on, pip too, is lent from this one."""
-    # From a copy: a build leaves files beside its sources.
+    """A fresh venv with the built wheel; the dependencies, pip too, come from this environment."""
+    # Build from a copy: a build leaves files next to its sources.
     sources = folder / "sources"
     ignored = shutil.ignore_patterns("__pycache__", "*.egg-info", "prebuilt")
     for name in ("src", "conf", "cuda"):
@@ -38,7 +38,8 @@ def install(folder: Path, prebuilt: bool) -> Path:
     python = next(path for path in (venv / "bin" / "python", venv / "Scripts" / "python.exe") if path.exists())
     pip = [sys.executable, "-m", "pip", "--python", str(python)]
     subprocess.run([*pip, "install", "--quiet", "--no-deps", "--no-index", str(wheel)], check=True, capture_output=True)
-    # A line in a .pth file adds a folder, and not the .pth files in it: this checkout's editable install stays out.
+    # A line in a .pth file adds a folder but not that folder's .pth files, so this checkout's editable install stays
+    # out.
     query = "import sysconfig; print(sysconfig.get_path('purelib'))"
     there = subprocess.run([str(python), "-c", query], check=True, capture_output=True, text=True).stdout.strip()
     Path(there, "lent.pth").write_text(sysconfig.get_path("purelib") + "\n")
@@ -51,18 +52,18 @@ def environment(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="there libraries are built at first use")
-def test_a_platform_wheel_needs_no_compiler(tmp_path):
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows builds libraries at first use")
+def test_platform_wheel_needs_no_compiler(tmp_path):
     programs = install(tmp_path, prebuilt=True)
-    # No compiler, and no ninja either.
+    # Neither a compiler nor ninja.
     hidden = {"PATH": str(programs), "HOME": str(tmp_path), "RWKV_PL_CACHE": str(tmp_path / "cache")}
     done = subprocess.run([programs / "rwkv-doctor"], env=hidden, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "none found" in done.stdout and "cpu: kernel=auto uses the compiled kernel" in done.stdout
-    assert not list((tmp_path / "cache" / "kernels").glob("wkv4*")), "it was built"
+    assert not list((tmp_path / "cache" / "kernels").glob("wkv4*")), "a library was built"
 
 
-def test_a_wheel_trains_from_any_folder(environment, tmp_path):
+def test_wheel_trains_from_any_folder(environment, tmp_path):
     (tmp_path / "corpus.txt").write_bytes(b"a wheel carries all that it needs. " * 300)
     where = "import rwkv_pl.conf, rwkv_pl.cuda; print(*rwkv_pl.conf.__path__, *rwkv_pl.cuda.__path__, sep='\\n')"
     found = subprocess.run(
@@ -70,7 +71,7 @@ def test_a_wheel_trains_from_any_folder(environment, tmp_path):
     )
     assert str(ROOT) not in found.stdout, "the checkout is used, not the wheel"
     assert Path(found.stdout.splitlines()[0], "experiment", "debug.txt").exists()
-    # Hydra finds the launcher and the sweeper of -m, and their processes the wheel.
+    # Hydra finds the launcher and the sweeper of -m, and their processes find the wheel.
     settings = ["data=text", "data.path=corpus.txt", "data.ctx_len=16", "model.n_layer=1", "model.n_embd=8"]
     settings += ["trainer.max_steps=2", "kernel=compiled", "optim.lr=1e-3", "hydra.sweep.dir=sweep"]
     command = [environment / "rwkv-train", "-m", *settings]
@@ -82,8 +83,8 @@ def test_a_wheel_trains_from_any_folder(environment, tmp_path):
     assert done.returncode == 0 and "finished" in done.stdout
 
 
-def test_what_is_asked_for_is_installed():
-    """The lower bounds of pyproject.toml hold for what this environment tests with."""
+def test_installed_versions_satisfy_requirements():
+    """The environment of the tests satisfies the lower bounds of pyproject.toml."""
     import lightning
     import torch
 

@@ -1,4 +1,4 @@
-"""Runs the commands inside this process, as they are run."""
+"""Fixtures that run the commands in this process."""
 
 import functools
 from collections.abc import Callable
@@ -17,7 +17,7 @@ def command(tmp_path, monkeypatch, capfd):
     """command(main, name, *arguments) -> Result, in an empty folder with a corpus.txt."""
     shorten_run_end(monkeypatch.setattr)
     monkeypatch.chdir(tmp_path)
-    for name in ("LOCAL_RANK", "WORLD_SIZE", "NODE_RANK"):  # as a run of two devices in this process leaves them
+    for name in ("LOCAL_RANK", "WORLD_SIZE", "NODE_RANK"):  # a run on two devices in this process leaves these set
         monkeypatch.delenv(name, raising=False)
     (tmp_path / "corpus.txt").write_bytes(TEXT)
 
@@ -29,13 +29,13 @@ def command(tmp_path, monkeypatch, capfd):
 
 @pytest.fixture(scope="session")
 def run_of_four_steps(tmp_path_factory) -> Path:
-    """Made once. Copies are changed."""
+    """Made once. Tests change copies."""
     return make_run(tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture
 def run(run_of_four_steps, tmp_path) -> Path:
-    """A run of SMALL in `tmp_path`, where its corpus.txt is written too."""
+    """A run of SMALL in `tmp_path`, with its corpus.txt."""
     return copy_run(run_of_four_steps, tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""The command line's flags are Hydra's."""
+"""The command line has Hydra's flags."""
 
 import argparse
 import sys
@@ -12,7 +12,7 @@ from rwkv_pl.errors import UserError
 
 
 def flags(parser: argparse.ArgumentParser) -> dict[str, tuple]:
-    """By the name that Hydra reads an argument by: how it is written, and what it takes."""
+    """By Hydra's name of an argument: its flags and options."""
     return {
         action.dest: (type(action), action.option_strings, action.nargs, action.const, action.default, action.type,
                       action.choices and list(action.choices), action.required)
@@ -27,15 +27,15 @@ def test_flags_match_installed_hydra():
     assert ours == flags(get_args_parser())
 
 
-def test_every_help_can_be_formatted():
-    """As argparse does where an argument is added, since Python 3.14."""
+def test_help_of_every_argument_formats():
+    """Since Python 3.14, argparse formats the help when an argument is added."""
     parser = HydraParser()
     for action in parser._actions:
         assert isinstance(action.help, str)
     assert "--multirun" in parser.format_help()
 
 
-def test_flags_and_settings_in_any_order():
+def test_flags_and_settings_parse_in_any_order():
     args = parse_arguments(["optim.lr=1,2", "-m", "seed=1"])
     assert (args.multirun, args.overrides) == (True, ["optim.lr=1,2", "seed=1"])
 
@@ -62,7 +62,7 @@ def test_unused_flag_gives_one_line_error(argv, message, monkeypatch):
     assert "\n" not in str(refused.value)
 
 
-def test_completion(train, monkeypatch):
+def test_shell_completion_lists_choices(train, monkeypatch):
     monkeypatch.setenv("COMP_LINE", "rwkv-train seed=1 -m schedule=")
     assert train("-sc", "query=bash").out.split() == [
         f"schedule={name}" for name in ("constant", "cosine", "exponential", "linear", "wsd")

@@ -1,4 +1,4 @@
-"""Bad input ends before any work: one readable line, exit code 2, nothing left behind."""
+"""Bad input is rejected before any work: a one-line error, exit code 2, no files."""
 
 import errno
 import gzip
@@ -13,7 +13,7 @@ from command import SMALL
 from rwkv_pl import RWKV4, RWKV4Config
 
 CASES = {
-    # unknown keys, with the nearest one
+    # unknown keys, with the closest match
     "model.n_layr=3": "did you mean n_layer?",
     "optm.lr=3": "did you mean optim?",
     "foo=1": "foo is not a setting",
@@ -99,7 +99,7 @@ CASES = {
     "callbacks=null": "a file of callbacks is chosen by its name",
     "optim.lr_scale={time_decay:fast}": "optim.lr_scale.time_decay must be a number",
     "optim.lr_scale=3": "optim.lr_scale",
-    # ways of writing
+    # syntax
     "+foo=1": "keys are not added",
     "+model.foo=1": "keys are not added",
     "++optim.lr=1": "leave out the +",
@@ -146,7 +146,7 @@ CASES = {
     "weights=partial.pth": "does not hold a whole rwkv4 model",
     "weights=rwkv5.pth": "holds a rwkv5 model; known here: rwkv4",
     "resume=nosuch": "is no run folder",
-    # what belongs to others
+    # settings of other groups
     "trainer.limit_train_batches=5": "the order of batches owns it",
     "trainer.fast_dev_run=true": "use trainer.max_steps=1",
     "trainer.accumulate_grad_batches=4": "data.batch_size=6",
@@ -189,7 +189,7 @@ def files(tmp_path):
     torch.save(weights, tmp_path / "partial.pth")
 
 
-# Of each kind of check the others are in `make test`.
+# `make test` has the other cases of each kind of check.
 SLOW = {
     "callbacks.last.every=3", "callbacks.best.mode=3", "logger.tensorboard.name=3",
     "callbacks.last.every_n_train_steps=abc", "model.n_layer=2.5", "model.n_layer=null", "trainer.max_steps=abc",
@@ -224,34 +224,34 @@ def test_old_precision_name_gives_no_warning(train, recwarn):
     assert not [each for each in recwarn if "precision" in str(each.message)]
 
 
-def test_a_text_without_a_path(train, tmp_path):
+def test_text_without_path_gives_one_line_error(train, tmp_path):
     result = train("data=text")
     assert (result.code, result.err.count("\n")) == (2, 1)
     assert "data.path is missing" in result.err
 
 
 @pytest.mark.parametrize("text", [b"", b"too short"])
-def test_a_text_too_short(train, tmp_path, text):
+def test_too_short_text_gives_one_line_error(train, tmp_path, text):
     (tmp_path / "corpus.txt").write_bytes(text)
     result = train(*SMALL)
     assert (result.code, result.err.count("\n")) == (2, 1)
     assert not (tmp_path / "outputs").exists()
 
 
-def test_a_sweep_that_is_wrong_in_every_job(train, tmp_path):
+def test_sweep_with_a_wrong_setting_in_every_job_is_rejected(train, tmp_path):
     result = train("-m", *SMALL, "optim.lr=1e-3,1e-4", "model.n_layr=3")
     assert (result.code, result.err.count("\n")) == (2, 1)
     assert "did you mean n_layer?" in result.err
     assert not (tmp_path / "multirun").exists()
 
 
-def test_an_output_folder_below_a_file(train, tmp_path):
+def test_output_folder_below_a_file_gives_one_line_error(train, tmp_path):
     result = train(*SMALL, "hydra.run.dir=corpus.txt/run")
     assert (result.code, result.err.count("\n")) == (2, 1)
     assert "can't be made" in result.err
 
 
-def test_an_output_folder_that_is_not_permitted(train, tmp_path, monkeypatch):
+def test_unwritable_output_folder_gives_one_line_error(train, tmp_path, monkeypatch):
     def refuse(self, *args, **kwargs):
         raise PermissionError(errno.EACCES, "Permission denied")
 
@@ -267,7 +267,7 @@ def test_failed_run_folder_removes_its_parents(train, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_a_corrupt_download(train, tmp_path):
+def test_corrupt_download_gives_one_line_error_and_leaves_no_files(train, tmp_path):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         server.RequestHandlerClass.log_message = lambda *_: None
@@ -279,7 +279,7 @@ def test_a_corrupt_download(train, tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_folder_that_holds_a_run(train, tmp_path):
+def test_existing_run_folder_is_not_overwritten(train, tmp_path):
     assert train(*SMALL, "hydra.run.dir=run").code == 0
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     result = train(*SMALL, "hydra.run.dir=run")
@@ -288,7 +288,7 @@ def test_a_folder_that_holds_a_run(train, tmp_path):
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
 
 
-def test_a_truncated_checkpoint(train, tmp_path):
+def test_truncated_checkpoint_gives_one_line_error(train, tmp_path):
     assert train(*SMALL, "hydra.run.dir=run").code == 0
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
     last.write_bytes(last.read_bytes()[:1000])

@@ -1,4 +1,4 @@
-"""rwkv-convert as a command: what it writes, what it says, and what it leaves alone."""
+"""rwkv-convert as a command: its files, its messages, and what it does not overwrite."""
 
 import errno
 import os
@@ -22,7 +22,7 @@ TRAINED = (*SMALL, "model.n_embd=64", "optim.lr=3e-3", "data.ctx_len=32", "train
 
 @pytest.fixture
 def convert(tmp_path, monkeypatch, capfd):
-    """convert(*arguments) -> Result, as the command does it, in `tmp_path`."""
+    """convert(*arguments) -> Result: run the command in `tmp_path`."""
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: str) -> Result:
@@ -33,7 +33,7 @@ def convert(tmp_path, monkeypatch, capfd):
 
 @pytest.fixture
 def official(tmp_path) -> Path:
-    """An official file, no parameter of which is as it was initialised."""
+    """An official file with every parameter changed from its initial value."""
     torch.manual_seed(1)
     model = RWKV4(RWKV4Config(256, 2, 16))
     tensors = {name: value + 0.2 * torch.randn_like(value) for name, value in model.state_dict().items()}
@@ -74,13 +74,13 @@ def test_trained_model_converts_to_other_formats_and_back(train, convert, tmp_pa
     peer = package.RWKV(model=str(tmp_path / "official"), strategy="cpu fp32")
     theirs["rwkv"] = peer.forward(tokens[0].tolist(), None, full_output=True)[0][None]
     for name, logits in theirs.items():
-        # float32 keeps 6e-8 an operation; some hundred of them follow each other here.
+        # Some hundred float32 operations in a row, each with a rounding error of 6e-8.
         assert (ours - logits).norm() / logits.norm() < 2e-5, name
-    # It has learned: chance is log 256 = 5.5 nats.
+    # The model has learned: chance is log 256 = 5.5 nats.
     assert torch.nn.functional.cross_entropy(ours[0, :-1], tokens[0, 1:]) < 4
 
 
-def test_messages(convert, official, tmp_path):
+def test_conversion_reports_rounding_and_format(convert, official, tmp_path):
     result = convert("official.pth", "half", "--dtype", "bfloat16")
     assert result.code == 0, result.err
     told = "rwkv4 2 x 16, 42 tensors, "
@@ -91,7 +91,7 @@ def test_messages(convert, official, tmp_path):
     values = [value.flatten() for value in torch.load(official, weights_only=True).values()]
     changed = int((torch.cat(values).bfloat16().float() != torch.cat(values)).sum())
     assert f"rounded {changed:,} of {sum(map(len, values)):,} values, 0 of them to 0" in result.out
-    # Half to float32 and back is exact, and says nothing of rounding.
+    # From a half to float32 and back is exact, so no rounding is reported.
     for arguments in (("half", "wide.ckpt", "--dtype", "float32"), ("wide.ckpt", "half.pth", "--dtype", "bfloat16")):
         result = convert(*arguments)
         assert result.code == 0, result.err
@@ -133,7 +133,7 @@ def test_converted_weights_start_a_run_but_cannot_be_resumed(train, convert, off
     assert f"{last} holds weights without the state of a training: take it as weights=" in result.err
 
 
-def test_weights_of_another_vocabulary_start_no_run(train, convert, tmp_path):
+def test_weights_of_another_vocabulary_cannot_start_a_run(train, convert, tmp_path):
     torch.save(RWKV4(RWKV4Config(50277, 2, 16)).state_dict(), tmp_path / "x.pth")
     result = train(*SMALL, "weights=x.pth")
     assert (result.code, result.err.count("\n")) == (2, 1)
@@ -184,7 +184,7 @@ def test_refusal_is_one_line_and_leaves_no_files(convert, official, tmp_path, ar
     assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
 
 
-def test_names_with_anything_in_them(convert, official, tmp_path):
+def test_file_names_with_special_characters(convert, official, tmp_path):
     for name in ("empty folder", "a,b={c}'\"", "--x", "[bold]null", "größer"):
         (tmp_path / name).mkdir()
         result = convert("--", "official.pth", name)
@@ -211,7 +211,7 @@ def test_corrupting_disk_is_detected(convert, official, tmp_path, monkeypatch, t
     def flipped(path: Path) -> Weights:
         read = read_weights(path)
         if path != Path("official.pth"):
-            read.tensors["ln_out.bias"][0] = -0.0  # one bit, and equal as a number
+            read.tensors["ln_out.bias"][0] = -0.0  # one bit that keeps the value equal as a number
         return read
 
     monkeypatch.setattr("rwkv_pl.weights.write.read_weights", flipped)
@@ -220,7 +220,7 @@ def test_corrupting_disk_is_detected(convert, official, tmp_path, monkeypatch, t
 
 
 @pytest.mark.parametrize("target", ["x.pth", "x.ckpt", "x"])
-def test_a_full_disk(convert, small_disk, tmp_path, target):  # noqa: F811
+def test_full_disk_gives_one_line_error(convert, small_disk, tmp_path, target):  # noqa: F811
     torch.save(RWKV4(RWKV4Config(256, 4, 128)).state_dict(), tmp_path / "larger.pth")
     assert (tmp_path / "larger.pth").stat().st_size > 3e6
     assert_refused(convert("larger.pth", f"{small_disk}/{target}"), f"disk full: {small_disk}/{target}", code=1)

@@ -1,4 +1,4 @@
-"""Runs on what other programs left: the official tokenizer's json, Megatron's token files."""
+"""Runs on files of other programs: the official tokenizer's JSON, Megatron's token files."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ def tokenizer(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def megatron(tmp_path: Path) -> Path:
-    """corpus.bin and corpus.idx of uint16, in documents that end in token 0."""
+    """Write corpus.bin and corpus.idx in uint16, with documents that end in token 0."""
     documents = [[*VOCABULARY.encode(line).tolist(), 0] for line in TEXT.splitlines(keepends=True)]
     lengths = np.array([len(document) for document in documents], "<i4")
     starts = (np.cumsum(lengths) - lengths).astype("<i8") * 2
@@ -42,7 +42,7 @@ def load_weights_of(run: Path) -> dict[str, torch.Tensor]:
     return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
 
 
-def test_a_run_in_20b_needs_its_json_once(train, tokenizer, tmp_path):
+def test_run_with_20b_tokenizer_needs_its_json_only_at_the_start(train, tokenizer, tmp_path):
     result = train(*SMALL_20B, "trainer.max_steps=6", "hydra.run.dir=unbroken")
     assert result.code == 0, result.err
     assert f"vocabulary 20b ({VOCABULARY.size})" in result.out
@@ -59,7 +59,7 @@ def test_a_run_in_20b_needs_its_json_once(train, tokenizer, tmp_path):
     model, vocabulary = load_weights(tmp_path / "moved")
     assert vocabulary == VOCABULARY
     assert model.config.vocab_size == VOCABULARY.size
-    # Weights bring their vocabulary along; that of another json is not theirs.
+    # Weights come with their vocabulary; a vocabulary from another JSON does not match.
     result = train(*SMALL, "data.vocab=20b", "weights=moved", "hydra.run.dir=tuned")
     assert result.code == 0, result.err
     tokenizer.write_text(small_20b().replace('"dropout":null', '"dropout":0.0'), encoding="utf-8")
@@ -70,14 +70,14 @@ def test_a_run_in_20b_needs_its_json_once(train, tokenizer, tmp_path):
     assert "data.vocab_path=other.json contradicts the past" in result.err
 
 
-def test_a_run_on_megatron_s_files(train, tokenizer, megatron, tmp_path):
+def test_run_on_megatron_files_resumes_after_they_are_moved(train, tokenizer, megatron, tmp_path):
     settings = (*SMALL[2:], "data=binidx", "data.path=corpus", "data.vocab_path=tokenizer.json")
     result = train(*settings, "hydra.run.dir=unbroken", "trainer.max_steps=6")
     assert result.code == 0, result.err
     for shown in (f"{len(TEXT):,} bytes", f"vocabulary 20b ({VOCABULARY.size})", "gzip -9", "this model"):
         assert shown in result.out
     assert train(*settings, "hydra.run.dir=run").code == 0
-    # The corpus moves too: it is known by its content.
+    # The corpus is moved too: it is identified by its content.
     for ending in (".bin", ".idx"):
         shutil.move(f"{megatron}{ending}", tmp_path / f"elsewhere{ending}")
     result = train("resume=run", "trainer.max_steps=6")

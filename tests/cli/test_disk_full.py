@@ -1,4 +1,4 @@
-"""A disk that is full: one line that says so and where, nothing lost, and the run goes on when there is room again."""
+"""A full disk gives a one-line error with the path and loses nothing; the run resumes when there is space again."""
 
 import errno
 import functools
@@ -9,9 +9,9 @@ from pathlib import Path
 import forks
 import pytest
 from forks import Strike
-from test_faults import CORPUS, RUN, TRAINING_STEP, VALIDATION_STEP, assert_the_same, finish_run, load_state
+from test_faults import CORPUS, RUN, TRAINING_STEP, VALIDATION_STEP, assert_same_run, finish_run, load_state
 
-# What TensorBoard and the log do on the way down must not cover the line.
+# Errors of TensorBoard and the log during shutdown must not hide this line.
 NOISE = ("Traceback", "Logging error", "Exception ignored", "Exception in thread")
 
 
@@ -20,7 +20,7 @@ def raise_disk_full() -> None:
 
 
 def fill_disk(folder: Path) -> None:
-    """Takes what room there is."""
+    """Fill the free space."""
     with (folder / "ballast").open("wb", buffering=0) as file:
         for size in (1 << 16, 1 << 12, 1):
             try:
@@ -61,16 +61,16 @@ def finished_run(tmp_path_factory) -> Path:
 def test_refused_write_is_reported(tmp_path, finished_run, place, call, where):
     (tmp_path / "corpus.txt").write_bytes(CORPUS)
     result = forks.run(tmp_path, *RUN, strikes=[Strike(place, call, raise_disk_full)])
-    if place == "os:link":  # a copy serves
+    if place == "os:link":  # a copy is used instead
         assert result.code == 0
     else:
         assert_reported(result, 1, where)
         assert "run goes on from it" in result.err or "run starts it again" in result.err
     finish_run(tmp_path, "resume=run")
-    assert_the_same(tmp_path / "run", finished_run)
+    assert_same_run(tmp_path / "run", finished_run)
 
 
-def test_tokens_and_folders_that_cannot_be_written(tmp_path):
+def test_unwritable_tokens_or_run_folder_is_reported(tmp_path):
     (tmp_path / "corpus.txt").write_bytes(CORPUS)
     cache = {"RWKV_PL_CACHE": str(tmp_path / "cache")}
     result = forks.run(
@@ -89,7 +89,7 @@ def small_disk(tmp_path) -> Iterator[Path]:
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("mounting takes root")
+        pytest.skip("mounting needs root")
     yield disk
     subprocess.run(["umount", "-l", disk], check=True)
 
@@ -114,4 +114,4 @@ def test_full_disk_is_reported(tmp_path, small_disk, finished_run, place, call):
             load_state(small_disk / "run", name)
     (small_disk / "ballast").unlink()
     finish_run(tmp_path, f"resume={small_disk}/run")
-    assert_the_same(small_disk / "run", finished_run)
+    assert_same_run(small_disk / "run", finished_run)

@@ -1,4 +1,4 @@
-"""rwkv-doctor: what it finds, what it advises, and its verdict."""
+"""rwkv-doctor: its checks, its advice and its verdict."""
 
 import os
 import sys
@@ -20,13 +20,13 @@ from rwkv_pl.ops.toolchain import Compiler, describe_nvcc_problem, find_nvcc
 
 
 def run(cache: Path, strikes: Sequence[Strike] = (), **environment: str) -> Result:
-    """In a process of its own: one process loads one library."""
+    """Run in a separate process, because one process loads one library."""
     environment = {"RWKV_PL_CACHE": str(cache)} | environment
     return forks.run(cache.parent, main="rwkv_pl.cli.doctor", strikes=strikes, **environment)
 
 
 def test_working_machine(tmp_path):
-    # In a folder with a blank and a letter that is not ASCII; built it is in test_build.py.
+    # In a folder with a space and a non-ASCII letter; test_build.py has built it.
     assert load("cpu") == ""
     (tmp_path / "a b \u00e9").mkdir()
     (tmp_path / "a b \u00e9" / "kernels").symlink_to(cache_folder() / "kernels")
@@ -38,7 +38,7 @@ def test_working_machine(tmp_path):
     assert "Traceback" not in result.err
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="a program that is a shell script")
+@pytest.mark.skipif(sys.platform == "win32", reason="the fake program is a shell script")
 def test_broken_compiler(tmp_path):
     script = tmp_path / "c++"
     script.write_text("#!/bin/sh\nexit 3\n")
@@ -49,7 +49,7 @@ def test_broken_compiler(tmp_path):
         assert result.out.splitlines()[-1].startswith("cpu: kernel=auto uses the scan in plain torch: ")
 
 
-def test_a_build_that_fails(tmp_path):
+def test_failed_build_shows_the_error_and_the_log(tmp_path):
     script = tmp_path / "c++"
     script.write_text(
         """#!/bin/sh\ncase "$*" in *" -c "*) echo 'a.cpp:1:2: error: no'; exit 1;; *) echo fake 1.0;; esac\n"""
@@ -66,7 +66,7 @@ def find_check(what: str) -> doctor.Finding:
     return next(found for found in doctor.check_build_tools() if found.name == what)
 
 
-def test_the_cache(monkeypatch, tmp_path):
+def test_cache_check_reports_leftovers_locks_and_bad_folders(monkeypatch, tmp_path):
     monkeypatch.setenv("RWKV_PL_CACHE", str(tmp_path))
     kernels = tmp_path / "kernels"
     (kernels / "building-x").mkdir(parents=True)
@@ -88,14 +88,14 @@ def fake_nvcc(folder: Path, release: str) -> None:
     script.chmod(0o755)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="a program that is a shell script")
-def test_an_nvcc_of_another_cuda(monkeypatch, tmp_path):
+@pytest.mark.skipif(sys.platform == "win32", reason="the fake program is a shell script")
+def test_nvcc_for_another_cuda_is_reported(monkeypatch, tmp_path):
     monkeypatch.delenv("CUDA_PATH", raising=False)
     for name, release in (("old", "11.8"), ("new", "99.1")):
         fake_nvcc(tmp_path / name, release)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "nowhere"))
     monkeypatch.setenv("PATH", os.pathsep.join((str(tmp_path / "new"), str(tmp_path / "old"), "/usr/bin", "/bin")))
-    # What fits goes before what comes first.
+    # A matching version takes precedence over the order on PATH.
     assert find_nvcc("11.7") == Compiler("nvcc", str(tmp_path / "old" / "nvcc"), "11.8")
     assert find_nvcc("98.0") == Compiler("nvcc", str(tmp_path / "new" / "nvcc"), "99.1")
     monkeypatch.setattr(torch.version, "cuda", "98.0")
@@ -105,16 +105,16 @@ def test_an_nvcc_of_another_cuda(monkeypatch, tmp_path):
 
 
 def have_another_cuda() -> None:
-    """This torch may have none, of which nvcc would then be no matter. And the table is not folded."""
+    """Pretend another CUDA, since nvcc is not checked for a torch without. A wide console keeps rows on one line."""
     torch.version.cuda = "98.0"
     doctor.console = lambda: Console(width=400)
     for name in ("CUDA_HOME", "CUDA_PATH"):
         os.environ.pop(name, None)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="a program that is a shell script")
+@pytest.mark.skipif(sys.platform == "win32", reason="the fake program is a shell script")
 def test_table_without_any_build_tool(tmp_path):
-    """No compiler, an nvcc of another CUDA, and what a process left that died as it built."""
+    """No compiler, an nvcc for another CUDA, and the leftovers of a process that died during a build."""
     fake_nvcc(tmp_path / "bin", "99.1")
     (tmp_path / "kernels" / "building-x").mkdir(parents=True)
     (tmp_path / "kernels" / "lock").write_text("of a process that died")
@@ -132,7 +132,7 @@ def test_table_without_any_build_tool(tmp_path):
     assert result.out.splitlines()[-1] == f"cpu: kernel=auto uses the scan in plain torch: {reason}"
 
 
-def test_advice_on_nvcc():
+def test_nvcc_advice_names_the_problem_and_the_fix():
     old = Compiler("nvcc", "/cuda/nvcc", "11.8")
     assert describe_nvcc_problem(old, "13.0").startswith(
         "/cuda/nvcc is too old: its CUDA is 11.8, torch's 13.0; run `pip install"

@@ -1,4 +1,4 @@
-"""rwkv-eval: on runs and other weights, and what bad input ends with."""
+"""rwkv-eval on runs and on other weights, and its errors on bad input."""
 
 import json
 import math
@@ -40,12 +40,12 @@ def leave_no_files(run, run_on_characters):
 
 
 def read_reported_score(folder: Path) -> float:
-    """The bits per byte of training's last validation."""
+    """The bits per byte of the last validation during training."""
     rows = read_rows(folder / "metrics.csv", up_to=4)
     return next(row["val/bits_per_byte"] for row in reversed(rows) if "val/bits_per_byte" in row)
 
 
-def test_a_run_on_its_own_text_from_another_folder(evaluate, run, tmp_path):
+def test_run_is_evaluated_on_its_own_text_from_another_folder(evaluate, run, tmp_path):
     (tmp_path / "corpus.txt").unlink()
     result = evaluate(f"weights={run}")
     assert result.code == 0, result.err
@@ -67,7 +67,7 @@ def test_a_run_on_its_own_text_from_another_folder(evaluate, run, tmp_path):
         assert figures["bits_per_byte"] == pytest.approx(figures["nats"] / math.log(2) / n)
         assert figures["perplexity_per_token"] == pytest.approx(math.exp(figures["nats"] / n))
         assert f"{figures['bits_per_byte']:.4f}" in result.out
-    # Training adds the nats of one call in float32, which keeps 6e-8, and reports a float32.
+    # Training adds the nats of one call in float32, which rounds to 6e-8, and reports a float32.
     assert found["windows"]["bits_per_byte"] == pytest.approx(read_reported_score(run), rel=1e-6)
     by_position = found["windows"]["loss_by_position"]
     assert len(by_position) == 16
@@ -77,7 +77,7 @@ def test_a_run_on_its_own_text_from_another_folder(evaluate, run, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_characters_count_as_the_bytes_of_the_file(evaluate, run_on_characters):
+def test_bits_per_byte_of_characters_count_the_bytes_of_the_file(evaluate, run_on_characters):
     assert evaluate(f"weights={run_on_characters}").code == 0
     report = json.loads((run_on_characters / "eval-val.json").read_text())
     corpus = (run_on_characters.parent / "corpus.txt").read_bytes()
@@ -91,11 +91,11 @@ def test_characters_count_as_the_bytes_of_the_file(evaluate, run_on_characters):
 
     assert evaluate(f"weights={run_on_characters}", "split=train", "protocol=carried").code == 0
     text = json.loads((run_on_characters / "eval-train.json").read_text())["text"]
-    # Byte 0 of the corpus is the first context and no target.
+    # Byte 0 of the corpus is only the first context, not a target.
     assert text["bytes"] == Text(run_on_characters.parent / "corpus.txt").open().splits.train[1] - 1
 
 
-def test_settings_of_the_run_and_the_ones_given(evaluate, run, tmp_path):
+def test_given_settings_override_the_settings_of_the_run(evaluate, run, tmp_path):
     (tmp_path / "other.txt").write_bytes(TEXT[:4000])
     result = evaluate(
         f"weights={run}/checkpoints/last.ckpt", "data.path=other.txt", "split=test", "stride=3", "data.ctx_len=9",
@@ -109,14 +109,14 @@ def test_settings_of_the_run_and_the_ones_given(evaluate, run, tmp_path):
     carried, windows = report["protocols"]["carried"], report["protocols"]["windows"]
     assert (carried["streams"], carried["warmup"], carried["chunk_len"]) == (4, 5, 7)
     assert (windows["ctx_len"], windows["stride"], len(windows["loss_by_position"])) == (9, 3, 9)
-    # The first window counts whole, of the others the last three positions; 200 - 9 = 63 * 3 + 2.
+    # The first window counts in full, the others only with their last three positions; 200 - 9 = 63 * 3 + 2.
     assert windows["tokens_by_position"] == [1] * 6 + [65, 65, 64]
     assert "carried, 4 streams, warmup 5" in result.out
     shown = evaluate("--cfg", "job", f"weights={run}", "stride=3").out
     assert f"path: {run.parent / 'corpus.txt'}" in shown and "stride: 3" in shown and "ctx_len: 16" in shown
 
 
-def test_another_text_and_one_protocol(evaluate, run, tmp_path):
+def test_evaluation_on_another_text_by_one_protocol(evaluate, run, tmp_path):
     result = evaluate(f"weights={run}", "data=text", "data.path=corpus.txt", "data.ctx_len=1000", "protocol=windows")
     assert (result.code, result.err) == (0, "")
     report = json.loads((run / "eval-corpus-val.json").read_text())
@@ -126,7 +126,7 @@ def test_another_text_and_one_protocol(evaluate, run, tmp_path):
     assert (run / "eval-test.json").exists() and not (run / "eval-test.png").exists()
 
 
-def test_official_weights(evaluate, run, tmp_path):
+def test_official_weights_are_evaluated(evaluate, run, tmp_path):
     torch.save(load_weights(run)[0].state_dict(), tmp_path / "mine.pth")
     shutil.copy(run.parent / "corpus.txt", tmp_path)
     settings = ("data=text", "data.path=corpus.txt", "data.ctx_len=16")
@@ -142,8 +142,8 @@ def test_official_weights(evaluate, run, tmp_path):
 
 
 @pytest.mark.parametrize("precision, tolerance", [("bf16-mixed", 0.02), ("16-mixed", 0.01)])
-def test_halves(evaluate, run, precision, tolerance):
-    """They keep 4e-3 and 5e-4 of each product of matrices."""
+def test_half_precision_is_close_to_float32(evaluate, run, precision, tolerance):
+    """The tolerances: bfloat16 rounds each matrix product to 4e-3, float16 to 5e-4."""
     assert evaluate(f"weights={run}", f"precision={precision}", "kernel=scan").code == 0
     report = json.loads((run / "eval-val.json").read_text())
     assert report["protocols"]["windows"]["bits_per_byte"] == pytest.approx(read_reported_score(run), rel=tolerance)
@@ -151,17 +151,17 @@ def test_halves(evaluate, run, precision, tolerance):
     assert (report["precision"], report["kernel"]) == (precision, "scan")
 
 
-def test_double_precision(evaluate, run):
+def test_precision_64_true_evaluates_in_float64(evaluate, run):
     assert evaluate(f"weights={run}", "precision=64-true", "protocol=carried").code == 0
     carried = json.loads((run / "eval-val.json").read_text())["protocols"]["carried"]
     text = np.frombuffer(TEXT, np.uint8)
     lo, hi = Text(run.parent / "corpus.txt").open().splits.val
     nats, _ = protocols.evaluate_stream(load_weights(run)[0].double(), text, lo, hi, chunk_len=99)
-    # Sums in float64 of another order; float32 would be 1e-7 away.
+    # float64 sums in another order; float32 would differ by 1e-7.
     assert carried["nats"] == pytest.approx(nats, rel=1e-12)
 
 
-def test_weights_that_have_diverged(evaluate, tmp_path):
+def test_diverged_weights_give_one_line_error(evaluate, tmp_path):
     model = RWKV4(RWKV4Config(256, 1, 8))
     with torch.no_grad():
         model.head.weight.fill_(3e38)
@@ -173,7 +173,7 @@ def test_weights_that_have_diverged(evaluate, tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_ctrl_c(evaluate, run, monkeypatch):
+def test_ctrl_c_exits_with_130_and_writes_nothing(evaluate, run, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
@@ -183,7 +183,7 @@ def test_ctrl_c(evaluate, run, monkeypatch):
     assert not list(run.glob("eval-*"))
 
 
-def test_the_text_changes_meanwhile(evaluate, run, tmp_path, monkeypatch):
+def test_text_changed_during_evaluation_is_reported(evaluate, run, tmp_path, monkeypatch):
     carried = protocols.evaluate_stream
 
     def changed(*args, **kwargs):
@@ -197,7 +197,7 @@ def test_the_text_changes_meanwhile(evaluate, run, tmp_path, monkeypatch):
     assert "corpus.txt has changed under the run" in result.err
 
 
-def test_a_bar_where_there_is_a_terminal(evaluate, run, monkeypatch):
+def test_terminal_shows_a_progress_bar_on_stderr(evaluate, run, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
     result = evaluate(f"weights={run}", "chunk_len=100")
@@ -261,13 +261,13 @@ def test_bad_input_gives_one_line_exit_2_and_no_files(evaluate, run, tmp_path, a
     assert sorted([*tmp_path.rglob("*"), *run.rglob("*")]) == before
 
 
-@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU")
-def test_missing_gpu(evaluate, run):
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="needs a machine without a GPU")
+def test_missing_gpu_gives_one_line_error(evaluate, run):
     result = evaluate(f"weights={run}", "accelerator=gpu")
     assert (result.code, result.err) == (2, "rwkv-eval: accelerator=gpu is not there: torch finds the CPU alone\n")
 
 
-def test_mistakes_and_help_are_shown_before_torch_is_loaded():
+def test_mistakes_and_help_need_no_torch():
     code = (
         "import sys; from rwkv_pl.cli.eval import main\n"
         "try: main()\nexcept SystemExit: pass\n"

@@ -1,4 +1,4 @@
-"""Every study of conf/experiment, every size, every callback and logger: composed, and run in small."""
+"""Every experiment of conf/experiment, model size, callback and logger: composed, and run at a small size."""
 
 import json
 import re
@@ -23,7 +23,7 @@ SHRUNK = ("data=text", "data.path=corpus.txt", "data.batch_size=2", "data.ctx_le
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_an_experiment_composes_and_runs_two_steps(train, tmp_path, name):
+def test_experiment_composes_and_runs_two_steps(train, tmp_path, name):
     shown = train("--cfg", "job", f"experiment={name}")
     assert shown.code == 0 and "n_embd" in shown.out
     check_config(compose([f"experiment={name}"]))
@@ -34,7 +34,7 @@ def test_an_experiment_composes_and_runs_two_steps(train, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_an_experiments_head_says_what_it_is_for_and_its_command(name):
+def test_experiment_file_starts_with_its_purpose_and_command(name):
     text = (CONF / "experiment" / f"{name}.yaml").read_text()
     head = [line for line in text.splitlines() if line.startswith("#")]
     assert head[0] == "# @package _global_"
@@ -42,7 +42,7 @@ def test_an_experiments_head_says_what_it_is_for_and_its_command(name):
     assert len(head) >= 4
 
 
-def test_the_help_names_every_file_of_every_group(train):
+def test_help_lists_every_file_of_every_group(train):
     help = train("--help").out
     for file in CONF.glob("*/*.yaml"):
         if file.parent.name == "hydra" or file.stem in ("best", "last"):
@@ -57,7 +57,7 @@ def test_the_help_names_every_file_of_every_group(train):
 
 
 @pytest.mark.parametrize(("name", "n_layer", "n_embd"), [("169m", 12, 768), ("430m", 24, 1024), ("1b5", 24, 2048)])
-def test_the_official_sizes(name, n_layer, n_embd):
+def test_official_model_sizes(name, n_layer, n_embd):
     """https://huggingface.co/BlinkDL: with the Pile's 50,277 tokens 169, 430 and 1,515 million parameters."""
     config = check_config(compose([f"model=rwkv4_{name}"])).model
     assert (config.name, config.n_layer, config.n_embd) == ("rwkv4", n_layer, n_embd)
@@ -68,18 +68,18 @@ def test_the_official_sizes(name, n_layer, n_embd):
     assert round(millions) == {"169m": 169, "430m": 430, "1b5": 1515}[name]
 
 
-def test_the_sizes_of_ours_have_the_parameters_that_they_say():
+def test_small_model_sizes_have_the_stated_parameter_count():
     model_class, config_class = MODELS["rwkv4"]
     for name in ("tiny", "mini", "small"):
-        said = float(re.search(r"([\d.]+) million", (CONF / "model" / f"rwkv4_{name}.yaml").read_text())[1])
+        stated = float(re.search(r"([\d.]+) million", (CONF / "model" / f"rwkv4_{name}.yaml").read_text())[1])
         config = check_config(compose([f"model=rwkv4_{name}"])).model
         with torch.device("meta"):
             model = model_class(config_class(vocab_size=256, n_layer=config.n_layer, n_embd=config.n_embd))
-        there = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-        assert there == pytest.approx(said, rel=0.01), name
+        n_million = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+        assert n_million == pytest.approx(stated, rel=0.01), name
 
 
-def test_the_search_is_a_study():
+def test_search_experiment_uses_the_study_sweeper():
     composed = compose(["experiment=search"])
     known = set(compose(["hydra/sweeper=optuna"]).hydra.sweeper)
     assert set(composed.hydra.sweeper) == known
@@ -87,19 +87,19 @@ def test_the_search_is_a_study():
     assert type(OWN_PLUGINS[arguments.pop("_target_")](**arguments)).__name__ == "StudySweeper"
 
 
-def test_a_number_that_follows_another():
+def test_learning_rate_follows_the_model_width():
     for name, lr in (("rwkv4_tiny", 1.5 / 192), ("rwkv4_small", 1.5 / 384)):
         assert check_config(compose(["experiment=scaling", f"model={name}"])).optim.lr == lr
 
 
-def test_the_debug_experiment_learns_its_text_by_heart(train, tmp_path):
+def test_debug_experiment_memorizes_its_text(train, tmp_path):
     result = train("experiment=debug", "hydra.run.dir=run")
     assert result.code == 0 and "(1 pass is 1 steps)" in result.out, result.err
     losses = [float(loss) for _, loss in read_column(tmp_path / "run", "train/loss")]
     assert len(losses) == 50 and losses[0] > 5 and max(losses[-10:]) < 0.1, losses
 
 
-def test_samples_as_it_goes(train, tmp_path):
+def test_sampling_during_training_does_not_change_it(train, tmp_path):
     several = "callbacks=[default,sample_text,device_stats,weight_averaging]"
     every = ("callbacks.sample_text.every_n_steps=2", "callbacks.sample_text.n_tokens=5")
     plain = train(*SMALL, "hydra.run.dir=plain", "trainer.log_every_n_steps=1")
@@ -109,13 +109,13 @@ def test_samples_as_it_goes(train, tmp_path):
         "step-0000002.txt",
         "step-0000004.txt",
     }
-    # To look on changes nothing.
+    # Sampling and monitoring do not change training.
     losses = [[row["train/loss"] for row in read_metrics(tmp_path / name)] for name in ("plain", "run")]
     assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize("profiler", ["simple", "advanced", "pytorch"])
-def test_profilers(train, tmp_path, profiler):
+def test_profiler_writes_its_report(train, tmp_path, profiler):
     result = train(*SMALL, f"trainer.profiler={profiler}", "hydra.run.dir=run")
     assert result.code == 0, result.err
     (profile,) = (tmp_path / "run").glob("fit-profile.txt")
@@ -123,21 +123,21 @@ def test_profilers(train, tmp_path, profiler):
     assert f"profile {profile}" in result.out
 
 
-def test_an_unknown_profiler(train):
+def test_unknown_profiler_lists_the_known_ones(train):
     result = train(*SMALL, "trainer.profiler=fast")
     assert (result.code, "must be one of simple, advanced, pytorch" in result.err) == (2, True)
 
 
-def test_tensorboard_knows_the_settings_and_the_code(train, tmp_path):
+def test_tensorboard_stores_settings_and_commit(train, tmp_path):
     assert train(*SMALL, "hydra.run.dir=run").code == 0
     known = (tmp_path / "run" / "hparams.yaml").read_text()
     assert "n_embd: 16" in known and "rwkv_pl 0.1.0, torch " in known and ", git " in known
 
 
 @pytest.mark.slow
-def test_wandb_offline(train, tmp_path):
+def test_wandb_offline_run_continues_on_resume(train, tmp_path):
     pytest.importorskip("wandb")
-    # In a process of its own: wandb writes the last when that ends.
+    # In a separate process, because wandb writes the last files when the process ends.
     command = [sys.executable, "-m", "rwkv_pl.cli.train", *SMALL, "logger=wandb", "logger.wandb.offline=true"]
     done = subprocess.run([*command, "hydra.run.dir=run"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -146,11 +146,11 @@ def test_wandb_offline(train, tmp_path):
     assert b"bits_per_byte" in content and b"n_embd" in content and b"rwkv_pl 0.1.0" in content
     result = train("resume=run", "trainer.max_steps=6")
     assert result.code == 0, result.err
-    # The same run of theirs goes on.
+    # Resuming continues the same wandb run.
     assert len({path.name for path in (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")}) == 1
 
 
-def test_mlflow_in_a_file(train, tmp_path, monkeypatch):
+def test_mlflow_in_a_file_continues_on_resume(train, tmp_path, monkeypatch):
     pytest.importorskip("mlflow")
     import sqlite3
 

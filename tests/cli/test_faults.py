@@ -1,4 +1,4 @@
-"""Runs that are told to stop, or killed, and go on: the same bits as the run that nobody touched."""
+"""Stopped or killed runs resume to the same bits as an uninterrupted run."""
 
 import math
 import os
@@ -17,7 +17,7 @@ import torch
 from command import SMALL, TEXT, Result
 from forks import Strike, kill, terminate
 from quick_compiler import quick_compiler
-from test_ranks import begin, free_port
+from test_ranks import free_port, start_rank
 
 from rwkv_pl.files import cache_folder
 from rwkv_pl.terminal import resume_command
@@ -42,7 +42,7 @@ VALIDATION_STEP = "rwkv_pl.training.module:LitRWKV.validation_step"
 
 
 def nth_training_step(step: int, micro_batch: int) -> int:
-    """The number of a training_step's call, from 1; steps and micro-batches from 1 too."""
+    """The number of a training_step call; calls, steps and micro-batches count from 1."""
     return (step - 1) * 3 + micro_batch
 
 
@@ -57,7 +57,7 @@ SPEEDS = ("tokens_per_second", "model_flops_per_second", "mfu")
 
 
 def read_figures(run: Path) -> list[list[str]]:
-    """metrics.csv without what the clock says, which must only rise."""
+    """metrics.csv without the columns measured by the clock, which must only increase."""
     lines = [line.split(",") for line in (run / "metrics.csv").read_text().splitlines()]
     clock = lines[0].index("seconds")
     seconds = [float(line[clock]) for line in lines[1:]]
@@ -67,7 +67,7 @@ def read_figures(run: Path) -> list[list[str]]:
 
 
 def read_tensorboard(run: Path) -> list[tuple[str, int, float]]:
-    """What TensorBoard shows of the run, without what the clock says."""
+    """The scalars of a run in TensorBoard, without those measured by the clock."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run), size_guidance={"scalars": 0})
@@ -82,7 +82,7 @@ def read_best(run: Path) -> dict[str, object]:
     return {"score": best["best_model_score"], "path": Path(best["best_model_path"]).name}
 
 
-def assert_the_same(run: Path, reference: Path) -> None:
+def assert_same_run(run: Path, reference: Path) -> None:
     assert read_figures(run) == read_figures(reference)
     assert read_tensorboard(run) == read_tensorboard(reference)
     assert read_best(run) == read_best(reference)
@@ -94,7 +94,7 @@ def assert_the_same(run: Path, reference: Path) -> None:
 
 
 def finish_run(folder: Path, *arguments: str, **environment: str) -> Result:
-    """What resumes, or starts again, and must come to its end."""
+    """Run a command that resumes or restarts a run and must finish it."""
     result = forks.run(folder, *arguments, **environment)
     assert result.code == 0, result.err
     return result
@@ -115,7 +115,7 @@ def folder(tmp_path) -> Path:
 
 
 AGAIN, RESUME = RUN, ("resume=run",)
-LONG = pytest.mark.slow  # a moment near another one
+LONG = pytest.mark.slow  # a moment close to one that is always tested
 
 
 @pytest.mark.parametrize(
@@ -138,19 +138,19 @@ LONG = pytest.mark.slow  # a moment near another one
 )
 def test_killed_run_resumes_to_the_same_bits(folder, uninterrupted_run, strike, then):
     cache = {"RWKV_PL_CACHE": str(folder / "cache")} if "Vocab" in strike.place else {}
-    if "Vocab" in strike.place:  # nothing is tokenised yet, but the kernel is there
+    if "Vocab" in strike.place:  # nothing is tokenised yet, but the kernel is built
         (folder / "cache").mkdir()
         (folder / "cache" / "kernels").symlink_to(cache_folder() / "kernels")
     assert forks.run(folder, *RUN, strikes=[strike], **cache).code == -signal.SIGKILL
     finish_run(folder, *then, **cache)
-    assert_the_same(folder / "run", uninterrupted_run)
+    assert_same_run(folder / "run", uninterrupted_run)
 
 
 def kill_soon() -> None:
     threading.Timer(0.8, kill).start()
 
 
-def test_a_run_that_is_killed_while_it_compiles_ends_in_the_same_bits(folder, uninterrupted_run):
+def test_run_killed_while_compiling_resumes_to_the_same_bits(folder, uninterrupted_run):
     slow = folder / "slow-c++"
     slow.write_text('#!/bin/sh\ncase "$*" in *" -c "*) exec sleep 60;; *) echo fake 1.0;; esac\n')
     slow.chmod(0o755)
@@ -161,7 +161,7 @@ def test_a_run_that_is_killed_while_it_compiles_ends_in_the_same_bits(folder, un
     result = finish_run(folder, *RUN, CXX=quick_compiler(folder), **cache)
     assert not list((folder / "cache" / "kernels").glob("building-*"))
     assert list((folder / "cache" / "kernels").glob("*.so")), result.out + result.err
-    assert_the_same(folder / "run", uninterrupted_run)
+    assert_same_run(folder / "run", uninterrupted_run)
 
 
 @pytest.mark.parametrize(
@@ -182,11 +182,11 @@ def test_stopped_run_resumes_to_the_same_bits(folder, uninterrupted_run, strike,
     goes_on = f"{resume_command(folder / 'run')} goes on"
     assert result.out.splitlines()[-1] == f"stopped by SIGTERM after step {step}; {goes_on}"
     finish_run(folder, "resume=run")
-    assert_the_same(folder / "run", uninterrupted_run)
+    assert_same_run(folder / "run", uninterrupted_run)
 
 
-def test_averaged_weights(folder):
-    """Validated in the place of the trained ones: stopped there, prolonged, and taken off at last."""
+def test_weight_averaging_resumes_to_the_same_bits(folder):
+    """Validation uses the averaged weights: the run is stopped there, extended, and continued without averaging."""
     averaged = (*RUN, "callbacks=[default,ema]", "callbacks.ema.decay=0.9")
     result = forks.run(folder, *averaged, strikes=[Strike(VALIDATION_STEP, 15, terminate)])
     assert result.code == 143, result.err
@@ -204,7 +204,7 @@ def test_averaged_weights(folder):
 
 
 def test_pending_last_validation_of_a_short_run_is_made_on_resume(folder, uninterrupted_run):
-    """No checkpoint before it: the one that is saved in it has all the steps, and resuming validates."""
+    """The only checkpoint is saved during the last validation, after all steps, so resuming only validates."""
     run = (*RUN, "callbacks.last.every_n_train_steps=1000", "trainer.val_check_interval=1000")
     assert forks.run(folder, *run, strikes=[Strike(VALIDATION_STEP, 3, terminate)]).code == 143
     assert len(read_figures(folder / "run")) == 1 + 10
@@ -223,7 +223,7 @@ def read_step(run: Path) -> int:
     return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
 
 
-def test_ctrl_c(folder):
+def test_ctrl_c_saves_and_exits_with_130(folder):
     result = forks.run(folder, *RUN, strikes=[Strike(TRAINING_STEP, 14, interrupt)])
     assert result.code == 130
     assert "stopped by SIGINT after step 4" in result.out
@@ -252,7 +252,7 @@ SAMPLING = "rwkv_pl.runs.train:sample_tokens"
         pytest.param(SAMPLING, terminate, signal.SIGTERM, marks=LONG),
     ],
 )
-def test_before_and_after_the_training_a_signal_ends_the_process_at_once(folder, place, act, number):
+def test_signal_before_or_after_training_exits_at_once(folder, place, act, number):
     code = forks.run(folder, *RUN, strikes=[Strike(place, 1, act)]).code
     assert code in (-number, 128 + number)
     assert (folder / "run").exists() == ("prepare" not in place)
@@ -265,20 +265,20 @@ def twice() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_a_second_signal_ends_at_once(folder, uninterrupted_run):
+def test_second_signal_exits_without_saving(folder, uninterrupted_run):
     assert forks.run(folder, *RUN, strikes=[Strike("torch:save", 2, twice)]).code in (130, 143)
     assert list((folder / "run").rglob("*.partial"))
     finish_run(folder, "resume=run")
-    assert_the_same(folder / "run", uninterrupted_run)
+    assert_same_run(folder / "run", uninterrupted_run)
 
 
-def test_workers_leave_the_signals_to_the_run(folder, uninterrupted_run):
-    """A terminal's Ctrl-C, or a signal to the process group, reaches the processes that gather batches."""
+def test_data_loader_workers_ignore_signals(folder, uninterrupted_run):
+    """Ctrl-C in a terminal, or a signal to the process group, also reaches the data loader workers."""
     run = (*RUN, "data.num_workers=2")
     result = forks.run(folder, *run, strikes=[Strike(TRAINING_STEP, 14, signal_all)])
     assert (result.code, result.err) == (143, "")
     finish_run(folder, "resume=run")
-    assert_the_same(folder / "run", uninterrupted_run)
+    assert_same_run(folder / "run", uninterrupted_run)
 
 
 def signal_all() -> None:
@@ -296,7 +296,7 @@ def requeue_signal() -> None:
 
 
 @pytest.mark.parametrize("answer", [0, 1])
-def test_slurm_queues_the_job_again(folder, uninterrupted_run, answer):
+def test_slurm_signal_saves_and_requeues_the_job(folder, uninterrupted_run, answer):
     scontrol = folder / "bin" / "scontrol"
     scontrol.parent.mkdir()
     scontrol.write_text(f"#!/bin/sh\necho $* >> {folder}/asked\necho no such job >&2\nexit {answer}\n")
@@ -311,23 +311,23 @@ def test_slurm_queues_the_job_again(folder, uninterrupted_run, answer):
     assert f"resume={folder / 'run'} goes on" in result.out
     if answer == 0:
         finish_run(folder, "resume=run", **slurm)
-        assert_the_same(folder / "run", uninterrupted_run)
+        assert_same_run(folder / "run", uninterrupted_run)
 
 
-# More than one process
+# Multiple processes
 
 DDP = (*RUN, "trainer=ddp", "trainer.devices=2", "trainer.max_steps=40", "trainer.accumulate_grad_batches=3")
 
 
 def run_two_ranks(folder: Path, *arguments: str, signalled_rank: int | None = None) -> list[Result]:
-    """As torchrun starts them, in `folder`/run. signalled_rank: the rank that gets a SIGTERM, in step 8."""
+    """Run two ranks in `folder`/run as torchrun does. signalled_rank: the rank that gets a SIGTERM, in step 8."""
     port = free_port()
     strikes = {signalled_rank: [Strike(TRAINING_STEP, nth_training_step(8, 2), terminate)]}
     if "resume=run" in arguments:
         arguments = tuple(f"resume={folder / 'run'}" if each == "resume=run" else each for each in arguments)
     else:
         arguments = (*arguments, f"hydra.run.dir={folder / 'run'}")
-    ends = [begin(folder, "torchrun", rank, port, *arguments, strikes=strikes.get(rank, ())) for rank in (0, 1)]
+    ends = [start_rank(folder, "torchrun", rank, port, *arguments, strikes=strikes.get(rank, ())) for rank in (0, 1)]
     return [end() for end in ends]
 
 
@@ -341,18 +341,18 @@ def uninterrupted_two_ranks(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("signalled_rank", [1, pytest.param(0, marks=pytest.mark.slow)])
-def test_two_ranks_stop_together_and_end_in_the_same_bits(folder, uninterrupted_two_ranks, signalled_rank):
-    """A signal to one of them ends both after the same step."""
+def test_two_ranks_stop_at_one_step_and_resume_to_the_same_bits(folder, uninterrupted_two_ranks, signalled_rank):
+    """A signal to one rank ends both after the same step."""
     first, second = run_two_ranks(folder, *DDP, "trainer.max_steps=12", signalled_rank=signalled_rank)
     assert (first.code, second.code) == (143, 143), first.err + second.err
     assert "stopped by SIGTERM" in first.out
     for result in run_two_ranks(folder, "resume=run"):
         assert result.code == 0, result.err
-    assert_the_same(folder / "run", uninterrupted_two_ranks)
+    assert_same_run(folder / "run", uninterrupted_two_ranks)
 
 
 def start_two(folder: Path, *arguments: str) -> subprocess.Popen:
-    """As Lightning starts the second."""
+    """Start a run whose second process is started by Lightning."""
     command = [str(Path(sys.executable).with_name("rwkv-train")), *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
@@ -367,8 +367,8 @@ def start_two(folder: Path, *arguments: str) -> subprocess.Popen:
 
 
 @pytest.mark.slow
-def test_two_processes_of_lightning_stop_together(tmp_path):
-    """The one that was started, the one that it has started, or both get the signal."""
+def test_two_lightning_processes_stop_at_one_step(tmp_path):
+    """The signal goes to the first process, to the one that Lightning started, or to both."""
     (tmp_path / "corpus.txt").write_bytes(CORPUS)
     process = start_two(tmp_path, *DDP, "hydra.run.dir=whole")
     _, err = process.communicate(timeout=600)
@@ -391,11 +391,11 @@ def test_two_processes_of_lightning_stop_together(tmp_path):
         process = start_two(tmp_path, f"resume={to}")
         _, err = process.communicate(timeout=600)
         assert process.returncode == 0, err
-        assert_the_same(run, tmp_path / "whole")
+        assert_same_run(run, tmp_path / "whole")
 
 
-def test_another_number_of_devices_reads_the_same_batches(folder):
-    """Stopped after a few steps on one device, with another accumulation, and gone on with on two."""
+def test_resume_on_more_devices_reads_the_same_batches(folder):
+    """The run stops after a few steps on one device and resumes on two, with another accumulation."""
     one = (*DDP, "trainer.devices=1", "trainer.strategy=auto", "trainer.accumulate_grad_batches=2", "model.dropout=0.0",
            "trainer.max_steps=12")  # fmt: skip
     stop = Strike(TRAINING_STEP, 10, terminate)
@@ -412,11 +412,11 @@ def test_another_number_of_devices_reads_the_same_batches(folder):
     loss = mixed[0].index("train/loss")
     for ours, theirs in zip(mixed[1:], alone[1:], strict=True):
         if ours[loss]:
-            # Sums in another order, in float32, and Adam divides by small numbers.
+            # float32 sums in another order, and Adam divides by small numbers.
             assert math.isclose(float(ours[loss]), float(theirs[loss]), rel_tol=1e-3)
 
 
-# The long form
+# Random moments (slow)
 
 RANDOM = (*RUN, "trainer.max_steps=200", "trainer.val_check_interval=40", "callbacks.last.every_n_train_steps=15")
 KINDS = {"float32": (), "bf16": ("trainer.precision=bf16-mixed",), "averaged": ("callbacks=[default,ema]",)}
@@ -424,8 +424,8 @@ KINDS = {"float32": (), "bf16": ("trainer.precision=bf16-mixed",), "averaged": (
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_killed_or_stopped_at_random_moments(tmp_path, kind):
-    """Killed, or told to stop, at a random moment, resumed, and so on until the run has come to its end."""
+def test_runs_interrupted_at_random_moments_resume_to_the_same_bits(tmp_path, kind):
+    """Kill or stop the run at a random moment and resume it, again and again until it is finished."""
     draw = random.Random(kind)
     (tmp_path / "whole").mkdir()
     (tmp_path / "whole" / "corpus.txt").write_bytes(CORPUS)
@@ -447,25 +447,25 @@ def test_killed_or_stopped_at_random_moments(tmp_path, kind):
             moments += 1
             if (folder / "run" / ".hydra" / "overrides.yaml").exists():
                 arguments = ("resume=run",)
-        assert_the_same(folder / "run", tmp_path / "whole" / "run")
+        assert_same_run(folder / "run", tmp_path / "whole" / "run")
         number += 1
     print(f"{kind}: {moments} moments in {number} runs")
 
 
 def resume_three_times(folder: Path, *run: str) -> None:
-    """Stopped in the last validation, then killed after its row, when it is made again."""
+    """Stop in the last validation, resume, kill after its row is written, resume: it validates again."""
     assert forks.run(folder, *run, strikes=[Strike(VALIDATION_STEP, 23, terminate)]).code == 143
     after_its_row = Strike("rwkv_pl.training.callbacks.checkpoints:BestCheckpoint.on_validation_end", 1, kill)
     assert forks.run(folder, "resume=run", strikes=[after_its_row]).code == -signal.SIGKILL
     finish_run(folder, "resume=run")
 
 
-def test_a_validation_that_is_made_again_has_one_row(folder, uninterrupted_run):
+def test_repeated_validation_has_one_row_in_metrics(folder, uninterrupted_run):
     resume_three_times(folder, *RUN)
-    assert_the_same(folder / "run", uninterrupted_run)
+    assert_same_run(folder / "run", uninterrupted_run)
 
 
-def test_a_run_whose_time_ended_makes_its_last_validation(folder):
+def test_run_stopped_in_its_last_validation_after_max_time_validates_on_resume(folder):
     length = ("trainer.max_steps=-1", "trainer.max_time=00:00:00:02", "trainer.val_check_interval=100000")
     run = (*RUN, *length, "callbacks.last.every_n_train_steps=100000")
     assert forks.run(folder, *run, strikes=[Strike(VALIDATION_STEP, 2, terminate)]).code == 143
@@ -481,7 +481,7 @@ def hang_up() -> None:
     os.kill(os.getpid(), signal.SIGHUP)
 
 
-def test_a_closed_terminal_saves(folder):
+def test_closed_terminal_saves_and_exits_with_129(folder):
     result = forks.run(folder, *RUN, strikes=[Strike(TRAINING_STEP, 14, hang_up)])
     assert result.code == 129
     assert read_step(folder / "run") == 4
@@ -495,7 +495,7 @@ def test_closed_terminal_under_nohup_is_ignored(folder, uninterrupted_run):
     ignore = Strike("rwkv_pl.runs.folder:create_run_dir", 1, ignore_hang_up)
     result = forks.run(folder, *RUN, strikes=[ignore, Strike(TRAINING_STEP, 14, hang_up)])
     assert result.code == 0, result.err
-    assert_the_same(folder / "run", uninterrupted_run)
+    assert_same_run(folder / "run", uninterrupted_run)
 
 
 def test_best_checkpoint_is_used_if_last_is_missing(folder, uninterrupted_run):
@@ -503,11 +503,11 @@ def test_best_checkpoint_is_used_if_last_is_missing(folder, uninterrupted_run):
     for name in ("last.ckpt", "last.prev.ckpt"):
         (folder / "run" / "checkpoints" / name).unlink()
     assert "there is no last.ckpt; going on from" in finish_run(folder, "resume=run").out
-    assert_the_same(folder / "run", uninterrupted_run)
+    assert_same_run(folder / "run", uninterrupted_run)
 
 
 @pytest.mark.parametrize("kind", ["dangling link", "folder", "pipe"])
-def test_non_file_with_a_checkpoint_name(folder, uninterrupted_run, kind):
+def test_non_file_with_a_checkpoint_name_gives_one_line_error(folder, uninterrupted_run, kind):
     shutil.copytree(uninterrupted_run, folder / "run")
     paths = [folder / "run" / "checkpoints" / name for name in ("last.ckpt", "last.prev.ckpt", "best.ckpt")]
     for path in paths:
@@ -527,7 +527,7 @@ def test_non_file_with_a_checkpoint_name(folder, uninterrupted_run, kind):
 
 
 def test_interrupted_start_can_be_repeated(folder, uninterrupted_run):
-    """As by a full disk: Hydra's last file is there, and empty."""
+    """Like after a full disk: Hydra's last file exists but is empty."""
     settings = folder / "run" / ".hydra"
     settings.mkdir(parents=True)
     for name in ("config.yaml", "hydra.yaml", "overrides.yaml"):
@@ -535,4 +535,4 @@ def test_interrupted_start_can_be_repeated(folder, uninterrupted_run):
     result = forks.run(folder, "resume=run")
     assert (result.code, "start it by the same command" in result.err) == (2, True)
     finish_run(folder, *RUN)
-    assert_the_same(folder / "run", uninterrupted_run)
+    assert_same_run(folder / "run", uninterrupted_run)

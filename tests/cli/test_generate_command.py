@@ -1,4 +1,4 @@
-"""rwkv-generate: what is printed, byte for byte, and how it ends."""
+"""rwkv-generate: its output, byte for byte, and its exit codes."""
 
 import io
 import os
@@ -39,24 +39,24 @@ def run(monkeypatch, capfdbinary):
     def run(*arguments: str, stdin: bytes = b"") -> Result:
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
         result = call(generate.main, ["rwkv-generate", *arguments], monkeypatch, capfdbinary)
-        return Result(result.code, result.out.decode(), result.err.decode())  # strictly: all of it is UTF-8
+        return Result(result.code, result.out.decode(), result.err.decode())  # strict: all output is UTF-8
 
     return run
 
 
 def generate_expected(model, prompt: bytes, n: int, **sampling: object) -> str:
-    """What the Python API makes of the prompt, one newline behind it."""
+    """The Python API's text for the prompt, then a newline."""
     tokens = api(model, torch.tensor([list(prompt)]), **sampling)
     return bytes(int(token) for token in islice(tokens, n)).decode(errors="replace") + "\n"
 
 
-def test_prints_the_continuation_of_the_prompt(model, run):
+def test_output_is_the_continuation_of_the_prompt(model, run):
     result = run("model.pth", "def f", "--seed", "3", "--max-tokens", "50")
     assert (result.code, result.out) == (0, generate_expected(model, b"def f", 50, seed=3))
     assert result.err.startswith("50 tokens, ") and result.err.count("\n") == 1
 
 
-def test_the_options_are_those_of_the_api(model, run):
+def test_options_match_the_python_api(model, run):
     given = {"temperature": 0.7, "top_k": 40, "top_p": 0.9, "repetition": 1.2, "window": 9}
     options = [text for name, value in given.items() for text in (f"--{name.replace('_', '-')}", str(value))]
     result = run("model.pth", "abc", "--seed", "1", "--max-tokens", "60", *options)
@@ -66,25 +66,25 @@ def test_the_options_are_those_of_the_api(model, run):
 @pytest.mark.parametrize(
     "prompt", ["a, b", "'q' \"r\"", "{x: [y]}", "null", "12", "a=b", "", "π€", "two\nlines", "x\0y"]
 )
-def test_a_prompt_is_taken_as_it_is(model, run, prompt):
+def test_prompt_is_used_unchanged(model, run, prompt):
     result = run("model.pth", prompt, "--temperature", "0", "--max-tokens", "8")
     assert result.out == generate_expected(model, prompt.encode() or b"\n", 8, temperature=0)
 
 
-def test_a_prompt_of_binary_bytes(model, run):
+def test_prompt_of_binary_bytes(model, run):
     prompt = b"\xff\xfe\x80ok"
     result = run("model.pth", os.fsdecode(prompt), "--temperature", "0", "--max-tokens", "8")
     assert result.out == generate_expected(model, prompt, 8, temperature=0)
 
 
-def test_a_prompt_that_begins_with_a_dash(model, run):
+def test_prompt_starting_with_a_dash_needs_a_double_dash(model, run):
     result = run("model.pth", "--temperature", "0", "--max-tokens", "8", "--", "-5 --x")
     assert result.out == generate_expected(model, b"-5 --x", 8, temperature=0)
     refused = run("model.pth", "--x")
     assert refused.code == 2 and "put -- before one that begins with -" in refused.err and refused.err.count("\n") == 1
 
 
-def test_a_megabyte_on_standard_input(run):
+def test_prompt_of_a_megabyte_on_stdin(run):
     model = RWKV4(RWKV4Config(vocab_size=256, n_layer=1, n_embd=8)).eval()
     torch.save(model.state_dict(), "model.pth")
     prompt = bytes(range(256)) * 4096
@@ -97,7 +97,7 @@ def test_a_megabyte_on_standard_input(run):
     assert result.out.encode()[:1] == bytes([int(logits[0, -1].argmax())]).decode(errors="replace").encode()[:1]
 
 
-def test_a_stop_is_not_printed(model, run):
+def test_stop_string_is_not_printed(model, run):
     whole = bytes(map(int, islice(api(model, torch.tensor([list(b"abc")]), seed=1), 60)))
     stop = whole[20:23]
     stops = ("--stop", "never there", "--stop", os.fsdecode(stop))
@@ -105,7 +105,7 @@ def test_a_stop_is_not_printed(model, run):
     assert result.out == whole[: whole.index(stop)].decode(errors="replace") + "\n"
 
 
-def test_samples_come_one_after_the_other_and_each_has_its_own_seed(model, run):
+def test_samples_are_printed_in_order_with_separate_seeds(model, run):
     tokens = api(model, torch.tensor([list(b"abc")] * 3), seed=4)
     rows = torch.stack(list(islice(tokens, 30)), 1)
     texts = [bytes(row.tolist()).decode(errors="replace") for row in rows]
@@ -115,7 +115,7 @@ def test_samples_come_one_after_the_other_and_each_has_its_own_seed(model, run):
     assert alone.out == texts[0] + "\n"
 
 
-def test_a_sample_whose_turn_has_not_come_waits(model, run):
+def test_later_sample_is_printed_after_earlier_ones(model, run):
     rows = torch.stack(list(islice(api(model, torch.tensor([list(b"a")] * 2), seed=4), 30)), 1)
     first, second = (bytes(row.tolist()) for row in rows)
     stop = second[3:5]
@@ -129,7 +129,7 @@ def test_saved_state_continues_exactly(model, run):
     whole = generate_expected(model, b"abc", 40, temperature=0)
     first = run("model.pth", "abc", "--temperature", "0", "--max-tokens", "15", "--state-out", "memory")
     second = run("model.pth", "--temperature", "0", "--max-tokens", "25", "--state-in", "memory")
-    # Cut where no character of several bytes is.
+    # Split where no multi-byte character is cut.
     assert whole.isascii() or "\ufffd" in whole
     assert first.out[:-1] + second.out == whole
     said = run("model.pth", "d", "--temperature", "0", "--max-tokens", "9", "--state-in", "memory")
@@ -180,7 +180,7 @@ def test_state_of_other_weights_is_refused(model, run):
         (["odd.pth"], "does not say what its 7 tokens are"),
     ],
 )
-def test_bad_input_is_one_line(run, tmp_path, arguments, message):
+def test_bad_input_gives_one_line_error(run, tmp_path, arguments, message):
     (tmp_path / "empty.pth").touch()
     (tmp_path / "killed.partial").touch()
     torch.save(RWKV4(RWKV4Config(vocab_size=7, n_layer=1, n_embd=8)).state_dict(), "odd.pth")
@@ -192,8 +192,8 @@ def test_bad_input_is_one_line(run, tmp_path, arguments, message):
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
-def test_a_diverged_model_is_one_line(model, run):
-    # Numbers all of them, and logits that are none.
+def test_diverged_model_gives_one_line_error(model, run):
+    # Finite weights that give non-finite logits.
     state = {
         name: 1e30 * value if name in ("head.weight", "ln_out.weight") else value
         for name, value in model.state_dict().items()
@@ -209,7 +209,7 @@ SMALL = Vocabulary20B(small_20b())
 
 @pytest.fixture
 def model_20b(tmp_path):
-    """A model of the small 20b's tokens, its weights without their vocabulary, and the tokenizer's json."""
+    """A model over the tokens of the small 20b, its weights without a vocabulary, and the tokenizer's JSON."""
     torch.manual_seed(1)
     model = RWKV4(RWKV4Config(vocab_size=SMALL.size, n_layer=1, n_embd=16)).eval()
     with torch.no_grad():
@@ -221,7 +221,7 @@ def model_20b(tmp_path):
 
 
 @pytest.mark.parametrize("prompt", ["Licensed to", ""])
-def test_tokens_of_several_bytes_by_the_tokenizer_that_is_given(model_20b, run, prompt):
+def test_given_tokenizer_generates_multi_byte_tokens(model_20b, run, prompt):
     result = run("speaker.pth", prompt, "--vocab", "20b.json", "--temperature", "0", "--max-tokens", "30")
     tokens = SMALL.encode(prompt.encode()).tolist() or [0]
     written = [int(token) for token in islice(api(model_20b, torch.tensor([tokens]), temperature=0), 30)]
@@ -229,9 +229,9 @@ def test_tokens_of_several_bytes_by_the_tokenizer_that_is_given(model_20b, run, 
     assert result.out == SMALL.decode(written).decode(errors="replace") + "\n"
 
 
-def test_the_end_of_a_document_ends_the_text(model_20b, run):
+def test_end_of_document_token_ends_the_text(model_20b, run):
     state = model_20b.state_dict()
-    # <|endoftext|> follows whatever there is.
+    # <|endoftext|> always comes next.
     state["ln_out.bias"] += 5
     state["head.weight"][0] = 9
     torch.save(state, "speaker.pth")
@@ -249,7 +249,7 @@ def test_the_end_of_a_document_ends_the_text(model_20b, run):
         (["model.pth", "a", "--vocab", "20b.json"], "1,281 tokens, model.pth has 256"),
     ],
 )
-def test_vocabularies_that_do_not_fit_are_one_line(model_20b, run, arguments, message):
+def test_mismatched_vocabulary_gives_one_line_error(model_20b, run, arguments, message):
     result = run(*arguments)
     assert (result.code, result.out) == (2, "")
     assert message in result.err and result.err.count("\n") == 1
@@ -278,7 +278,7 @@ def test_ctrl_c_ends_cleanly_and_saves_the_state(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no pipes of this kind")
-def test_closed_pipe_ends_it_quietly():
+def test_closed_pipe_exits_quietly():
     process = subprocess.Popen(
         command("model.pth", "abc", "--max-tokens", "-1"), stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
@@ -291,13 +291,13 @@ def test_closed_pipe_ends_it_quietly():
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no shell of this kind")
 @pytest.mark.parametrize("closed", ["- <&-", "hi >&-"])
-def test_closed_streams_are_one_line(closed):
+def test_closed_streams_give_one_line_error(closed):
     line = f"{sys.executable} -m rwkv_pl.cli.generate model.pth {closed}"
     ended = subprocess.run(["sh", "-c", line], stderr=subprocess.PIPE, text=True)
     assert ended.returncode == 2 and "is closed" in ended.stderr and ended.stderr.count("\n") == 1
 
 
-def test_ctrl_c_while_torch_is_loaded_ends_it_at_once():
+def test_ctrl_c_while_importing_torch_exits_at_once():
     code = "import os, signal\nfrom rwkv_pl.cli.entry import default_sigint\nwith default_sigint():\n"
     code += "    try: os.kill(os.getpid(), signal.SIGINT)\n    except BaseException: pass\nprint('still here')"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""What a run of a week may meet: numbers that are none, a text that changes, a second start, strangers' files."""
+"""Problems of long runs: non-finite losses, a corpus that changes, a second start, untrusted files."""
 
 import errno
 import os
@@ -35,10 +35,10 @@ def run(run_of_eight_steps, tmp_path) -> Path:
 
 @pytest.fixture
 def make_nonfinite(monkeypatch):
-    """spoil(3, 5): the losses of these micro-batches, from 1, are NaN; factor=1e38: their gradients alone are Inf."""
+    """make_nonfinite(3, 5): the third and fifth micro-batch have a NaN loss; factor=1e38: only an Inf gradient."""
     whole, step = module.l2wrap, LitRWKV.training_step
 
-    def begin(*calls: int, factor: float = float("nan")) -> None:
+    def start_at(*calls: int, factor: float = float("nan")) -> None:
         count = 0
 
         def training_step(*arguments):
@@ -55,7 +55,7 @@ def make_nonfinite(monkeypatch):
         monkeypatch.setattr(LitRWKV, "training_step", training_step)
         monkeypatch.setattr(module, "l2wrap", l2wrap)
 
-    return begin
+    return start_at
 
 
 @pytest.mark.parametrize("factor", [float("nan"), 1e38])
@@ -89,14 +89,14 @@ def test_nonfinite_batches_can_be_skipped(train, tmp_path, make_nonfinite, monke
     assert all(value.isfinite().all() for value in weights.values())
     steps = load_checkpoint(run)["optimizer_states"][0]["state"][0]["step"]
     assert steps == 4
-    # Counted over the whole run: the third is one too many.
+    # The limit counts over the whole run, so the third batch exceeds it.
     make_nonfinite(1)
     result = train("resume=run", "trainer.max_steps=8")
     assert (result.code, result.err.count("\n")) == (1, 1), result.err
     assert "of batch 6 is not finite" in result.err
 
 
-def test_the_gradient_norm_is_read_once_a_step(train, tmp_path, monkeypatch):
+def test_gradient_norm_is_read_once_per_step(train, tmp_path, monkeypatch):
     calls = []
     whole = torch.nn.utils.get_total_norm
     monkeypatch.setattr(torch.nn.utils, "get_total_norm", lambda *a, **k: calls.append(1) or whole(*a, **k))
@@ -104,8 +104,8 @@ def test_the_gradient_norm_is_read_once_a_step(train, tmp_path, monkeypatch):
     assert len(calls) == 5
 
 
-def test_float16_scaling_may_meet_inf(train, tmp_path, make_nonfinite, monkeypatch):
-    """Its scaler probes for the largest scale: steps of Inf gradients are lawful, a loss of NaN is not."""
+def test_float16_loss_scaler_may_see_inf_gradients(train, tmp_path, make_nonfinite, monkeypatch):
+    """The scaler searches for the largest scale: steps with Inf gradients are allowed, a NaN loss is not."""
     from lightning.pytorch.plugins import MixedPrecision
 
     from rwkv_pl.runs import build
@@ -124,7 +124,7 @@ def test_float16_scaling_may_meet_inf(train, tmp_path, make_nonfinite, monkeypat
     assert result.code == 0, result.err
     scaler = load_checkpoint(tmp_path / "run")["MixedPrecision"]
     assert scaler["scale"] == 1.0
-    # Its state goes on too: the same bits in two parts.
+    # The scaler's state is resumed too: the same bits in two parts.
     make_nonfinite(3, factor=1e38)
     assert train(*SMALL, *EVERY, "trainer.max_steps=4", "hydra.run.dir=parts").code == 0
     assert train("resume=parts", "trainer.max_steps=8").code == 0
@@ -204,7 +204,7 @@ def test_unreadable_checkpoint_does_not_hide_the_latest_run(train, run_of_eight_
         pytest.param("touched", 1, marks=pytest.mark.slow),
     ],
 )
-def test_a_text_that_changes_under_the_run(train, tmp_path, monkeypatch, change, workers):
+def test_text_changed_during_a_run_is_reported(train, tmp_path, monkeypatch, change, workers):
     path, text = tmp_path / "corpus.txt", (tmp_path / "corpus.txt").read_bytes()
     count = 0
     whole = LitRWKV.training_step
@@ -235,7 +235,7 @@ def test_a_text_that_changes_under_the_run(train, tmp_path, monkeypatch, change,
     assert load_checkpoint(tmp_path / "run")["global_step"] == 12
 
 
-def test_a_second_start_in_a_folder_is_refused(train, tmp_path):
+def test_second_start_in_a_run_folder_is_refused(train, tmp_path):
     process = forks.start(tmp_path, *SMALL, "trainer.max_steps=100000", "hydra.run.dir=run", "data.num_workers=1")
     run = tmp_path / "run"
     end = time.monotonic() + 600
@@ -255,7 +255,7 @@ def test_a_second_start_in_a_folder_is_refused(train, tmp_path):
         worker.suspend()
     process.kill()
     process.join()
-    with locked(run):  # though the worker processes live on
+    with locked(run):  # although the worker processes are still alive
         for worker in workers:
             assert worker.is_running()
             worker.kill()
@@ -268,7 +268,7 @@ def test_a_second_start_in_a_folder_is_refused(train, tmp_path):
     assert not list(run.rglob("*.partial"))
 
 
-def test_the_latest_run_is_resumed(train, run_of_eight_steps, tmp_path):
+def test_resume_latest_picks_the_newest_unfinished_run(train, run_of_eight_steps, tmp_path):
     result = train("resume=latest")
     assert (result.code, result.err.count("\n")) == (2, 1)
     assert f"of 0 runs in {tmp_path / 'outputs'} none is both unfinished and not in use" in result.err
@@ -278,12 +278,12 @@ def test_the_latest_run_is_resumed(train, run_of_eight_steps, tmp_path):
         copy_run(run_of_eight_steps, tmp_path).rename(run)
         last = run / "checkpoints" / "last.ckpt"
         if name in "ad":
-            last.with_name("last.prev.ckpt").replace(last)  # as killed before the end
+            last.with_name("last.prev.ckpt").replace(last)  # like a run killed before its end
         elif name == "b":
-            shutil.rmtree(run / "checkpoints")  # before the first checkpoint
+            shutil.rmtree(run / "checkpoints")  # like a run killed before its first checkpoint
     outputs = tmp_path / "outputs" / "2026-01-01"
     with locked(outputs / "d"):
-        # c is finished, d in use
+        # c is finished, d is in use
         result = train("resume=latest")
         assert result.code == 0, result.err
         assert f"{outputs / 'b'} has no checkpoint yet: it starts at step 0" in result.out
@@ -295,7 +295,7 @@ def test_the_latest_run_is_resumed(train, run_of_eight_steps, tmp_path):
 
 
 @pytest.mark.parametrize("reason", ["length", "time", "early stop"])
-def test_a_checkpoint_says_why_its_run_is_over(train, tmp_path, reason):
+def test_checkpoint_stores_why_the_run_finished(train, tmp_path, reason):
     more = {
         "length": (),
         "time": ("trainer.max_steps=-1", "trainer.max_time=00:00:00:01"),
@@ -323,13 +323,13 @@ def test_best_score_is_read_from_the_checkpoint(train, tmp_path, caplog):
     def score_of_last():
         return load_checkpoint(tmp_path / "run")["callbacks"][key]["best_model_score"]
 
-    # Better than what last.ckpt knows: as where a run was killed between the two.
+    # A better score than the one in last.ckpt, like in a run that was killed between the two writes.
     best["callbacks"][key]["best_model_score"] = torch.tensor(0.5, dtype=torch.float64)
     torch.save(best, checkpoints / "best.ckpt")
     assert train("resume=run", "trainer.max_steps=8").code == 0
     assert score_of_last() == 0.5
     assert load_checkpoint(tmp_path / "run", "best.ckpt")["global_step"] == 6
-    # Cut short, and gone: the next validation writes it.
+    # Truncated, then missing: the next validation writes it again.
     for steps in (10, 12):
         if steps == 10:
             (checkpoints / "best.ckpt").write_bytes((checkpoints / "best.ckpt").read_bytes()[:-50])
@@ -395,14 +395,14 @@ def test_untrusted_yaml_is_plain_data(train, run, tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
-def test_rows_go_on_without_gaps(train, tmp_path):
+def test_metrics_rows_have_no_gaps_after_resume(train, tmp_path):
     assert train(*SMALL, *EVERY, "trainer.max_steps=4", "hydra.run.dir=run").code == 0
     assert train("resume=run", "trainer.max_steps=8").code == 0
     assert [int(row["step"]) for row in read_metrics(tmp_path / "run")] == [1, 2, 3, 4, 4, 5, 6, 7, 8, 8]
 
 
-def test_checkpoints_written_by_a_thread(train, tmp_path, monkeypatch):
-    """As on a GPU: the same run, and a full disk is told at the next step, or at the end."""
+def test_checkpoints_written_by_a_thread_are_the_same(train, tmp_path, monkeypatch):
+    """A thread writes checkpoints, like on a GPU: same run; a full disk is reported at the next step or at the end."""
     assert train(*SMALL, *EVERY, "hydra.run.dir=whole").code == 0
     monkeypatch.setattr(checkpoint_io, "writes_in_background", lambda checkpoint: True)
     assert train(*SMALL, *EVERY, "hydra.run.dir=run").code == 0
@@ -429,7 +429,7 @@ def test_checkpoints_written_by_a_thread(train, tmp_path, monkeypatch):
 
 
 def test_run_identity_in_the_checkpoint_is_checked(train, run, tmp_path):
-    """Settings that were changed in the stored config itself."""
+    """Settings edited in the stored config."""
     path = tmp_path / "run" / ".hydra" / "config.yaml"
     text = path.read_text()
     for change in ("seed: 42", "batch_size: 6", "ctx_len: 16", "- 0.9\n", "n_embd: 16", "n_layer: 2"):
@@ -440,7 +440,7 @@ def test_run_identity_in_the_checkpoint_is_checked(train, run, tmp_path):
 
 
 def test_early_checkpoint_format_is_read(train, run, tmp_path):
-    """Before they told the past, only the corpus."""
+    """Early checkpoints stored only the corpus, not the run identity."""
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
     content = torch.load(last, weights_only=True)
     about = content["rwkv_pl"]

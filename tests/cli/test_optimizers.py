@@ -1,4 +1,4 @@
-"""Optimizers with arguments of their own: chosen by a file, checked, and resumed in the same bits."""
+"""Optimizers with their own arguments: chosen by a config file, validated, and resumed to the same bits."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def assert_same_weights(run, other):
     ],
     ids=["sgd", "sgd-without-momentum", "muon"],
 )
-def test_a_run_resumes_in_the_same_bits(train, tmp_path, optim):
+def test_optimizer_resumes_to_the_same_bits(train, tmp_path, optim):
     settings = (*PLAIN, *optim, *WSD, "trainer.accumulate_grad_batches=2", "callbacks=[default,ema]")
     assert train(*settings, "trainer.max_steps=8", "hydra.run.dir=whole").code == 0
     assert train(*settings, "trainer.max_steps=3", "hydra.run.dir=parts").code == 0
@@ -33,14 +33,14 @@ def test_a_run_resumes_in_the_same_bits(train, tmp_path, optim):
     assert assert_same_weights(tmp_path / "parts", tmp_path / "whole")
 
 
-def test_a_new_momentum_has_effect_on_a_resume(train, tmp_path):
+def test_changed_momentum_applies_on_resume(train, tmp_path):
     assert train(*PLAIN, "optim=sgd", "trainer.max_steps=4", "hydra.run.dir=run").code == 0
     result = train("resume=run", "optim.momentum=0.0", "trainer.max_steps=5")
     assert result.code == 0 and "changed optim.momentum = 0.0" in result.out, result.err
     assert {
         group["momentum"] for group in load_checkpoint(tmp_path / "run")["optimizer_states"][0]["param_groups"]
     } == {0.0}
-    # What a momentum of 0 does not read stays, and goes on with the next.
+    # State that is unused at momentum 0 is kept and used again with the next momentum.
     assert train("resume=run", "optim.momentum=0.5", "trainer.max_steps=6").code == 0
     for setting, message in {
         "optim.momentum=fast": "optim.momentum must be a number, got 'fast'",
@@ -54,7 +54,7 @@ def test_a_new_momentum_has_effect_on_a_resume(train, tmp_path):
         assert message in result.err
 
 
-def test_an_optimizer_file_of_the_user(train, tmp_path):
+def test_user_optimizer_file(train, tmp_path):
     folder = tmp_path / "mine" / "optim"
     folder.mkdir(parents=True)
     (folder / "rms.yaml").write_text("_target_: torch.optim.RMSprop\nlr: 1e-3\nalpha: 0.9\nmomentum: 0.5\n")
@@ -107,7 +107,7 @@ def test_misfitting_optimizer_state_is_corruption(train, tmp_path, optim):
     assert "its optimizer knows only some of the parameters" in resumed()
 
 
-def test_settings_that_an_optimizer_cannot_change_on_a_resume(train, tmp_path):
+def test_optimizer_settings_that_cannot_change_on_resume_are_refused(train, tmp_path):
     folder = tmp_path / "mine" / "optim"
     folder.mkdir(parents=True)
     (folder / "mine.yaml").write_text("_target_: torch.optim.Adam\nlr: 1e-3\namsgrad: false\n")

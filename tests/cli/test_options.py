@@ -1,4 +1,4 @@
-"""What makes a run faster or smaller changes nothing else about it."""
+"""Options for speed or memory change nothing else about a run."""
 
 import os
 from dataclasses import replace
@@ -32,7 +32,7 @@ def test_memory_options_do_not_change_training(train, tmp_path):
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_a_run_that_cannot_be_compiled_goes_on(train, tmp_path, monkeypatch):
+def test_run_continues_without_compile_if_it_fails(train, tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise RuntimeError("no compiler\nis here")
 
@@ -45,17 +45,17 @@ def test_a_run_that_cannot_be_compiled_goes_on(train, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_compiled_run_resumes_in_the_same_bits(train, tmp_path):
+def test_compiled_run_resumes_to_the_same_bits(train, tmp_path):
     assert train(*TRAINED, "compile=true", "hydra.run.dir=whole").code == 0
     assert train(*TRAINED, "compile=true", "trainer.max_steps=2", "hydra.run.dir=parts").code == 0
-    torch._dynamo.reset()  # as in another process
+    torch._dynamo.reset()  # like in another process
     result = train("resume=parts", "trainer.max_steps=4")
     assert result.code == 0 and "compile 2 blocks, in " in result.out, result.err
     whole, parts = load_checkpoint(tmp_path / "whole")["state_dict"], load_checkpoint(tmp_path / "parts")["state_dict"]
     assert all(torch.equal(value, parts[name]) for name, value in whole.items())
 
 
-def test_tf32_is_used_on_a_gpu_only(monkeypatch):
+def test_tf32_is_used_only_on_a_gpu(monkeypatch):
     set_to = []
     monkeypatch.setattr(torch, "set_float32_matmul_precision", set_to.append)
     config = Train(trainer={"precision": "32-true"})
@@ -69,7 +69,7 @@ def test_tf32_is_used_on_a_gpu_only(monkeypatch):
 
 @pytest.fixture
 def bf16_speed(monkeypatch):
-    """bf16_speed(2.0): products in bfloat16 are as fast as that, compared with float32."""
+    """bf16_speed(2.0): pretend that bfloat16 products run 2 times as fast as float32."""
 
     def set_speed(speedup: float) -> None:
         rates = {torch.float32: 1.0, torch.bfloat16: speedup}
@@ -85,7 +85,7 @@ def bf16_speed(monkeypatch):
         (0.05, "32-true", "bf16 products are 20 times slower than in float32 on this CPU (trainer.precision=auto)"),
     ],
 )
-def test_the_faster_precision_is_chosen_once_and_kept(train, tmp_path, bf16_speed, speedup, chosen, words):
+def test_auto_precision_is_chosen_once_and_kept(train, tmp_path, bf16_speed, speedup, chosen, words):
     bf16_speed(speedup)
     result = train(*SMALL, "trainer.precision=auto", "trainer.max_steps=2", "hydra.run.dir=run")
     assert result.code == 0 and f"precision {chosen}: {words}" in result.out, result.err
@@ -100,7 +100,7 @@ def test_the_faster_precision_is_chosen_once_and_kept(train, tmp_path, bf16_spee
     assert load_checkpoint(tmp_path / "run")["rwkv_pl"]["precision"] == "64-true"
 
 
-def test_a_typed_precision_that_is_slower_says_so(train, bf16_speed):
+def test_slower_precision_gives_a_warning(train, bf16_speed):
     bf16_speed(0.1)
     result = train(*SMALL, "trainer.precision=bf16-mixed", "trainer.max_steps=1")
     words = (
@@ -112,8 +112,8 @@ def test_a_typed_precision_that_is_slower_says_so(train, bf16_speed):
     assert result.code == 0 and "precision " not in result.out
 
 
-def test_an_accelerator_that_is_untested_is_not_chosen(monkeypatch):
-    """Lightning's auto would be a Mac's MPS."""
+def test_auto_accelerator_is_cuda_or_cpu(monkeypatch):
+    """Lightning's auto would choose a Mac's MPS."""
     for there, chosen in ((False, "cpu"), (True, "cuda")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
         config = Train(trainer={"accelerator": "auto"})
@@ -124,8 +124,8 @@ def test_an_accelerator_that_is_untested_is_not_chosen(monkeypatch):
     assert config.trainer["accelerator"] == "mps"
 
 
-def test_threads_do_not_spin_for_long_unless_the_user_says_so(monkeypatch):
-    """The commands set it before torch is loaded, which reads it then."""
+def test_thread_spin_is_short_unless_the_user_sets_it(monkeypatch):
+    """The commands set the variable before they import torch, which reads it then."""
     seen = []
     main = cli_entry_point(lambda: seen.append(os.environ.get("GOMP_SPINCOUNT")))
     for variable, value, expected in (("OMP_WAIT_POLICY", "ACTIVE", None), ("GOMP_SPINCOUNT", "7", "7")):

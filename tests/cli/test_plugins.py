@@ -1,4 +1,4 @@
-"""Classes of the user's own: a callback, a logger and an optimizer from a module that was named as a plug-in."""
+"""User classes: a callback, a logger and an optimizer from a module named as a plug-in."""
 
 import re
 import shlex
@@ -72,7 +72,7 @@ MINE = {
 
 @pytest.fixture
 def plugin_folder(tmp_path, monkeypatch):
-    """mypkg.py in a folder of Python's path, and mine/, the user's config folder."""
+    """mypkg.py in a folder on Python's path, and mine/, the user's config folder."""
     (tmp_path / "lib" / "package").mkdir(parents=True)
     (tmp_path / "lib" / "mypkg.py").write_text(PLUGIN)
     (tmp_path / "lib" / "package" / "__init__.py").touch()
@@ -92,7 +92,7 @@ NOTE = ("callbacks=[default,note]", "--config-dir", "mine")
 ALL = ("optim=sign", "logger=[tensorboard,lines]", *NOTE)
 
 
-def test_a_class_of_each_kind_through_start_and_resume(train, plugin_folder):
+def test_plugin_classes_work_at_start_and_resume(train, plugin_folder):
     quick = [text for text in SMALL if not text.startswith("optim=")]
     plugins = "plugins=[mypkg]"
     result = train(*quick, *ALL, plugins, "optim.scale=3.0", "trainer.max_steps=2", "hydra.run.dir=run")
@@ -118,7 +118,7 @@ def test_a_class_of_each_kind_through_start_and_resume(train, plugin_folder):
     assert all(torch.equal(value, parts[name]) for name, value in whole.items())
 
 
-def test_the_callback_of_the_readme(train, tmp_path, monkeypatch):
+def test_readme_callback_runs(train, tmp_path, monkeypatch):
     readme = Path(__file__).parents[2].joinpath("README.md").read_text(encoding="utf-8")
     module = re.search(r"```python\n# norms\.py\n(.*?)```", readme, flags=re.DOTALL)[1]
     settings = re.search(r"```yaml\n# mine/callbacks/norms\.yaml\n(.*?)```", readme, flags=re.DOTALL)[1]
@@ -151,21 +151,21 @@ def test_the_callback_of_the_readme(train, tmp_path, monkeypatch):
         (("plugins=[mypkg]", "callbacks.note.text=3"), "callbacks.note.text must be a word"),
     ],
 )  # fmt: skip
-def test_plugin_error_is_one_line(train, plugin_folder, arguments, words):
+def test_plugin_error_gives_one_line(train, plugin_folder, arguments, words):
     result = train(*SMALL, *NOTE, *arguments, "hydra.run.dir=run")
     assert (result.code, result.err.count("\n")) == (2, 1), result.err
     assert words in result.err
     assert not (plugin_folder / "run").exists()
 
 
-def test_a_module_inside_a_package_is_named_in_full(train, plugin_folder):
+def test_plugin_inside_a_package_needs_its_full_name(train, plugin_folder):
     result = train(
         *SMALL, *NOTE, "plugins=package.inner", "callbacks.note._target_=package.inner.Note", "hydra.run.dir=run"
     )
     assert result.code == 0, result.err
 
 
-def test_a_module_in_the_users_own_file_needs_no_typing(train, plugin_folder):
+def test_plugins_file_of_the_user_names_modules(train, plugin_folder):
     (plugin_folder / "user").mkdir()
     (plugin_folder / "user" / "plugins").write_text("# mine\nmypkg  # callbacks\n")
     assert train(*SMALL, *NOTE, "trainer.max_steps=2", "hydra.run.dir=run").code == 0
@@ -176,7 +176,7 @@ def test_a_module_in_the_users_own_file_needs_no_typing(train, plugin_folder):
     assert result.code == 2 and "plugins: my pkg is not the name of a module" in result.err, result.err
 
 
-def test_a_config_file_cannot_name_a_plug_in(train, plugin_folder):
+def test_config_file_cannot_name_a_plugin(train, plugin_folder):
     (plugin_folder / "mine" / "experiment").mkdir()
     (plugin_folder / "mine" / "experiment" / "theirs.yaml").write_text("# @package _global_\nplugins: [mypkg]\n")
     result = train(*SMALL, *NOTE, "experiment=theirs", "hydra.run.dir=run")
@@ -216,7 +216,7 @@ def run_sweep(folder: Path, *arguments: str):
     return forks.run(folder, "-m", *arguments, strikes=strikes, RWKV_PL_CONFIG=str(folder / "user"))
 
 
-def test_a_sweep_hands_its_plug_ins_to_its_jobs(plugin_folder):
+def test_sweep_passes_plugins_to_its_jobs(plugin_folder):
     (plugin_folder / "corpus.txt").write_bytes(TEXT)
     begun = (*SMALL, *NOTE, "trainer.max_steps=2", "seed=1,2", "hydra.sweep.dir=sweep")
     result = run_sweep(plugin_folder, *begun)
@@ -227,7 +227,7 @@ def test_a_sweep_hands_its_plug_ins_to_its_jobs(plugin_folder):
     notes = [plugin_folder / "sweep" / name / "note.txt" for name in "01"]
     assert [note.read_text() for note in notes] == ["hello at step 2"] * 2
 
-    # One job starts, the other is resumed: both need the plug-ins, typed again.
+    # One job starts, the other resumes: both need the plug-ins, which are typed again.
     shutil.rmtree(plugin_folder / "sweep" / "0")
     shutil.rmtree(plugin_folder / "sweep" / "1" / "checkpoints")
     (plugin_folder / "sweep" / "1" / "result.json").unlink()

@@ -1,4 +1,4 @@
-"""Runs whose processes torchrun or SLURM has started: one folder, nothing overwritten, no rank waits for ever."""
+"""Runs started by torchrun or SLURM: one folder, nothing overwritten, and no rank waits for ever."""
 
 import os
 import socket
@@ -50,7 +50,7 @@ def environment(scheduler: str, rank: int, port: str) -> dict[str, str]:
     if scheduler == "one command a node":
         return store | {"NODE_RANK": str(rank), "WORLD_SIZE": "2"}
     slurm = {"SLURM_NTASKS": "2", "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_NODEID": "0"}
-    # Lightning derives the address from the first node, and the port from the job: 15,000 and its last four digits.
+    # Lightning takes the address from the first node, and the port from the job: 15,000 plus its last four digits.
     job = 10000 + (int(port) - 15000) % 10000
     return slurm | {
         "SLURM_NTASKS_PER_NODE": "2",
@@ -61,8 +61,8 @@ def environment(scheduler: str, rank: int, port: str) -> dict[str, str]:
     }
 
 
-def begin(folder: Path, scheduler: str, rank: int, port: str, *arguments: str, strikes=()):
-    """One rank, in a folder of its own for what it prints, inside of `folder`."""
+def start_rank(folder: Path, scheduler: str, rank: int, port: str, *arguments: str, strikes=()):
+    """Start one rank, in its own folder below `folder` for its output."""
     place = folder / f"rank {rank}"
     place.mkdir(exist_ok=True)
     inside = [argument.replace("data.path=", f"data.path={folder}/") for argument in arguments]
@@ -74,7 +74,7 @@ def run_both(folder: Path, scheduler: str, *arguments: str) -> list[Result]:
     port = free_port()
     if scheduler == "one command a node":
         arguments = (*arguments, "trainer.num_nodes=2", "trainer.devices=1")
-    ends = [begin(folder, scheduler, rank, port, *arguments) for rank in (1, 0)]
+    ends = [start_rank(folder, scheduler, rank, port, *arguments) for rank in (1, 0)]
     return [end() for end in ends][::-1]
 
 
@@ -97,19 +97,19 @@ def test_two_ranks_share_one_folder_and_a_second_start_is_refused(folder, schedu
     assert read_content(run) == before
 
 
-def test_a_dated_folder_is_that_of_rank_0(folder):
-    """Rank 1 starts seconds later, so that its own dated name would be another."""
+def test_ranks_use_the_dated_folder_of_rank_0(folder):
+    """Rank 1 starts seconds later, so its own dated name would differ."""
     port = free_port()
-    first = begin(folder, "torchrun", 0, port, *TWO)
+    first = start_rank(folder, "torchrun", 0, port, *TWO)
     time.sleep(1.2)
-    second = begin(folder, "torchrun", 1, port, *TWO)
+    second = start_rank(folder, "torchrun", 1, port, *TWO)
     for result in (first(), second()):
         assert result.code == 0, result.err
     assert len(list((folder / "rank 0" / "outputs").glob("*/*"))) == 1
     assert not (folder / "rank 1" / "outputs").exists()
 
 
-def test_a_resume_is_refused_on_all_ranks_while_the_run_is_in_use(folder):
+def test_resume_of_a_run_in_use_is_refused_on_all_ranks(folder):
     from rwkv_pl.runs.folder import locked
 
     run = folder / "run"
@@ -126,22 +126,22 @@ def test_a_resume_is_refused_on_all_ranks_while_the_run_is_in_use(folder):
     assert (run / "metrics.csv").read_text().splitlines()[-1].startswith("6,")
 
 
-def test_resume_latest_is_rank_0s_choice(folder):
-    """Rank 0 has the run in use when rank 1 looks, which would choose another, or none."""
+def test_resume_latest_uses_the_choice_of_rank_0(folder):
+    """Rank 0 already uses the run when rank 1 looks, so rank 1 would choose another run, or none."""
     assert forks.run(folder, *SMALL).code == 0
     port, more = free_port(), ("resume=latest", "trainer.max_steps=6", "trainer=ddp", "trainer.devices=2")
     (run,) = (folder / "outputs").glob("*/*")
     (run / "result.json").unlink()
-    (run / "checkpoints" / "last.ckpt").unlink()  # a finished run is not the latest to go on with
+    (run / "checkpoints" / "last.ckpt").unlink()  # a finished run is skipped
     (folder / "rank 0").mkdir()
     (folder / "outputs").rename(folder / "rank 0" / "outputs")
-    ends = [begin(folder, "torchrun", rank, port, *more) for rank in (0, 1)]
+    ends = [start_rank(folder, "torchrun", rank, port, *more) for rank in (0, 1)]
     first, second = (end() for end in ends)
     assert (first.code, second.code) == (0, 0), first.err + second.err
 
 
-def test_a_rank_whose_rank_0_never_comes_ends_in_one_line(folder):
-    result = begin(folder, "torchrun", 1, port := free_port(), *TWO, strikes=[IMPATIENT])()
+def test_missing_rank_0_gives_one_line_error(folder):
+    result = start_rank(folder, "torchrun", 1, port := free_port(), *TWO, strikes=[IMPATIENT])()
     assert result.code == 1
     line = (
         f"rwkv-train: rank 1 got no answer from rank 0 at 127.0.0.1:{port} within 3 seconds: see the output of rank 0\n"
@@ -149,36 +149,36 @@ def test_a_rank_whose_rank_0_never_comes_ends_in_one_line(folder):
     assert result.err == line
 
 
-def test_a_rank_whose_rank_0_dies_before_it_answers_ends_in_one_line(folder):
+def test_rank_0_dying_before_its_answer_gives_one_line_error(folder):
     port = free_port()
     dies = Strike("rwkv_pl.runs.folder:create_run_dir", 1, die_slowly)
-    first = begin(folder, "torchrun", 0, port, *TWO, strikes=[dies])
-    result = begin(folder, "torchrun", 1, port, *TWO, strikes=[IMPATIENT])()
+    first = start_rank(folder, "torchrun", 0, port, *TWO, strikes=[dies])
+    result = start_rank(folder, "torchrun", 1, port, *TWO, strikes=[IMPATIENT])()
     assert first().code == -9
     assert (result.code, result.err.count("\n")) == (1, 1), result.err
     assert "rank 1 got no answer from rank 0" in result.err
 
 
-def test_a_port_that_is_taken(folder):
+def test_port_in_use_gives_one_line_error(folder):
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         port = str(listener.getsockname()[1])
-        result = begin(folder, "torchrun", 0, port, *TWO)()
+        result = start_rank(folder, "torchrun", 0, port, *TWO)()
     assert (result.code, result.err.splitlines()[-1].split(":")[:2]) == (
         1,
         ["rwkv-train", " rank 0 can't open the store at 127.0.0.1"],
     )
 
 
-def test_processes_that_would_each_train_for_themselves_are_refused(folder):
+def test_ranks_that_would_train_separately_are_refused(folder):
     for result in run_both(folder, "torchrun", *SMALL, "hydra.run.dir=run"):
         assert result.code == 2
         assert "2 processes were started, but trainer.devices x trainer.num_nodes is 1" in result.err
     assert not (folder / "rank 0" / "run").exists()
 
 
-def test_a_worker_that_torchrun_restarts_is_refused(train, tmp_path, monkeypatch):
+def test_worker_restarted_by_torchrun_is_refused(train, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     result = train(*SMALL)
     assert (result.code, result.err.count("\n")) == (2, 1)
@@ -194,7 +194,7 @@ def test_a_worker_that_torchrun_restarts_is_refused(train, tmp_path, monkeypatch
         ({"LOCAL_RANK": "1"}, "a rank above 0 but no WORLD_SIZE above 1"),
     ],
 )
-def test_an_environment_that_makes_no_sense(train, tmp_path, monkeypatch, variables, words):
+def test_inconsistent_rank_environment_is_refused(train, tmp_path, monkeypatch, variables, words):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     result = train(*SMALL)
@@ -202,8 +202,8 @@ def test_an_environment_that_makes_no_sense(train, tmp_path, monkeypatch, variab
     assert not (tmp_path / "outputs").exists()
 
 
-def test_processes_that_lightning_starts_do_not_decide_again(monkeypatch):
-    """They could measure something else than their parent has."""
+def test_lightning_child_processes_use_the_decisions_of_their_parent(monkeypatch):
+    """A new measurement could differ from their parent's."""
     assert ranks.decide_on_first_rank("speed", lambda: "2.5") == "2.5"
     with ranks.share_answers():
         monkeypatch.setenv("LOCAL_RANK", "1")
@@ -214,7 +214,7 @@ def test_processes_that_lightning_starts_do_not_decide_again(monkeypatch):
 
 @pytest.fixture
 def in_slurm(monkeypatch):
-    """The first of two tasks. Lightning writes what it derives into the environment."""
+    """The first of two tasks. Lightning writes derived values into the environment."""
     for name, value in environment("SLURM", 0, "19500").items():
         monkeypatch.setenv(name, value)
     for name in ("MASTER_ADDR", "MASTER_PORT"):
@@ -223,7 +223,7 @@ def in_slurm(monkeypatch):
     return monkeypatch
 
 
-def test_one_task_is_an_ordinary_run(in_slurm):
+def test_single_slurm_task_is_an_ordinary_run(in_slurm):
     assert ranks.current_group() == ranks.Group(0, 2, "127.0.0.1", 19500, by_slurm=True)
     in_slurm.setenv("SLURM_NTASKS", "1")
     assert ranks.current_group() is None
@@ -232,7 +232,7 @@ def test_one_task_is_an_ordinary_run(in_slurm):
     assert ranks.current_group() is None
 
 
-def test_a_batch_script_without_srun_sweeps_and_trains_alone(in_slurm):
+def test_batch_script_without_srun_trains_as_one_process(in_slurm):
     ranks.refuse_sweep()
     ranks.check_world_size(1)
     in_slurm.setenv("SLURM_PROCID", "1")
@@ -243,8 +243,8 @@ def test_a_batch_script_without_srun_sweeps_and_trains_alone(in_slurm):
 
 
 @pytest.mark.slow
-def test_torchrun_itself(folder):
-    """Two ranks, then a second start: torchrun ends ranks as soon as one has ended, yet both exit with code 2."""
+def test_torchrun_runs_two_ranks_and_refuses_a_second_start(folder):
+    """Two ranks, then a second start: torchrun kills the ranks when one has ended, yet both exit with code 2."""
     torchrun = [str(Path(sys.executable).with_name("torchrun")), "--nproc-per-node", "2", "--master-port", free_port()]
     command = [*torchrun, "-m", "rwkv_pl.cli.train", *TWO, "hydra.run.dir=run"]
 

@@ -17,7 +17,7 @@ from rwkv_pl.training.curve import COLUMNS
 
 
 def make_run_folder(folder: Path, bits: list[float], *, status: str | None = "finished", **settings: object) -> Path:
-    """A run folder as a run leaves it: a row for each figure, 1,000 tokens and 10 seconds apart."""
+    """Write a run folder like a real one: one row per value in `bits`, 1,000 tokens and 10 seconds apart."""
     (folder / ".hydra").mkdir(parents=True)
     config = {"model": {"n_layer": 2, "n_embd": 64}, "optim": {"lr": 1e-3}, "seed": 42, "resume": None}
     for key, value in settings.items():
@@ -48,7 +48,7 @@ def run_report(capsys, monkeypatch, *arguments: object) -> tuple[int, str, str]:
     return code, streams.out, streams.err
 
 
-def test_a_table_a_file_and_a_picture(tmp_path, capsys, monkeypatch):
+def test_report_prints_a_table_and_writes_csv_and_picture(tmp_path, capsys, monkeypatch):
     make_run_folder(tmp_path / "10", [5.0, 3.0, 3.5], optim__lr=1e-2)
     make_run_folder(tmp_path / "2", [5.0, 4.0], optim__lr=1e-4, status=None)
     make_run_folder(tmp_path / "3", [6.0], optim__lr=1e-5, status="stopped")
@@ -67,7 +67,7 @@ def test_a_table_a_file_and_a_picture(tmp_path, capsys, monkeypatch):
         ["10", "0.01", "3.0000", "102", "3", "0:30", "finished"],
     ]
     assert "4: no such thing" in out
-    assert "n_layer" not in out and "seed" not in out  # the same in all
+    assert "n_layer" not in out and "seed" not in out  # the same in all runs
     with (tmp_path / "sweep.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["run"], row["optim.lr"], row["val/bits_per_byte"]) for row in rows][-1] == ("10", "0.01", "3.0")
@@ -86,13 +86,13 @@ def test_mean_and_spread_over_seeds(tmp_path, capsys, monkeypatch):
     assert cells[-2:] == [["0.001", "3", "2.5000", "0.5000"], ["0.0001", "1", "4.0000", ""]]
 
 
-def test_later_settings_count(tmp_path):
+def test_settings_of_a_resume_replace_earlier_ones(tmp_path):
     folder = make_run_folder(tmp_path / "a", [5.0], optim__lr=1e-2)
     (folder / ".hydra" / "resumes.yaml").write_text(yaml.safe_dump([{"set": {"optim.lr": 5e-3}, "remove": []}]))
     assert report.read_run(folder).settings["optim.lr"] == 5e-3
 
 
-def test_a_number_that_follows_another_is_shown_as_one(tmp_path):
+def test_interpolated_setting_is_shown_as_a_number(tmp_path):
     folder = make_run_folder(tmp_path / "a", [5.0], optim__lr="${divide:1.5,${model.n_embd}}")
     assert report.read_run(folder).settings["optim.lr"] == 1.5 / 64
 
@@ -111,7 +111,7 @@ def test_corrupt_run_is_reported(tmp_path, capsys, monkeypatch):
     code, out, _ = run_report(capsys, monkeypatch, tmp_path)
     assert code == 0
     assert out.count("damaged") >= 2 and out.count("finished") == 3
-    # What it has in common with the others is no column, though it can't be read.
+    # An unreadable run has no effect on the columns: equal settings of the others get none.
     assert "n_layer" not in out
     assert "6.0000" in out and f"{tmp_path / '3' / 'metrics.csv'} holds no validation" in out
     assert "best: 0, 5.0000 bits per byte" in out
@@ -126,7 +126,7 @@ def test_corrupt_run_is_reported(tmp_path, capsys, monkeypatch):
     ],
 )
 def test_folder_with_other_content_does_not_break_the_report(tmp_path, capsys, monkeypatch, file, content, status):
-    # Names that rich would take for its own.
+    # Names that rich would parse as markup.
     for name in ("[bold]", "q[/x]"):
         make_run_folder(tmp_path / name, [5.0])
     (tmp_path / "[bold]" / file).write_text(content)
@@ -145,13 +145,13 @@ def test_unreadable_result_is_ignored(tmp_path, content):
     assert report.read_run(folder).status == "broken off"
 
 
-def test_words_and_mixed_values_have_a_picture_too(tmp_path, capsys, monkeypatch):
+def test_picture_of_text_and_mixed_values(tmp_path, capsys, monkeypatch):
     for i, value in enumerate(["a", None, 3, True, float("nan")]):
         make_run_folder(tmp_path / str(i), [5.0 - i], optim__lr=value)
     assert run_report(capsys, monkeypatch, tmp_path)[0] == 0
 
 
-def test_runs_of_several_folders_go_where_it_is_said(tmp_path, capsys, monkeypatch):
+def test_report_on_several_folders_is_written_to_the_given_folder(tmp_path, capsys, monkeypatch):
     make_run_folder(tmp_path / "a" / "x", [5.0])
     make_run_folder(tmp_path / "b" / "y", [4.0])
     code, out, _ = run_report(capsys, monkeypatch, tmp_path / "a", tmp_path / "b" / "y", "--out", tmp_path / "out")
@@ -160,14 +160,14 @@ def test_runs_of_several_folders_go_where_it_is_said(tmp_path, capsys, monkeypat
 
 
 @pytest.mark.parametrize("arguments", [["nosuch"], ["empty"], ["empty", "--out", "new"]])
-def test_bad_input_is_one_line(tmp_path, capsys, monkeypatch, arguments):
+def test_bad_input_gives_one_line_error(tmp_path, capsys, monkeypatch, arguments):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     code, _, err = run_report(capsys, monkeypatch, *arguments)
     assert (code, err.count("\n")) == (2, 1)
 
 
-def test_it_imports_no_torch():
+def test_report_imports_no_torch():
     code = "import sys, rwkv_pl.cli.report; sys.exit('torch' in sys.modules or 'lightning' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 

@@ -1,4 +1,4 @@
-"""rwkv-train -m, its jobs in processes of their own, and what is left of them."""
+"""rwkv-train -m: its jobs in separate processes, and their files."""
 
 import csv
 import json
@@ -35,7 +35,7 @@ def folder(tmp_path) -> Path:
 
 @dataclass
 class Sweep:
-    """A sweep under way, forked like its jobs. It prints into the folder where it was started."""
+    """A running sweep, forked like its jobs. It prints into the folder where it was started."""
 
     folder: Path
     process: BaseProcess
@@ -65,7 +65,7 @@ def wait_for(what, seconds: float = 600) -> None:
         time.sleep(0.05)
 
 
-def has_begun(job: Path) -> bool:
+def job_has_started(job: Path) -> bool:
     return (job / "metrics.csv").exists() and len((job / "metrics.csv").read_text().splitlines()) > 1
 
 
@@ -73,8 +73,8 @@ def read_process_id(job: Path) -> int:
     return int((job / ".lock").read_text().split()[1])
 
 
-def test_a_grid_with_a_job_that_fails(folder):
-    """Two at a time: a table, a picture, the failed ones with their reason; and what is finished is not run again."""
+def test_grid_with_a_failing_job_finishes_the_others(folder):
+    """Two jobs at a time: a table, a picture, failed jobs with a reason; finished jobs are not run again."""
     code, out = wait_for_end(start(folder, *QUICK, "optim.lr=1e-2,1e-3", "model.n_embd=0,16", "hydra.launcher.jobs=2"))
     assert code == 1, out
     found = read_table(folder)
@@ -98,7 +98,7 @@ def test_a_grid_with_a_job_that_fails(folder):
     assert (job / "metrics.csv").stat().st_mtime_ns == before
 
 
-def test_a_killed_job_leaves_the_others_alone(folder):
+def test_killed_job_does_not_affect_the_others(folder):
     process = start(folder, *QUICK, "trainer.max_steps=500", "trainer.val_check_interval=500", "model.n_embd=16,8",
                     "optim.lr=1e-2", "hydra.launcher.jobs=2", "callbacks.last.every_n_train_steps=100")  # fmt: skip
     jobs = [folder / "sweep" / name for name in "01"]
@@ -116,9 +116,9 @@ def test_a_killed_job_leaves_the_others_alone(folder):
     assert "of which" in out, "it began anew"
 
 
-def test_a_signal_reaches_the_jobs_and_the_table_is_printed(folder):
+def test_signal_stops_the_jobs_and_prints_the_table(folder):
     process = start(folder, *QUICK, "trainer.max_steps=100000", "optim.lr=1e-2,1e-3")
-    wait_for(lambda: has_begun(folder / "sweep" / "0"))
+    wait_for(lambda: job_has_started(folder / "sweep" / "0"))
     process.send_signal(signal.SIGTERM)
     code, out = wait_for_end(process)
     assert code == 143, out
@@ -138,15 +138,15 @@ def ignore_hang_up() -> None:
 def test_closed_terminal_under_nohup_is_ignored(folder):
     process = start(folder, *QUICK, "trainer.max_steps=300", "trainer.val_check_interval=300", "optim.lr=1e-2,0",
                     strikes=[Strike("rwkv_pl.cli.train:main", 1, ignore_hang_up)])  # fmt: skip
-    wait_for(lambda: has_begun(folder / "sweep" / "0"))
+    wait_for(lambda: job_has_started(folder / "sweep" / "0"))
     process.send_signal(signal.SIGHUP)
     code, out = wait_for_end(process)
     assert code == 1, out
     assert [row["status"] for row in read_table(folder).values()] == ["finished", "failed"]
 
 
-def test_a_study(folder):
-    """Stopped in its second trial and continued: no trial twice, the stopped one went on in its folder."""
+def test_study_continues_after_a_stop(folder):
+    """Stop a study in its second trial and continue: no trial runs twice, the stopped one resumes in its folder."""
     study = (*QUICK, "hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "optim.lr=tag(log,interval(1e-4,3e-2))",
              "model.n_embd=8,16", "trainer.max_steps=40", "callbacks.last.every_n_train_steps=10")  # fmt: skip
     process = start(folder, *study)
@@ -165,7 +165,7 @@ def test_a_study(folder):
     rows = read_table(folder)
     assert rows["1"]["optim.lr"] == tried
     assert len({(row["optim.lr"], row["model.n_embd"]) for row in rows.values()}) == 3
-    # The first is the config as it stands.
+    # The first trial uses the config's values.
     assert (float(rows["0"]["optim.lr"]), rows["0"]["model.n_embd"]) == (6e-4, "16")
     assert {row["status"] for row in rows.values()} <= {"finished", "pruned"}
 
@@ -211,7 +211,7 @@ def test_first_trial_uses_the_config_values(space, expected):
         ({"model.n_layer": 2}, False),
     ],
 )
-def test_a_trial_of_another_search_is_known(params, drawn):
+def test_trial_parameters_are_checked_against_the_search_space(params, drawn):
     overrides = parse_overrides(["optim.lr=tag(log,interval(1e-3,1e-1))", "seed=1,2"], sweep=True)
     assert _is_drawn_from({o.key_or_group: to_distribution(o) for o in overrides}, params) == drawn
 
@@ -223,7 +223,7 @@ def close_stdout() -> None:
     os.dup2(write, 2)
 
 
-def test_a_job_outlives_whoever_reads_it(folder):
+def test_job_survives_a_closed_stdout(folder):
     nobody = Strike("rwkv_pl.cli.train:main", 1, close_stdout)
     arguments = (*SMALL, "trainer.max_steps=3", "hydra.run.dir=run")
     result = forks.run(folder, *arguments, strikes=[nobody], **{SWEEP_JOB_ENV: "1"})
@@ -232,12 +232,12 @@ def test_a_job_outlives_whoever_reads_it(folder):
 
 
 def test_study_survives_a_killed_sweeper_and_a_partial_journal_line(folder):
-    """What a killed sweeper left at work is waited for, and a trial that was killed is tried again."""
+    """The sweep waits for a job that the killed sweeper left running, and retries a killed trial."""
     process = start(folder, *QUICK, "hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", "trainer.max_steps=400",
                     "trainer.val_check_interval=400", "optim.lr=tag(log,interval(1e-4,1e-2))",
                     "callbacks.last.every_n_train_steps=50")  # fmt: skip
     first, second = (folder / "sweep" / name for name in "01")
-    wait_for(lambda: has_begun(first))
+    wait_for(lambda: job_has_started(first))
     process.send_signal(signal.SIGKILL)
     assert wait_for_end(process)[0] == -signal.SIGKILL
     with (folder / "sweep" / "study.journal").open("a") as journal:
@@ -256,8 +256,8 @@ def test_study_survives_a_killed_sweeper_and_a_partial_journal_line(folder):
     assert read_table(folder)["1"]["optim.lr"] == tried
 
 
-def test_a_trial_that_falls_behind_is_pruned(train, tmp_path):
-    """Beside three good ones it ends at its first validation; resumed, it is known to have ended."""
+def test_bad_trial_is_pruned(train, tmp_path):
+    """After three good trials, a bad one ends at its first validation; resuming reports that it was pruned."""
     import optuna
     from optuna.storages.journal import JournalFileBackend
 
@@ -277,14 +277,14 @@ def test_a_trial_that_falls_behind_is_pruned(train, tmp_path):
     ended = read_result(sweep / "3")
     assert (ended["status"], ended["step"]) == ("pruned", 2)
     assert list(study.get_trials()[3].intermediate_values) == [2]
-    assert study.get_trials()[3].state.name == "RUNNING"  # only the sweeper tells
+    assert study.get_trials()[3].state.name == "RUNNING"  # only the sweeper prints it
     result = train("resume=sweep/3")
     assert (result.code, "is finished, pruned" in result.out) == (0, True), result.out
 
 
 @pytest.mark.parametrize("launcher", ["basic", pytest.param("submitit_local", marks=pytest.mark.slow)])
-def test_another_launcher(folder, launcher):
-    """Hydra's own, and submitit on this machine: its workers start the same processes."""
+def test_other_launchers_run_the_same_jobs(folder, launcher):
+    """Hydra's own launcher, and submitit on this machine: its workers start the same processes."""
     code, out = wait_for_end(start(folder, *QUICK, f"hydra/launcher={launcher}", "optim.lr=1e-2,0"))
     assert code == 1, out
     assert [row["status"] for row in read_table(folder).values()] == ["finished", "failed"]
@@ -311,7 +311,7 @@ def test_another_launcher(folder, launcher):
         ("resume=nosuch optim.lr=1", "goes on with a sweep as it was"),
     ],
 )
-def test_what_is_wrong_in_every_job_refuses_the_sweep(train, tmp_path, arguments, message):
+def test_setting_invalid_in_every_job_rejects_the_sweep(train, tmp_path, arguments, message):
     before = sorted(tmp_path.rglob("*"))
     own = () if "resume" in arguments else SMALL
     result = train("-m", *own, *arguments.split())
@@ -320,14 +320,14 @@ def test_what_is_wrong_in_every_job_refuses_the_sweep(train, tmp_path, arguments
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_the_jobs_of_a_product():
+def test_jobs_are_the_product_of_swept_values():
     told = parse_overrides(["a=1,2", "b='x,y'", "c=choice(3,4)", "d=range(0,2)"], sweep=True)
     jobs = list(expand_grid(told))
     assert len(jobs) == 8
     assert jobs[1] == ["a=1", "b='x,y'", "c=3", "d=1"]
 
 
-def test_swept_values_of_a_file_give_way_to_those_that_are_typed():
+def test_typed_values_replace_swept_values_of_a_file():
     told = merge_params({"a": "1,2", "b": "3,4"}, ["b=5"])
     assert list(expand_grid(told)) == [["a=1", "b=5"], ["a=2", "b=5"]]
 
@@ -343,14 +343,14 @@ def test_swept_values_of_a_file_give_way_to_those_that_are_typed():
         ("x=1e-3,3e-4", "CategoricalDistribution(choices=('0.001', '0.0003'))"),
     ],
 )
-def test_what_optuna_draws_from(typed, expected):
+def test_optuna_search_space_is_parsed(typed, expected):
     from hydra_plugins.rwkv_pl.study import to_distribution
 
     (override,) = parse_overrides([typed], sweep=True)
     assert repr(to_distribution(override)) == expected
 
 
-def test_invalid_search_space():
+def test_invalid_search_space_gives_an_error():
     from hydra_plugins.rwkv_pl.study import to_distribution
 
     (override,) = parse_overrides(["optim.lr=tag(log,interval(0.0,1.0))"], sweep=True)
@@ -381,13 +381,13 @@ def test_untrusted_sweep_executes_no_code(folder, change):
     (folder / "sweep").mkdir()
     (folder / "sweep" / "multirun.yaml").write_text(yaml.safe_dump({"hydra": stored}))
     code, out = wait_for_end(start(folder, "resume=sweep"))
-    # A folder for the run is taken for the job's own.
+    # A setting of the run folder would be mistaken for the job's own.
     assert code in ((0,) if "hydra.run.dir=executed" in str(change) else (1, 2)), out
     assert "Traceback" not in out
     assert not (folder / "executed").exists() and not (folder.parent / "executed").exists()
 
 
-def test_two_at_once_in_a_sweeps_folder(train, tmp_path):
+def test_second_sweep_in_a_folder_is_refused(train, tmp_path):
     from rwkv_pl.runs.folder import locked
 
     (tmp_path / "sweep").mkdir()
@@ -401,7 +401,7 @@ def test_two_at_once_in_a_sweeps_folder(train, tmp_path):
     assert (result.code, "is in use by process" in result.err) == (2, True), result.err
 
 
-def test_a_run_is_no_sweep_and_a_sweep_is_no_run(train, tmp_path):
+def test_run_and_sweep_folders_are_not_interchangeable(train, tmp_path):
     assert train(*SMALL, "trainer.max_steps=1", "hydra.run.dir=run").code == 0
     result = train("-m", "resume=run")
     assert (result.code, "to go on with a run leave out -m" in result.err) == (2, True)
@@ -411,7 +411,7 @@ def test_a_run_is_no_sweep_and_a_sweep_is_no_run(train, tmp_path):
     assert (result.code, "-m resume=" in result.err) == (2, True)
 
 
-def test_the_result_of_a_single_run(train, tmp_path):
+def test_result_of_a_single_run_is_stored(train, tmp_path):
     assert train(*SMALL, "hydra.run.dir=run").code == 0
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert (result["status"], result["ended"], result["step"]) == ("finished", "length", 4)

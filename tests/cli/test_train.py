@@ -1,4 +1,4 @@
-"""rwkv-train, run as a person runs it, in small."""
+"""rwkv-train as a user runs it, at a small size."""
 
 import csv
 import gzip
@@ -54,13 +54,13 @@ def test_run_folder_has_all_files(train, tmp_path):
         assert shown in result.out
 
 
-def test_a_run_shorter_than_the_interval_ends_with_a_validation(train, tmp_path):
+def test_run_shorter_than_the_interval_ends_with_a_validation(train, tmp_path):
     assert train(*SMALL, "trainer.max_steps=2", "hydra.run.dir=run").code == 0
     assert [step for step, _ in read_column(tmp_path / "run", "val/bits_per_byte")] == [2]
     assert load_checkpoint(tmp_path / "run", "best.ckpt")["global_step"] == 2
 
 
-def test_max_time_ends_in_order(train, tmp_path):
+def test_max_time_ends_the_run_normally(train, tmp_path):
     result = train(
         *SMALL, "trainer.max_steps=-1", "trainer.max_epochs=-1", "trainer.max_time=00:00:00:01", "hydra.run.dir=run"
     )
@@ -71,8 +71,8 @@ def test_max_time_ends_in_order(train, tmp_path):
     assert read_column(run, "val/bits_per_byte")[-1][0] == end
 
 
-def test_last_is_written_every_n_steps_and_knows_its_validation(train, tmp_path):
-    """At step 4 a validation is due too: last.ckpt must hold the score that it made, and best.ckpt's path."""
+def test_last_checkpoint_is_written_every_n_steps_with_the_validation_score(train, tmp_path):
+    """A validation is also due at step 4: last.ckpt must hold its score and the path of best.ckpt."""
     arguments = ("trainer.val_check_interval=4", "callbacks.last.every_n_train_steps=4", "hydra.run.dir=run")
     assert train(*SMALL, *arguments).code == 0
     run = tmp_path / "run"
@@ -98,7 +98,7 @@ def test_accumulation_does_not_change_the_result(train, tmp_path):
         for name in ("train/loss", "train/l2wrap", "train/grad_norm", "val/bits_per_byte", "lr"):
             whole, parts = read_column(tmp_path / "1", name), read_column(tmp_path / str(accumulate), name)
             assert [step for step, _ in whole] == [step for step, _ in parts], name
-            # Sums in another order, in float32, and Adam divides by small numbers.
+            # float32 sums in another order, and Adam divides by small numbers.
             assert [float(x) for _, x in parts] == pytest.approx([float(x) for _, x in whole], rel=1e-3), name
 
 
@@ -143,7 +143,7 @@ RESUMED = (
 )
 
 
-def test_a_resumed_run_ends_in_the_same_bits(train, tmp_path, monkeypatch):
+def test_resumed_run_ends_in_the_same_bits(train, tmp_path, monkeypatch):
     assert train(*SMALL, *RESUMED, "trainer.max_steps=12", "hydra.run.dir=whole").code == 0
     assert train(*SMALL, *RESUMED, "trainer.max_steps=7", "hydra.run.dir=part").code == 0
     first = {path.name: path.read_bytes() for path in (tmp_path / "part" / ".hydra").iterdir()}
@@ -173,7 +173,7 @@ def test_a_resumed_run_ends_in_the_same_bits(train, tmp_path, monkeypatch):
     assert not list(elsewhere.iterdir())
 
 
-def test_a_damaged_last_checkpoint_gives_way_to_the_one_before(train, tmp_path):
+def test_resume_uses_the_previous_checkpoint_if_last_is_corrupt(train, tmp_path):
     assert train(*SMALL, *RESUMED, "trainer.max_steps=12", "hydra.run.dir=whole").code == 0
     assert train(*SMALL, *RESUMED, "trainer.max_steps=7", "hydra.run.dir=part").code == 0
     last = tmp_path / "part" / "checkpoints" / "last.ckpt"
@@ -185,7 +185,7 @@ def test_a_damaged_last_checkpoint_gives_way_to_the_one_before(train, tmp_path):
     assert all(torch.equal(value, part[name]) for name, value in whole.items())
 
 
-def test_more_steps_than_a_pass_are_made(train, tmp_path):
+def test_max_steps_can_exceed_one_pass(train, tmp_path):
     assert train(*SMALL, "trainer.max_steps=5", "data.batch_size=3000", "hydra.run.dir=run").code == 0
     assert load_checkpoint(tmp_path / "run")["global_step"] == 5
 
@@ -202,7 +202,7 @@ def test_resume_refuses_max_steps_below_the_current_step(train, tmp_path):
     assert "is a file: give the run's folder" in result.err
 
 
-def test_a_finished_run_says_so(train, run, tmp_path):
+def test_resume_of_a_finished_run_changes_nothing(train, run, tmp_path):
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     result = train("resume=run")
     assert result.code == 0
@@ -210,7 +210,7 @@ def test_a_finished_run_says_so(train, run, tmp_path):
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
 
 
-def test_resume_takes_new_numbers_and_choices(train, tmp_path):
+def test_resume_applies_new_settings(train, tmp_path):
     assert train(*SMALL, "optim.weight_decay=0.1", "hydra.run.dir=run").code == 0
     later = ("trainer.max_steps=6", "optim.lr=3e-3", "optim.weight_decay=0.5", "trainer.log_every_n_steps=1")
     assert train("resume=run", *later).code == 0
@@ -222,14 +222,14 @@ def test_resume_takes_new_numbers_and_choices(train, tmp_path):
     assert read_column(tmp_path / "run", "lr")[-1] == (8, "0.001")
 
 
-def test_factors_of_the_learning_rate_are_given_by_name(train, tmp_path):
+def test_lr_scale_sets_factors_by_parameter_name(train, tmp_path):
     small = [setting for setting in SMALL if setting != "optim=rwkv"]
     assert train(*small, "optim=adam", "optim.lr_scale={time_decay:7}", "hydra.run.dir=run").code == 0
     groups = load_checkpoint(tmp_path / "run")["optimizer_states"][0]["param_groups"]
     assert {group["name"]: group["lr_scale"] for group in groups if group["lr_scale"] != 1} == {"time_decay": 7}
 
 
-def test_the_best_model_survives_a_moved_run_folder(train, tmp_path):
+def test_best_checkpoint_is_kept_if_the_run_folder_is_moved(train, tmp_path):
     every = ("trainer.val_check_interval=2", "hydra.run.dir=run")
     assert train(*SMALL, *every).code == 0
     (tmp_path / "run").rename(tmp_path / "moved")
@@ -240,7 +240,7 @@ def test_the_best_model_survives_a_moved_run_folder(train, tmp_path):
     assert not result.err
 
 
-def test_a_run_that_ended_early_is_finished(train, tmp_path):
+def test_run_stopped_by_max_time_is_finished(train, tmp_path):
     arguments = ("trainer.max_steps=-1", "trainer.max_epochs=-1", "trainer.max_time=00:00:00:01", "hydra.run.dir=run")
     assert train(*SMALL, *arguments).code == 0
     end = load_checkpoint(tmp_path / "run")["global_step"]
@@ -257,7 +257,7 @@ def test_diverged_model_is_reported(train, tmp_path):
     assert "its training has diverged" in result.out
 
 
-def test_weight_decay_may_come_at_resume_and_a_setting_that_was_not_there_then(train, run, tmp_path):
+def test_resume_accepts_new_weight_decay_and_settings_missing_in_the_old_config(train, run, tmp_path):
     stored = tmp_path / "run" / ".hydra" / "config.yaml"
     lines = [line for line in stored.read_text().splitlines() if not line.startswith(("compile:", "loss_chunk_len:"))]
     stored.write_text("\n".join(lines))
@@ -266,7 +266,7 @@ def test_weight_decay_may_come_at_resume_and_a_setting_that_was_not_there_then(t
     assert {group["weight_decay"] for group in groups} == {0, 0.5}
 
 
-def test_resume_refuses_what_contradicts_the_past(train, run, tmp_path):
+def test_resume_refuses_settings_that_contradict_the_checkpoint(train, run, tmp_path):
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     for change in (
         "seed=1",
@@ -295,12 +295,12 @@ def test_resume_refuses_another_optimizer_and_unknown_keys(train, run, tmp_path)
         assert told in result.err
 
 
-def test_resume_has_a_config_dir_of_its_own(train, run, tmp_path):
+def test_resume_takes_a_config_dir(train, run, tmp_path):
     result = train("resume=run", "trainer.max_steps=6", f"--config-dir={tmp_path}")
     assert (result.code, result.err.count("\n")) == (2, 1)
 
 
-def test_resume_refuses_another_corpus_and_takes_the_same_elsewhere(train, run, tmp_path):
+def test_resume_refuses_another_corpus_but_accepts_a_moved_one(train, run, tmp_path):
     text = (tmp_path / "corpus.txt").read_bytes()
     (tmp_path / "other.txt").write_bytes(text.replace(b"a", b"b"))
     result = train("resume=run", "trainer.max_steps=5", "data.path=other.txt")
@@ -310,7 +310,7 @@ def test_resume_refuses_another_corpus_and_takes_the_same_elsewhere(train, run, 
     assert train("resume=run", "trainer.max_steps=5", "data.path=moved.txt").code == 0
 
 
-def test_a_folder_validated_on_rows(train, tmp_path, monkeypatch):
+def test_training_on_a_folder_with_validation_on_jsonl(train, tmp_path, monkeypatch):
     text = (tmp_path / "corpus.txt").read_text()
     home = tmp_path / "home"
     (home / "books" / "old").mkdir(parents=True)
@@ -324,7 +324,7 @@ def test_a_folder_validated_on_rows(train, tmp_path, monkeypatch):
     assert result.code == 0, result.err
     n_train = 2 * len(text) + 2
     assert f"{n_train + 6001:,} bytes, {n_train:,} / 6,001 / 0 tokens to train / validate / test" in result.out
-    # Its names count from where it began; a glob, and what is typed now, from here.
+    # Its file names are relative to the folder of the first start; a glob, and names typed now, to the current one.
     assert train("resume=home/run", "trainer.max_steps=5").code == 0
     (home / "rows.jsonl").rename(tmp_path / "moved.jsonl")
     (home / "books").rename(tmp_path / "moved")
@@ -339,7 +339,7 @@ def test_a_folder_validated_on_rows(train, tmp_path, monkeypatch):
         assert "data.path, with data.val_path where there is one, is not the text that" in result.err
 
 
-def test_weights_of_a_run_start_another(train, run, tmp_path):
+def test_weights_of_a_run_initialise_another(train, run, tmp_path):
     there = load_checkpoint(tmp_path / "run", "best.ckpt")["state_dict"]
     torch.save({name.removeprefix("model."): v.bfloat16() for name, v in there.items()}, tmp_path / "official.pth")
     for number, weights in enumerate(("run", "run/checkpoints/last.ckpt", "official.pth")):
@@ -349,11 +349,11 @@ def test_weights_of_a_run_start_another(train, run, tmp_path):
         here = load_checkpoint(tmp_path / f"next{number}")
         assert here["global_step"] == 1
         for name, value in there.items():
-            # bfloat16 keeps 8 bits of the mantissa.
+            # bfloat16 has 8 bits of mantissa.
             torch.testing.assert_close(here["state_dict"][name], value, rtol=2**-8, atol=1e-6)
 
 
-def test_characters(train, tmp_path):
+def test_character_vocabulary(train, tmp_path):
     (tmp_path / "corpus.txt").write_text("Fünf größere Bären äßen Öl. " * 2000, encoding="utf-8")
     assert train(*SMALL, "data.vocab=char", "hydra.run.dir=run").code == 0
     model, vocabulary = load_weights(tmp_path / "run")
@@ -364,13 +364,13 @@ def test_characters(train, tmp_path):
     assert "was trained with data.vocab=char" in result.err
 
 
-def test_starts_in_the_same_second_get_folders_of_their_own(tmp_path):
+def test_starts_in_the_same_second_get_separate_folders(tmp_path):
     taken = [create_run_dir(tmp_path / "outputs" / "12-00-00", typed=False) for _ in range(3)]
     assert [folder.name for folder in taken] == ["12-00-00", "12-00-00-2", "12-00-00-3"]
     assert all(folder.is_dir() for folder in taken)
 
 
-def test_experiments_of_the_users_own(train, tmp_path):
+def test_user_experiment(train, tmp_path):
     mine = tmp_path / "my conf, (1)" / "experiment"
     mine.mkdir(parents=True)
     (mine / "mine.yaml").write_text("# @package _global_\nmodel:\n  n_embd: 24\nschedule:\n  warmup_steps: 2\n")
@@ -396,7 +396,7 @@ def test_experiments_of_the_users_own(train, tmp_path):
     assert (result.code, result.err.count("\n")) == (2, 1)
 
 
-def test_awkward_folder_names(train, tmp_path):
+def test_folder_names_with_special_characters(train, tmp_path):
     run = tmp_path / "run, (1) it's = 1"
     quoted = str(run).replace("'", "\\'")
     assert train(*SMALL, f"hydra.run.dir='{quoted}'").code == 0
@@ -407,7 +407,7 @@ def test_awkward_folder_names(train, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_share_the_batch(train, tmp_path):
-    """The same training on two devices as on one: DDP starts the command again, for the second."""
+    """Training on two devices equals training on one: DDP starts the command again, for the second."""
     arguments = [*SMALL, "trainer.log_every_n_steps=1", "trainer.limit_val_batches=1.0", "data.ctx_len=64"]
     assert train(*arguments, "hydra.run.dir=one").code == 0
     command = [str(Path(sys.executable).with_name("rwkv-train")), *arguments, "trainer=ddp", "trainer.devices=2"]
@@ -420,7 +420,7 @@ def test_two_processes_share_the_batch(train, tmp_path):
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--cfg", "job"], ["--cfg", "job", "experiment=quickstart"]])
-def test_help_and_config_load_no_torch(arguments, tmp_path):
+def test_help_and_config_import_no_torch(arguments, tmp_path):
     code = (
         "import sys; from rwkv_pl.cli.train import main\n"
         f"sys.argv = ['rwkv-train', *{arguments!r}]\n"
@@ -433,8 +433,8 @@ def test_help_and_config_load_no_torch(arguments, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_micro_batch_is_found_and_kept(train, tmp_path, monkeypatch):
-    """auto takes as many micro-batches as the memory asks for; a resume takes the same, whatever is free by then."""
+def test_auto_micro_batch_is_chosen_once_and_kept(train, tmp_path, monkeypatch):
+    """auto uses as many micro-batches as memory requires; a resume uses the same number for any free memory."""
 
     monkeypatch.setattr(memory, "free_memory", lambda device: 10**6)
     auto = (*SMALL, "trainer.accumulate_grad_batches=auto", "data.ctx_len=64")
@@ -462,7 +462,7 @@ def test_partial_files_of_a_killed_start_are_ignored(train, tmp_path):
     assert not list((tmp_path / "run").rglob("*.partial"))
 
 
-def test_a_start_that_fails_leaves_a_folder_as_it_was(train, tmp_path):
+def test_failed_start_leaves_an_existing_folder_unchanged(train, tmp_path):
     (tmp_path / "empty").mkdir()
     for folder in ("empty", "new/run"):
         result = train(*SMALL, "trainer.strategy=nonsense", f"hydra.run.dir={folder}")

@@ -1,6 +1,6 @@
-"""A folder that somebody else has made: nothing in it is run, and nothing outside of it is written because it says so.
+"""A folder from somebody else: none of its content is executed, and it cannot cause writes outside of it.
 
-The sweep's folder, the run's, and the one in which a command or its jobs start. `executed` is what hostile code makes.
+The folder is a sweep's, a run's, or the one in which a command or its jobs start. Hostile code creates `executed`.
 """
 
 import json
@@ -27,13 +27,13 @@ from rwkv_pl.training.curve import draw_curve
 
 TRAIN = Path(sys.executable).with_name("rwkv-train")
 
-# Imported by any Python process that looks for modules in the folder, at the latest with rwkv_pl itself.
+# Any Python process that looks for modules in the folder imports these, at the latest with rwkv_pl itself.
 MODULES = ("sitecustomize", "usercustomize", "yaml", "torch", "numpy", "rwkv_pl", "lightning", "submitit")
 
 
 @pytest.fixture
 def hostile(tmp_path) -> Path:
-    """A folder of modules; each leaves its name in executed."""
+    """A folder of modules; each adds its name to executed."""
     folder = tmp_path / "hostile"
     folder.mkdir()
     for name in MODULES:
@@ -66,12 +66,12 @@ def resume_sweep(sweep: Path, *arguments: str, **environment: str) -> "subproces
 
 @pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_jobs_and_their_child_processes_import_nothing_from_the_start_folder(hostile, tmp_path, devices):
-    """PYTHONPATH's relative and empty entries keep meaning the folder of the command, not that of its jobs."""
+    """Relative and empty entries of PYTHONPATH still mean the folder of the command, not that of its jobs."""
     sweep = write_sweep(tmp_path / "sweep", hostile, ["trainer=ddp", "trainer.devices=2"] if devices == 2 else [])
     (tmp_path / "mine").mkdir()
     done = resume_sweep(sweep, PYTHONPATH=os.pathsep.join(("mine", "")))
     assert done.returncode == 0, done.stdout + done.stderr
-    # And two devices train as one job.
+    # A job with two devices starts a child process.
     assert [path.name for path in sweep.iterdir() if path.is_dir()] == ["0"]
     assert read_result(sweep / "0")["status"] == "finished"
     assert not (tmp_path / "executed").exists(), (tmp_path / "executed").read_text()
@@ -86,8 +86,8 @@ class Payload:
 
 
 @pytest.mark.slow
-def test_submitits_workers_and_the_pickles_that_they_exchange(hostile, tmp_path):
-    """submitit would load a result that a stranger has left for the job."""
+def test_submitit_workers_load_no_planted_pickles(hostile, tmp_path):
+    """submitit would load a pickled result that somebody planted for the job."""
     import pickle
 
     sweep = write_sweep(tmp_path / "sweep", hostile)
@@ -107,7 +107,7 @@ EVIL = "# @package _global_\nhydra: {callbacks: {x: {_target_: os.mkdir, path: e
 
 @pytest.fixture
 def evil(tmp_path) -> Path:
-    """A config folder whose experiment, sweeper and data files have Hydra make the folder executed."""
+    """A config folder whose experiment, sweeper and data files make Hydra create the folder executed."""
     for group in ("experiment", "hydra/sweeper", "data"):
         (tmp_path / "evil" / group).mkdir(parents=True)
         (tmp_path / "evil" / group / "evil.yaml").write_text(EVIL)
@@ -115,7 +115,7 @@ def evil(tmp_path) -> Path:
 
 
 def relative_path_to(path: Path) -> str:
-    """Hydra goes from its own config folder to the path."""
+    """Hydra resolves the path from its own config folder."""
     return "/".join([".."] * 30) + str(path)
 
 
@@ -139,7 +139,7 @@ def test_group_choice_must_be_a_name_not_a_path(train, tmp_path, evil, how, wher
     assert not (tmp_path / "executed").exists()
 
 
-def test_an_evaluation_takes_no_path_from_a_run(evaluate, train, tmp_path, evil):
+def test_evaluation_takes_no_path_from_a_run(evaluate, train, tmp_path, evil):
     assert train(*SMALL, "trainer.max_steps=1", "hydra.run.dir=run").code == 0
     config = tmp_path / "run" / ".hydra" / "config.yaml"
     stored = yaml.safe_load(config.read_text())
@@ -151,8 +151,8 @@ def test_an_evaluation_takes_no_path_from_a_run(evaluate, train, tmp_path, evil)
     assert not (tmp_path / "executed").exists()
 
 
-def test_a_sweeps_config_folder_is_typed_again(train, tmp_path, evil):
-    """Its files may do anything; whoever types it trusts it."""
+def test_resumed_sweep_needs_its_config_dir_typed_again(train, tmp_path, evil):
+    """The files can do anything, so the user must type the folder to trust it."""
     write_sweep(tmp_path / "sweep", tmp_path, ["experiment=evil"], config_dir=evil)
     result = train("-m", "resume=sweep")
     assert (result.code, result.err.count("\n")) == (2, 1), result.err
@@ -160,7 +160,7 @@ def test_a_sweeps_config_folder_is_typed_again(train, tmp_path, evil):
     assert not (tmp_path / "executed").exists()
 
 
-def test_a_study_tries_no_setting_but_those_of_its_search(train, tmp_path, evil):
+def test_study_journal_can_only_set_searched_settings(train, tmp_path, evil):
     import optuna
     from optuna.storages.journal import JournalFileBackend
 
@@ -186,8 +186,8 @@ def test_a_study_tries_no_setting_but_those_of_its_search(train, tmp_path, evil)
         "logger=mlflow logger.mlflow.tracking_uri=mlruns",
     ],
 )
-def test_a_resumed_sweeps_jobs_write_into_their_folders(tmp_path, task):
-    """Whatever the setting is made of, it is the resolved one that counts."""
+def test_jobs_of_a_resumed_sweep_write_only_into_their_folders(tmp_path, task):
+    """Only the resolved setting counts, not how it is written."""
     elsewhere = tmp_path / "elsewhere"
     (tmp_path / "corpus.txt").write_bytes(TEXT)
     sweep = write_sweep(tmp_path / "sweep", tmp_path, task.format(elsewhere=elsewhere).split())
@@ -206,14 +206,14 @@ def test_a_resumed_sweeps_jobs_write_into_their_folders(tmp_path, task):
         (["experiment@hydra.callbacks=quickstart"], [], "leave out the @"),
     ],
 )
-def test_hydras_own_settings_are_not_those_of_a_stored_sweep(train, tmp_path, task, own, words):
+def test_stored_sweep_cannot_change_hydra_settings(train, tmp_path, task, own, words):
     sweep = write_sweep(tmp_path / "sweep", tmp_path, task, own)
     result = train("-m", "resume=sweep")
     assert (result.code, result.err.count("\n"), words in result.err) == (2, 1, True), result.err
     assert [path.name for path in sweep.iterdir()] == ["multirun.yaml"]
 
 
-def test_a_sweep_starts_in_no_relative_folder(train, tmp_path):
+def test_sweep_with_a_relative_start_folder_is_refused(train, tmp_path):
     write_sweep(tmp_path / "sweep", Path("sweep"))
     result = train("-m", "resume=sweep")
     assert (result.code, "the sweep was started in sweep, which is gone" in result.err) == (2, True), result.err
@@ -239,7 +239,7 @@ def test_links_out_of_a_run_folder_are_refused(train, tmp_path, run):
     assert train("resume=run", "trainer.max_steps=6").code == 0
 
 
-def test_a_job_that_is_a_link_and_a_result_that_is_a_pipe(train, tmp_path):
+def test_linked_job_folder_and_pipe_as_result_are_refused(train, tmp_path):
     sweep, outside = write_sweep(tmp_path / "sweep", tmp_path), tmp_path / "outside"
     outside.mkdir()
     (sweep / "0").symlink_to(outside)
@@ -268,7 +268,7 @@ def test_a_job_that_is_a_link_and_a_result_that_is_a_pipe(train, tmp_path):
         ("callbacks.best.dirpath", ["{outside}"]),
     ],
 )
-def test_a_stored_runs_callbacks_and_loggers_write_into_its_folder(train, tmp_path, run, key, value):
+def test_callbacks_and_loggers_of_a_stored_run_write_only_into_its_folder(train, tmp_path, run, key, value):
     outside = tmp_path / "outside"
     text = "".join(value).format(outside=outside)
     value = text if isinstance(value, str) else [text]
@@ -286,7 +286,7 @@ def test_a_stored_runs_callbacks_and_loggers_write_into_its_folder(train, tmp_pa
 
 
 def test_no_file_is_written_through_a_link(tmp_path):
-    """The name of the file under way may lie there, as a link to any other."""
+    """A link to any other file may have the name of the temporary file."""
     precious = tmp_path / "precious"
     precious.write_text("precious\n")
     (tmp_path / "sweep.csv.partial").symlink_to(precious)
@@ -296,8 +296,8 @@ def test_no_file_is_written_through_a_link(tmp_path):
     assert (tmp_path / "sweep.csv").read_text() == "new\n" and not (tmp_path / "sweep.csv").is_symlink()
 
 
-def test_the_latest_run_is_looked_for_without_touching_what_its_links_lead_to(train, tmp_path, run):
-    """Taking a run's folder removes what a killed process was writing there."""
+def test_resume_latest_does_not_touch_link_targets(train, tmp_path, run):
+    """Taking a run's folder removes the temporary files of a killed process."""
     (tmp_path / "outside").mkdir()
     (tmp_path / "outside" / "precious.partial").touch()
     (run / "checkpoints").rename(run / "aside")
@@ -309,7 +309,7 @@ def test_the_latest_run_is_looked_for_without_touching_what_its_links_lead_to(tr
     assert (tmp_path / "outside" / "precious.partial").exists()
 
 
-def test_quoted_names_of_files_are_names():
+def test_quoted_file_names_are_accepted_and_paths_refused():
     (chosen,) = parse_overrides(["schedule='cosine','constant'"], sweep=True)
     assert chosen.is_sweep_override()
     with pytest.raises(UserError, match="takes the name of a file"):
@@ -325,8 +325,8 @@ def test_wandb_link_to_its_own_log_is_allowed(tmp_path):
         require_own_files(tmp_path)
 
 
-def test_a_checkpoint_names_no_files_of_another_folder(tmp_path):
-    """Files that ModelCheckpoint would delete as its worse ones."""
+def test_checkpoint_cannot_name_files_of_another_folder(tmp_path):
+    """ModelCheckpoint would delete these files as its worse checkpoints."""
     models = {str(tmp_path / "run" / "a.ckpt"): torch.tensor(1.0), str(tmp_path / "precious"): torch.tensor(2.0)}
     state = {"dirpath": str(tmp_path / "run"), "best_k_models": models}
     torch.save({"callbacks": {"ModelCheckpoint": state, "other": None}}, tmp_path / "last.ckpt")
@@ -334,8 +334,8 @@ def test_a_checkpoint_names_no_files_of_another_folder(tmp_path):
     assert list(loaded["callbacks"]["ModelCheckpoint"]["best_k_models"]) == [str(tmp_path / "run" / "a.ckpt")]
 
 
-def test_git_is_not_asked_about_the_current_folder(tmp_path, monkeypatch):
-    """It runs the programs that a repository's config names."""
+def test_git_is_not_run_in_the_current_folder(tmp_path, monkeypatch):
+    """git runs the programs that a repository's config names."""
     script = tmp_path / "monitor"
     script.write_text(f"#!/bin/sh\ntouch {tmp_path / 'executed'}\n")
     script.chmod(0o755)
@@ -352,8 +352,8 @@ def test_git_is_not_asked_about_the_current_folder(tmp_path, monkeypatch):
     assert not (tmp_path / "executed").exists()
 
 
-def test_pictures_are_drawn_by_matplotlibs_defaults(tmp_path):
-    """A matplotlibrc in the current folder can ask for LaTeX."""
+def test_pictures_ignore_a_local_matplotlibrc(tmp_path):
+    """A matplotlibrc in the current folder can enable LaTeX."""
     import matplotlib
 
     with matplotlib.rc_context({"text.usetex": True}):
@@ -361,7 +361,7 @@ def test_pictures_are_drawn_by_matplotlibs_defaults(tmp_path):
     assert (tmp_path / "loss.png").exists()
 
 
-def test_the_import_path_of_this_process_and_of_those_it_starts(tmp_path, monkeypatch):
+def test_import_path_of_a_process_and_its_children_excludes_the_current_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(("mine", "", "/abs")))
     monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
@@ -373,7 +373,7 @@ def test_the_import_path_of_this_process_and_of_those_it_starts(tmp_path, monkey
     assert "PYTHONSAFEPATH" not in os.environ and "relative" in sys.path
 
 
-def test_entry_points_below_the_current_folder_are_not_found(tmp_path):
+def test_entry_points_below_the_current_folder_are_ignored(tmp_path):
     """An editable install leaves a relative name on sys.path; torch calls every entry point of torch.backends."""
     finder = next((name for name in sys.path if name.startswith("__editable__")), None)
     if finder is None:
@@ -395,7 +395,7 @@ def test_entry_points_below_the_current_folder_are_not_found(tmp_path):
         (tmp_path / "executed").unlink(missing_ok=True)
 
 
-def test_report_of_a_folder_with_a_planted_name(tmp_path):
+def test_report_does_not_write_through_a_planted_link(tmp_path):
     precious = tmp_path / "precious"
     precious.write_text("precious\n")
     sweep = write_sweep(tmp_path / "sweep", tmp_path)
@@ -408,8 +408,8 @@ def test_report_of_a_folder_with_a_planted_name(tmp_path):
     assert precious.read_text() == "precious\n"
 
 
-def test_a_stored_run_downloads_only_to_where_it_is_typed(train, evaluate, tmp_path):
-    """Whoever wrote it could name any folder, and a URL that sends the environment's variables away."""
+def test_stored_run_downloads_only_from_and_to_typed_places(train, evaluate, tmp_path):
+    """A stored run could name any folder, and a URL that sends environment variables away."""
     assert train(*SMALL, "hydra.run.dir=run").code == 0
     path = tmp_path / "run" / ".hydra" / "config.yaml"
     stored = yaml.safe_load(path.read_text())

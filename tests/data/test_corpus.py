@@ -16,7 +16,7 @@ from rwkv_pl.data.corpus import Splits, file_digest
     st.lists(st.integers(1, 200), min_size=1, max_size=40),
     st.tuples(st.floats(0.01, 1), st.floats(0.01, 1), st.floats(0.01, 1)),
 )
-def test_an_edge_moves_to_a_document_near_by(lengths: list[int], shares: tuple[float, float, float]) -> None:
+def test_split_edge_moves_to_a_nearby_document_end(lengths: list[int], shares: tuple[float, float, float]) -> None:
     train, val, test = (share / sum(shares) for share in shares)
     with tempfile.TemporaryDirectory() as folder:
         path, ends_path = Path(folder, "text"), Path(folder, "ends")
@@ -37,7 +37,7 @@ def test_an_edge_moves_to_a_document_near_by(lengths: list[int], shares: tuple[f
             assert edge == at
 
 
-def test_a_digest_says_which_content_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_digest_changes_with_the_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpora, "FULL_DIGEST_BELOW", 1 << 18)
     digests = set()
     for size in (0, (1 << 18) - 1, 1 << 18, (1 << 18) + 1, 1 << 20):

@@ -1,4 +1,4 @@
-"""The data modules: what Lightning is given, on any hardware, from any step, every byte judged once."""
+"""Data modules: the batches that Lightning gets on any hardware and from any step; each byte is a target once."""
 
 import dataclasses
 import math
@@ -38,7 +38,7 @@ def path(tmp_path: Path) -> Path:
 def attach_trainer(
     data: CorpusDataModule, *, step: int = 0, devices: int = 1, rank: int = 0, accumulate: int = 1
 ) -> None:
-    """The part of a trainer that a data module looks at."""
+    """The attributes of a trainer that a data module reads."""
     trainer = SimpleNamespace(
         global_step=step,
         world_size=devices,
@@ -77,7 +77,7 @@ def test_batch_follows_the_contract(path: Path, monkeypatch: pytest.MonkeyPatch,
 
 @pytest.mark.parametrize(("devices", "accumulate"), [(1, 1), (1, 3), (2, 1), (2, 3), (4, 1), (3, 4), (12, 1)])
 @pytest.mark.parametrize("step", [0, 5])
-def test_any_hardware_at_any_step_reads_the_unbroken_run_s_batches(
+def test_batches_are_the_same_on_any_hardware_from_any_step(
     path: Path, devices: int, accumulate: int, step: int
 ) -> None:
     data = make_data_module(path)
@@ -128,13 +128,13 @@ def test_each_byte_of_a_split_is_a_target_once(path: Path, split: str, devices: 
         assert torch.all(window[len(real) :] == -1)
         assert len(real) != 1
         if len(real):
-            # Input and target alike: the token before the first target is the first context.
+            # Check input and target alike: the token before the first target is the first context.
             assert bytes(real.tolist()) == NOISE[at_position - 1 : at_position - 1 + len(real)]
             at_position += len(real) - 1
     assert at_position == hi
 
 
-def test_the_first_byte_of_a_corpus_is_context_only(path: Path) -> None:
+def test_first_byte_of_a_corpus_is_only_context(path: Path) -> None:
     file = open_tokens(Text(path).open(), Vocabulary())
     batches = EvalBatches(file, (0, 33), ctx_len=16, rows=1)
     assert len(batches) == 2
@@ -142,7 +142,7 @@ def test_the_first_byte_of_a_corpus_is_context_only(path: Path) -> None:
     assert bytes(batches[1].flatten().tolist()) == NOISE[16:33]
 
 
-def test_characters_and_a_given_vocabulary(tmp_path: Path) -> None:
+def test_character_vocabulary_is_built_or_given(tmp_path: Path) -> None:
     path = tmp_path / "text"
     path.write_text("Größe und Maß, " * 200, encoding="utf-8")
     data = make_data_module(path, vocab="char")
@@ -156,8 +156,8 @@ def test_characters_and_a_given_vocabulary(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("vocab", ["byte", "char"])
-def test_validation_on_a_text_of_its_own(tmp_path: Path, vocab: str) -> None:
-    """Its bytes are the targets, each once; it begins behind a document's end; and there is no test."""
+def test_validation_on_a_separate_text(tmp_path: Path, vocab: str) -> None:
+    """Every byte is a target once; the first one follows a document end; no test split exists."""
     (tmp_path / "train.txt").write_text("ä train " * 100)
     (tmp_path / "val.txt").write_text("ä val ö " * 20)
     data = make_data_module(tmp_path / "train.txt", val_path=tmp_path / "val.txt", vocab=vocab)
@@ -172,7 +172,7 @@ def test_validation_on_a_text_of_its_own(tmp_path: Path, vocab: str) -> None:
         data.setup("test")
 
 
-def test_a_corpus_that_is_too_short_is_one_line(tmp_path: Path) -> None:
+def test_too_short_corpus_gives_one_line_error(tmp_path: Path) -> None:
     path = tmp_path / "text"
     path.write_bytes(b"x" * 100)
     with pytest.raises(UserError, match=r"training split has 90 tokens.*ctx_len=90 needs 91"):
@@ -182,20 +182,20 @@ def test_a_corpus_that_is_too_short_is_one_line(tmp_path: Path) -> None:
         make_data_module(path, split=(0.9, 0.0, 0.1))
     with pytest.raises(UserError, match=r"test split of .* has 0 tokens"):
         make_data_module(path, split=(0.9, 0.1, 0.0))
-    # To be evaluated a text needs no training split.
+    # Evaluating a text needs no training split.
     data = CorpusDataModule(path, ctx_len=1024)
     data.setup("test")
     assert len(list(data.test_dataloader())) == 1
 
 
-def test_a_batch_size_that_devices_cannot_share(path: Path) -> None:
+def test_batch_size_must_divide_by_the_number_of_devices(path: Path) -> None:
     data = make_data_module(path)
     attach_trainer(data, devices=5)
     with pytest.raises(UserError, match="batch_size=12 is not a multiple of 5"):
         data.train_dataloader()
 
 
-def test_lightning_s_own_sampler_is_refused(path: Path) -> None:
+def test_lightning_distributed_sampler_is_refused(path: Path) -> None:
     data = make_data_module(path)
     attach_trainer(data, devices=2)
     data.trainer._accelerator_connector.use_distributed_sampler = True  # type: ignore[union-attr]
@@ -204,7 +204,7 @@ def test_lightning_s_own_sampler_is_refused(path: Path) -> None:
             ask()
 
 
-def test_setup_opens_once_and_comes_first(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_setup_opens_the_corpus_once_and_is_required(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = CorpusDataModule(path, ctx_len=16)
     with pytest.raises(RuntimeError, match="setup"):
         data.train_dataloader()
@@ -216,7 +216,7 @@ def test_setup_opens_once_and_comes_first(path: Path, monkeypatch: pytest.Monkey
     assert "\n" not in data.description()
 
 
-def test_a_data_module_is_that_of_the_named_corpus(tmp_path: Path) -> None:
+def test_data_name_selects_the_data_module(tmp_path: Path) -> None:
     settings = Data(name="enwik8", path="here", url="http://elsewhere")
     assert open_data(settings, 1, tmp_path, None).source == Enwik8(tmp_path / "here", "http://elsewhere")
     assert Enwik8DataModule("here", url="http://elsewhere").source == Enwik8("here", "http://elsewhere")
@@ -230,7 +230,7 @@ def test_a_data_module_is_that_of_the_named_corpus(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", CORPORA)
-def test_a_corpus_type_has_a_conf_file_with_the_settings_of_its_source(name: str, tmp_path: Path) -> None:
+def test_corpus_type_has_a_conf_file_with_the_settings_of_its_source(name: str, tmp_path: Path) -> None:
     keys = yaml.safe_load((Path(__file__).parents[2] / "conf" / "data" / f"{name}.yaml").read_text(encoding="utf-8"))
     assert keys["name"] == name
     assert keys["vocab"] in CORPORA[name].vocabularies
@@ -241,13 +241,13 @@ def test_a_corpus_type_has_a_conf_file_with_the_settings_of_its_source(name: str
     assert fields >= keys.keys() & {"path", "val_path", "url", "split", "field"}
 
 
-def test_every_corpus_type_is_in_the_table() -> None:
+def test_every_corpus_type_is_registered() -> None:
     conf = (Path(__file__).parents[2] / "conf" / "data").glob("*.yaml")
     assert {path.stem for path in conf} == CORPORA.keys()
 
 
 class Recorder(LightningModule):
-    """A model of one number that keeps what it is fed."""
+    """A model with one parameter that records its batches."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -268,7 +268,7 @@ class Recorder(LightningModule):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_real_trainer_goes_on_where_it_stopped(path: Path, tmp_path: Path, workers: int) -> None:
+def test_trainer_resumes_with_the_next_batch(path: Path, tmp_path: Path, workers: int) -> None:
     def fit(max_steps: int, accumulate: int, resume: Path | None = None) -> tuple[Recorder, Trainer]:
         trainer = Trainer(
             accelerator="cpu",

@@ -1,4 +1,4 @@
-"""Texts as people have them: what a path means, and one file made of it, document by document."""
+"""Text sources: a path as a list of files, joined into one file, document by document."""
 
 import gzip
 import io
@@ -31,19 +31,19 @@ def find_names(path: Path, below: Path) -> list[str]:
 
 
 def join_paths(*paths: Path, field: str = "text") -> tuple[bytes, list[int], documents.JoinResult]:
-    """The text, its document ends and what ``join`` says, of paths that are a part each."""
+    """The text, its document ends and the result of ``join``, with each path as a separate part."""
     text, ends = io.BytesIO(), io.BytesIO()
     parts = {f"part {i}": find_files(path, "data.path") for i, path in enumerate(paths)}
-    told = join_documents(parts, field, text, ends)
-    return text.getvalue(), np.frombuffer(ends.getvalue(), "<i8").tolist(), told
+    outcome = join_documents(parts, field, text, ends)
+    return text.getvalue(), np.frombuffer(ends.getvalue(), "<i8").tolist(), outcome
 
 
-def test_a_folder_is_all_its_files_in_order(tmp_path: Path) -> None:
+def test_folder_is_all_its_files_in_order(tmp_path: Path) -> None:
     write(tmp_path, "b.txt", "a/z.txt", "a/y/1.txt", "a-1.txt", "a.txt", "B", ".hidden", ".git/config", "a/.x/1.txt")
     (tmp_path / "empty").mkdir()
     expected = ["B", "a-1.txt", "a.txt", "a/y/1.txt", "a/z.txt", "b.txt"]
     assert find_names(tmp_path, tmp_path) == expected
-    # A link to a folder may lead round in a circle; one to a file is that file.
+    # A link to a folder can form a cycle, so it is skipped; a link to a file counts as that file.
     (tmp_path / "a" / "circle").symlink_to(tmp_path)
     (tmp_path / "c.txt").symlink_to(tmp_path / "b.txt")
     os.mkfifo(tmp_path / "pipe")
@@ -64,10 +64,10 @@ def test_a_folder_is_all_its_files_in_order(tmp_path: Path) -> None:
         ("x/../a.t*", ["x/../a.txt"]),
     ],
 )
-def test_a_glob_is_the_files_it_matches_in_order(
+def test_glob_is_the_files_it_matches_in_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str, expected: list[str]
 ) -> None:
-    # The folder's own name is no wildcard.
+    # Wildcard characters in the folder's own name are literal.
     folder = tmp_path / "[1] *"
     write(folder, "b.txt", "a.txt", ".c.txt", "x/1.txt", "x/3.md", "x/y/2.txt", "x/.y/2.txt")
     (folder / "x" / "circle").symlink_to(folder)
@@ -77,7 +77,7 @@ def test_a_glob_is_the_files_it_matches_in_order(
     assert find_names(Path(pattern), Path()) == expected
 
 
-def test_a_name_with_a_wildcard_is_that_name(tmp_path: Path) -> None:
+def test_existing_name_with_a_wildcard_character_is_literal(tmp_path: Path) -> None:
     write(tmp_path, "a[1].txt", "a1.txt", "*/1", "x/1")
     assert find_names(tmp_path / "a[1].txt", tmp_path) == ["a[1].txt"]
     assert find_names(tmp_path / "*", tmp_path) == ["*/1"]
@@ -105,7 +105,7 @@ def test_missing_source_gives_one_line_error(tmp_path: Path, name: str, says: st
     assert "\n" not in str(caught.value)
 
 
-def test_a_relative_name_says_where_was_looked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_relative_path_names_the_folder_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=rf"data.val_path=absent: no such file \(looked for {tmp_path}/absent\)"):
         find_files(Path("absent"), "data.val_path")
@@ -113,7 +113,7 @@ def test_a_relative_name_says_where_was_looked(tmp_path: Path, monkeypatch: pyte
     assert not exists(Path("*.txt"))
 
 
-def test_a_folder_that_cannot_be_read_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_folder_gives_one_line_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(path: str) -> None:
         raise PermissionError(13, "Permission denied", path)
 
@@ -122,14 +122,14 @@ def test_a_folder_that_cannot_be_read_is_one_line(tmp_path: Path, monkeypatch: p
         find_files(tmp_path, "data.path")
 
 
-# JSON holds text; half a surrogate pair is none, but JSON can spell it.
+# JSON holds Unicode text; half a surrogate pair is not text, but JSON can spell it.
 DOCUMENTS = st.lists(
     st.text(st.characters(codec=None), max_size=20).filter(lambda text: "\ufeff" not in text), max_size=8
 )
 
 
 @given(st.lists(st.tuples(st.sampled_from(["txt", "TXT.gz", "jsonl", "jsonl.gz"]), DOCUMENTS), min_size=1, max_size=4))
-def test_documents_are_joined_by_their_ends(files: list[tuple[str, list[str]]]) -> None:
+def test_documents_are_joined_with_their_ends(files: list[tuple[str, list[str]]]) -> None:
     documents: list[bytes] = []
     with tempfile.TemporaryDirectory() as folder:
         for number, (kind, texts) in enumerate(files):
@@ -146,14 +146,14 @@ def test_documents_are_joined_by_their_ends(files: list[tuple[str, list[str]]]) 
             with pytest.raises(UserError, match=r"part 0 names \d file\(s\) without any text"):
                 join_paths(Path(folder), field="words")
             return
-        text, ends, told = join_paths(Path(folder), field="words")
+        text, ends, outcome = join_paths(Path(folder), field="words")
     assert text == b"\n".join(documents)
-    assert told == ([len(text)], len(documents))
+    assert outcome == ([len(text)], len(documents))
     edges = [-1, *ends, len(text)]
     assert [text[lo + 1 : hi] for lo, hi in itertools.pairwise(edges)] == documents
 
 
-def test_each_part_says_where_it_ends(tmp_path: Path) -> None:
+def test_join_returns_the_end_of_each_part(tmp_path: Path) -> None:
     write(tmp_path, "a/1", "a/2", "b")
     assert join_paths(tmp_path / "a", tmp_path / "b") == (b"a/1\na/2\nb", [3, 7], ([7, 9], 3))
     (tmp_path / "b").write_bytes(b"")
@@ -161,7 +161,7 @@ def test_each_part_says_where_it_ends(tmp_path: Path) -> None:
         join_paths(tmp_path / "a", tmp_path / "b")
 
 
-def test_a_large_document_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_document_is_not_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(documents, "BLOCK", 7)
     for name in ("a.txt", "b.txt.gz"):
         content = bytes(range(100)) * 3
@@ -189,7 +189,7 @@ def test_a_large_document_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ],
 )
 @pytest.mark.parametrize("suffix", ["", ".gz"])
-def test_invalid_row_is_named(
+def test_invalid_row_is_reported_with_its_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: bytes, says: str, suffix: str
 ) -> None:
     if b"xxx" in row:
@@ -203,7 +203,7 @@ def test_invalid_row_is_named(
 
 
 def test_accepted_row_formats(tmp_path: Path) -> None:
-    """Blank lines, Windows's line ends, a byte order mark, no end of the last line, any field."""
+    """Blank lines, CRLF line ends, a byte order mark, no newline after the last line, any field name."""
     (tmp_path / "rows.JSONL").write_bytes(
         b'\xef\xbb\xbf{"text": "a\\nb"}\r\n\n  \n{"x": {}, "text": "\\u00e4\\ud83d\\ude00"}'
     )
@@ -211,14 +211,14 @@ def test_accepted_row_formats(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "block", "text", "behind", "header"])
-def test_a_broken_gzip_is_one_line(tmp_path: Path, damage: str) -> None:
+def test_corrupt_gzip_gives_one_line_error(tmp_path: Path, damage: str) -> None:
     content = gzip.compress(np.random.default_rng(0).bytes(10_000))
     flipped = bytearray(content)
     flipped[5000] ^= 1
     broken = {
         "cut": content[:-100],
         "flip": bytes(flipped),
-        "block": content[:10] + b"\xff" + content[11:],  # of a kind that does not exist
+        "block": content[:10] + b"\xff" + content[11:],  # of a type that does not exist
         "text": b"no gzip at all",
         "behind": content + b"more",
         "header": content[:5],
@@ -228,7 +228,7 @@ def test_a_broken_gzip_is_one_line(tmp_path: Path, damage: str) -> None:
     with pytest.raises(UserError, match=f"{path} is not a whole gzip file") as caught:
         join_paths(path)
     assert "\n" not in str(caught.value)
-    # Members that follow each other are one file, as gzip has it.
+    # Concatenated gzip members are one file, as in gzip itself.
     path.write_bytes(gzip.compress(b"a") + gzip.compress(b"b"))
     assert join_paths(path)[0] == b"ab"
 
@@ -247,21 +247,21 @@ def test_file_that_changes_while_read_is_reported(tmp_path: Path, change: str) -
         join_documents({"data.path": found}, "text", io.BytesIO(), io.BytesIO())
 
 
-def test_half_a_gigabyte_costs_no_memory(tmp_path: Path) -> None:
+def test_joining_half_a_gigabyte_uses_little_memory(tmp_path: Path) -> None:
     path = tmp_path / "zeros.gz"
     path.write_bytes(gzip.compress(bytes(1 << 20)) * 512)
     with Path(os.devnull).open("wb") as nowhere:
         tracemalloc.start()
-        told = join_documents({"data.path": find_files(path, "data.path")}, "text", nowhere, nowhere)
+        outcome = join_documents({"data.path": find_files(path, "data.path")}, "text", nowhere, nowhere)
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
-    assert told == ([512 << 20], 1)
-    # A few blocks of 1 MiB, and what rich imports.
+    assert outcome == ([512 << 20], 1)
+    # A few blocks of 1 MiB, and rich's imports.
     assert peak < 32 << 20
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_a_terminal_sees_how_far_it_is(
+def test_join_shows_a_progress_bar_in_a_terminal(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, terminal: bool
 ) -> None:
     monkeypatch.setenv("TTY_COMPATIBLE", str(int(terminal)))

@@ -1,4 +1,4 @@
-"""The order of batches: a bijection, even, the same on any hardware, and pinned."""
+"""The order of batches: a bijection, uniform, the same on any hardware, and fixed for ever."""
 
 import tracemalloc
 
@@ -25,7 +25,7 @@ def mix(x: int) -> int:
 
 
 def reference_start(g: int, seed: int, n_tokens: int, ctx_len: int) -> int:
-    """Start of sample g, in Python's integers, a sample at a time: the contract's text and nothing of numpy."""
+    """Start of sample g, in Python integers, one sample at a time: written from the specification, without numpy."""
     windows = n_tokens // ctx_len
     p, x = divmod(g, windows)
 
@@ -56,7 +56,7 @@ PINNED = [  # n, seed, n_tokens, ctx_len, the starts of batch n at batch size 4
 
 
 @pytest.mark.parametrize(("n", "seed", "n_tokens", "ctx_len", "expected"), PINNED)
-def test_pinned_values(n: int, seed: int, n_tokens: int, ctx_len: int, expected: list[int]) -> None:
+def test_order_matches_pinned_values(n: int, seed: int, n_tokens: int, ctx_len: int, expected: list[int]) -> None:
     starts = window_starts(n, seed=seed, n_tokens=n_tokens, ctx_len=ctx_len, batch_size=4)
     assert starts.dtype == np.int64
     assert starts.tolist() == expected
@@ -64,7 +64,7 @@ def test_pinned_values(n: int, seed: int, n_tokens: int, ctx_len: int, expected:
 
 @pytest.mark.parametrize("seed", [0, 1, 42, 2**63, 2**64 + 42, 10**30])
 @pytest.mark.parametrize(("n_tokens", "ctx_len"), [(5, 4), (100, 7), (90_000_000, 1024), (10**12, 1024), (2**40, 1)])
-def test_agrees_with_plain_integers(seed: int, n_tokens: int, ctx_len: int) -> None:
+def test_order_matches_the_reference_in_plain_integers(seed: int, n_tokens: int, ctx_len: int) -> None:
     for n, batch_size in [(0, 1), (0, 64), (3, 5), (10**15, 6)]:
         expected = [reference_start(n * batch_size + b, seed, n_tokens, ctx_len) for b in range(batch_size)]
         starts = window_starts(n, seed=seed, n_tokens=n_tokens, ctx_len=ctx_len, batch_size=batch_size)
@@ -83,8 +83,8 @@ def test_each_pass_is_a_bijection(seed: int) -> None:
                 assert len(np.unique(targets)) == n_windows * ctx_len, (windows, ctx_len, rest)
 
 
-def test_places_and_offsets_are_even() -> None:
-    """Where a window lies in its pass, and where passes begin, is uniform: chi-squared over 64 cells, 63 +- 11."""
+def test_positions_and_offsets_are_uniform() -> None:
+    """A window's position in its pass and the offset of a pass are uniform: chi-squared over 64 cells, 63 +- 11."""
     windows, ctx_len, passes = 64, 16, 4096
     n_tokens = windows * ctx_len
     starts = window_starts(0, seed=42, n_tokens=n_tokens, ctx_len=ctx_len, batch_size=passes * windows)
@@ -95,12 +95,12 @@ def test_places_and_offsets_are_even() -> None:
         chi2 = ((np.bincount(values, minlength=cells) - expected) ** 2 / expected).sum()
         freedom = cells - 1
         assert abs(chi2 - freedom) < 5 * (2 * freedom) ** 0.5, chi2
-    # Neighbours in the order are not neighbours in the text: one pair in 63 by chance.
+    # Windows that are adjacent in the order are not adjacent in the text: by chance, one pair in 63 is.
     adjacent = (starts[:, 1] - starts[:, 0]) % n_tokens == ctx_len
     assert abs(adjacent.mean() - 1 / 63) < 0.01
 
 
-def test_seeds_and_passes_differ() -> None:
+def test_seeds_and_passes_have_different_orders() -> None:
     def order(n: int, seed: int) -> tuple[int, ...]:
         return tuple(window_starts(n, seed=seed, n_tokens=64 * 8, ctx_len=8, batch_size=64))
 
@@ -130,12 +130,12 @@ def test_every_hardware_reads_the_same_batch_in_the_same_order(batch_size: int) 
             assert [b // per for b in rows[last]] == [world_size - 1] * per
 
 
-def test_an_uneven_share_names_the_numbers() -> None:
+def test_batch_size_not_divisible_by_the_devices_is_an_error() -> None:
     with pytest.raises(UserError, match=r"batch_size=10 .*multiple of 6 = 3 device\(s\) x 2 accumulated"):
         micro_batch_rows(10, world_size=3, rank=0, accumulate=2, micro_batch=0)
 
 
-def test_length_of_a_pass() -> None:
+def test_pass_length() -> None:
     assert steps_per_pass(90_000_000, 1024, 1) == 87_890
     assert steps_per_pass(100, 10, 4) == 3
     with pytest.raises(UserError, match=r"10 tokens.*ctx_len=10 needs 11"):
@@ -144,23 +144,23 @@ def test_length_of_a_pass() -> None:
         window_starts(0, seed=0, n_tokens=10, ctx_len=10, batch_size=1)
 
 
-def test_windows_run_over_the_end_of_the_ring() -> None:
+def test_windows_wrap_around_the_end_of_the_text() -> None:
     tokens = np.arange(10, dtype=np.uint8)
     assert read_windows(tokens, np.array([0, 8]), 4).tolist() == [[0, 1, 2, 3, 4], [8, 9, 0, 1, 2]]
 
 
-def test_eval_windows_by_eye() -> None:
+def test_eval_windows_on_small_examples() -> None:
     tokens = np.arange(100, 120, dtype=np.uint8)
     read = read_eval_windows(tokens, 10, 17, ctx_len=4, first=0, rows=3)
     assert read.tolist() == [[109, 110, 111, 112, 113], [113, 114, 115, 116, -1], [-1] * 5]
-    # A split that ends with a window leaves no lone context behind; token 0 is context only.
+    # If a split ends with a window, no single context token is left over; token 0 is only context.
     read = read_eval_windows(tokens, 0, 5, ctx_len=4, first=0, rows=2)
     assert read.tolist() == [[100, 101, 102, 103, 104], [-1] * 5]
     assert [eval_window_count(lo, hi, 4) for lo, hi in [(0, 0), (0, 1), (0, 5), (10, 10), (10, 17)]] == [0, 0, 1, 0, 2]
 
 
-def test_a_batch_takes_no_memory_for_the_windows_of_the_others() -> None:
-    """There are 10^9 of them: a shuffled list, which takes gigabytes and seconds, is never made."""
+def test_batch_memory_does_not_grow_with_the_pass() -> None:
+    """The pass has 10^9 windows: no shuffled list of them, which takes gigabytes and seconds, may be built."""
     tracemalloc.start()
     for n in range(20):
         window_starts(n, seed=42, n_tokens=10**12, ctx_len=1024, batch_size=64)

@@ -1,4 +1,4 @@
-"""Token files: made once, in pieces, and their size costs no memory."""
+"""Token files: written once, in pieces, with memory independent of their size."""
 
 import os
 import pickle
@@ -21,7 +21,7 @@ TEXT = ("Zwölf Boxkämpfer jagen Viktor 😀 " * 20 + "über den großen Sylter
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 5, 7, 64, 1 << 20])
-def test_a_token_file_does_not_depend_on_the_pieces(
+def test_token_file_is_independent_of_the_piece_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
     path = tmp_path / "text"
@@ -39,7 +39,7 @@ def test_a_token_file_does_not_depend_on_the_pieces(
         assert vocabulary.decode(file.split(name)) == TEXT[lo:hi]
 
 
-def test_splits_that_cut_a_character_move(tmp_path: Path) -> None:
+def test_split_inside_a_character_moves_to_its_start(tmp_path: Path) -> None:
     path = tmp_path / "text"
     path.write_bytes("é".encode() * 10)
     corpus = Corpus("x", path, Splits((0, 15), (15, 17), (17, 20)), file_digest(path), "")
@@ -57,7 +57,7 @@ def test_invalid_utf8_adds_no_character(tmp_path: Path) -> None:
     assert vocabulary.characters == "é"
 
 
-def test_change_that_the_digest_misses_is_detected(tmp_path: Path) -> None:
+def test_text_change_that_the_digest_misses_is_detected(tmp_path: Path) -> None:
     path = tmp_path / "text"
     path.write_bytes(TEXT)
     corpus = Text(path).open()
@@ -68,7 +68,7 @@ def test_change_that_the_digest_misses_is_detected(tmp_path: Path) -> None:
     assert vocabulary.decode(open_tokens(corpus, vocabulary).tokens) == TEXT[::-1]
 
 
-def test_tokens_are_made_once_and_a_changed_text_anew(tmp_path: Path, cache: Path) -> None:
+def test_tokens_are_cached_until_the_text_changes(tmp_path: Path, cache: Path) -> None:
     path = tmp_path / "text"
     path.write_bytes(TEXT)
     corpus = Text(path).open()
@@ -95,9 +95,7 @@ def test_tokens_are_made_once_and_a_changed_text_anew(tmp_path: Path, cache: Pat
     assert open_tokens(changed, build_vocabulary("char", changed)).path != results[0].path
 
 
-def test_an_encoding_that_was_interrupted_leaves_nothing(
-    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupted_encoding_leaves_no_files(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "text"
     path.write_bytes(TEXT)
     corpus = Text(path).open()
@@ -110,7 +108,7 @@ def test_an_encoding_that_was_interrupted_leaves_nothing(
     assert vocabulary.decode(open_tokens(corpus, vocabulary).tokens) == TEXT
 
 
-def test_a_cache_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unwritable_cache_gives_one_line_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "text"
     path.write_bytes(TEXT)
     monkeypatch.setenv("RWKV_PL_CACHE", str(path))
@@ -118,7 +116,7 @@ def test_a_cache_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch:
         build_vocabulary("char", Text(path).open())
 
 
-def test_a_worker_gets_the_name_of_a_token_file(tmp_path: Path) -> None:
+def test_token_file_is_pickled_by_name(tmp_path: Path) -> None:
     path = tmp_path / "text"
     path.write_bytes(TEXT * 100)
     file = open_tokens(Text(path).open(), Vocabulary())
@@ -146,7 +144,7 @@ print(len(data.train_tokens), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="sparse files and ru_maxrss in KiB")
-def test_a_hundred_gigabytes_cost_no_memory(tmp_path: Path) -> None:
+def test_hundred_gigabytes_of_tokens_use_no_memory(tmp_path: Path) -> None:
     path = tmp_path / "big"
     try:
         with path.open("wb") as file:

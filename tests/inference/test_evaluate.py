@@ -1,4 +1,4 @@
-"""Both protocols against plain computations: each target once, after exactly the context that it should have."""
+"""Both protocols match plain computations: each target counts once, after exactly the right context."""
 
 import math
 
@@ -13,7 +13,7 @@ from torch import nn
 from rwkv_pl import RWKV4, CorpusDataModule, LitRWKV, RWKV4Config, use_kernel
 from rwkv_pl.inference.evaluate import compute_metrics, evaluate_stream, evaluate_windows
 
-# (N, lo, hi): a split with a target in N tokens.
+# (N, lo, hi): a split with a target in a text of N tokens.
 SPLITS = st.integers(2, 60).flatmap(
     lambda n: st.integers(0, n - 2).flatmap(
         lambda lo: st.integers(max(lo, 1) + 1, n).map(lambda hi: (n, lo, hi)),
@@ -22,10 +22,10 @@ SPLITS = st.integers(2, 60).flatmap(
 
 
 class ContextTrackingModel(nn.Module):
-    """A recurrent model of N tokens, none like another, whose loss on a token says what came before it.
+    """A recurrent model of N distinct tokens. Its loss on a token identifies the context.
 
-    Its state is the first token that it was given since it was fresh; what it predicts after token j of a text that
-    began with token i is row (i, j) of a random table.
+    Its state is the first token since the state was empty. After token j of a text that began with token i, it predicts
+    row (i, j) of a random table.
     """
 
     def __init__(self, n: int, seed: int) -> None:
@@ -44,8 +44,8 @@ class ContextTrackingModel(nn.Module):
         return -float(self.table[start, target - 1].detach().log_softmax(-1)[target])
 
 
-def counted_once(pairs, lo, hi):
-    """The targets of (start, target) pairs, which are those of the split, each once."""
+def check_counted_once(pairs, lo, hi):
+    """The targets of (start, target) pairs are those of the split, each once."""
     seen = set()
     for _, target in pairs:
         assert target not in seen
@@ -54,7 +54,7 @@ def counted_once(pairs, lo, hi):
 
 
 def carried_pairs(lo, hi, streams, warmup):
-    """(the first token that a stream reads, target) of every target."""
+    """(the first token that a stream reads, target) for every target."""
     first = max(lo, 1)
     n, pairs, done = hi - first, [], first
     streams = min(streams, n)
@@ -62,12 +62,12 @@ def carried_pairs(lo, hi, streams, warmup):
         begin, done = done, first + (i + 1) * n // streams
         start = first - 1 if i == 0 else max(first - 1, begin - 1 - warmup)
         pairs += [(start, target) for target in range(begin, done)]
-    counted_once(pairs, lo, hi)
+    check_counted_once(pairs, lo, hi)
     return pairs
 
 
 def window_pairs(lo, hi, ctx_len, stride):
-    """As the loop of transformers' perplexity guide: begin, end and what the window before has counted up to."""
+    """Like the loop in transformers' perplexity guide: begin, end and the end of the window before."""
     first, pairs, before = max(lo, 1), [], 0
     n = hi - first
     for begin in range(0, n, stride):
@@ -76,13 +76,13 @@ def window_pairs(lo, hi, ctx_len, stride):
         before = end
         if end == n:
             break
-    counted_once(pairs, lo, hi)
+    check_counted_once(pairs, lo, hi)
     return pairs
 
 
 @settings(max_examples=150, deadline=None)
 @given(SPLITS, st.integers(1, 9), st.integers(0, 20), st.integers(1, 70))
-def test_carried_reads_each_target_once_in_its_context(split, streams, warmup, chunk_len):
+def test_stream_counts_each_target_once_in_its_context(split, streams, warmup, chunk_len):
     n, lo, hi = split
     model, heard = ContextTrackingModel(n, seed=n), []
     nats, count = evaluate_stream(
@@ -104,7 +104,7 @@ def test_carried_reads_each_target_once_in_its_context(split, streams, warmup, c
 
 @settings(max_examples=150, deadline=None)
 @given(SPLITS, st.integers(1, 20).flatmap(lambda t: st.tuples(st.just(t), st.integers(1, t))), st.integers(1, 5))
-def test_windows_read_each_target_once_in_its_context(split, lengths, rows):
+def test_windows_count_each_target_once_in_its_context(split, lengths, rows):
     (n, lo, hi), (ctx_len, stride) = split, lengths
     model, heard = ContextTrackingModel(n, seed=n), []
     nats, count = evaluate_windows(
@@ -128,7 +128,7 @@ def test_windows_read_each_target_once_in_its_context(split, lengths, rows):
 
 
 def make_perturbed_model(vocab_size: int = 7, dropout: float = 0.5) -> RWKV4:
-    """In training mode, with dropout: an evaluation has none of it."""
+    """In training mode, with dropout, which an evaluation must turn off."""
     torch.manual_seed(0)
     model = RWKV4(RWKV4Config(vocab_size, n_layer=2, n_embd=8, dropout=dropout))
     with torch.no_grad():
@@ -139,7 +139,7 @@ def make_perturbed_model(vocab_size: int = 7, dropout: float = 0.5) -> RWKV4:
 
 @pytest.fixture(scope="module")
 def reference_losses():
-    """A model and a text, and nats[start][i]: of token start + 1 + i, by the recurrence in float64, token by token."""
+    """A model, a text, and nats[start][i] of token start + 1 + i, from the recurrence in float64, token by token."""
     model, text = make_perturbed_model(), np.random.default_rng(0).integers(0, 7, 40).astype(np.uint8)
     reference = make_perturbed_model(dropout=0).double().eval()
     nats: dict[int, list[float]] = {}
@@ -154,19 +154,19 @@ def reference_losses():
 
 @pytest.mark.parametrize("lo, hi", [(0, 40), (1, 40), (13, 38), (20, 21)])
 @pytest.mark.parametrize("streams, warmup, chunk_len", [(1, 9, 7), (1, 0, 1), (3, 5, 4), (4, 0, 100), (50, 2, 3)])
-def test_carried_is_the_recurrence(reference_losses, lo, hi, streams, warmup, chunk_len):
+def test_stream_matches_the_recurrence(reference_losses, lo, hi, streams, warmup, chunk_len):
     model, text, reference = reference_losses
     nats, count = evaluate_stream(model, text, lo, hi, streams=streams, warmup=warmup, chunk_len=chunk_len)
     pairs = carried_pairs(lo, hi, streams, warmup)
     assert count == len(pairs)
-    # float32 keeps 6e-8 an operation, and some hundred follow each other.
+    # Some hundred float32 operations in a row, each with a rounding error of 6e-8.
     assert nats == pytest.approx(sum(reference[start][target - 1 - start] for start, target in pairs), rel=1e-5)
     assert model.training
 
 
 @pytest.mark.parametrize("lo, hi", [(0, 40), (1, 40), (13, 38), (20, 21)])
 @pytest.mark.parametrize("ctx_len, stride, rows", [(8, None, 3), (8, 3, 2), (5, 1, 4), (64, 64, 1), (1, 1, 8)])
-def test_windows_are_the_recurrence(reference_losses, lo, hi, ctx_len, stride, rows):
+def test_windows_match_the_recurrence(reference_losses, lo, hi, ctx_len, stride, rows):
     model, text, reference = reference_losses
     nats, count = evaluate_windows(model, text, lo, hi, ctx_len=ctx_len, stride=stride, rows=rows)
     pairs = window_pairs(lo, hi, ctx_len, stride or ctx_len)
@@ -174,7 +174,7 @@ def test_windows_are_the_recurrence(reference_losses, lo, hi, ctx_len, stride, r
     assert nats.sum() == pytest.approx(sum(reference[start][target - 1 - start] for start, target in pairs), rel=1e-5)
 
 
-def test_float64_is_kept(reference_losses):
+def test_float64_models_are_evaluated_in_float64(reference_losses):
     model, text, reference = reference_losses
     model = make_perturbed_model().double()
     nats, _ = evaluate_stream(model, text, 0, len(text), chunk_len=16)
@@ -189,7 +189,7 @@ def test_logits_in_slices_give_the_same_result(reference_losses, monkeypatch):
 
 
 @pytest.mark.parametrize("lo, hi", [(5, 5), (0, 1), (0, 0), (7, 3)])
-def test_a_split_without_a_target(reference_losses, lo, hi):
+def test_split_without_a_target_is_an_error(reference_losses, lo, hi):
     model, text, _ = reference_losses
     with pytest.raises(ValueError, match="no target"):
         evaluate_stream(model, text, lo, hi)
@@ -198,7 +198,7 @@ def test_a_split_without_a_target(reference_losses, lo, hi):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_logits_that_are_not_finite(value):
+def test_nonfinite_logits_are_an_error(value):
     model = make_perturbed_model()
     with torch.no_grad():
         model.head.weight[0, 0] = value
@@ -212,7 +212,7 @@ def test_logits_that_are_not_finite(value):
     assert model.training
 
 
-def test_figures():
+def test_metrics_from_nats_and_bytes():
     found = compute_metrics(math.log(2) * 60, n_tokens=10, n_bytes=20)
     assert found == pytest.approx(
         {"bits_per_byte": 3, "perplexity_per_token": 64, "nats_per_token": 6 * math.log(2), "bits_per_token": 6}
@@ -225,7 +225,7 @@ SENTENCES = "The quick brown fox jumps over the lazy dog, naïvely: {} times. "
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A tiny model that has learned something, its data, and the validation that training reports."""
+    """A tiny trained model, its data, and the validation score reported by training."""
     path = tmp_path_factory.mktemp("data") / "corpus.txt"
     path.write_text("".join(SENTENCES.format(i * i) for i in range(600)), encoding="utf-8")
     data = CorpusDataModule(path, batch_size=8, ctx_len=64, eval_batch_size=3, vocab="char", split=(0.6, 0.3, 0.1))
@@ -254,18 +254,18 @@ def trained(tmp_path_factory):
     return module.model, data, float(trainer.callback_metrics["val/bits_per_byte"])
 
 
-def test_windows_are_trainings_validation(trained):
+def test_windows_match_the_validation_of_training(trained):
     model, data, reported = trained
     file = data.val_dataloader().dataset.file
     lo, hi = file.splits.val
     nats, count = evaluate_windows(model, file.tokens, lo, hi, ctx_len=64, rows=3)
     n_bytes = int(data.vocabulary.bytes_per_token[file.tokens[lo:hi]].sum())
     assert n_bytes == data.corpus.splits.val[1] - data.corpus.splits.val[0] > count.sum() == hi - lo
-    # The same nats; training adds those of one call in float32, which keeps 6e-8, and reports a float32.
+    # The same nats, but training adds those of one call in float32 (6e-8) and reports a float32.
     assert compute_metrics(nats.sum(), hi - lo, n_bytes)["bits_per_byte"] == pytest.approx(reported, rel=1e-6)
 
 
-def test_warmed_streams_are_close_to_one(trained):
+def test_warmed_up_streams_are_close_to_a_single_stream(trained):
     model, data, _ = trained
     file = data.val_dataloader().dataset.file
     lo, hi = file.splits.val

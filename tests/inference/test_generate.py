@@ -1,4 +1,4 @@
-"""Generation follows the model's distribution and leaves what is the caller's alone."""
+"""Generation follows the model's distribution and does not change the caller's tensors or modes."""
 
 from itertools import islice
 
@@ -25,7 +25,7 @@ def make_perturbed_model(config):
 
 
 def assert_same_state(state, other, tolerance):
-    """States, compared by what they mean."""
+    """Compare states by their values, independent of max_exp."""
     for block, before in zip(state, other, strict=True):
         num, den, max_exp = (block.wkv.double()[:, i] for i in range(3))
         num_, den_, max_exp_ = (before.wkv.double()[:, i] for i in range(3))
@@ -40,7 +40,7 @@ def assert_same_state(state, other, tolerance):
     return True
 
 
-def test_greedy_is_the_argmax_of_the_whole_text(model):
+def test_greedy_tokens_are_the_argmax_of_the_full_text(model):
     text = torch.tensor([[1, 2, 3], [0, 0, 4]])
     for token in islice(generate(model, text.clone(), temperature=0), 6):
         assert torch.equal(token, model(text)[0][:, -1].argmax(-1))
@@ -52,11 +52,11 @@ def test_samples_follow_the_distribution(model, temperature):
     prompt = torch.tensor([[1, 2]]).expand(4_000, 2)
     drawn = next(generate(model, prompt, temperature=temperature, seed=0))
     expected = torch.softmax(model(prompt[:1])[0][0, -1] / temperature, -1)
-    # Five standard deviations of a share of 4,000 draws.
+    # Five standard deviations of a frequency in 4,000 draws.
     assert torch.allclose(drawn.bincount(minlength=5) / 4_000, expected, atol=5 * 0.5 / 4_000**0.5)
 
 
-def test_a_state_goes_on_and_stays_the_callers(model):
+def test_generation_from_a_state_does_not_change_it(model):
     _, state = model(torch.tensor([[1, 2]]))
     kept = [tuple(part.clone() for part in block) for block in state]
     whole = list(islice(generate(model, torch.tensor([[1, 2, 3]]), temperature=0), 4))
@@ -65,12 +65,12 @@ def test_a_state_goes_on_and_stays_the_callers(model):
         assert all(torch.equal(part, was) for part, was in zip(block, before, strict=True))
 
 
-def test_the_callers_grad_mode_does_not_leak(model):
+def test_grad_mode_of_the_caller_is_unchanged(model):
     for _ in islice(generate(model, torch.tensor([[1]])), 2):
         assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
 
 
-def test_prompts_of_unequal_lengths_are_read_as_they_are(model):
+def test_prompts_of_unequal_lengths_match_single_prompts(model):
     prompts = [torch.tensor([1, 2, 3]), torch.tensor([4]), torch.tensor([0, 1])]
     _, state = model(torch.tensor([[1, 2], [3, 4], [0, 0]]))
     for before in (None, state):
@@ -78,14 +78,14 @@ def test_prompts_of_unequal_lengths_are_read_as_they_are(model):
         for i, prompt in enumerate(prompts):
             row = None if before is None else module.select_rows(before, slice(i, i + 1))
             alone = generate(model, prompt[None], row, seed=5, repetition=1.3)
-            # A sample is its row's number and the seed: row 0 alone is row 0 of the batch.
+            # A sample depends on its row number and the seed: row 0 alone is row 0 of the batch.
             if i == 0:
                 assert [int(t[0]) for t in together] == [int(t) for t in islice(alone, 8)]
             logits, _ = module.read_prompts(model, prompts, before)
             assert torch.allclose(logits[i], read_tokens(model, prompt[None], row)[0][0], atol=1e-6)
 
 
-def test_a_sample_does_not_depend_on_the_batch(model):
+def test_sample_does_not_depend_on_the_batch_size(model):
     prompt = torch.tensor([[1, 2]])
     few = torch.stack(list(islice(generate(model, prompt.expand(2, 2), seed=9), 20)))
     many = torch.stack(list(islice(generate(model, prompt.expand(7, 2), seed=9), 20)))
@@ -93,7 +93,7 @@ def test_a_sample_does_not_depend_on_the_batch(model):
     assert not torch.equal(many[:, 0], many[:, 1])
 
 
-def test_catch_up_has_read_every_token_that_was_yielded(model):
+def test_catch_up_reads_every_yielded_token(model):
     generation = generate(model, torch.tensor([[1, 2]]), seed=1)
     written = [int(token) for token in islice(generation, 5)]
     generation.catch_up()
@@ -103,7 +103,7 @@ def test_catch_up_has_read_every_token_that_was_yielded(model):
     assert generation.recent[0].tolist() == [1, 2, *written]
 
 
-def test_a_model_in_training_writes_without_dropout_and_goes_on_in_training(model):
+def test_generation_disables_dropout_and_restores_training_mode(model):
     expected = list(islice(generate(model, torch.tensor([[1]]), seed=2), 10))
     model.train()
     try:
@@ -114,7 +114,7 @@ def test_a_model_in_training_writes_without_dropout_and_goes_on_in_training(mode
 
 
 @pytest.mark.parametrize("prompt", [torch.zeros(1, 0, dtype=torch.int64), [], [torch.tensor([1]), torch.tensor([])]])
-def test_an_empty_prompt_is_refused(model, prompt):
+def test_empty_prompt_is_refused(model, prompt):
     with pytest.raises(ValueError, match="prompt"):
         generate(model, prompt)
 
@@ -133,7 +133,7 @@ def test_recurrent_parallel_and_chunked_logits_agree_over_4096_tokens(monkeypatc
         for token in tokens[0]:
             logits, state = model.step(token[None], state)
             recurrent.append(logits)
-    # The three sum in different orders in float32: some roundings of the logits' size, over all tokens.
+    # The three sum in different orders in float32: a few rounding errors of the logits' size, over all tokens.
     norm = parallel.norm()
     assert (torch.cat(chunked, 1) - parallel).norm() / norm < 1e-5
     assert (torch.stack(recurrent, 1) - parallel).norm() / norm < 1e-5

@@ -1,4 +1,4 @@
-"""A conversation's memory goes on where it was kept, and only with the weights and the vocabulary that kept it."""
+"""A saved generation state is restored exactly, and only with the weights and the vocabulary that produced it."""
 
 import pytest
 import torch
@@ -65,7 +65,7 @@ def test_corrupt_state_gives_one_line_error(model, saved_state, change):
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage", None])
-def test_other_file_is_neither_read_nor_replaced(model, tmp_path, content):
+def test_other_file_is_neither_read_nor_overwritten(model, tmp_path, content):
     path = tmp_path / "x"
     if content is None:
         torch.save({"emb.weight": torch.zeros(3)}, path)

@@ -1,4 +1,4 @@
-"""What is shown is valid UTF-8 at every step, and the same however the bytes were cut."""
+"""Streamed text is valid UTF-8 at every step, and does not depend on the pieces of bytes."""
 
 import pytest
 from hypothesis import example, given
@@ -12,7 +12,7 @@ PIECES = st.lists(st.one_of(st.binary(max_size=3), st.text(max_size=2).map(str.e
 @given(PIECES)
 @example([b"\xe2", b"\x82", b"\xac"])
 @example([b"\xe2", b"\x82"])
-def test_without_stops_it_is_the_decoded_text(pieces):
+def test_text_without_stops_is_the_decoded_bytes(pieces):
     stream = TextStream()
     shown = [stream.feed(piece) for piece in pieces] + [stream.close()]
     for part in shown:
@@ -23,7 +23,7 @@ def test_without_stops_it_is_the_decoded_text(pieces):
 @given(PIECES, st.lists(st.text(alphabet="abü", min_size=1, max_size=4).map(str.encode), min_size=1, max_size=3))
 @example([b"abc", b"d"], [b"abcd", b"bc"])
 @example([b"abab", b"c"], [b"abc"])
-def test_a_stop_ends_it_and_is_not_shown(pieces, stops):
+def test_stop_ends_the_text_and_is_not_shown(pieces, stops):
     stream = TextStream(stops)
     shown = b""
     for piece in pieces:
@@ -42,7 +42,7 @@ def test_a_stop_ends_it_and_is_not_shown(pieces, stops):
     assert stream.feed(b"more") == b"" or not stopped
 
 
-def test_the_beginning_of_a_stop_waits():
+def test_start_of_a_stop_is_held_back():
     stream = TextStream([b"\n\n"])
     assert stream.feed(b"one\n") == b"one"
     assert stream.feed(b"two\n") == b"\ntwo"
@@ -50,6 +50,6 @@ def test_the_beginning_of_a_stop_waits():
     assert stream.stopped
 
 
-def test_an_empty_stop_is_refused():
+def test_empty_stop_is_refused():
     with pytest.raises(ValueError, match="at least one byte"):
         TextStream([b""])

@@ -1,4 +1,4 @@
-"""RWKV-4 against its judges: HF transformers' Rwkv and BlinkDL's `rwkv` package, both with our weights."""
+"""RWKV-4 against two references: HF transformers' Rwkv and BlinkDL's `rwkv` package, with the same weights."""
 
 import math
 import os
@@ -27,7 +27,7 @@ HF_NAMES = {
 
 
 def perturbed_model(seed: int = 0, **config: float) -> RWKV4:
-    """At the official initialisation most gradients are zero, and a comparison would prove nothing."""
+    """At the official initialisation most gradients are zero, so a comparison would prove nothing."""
     torch.manual_seed(seed)
     model = RWKV4(RWKV4Config(**({"vocab_size": VOCAB, "n_layer": LAYERS, "n_embd": CHANNELS} | config)))
     with torch.no_grad():
@@ -69,7 +69,7 @@ def test_logits_and_gradients_equal_transformers(kernel):
         F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
     peer_logits = peer(tokens[:, :-1], use_cache=False).logits
     F.cross_entropy(peer_logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
-    # float32 keeps 6e-8 an operation; some hundred of them follow each other here.
+    # Some hundred float32 operations in a row, each with a rounding error of 6e-8.
     assert relative_error(logits, peer_logits) < 1e-5
     peer_gradients = {name: parameter.grad for name, parameter in peer.named_parameters()}
     for name, parameter in model.named_parameters():
@@ -98,7 +98,7 @@ def test_saved_weights_run_in_the_rwkv_package(tmp_path):
 
 @pytest.mark.parametrize("kernel", ["auto", "scan", "recurrence"])
 @pytest.mark.parametrize("pieces", [[1] * 21, [5, 1, 15], [20, 1]], ids=["token-by-token", "uneven", "all-but-one"])
-def test_a_text_in_pieces_gives_the_same_logits(kernel, pieces):
+def test_logits_of_a_text_in_pieces_are_the_same(kernel, pieces):
     model = perturbed_model().eval()
     tokens = torch.randint(VOCAB, (3, sum(pieces)))
     with use_kernel(kernel), torch.no_grad():
@@ -122,7 +122,7 @@ def test_head_of_hidden_equals_forward():
 
 
 @pytest.mark.parametrize(("dropout", "autocast"), [(0.0, False), (0.3, False), (0.3, True)])
-def test_activation_checkpointing_changes_no_bit_of_a_gradient(dropout, autocast):
+def test_activation_checkpointing_gives_bit_identical_gradients(dropout, autocast):
     tokens = torch.randint(VOCAB, (2, 40))
     gradients, kept = {}, {}
     for again in (False, True):
@@ -150,7 +150,7 @@ def test_activation_checkpointing_changes_no_bit_of_a_gradient(dropout, autocast
     assert kept[True] < kept[False] / 2
 
 
-def test_the_official_names_and_shapes():
+def test_official_parameter_names_and_shapes():
     state = RWKV4(RWKV4Config(vocab_size=7, n_layer=2, n_embd=8)).state_dict()
     layer = {
         "ln1.weight": (8,), "ln1.bias": (8,), "ln2.weight": (8,), "ln2.bias": (8,),
@@ -175,7 +175,7 @@ def test_squeezed_time_mix_loads():
         assert torch.equal(value, model.state_dict()[name]), name
 
 
-def test_the_official_initialisation():
+def test_official_initialisation():
     L, C, V = 3, 24, 96
     torch.manual_seed(1)
     model = RWKV4(RWKV4Config(vocab_size=V, n_layer=L, n_embd=C))
@@ -208,12 +208,12 @@ def assert_orthogonal(weight, gain):
     torch.testing.assert_close(gram, gain**2 * torch.eye(len(gram)), rtol=0, atol=1e-4)
 
 
-def test_a_small_vocabulary_has_no_larger_head():
+def test_small_vocabulary_does_not_increase_the_head_gain():
     model = RWKV4(RWKV4Config(vocab_size=8, n_layer=1, n_embd=16))
     assert_orthogonal(model.head.weight, gain=0.5)
 
 
-def test_one_layer_and_one_channel():
+def test_model_with_one_layer_and_one_channel():
     model = RWKV4(RWKV4Config(vocab_size=3, n_layer=1, n_embd=1))
     assert all(value.isfinite().all() for value in model.state_dict().values())
     assert float(model.blocks[0].att.time_decay) == -5
@@ -221,7 +221,7 @@ def test_one_layer_and_one_channel():
     assert logits.isfinite().all()
 
 
-def test_hooks_and_replaced_layers_act_as_in_plain_torch():
+def test_hooks_and_replaced_layers_work_as_in_torch():
     tokens = torch.randint(VOCAB, (2, 9))
     inside = [f"att.{name}" for name in ("key", "value", "receptance", "output")]
     inside += ["ffn.key", "ffn.value", "ffn.receptance", "ln1", "ln2"]
@@ -245,7 +245,7 @@ def test_hooks_and_replaced_layers_act_as_in_plain_torch():
             torch.testing.assert_close(replaced, model(tokens)[0], rtol=1e-5, atol=1e-5)
 
 
-def test_dropout_acts_in_training_alone():
+def test_dropout_acts_only_in_training():
     model = perturbed_model(dropout=0.5)
     tokens = torch.randint(VOCAB, (1, 8))
     assert not torch.equal(model(tokens)[0], model(tokens)[0])
@@ -254,7 +254,7 @@ def test_dropout_acts_in_training_alone():
 
 
 def run_steps(model: RWKV4, tokens: torch.Tensor, state=None):
-    """Logits (B, T, V) of tokens (B, T), one step after another, and the state after them."""
+    """Logits (B, T, V) of tokens (B, T), one step at a time, and the final state."""
     logits = []
     for token in tokens.unbind(1):
         now, state = model.step(token, state)
@@ -264,7 +264,7 @@ def run_steps(model: RWKV4, tokens: torch.Tensor, state=None):
 
 @pytest.fixture
 def count_compiled_calls(monkeypatch):
-    """How often the compiled operator was called."""
+    """Count the calls of the compiled operator."""
     calls = []
     step = module.rwkv4_step
     monkeypatch.setattr(module, "rwkv4_step", lambda *arguments: calls.append(1) or step(*arguments))
@@ -273,8 +273,8 @@ def count_compiled_calls(monkeypatch):
 
 @pytest.mark.parametrize("kernel", ["auto", "scan"])
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=str)
-def test_steps_and_pieces_and_the_whole_agree(kernel, weights, count_compiled_calls):
-    """Over 4,096 tokens, in and out of both forms; matrices in bfloat16 round no more than themselves."""
+def test_steps_pieces_and_parallel_form_agree(kernel, weights, count_compiled_calls):
+    """Over 4,096 tokens, switching between both forms. Casting matrices to bfloat16 adds only the error of the cast."""
     model = perturbed_model(n_layer=2, n_embd=16).eval()
     cast_linear_weights(model, weights)
     tokens = torch.randint(VOCAB, (1, 4096 if kernel == "auto" else 300))
@@ -284,7 +284,7 @@ def test_steps_and_pieces_and_the_whole_agree(kernel, weights, count_compiled_ca
         middle, half = model(tokens[:, :200])
         rest, again = run_steps(model, tokens[:, 200:], half)
     assert len(count_compiled_calls) == (4096 + 3896 if kernel == "auto" else 0)
-    # float32 keeps 6e-8 an operation; what a state forgets of its errors balances what each token adds.
+    # float32 rounds each operation to 6e-8; the decay of old errors in the state balances those added per token.
     assert relative_error(logits, whole) < 1e-5
     assert relative_error(torch.cat((middle, rest), 1), whole) < 1e-5
     for mine, expected in [*zip(state, last, strict=True), *zip(again, last, strict=True)]:
@@ -298,8 +298,8 @@ def test_steps_and_pieces_and_the_whole_agree(kernel, weights, count_compiled_ca
     assert relative_error(logits, model(tokens[:, :5], last)[0]) < 1e-5
 
 
-def test_steps_of_a_model_in_bfloat16(count_compiled_calls):
-    """The step keeps to float32 between its weights where the parallel form rounds every tensor, to 4e-3."""
+def test_steps_of_a_bfloat16_model_agree_with_the_parallel_form(count_compiled_calls):
+    """The step computes in float32 between its weights; the parallel form rounds every tensor to bfloat16, 4e-3."""
     model = perturbed_model(n_layer=2).eval().bfloat16()
     tokens = torch.randint(VOCAB, (2, 20))
     with torch.no_grad():
@@ -311,7 +311,7 @@ def test_steps_of_a_model_in_bfloat16(count_compiled_calls):
     assert relative_error(logits[:, 10:], rest) < 3e-2
 
 
-def test_cast_linear_weights():
+def test_cast_linear_weights_casts_only_matrices():
     model = perturbed_model()
     names = {name for name, x in model.named_parameters() if name.endswith(".weight") and x.dim() == 2}
     identities = [id(x) for x in model.parameters()]
@@ -320,7 +320,7 @@ def test_cast_linear_weights():
     assert halves == names - {"emb.weight"} and identities == [id(x) for x in model.parameters()]
 
 
-def test_a_step_with_other_rows_and_without_the_operator(count_compiled_calls):
+def test_step_with_another_batch_size_and_without_the_operator(count_compiled_calls):
     model = perturbed_model()
     model.eval()
     tokens, state = torch.randint(VOCAB, (5,)), model(torch.randint(VOCAB, (5, 4)))[1]
@@ -330,7 +330,7 @@ def test_a_step_with_other_rows_and_without_the_operator(count_compiled_calls):
     assert len(count_compiled_calls) == 1 and relative_error(logits, expected[:, 0]) < 1e-5
     assert all(torch.equal(x, y) for x, y in zip([x for block in state for x in block], before, strict=True))
     assert not logits.requires_grad and torch.is_grad_enabled()
-    # In float64 the plain forms serve, and tokens are refused alike.
+    # In float64 the plain forms are used, and tokens are checked alike.
     logits, _ = model.double().step(tokens, state)
     assert (
         len(count_compiled_calls) == 1
@@ -345,7 +345,7 @@ def test_a_step_with_other_rows_and_without_the_operator(count_compiled_calls):
     assert logits.shape == (0, VOCAB) and state[0].wkv.shape == (0, 3, CHANNELS)
 
 
-def test_a_step_reads_the_parameters_of_now(count_compiled_calls):
+def test_step_uses_the_current_parameters(count_compiled_calls):
     model, other, tokens = perturbed_model(0).eval(), perturbed_model(1).eval(), torch.arange(3)
     expected, _ = other.step(tokens)
     assert not torch.allclose(model.step(tokens)[0], expected)
@@ -359,7 +359,7 @@ def test_a_step_reads_the_parameters_of_now(count_compiled_calls):
     assert len(count_compiled_calls) == 5
 
 
-def test_dropout_acts_in_steps_too(count_compiled_calls):
+def test_step_applies_dropout_in_training(count_compiled_calls):
     model = perturbed_model(dropout=0.5)
     tokens = torch.arange(3)
     assert not torch.equal(model.step(tokens)[0], model.step(tokens)[0]) and not count_compiled_calls

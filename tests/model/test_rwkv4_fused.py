@@ -1,7 +1,7 @@
-"""Each half of a block by the compiled operators computes what its modules do: values, memories and gradients.
+"""Each half of a block with compiled operators matches its modules: values, states and gradients.
 
-The reference is the plain half in float64. In float32 the sums over C, T and B lose some 1e-7 each; in bfloat16, whose
-roundings nobody can bound well, the plain half errs as well, and the fused one may err little more than that.
+The reference is the plain half in float64. In float32 the sums over C, T and B lose some 1e-7 each. Errors in bfloat16
+are hard to bound, so the fused half is compared with the plain half in bfloat16 and may err only slightly more.
 """
 
 import copy
@@ -31,7 +31,7 @@ def loaded():
 
 
 class Masked(nn.Module):
-    """Dropout by a mask that is given."""
+    """Dropout with a given mask."""
 
     def __init__(self, mask):
         super().__init__()
@@ -42,14 +42,14 @@ class Masked(nn.Module):
 
 
 class ZeroHalf(nn.Module):
-    """In the place of the half that is not tried."""
+    """Replaces the half that is not tested."""
 
     def forward(self, x, last, *state):
         return torch.zeros_like(x), x[:, -1], *state
 
 
 def make_block(half, C, dropout=0.0, dtype=torch.float32):
-    """A block of that half alone, its parameters drawn; the matrices' numbers are ones that bfloat16 holds."""
+    """A block with only that half and random parameters; the matrices hold values that bfloat16 represents exactly."""
     block = Block(RWKV4Config(vocab_size=2, n_layer=2, n_embd=C, dropout=dropout), layer=1)
     setattr(block, {"att": "ffn", "ffn": "att"}[half], ZeroHalf())
     with torch.no_grad():
@@ -77,7 +77,7 @@ def block_state(half, state):
 
 
 def flatten_outputs(half, x, after):
-    """x and the half's memory; of a WKV state its ratio and magnitude, since its rows are relative to the third."""
+    """x and the half's state; of a WKV state its ratio and magnitude, since num and den are relative to max_exp."""
     if half == "ffn":
         return [x, after.ffn_shift]
     num, den, max_exp = after.wkv.unbind(1)
@@ -85,7 +85,7 @@ def flatten_outputs(half, x, after):
 
 
 def run_half(block, half, x, state, gradients, again=False, autocast=False, seed=0):
-    """Outputs, and the gradients in x, the memory and all parameters."""
+    """Outputs, and the gradients of x, the state and all parameters."""
     block.recompute_from = 0 if again else 10**9
     leaves = [tensor.detach().requires_grad_() for tensor in (x, *state)]
     parameters = [p for name, p in block.named_parameters() if name.startswith((half, NORMS[half]))]
@@ -97,7 +97,7 @@ def run_half(block, half, x, state, gradients, again=False, autocast=False, seed
 
 
 def relative_errors(found, reference):
-    """Of each tensor, relative to its norm, and to a part of all norms: terms cancel in what is small."""
+    """The error of each tensor relative to its norm plus a part of all norms: in small tensors terms cancel."""
     all_norms = sum(float(y.detach().norm()) for y in reference) / len(reference)
     return [
         float((x.double() - y).norm() / (y.norm() + 0.2 * all_norms)) for x, y in zip(found, reference, strict=True)
@@ -121,23 +121,23 @@ def relative_errors(found, reference):
 @example("att", 2, 130, 33, 0.5, True, True, True, True, 1.0, 0)
 @example("ffn", 2, 130, 33, 0.5, True, True, True, True, 1.0, 0)
 @example("att", 2, 130, 33, 0.0, True, False, False, False, 1.0, 1)
-def test_a_fused_half_is_the_plain_one(half, B, T, C, dropout, has_state, autocast, again, transposed, size, seed):
+def test_fused_half_matches_the_plain_half(half, B, T, C, dropout, has_state, autocast, again, transposed, size, seed):
     torch.manual_seed(seed)
     block = make_block(half, C, dropout)
     x = size * torch.randn(T, B, C).transpose(0, 1) if transposed else size * torch.randn(B, T, C)
-    x = x + size * torch.arange(C)  # so that no token's variance is but rounding
+    x = x + size * torch.arange(C)  # so that the variance of a token is more than rounding errors
     state = make_state(half, B, C) if has_state else ()
-    # That of x comes expanded, as from a sum.
+    # The gradient of x is expanded, as from a sum.
     gradients = [torch.randn(C).bfloat16().float().expand(B, T, C), *torch.randn(3, B, C)]
 
     assert is_fused(block, half, x)
     got, got_gradients = run_half(block, half, x, state, gradients, again, autocast)
     with use_kernel("recurrence"):
         assert not is_fused(block, half, x)
-        # float64 may draw another mask than the dtype of the half's result.
+        # In float64 the mask could be drawn differently than in the dtype of the half's result.
         torch.manual_seed(0)
         if half == "ffn":
-            F.dropout(x, dropout)  # of the half before it
+            F.dropout(x, dropout)  # of the half before
         block.dropout = Masked(F.dropout(torch.ones(B, T, C, dtype=torch.bfloat16 if autocast else x.dtype), dropout))
         plain, plain_gradients = run_half(block, half, x, state, gradients, autocast=autocast)
         (x_, *state_), gradients_ = [[tensor.double() for tensor in some] for some in ((x, *state), gradients)]
@@ -152,7 +152,7 @@ def test_a_fused_half_is_the_plain_one(half, B, T, C, dropout, has_state, autoca
 
 @pytest.mark.parametrize("half", HALVES)
 @pytest.mark.parametrize("replaced", ["", "key", "receptance", "norm", "dropout"])
-def test_a_hook_is_called_and_only_its_half_is_plain(half, replaced):
+def test_hook_is_called_and_makes_only_its_half_plain(half, replaced):
     block, x, called = Block(RWKV4Config(2, 2, 8), layer=1), torch.randn(1, 3, 8), []
     name = {"": half, "norm": NORMS[half], "dropout": "dropout"}.get(replaced, f"{half}.{replaced}")
     block.get_submodule(name).register_forward_hook(lambda *_: called.append(name))
@@ -163,7 +163,7 @@ def test_a_hook_is_called_and_only_its_half_is_plain(half, replaced):
 
 
 @pytest.mark.parametrize("half", HALVES)
-def test_a_replaced_layer_is_called(half):
+def test_replaced_layer_is_called(half):
     class Doubled(nn.Linear):
         def forward(self, x):
             return 2 * super().forward(x)
@@ -179,7 +179,7 @@ def test_a_replaced_layer_is_called(half):
 
 @pytest.mark.parametrize("half", HALVES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_other_dtypes_are_plain(half, dtype):
+def test_other_dtypes_use_the_plain_form(half, dtype):
     block, x = make_block(half, 8, dtype=dtype), torch.randn(1, 3, 8, dtype=dtype)
     assert not is_fused(block, half, x)
     assert block(x, None)[0].dtype == dtype
@@ -187,7 +187,7 @@ def test_other_dtypes_are_plain(half, dtype):
 
 @pytest.mark.parametrize("half", HALVES)
 @pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
-def test_a_backward_pass_under_autocast_is_that_of_its_forward_pass(half, autocast):
+def test_backward_pass_ignores_a_surrounding_autocast(half, autocast):
     block, gradients = make_block(half, 8), []
     for enabled in (False, True):
         x = torch.linspace(-1, 1, 48).view(2, 3, 8).requires_grad_()
@@ -199,7 +199,7 @@ def test_a_backward_pass_under_autocast_is_that_of_its_forward_pass(half, autoca
 
 
 @pytest.mark.parametrize("half", HALVES)
-def test_the_transforms_of_torch_func_use_the_plain_form(half):
+def test_torch_func_transforms_use_the_plain_form(half):
     block, x = make_block(half, 8), torch.linspace(-1, 1, 48).view(2, 3, 8).requires_grad_()
     parameters = dict(block.named_parameters())
     (expected,) = torch.autograd.grad(block(x, None)[0].square().sum(), x)
@@ -210,7 +210,7 @@ def test_the_transforms_of_torch_func_use_the_plain_form(half):
 
 
 @pytest.mark.parametrize("half", HALVES)
-def test_the_bits_do_not_depend_on_the_threads(half):
+def test_results_are_bit_identical_for_any_number_of_threads(half):
     torch.manual_seed(0)
     block, x, gradients = (
         make_block(half, 70),
@@ -221,7 +221,7 @@ def test_the_bits_do_not_depend_on_the_threads(half):
     for count in (1, 3):
         torch.set_num_threads(count)
         outputs, found = run_half(block, half, x, state, gradients)
-        results.append([*outputs, *(g for g in found if g.dim() != 2)])  # torch's products may differ
+        results.append([*outputs, *(g for g in found if g.dim() != 2)])  # products of torch may differ
     torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
@@ -235,13 +235,13 @@ def test_norm_beyond_float32_gives_nan(half):
 
 
 @pytest.mark.parametrize("half", HALVES)
-def test_a_memory_of_another_batch_is_refused(half):
+def test_state_of_another_batch_size_is_refused(half):
     with pytest.raises(RuntimeError):
         make_block(half, 8)(torch.randn(2, 3, 8), block_state(half, make_state(half, 1, 8)))
 
 
 @pytest.mark.parametrize("half", HALVES)
-def test_what_is_frozen_has_no_gradient(half):
+def test_frozen_parameters_have_no_gradient(half):
     block, x = make_block(half, 8), torch.randn(2, 3, 8)
     for name, parameter in block.named_parameters():
         parameter.requires_grad_("time_mix_k" in name)

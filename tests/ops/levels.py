@@ -1,4 +1,4 @@
-"""The CPU's library at one of its levels."""
+"""Select one of the levels of the CPU library."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ TESTS = os.pathsep.join(str(Path(__file__).parents[1] / room) for room in ("ops"
 
 
 def run_at(level: str, code: str) -> None:
-    """Runs `code`, which may import the tests of ops and model, in a fresh process, since one holds one library."""
+    """Run `code` in a fresh process, since a process loads one library. It can import the tests of ops and model."""
     order = list(LEVELS)
     if order.index(level) < order.index(cpu_level()):
         pytest.skip(f"this machine does not run {level}")

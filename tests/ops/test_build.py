@@ -1,4 +1,4 @@
-"""Building, caching and loading, in processes of their own: one process loads one library."""
+"""Building, caching and loading the libraries, in separate processes, because one process loads one library."""
 
 import hashlib
 import os
@@ -32,7 +32,7 @@ def call():
     return wkv4(torch.zeros(3), torch.zeros(3), torch.randn(2, 5, 3), torch.randn(2, 5, 3))
 """
 COMPILED = CALL + "use_kernel('compiled'); call(); assert dict(os.environ) == before, 'the environment was changed'"
-# Twice, with warnings that are never silenced as repeated: exactly one is to be seen.
+# Call it twice and never silence repeated warnings: exactly one warning must appear.
 AUTO = CALL + "warnings.simplefilter('always'); call(); call(); assert not hasattr(torch.ops.rwkv_pl, 'wkv4_forward')"
 
 
@@ -48,7 +48,7 @@ def start(code: str, cache: Path, **environment: str) -> Child:
 
 
 def finish(child: Child, code: int = 0) -> str:
-    """Its stderr; fails if it ends with another exit code, or hangs."""
+    """Return its stderr. Fails if the process hangs or ends with another exit code."""
     result = forks.finish(child.process, child.folder)
     shutil.rmtree(child.folder)
     assert result.code == code, result.err
@@ -69,7 +69,7 @@ def compiler(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory, compiler):
-    """A cache that two processes filled at once, in a folder with a blank and a letter that is not ASCII."""
+    """A cache filled by two processes at once, in a folder with a space and a non-ASCII letter."""
     cache = tmp_path_factory.mktemp("cache") / "a b é"
     said = [finish(process) for process in [start(COMPILED, cache, CXX=compiler) for _ in range(2)]]
     return cache, said
@@ -88,15 +88,15 @@ def test_two_processes_build_once(built):
 
 
 @pytest.mark.slow
-def test_the_next_process_builds_nothing(built, compiler):
+def test_next_process_uses_the_cached_library(built, compiler):
     assert finish(start(COMPILED, built[0], CXX=compiler)) == ""
 
 
-def test_the_folder_is_the_users_own(built):
+def test_cache_folder_is_private_to_the_user(built):
     assert stat.S_IMODE((built[0] / "kernels").stat().st_mode) == 0o700
 
 
-def test_a_damaged_library_is_built_again(built, compiler, tmp_path):
+def test_corrupt_library_is_rebuilt(built, compiler, tmp_path):
     shutil.copytree(built[0], tmp_path, dirs_exist_ok=True)
     path = library(tmp_path)
     path.write_bytes(path.read_bytes()[:9000])
@@ -108,12 +108,12 @@ def test_unsafe_library_is_not_loaded(tmp_path):
     path = tmp_path / "wkv4.so"
     assert not _try_load(path)
     path.write_bytes(b"no library")
-    assert not _try_load(path), "a library without its seal"
+    assert not _try_load(path), "loaded without a checksum"
     path.with_suffix(".sha256").write_text(hashlib.sha256(b"no library").hexdigest())
-    assert not _try_load(path), "a sealed file that the linker refuses"
+    assert not _try_load(path), "loaded a file that the linker refuses"
 
 
-def test_a_killed_build_disturbs_nobody(compiler, tmp_path):
+def test_killed_build_does_not_block_later_builds(compiler, tmp_path):
     killed = start(COMPILED, tmp_path, CXX=fake_compiler(tmp_path, "sleep 60"))
     deadline = time.monotonic() + 600
     while not list(tmp_path.glob("kernels/building-*/build.ninja")):
@@ -121,7 +121,7 @@ def test_a_killed_build_disturbs_nobody(compiler, tmp_path):
         time.sleep(0.02)
     killed.process.kill()
     finish(killed, code=-signal.SIGKILL)
-    assert list(tmp_path.glob("kernels/building-*")), "nothing was left over: the test shows nothing"
+    assert list(tmp_path.glob("kernels/building-*")), "no leftovers: the test proves nothing"
     assert finish(start(COMPILED, tmp_path, CXX=compiler)).count("building") == 1
     assert not list(tmp_path.glob("kernels/building-*"))
 
@@ -133,18 +133,18 @@ def test_without_a_compiler_the_scan_is_used(tmp_path):
 
 
 @pytest.mark.slow
-def test_nothing_on_path(tmp_path):
+def test_empty_path_falls_back_to_the_scan(tmp_path):
     environment = {"PATH": str(tmp_path), "CXX": ""}
     assert "no C++ compiler (none found); " in finish(start(AUTO, tmp_path, **environment))
 
 
 @pytest.mark.slow
-def test_compiled_where_it_cannot_be_had(tmp_path):
+def test_unavailable_compiled_kernel_is_an_error(tmp_path):
     last = finish(start(COMPILED, tmp_path, CXX="/nowhere/c++"), code=1).splitlines()[-1]
     assert last.startswith("RuntimeError: wkv4: no compiled operator: no C++ compiler (CXX=/nowhere/c++ is none); ")
 
 
-def test_the_compilers_first_error_is_shown(tmp_path):
+def test_first_compiler_error_is_shown(tmp_path):
     errors = "echo 'a.cpp:1:2: warning: no error yet'; echo 'a.cpp:3:4: error: first'; echo 'error: second'; exit 1"
     said = finish(start(AUTO, tmp_path, CXX=fake_compiler(tmp_path, errors)))
     assert said.count("RuntimeWarning") == 1
@@ -152,7 +152,7 @@ def test_the_compilers_first_error_is_shown(tmp_path):
     assert not list(tmp_path.glob("kernels/building-*"))
 
 
-def test_a_cache_folder_that_cannot_be_used(tmp_path):
+def test_unusable_cache_folder_falls_back_to_the_scan(tmp_path):
     (tmp_path / "file").touch()
     said = finish(start(AUTO, tmp_path / "file"))
     assert said.count("RuntimeWarning") == 1
@@ -161,14 +161,14 @@ def test_a_cache_folder_that_cannot_be_used(tmp_path):
     )
 
 
-def test_the_cache_folder(monkeypatch, tmp_path):
+def test_cache_folder_of_each_platform(monkeypatch, tmp_path):
     monkeypatch.setenv("RWKV_PL_CACHE", str(tmp_path))
     assert cache_folder() == tmp_path
     monkeypatch.delenv("RWKV_PL_CACHE")
     assert cache_folder().is_relative_to(Path.home())
 
 
-def test_the_name_has_all_that_a_library_was_made_from():
+def test_library_name_depends_on_every_build_input():
     def name(level: str, path: str, version: str) -> str:
         compiler = Compiler("c++", path, version)
         return _spec_digest(LibrarySpec("wkv4_cpu", level, CPU_SOURCES, compiler, cpu_flags(level), 3, _compile_cpu))
@@ -198,10 +198,10 @@ assert _measure_error("cpu") <= MAX_ERROR
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    "RWKV_PL_CUDA_PYTHON" not in os.environ, reason="RWKV_PL_CUDA_PYTHON names no Python with a torch of CUDA"
+    "RWKV_PL_CUDA_PYTHON" not in os.environ, reason="needs RWKV_PL_CUDA_PYTHON: a Python with a CUDA torch"
 )
-def test_loads_with_a_cuda_torch(tmp_path):
-    """Both libraries load there, with a GPU or without; that Python has rwkv_pl installed, from a wheel or editable."""
+def test_libraries_load_with_a_cuda_torch(tmp_path):
+    """Both libraries load in that Python, with or without a GPU; it needs rwkv_pl, from a wheel or editable."""
     command = [os.environ["RWKV_PL_CUDA_PYTHON"], "-c", WITH_CUDA_TORCH]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
@@ -210,6 +210,6 @@ def test_loads_with_a_cuda_torch(tmp_path):
 @pytest.mark.parametrize(
     "source", sorted(path.name for path in Path(rwkv_pl.cuda.__path__[0]).iterdir() if path.is_file())
 )
-def test_the_sources_are_ascii(source):
+def test_kernel_sources_are_ascii(source):
     """A compiler on Windows reads them in the system's code page."""
     assert resources.files("rwkv_pl.cuda").joinpath(source).read_bytes().isascii()

@@ -1,7 +1,7 @@
-"""The compiled passes between the matrix products equal torch's own operations, outputs and gradients.
+"""The compiled operators between the matrix products equal torch's own operations, outputs and gradients.
 
-The reference is the plain form in float64, of the numbers as they were rounded for the operator. Relative errors are of
-norms: float32 loses some 1e-7 at each of the sums over C, T and B; bfloat16 rounds each result once, by up to 2^-9.
+The reference is the plain form in float64, on the inputs rounded to the operator's dtype. Relative errors are of norms:
+float32 loses some 1e-7 at each of the sums over C, T and B; bfloat16 rounds each result once, by up to 2^-9.
 """
 
 import pytest
@@ -31,7 +31,7 @@ def assert_close(got, reference, dtype, slack=1, least=1e-30):
 
 
 def gradients_of(function, tensors, gradients):
-    """Outputs of function, and the gradients in all tensors."""
+    """Outputs of function, and the gradients of all tensors."""
     leaves = [tensor.detach().requires_grad_() for tensor in tensors]
     outputs = function(*leaves)
     given = [g.to(y.dtype) for g, y in zip(gradients, outputs, strict=True)]
@@ -40,7 +40,7 @@ def gradients_of(function, tensors, gradients):
 
 @settings(max_examples=40, deadline=None)
 @given(rows=st.lists(st.integers(0, 40), min_size=1, max_size=2), dtype=DTYPES, seed=st.integers(0, 999))
-def test_squared_relu(rows, dtype, seed):
+def test_squared_relu_matches_torch(rows, dtype, seed):
     torch.manual_seed(seed)
     x, gradient = torch.randn(*rows, 12).to(dtype), torch.randn(*rows, 12).to(dtype)
     (reference,), (reference_gradient,) = gradients_of(lambda x: [torch.relu(x).square()], [x.double()], [gradient])
@@ -50,7 +50,7 @@ def test_squared_relu(rows, dtype, seed):
     assert_close(gradient, reference_gradient, dtype, slack=2)
 
 
-def test_squared_relu_of_nan():
+def test_squared_relu_of_nan_is_nan():
     odd = torch.tensor([[float("nan"), -float("inf"), float("inf")]])
     ops.squared_relu_(odd)
     torch.testing.assert_close(odd, torch.tensor([[float("nan"), 0, float("inf")]]), equal_nan=True)
@@ -64,7 +64,7 @@ def test_squared_relu_of_nan():
     size=st.sampled_from([1.0, 100.0]),
     seed=st.integers(0, 999),
 )
-def test_gate(rows, dtype, has_residual, size, seed):
+def test_gate_matches_torch(rows, dtype, has_residual, size, seed):
     torch.manual_seed(seed)
     r, x = (size * torch.randn(*rows, 12)).to(dtype), torch.randn(*rows, 12).to(dtype)
     residual = torch.randn(*rows, 12) if has_residual else None
@@ -90,11 +90,11 @@ def test_gate(rows, dtype, has_residual, size, seed):
     ignored=st.booleans(),
     seed=st.integers(0, 999),
 )
-def test_cross_entropy(N, V, dtype, size, offset, ignored, seed):
+def test_cross_entropy_matches_torch(N, V, dtype, size, offset, ignored, seed):
     torch.manual_seed(seed)
     logits = (size * torch.randn(N, V) + offset).to(dtype)
     if seed % 3 == 0:
-        logits = logits.round()  # of equal ones, the first is the largest
+        logits = logits.round()  # of equal logits, the first counts as the largest
     targets = torch.randint(V, (N,))
     if ignored:
         targets[::2] = ce.IGNORE_INDEX
@@ -108,7 +108,7 @@ def test_cross_entropy(N, V, dtype, size, offset, ignored, seed):
 
     def plain(logits):
         nats = F.cross_entropy(logits, targets, ignore_index=ce.IGNORE_INDEX, reduction="none")
-        # Rows of equal largest logits: all of the gradient to the first, as the official L2Wrap has it.
+        # If several logits of a row are the largest, the first gets all of the gradient, as in the official L2Wrap.
         return nats, logits.gather(1, (logits == logits.amax(1, keepdim=True)).int().argmax(1, keepdim=True))[:, 0]
 
     (nats, largest), gradient = run(logits, lambda x: ce.cross_entropy(x, targets))
@@ -119,7 +119,7 @@ def test_cross_entropy(N, V, dtype, size, offset, ignored, seed):
     assert (gradient.double() - reference_gradient).norm() <= 2 * TOLERANCE[dtype] * reference_gradient.norm()
 
 
-def test_cross_entropy_of_nan_and_of_no_rows():
+def test_cross_entropy_of_nan_and_of_zero_rows():
     bad = torch.zeros(3, 40)
     bad[0, 3], bad[1, 3], bad[2] = float("nan"), float("inf"), -float("inf")
     nats, largest = ce.cross_entropy(bad, torch.tensor([5, 5, 5]))
@@ -135,7 +135,7 @@ def compute_nats(x):
 
 
 @pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
-def test_a_backward_pass_under_autocast_is_that_of_its_forward_pass(autocast):
+def test_backward_pass_ignores_a_surrounding_autocast(autocast):
     gradients = []
     for enabled in (False, True):
         x = torch.linspace(-1, 1, 48).view(2, 3, 8).requires_grad_()
@@ -146,14 +146,14 @@ def test_a_backward_pass_under_autocast_is_that_of_its_forward_pass(autocast):
     assert torch.equal(*gradients)
 
 
-def test_the_transforms_of_torch_func_use_the_plain_form():
+def test_torch_func_transforms_use_the_plain_form():
     x = torch.linspace(-1, 1, 48).view(2, 3, 8).requires_grad_()
     (reference,) = torch.autograd.grad(compute_nats(x).square().sum(), x)
     got = torch.func.grad(lambda x: compute_nats(x).square().sum())(x.detach())
     torch.testing.assert_close(got, reference, rtol=1e-5, atol=1e-5)
 
 
-def test_shapes_that_do_not_fit():
+def test_mismatched_shapes_are_an_error():
     x, w, mix = torch.randn(2, 3, 8), torch.ones(8), torch.linspace(0, 1, 8)
     targets = torch.zeros(6, dtype=torch.int64)
     for wrong in (

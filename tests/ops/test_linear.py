@@ -1,4 +1,4 @@
-"""The faster product is torch's own product, with its gradients."""
+"""The faster matrix product matches torch's own, with its gradients."""
 
 import pytest
 import torch
@@ -12,9 +12,9 @@ from rwkv_pl.ops.linear import MIN_ROWS, Linear, linear
 
 @pytest.fixture(scope="module", autouse=True)
 def on_any_processor():
-    """oneDNN's product, whether or not it is the faster here."""
+    """Use oneDNN's product, whether or not it is the faster one here."""
     if not ours._has_onednn:
-        pytest.skip("this torch has no product of oneDNN's")
+        pytest.skip("this torch has no oneDNN product")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ours, "_is_onednn_faster", True)
         yield
@@ -28,7 +28,7 @@ def on_any_processor():
     out=st.integers(1, 70),
     transposed=st.booleans(),
 )
-def test_products_and_gradients(leading, rows, into, out, transposed):
+def test_products_and_gradients_match_torch(leading, rows, into, out, transposed):
     x = torch.randn(*leading, rows, into)
     if transposed:
         x = x.transpose(0, -2).contiguous().transpose(0, -2)
@@ -40,7 +40,7 @@ def test_products_and_gradients(leading, rows, into, out, transposed):
         results.append([y, *torch.autograd.grad(y, leaves, gradient.to(dtype))])
     for mine, expected in zip(*results, strict=True):
         assert mine.shape == expected.shape
-        # float32 loses up to 6e-8 at each of its summands, products of numbers around 1.
+        # float32 rounds each term of a sum to 6e-8; the terms are products of numbers around 1.
         summands = x.numel() // into + into + out
         torch.testing.assert_close(mine.double(), expected, rtol=1e-5, atol=1e-7 * summands + 1e-6)
 
@@ -60,7 +60,7 @@ def test_onednn_is_used_only_where_it_is_supported(monkeypatch):
     assert len(calls) == 1
 
 
-def test_the_transforms_of_torch_func():
+def test_torch_func_transforms_work():
     x, weight = torch.randn(40, 3), torch.randn(2, 3)
     grad = torch.func.grad(lambda x: linear(x, weight).square().sum())
     torch.testing.assert_close(grad(x), 2 * (x @ weight.T) @ weight)
@@ -68,7 +68,7 @@ def test_the_transforms_of_torch_func():
     torch.testing.assert_close(each, (x @ weight.T).expand(5, 40, 2))
 
 
-def test_a_weight_of_another_dtype_is_cast_to_the_inputs():
+def test_weight_of_another_dtype_is_cast_to_the_input_dtype():
     layer, x = Linear(8, 4).bfloat16(), torch.randn(40, 8)
     expected = F.linear(x, layer.weight.float())
     y = layer(x)

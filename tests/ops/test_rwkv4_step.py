@@ -1,4 +1,4 @@
-"""One token through the compiled operator against its plain form in float64."""
+"""The compiled operator of one step against its plain form in float64."""
 
 import gc
 import mmap
@@ -34,7 +34,7 @@ def two_threads():
 
 
 def draw_parameters(L: int, C: int, V: int, F: int, seed: int = 0, keys: float = 1.0) -> list[Tensor]:
-    """A model's, in float32, in order; keys: what the time mixing's are multiplied by."""
+    """The parameters of a model, in float32, in order. keys: a factor on the keys of the time mixing."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -68,7 +68,7 @@ def with_dtypes(parameters: list[Tensor], matrices: torch.dtype, vectors: torch.
 
 
 def flatten_results(results: tuple[Tensor, tuple[tuple[Tensor, Tensor, Tensor], ...]]) -> list[Tensor]:
-    """Logits, shifts and what the states stand for, in float64."""
+    """Logits, shifts, and the ratio and magnitude of the WKV states, in float64."""
     logits, layers = results
     found = [logits]
     for att_shift, wkv, ffn_shift in layers:
@@ -116,9 +116,9 @@ def assert_near(got: list[Tensor], reference: list[Tensor], tolerance: float) ->
 )
 @example(
     B=9, L=2, C=192, F=768, V=257, matrices=torch.float32, vectors=torch.float32, with_state=True, threads=2
-)  # large enough for every phase to be shared by threads
+)  # large enough that threads share every phase
 @example(B=3, L=2, C=200, F=801, V=257, matrices=HALF, vectors=HALF, with_state=False, threads=3)
-def test_agrees_with_the_plain_form(B, L, C, F, V, matrices, vectors, with_state, threads):
+def test_step_agrees_with_the_plain_form(B, L, C, F, V, matrices, vectors, with_state, threads):
     parameters = with_dtypes(draw_parameters(L, C, V, F), matrices, vectors)
     tokens, state = torch.randint(V, (B,)), draw_state(L, B, C) if with_state else ()
     reference = plain_step(parameters, tokens, state)
@@ -127,14 +127,14 @@ def test_agrees_with_the_plain_form(B, L, C, F, V, matrices, vectors, with_state
         got = step(parameters, tokens, state)
     finally:
         torch.set_num_threads(2)
-    # Weights in bfloat16 are the reference's, and nothing else is rounded to it. float32 keeps 6e-8 an operation;
-    # some tens of them follow each other, and a norm over few channels divides by what may be near nothing.
+    # Weights in bfloat16 are exact in the reference, and nothing else is rounded to bfloat16. float32 rounds to 6e-8;
+    # some tens of operations follow each other, and a norm over few channels can divide by a number near 0.
     assert_near(got, reference, 1e-5 if C >= 16 else 1e-3)
 
 
 @pytest.mark.parametrize("keys", [30.0, 1e3, 1e6, 1e30])
-def test_large_keys(keys):
-    """An exponent's error is 6e-8 of its key, and the results' likewise; of far larger keys only the largest counts."""
+def test_large_keys_lose_no_more_than_their_rounding(keys):
+    """An exponent errs by 6e-8 of its key, and so does the result; of far larger keys only the largest counts."""
     parameters, tokens, state = draw_parameters(2, 40, 11, 160, keys=keys), torch.arange(5), draw_state(2, 5, 40)
     logits, layers = rwkv4_step(parameters, tokens, state)
     assert logits.isfinite().all() and all(x.isfinite().all() for layer in layers for x in layer)
@@ -143,7 +143,7 @@ def test_large_keys(keys):
         assert_near([logits.double()], [reference[0]], 2e-6 * keys)
 
 
-def test_nan_stays_in_its_row():
+def test_nan_stays_within_its_row():
     parameters = draw_parameters(2, 40, 11, 160)
     clean = rwkv4_step(parameters, torch.arange(4))
     parameters[0][2, 7] = torch.nan
@@ -155,7 +155,7 @@ def test_nan_stays_in_its_row():
 
 
 @pytest.mark.parametrize("place", [0, 1, 2, 3, 6, 8, 9, 12, 13, 14, 15, 16, 18, 19, 20, 21, 22, 23])
-def test_nan_of_a_parameter_reaches_the_logits(place):
+def test_nan_parameter_gives_nan_logits(place):
     parameters, state = draw_parameters(1, 40, 11, 160), draw_state(1, 2, 40)
     parameters[place].view(-1)[-1] = torch.nan
     logits, _ = rwkv4_step(parameters, torch.tensor([10, 10]), state)
@@ -163,7 +163,7 @@ def test_nan_of_a_parameter_reaches_the_logits(place):
     assert torch.equal(logits.isnan(), reference.isnan()) and logits.isnan().any()
 
 
-def test_a_rows_bits_depend_on_nothing_else():
+def test_row_results_do_not_depend_on_other_rows_or_threads():
     parameters, tokens, state = draw_parameters(2, 200, 65, 800), torch.randint(65, (13,)), draw_state(2, 13, 200)
     for matrices in (torch.float32, HALF):
         parameters = with_dtypes(parameters, matrices, torch.float32)
@@ -189,14 +189,14 @@ def test_strided_inputs():
     assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
 
 
-def test_its_logits_are_no_part_of_a_graph():
-    """Without this torch would only warn in backward(), and leave the gradients out."""
+def test_step_logits_do_not_require_grad():
+    """If they did, torch would only warn in backward(), and return incomplete gradients."""
     parameters = [x.requires_grad_() for x in draw_parameters(1, 4, 5, 8)]
     logits, state = rwkv4_step(parameters, torch.zeros(2, dtype=torch.int64))
     assert not any(x.requires_grad for x in (logits, *state[0]))
 
 
-def test_the_arguments_are_not_written_to():
+def test_step_does_not_modify_its_arguments():
     parameters, tokens, state = draw_parameters(2, 40, 11, 160), torch.arange(6), draw_state(2, 6, 40)
     before = [x.clone() for x in (*parameters, tokens, *state)]
     logits, layers = rwkv4_step(parameters, tokens, state)
@@ -205,7 +205,7 @@ def test_the_arguments_are_not_written_to():
 
 
 @pytest.mark.parametrize("tokens", [[-1], [0, 11], [2**40]], ids=str)
-def test_a_token_out_of_the_vocabulary(tokens):
+def test_token_outside_the_vocabulary_is_an_error(tokens):
     parameters = draw_parameters(1, 8, 11, 32)
     assert supports_step(parameters)
     with pytest.raises(IndexError, match=r"rwkv4_step: tokens from .* for a vocabulary of 11"):
@@ -235,7 +235,7 @@ def replace_at(tensors: list[Tensor], place: int, by: Tensor) -> list[Tensor]:
         (lambda p, t, s: (p, t, replace_at(s, 2, s[2].double())), "tensor 2 of the state"),
     ],
 )
-def test_the_operator_checks_what_it_reads(change, words):
+def test_invalid_arguments_are_an_error(change, words):
     parameters = draw_parameters(1, 8, 11, 32)
     assert supports_step(parameters)
     with pytest.raises(RuntimeError, match=words):
@@ -263,21 +263,21 @@ def test_opcheck():
 @pytest.mark.parametrize(
     "level", [pytest.param(level, marks=[pytest.mark.slow] * (level == "portable")) for level in LEVELS]
 )
-def test_every_level_of_this_cpu(level):
+def test_every_cpu_level_agrees(level):
     code = (
         "from test_rwkv4_step import *\n"
-        "test_agrees_with_the_plain_form.hypothesis.inner_test(7, 2, 200, 801, 33, HALF, torch.float32, True, 2)\n"
-        "test_agrees_with_the_plain_form.hypothesis.inner_test(9, 2, 65, 64, 33, torch.float32, HALF, True, 1)\n"
-        "test_a_rows_bits_depend_on_nothing_else()\n"
+        "test_step_agrees_with_the_plain_form.hypothesis.inner_test(7, 2, 200, 801, 33, HALF, torch.float32, True, 2)\n"
+        "test_step_agrees_with_the_plain_form.hypothesis.inner_test(9, 2, 65, 64, 33, torch.float32, HALF, True, 1)\n"
+        "test_row_results_do_not_depend_on_other_rows_or_threads()\n"
         "import test_fused\n"
-        "from test_rwkv4_fused import test_a_fused_half_is_the_plain_one as halves\n"
+        "from test_rwkv4_fused import test_fused_half_matches_the_plain_half as halves\n"
         "for half in ('att', 'ffn'):\n"
         "    halves.hypothesis.inner_test(half, 2, 130, 33, 0.5, True, True, True, True, 1.0, 0)\n"
         "    halves.hypothesis.inner_test(half, 1, 70, 64, 0.0, False, False, False, False, 1.0, 0)\n"
         "for dtype in (torch.float32, HALF):\n"
-        "    test_fused.test_squared_relu.hypothesis.inner_test([3, 70], dtype, 0)\n"
-        "    test_fused.test_gate.hypothesis.inner_test([3, 70], dtype, True, 1.0, 0)\n"
-        "    test_fused.test_cross_entropy.hypothesis.inner_test(5, 5000, dtype, 50.0, 1e6, True, 0)\n"
+        "    test_fused.test_squared_relu_matches_torch.hypothesis.inner_test([3, 70], dtype, 0)\n"
+        "    test_fused.test_gate_matches_torch.hypothesis.inner_test([3, 70], dtype, True, 1.0, 0)\n"
+        "    test_fused.test_cross_entropy_matches_torch.hypothesis.inner_test(5, 5000, dtype, 50.0, 1e6, True, 0)\n"
         "from test_wkv4 import assert_same, draw, results\n"
         "torch.set_num_threads(2)\n"
         "for shape in [(1, 100, 130), (2, 33, 5)]:\n"
@@ -299,7 +299,7 @@ def test_huge_pages_do_not_change_the_model(monkeypatch, large_pages):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     logits, _ = model.step(torch.tensor([3]))
     move_to_huge_pages(model)
-    gc.collect()  # the piece lives as long as its parameters do
+    gc.collect()  # a parameter keeps its memory block alive
     after = model.state_dict()
     assert before.keys() == after.keys()
     for name, value in before.items():

@@ -1,4 +1,4 @@
-"""The compiled operators of the CPU under the compiler's sanitizers."""
+"""The compiled CPU operators under the compiler's sanitizers."""
 
 import os
 import subprocess
@@ -52,9 +52,9 @@ for B, L, C, V, F in [(0, 2, 3, 5, 7), (1, 0, 1, 1, 1), (1, 2, 64, 9, 256), (13,
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="the sanitizers' libraries as gcc has them on Linux")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs gcc's sanitizer libraries on Linux")
 def test_no_access_out_of_bounds(tmp_path):
-    """The CPU's kernels under AddressSanitizer and UndefinedBehaviorSanitizer."""
+    """The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer."""
     compiler = find_compiler()
     assert compiler is not None
     where = subprocess.run(
@@ -66,7 +66,7 @@ def test_no_access_out_of_bounds(tmp_path):
     flags = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", STABLE_ABI]
     command = cpu_command(compiler, flags, Path(rwkv_pl.cuda.__path__[0]), library)
     subprocess.run(command, check=True)
-    # Python itself frees not all that it takes.
+    # Python itself does not free all its memory.
     environment = os.environ | {
         "LD_PRELOAD": where,
         "ASAN_OPTIONS": "detect_leaks=0",

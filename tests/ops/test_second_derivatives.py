@@ -1,7 +1,7 @@
-"""A second derivative is right or it raises, for every operator, under every kernel and with both matrix products.
+"""A second derivative is correct or raises an error: every operator, every kernel, both matrix products.
 
-The reference is the plain recurrence in float64. `torch.autograd.grad` with inputs is the call that matters: it visits
-only the nodes between the loss and those inputs, so it never sees a refusal outside of them.
+The reference is the plain recurrence in float64. The critical call is `torch.autograd.grad` with inputs: it visits only
+the nodes between the loss and those inputs, so it never reaches an error raised outside of them.
 """
 
 import re
@@ -32,21 +32,21 @@ REFUSED = re.compile("differentiable once|no second derivative")
 
 @pytest.fixture(params=["torch's product", "oneDNN's product"])
 def product(request, monkeypatch):
-    """Either product, whichever is the faster on this processor."""
+    """Select either product, whichever is the faster on this processor."""
     if request.param == "oneDNN's product" and not linear_module._has_onednn:
         pytest.skip("this torch has no oneDNN product")
     monkeypatch.setattr(linear_module, "_is_onednn_faster", request.param == "oneDNN's product")
 
 
 class ZeroHalf(nn.Module):
-    """In the place of the half of a block that is not tried."""
+    """Replaces the half of a block that is not tested."""
 
     def forward(self, x, last, *state):
         return torch.zeros_like(x), x[:, -1], *state
 
 
 def make_half_block(name: str, norm: str, other: str, other_norm: str) -> tuple[Callable[..., Any], list[Any]]:
-    """x + half(norm(x)) as a function of x, its memory and its parameters, and the shapes of these."""
+    """x + half(norm(x)) as a function of x, its state and its parameters, and the shapes of these."""
     block = Block(RWKV4Config(vocab_size=2, n_layer=2, n_embd=C), layer=1)
     setattr(block, other, ZeroHalf())
     setattr(block, other_norm, nn.Identity())  # its parameters would stay in float32
@@ -66,7 +66,7 @@ def make_half_block(name: str, norm: str, other: str, other_norm: str) -> tuple[
 
 
 def wkv4_invariants(time_decay, time_first, key, value, state):
-    """The output, and a state's ratio and magnitude: its rows are relative to max_exp, which carries no gradient."""
+    """The output, and a state's ratio and magnitude: its rows are relative to max_exp, which has no gradient."""
     output, (num, den, max_exp) = (x := wkv4(time_decay, time_first, key, value, state))[0], x[1].unbind(1)
     return output, num / den, den.log() + max_exp
 
@@ -102,13 +102,13 @@ def make_leaves(name: str, dtype=torch.float64) -> list[torch.Tensor]:
 
 
 def compute_loss(outputs, is_linear: bool) -> torch.Tensor:
-    """is_linear: its gradient does not depend on the outputs, and reaches the operators as a constant."""
+    """is_linear: the gradient of the loss does not depend on the outputs, so operators receive it as a constant."""
     terms = (y.double() * torch.linspace(-1, 1, y.numel()).view(y.shape) for y in outputs)
     return sum(term.sum() if is_linear else term.square().sum() for term in terms)
 
 
 def second_derivatives(outputs, leaves, is_linear):
-    """Of the squared norm of the gradient in leaf i, in leaf j; None if it is refused."""
+    """The gradient with respect to leaf j of the squared gradient norm of leaf i; None if it raises."""
     loss = compute_loss(outputs, is_linear)
     found = {}
     for i, first in enumerate(leaves):
@@ -134,7 +134,7 @@ def reference(name, is_linear):
 
 
 def assert_close(got, expected, tolerance):
-    # What is 0 in float64 is a rounding error in float32, of the size of what was added up.
+    # A value that is 0 in float64 is a rounding error in float32, as large as that of its summands.
     torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance * float(expected.abs().max() + 1))
 
 
@@ -144,7 +144,7 @@ def assert_close(got, expected, tolerance):
     "kernel", [k if k in ("compiled", "scan") else pytest.param(k, marks=pytest.mark.slow) for k in KERNELS]
 )
 @pytest.mark.parametrize("name", OPERATORS)
-def test_each_input_by_each_input(name, kernel, half, is_linear, product):
+def test_second_derivative_of_each_pair_of_inputs(name, kernel, half, is_linear, product):
     with use_kernel(kernel):
         leaves = make_leaves(name, torch.float32)
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
@@ -152,7 +152,7 @@ def test_each_input_by_each_input(name, kernel, half, is_linear, product):
         got = second_derivatives(outputs, leaves, is_linear)
     for pair, expected in reference(name, is_linear).items():
         if got[pair] is None:
-            # The message of a refusal names use_kernel('scan').
+            # The error message names use_kernel('scan').
             assert kernel in ("auto", "compiled") and name != "linear"
         else:
             assert_close(got[pair], expected, 0.1 if half else 1e-4)  # bfloat16 rounds each of several factors by 2^-9
@@ -160,8 +160,8 @@ def test_each_input_by_each_input(name, kernel, half, is_linear, product):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("name", OPERATORS)
-def test_backward_with_create_graph(name, kernel, product):
-    """The other way to ask: gradients are accumulated in all leaves, then differentiated."""
+def test_second_derivative_by_backward_with_create_graph(name, kernel, product):
+    """The other way to get second derivatives: accumulate gradients in all leaves, then differentiate."""
     found = []
     for operator, dtype in ((REFERENCES[name], torch.float64), (OPERATORS[name][0], torch.float32)):
         leaves = make_leaves(name, dtype)
@@ -182,7 +182,7 @@ def test_backward_with_create_graph(name, kernel, product):
 
 @pytest.mark.parametrize("kernel", ["scan", "recurrence"])
 @pytest.mark.parametrize("name", [name for name in OPERATORS if name != "cross_entropy"])
-def test_the_plain_forms_in_float64(name, kernel):
+def test_plain_forms_match_the_reference_in_float64(name, kernel):
     leaves = make_leaves(name)
     with use_kernel(kernel):
         assert gradgradcheck(OPERATORS[name][0], leaves, fast_mode=True)
@@ -198,7 +198,7 @@ def make_model(dtype) -> RWKV4:
 
 
 def gradient_penalties(dtype, kernel, checkpointing=False, half=False):
-    """For each parameter of the model, the derivatives of its gradient's squared norm; None if they are refused."""
+    """For each parameter of the model, the derivatives of its squared gradient norm; None if that raises."""
     torch.manual_seed(1)
     tokens = torch.randint(11, (B, T + 1))
     model = make_model(dtype)
@@ -226,12 +226,12 @@ def penalties_in_float64():
 
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "autocast"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
-def test_a_gradient_penalty_of_any_parameter_is_refused(checkpointing, half, product):
+def test_gradient_penalty_is_refused_for_every_parameter(checkpointing, half, product):
     assert set(gradient_penalties(torch.float32, "auto", checkpointing, half)) == {None}
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
-def test_a_gradient_penalty_of_each_parameter_in_the_plain_model(checkpointing, product):
+def test_gradient_penalty_of_the_plain_model_is_correct(checkpointing, product):
     references = penalties_in_float64()
     for mine, expected in zip(gradient_penalties(torch.float32, "scan", checkpointing), references, strict=True):
         scale = max(float(x.norm()) for x in expected)
@@ -239,8 +239,8 @@ def test_a_gradient_penalty_of_each_parameter_in_the_plain_model(checkpointing, 
             assert (x.double() - y).norm() <= 1e-4 * scale
 
 
-def test_a_refusal_keeps_infinities_and_names_the_operator():
-    """The first derivative is the same with and without create_graph, a gradient beyond float32 among them."""
+def test_refused_second_derivative_names_the_operator_and_keeps_infinities():
+    """The first derivative is the same with and without create_graph, even for a gradient beyond float32."""
     assert uses_compiled("cpu")
     logits = torch.tensor([[1.0, 2.0]]).requires_grad_()
     loss = (cross_entropy(logits, torch.tensor([0]))[0] * 3e38 * 10).sum()

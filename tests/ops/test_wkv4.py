@@ -1,4 +1,4 @@
-"""Every realisation of the operator against one reference: the plain recurrence in float64 under autograd."""
+"""Every implementation of the operator against one reference: the plain recurrence in float64 under autograd."""
 
 import warnings
 from collections.abc import Callable
@@ -34,7 +34,7 @@ def two_threads():
 def draw(
     B: int, T: int, C: int, keys: str = "ordinary", decays: str = "ordinary", io: torch.dtype = torch.float32
 ) -> list[Tensor]:
-    """Arguments in float64 whose values float32, and those of key and value `io`, has too: all are given the same."""
+    """Arguments in float64 that float32 (key and value: dtype `io`) holds exactly, so all kernels get equal inputs."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -65,9 +65,9 @@ def select_kernel(kernel: str, *arguments: Tensor) -> Any:
 def results(
     kernel: str | Callable[..., Any], arguments: list[Tensor], dtype: torch.dtype, *, with_state: bool = True
 ) -> list[Tensor]:
-    """Output, what the state stands for, and every gradient of a loss that weighs output, num and den at random.
+    """Output, invariants of the state, and every gradient of a loss with random weights on output, num and den.
 
-    dtype: key's and value's.
+    dtype: that of key and value.
     """
     wide = torch.float32 if dtype in HALVES else dtype
     leaves = [x.to(wide, copy=True).requires_grad_() for x in arguments]
@@ -75,9 +75,9 @@ def results(
     operator = partial(select_kernel, kernel) if isinstance(kernel, str) else kernel
     output, state = operator(*given)
     generator = torch.Generator().manual_seed(1)
-    # Numbers that halves have too: the gradient of an output in a half is rounded to one.
+    # Values that half precisions hold exactly, because the gradient of a half output is rounded to a half.
     loss = (output * torch.randn(output.shape, generator=generator).bfloat16().half().float()).sum()
-    # num alone means nothing without max_exp, and half an ulp of that is a large factor where it is far from 0.
+    # num alone means nothing without max_exp: if max_exp is far from 0, half an ulp of it is a large factor on num.
     if arguments[2].abs().max() < 50:
         loss = loss + (state[:, :2] * torch.randn(state[:, :2].shape, generator=generator)).sum()
     loss.backward()
@@ -93,10 +93,10 @@ def assert_same(
     scale: list[Tensor] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Norm-wise: |got - reference| <= tolerance max(|reference|, |scale|), scale being where true gradients may vanish.
+    """Norm-wise: |got - reference| <= tolerance max(|reference|, |scale|); scale is for true gradients that can be 0.
 
-    What is handed out in key's dtype may err by half a unit in its last place besides: 2^-11 of itself in float16, 2^-8
-    in bfloat16. Sums over time and the state are never in halves, so that they keep the tolerance.
+    Results in a half dtype of key may err by another half unit in the last place: 2^-11 relative in float16, 2^-8 in
+    bfloat16. Sums over time and the state are never in half precision, so they keep the tolerance.
     """
     for name, x, expected, large in zip(NAMES, got, reference, scale or reference, strict=True):
         allowed = tolerance
@@ -128,18 +128,18 @@ CASES = {
 @example(B=2, T=100, C=3, keys="near -1e4", decays="ordinary", with_state=False, dtype=torch.float16)
 @example(B=2, T=100, C=3, keys="far apart", decays="ordinary", with_state=True, dtype=torch.bfloat16)
 @example(B=2, T=100, C=3, keys="near 1e4", decays="ordinary", with_state=False, dtype=torch.bfloat16)
-def test_agrees_with_the_recurrence(kernel, B, T, C, keys, decays, with_state, dtype):
+def test_operator_agrees_with_the_recurrence(kernel, B, T, C, keys, decays, with_state, dtype):
     arguments = draw(B, T, C, keys, decays, dtype)
     reference = results("recurrence", arguments, torch.float64, with_state=with_state)
     ordinary = results("recurrence", draw(B, T, C), torch.float64)
-    # float32 rounds at 6e-8, and a gradient sums hundreds of terms; the scan keeps an exponent in one number, so it
-    # also loses half an ulp of the largest: 5e-4 at 1e4. So does the reference, in float64 1e-12.
+    # float32 rounds to 6e-8, and a gradient sums hundreds of terms. The scan stores an exponent in one number, so it
+    # also loses half an ulp of the largest: 5e-4 at 1e4. So does the reference: 1e-12 in float64.
     far = arguments[2].abs().max().item()
     tolerance = 5e-6 if dtype != torch.float64 else 1e-12 if far < 100 else 1e-11
     if kernel == "scan":
         tolerance *= max(1.0, far / 10)
-    # Where a state outweighs all keys, the gradient of time_decay is T terms whose sum is 0: in float32 the recurrence
-    # itself then errs by 1.6e-5.
+    # If a state outweighs all keys, the gradient of time_decay is a sum of T terms that cancel to 0: in float32 the
+    # recurrence itself then errs by 1.6e-5.
     if dtype != torch.float64 and (keys, with_state) == ("near -1e4", True):
         tolerance = max(tolerance, 3e-5)
     scale = [torch.maximum(a.norm(), b.norm()) for a, b in zip(reference, ordinary, strict=True)]
@@ -150,12 +150,12 @@ def test_agrees_with_the_recurrence(kernel, B, T, C, keys, decays, with_state, d
 @pytest.mark.parametrize("kernel", FAST)
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(**CASES)
-def test_agrees_with_the_recurrence_in_many_cases(kernel, **case):
-    test_agrees_with_the_recurrence.hypothesis.inner_test(kernel, **case)
+def test_operator_agrees_with_the_recurrence_in_many_cases(kernel, **case):
+    test_operator_agrees_with_the_recurrence.hypothesis.inner_test(kernel, **case)
 
 
 def ratios(operator: Callable[..., Any], *arguments: Tensor) -> tuple[Tensor, ...]:
-    """The output, and what the state stands for."""
+    """The output, and the ratio and magnitude of the state."""
     output, state = operator(*arguments)
     num, den, max_exp = state.unbind(1)
     return output, num / den, max_exp + torch.log(den)
@@ -169,8 +169,8 @@ def test_gradcheck(kernel):
 
 
 @pytest.mark.parametrize("kernel", [*FAST, "recurrence"])
-def test_a_literal_example(kernel):
-    # No decay to speak of, no bonus, equal keys: the output is the mean of the values so far.
+def test_output_without_decay_is_the_running_mean(kernel):
+    # Negligible decay, no bonus, equal keys: the output is the mean of the values so far.
     value = torch.tensor([2.0, 4.0, 9.0]).reshape(1, 3, 1)
     with use_kernel(kernel):
         output, state = wkv4(torch.tensor([-100.0]), torch.zeros(1), torch.full((1, 3, 1), 7.0), value)
@@ -179,7 +179,7 @@ def test_a_literal_example(kernel):
 
 
 @pytest.mark.parametrize("kernel", [*FAST, "recurrence"])
-def test_gradient_of_max_exp(kernel):
+def test_gradient_of_the_given_and_the_returned_max_exp(kernel):
     arguments = [x.requires_grad_() for x in draw(2, 20, 3)]
     with use_kernel(kernel):
         output, state = wkv4(*arguments)
@@ -187,12 +187,12 @@ def test_gradient_of_max_exp(kernel):
         num, den, _ = arguments[4].unbind(1)
         torch.testing.assert_close(grad[:, 2], num * grad[:, 0] + den * grad[:, 1])
         for gradient in torch.autograd.grad(state[:, 2].sum() + 0 * output.sum(), arguments):
-            assert gradient.abs().max() == 0, "max_exp as a result carries a gradient"
+            assert gradient.abs().max() == 0, "the returned max_exp has a gradient"
 
 
 @pytest.mark.parametrize("kernel", FAST)
 @pytest.mark.parametrize("cuts", [[1], [7, 8], [16, 40]], ids=str)
-def test_pieces_equal_the_whole(kernel, cuts):
+def test_text_in_pieces_gives_the_same_results(kernel, cuts):
     time_decay, time_first, key, value, state = (x.float() for x in draw(2, 50, 6))
     with use_kernel(kernel):
         whole, end = wkv4(time_decay, time_first, key, value, state)
@@ -205,8 +205,8 @@ def test_pieces_equal_the_whole(kernel, cuts):
     torch.testing.assert_close(state[:, 2] + state[:, 1].log(), end[:, 2] + end[:, 1].log(), rtol=1e-5, atol=1e-5)
 
 
-def test_a_state_of_large_exponents_loses_nothing():
-    """Half an ulp of max_exp is 5e-4 at 1e4; num and den take up what its rounding loses."""
+def test_state_with_large_exponents_loses_no_precision():
+    """Half an ulp of max_exp is 5e-4 at 1e4; num and den absorb that rounding error."""
     time_decay, time_first, key, value, state = (x.float() for x in draw(2, 50, 6, keys="near 1e4"))
     with use_kernel("compiled"):
         whole, _ = wkv4(time_decay, time_first, key, value, state)
@@ -216,8 +216,8 @@ def test_a_state_of_large_exponents_loses_nothing():
 
 
 @pytest.mark.parametrize("shape", [(1, 1024, 8), (2, 700, 3), (1, 500, 70)], ids=str)
-def test_chunks_of_time(shape):
-    """More threads than blocks of channels: time is cut as well, in both directions."""
+def test_time_is_split_if_there_are_more_threads_than_channel_blocks(shape):
+    """With more threads than blocks of channels, time is split as well, in both directions."""
     arguments = draw(*shape)
     reference = results("recurrence", arguments, torch.float64)
     torch.set_num_threads(16)
@@ -229,10 +229,10 @@ def test_chunks_of_time(shape):
     assert_same(chunked, reference, 5e-6)
     assert all(torch.equal(x, y) for x, y in zip(chunked, again, strict=True)), "two runs differ"
     unchunked = results("compiled", arguments, torch.float32)
-    assert not all(torch.equal(x, y) for x, y in zip(chunked, unchunked, strict=True)), "time was not cut"
+    assert not all(torch.equal(x, y) for x, y in zip(chunked, unchunked, strict=True)), "time was not split"
 
 
-# Of draw(1, 40, 3): which argument, where in it, and what stands there.
+# In draw(1, 40, 3): argument, index, value.
 NOT_NUMBERS = {
     "nan time_first": (1, 1, torch.nan),
     "nan key": (2, (0, 20, 1), torch.nan),
@@ -254,13 +254,13 @@ def make_nonfinite(which: str) -> list[Tensor]:
 
 
 def assert_nan_matches_reference(kernel: str | Callable[..., Any], which: str) -> None:
-    """And the reference's numbers everywhere else: a key of -inf is no step."""
+    """Elsewhere the numbers match the reference too; a step whose key is -inf has no effect."""
     arguments = make_nonfinite(which)
     reference, got = results("recurrence", arguments, torch.float64), results(kernel, arguments, torch.float32)
     for name, x, expected in zip(NAMES, got, reference, strict=True):
         assert torch.equal(x.isnan(), expected.isnan()), name
     assert any(x.isnan().any() for x in reference) == which.startswith("nan")
-    # After 20 steps of decay alone max_exp is far from 0, and half an ulp of it is in num.
+    # After 20 steps of pure decay max_exp is far from 0, and num contains half an ulp of it.
     assert_same([x.nan_to_num() for x in got], [x.nan_to_num() for x in reference], 1e-5)
 
 
@@ -276,7 +276,7 @@ def assert_nan_gradient_spreads_as_in_reference(operator: Callable[..., Any]) ->
 
 
 def assert_plus_infinity_has_its_limit(operator: Callable[..., Any]) -> None:
-    """From a key of +inf on that step's value, or NaN as the reference has it; before it and beside it nothing."""
+    """From a key of +inf on, the output is that step's value or NaN, as in the reference; all else is unchanged."""
     arguments = draw(1, 40, 3)
     plain, _ = wkv4(*arguments)
     arguments[2][0, 20, 1] = torch.inf
@@ -291,7 +291,7 @@ def assert_plus_infinity_has_its_limit(operator: Callable[..., Any]) -> None:
 @pytest.mark.parametrize("which", NOT_NUMBERS)
 def test_nan_matches_reference(kernel, which):
     if (kernel, which) == ("scan", "nan max_exp"):
-        pytest.skip("its clamp has no gradient there")
+        pytest.skip("the clamp of the scan has no gradient for it")
     assert_nan_matches_reference(kernel, which)
     if which in ("nan key", "nan value"):
         max_exp = select_kernel(kernel, *(x.float() for x in make_nonfinite(which)))[1][0, 2]
@@ -303,19 +303,19 @@ def test_nan_decay_stays_in_its_channel(kernel):
     arguments = draw(1, 40, 3)
     arguments[0][1] = torch.nan
     reference, got = results("recurrence", arguments, torch.float64), results(kernel, arguments, torch.float32)
-    # At the first step, which knows no decay, and in time_decay's gradient the reference alone has a number.
+    # The first step does not use the decay, and only the reference has a finite gradient of time_decay.
     for x, expected in zip(got, reference, strict=True):
         assert not (expected.isnan() & ~x.isnan()).any()
     assert not got[0][..., [0, 2]].isnan().any() and got[0][0, 1:, 1].isnan().all()
 
 
 @pytest.mark.parametrize("kernel", FAST)
-def test_nan_gradient(kernel):
+def test_nan_gradient_spreads_as_in_reference(kernel):
     assert_nan_gradient_spreads_as_in_reference(partial(select_kernel, kernel))
 
 
 @pytest.mark.parametrize("kernel", FAST)
-def test_a_key_of_plus_infinity(kernel):
+def test_plus_infinity_key_has_its_limit(kernel):
     assert_plus_infinity_has_its_limit(partial(select_kernel, kernel))
 
 
@@ -331,7 +331,7 @@ def test_strided_inputs(kernel):
     ]
     dense = results(kernel, [time_decay, time_first, key, value, state], torch.float64)
     assert_same(results(kernel, strided, torch.float64), dense, 1e-12)
-    # A gradient that comes from a sum is one number with strides of 0.
+    # The gradient of a sum is one number with strides of 0.
     leaves = [x.detach().requires_grad_() for x in strided]
     with use_kernel(kernel):
         wkv4(*leaves)[0].sum().backward()
@@ -353,7 +353,7 @@ def test_halves_are_computed_in_float32(kernel, dtype):
 
 
 @pytest.mark.parametrize("kernel", FAST)
-def test_under_autocast(kernel):
+def test_wkv4_under_autocast(kernel):
     arguments = [x.float().requires_grad_() for x in draw(2, 30, 5)]
     with use_kernel(kernel):
         expected, _ = wkv4(*arguments)
@@ -372,7 +372,7 @@ def test_an_empty_batch(kernel):
     assert leaves[0].grad is not None and leaves[0].grad.abs().sum() == 0
 
 
-def test_no_state_is_the_empty_state():
+def test_missing_state_equals_the_empty_state():
     time_decay, time_first, key, value, _ = draw(2, 10, 3)
     empty = torch.zeros(2, 3, 3, dtype=torch.float64)
     empty[:, 2] = EMPTY
@@ -383,7 +383,7 @@ def test_no_state_is_the_empty_state():
         assert torch.equal(with_state, without) and with_state.isfinite().all()
 
 
-def test_the_arguments_are_not_written_to():
+def test_wkv4_does_not_modify_its_arguments():
     arguments = draw(2, 20, 3)
     before = [x.clone() for x in arguments]
     results("compiled", arguments, torch.float64)
@@ -404,7 +404,7 @@ def test_opcheck(dtype):
         torch.library.opcheck(torch.ops.rwkv_pl.wkv4_backward, (*arguments[:4], tiles, output, state, 16))
 
 
-def test_a_tile_too_long_is_refused():
+def test_too_long_tile_is_an_error():
     assert load("cpu") == ""
     with pytest.raises(RuntimeError, match="wkv4: tile must be 1 to 32, not 33"):
         torch.ops.rwkv_pl.wkv4_forward(*(x.float() for x in draw(1, 4, 3)), 33)
@@ -436,7 +436,7 @@ def test_plain_kernels_compile_without_graph_breaks(kernel):
     assert torch.equal(output, expected) and torch.equal(state, end)
 
 
-def test_a_second_derivative():
+def test_second_derivative_needs_the_scan():
     arguments = [x.requires_grad_() for x in draw(1, 3, 2)]
     words = r"wkv4: the compiled operator has no second derivative; use_kernel\('scan'\) has one"
     with pytest.raises(RuntimeError, match=words):
@@ -468,7 +468,7 @@ def test_errors_name_the_argument(name, value, kind, words):
     assert "\n" not in str(caught.value)
 
 
-def test_use_kernel():
+def test_use_kernel_is_scoped_and_validated():
     assert current_kernel() == "auto"
     with use_kernel("scan"):
         assert current_kernel() == "scan"
@@ -483,7 +483,7 @@ def test_use_kernel():
     assert current_kernel() == "auto"
 
 
-def test_a_device_without_the_compiled_operator():
+def test_device_without_the_compiled_operator_uses_the_scan():
     arguments = [x.to("meta") for x in draw(1, 4, 3)]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -492,7 +492,7 @@ def test_a_device_without_the_compiled_operator():
         wkv4(*arguments)
 
 
-def test_an_unknown_level_is_refused(monkeypatch):
+def test_unknown_cpu_level_is_an_error(monkeypatch):
     monkeypatch.setenv("RWKV_PL_CPU_LEVEL", "x86-64-v9")
     with pytest.raises(BuildError, match="RWKV_PL_CPU_LEVEL=x86-64-v9 is not known; choose one of x86-64-v4"):
         cpu_level()

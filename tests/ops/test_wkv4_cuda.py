@@ -1,4 +1,4 @@
-"""What only a GPU can show: `pytest -m gpu`, skipped where there is none."""
+"""Tests that need a GPU: `pytest -m gpu`; skipped without one."""
 
 from functools import partial
 
@@ -17,7 +17,7 @@ KERNELS = (WALK, SCAN, LONG_SCAN)
 
 
 def on_gpu(tile: int | None, io: torch.dtype):
-    """wkv4 on the GPU with key and value in `io`, walked by the kernel of that tile; None: as wkv4 chooses."""
+    """wkv4 on the GPU with key and value in `io`, by the kernel of that tile; None: the tile that wkv4 chooses."""
 
     def operator(time_decay, time_first, key, value, state=None):
         wide = torch.float64 if io == torch.float64 else torch.float32
@@ -42,7 +42,7 @@ def check_kernel(tile, io, B, T, C, keys, decays, with_state):
         arguments[2:4] = [x.to(io).double() for x in arguments[2:4]]
     reference = results("recurrence", arguments, torch.float64, with_state=with_state)
     ordinary = results("recurrence", draw(B, T, C), torch.float64)
-    # A half is rounded once on its way out: 4e-3 for bfloat16.
+    # A half output is rounded once: 4e-3 for bfloat16.
     tolerance = {torch.float32: 5e-6, torch.float64: 1e-11}.get(io, 1e-2)
     scale = [torch.maximum(a.norm(), b.norm()) for a, b in zip(reference, ordinary, strict=True)]
     dtype = io if io == torch.float64 else torch.float32
@@ -60,7 +60,7 @@ def check_kernel(tile, io, B, T, C, keys, decays, with_state):
     with_state=st.booleans(),
     io=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
 )
-def test_agrees_with_the_recurrence(tile, B, T, C, keys, decays, with_state, io):
+def test_cuda_operator_agrees_with_the_recurrence(tile, B, T, C, keys, decays, with_state, io):
     if io == torch.float16 and keys in ("far apart", "near 1e4"):
         keys = "x10"
     check_kernel(tile, io, B, T, C, keys, decays, with_state)
@@ -68,7 +68,7 @@ def test_agrees_with_the_recurrence(tile, B, T, C, keys, decays, with_state, io)
 
 @pytest.mark.parametrize("tile", [WALK, DOUBLE_SCAN, None])
 @pytest.mark.parametrize("T", [1, 5, 200])
-def test_float64(tile, T):
+def test_float64_agrees_with_the_recurrence(tile, T):
     check_kernel(tile, torch.float64, 2, T, 5, "ordinary", "ordinary", True)
 
 
@@ -77,7 +77,7 @@ def test_gradcheck():
         assert torch.autograd.gradcheck(partial(ratios, wkv4), [x.cuda().requires_grad_() for x in draw(2, 5, 3)])
 
 
-def test_no_second_derivative():
+def test_second_derivative_is_refused():
     leaves = [x.cuda().requires_grad_() for x in draw(1, 4, 3)]
     with use_kernel("compiled"):
         (grad,) = torch.autograd.grad(wkv4(*leaves)[0].sum(), leaves[2], create_graph=True)
@@ -86,7 +86,7 @@ def test_no_second_derivative():
 
 
 @pytest.mark.parametrize("tile", KERNELS)
-def test_the_same_bits_every_time(tile):
+def test_results_are_bit_identical_every_time(tile):
     arguments = [x.float().cuda().requires_grad_() for x in draw(3, 300, 130)]
 
     def once():
@@ -107,7 +107,7 @@ def test_strided_and_unaligned_inputs(kernel):
         if kernel == "transposed":
             arguments[2] = arguments[2].transpose(1, 2).contiguous().transpose(1, 2)
         elif kernel == "offset":
-            # Contiguous, but two bytes past where a pair may lie.
+            # Contiguous, but two bytes past the alignment of a pair.
             arguments[3] = torch.cat((arguments[3].new_zeros(1), arguments[3].flatten()))[1:].view(2, 40, 6)
         got = wkv4(*arguments)
     assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
@@ -123,7 +123,7 @@ def test_an_empty_batch():
     assert leaves[0].grad.abs().sum() == 0
 
 
-def test_the_current_stream_and_a_graph():
+def test_current_stream_and_cuda_graph_are_used():
     arguments = [x.float().cuda() for x in draw(2, 100, 12)[:4]]
     with use_kernel("compiled"):
         expected, _ = wkv4(*arguments)
@@ -138,7 +138,7 @@ def test_the_current_stream_and_a_graph():
     torch.testing.assert_close(output, 2 * expected)
 
 
-def test_compile_autocast_and_checkpointing():
+def test_compile_autocast_and_checkpointing_work():
     leaves = [x.float().cuda().requires_grad_() for x in draw(2, 100, 12)]
 
     def loss(operator):

@@ -1,7 +1,7 @@
-"""The CUDA kernels without a GPU: compiled by g++ and executed as written, a thread of the system for each of theirs.
+"""The CUDA kernels without a GPU: compiled by g++ and executed unchanged, one CPU thread per CUDA thread.
 
-That proves the algebra, the geometry, the carries and (under ThreadSanitizer) the barriers; not the device's own
-exponential and rounding, for which `pytest -m gpu` is.
+This verifies the algebra, the indexing, the carries and (under ThreadSanitizer) the barriers, but not the GPU's own
+exponential and rounding: `pytest -m gpu` does.
 """
 
 import ctypes
@@ -37,7 +37,7 @@ from rwkv_pl.ops.toolchain import find_compiler, find_nvcc
 HOST = Path(__file__).parent / "host"
 CUDA = Path(__file__).parents[2] / "cuda"
 
-# By their numbers in wkv4_on_host.cpp: a kernel and the tile that it walks in.
+# Numbered as in wkv4_on_host.cpp: a kernel and its tile.
 WALK = (0, 64)
 SMALL_SCANS = [(1, 8), (2, 32), (3, 256)]
 
@@ -125,12 +125,12 @@ CASES = {
 @example(B=2, T=70, C=3, keys="near -1e4", decays="ordinary", with_state=False, dtype=torch.float16)
 @example(B=2, T=70, C=3, keys="far apart", decays="ordinary", with_state=True, dtype=torch.bfloat16)
 @example(B=2, T=70, C=3, keys="near 1e4", decays="ordinary", with_state=False, dtype=torch.bfloat16)
-def test_agrees_with_the_recurrence(library, kernel, B, T, C, keys, decays, with_state, dtype):
+def test_cuda_kernels_agree_with_the_recurrence(library, kernel, B, T, C, keys, decays, with_state, dtype):
     arguments = draw(B, T, C, keys, decays, dtype)
     reference = results("recurrence", arguments, torch.float64, with_state=with_state)
     ordinary = results("recurrence", draw(B, T, C), torch.float64)
-    # float32 as for the CPU's kernel, which has the same arithmetic. In float64 the reference is less exact where keys
-    # are 1e4: it keeps an exponent in one number, whose half an ulp is then 1e-12.
+    # float32 as for the CPU's kernel, which has the same arithmetic. In float64 the reference is less exact at keys of
+    # 1e4: it stores an exponent in one number, so half an ulp is 1e-12.
     tolerance = 1e-11 if dtype == torch.float64 else 5e-6
     if dtype != torch.float64 and (keys, with_state) == ("near -1e4", True):  # as for the CPU's
         tolerance = 3e-5
@@ -143,14 +143,14 @@ def test_agrees_with_the_recurrence(library, kernel, B, T, C, keys, decays, with
 @pytest.mark.parametrize("kernel", [WALK, *SMALL_SCANS], ids=str)
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(**CASES)
-def test_agrees_with_the_recurrence_in_many_cases(library, kernel, **case):
-    test_agrees_with_the_recurrence.hypothesis.inner_test(library, kernel, **case)
+def test_cuda_kernels_agree_with_the_recurrence_in_many_cases(library, kernel, **case):
+    test_cuda_kernels_agree_with_the_recurrence.hypothesis.inner_test(library, kernel, **case)
 
 
-# The kernels as a GPU runs them, each with a tile that is cut short.
+# The kernels in the GPU's configuration, each with a truncated tile.
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tile", [WALK[1], 128, 256, 1024])
-def test_as_a_gpu_runs_them(library, tile, dtype):
+def test_kernels_in_gpu_configuration_agree(library, tile, dtype):
     if (tile == 128) != (dtype == torch.float64) and tile != WALK[1]:
         pytest.skip("a scan of another dtype")
     arguments = draw(1, 75, 6, io=dtype)
@@ -159,7 +159,7 @@ def test_as_a_gpu_runs_them(library, tile, dtype):
     assert_same(results(operator(library, (0, tile), dtype), arguments, dtype), reference, tolerance, dtype=dtype)
 
 
-def test_unaligned_pairs(library):
+def test_unaligned_pairs_agree(library):
     arguments = [x.bfloat16() if i in (2, 3) else x.float() for i, x in enumerate(draw(1, 20, 4))]
     expected = operator(library, WALK, torch.bfloat16)(*arguments)
     arguments[3] = torch.cat((arguments[3].new_zeros(1), arguments[3].flatten()))[1:].view(1, 20, 4)
@@ -183,13 +183,13 @@ def test_nan_matches_reference(library, kernel, which):
 
 
 @pytest.mark.parametrize("kernel", [WALK, *SMALL_SCANS], ids=str)
-def test_nan_gradient(library, kernel):
+def test_nan_gradient_spreads_as_in_reference(library, kernel):
     assert_nan_gradient_spreads_as_in_reference(operator(library, kernel, torch.float32))
 
 
 @pytest.mark.parametrize("kernel", [WALK, *SMALL_SCANS], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_same_bits_every_time(library, kernel, dtype):
+def test_results_are_bit_identical_every_time(library, kernel, dtype):
     called, arguments = operator(library, kernel, dtype), draw(2, 75, 3, io=dtype)
     once, again = (results(called, arguments, dtype) for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(once, again, strict=True))
@@ -214,8 +214,8 @@ PLANTED = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("race", PLANTED)
-def test_races(tmp_path, race):
-    """ThreadSanitizer finds none, and each one that is planted."""
+def test_only_planted_races_are_found(tmp_path, race):
+    """ThreadSanitizer reports no race in the kernels, and finds each planted race."""
     cuda = tmp_path / "cuda"
     shutil.copytree(CUDA, cuda)
     scan = cuda / "wkv4_scan.cuh"
@@ -224,7 +224,7 @@ def test_races(tmp_path, race):
     scan.write_text(scan.read_text().replace(old, new, 1) if old else scan.read_text())
     program = build(tmp_path, "-fsanitize=thread", "-g", source="races.cpp", cuda=cuda)
     run = subprocess.run([str(program)], capture_output=True, text=True, timeout=600)
-    # 66 is how the sanitizer ends a program in which it saw a race.
+    # The sanitizer ends a program with exit code 66 if it saw a race.
     assert run.returncode == (66 if old else 0), run.stderr[-2000:]
 
 
@@ -242,7 +242,7 @@ def test_every_architecture_compiles_without_spills_and_loads(tmp_path):
     assert set(re.findall(r"for 'sm_(\d+)'", run.stderr)) == {str(chip) for chip in chips}
     spills = re.findall(r"(\d+) bytes spill stores", run.stderr)
     assert len(spills) > 14 * len(chips) and set(spills) == {"0"}
-    # Beside a torch without CUDA too; that it links proves nothing.
+    # Load it with a torch without CUDA too: linking alone proves nothing.
     load = "import torch; from rwkv_pl.ops.backend import load; assert not load('cpu'); "
     load += f"torch.ops.load_library({str(library)!r})"
     subprocess.run([sys.executable, "-c", load], check=True)
@@ -257,11 +257,11 @@ def test_no_access_out_of_bounds(tmp_path):
 
 @pytest.mark.parametrize("kernel", [WALK, *SMALL_SCANS], ids=str)
 def test_gradcheck(library, kernel):
-    # In random directions: each single gradient is compared with the reference's above.
+    # In random directions: test_cuda_kernels_agree_with_the_recurrence compares every single gradient.
     reference_ratios = partial(ratios, operator(library, kernel, torch.float64))
     assert torch.autograd.gradcheck(reference_ratios, [x.requires_grad_() for x in draw(1, 11, 2)], fast_mode=True)
 
 
 @pytest.mark.parametrize("kernel", [WALK, *SMALL_SCANS], ids=str)
-def test_a_key_of_plus_infinity(library, kernel):
+def test_plus_infinity_key_has_its_limit(library, kernel):
     assert_plus_infinity_has_its_limit(operator(library, kernel, torch.float64))

@@ -1,4 +1,4 @@
-"""Blocks that are compiled in place: the same names, the same numbers, and never an error."""
+"""Blocks compiled in place keep their names and results, and a failed compilation is never an error."""
 
 import copy
 import functools
@@ -31,8 +31,8 @@ def compute_loss_and_gradients(module):
     return [loss.detach(), *gradients]
 
 
-def test_two_graphs_serve_a_training(module, monkeypatch):
-    """Traced as ever, but run by torch itself: the compiler alone takes most of a minute."""
+def test_training_needs_two_graphs(module, monkeypatch):
+    """Traced as usual, but executed by torch itself: the compiler alone takes most of a minute."""
     monkeypatch.setattr(torch, "compile", functools.partial(original_compile, backend="eager"))
     torch._dynamo.reset()
     counters.clear()
@@ -41,18 +41,18 @@ def test_two_graphs_serve_a_training(module, monkeypatch):
     assert compile_blocks(module, 2, 4, Precision()).startswith("compile 2 blocks, in ")
     assert list(module.state_dict()) == names
     assert all(parameter.grad is None for parameter in module.parameters())
-    # The first block has a norm more than the others.
+    # The first block has one more norm.
     assert (counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())) == (2, 0)
     module.model.activation_checkpointing = True
     for found, wanted in zip(compute_loss_and_gradients(module), expected, strict=True):
         torch.testing.assert_close(found, wanted)
-    # What follows a state is text that is written, and a copy is not compiled.
+    # A call with a state is generation, and a copied model is not compiled.
     with torch.no_grad():
         _, state = module.model.hidden(tokens[:, :1])
         torch.testing.assert_close(module.model(tokens, state)[0], model(tokens, state)[0])
     copy.deepcopy(module).model(tokens[:, :3])
     assert counters["stats"]["unique_graphs"] == 2
-    # A validation is compiled anew.
+    # Validation is compiled separately.
     module.eval()
     with torch.no_grad():
         torch.testing.assert_close(module.model(tokens)[0], model(tokens)[0])
@@ -90,7 +90,7 @@ OF_GCC = f"CppCompileError: C++ compile error\n\nCommand:\ng++ {'-O3 ' * 99}\n\n
     ],
     ids=["no compiler", "a compiler's error", "no word"],
 )
-def test_the_reason_is_one_short_line(module, monkeypatch, message, reason):
+def test_compile_failure_gives_a_short_one_line_reason(module, monkeypatch, message, reason):
     def refuse(*_, **__):
         raise RuntimeError(message)
 
@@ -118,7 +118,7 @@ def test_failed_later_compilation_falls_back_to_eager(module, monkeypatch, caplo
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
-def test_out_of_memory_is_not_taken_for_a_compile_error(module, monkeypatch):
+def test_out_of_memory_is_not_a_compile_error(module, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda call, **_: call)
 
     def refuse(*_):

@@ -1,4 +1,4 @@
-"""The loss and the figures that are reported, by hand-made numbers and by the official L2Wrap's gradient."""
+"""The loss and the reported metrics, against hand-made numbers and the gradient of the official L2Wrap."""
 
 import math
 
@@ -11,7 +11,7 @@ from rwkv_pl.ops.cross_entropy import head_cross_entropy
 from rwkv_pl.training.loss import IGNORE_INDEX, count_bytes, l2wrap, split_tokens
 
 
-def test_split_tokens_shifts_once_and_clamps_the_padding_of_inputs_alone():
+def test_split_tokens_shifts_once_and_clamps_only_padding_of_inputs():
     inputs, targets = split_tokens(torch.tensor([[5, 6, 7, IGNORE_INDEX, IGNORE_INDEX]]))
     assert inputs.tolist() == [[5, 6, 7, 0]]
     assert targets.tolist() == [[6, 7, IGNORE_INDEX, IGNORE_INDEX]]
@@ -23,8 +23,8 @@ def test_cross_entropy_is_per_target_and_zero_where_ignored():
     assert torch.equal(largest, torch.zeros(1, 3))
 
 
-def test_l2wrap_has_the_official_gradient():
-    """The official backward: 1e-4 / (B T) of the largest logit, at its place, beside the cross-entropy's gradient."""
+def test_l2wrap_gradient_is_the_official_one():
+    """The official backward adds 1e-4 / (B T) of the largest logit, at its index, to the cross-entropy's gradient."""
     torch.manual_seed(0)
     B, T, V = 2, 5, 7
     logits = torch.randn(B, T, V, dtype=torch.float64, requires_grad=True)
@@ -35,12 +35,12 @@ def test_l2wrap_has_the_official_gradient():
     torch.testing.assert_close(gradient, official, rtol=1e-6, atol=0)
 
 
-def test_l2wrap_is_right_under_accumulation():
+def test_l2wrap_is_correct_under_accumulation():
     largest = torch.randn(4, 6)
     torch.testing.assert_close((l2wrap(largest[:2]) + l2wrap(largest[2:])) / 2, l2wrap(largest))
 
 
-def test_the_loss_is_computed_in_float32():
+def test_loss_is_computed_in_float32():
     logits = (8 * torch.randn(1, 64, 256)).bfloat16()
     targets = torch.randint(256, (1, 64))
     nats, largest = head_cross_entropy(torch.nn.Identity(), logits, targets)
@@ -50,7 +50,7 @@ def test_the_loss_is_computed_in_float32():
 
 
 def compute_loss_and_gradients(chunk_len, autocast):
-    """Of the whole loss in a head of 50 tokens, before it 21 places of which one is ignored."""
+    """The total loss for a head of 50 tokens, and the gradients; 21 positions, one of them ignored."""
     torch.manual_seed(0)
     head, hidden = torch.nn.Linear(8, 50, bias=False), torch.randn(3, 7, 8, requires_grad=True)
     targets = torch.randint(50, (3, 7))
@@ -58,22 +58,22 @@ def compute_loss_and_gradients(chunk_len, autocast):
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         nats, largest = head_cross_entropy(head, hidden, targets, chunk_len)
         loss = nats.mean() + 1e4 * l2wrap(largest)  # as strong as the cross-entropy
-    (2.0**10 * loss).backward()  # as a loss scaler does
+    (2.0**10 * loss).backward()  # like a loss scaler
     return nats.detach(), hidden.grad, head.weight.grad
 
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("chunk_len", [1, 4, 20, 21, 1000])
-def test_a_loss_in_chunks_is_the_same(chunk_len, autocast):
+def test_chunked_loss_equals_the_whole_loss(chunk_len, autocast):
     for whole, chunked in zip(
         compute_loss_and_gradients(None, autocast), compute_loss_and_gradients(chunk_len, autocast), strict=True
     ):
-        # Of the head's gradient the whole is rounded once in bfloat16, each chunk's part on its own.
+        # In bfloat16 the gradient of the head is rounded once for the whole loss, but once per chunk if it is chunked.
         error = (chunked - whole).norm() / whole.norm()
         assert error < (1e-2 if autocast else 1e-6)
 
 
-def test_the_logits_of_one_chunk_are_there_at_once():
+def test_only_one_chunk_of_logits_exists_at_a_time():
     widest, kept = 0, set()
 
     def keep(tensor):

@@ -1,4 +1,4 @@
-"""What a training costs, before it begins."""
+"""The estimates of memory and arithmetic before a training starts."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def module():
 
 
 def count_kept_bytes(module, rows, n_tokens):
-    """Bytes that autograd keeps for a micro-batch, counted another way: by the storages that its graph holds."""
+    """The bytes that autograd stores for a micro-batch, counted independently from the storages in its graph."""
     parameters = {p.untyped_storage().data_ptr() for p in module.parameters()}
     storages = {}
 
@@ -29,7 +29,7 @@ def count_kept_bytes(module, rows, n_tokens):
     return sum(size for pointer, size in storages.items() if pointer not in parameters)
 
 
-def test_arithmetic_is_six_operations_a_weight_of_a_matrix(module):
+def test_arithmetic_is_six_operations_per_matrix_weight(module):
     C = 32
     weights = 3 * (4 * C * C + 2 * 4 * C * C + C * C) + 256 * C  # time mix, channel mix, head
     cost = f.estimate_memory(module, Precision())
@@ -38,16 +38,16 @@ def test_arithmetic_is_six_operations_a_weight_of_a_matrix(module):
     assert cost.fixed == pytest.approx(16 * cost.parameters, rel=0.05)
 
 
-def test_memory_is_that_of_a_whole_micro_batch(module):
+def test_memory_estimate_matches_a_micro_batch(module):
     cost = f.estimate_memory(module, Precision())
     working = 2 * (4 * 4 + 2 * 4) * 32
     for rows, n_tokens in ((1, 256), (4, 512)):
         tokens = rows * n_tokens
-        # Masks and the states between the kernel's tiles do not grow exactly with the tokens.
+        # Dropout masks, and the states between the kernel's tiles, do not grow exactly with the tokens.
         assert (cost.per_token - working) * tokens == pytest.approx(count_kept_bytes(module, rows, n_tokens), rel=0.05)
 
 
-def test_estimate_leaves_no_trace(module):
+def test_memory_estimate_does_not_change_the_model(module):
     torch.manual_seed(3)
     before = torch.get_rng_state()
     f.estimate_memory(module, Precision())
@@ -55,12 +55,12 @@ def test_estimate_leaves_no_trace(module):
     assert all(parameter.grad is None for parameter in module.parameters())
 
 
-def test_bfloat16_keeps_less(module):
+def test_bfloat16_stores_less_for_the_backward_pass(module):
     mixed = f.estimate_memory(module, MixedPrecision("bf16-mixed", "cpu"))
     assert mixed.per_token < 0.8 * f.estimate_memory(module, Precision()).per_token
 
 
-def test_checkpointing_keeps_two_blocks_at_a_time_and_the_inputs_of_all():
+def test_checkpointing_stores_all_block_inputs_and_two_blocks_at_a_time():
     module = LitRWKV(RWKV4(RWKV4Config(vocab_size=4, n_layer=8, n_embd=32)))
     plain, working = f.estimate_memory(module, Precision()).per_token, 2 * (4 * 4 + 2 * 4) * 32
     module.model.activation_checkpointing = True
@@ -70,7 +70,7 @@ def test_checkpointing_keeps_two_blocks_at_a_time_and_the_inputs_of_all():
     assert module.model.activation_checkpointing
 
 
-def test_a_long_micro_batch_keeps_no_mixed_inputs(module, monkeypatch):
+def test_long_micro_batch_stores_no_mixed_inputs(module, monkeypatch):
     monkeypatch.setattr(module.model, "recompute_from", 256)
     cost = f.estimate_memory(module, Precision())
     assert module.model.recompute_from == 256
@@ -93,7 +93,7 @@ def test_logits_in_chunks_do_not_grow_with_the_tokens():
 
 
 @pytest.mark.parametrize(("free_rows", "accumulate"), [(100, 1), (12, 1), (11, 2), (6, 2), (4, 3), (1, 12), (0, None)])
-def test_the_fewest_micro_batches_that_fit(module, monkeypatch, free_rows, accumulate):
+def test_auto_accumulation_uses_the_fewest_micro_batches_that_fit(module, monkeypatch, free_rows, accumulate):
     cost = f.estimate_memory(module, Precision())
     free = cost.bytes(free_rows * 64) if free_rows else cost.fixed
     monkeypatch.setattr(f, "free_memory", lambda device: free / f.SHARE_OF_FREE_MEMORY)
@@ -110,12 +110,12 @@ def test_out_of_memory_on_the_device_is_respected(module, monkeypatch):
     assert not f.fits_in_memory(module, 2, 16, Precision())
 
 
-def test_free_memory_is_that_of_the_machine():
+def test_free_memory_matches_the_machine():
     assert 10**7 < f.free_memory(torch.device("cpu")) < 10**14
 
 
 @pytest.mark.parametrize(
     ("amount", "expected"), [(999, "999 B"), (1234, "1.23 kB"), (6.1e9, "6.1 GB"), (2e15, "2e+03 TB"), (0, "0 B")]
 )
-def test_units(amount, expected):
+def test_format_si_units(amount, expected):
     assert f.format_si(amount) == expected

@@ -1,4 +1,4 @@
-"""LitRWKV in a plain Trainer, as somebody uses it from Python."""
+"""LitRWKV in a plain Trainer, as a Python user runs it."""
 
 import math
 from collections import Counter
@@ -40,14 +40,14 @@ def train(data, **arguments):
     return trainer, module
 
 
-def test_it_learns_and_ends_with_a_validation(data):
+def test_training_reduces_the_loss_and_ends_with_a_validation(data):
     trainer, _ = train(data)
     assert trainer.global_step == 30
-    # Forty-five characters again and again: far below the 8 bits of a model that knows nothing.
+    # Forty-five characters, repeated: far below the 8 bits of a model that knows nothing.
     assert float(trainer.callback_metrics["val/bits_per_byte"]) < 3
 
 
-def test_validation_is_the_mean_over_every_byte(data):
+def test_validation_averages_over_every_byte(data):
     trainer, module = train(data, max_steps=2)
     module.eval()
     nats = n_targets = 0
@@ -63,21 +63,21 @@ def test_validation_is_the_mean_over_every_byte(data):
     )
 
 
-def test_the_test_split_has_the_same_figures(data):
+def test_test_split_reports_the_same_metrics(data):
     trainer, module = train(data, max_steps=2)
     (figures,) = trainer.test(module, data, verbose=False)
-    assert not figures  # read from callback_metrics, as the validation's
+    assert not figures  # read from callback_metrics, like the validation's
     assert 0 < float(trainer.callback_metrics["test/bits_per_byte"]) < 10
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
-def test_other_precisions(data, precision):
+def test_training_in_other_precisions(data, precision):
     trainer, _ = train(data, precision=precision)
     assert float(trainer.callback_metrics["val/bits_per_byte"]) < 3
 
 
 class NonfiniteLoss(LitRWKV):
-    """The loss of batch 3 is NaN. late: what a fused optimizer finds is read a step later, as on a GPU."""
+    """The loss of batch 3 is NaN. late: a fused optimizer reports it, read one step later, as on a GPU."""
 
     late = False
 
@@ -112,7 +112,7 @@ def train_with_nonfinite_loss(data, late, skip, steps):
 
 @pytest.mark.parametrize("steps", [4, 6])
 def test_gpu_skips_a_nonfinite_batch_without_a_sync(data, steps):
-    """The same bits as where the host looks first, also where nothing follows the batch but the validation."""
+    """The same bits as with a check on the host, also if only the validation follows the batch."""
     early, late = (train_with_nonfinite_loss(data, late, skip=1, steps=steps) for late in (False, True))
     assert (early[:2], late[:2]) == ((None, 1), (None, 1))
     assert all(torch.equal(a, b) and a.isfinite().all() for a, b in zip(early[2], late[2], strict=True))
@@ -126,8 +126,8 @@ def test_gpu_run_stops_before_the_nonfinite_step(data, steps):
     assert all(torch.equal(a, b) for a, b in zip(early[2], late[2], strict=True))
 
 
-def test_device_syncs_in_a_step(data, tmp_path, monkeypatch):
-    """Each asking is a wait for a GPU: at steps that are not logged one, for what was found the step before."""
+def test_step_without_logging_has_at_most_one_device_sync(data, tmp_path, monkeypatch):
+    """On a GPU each query is a sync: steps without logging may have one, for the previous step's result."""
     asked, logged = Counter(), Counter()
     step = 0
 

@@ -22,7 +22,7 @@ def hyperparameters_by_name(optim, lr_scale):
     return {name: group_of[id(p)] for name, p in MODEL.named_parameters()}
 
 
-def test_weight_decay_falls_on_two_dimensional_weights_alone():
+def test_weight_decay_applies_only_to_matrices():
     groups = hyperparameters_by_name(Optim(weight_decay=0.1), {})
     decayed = {name for name, group in groups.items() if group["weight_decay"]}
     assert decayed == {name for name, p in MODEL.named_parameters() if name.endswith(".weight") and p.dim() == 2}
@@ -30,7 +30,7 @@ def test_weight_decay_falls_on_two_dimensional_weights_alone():
     assert not any("ln" in name or "time_" in name for name in decayed)
 
 
-def test_the_official_learning_rate_factors():
+def test_official_learning_rate_factors():
     groups = hyperparameters_by_name(Optim(), RWKV4.lr_scale)
     factors = {name.rpartition(".")[2]: group["lr_scale"] for name, group in groups.items()}
     assert factors.pop("time_decay") == 2
@@ -43,7 +43,7 @@ def test_every_parameter_is_in_one_group():
     assert sorted(members) == sorted(id(p) for p in MODEL.parameters())
 
 
-def test_numbers_come_from_the_config_not_from_the_checkpoint():
+def test_hyperparameters_come_from_the_config_not_the_checkpoint():
     old, new = Optim(lr=1e-2, betas=[0.5, 0.6], eps=1e-3, weight_decay=0.5), Optim(betas=[0.9, 0.95], weight_decay=0.1)
     optimizer = build_optimizer(torch.optim.Adam, parameter_groups(MODEL, {}), new)
     stored = build_optimizer(torch.optim.Adam, parameter_groups(MODEL, {}), old)
@@ -56,7 +56,7 @@ def test_numbers_come_from_the_config_not_from_the_checkpoint():
         assert group["lr_scale"] == (2 if group["name"] == "time_decay" else 1)
 
 
-def test_an_optimizers_own_arguments_come_from_the_config_too():
+def test_optimizer_specific_arguments_come_from_the_config():
     old = Optim("torch.optim.SGD", own={"momentum": 0.5, "nesterov": True})
     new = Optim("torch.optim.SGD", own={"momentum": 0.8})
     optimizer = build_optimizer(torch.optim.SGD, parameter_groups(MODEL, {}), new)
@@ -69,7 +69,7 @@ def test_an_optimizers_own_arguments_come_from_the_config_too():
     assert all("betas" not in group and "eps" not in group for group in optimizer.param_groups)
 
 
-def test_the_default_is_adam_with_its_own_numbers():
+def test_default_optimizer_is_adam_with_its_settings():
     optimizer = LitRWKV(MODEL, Optim()).configure_optimizers()
     assert type(optimizer) is torch.optim.Adam
     assert {(g["lr"], g["betas"], g["eps"], g["weight_decay"]) for g in optimizer.param_groups} == {
@@ -99,7 +99,7 @@ class TakesAnything(torch.optim.SGD):
         (MuonAdamW, Optim("MuonAdamW", own={"adjust_lr_fn": "x"}), "optim refuses its settings: Adjust learning rate"),
     ],
 )
-def test_an_optimizer_refuses_in_one_line(target, optim, message):
+def test_invalid_optimizer_argument_gives_one_line_error(target, optim, message):
     with pytest.raises(UserError) as raised:
         build_optimizer(target, parameter_groups(MODEL, {}), optim)
     assert message in str(raised.value) and "\n" not in str(raised.value)
@@ -112,14 +112,14 @@ def test_an_optimizer_refuses_in_one_line(target, optim, message):
         ("torch.optim.Adm", "optim._target_=torch.optim.Adm is not a class of torch.optim; did you mean Adam?"),
     ],
 )
-def test_a_target_that_is_not_an_optimizer_gives_one_line(target, message):
+def test_target_that_is_not_an_optimizer_gives_one_line_error(target, message):
     with pytest.raises(UserError) as raised:
         LitRWKV(MODEL, Optim(target)).configure_optimizers()
     assert str(raised.value) == message
 
 
 @pytest.mark.parametrize("name", ["Adagrad", "Adadelta", "RMSprop", "Rprop", "NAdam", "Adafactor", "ASGD"])
-def test_any_optimizer_serves(name):
+def test_any_torch_optimizer_works(name):
     model = copy.deepcopy(MODEL)
     module = LitRWKV(model, Optim(f"torch.optim.{name}", lr=1e-3))
     optimizer = module.configure_optimizers()
@@ -131,7 +131,7 @@ def test_any_optimizer_serves(name):
     assert not any(torch.equal(old, p) for old, p in zip(before, model.parameters(), strict=True))
 
 
-def test_hyperparameters_are_recorded_as_the_config_has_them():
+def test_recorded_hyperparameters_match_the_config():
     optim = Optim("torch.optim.SGD", lr=0.1, own={"momentum": 0.9})
     recorded = Train(optim=optim, schedule=Schedule("wsd", decay_share=0.2)).hyperparameters()
     assert recorded["optim"] == {
@@ -145,8 +145,8 @@ def test_hyperparameters_are_recorded_as_the_config_has_them():
     assert "decay_share" not in Train().hyperparameters()["schedule"]
 
 
-def test_muon_moves_the_blocks_matrices_and_adamw_everything_else():
-    """The same bits as torch's two optimizers side by side, over parameters, gradients and three steps."""
+def test_muon_updates_block_matrices_and_adamw_the_rest():
+    """The same bits as with torch's two optimizers side by side, in parameters, gradients and three steps."""
     optim = Optim("rwkv_pl.training.muon.MuonAdamW", lr=0.01, betas=[0.8, 0.9], weight_decay=0.1,
                   lr_scale={"time_decay": 2.0}, own={"momentum": 0.7})  # fmt: skip
     ours, theirs = copy.deepcopy(MODEL), copy.deepcopy(MODEL)
@@ -176,7 +176,7 @@ def test_muon_moves_the_blocks_matrices_and_adamw_everything_else():
         optimizer.step()
         muon.step()
         adamw.step()
-        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # as a resume does
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # like a resume
     assert {tuple(sorted(optimizer.state[p])) for n, p in ours.named_parameters() if n in matrices} == {
         ("momentum_buffer",)
     }
@@ -211,12 +211,12 @@ def test_muon_moves_the_blocks_matrices_and_adamw_everything_else():
         "wsd-one-step",
     ],
 )
-def test_learning_rates_by_step(schedule, rates):
+def test_learning_rate_by_step(schedule, rates):
     found = [learning_rate(step, Optim(lr=1.0), schedule, max_steps=6) for step in range(6)]
     assert found == pytest.approx(rates, abs=1e-4)
 
 
-def test_a_schedule_without_a_length_is_refused():
+def test_schedule_with_an_invalid_length_is_refused():
     with pytest.raises(UserError, match="needs a length"):
         check_schedule(Schedule("cosine"), max_steps=-1)
     check_schedule(Schedule("cosine", decay_steps=10), max_steps=-1)
@@ -227,7 +227,7 @@ def test_a_schedule_without_a_length_is_refused():
     check_schedule(Schedule("wsd", warmup_steps=5, decay_share=0.5), max_steps=10)
 
 
-def test_the_share_of_the_decay_belongs_to_wsd():
+def test_decay_share_is_a_setting_of_wsd_only():
     with pytest.raises(UserError, match="decay_share is not a setting of schedule=cosine; schedule=wsd has it"):
         Schedule("cosine", decay_share=0.1)
     with pytest.raises(UserError, match="decay_share is missing"):

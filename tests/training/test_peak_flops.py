@@ -15,22 +15,22 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def measure_calls(tmp_path, monkeypatch):
-    """What `measure` was asked for; it answers 1e9, 2e9, ..."""
+    """Record the calls of `measure`, which returns 1e9, 2e9, ..."""
     asked = []
     monkeypatch.setenv("RWKV_PL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(peak, "measure_peak", lambda *what: asked.append(what) or 1e9 * len(asked))
     return asked
 
 
-def test_no_product_is_faster_than_what_was_measured():
-    """Nor is it out of all proportion: a product that was measured on, made again."""
+def test_no_product_exceeds_the_measured_peak():
+    """Nor may the peak be far above the speed of a measured product that is run again."""
     found = peak.measure_peak(CPU, torch.float32, seconds=0.05)
     a = torch.randn(256, 256)
     best = min(peak._time_product(a, a, CPU) for _ in range(5))
     assert 0.2 < found / (2 * 256**3 / best) < 20
 
 
-def test_it_is_measured_once_a_day(measure_calls, tmp_path):
+def test_peak_is_measured_once_a_day(measure_calls, tmp_path):
     assert peak.load_or_measure_peak(CPU, torch.float32) == peak.load_or_measure_peak(CPU, torch.float32) == 1e9
     assert peak.load_or_measure_peak(CPU, torch.bfloat16) == 2e9
     for path in (tmp_path / "cache").glob("peaks/*.json"):
@@ -39,13 +39,13 @@ def test_it_is_measured_once_a_day(measure_calls, tmp_path):
     assert [what[1] for what in measure_calls] == [torch.float32, torch.bfloat16, torch.float32]
 
 
-def test_other_threads_are_another_machine(measure_calls, monkeypatch):
+def test_another_number_of_threads_is_measured_again(measure_calls, monkeypatch):
     assert peak.load_or_measure_peak(CPU, torch.float32) == 1e9
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
     assert peak.load_or_measure_peak(CPU, torch.float32) == 2e9
 
 
-def test_a_cache_that_cannot_be_written_or_is_damaged_costs_the_time_alone(measure_calls, tmp_path):
+def test_unwritable_or_corrupt_cache_only_repeats_the_measurement(measure_calls, tmp_path):
     (tmp_path / "cache").write_text("a file")
     assert [peak.load_or_measure_peak(CPU, torch.float32) for _ in range(2)] == [1e9, 2e9]
     (tmp_path / "cache").unlink()
@@ -64,11 +64,11 @@ def test_a_cache_that_cannot_be_written_or_is_damaged_costs_the_time_alone(measu
     ],
     ids=["32-true", "bf16-mixed", "bf16-true"],
 )
-def test_the_dtype_is_that_in_which_products_run(precision, dtype):
+def test_dtype_is_the_one_used_by_matrix_products(precision, dtype):
     assert peak.matmul_dtype(CPU, precision) == dtype
 
 
-def test_a_speed_that_is_reached_raises_the_peak(tmp_path):
+def test_higher_speed_raises_the_peak(tmp_path):
     history = MetricsRecorder(tmp_path, 1, flops_per_token=10, peak=100)
     shares = [history._flops_figures(speed)["mfu"] for speed in (5, 20, 5)]
     assert shares == [0.5, 1, 0.25]

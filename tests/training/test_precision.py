@@ -1,4 +1,4 @@
-"""trainer.precision=auto: what is faster here, decided once and kept."""
+"""trainer.precision=auto: the faster precision here, measured once and stored."""
 
 import os
 import subprocess
@@ -15,26 +15,26 @@ CPU = torch.device("cpu")
 FLOAT32, BF16 = torch.float32, torch.bfloat16
 
 
-def test_rates_are_those_of_both_precisions_and_the_threads_stay():
+def test_rates_of_both_precisions_are_measured_with_unchanged_threads():
     before = torch.get_num_threads()
     rates = measure_product_rates(CPU, 64, 32)
     assert rates.keys() == {FLOAT32, BF16} and min(rates.values()) > 1e6
     assert torch.get_num_threads() == before
 
 
-def test_a_rate_is_the_arithmetic_of_three_products_over_the_best_time(monkeypatch):
-    times = iter([9.0, 9.0, 2.0, 4.0, 1.0, 8.0, 3.0, 5.0])  # float32 and bf16 in turns; the first are a warm-up
+def test_rate_is_the_arithmetic_of_three_products_over_the_best_time(monkeypatch):
+    times = iter([9.0, 9.0, 2.0, 4.0, 1.0, 8.0, 3.0, 5.0])  # float32 and bf16 alternate; the first are a warm-up
     monkeypatch.setattr(precision, "_time_product", lambda *_: next(times))
     rates = precision._measure_rates(CPU, 10, 4)
     assert rates == {FLOAT32: 3 * 2 * 10 * 4 * 16 / 1.0, BF16: 3 * 2 * 10 * 4 * 16 / 4.0}
 
 
-def test_the_clock_can_measure_a_small_product():
+def test_small_product_is_long_enough_for_the_clock():
     ticks = {precision.CLOCK() for _ in range(100_000)}
     assert len(ticks) > 100
 
 
-def test_a_large_product_is_not_tried_where_a_small_one_crawls(monkeypatch):
+def test_large_product_is_skipped_if_a_small_one_is_slow(monkeypatch):
     asked = []
 
     def rates(device, tokens, n_embd):
@@ -53,8 +53,8 @@ def test_describe_speedup():
 
 
 @pytest.mark.skipif(not torch.backends.cpu.get_cpu_capability().startswith("AVX"), reason="needs AVX2")
-def test_a_processor_without_bf16_instructions_is_found_out():
-    """Imitated: oneDNN and torch kept to AVX2, which most laptops have at most."""
+def test_processor_without_bf16_instructions_is_detected():
+    """Simulated by limiting oneDNN and torch to AVX2, the best level of most laptops."""
     code = (
         "import torch; from rwkv_pl.training.precision import measure_product_rates as f; "
         "r = f(torch.device('cpu'), 512, 192);"
@@ -64,6 +64,6 @@ def test_a_processor_without_bf16_instructions_is_found_out():
     subprocess.run([sys.executable, "-c", code], env=os.environ | avx2, check=True, timeout=600)
 
 
-def test_experiments_choose_it():
+def test_experiments_use_auto_precision():
     conf = Path(__file__).parents[2] / "conf" / "experiment"
     assert not [path.name for path in conf.glob("*.yaml") if "precision: bf16" in path.read_text()]

@@ -1,5 +1,4 @@
-"""Weights in and out: official files of every kind that is about, the forms into each other, the peers that speak them,
-and one-line errors for the rest."""
+"""Reading and writing weights: official files of every kind, conversions, the peers' readers, and one-line errors."""
 
 import json
 import os
@@ -30,7 +29,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def random_weights(config: RWKV4Config = SIZE, seed: int = 3, dtype: torch.dtype = torch.float32) -> Weights:
-    """Around the official initialisation, where no parameter is as it was: else a comparison would prove nothing."""
+    """Weights near the official initialisation, but all changed: otherwise a comparison would prove nothing."""
     torch.manual_seed(seed)
     model = RWKV4(config)
     tensors = {name: (v + 0.2 * torch.randn_like(v)).to(dtype) for name, v in model.state_dict().items()}
@@ -71,12 +70,12 @@ def logits_in_rwkv(path: Path, tokens: torch.Tensor) -> torch.Tensor:
     return torch.stack([peer.forward(row.tolist(), None, full_output=True)[0] for row in tokens])
 
 
-# Into each other
+# Conversions
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("form", FORMS)
-def test_there_and_back_bit_for_bit(tmp_path, form, dtype):
+def test_every_format_round_trips_bit_for_bit(tmp_path, form, dtype):
     weights = random_weights(dtype=dtype)
     written = write_weights(weights, tmp_path / form)
     assert_same_bits(written, weights)
@@ -89,7 +88,7 @@ def test_there_and_back_bit_for_bit(tmp_path, form, dtype):
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("form", FORMS)
-def test_half_to_float32_to_half(tmp_path, form, half):
+def test_half_to_float32_and_back_is_exact(tmp_path, form, half):
     weights = random_weights(dtype=half)
     write_weights(weights.cast(torch.float32), tmp_path / form)
     wide = read_weights(tmp_path / form)
@@ -106,7 +105,7 @@ def test_half_to_float32_to_half(tmp_path, form, half):
     dtypes=st.lists(st.sampled_from(DTYPES), min_size=1, max_size=3),
     route=st.lists(st.sampled_from(FORMS), min_size=1, max_size=3),
 )
-def test_any_size_by_any_route(tmp_path_factory, vocab_size, n_layer, n_embd, dtypes, route):
+def test_any_size_converts_by_any_route(tmp_path_factory, vocab_size, n_layer, n_embd, dtypes, route):
     weights = random_weights(RWKV4Config(vocab_size, n_layer, n_embd))
     mixed = {name: v.to(dtypes[i % len(dtypes)]) for i, (name, v) in enumerate(weights.tensors.items())}
     weights = there = replace(weights, tensors=mixed)
@@ -118,7 +117,7 @@ def test_any_size_by_any_route(tmp_path_factory, vocab_size, n_layer, n_embd, dt
 
 
 @pytest.mark.parametrize("vocabulary", [Vocabulary(), Vocabulary("char", "äöü\U0001f600")], ids=["byte", "char"])
-def test_the_vocabulary_travels(tmp_path, vocabulary):
+def test_vocabulary_is_stored_with_the_weights(tmp_path, vocabulary):
     weights = replace(random_weights(RWKV4Config(vocabulary.size, 2, 12)), vocabulary=vocabulary)
     write_weights(weights, tmp_path / "folder")
     write_weights(read_weights(tmp_path / "folder"), tmp_path / "x.ckpt")
@@ -139,7 +138,7 @@ def test_20b_folder_works_with_transformers_tokenizer(tmp_path):
     assert (
         transformers.AutoTokenizer.from_pretrained(tmp_path / "there")(text)["input_ids"] == theirs(text)["input_ids"]
     )
-    # As official folders are: with the tokenizer's file alone.
+    # Like official folders, which contain only the tokenizer's file.
     (tmp_path / "there" / "vocabulary.json").unlink()
     assert read_weights(tmp_path / "there").vocabulary == vocabulary
     for other in ("{}", small_20b().replace('"id":1259', '"id":1260')):
@@ -147,7 +146,7 @@ def test_20b_folder_works_with_transformers_tokenizer(tmp_path):
         assert read_weights(tmp_path / "there").vocabulary is None
 
 
-def test_bytes_are_the_tokens_of_transformers_too(tmp_path):
+def test_byte_folder_works_with_transformers_tokenizer(tmp_path):
     transformers = pytest.importorskip("transformers")
     weights = random_weights(RWKV4Config(vocab_size=256, n_layer=1, n_embd=8))
     write_weights(replace(weights, vocabulary=Vocabulary()), tmp_path / "there")
@@ -184,7 +183,7 @@ def test_views_and_strided_tensors_are_written_compactly(tmp_path):
     assert (tmp_path / "there.pth").stat().st_size < large.nbytes
 
 
-def test_a_model_has_weights_of_its_own():
+def test_model_does_not_share_memory_with_the_weights():
     weights = random_weights()
     model = weights.model()
     assert model.training
@@ -205,16 +204,16 @@ def test_weights_agree_with_transformers_both_ways(tmp_path, dtype):
     tokens = torch.randint(50, (2, 32))
     write_weights(weights, tmp_path / "ours")
     theirs = logits_in_transformers(tmp_path / "ours", tokens)
-    # float32 keeps 6e-8 an operation; some hundred of them follow each other here.
+    # Some hundred float32 operations in a row, each with a rounding error of 6e-8.
     assert relative_error(compute_logits(weights, tokens), theirs) < 2e-5
 
-    # Saved by transformers itself, whose inference has left the weights as they were.
+    # Saved by transformers itself; its inference must not have changed the weights.
     peer = transformers.RwkvForCausalLM.from_pretrained(tmp_path / "ours", dtype=dtype)
     assert (peer.config.rescale_every, peer.config.eos_token_id, peer.config.bos_token_id) == (0, None, None)
     peer.eval()(tokens)
     for name, shards in (("theirs", "1GB"), ("sharded", "20KB")):
         peer.save_pretrained(tmp_path / name, max_shard_size=shards)
-        # In float16 it keeps time_decay and time_first in float32.
+        # In float16, transformers stores time_decay and time_first in float32.
         assert_same_bits(read_weights(tmp_path / name).cast(dtype), weights)
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 3
 
@@ -246,7 +245,7 @@ def test_weights_agree_with_the_rwkv_package(tmp_path, form):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_official_169m_shape_both_ways(tmp_path, dtype, capsys):
+def test_official_169m_shape_agrees_with_both_peers(tmp_path, dtype, capsys):
     config = RWKV4Config(vocab_size=50277, n_layer=12, n_embd=768)
     weights = random_weights(config, dtype=dtype)
     tokens = torch.randint(50277, (1, 64))
@@ -256,21 +255,21 @@ def test_the_official_169m_shape_both_ways(tmp_path, dtype, capsys):
     write_weights(read_weights(tmp_path / "folder"), tmp_path / "ours.ckpt")
     assert_same_bits(write_weights(read_weights(tmp_path / "ours.ckpt"), tmp_path / "back.pth"), weights)
     ours = compute_logits(read_weights(tmp_path / "ours.ckpt"), tokens)
-    # On a CPU the two make the same operations in the same order: they agree in every bit, and prove two file formats.
+    # On a CPU both run the same operations in the same order, so all bits agree, which verifies both file formats.
     errors = {"transformers": relative_error(ours, logits_in_transformers(tmp_path / "folder", tokens))}
-    if dtype == torch.float32:  # of a half file `rwkv` computes the first layer norm in half
+    if dtype == torch.float32:  # with a half file, `rwkv` computes the first layer norm in half
         errors["rwkv"] = relative_error(ours, logits_in_rwkv(tmp_path / "back.pth", tokens))
     with capsys.disabled():
         print(f"\n169M, {dtype}: relative errors {errors}")
     assert max(errors.values()) < 2e-5
 
 
-# Files as others make them
+# Files written by other programs
 
 
 @pytest.mark.parametrize("squeezed", [False, True], ids=["as-is", "squeezed"])
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
-def test_an_official_file(tmp_path, dtype, squeezed):
+def test_official_file_is_read(tmp_path, dtype, squeezed):
     weights = random_weights(dtype=dtype)
     tensors = {n: v.squeeze() if squeezed and "time_mix" in n else v for n, v in weights.tensors.items()}
     torch.save(tensors, tmp_path / "RWKV-4.pth")
@@ -283,7 +282,7 @@ def test_an_official_file(tmp_path, dtype, squeezed):
         assert torch.equal(value, weights.tensors[name].float()), name
 
 
-def test_an_official_file_of_parameters_or_of_torch_before_1_6(tmp_path):
+def test_official_file_of_parameters_or_of_old_torch_is_read(tmp_path):
     weights = random_weights()
     torch.save({name: torch.nn.Parameter(v) for name, v in weights.tensors.items()}, tmp_path / "parameters.pth")
     torch.save(weights.tensors, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
@@ -303,7 +302,7 @@ def write_config(folder: Path, **changes: object) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def test_a_folder_of_pickled_weights_whole_and_in_shards(tmp_path):
+def test_folder_of_pickled_weights_is_read_whole_and_sharded(tmp_path):
     weights = random_weights()
     theirs = their_tensors(weights)
     write_config(tmp_path / "whole")
@@ -317,11 +316,11 @@ def test_a_folder_of_pickled_weights_whole_and_in_shards(tmp_path):
     assert_same_bits(read_weights(tmp_path / "parts"), weights)
 
 
-def test_a_tied_head_is_read_from_the_tensors(tmp_path):
+def test_tied_head_is_read_from_the_tensors(tmp_path):
     weights = random_weights()
     theirs = their_tensors(weights)
     write_config(tmp_path, tie_word_embeddings=True)
-    # Both are there: neither is thrown away for what the config says.
+    # Both matrices are stored: neither is discarded because of the config.
     save_file(theirs, tmp_path / "model.safetensors")
     assert_same_bits(read_weights(tmp_path), weights)
     save_file({n: v for n, v in theirs.items() if n != "head.weight"}, tmp_path / "model.safetensors")
@@ -340,19 +339,19 @@ def test_a_tied_head_is_read_from_the_tensors(tmp_path):
         ("blocks.0.att.w0", "rwkv7"),
     ],
 )
-def test_later_versions_are_named(tmp_path, name, version):
+def test_later_rwkv_version_is_named_in_the_error(tmp_path, name, version):
     torch.save(random_weights().tensors | {name: torch.zeros(2)}, tmp_path / "later.pth")
     with pytest.raises(UserError, match=f"holds a {version} model"):
         load_weights(tmp_path / "later.pth")
 
 
-def test_a_later_checkpoint_format_is_named(tmp_path):
+def test_later_checkpoint_format_is_named_in_the_error(tmp_path):
     torch.save({"rwkv_pl": {"format": 2, "model": "rwkv4"}, "state_dict": {}}, tmp_path / "new.ckpt")
     with pytest.raises(UserError, match="format 2, this rwkv_pl reads 1"):
         load_weights(tmp_path / "new.ckpt")
 
 
-# What does not fit
+# Mismatches
 
 
 def without_tensors(*names: str):
@@ -413,18 +412,18 @@ MISFITS = {
     "complex": (with_tensors(**{KEY: torch.zeros(12, 12, dtype=torch.complex64)}), "is of complex64"),
     "sparse": (with_tensors(**{KEY: torch.zeros(12, 12).to_sparse()}), "is no plain tensor"),
     "without memory": (with_tensors(**{KEY: torch.zeros(12, 12, device="meta")}), ""),
-    # 4 bytes on disk that would be 4 TB.
+    # 4 bytes on disk that would expand to 4 TB.
     "repeated": (
         with_tensors(emb__weight=torch.zeros(1).expand(1_000_000, 1_000_000)),
         "emb.weight of (1000000, 1000000) has not that many values in the file",
     ),
-    # 400 kB on disk whose matrices would be 40 GB each.
+    # 400 kB on disk with matrices that would expand to 40 GB each.
     "wide": (with_tensors(emb__weight=torch.zeros(1, 100_000)), "should be"),
 }
 
 
 @pytest.mark.parametrize("case", MISFITS)
-def test_weights_that_do_not_fit(tmp_path, case):
+def test_mismatched_weights_give_one_line_error(tmp_path, case):
     change, told = MISFITS[case]
     tensors = change(random_weights().tensors)
     torch.save(tensors, tmp_path / "x.pth")
@@ -441,7 +440,7 @@ def test_weights_that_do_not_fit(tmp_path, case):
             assert told in str(error.value)
 
 
-def test_a_checkpoint_that_says_another_size_than_it_has(tmp_path):
+def test_checkpoint_with_a_wrong_config_size_is_corrupt(tmp_path):
     write_weights(random_weights(), tmp_path / "x.ckpt")
     content = torch.load(tmp_path / "x.ckpt", weights_only=True)
     content["rwkv_pl"]["config"]["n_layer"] = 10**12
@@ -450,7 +449,7 @@ def test_a_checkpoint_that_says_another_size_than_it_has(tmp_path):
         read_weights(tmp_path / "x.ckpt")
 
 
-# Hostile and broken files
+# Hostile and corrupt files
 
 
 class Hostile:
@@ -528,7 +527,7 @@ def make_non_weights(folder: Path, name: str) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("name", ["x.pth", "x.ckpt", "x/pytorch_model.bin", "x/model.safetensors"])
-def test_files_that_hold_no_weights(tmp_path, name):
+def test_file_without_weights_gives_one_line_error(tmp_path, name):
     cases = make_non_weights(tmp_path, name)
     if name.endswith(".safetensors"):
         save_file(their_tensors(random_weights()), tmp_path / "whole")
@@ -576,7 +575,7 @@ BAD_FOLDERS = {
 
 
 @pytest.mark.parametrize("case", BAD_FOLDERS)
-def test_folders_that_hold_no_weights(tmp_path, case):
+def test_folder_without_weights_gives_one_line_error(tmp_path, case):
     files, told = BAD_FOLDERS[case]
     save_file(their_tensors(random_weights()), tmp_path / "outside.safetensors")
     folder = tmp_path / "folder"
@@ -613,7 +612,7 @@ def test_unknown_transformers_names_are_reported(tmp_path):
         load_weights(tmp_path)
 
 
-def test_too_large_for_a_half(tmp_path):
+def test_value_too_large_for_float16_is_an_error(tmp_path):
     weights = random_weights()
     weights.tensors["ln_out.bias"][3] = -70_000.0
     with pytest.raises(UserError, match=r"ln_out\.bias holds 7e\+04, too large for float16 \(at most 6\.55e\+04\)"):
@@ -621,14 +620,14 @@ def test_too_large_for_a_half(tmp_path):
     assert weights.cast(torch.bfloat16).dtype == torch.bfloat16
 
 
-def test_the_digest_is_that_of_the_values(tmp_path):
+def test_digest_depends_only_on_the_values(tmp_path):
     weights = random_weights(dtype=torch.bfloat16)
     assert weights.digest == weights.cast(torch.float32).digest
     weights.tensors["ln_out.bias"][3] += 1
     assert weights.digest != random_weights(dtype=torch.bfloat16).digest
 
 
-def test_a_written_folder_is_one_that_safetensors_reads(tmp_path):
+def test_written_folder_is_readable_by_safetensors(tmp_path):
     write_weights(random_weights(), tmp_path / "x")
     assert {name.partition(".")[0] for name in load_file(tmp_path / "x" / "model.safetensors")} == {"rwkv", "head"}
     modes = {path.stat().st_mode for path in (tmp_path / "x").iterdir()}

@@ -1,4 +1,4 @@
-"""Megatron's binidx: read as its own reader does, split between documents, and every damage one line."""
+"""Megatron's binidx: read like Megatron reads it, split between documents; corrupt files give a one-line error."""
 
 import pickle
 import struct
@@ -27,7 +27,7 @@ CODES = {"<u1": 1, "<i1": 2, "<i2": 3, "<i4": 4, "<i8": 5, "<u2": 8, "<u4": 9, "
 
 
 def write(prefix: Path, sequences: list[list[int]], documents: list[int] | None = None, dtype: str = "<u2") -> Path:
-    """PREFIX.bin and PREFIX.idx as the format says; without `documents` each sequence is one, S is at the end."""
+    """Write PREFIX.bin and PREFIX.idx by the format. Without `documents`, each sequence is one, and S comes last."""
     lengths = np.array([len(sequence) for sequence in sequences], "<i4")
     starts = (np.cumsum(lengths) - lengths).astype("<i8") * np.dtype(dtype).itemsize
     places = np.array(range(len(sequences) + 1) if documents is None else documents, "<i8")
@@ -49,7 +49,7 @@ SENTENCES = [[*SMALL.encode(f"{i} is a number, and so is\n  {i * i}.".encode()).
     st.lists(st.lists(st.integers(0, 120), max_size=9), min_size=1, max_size=12).filter(any),
     st.sampled_from(sorted(CODES)),
 )
-def test_it_is_read_as_megatron_reads_it(
+def test_binidx_is_read_like_megatron(
     tmp_path_factory: pytest.TempPathFactory, sequences: list[list[int]], dtype: str
 ) -> None:
     prefix = write(tmp_path_factory.mktemp("corpus") / "some.v2", sequences, dtype=dtype)
@@ -57,7 +57,7 @@ def test_it_is_read_as_megatron_reads_it(
     flat = [i for ids in sequences for i in ids]
     assert file.tokens.tolist() == flat
     assert file.tokens.dtype.kind == "u"
-    if CODES[dtype] <= 8:  # 9 and 10 are written by newer ones
+    if CODES[dtype] <= 8:  # newer writers use 9 and 10
         theirs = MMapIndexedDataset(str(prefix))
         assert [i for k in range(len(theirs)) for i in theirs[k].tolist()] == flat
         index = Binidx(prefix, SHARES).index
@@ -77,7 +77,7 @@ def test_splits_are_cut_between_documents(tmp_path: Path) -> None:
     assert val == max(start for start in starts if start <= round(n * 0.75))
     assert test == n
     for name in Splits._fields:
-        assert file.split(name)[-1] == 0  # each split ends with a document
+        assert file.split(name)[-1] == 0  # each split ends with a document end
         text = SMALL.decode(file.split(name))
         assert file.split_bytes(name) == len(text)
     assert text.endswith(b"39 is a number, and so is\n  1521.")
@@ -88,15 +88,15 @@ def test_splits_are_cut_between_documents(tmp_path: Path) -> None:
     [[0, 40], [0], [], [0, 1, 40], [40, 40]],
     ids=["one", "no end", "none", "a small one", "empty ones"],
 )
-def test_where_documents_leave_a_split_empty_it_is_cut_at_its_share(tmp_path: Path, documents: list[int]) -> None:
+def test_split_left_empty_by_documents_is_cut_at_its_share(tmp_path: Path, documents: list[int]) -> None:
     file = open_binidx(write(tmp_path / "corpus", SENTENCES, documents), SMALL)
     n = len(file.tokens)
     half, three = round(n * 0.5), round(n * 0.75)
     assert file.splits == Splits((0, half), (half, three), (three, n))
 
 
-def test_a_document_may_be_several_sequences_and_the_end_of_the_last_need_not_be_told(tmp_path: Path) -> None:
-    documents = [0, 4, 17, 18, 19, 30]  # as some writers do: without the 40 at the end
+def test_documents_of_several_sequences_without_the_last_end(tmp_path: Path) -> None:
+    documents = [0, 4, 17, 18, 19, 30]  # some writers leave out the last end, 40
     file = open_binidx(write(tmp_path / "corpus", SENTENCES, documents), SMALL)
     starts = np.cumsum([0, *map(len, SENTENCES)])
     assert file.splits.val[0] in {starts[place] for place in documents}
@@ -145,7 +145,7 @@ def test_invalid_id_is_reported_with_its_position(
     with pytest.raises(UserError, match=rf"corpus.bin: token {at} is {wrong}, vocabulary 20b has 1,281") as caught:
         open_binidx(write(tmp_path / "corpus", ids, dtype=dtype), SMALL)
     assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match=r"token"):  # nothing is kept of it
+    with pytest.raises(UserError, match=r"token"):  # nothing of it is cached
         open_binidx(tmp_path / "corpus", SMALL)
 
 
@@ -214,7 +214,7 @@ def test_missing_file_gives_one_line_error(tmp_path: Path, missing: str) -> None
         open_binidx(tmp_path / "corpus", SMALL)
 
 
-def test_a_data_module_of_it(tmp_path: Path) -> None:
+def test_data_module_of_binidx(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(small_20b(), encoding="utf-8")
     prefix = write(tmp_path / "corpus", SENTENCES)
     data = TokensDataModule(

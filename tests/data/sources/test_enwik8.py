@@ -1,4 +1,4 @@
-"""Downloads that go wrong, and files that are not what they should be."""
+"""Failed downloads and wrong files."""
 
 import hashlib
 import http.server
@@ -32,7 +32,7 @@ def zipped(content: bytes, name: str = "enwik8") -> bytes:
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves a zip in its several conditions, and counts."""
+    """Serves a zip in several ways, one per path, and counts requests."""
 
     requests = 0
 
@@ -41,7 +41,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.ranges: list[str | None] = []
 
     def handle_error(self, *_: object) -> None:
-        """A client broke the download off, maybe a minute ago: nothing that may stand in another test's output."""
+        """Ignore it: a client that broke off, perhaps a minute ago, must not print into another test's output."""
 
     def url(self, name: str) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}/{name}"
@@ -115,7 +115,7 @@ def list_names(folder: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_a_good_download(
+def test_download_is_verified_and_unpacked(
     tmp_path: Path,
     server: Server,
     capfd: pytest.CaptureFixture[str],
@@ -168,13 +168,13 @@ def test_bad_download_gives_one_line_error_and_leaves_no_files(
         ("nonsense", "unknown url type"),
     ],
 )
-def test_no_network_says_how_to_go_on(tmp_path: Path, url: str, says: str) -> None:
+def test_no_network_error_explains_manual_download(tmp_path: Path, url: str, says: str) -> None:
     with pytest.raises(UserError, match=f"{says}.*place enwik8.zip .* in {tmp_path} by hand, or use data=stdlib"):
         open_small(tmp_path, url=url)
     assert list_names(tmp_path) == set()
 
 
-def test_a_download_that_broke_off_goes_on(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_partial_download_is_resumed(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(enwik8_source, "TIMEOUT_SECONDS", 0.3)
     with pytest.raises(UserError, match=r"broke off after [\d,]+ of [\d,]+ bytes: start again, and it goes on.*stdlib"):
         open_small(tmp_path, url=server.url("truncated"))
@@ -187,7 +187,7 @@ def test_a_download_that_broke_off_goes_on(tmp_path: Path, server: Server, monke
 
 @pytest.mark.parametrize("there", [len(zipped(CONTENT)), len(zipped(CONTENT)) + 5])
 def test_complete_leftover_download_is_used(tmp_path: Path, server: Server, there: int) -> None:
-    """As left by a kill before it was unpacked; with bytes of another file behind it is none."""
+    """Left by a process killed before unpacking. With extra bytes of another file it is invalid."""
     (tmp_path / "enwik8.zip.partial").write_bytes(zipped(CONTENT).ljust(there, b"x"))
     open_small(tmp_path, url=server.url("good"))
     assert list_names(tmp_path) == {"enwik8"}
@@ -201,11 +201,11 @@ def test_partial_download_of_another_file_is_discarded(tmp_path: Path, server: S
     open_small(tmp_path, url=server.url("good"))
 
 
-def test_a_silent_server_does_not_hang(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_silent_server_times_out(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(enwik8_source, "TIMEOUT_SECONDS", 0.3)
     with pytest.raises(UserError, match="broke off: timed out"):
         open_small(tmp_path, url=server.url("slow"))
-    # What came is kept; this server sends the whole again all the same.
+    # The partial file is kept, although this server would send the whole file again.
     assert list_names(tmp_path) == {"enwik8.zip.partial"}
     (tmp_path / "enwik8.zip.partial").write_bytes(b"100")
     with pytest.raises(UserError, match="not the archive of enwik8"):
@@ -216,7 +216,7 @@ def _download(folder: Path, url: str) -> None:
     open_small(folder, url=url)
 
 
-def test_a_killed_download_is_cleaned_up_and_made_again(tmp_path: Path, server: Server) -> None:
+def test_killed_download_is_cleaned_up_and_repeated(tmp_path: Path, server: Server) -> None:
     process = multiprocessing.get_context("spawn").Process(target=_download, args=(tmp_path, server.url("slow")))
     process.start()
     deadline = time.monotonic() + 600
@@ -233,7 +233,7 @@ def test_a_killed_download_is_cleaned_up_and_made_again(tmp_path: Path, server: 
     assert list_names(tmp_path) == {"enwik8"}
 
 
-def test_many_at_once_download_once(tmp_path: Path, server: Server) -> None:
+def test_concurrent_processes_download_once(tmp_path: Path, server: Server) -> None:
     context = multiprocessing.get_context("spawn")
     processes = [context.Process(target=_download, args=(tmp_path, server.url("good"))) for _ in range(2)]
     results: list[Corpus] = []
@@ -250,7 +250,7 @@ def test_many_at_once_download_once(tmp_path: Path, server: Server) -> None:
     assert list_names(tmp_path) == {"enwik8"}
 
 
-def test_placed_by_hand(tmp_path: Path) -> None:
+def test_file_placed_by_hand_is_used(tmp_path: Path) -> None:
     (tmp_path / "enwik8.zip").write_bytes(zipped(CONTENT))
     open_small(tmp_path, url="http://127.0.0.1:1/")
     assert list_names(tmp_path) == {"enwik8", "enwik8.zip"}
@@ -261,7 +261,7 @@ def test_placed_by_hand(tmp_path: Path) -> None:
     assert list_names(tmp_path) == {"enwik8.zip"}
 
 
-def test_a_wrong_file_is_named_and_kept(tmp_path: Path) -> None:
+def test_wrong_file_is_reported_and_kept(tmp_path: Path) -> None:
     path = tmp_path / "enwik8"
     path.write_bytes(CONTENT[:-5])
     with pytest.raises(UserError, match=f"{path} has 99,995 bytes, enwik8 has 100,000: delete it"):
@@ -274,7 +274,7 @@ def test_a_wrong_file_is_named_and_kept(tmp_path: Path) -> None:
         open_small(path)
 
 
-def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path, server: Server) -> None:
+def test_unwritable_folder_gives_one_line_error(tmp_path: Path, server: Server) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(UserError, match=r"cannot write in .*Not a directory"):
         open_small(tmp_path / "file" / "enwik8", url=server.url("good"))

@@ -1,4 +1,4 @@
-"""Texts as corpora: one file or many, compressed or as rows, split and validated on."""
+"""Text corpora: one or many files, compressed or as rows, with splits or a separate validation text."""
 
 import concurrent.futures
 import errno
@@ -18,7 +18,7 @@ from rwkv_pl.errors import UserError
 CONTENT = bytes(i * i % 251 for i in range(100_000))
 
 
-def test_text_that_cannot_be_used_is_one_line(tmp_path: Path) -> None:
+def test_unusable_text_gives_one_line_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
         Text(tmp_path / "absent").open()
     path = tmp_path / "text"
@@ -38,12 +38,12 @@ def test_text_is_split_between_characters(tmp_path: Path, monkeypatch: pytest.Mo
     assert corpus.splits == Splits((0, 89), (89, 95), (95, 100))
     assert corpus.digest == hashlib.sha256(path.read_bytes()).hexdigest()
     assert Text(path, (0.2, 0.3, 0.5)).open().splits == Splits((0, 20), (20, 50), (50, 100))
-    # A name counts from where the run started, whatever folder it goes to later.
+    # A relative name refers to the folder in which the run started, even if the process changes its folder later.
     monkeypatch.chdir(tmp_path)
     assert Text("text").open().path == path
 
 
-def test_a_compressed_text_is_the_text(tmp_path: Path, cache: Path) -> None:
+def test_compressed_text_equals_the_plain_text(tmp_path: Path, cache: Path) -> None:
     plain, packed = tmp_path / "a.txt", tmp_path / "b.txt.gz"
     plain.write_bytes(CONTENT)
     packed.write_bytes(gzip.compress(CONTENT))
@@ -56,7 +56,7 @@ def test_a_compressed_text_is_the_text(tmp_path: Path, cache: Path) -> None:
     assert str(b).startswith(f"b.txt.gz ({packed}, digest ")
 
 
-def test_a_text_is_joined_once_and_anew_when_a_source_changes(
+def test_joined_text_is_cached_until_a_source_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path
 ) -> None:
     folder = tmp_path / "books"
@@ -72,7 +72,7 @@ def test_a_text_is_joined_once_and_anew_when_a_source_changes(
     assert one.path.read_bytes() == b"book a\nbook b\nbook c"
     assert one.document_ends.tolist() == [6, 13]
     assert one.description == f"{folder}, 3 documents"
-    # What is damaged in the cache is made again.
+    # Corrupt cache files are rebuilt.
     for path in (one.path, one.ends_path, one.path.with_suffix(".json")):
         assert path is not None
         path.write_bytes(b"?" * 16)
@@ -80,7 +80,7 @@ def test_a_text_is_joined_once_and_anew_when_a_source_changes(
         assert one.path.read_bytes() == b"book a\nbook b\nbook c"
         assert one.document_ends.tolist() == [6, 13]
     assert len(calls) == 4
-    # A change that keeps size and time too is seen, and what a run may still read is left alone.
+    # A change that keeps size and time is detected, and the old file stays, since a run may still read it.
     before = (folder / "a").stat()
     (folder / "a").write_text("BOOK A")
     os.utime(folder / "a", ns=(before.st_atime_ns, before.st_mtime_ns))
@@ -88,7 +88,7 @@ def test_a_text_is_joined_once_and_anew_when_a_source_changes(
     assert other.path.read_bytes() == b"BOOK A\nbook b\nbook c"
     assert one.path.read_bytes() == b"book a\nbook b\nbook c"
     assert other.digest != one.digest
-    # The folder elsewhere is another source of the same text.
+    # The moved folder is another source of the same text.
     moved = Text(folder.rename(tmp_path / "moved")).open()
     assert moved.path != other.path
     assert moved.digest == other.digest
@@ -97,7 +97,7 @@ def test_a_text_is_joined_once_and_anew_when_a_source_changes(
     assert {path.suffix for path in (cache / "corpora").iterdir()} == {".txt", ".ends", ".json", ".lock"}
 
 
-def test_a_glob_has_a_name_for_files(tmp_path: Path) -> None:
+def test_corpus_of_a_glob_is_named_text(tmp_path: Path) -> None:
     for name in "ab":
         (tmp_path / f"{name}.txt").write_text(name)
     corpus = Text(tmp_path / "*.txt").open()
@@ -105,7 +105,7 @@ def test_a_glob_has_a_name_for_files(tmp_path: Path) -> None:
     assert corpus.path.read_bytes() == b"a\nb"
 
 
-def test_validation_on_a_text_of_its_own(tmp_path: Path) -> None:
+def test_validation_on_a_separate_text(tmp_path: Path) -> None:
     books = tmp_path / "books"
     books.mkdir()
     for name in "abc":
@@ -116,7 +116,7 @@ def test_validation_on_a_text_of_its_own(tmp_path: Path) -> None:
     assert corpus.splits == Splits((0, 21), (21, 28), (28, 28))
     assert corpus.document_ends.tolist() == [6, 13, 20, 24]
     assert corpus.description == f"{books}, validated on {tmp_path}/rows.jsonl, 5 documents"
-    # A file of both is not trained on.
+    # A file in both is only validated on.
     corpus = Text(books, val_path=books / "b").open()
     assert corpus.path.read_bytes() == b"book a\nbook c\nbook b"
     assert corpus.splits == Splits((0, 14), (14, 20), (20, 20))
@@ -131,7 +131,7 @@ def test_validation_on_a_text_of_its_own(tmp_path: Path) -> None:
         Text(books, val_path=tmp_path / "empty").open()
 
 
-def test_a_cache_that_takes_no_corpus_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+def test_unwritable_cache_gives_one_line_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     (tmp_path / "text.gz").write_bytes(gzip.compress(CONTENT))
 
     def full(self: object, data: object) -> int:

@@ -10,7 +10,7 @@ from rwkv_pl.data.sources.stdlib import Stdlib
 from rwkv_pl.errors import UserError
 
 
-def test_stdlib_by_its_definition(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+def test_stdlib_corpus_matches_its_definition(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     root = tmp_path / "lib"
     kept = {"a/b.py": "1\n", "a-b.py": "2\n", "a.py": "3\n", "B.py": "4\n", "testing/x.py": "5\n"}
     left_out = ["site-packages", "dist-packages", "__pycache__", "test", "tests", "idlelib", "lib2to3", "turtledemo"]
@@ -21,7 +21,7 @@ def test_stdlib_by_its_definition(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(sysconfig, "get_path", lambda name: {"stdlib": str(root)}[name])
     corpus = Stdlib().open()
     assert corpus.path.read_bytes() == b"4\n2\n3\n1\n5\n"
-    # A cached text that was damaged is made again, a changed library is another text.
+    # A corrupt cached text is rebuilt; a changed library is another text.
     corpus.path.write_bytes(b"?")
     assert Stdlib().open() == corpus
     assert corpus.path.read_bytes() == b"4\n2\n3\n1\n5\n"
@@ -34,12 +34,12 @@ def test_stdlib_by_its_definition(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         Stdlib().open()
 
 
-def test_stdlib_of_this_python() -> None:
+def test_stdlib_corpus_of_this_python() -> None:
     corpus = Stdlib().open()
     written = corpus.path.stat()
     assert Stdlib().open() == corpus
     again = corpus.path.stat()
-    assert (again.st_ino, again.st_mtime_ns) == (written.st_ino, written.st_mtime_ns), "it was made again"
+    assert (again.st_ino, again.st_mtime_ns) == (written.st_ino, written.st_mtime_ns), "it was rebuilt"
     size = written.st_size
     assert 5e6 < size < 20e6
     assert corpus.splits.test[1] == size

@@ -1,8 +1,8 @@
-// The few CUDA words that cuda/*.cuh use, for g++ -std=c++20: a thread of the system for each of the GPU's, one block
-// after another. It refuses what a real launch refuses.
+// The part of CUDA that cuda/*.cuh use, for g++ -std=c++20: one CPU thread per CUDA thread, one block after another.
+// Invalid launches fail like real ones.
 //
-// Under ThreadSanitizer a race between two threads of a block is reported, with __syncthreads as the only order: a real
-// shuffle orders no memory, so what the one here needs to be done is kept from the sanitizer's eyes.
+// ThreadSanitizer reports a race between two threads of a block unless __syncthreads orders them. A real shuffle does not
+// order memory, so the synchronisation inside the shuffle below is hidden from the sanitizer.
 
 #pragma once
 
@@ -105,7 +105,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
       running.emplace_back([&, i] {
         threadIdx = {unsigned(i)}, blockIdx = {block}, blockDim = config->blockDim;
         kernel(arguments...);
-        // A thread that has returned counts as arrived everywhere.
+        // A thread that has returned counts as arrived at every barrier.
         here.warps[i / Block::WARP]->arrive_and_drop();
         here.all.arrive_and_drop();
       });

@@ -1,6 +1,6 @@
-// Every kernel once, with two tiles of its own, for ThreadSanitizer.
+// Runs every kernel once, with two of its tiles, for ThreadSanitizer.
 
-// One dtype, since a sanitizer's build is slow.
+// One dtype, since building with the sanitizer is slow.
 #define FLOAT_ALONE
 #include "wkv4_on_host.cpp"
 

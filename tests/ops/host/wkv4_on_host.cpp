@@ -1,4 +1,4 @@
-// The CUDA kernels on a host, called through ctypes: pointers as they lie in tensors, 0 for none.
+// The CUDA kernels on a host, called through ctypes with the tensors' data pointers; 0 for a missing tensor.
 
 #include "cuda_on_host.h"
 
@@ -11,7 +11,7 @@ namespace {
 
 using namespace wkv;
 
-// kernel: 0 as a GPU would take it by its tile; the others are too small for one and quick here.
+// kernel: 0 selects by tile as on a GPU; the others are too small for a GPU and quick here.
 template <typename IO, typename T, typename Work>
 cudaError_t run(int kernel, const Call<IO, T>& a, const Work& work) {
   switch (kernel) {
@@ -55,7 +55,7 @@ int call(int kernel, const int64_t* sizes, void* const* p) {
 
 // sizes: B, T, C, tile, 0 for forward and 1 for backward. Forward: time_decay, time_first, key, value, saved, state,
 // output, new_state. Backward: the first five, then grad_output, grad_new_state, grad_key, grad_value, grad_state, the
-// shares (B, C) of time_first and time_decay, and their sums.
+// contributions (B, C) to the gradients of time_first and time_decay, and their sums.
 extern "C" int wkv4(int dtype, int kernel, const int64_t* sizes, void* const* p) {
   switch (dtype) {
     case 0: return call<float, float>(kernel, sizes, p);

@@ -1,4 +1,4 @@
-"""Checkpoints on the disk: whole or not there, the one before kept, damage found."""
+"""Checkpoint files: complete or missing, the previous one kept, corruption detected."""
 
 import io
 import threading
@@ -20,14 +20,14 @@ def read_steps(folder):
     return {path.name: read_checkpoint(path)["global_step"] for path in sorted(folder.iterdir())}
 
 
-def test_the_one_before_is_kept(tmp_path):
+def test_previous_checkpoint_is_kept(tmp_path):
     plugin = DurableCheckpointIO()
     for step in (1, 2, 3):
         plugin.save_checkpoint(make_checkpoint(step), tmp_path / "checkpoints" / "last.ckpt")
     assert read_steps(tmp_path / "checkpoints") == {"last.ckpt": 3, "last.prev.ckpt": 2}
 
 
-def test_best_and_last_of_one_step_are_one_file(tmp_path):
+def test_best_and_last_of_the_same_step_share_one_file(tmp_path):
     plugin = DurableCheckpointIO()
     plugin.save_checkpoint(make_checkpoint(4), tmp_path / "best.ckpt")
     plugin.save_checkpoint(make_checkpoint(4), tmp_path / "last.ckpt")
@@ -36,7 +36,7 @@ def test_best_and_last_of_one_step_are_one_file(tmp_path):
     assert read_steps(tmp_path) == {"best.ckpt": 4, "last.ckpt": 5, "last.prev.ckpt": 4}
 
 
-def test_a_file_system_without_links(tmp_path, monkeypatch):
+def test_checkpoints_work_on_a_file_system_without_links(tmp_path, monkeypatch):
     def refuse(*args):
         raise OSError("no links here")
 
@@ -47,7 +47,7 @@ def test_a_file_system_without_links(tmp_path, monkeypatch):
     assert read_steps(tmp_path) == {"last.ckpt": 2, "last.prev.ckpt": 1}
 
 
-def test_a_full_disk_leaves_the_old_ones_whole(tmp_path, monkeypatch):
+def test_full_disk_leaves_old_checkpoints_intact(tmp_path, monkeypatch):
     plugin = DurableCheckpointIO()
     for step in (1, 2):
         plugin.save_checkpoint(make_checkpoint(step), tmp_path / "last.ckpt")
@@ -65,7 +65,7 @@ def test_a_full_disk_leaves_the_old_ones_whole(tmp_path, monkeypatch):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """Writes as of a model on a GPU; the thread waits for gpu.set()."""
+    """Write as for a model on a GPU; the writer thread waits for gpu.set()."""
     go, write = threading.Event(), checkpoints._write
 
     def later(*args):
@@ -78,7 +78,7 @@ def gpu(monkeypatch):
     return go
 
 
-def test_a_gpu_goes_on_while_a_thread_writes(tmp_path, gpu):
+def test_gpu_training_continues_while_a_thread_writes(tmp_path, gpu):
     plugin, content = DurableCheckpointIO(), make_checkpoint(1)
     plugin.save_checkpoint(content, tmp_path / "best.ckpt")
     plugin.poll()
@@ -89,7 +89,7 @@ def test_a_gpu_goes_on_while_a_thread_writes(tmp_path, gpu):
     assert float(read_checkpoint(tmp_path / "best.ckpt")["weights"].max()) == 1
 
 
-def test_an_error_of_the_thread_is_raised_at_the_next_step_and_at_the_end(tmp_path, gpu, monkeypatch):
+def test_writer_error_is_raised_at_the_next_step_and_at_the_end(tmp_path, gpu, monkeypatch):
     def refuse(content, file):
         raise OSError(28, "No space left on device")
 
@@ -98,14 +98,14 @@ def test_an_error_of_the_thread_is_raised_at_the_next_step_and_at_the_end(tmp_pa
     for ask in ("poll", "wait", "teardown"):
         plugin = DurableCheckpointIO()
         plugin.save_checkpoint(make_checkpoint(1), tmp_path / "last.ckpt")
-        plugin._thread.submit(lambda: None).result()  # behind the write
+        plugin._thread.submit(lambda: None).result()  # after the write
         with pytest.raises(OSError, match="No space left"):
             getattr(plugin, ask)()
         plugin.teardown()
     assert not list(tmp_path.iterdir())
 
 
-def test_every_flipped_bit_of_the_tensors_is_found(tmp_path):
+def test_every_flipped_bit_of_the_tensors_is_detected(tmp_path):
     buffer = io.BytesIO()
     torch.save(make_checkpoint(1), buffer)
     whole = buffer.getvalue()

@@ -1,4 +1,4 @@
-"""metrics.csv survives what happens to files, its speeds are those of the steps, the curve is drawn from any rows."""
+"""metrics.csv after faults and resumes, speeds that count only training steps, and curves of any rows."""
 
 from types import SimpleNamespace
 
@@ -17,14 +17,14 @@ def make_row(step, text="1"):
     return f"{step},{step * 10}" + f",{text}" * (len(COLUMNS) - 2) + "\n"
 
 
-def test_rows_after_the_resumed_step_and_a_torn_last_one_are_dropped(tmp_path):
+def test_rows_after_the_resumed_step_and_a_partial_last_row_are_dropped(tmp_path):
     path = tmp_path / "metrics.csv"
     path.write_text(HEADER + make_row(2) + make_row(4) + make_row(6) + "8,80,1")
     assert [r["step"] for r in read_rows(path, up_to=4)] == [2, 4]
     assert [r["step"] for r in read_rows(path, up_to=99)] == [2, 4, 6]
 
 
-def test_no_file_has_no_rows(tmp_path):
+def test_missing_file_has_no_rows(tmp_path):
     assert read_rows(tmp_path / "metrics.csv", up_to=9) == []
 
 
@@ -40,13 +40,13 @@ def test_no_file_has_no_rows(tmp_path):
     ],
     ids=["train", "val", "nan"],
 )
-def test_a_curve_of_few_or_broken_rows(tmp_path, rows):
+def test_curve_of_few_or_invalid_rows(tmp_path, rows):
     draw_curve(rows, tmp_path / "loss.png", {"gzip -9": 2.0})
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in tmp_path.iterdir()] == ["loss.png"]
 
 
-def test_a_file_from_before_a_column_was_added_goes_on(tmp_path):
+def test_old_metrics_file_gets_the_new_column(tmp_path):
     path = tmp_path / "metrics.csv"
     old = COLUMNS[: COLUMNS.index("model_flops_per_second")]
     path.write_text(",".join(old) + "\n" + ",".join(["2", "20"] + ["1"] * (len(old) - 2)) + "\n")
@@ -57,8 +57,8 @@ def test_a_file_from_before_a_column_was_added_goes_on(tmp_path):
     assert second == {"step": 4, "tokens": 40, "mfu": 0.5}
 
 
-def test_speeds_are_those_of_the_steps_alone(tmp_path, monkeypatch):
-    """By a clock that a step moves by 2 seconds, a validation's call by 100, and a checkpoint by 50."""
+def test_speed_counts_only_training_steps(tmp_path, monkeypatch):
+    """With a fake clock: a step takes 2 seconds, a call of the validation 100, and a checkpoint 50."""
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(history, "time", SimpleNamespace(perf_counter=lambda: clock.now))
 

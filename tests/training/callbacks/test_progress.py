@@ -1,4 +1,4 @@
-"""What is shown while a run goes on, in a terminal and elsewhere."""
+"""The progress of a run, in a terminal and elsewhere."""
 
 import io
 import logging
@@ -47,14 +47,14 @@ def run_training(tmp_path, monkeypatch, terminal: bool) -> str:
 FIGURES = r"loss \d+\.\d+  \d+\.\d+ bits/byte  [\d,]+ tokens/s  \d+% MFU"
 
 
-def test_plain_lines(tmp_path, monkeypatch):
+def test_progress_without_a_terminal_is_plain_lines(tmp_path, monkeypatch):
     shown = run_training(tmp_path, monkeypatch, terminal=False)
     assert re.search(rf"^step 3/4  {FIGURES}  \d+ s left$", shown, flags=re.MULTILINE), shown
     assert re.search(r"^step 4/4  validation \d+\.\d{4} bits per byte$", shown, flags=re.MULTILINE)
     assert "\r" not in shown and "\x1b" not in shown
 
 
-def test_a_bar_in_a_terminal(tmp_path, monkeypatch):
+def test_progress_in_a_terminal_is_a_bar(tmp_path, monkeypatch):
     shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", run_training(tmp_path, monkeypatch, terminal=True))
     assert re.search(FIGURES, shown), shown
     assert "4/4" in shown and "left" in shown
@@ -72,5 +72,5 @@ def test_a_bar_in_a_terminal(tmp_path, monkeypatch):
         (180_000, "2 days 2 h"),
     ],
 )
-def test_durations(seconds, words):
+def test_duration_is_formatted_in_words(seconds, words):
     assert format_duration(seconds) == words
