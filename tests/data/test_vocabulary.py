@@ -110,7 +110,7 @@ def test_a_vocabulary_survives_json() -> None:
     "stored", [{}, [], None, {"kind": "char", "characters": "ba"}, {"kind": "char", "characters": "\ud800"}]
 )
 def test_a_damaged_vocabulary_is_one_line(stored: object) -> None:
-    with pytest.raises(UserError, match="stored vocabulary is damaged") as caught:
+    with pytest.raises(UserError, match="stored vocabulary is corrupt") as caught:
         Vocabulary.from_dict(stored)  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
 
