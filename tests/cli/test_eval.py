@@ -194,7 +194,7 @@ def test_the_text_changes_meanwhile(evaluate, run, tmp_path, monkeypatch):
     monkeypatch.setattr(protocols, "evaluate_stream", changed)
     result = evaluate(f"weights={run}", "data.path=corpus.txt")
     assert (result.code, result.err.count("\n")) == (2, 1)
-    assert "corpus.txt has changed under the run" in result.err
+    assert "corpus.txt changed during the run" in result.err
 
 
 def test_a_bar_where_there_is_a_terminal(evaluate, run, monkeypatch):
@@ -242,7 +242,7 @@ CASES = {
     "weights=RUN out=corpus.txt": "cannot write in",
     "weights=nosuch": "there are no weights at nosuch",
     "weights=corpus.txt data=text data.path=corpus.txt": "is not a checkpoint that can be read safely",
-    "weights=. data=text data.path=corpus.txt": "is no run folder",
+    "weights=. data=text data.path=corpus.txt": "is not a run folder",
     "weights=damaged": "damaged",
 }
 
