@@ -1,8 +1,9 @@
-// How the CPU's kernels tell a compiler what it may do.
+// Compiler hints for the CPU kernels.
 
 #pragma once
 
-// Before a loop over lanes: its iterations are independent. Not `omp simd`, which gcc 12 turns into arrays of structs.
+// Placed before a loop over lanes: its iterations are independent. Not `omp simd`, with which gcc 12 makes arrays of
+// structs.
 #if defined(__clang__)
 #define WKV_SIMD _Pragma("clang loop vectorize(assume_safety)")
 #elif defined(__GNUC__)
@@ -13,15 +14,15 @@
 #define WKV_SIMD
 #endif
 
-// A function apart, where mixed into a loop over its calls it would be made worse.
+// For a function that makes the loop around its calls slower if it is inlined there.
 #if defined(_MSC_VER)
 #define WKV_NOINLINE __declspec(noinline)
 #else
 #define WKV_NOINLINE __attribute__((noinline))
 #endif
 
-// Asks for the cache line at p ahead of its use, into the second cache: the first one's few places for lines on their
-// way are then free for what is used now. p may lie past the end of what is read.
+// Prefetches the cache line at p into the L2 cache, which leaves the few fill buffers of the L1 cache to the current
+// loads. p may be past the end of the array.
 #if defined(__GNUC__)
 #define WKV_PREFETCH(p) __builtin_prefetch(p, 0, 2)
 #else

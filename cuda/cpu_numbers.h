@@ -1,4 +1,4 @@
-// float32 and bfloat16 in memory, float32 in arithmetic, and sums over rows, for the CPU's kernels.
+// Numbers of the CPU kernels: float32 or bfloat16 in memory, float32 in arithmetic; sums over rows.
 
 #pragma once
 
@@ -17,7 +17,7 @@ WKV_INLINE float widen(bfloat16 x) {
   return wide;
 }
 
-// Calls f with a number of the type in which a tensor's are: bfloat16 where is_bf16, else float32.
+// Calls f with a zero of a tensor's element type: bfloat16 if is_bf16, else float32.
 template <typename F>
 void dispatch_type(bool is_bf16, const F& f) {
   is_bf16 ? f(bfloat16()) : f(float());
@@ -29,7 +29,7 @@ template <>
 WKV_INLINE float narrow<float>(float x) {
   return x;
 }
-// To nearest, ties to even, as torch does it; a NaN keeps its sign and becomes quiet.
+// Rounds to nearest, ties to even, as torch does. A NaN keeps its sign and becomes quiet.
 template <>
 WKV_INLINE bfloat16 narrow<bfloat16>(float x) {
   std::uint32_t bits;
@@ -38,7 +38,7 @@ WKV_INLINE bfloat16 narrow<bfloat16>(float x) {
   return bfloat16(x == x ? rounded : (bits >> 16) | 0x40u);
 }
 
-// The sum of lanes, in pairs.
+// The pairwise sum of N lanes.
 template <int64_t N>
 WKV_INLINE float sum_lanes(const float* lanes) {
   if constexpr (N == 1) {
@@ -50,7 +50,7 @@ WKV_INLINE float sum_lanes(const float* lanes) {
   }
 }
 
-// term(0) + ... + term(n - 1), in LANES sums.
+// term(0) + ... + term(n - 1), accumulated in LANES partial sums.
 template <typename F>
 WKV_INLINE float sum(int64_t n, const F& term) {
   constexpr int64_t LANES = 32;

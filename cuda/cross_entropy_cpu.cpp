@@ -1,6 +1,6 @@
-// Cross-entropy and the largest logit of each row, by one reading of the logits each way, on the CPU.
+// Cross-entropy and the largest logit of each row, on the CPU; forward and backward each read the logits once.
 //
-//   largest = x_top                                      d/dx_v = [v = top], top the first of the largest
+//   largest = x_top                                      d/dx_v = [v = top], top the first index of the largest logit
 //   log_sum = log sum_v e^{x_v - largest}
 //   nats = log_sum + largest - x_target                  d/dx_v = softmax_v - [v = target]
 //
@@ -22,12 +22,12 @@ using wkv::widen;
 
 constexpr int64_t IGNORED = -1;
 constexpr int64_t LANES = 32;
-// Terms that are summed in float32; sums of so many are added in double.
+// Terms per partial sum in float32; the partial sums are added in double.
 constexpr int64_t BLOCK = 4096;
-// Some 10 microseconds are worth a thread.
+// The least work of a thread, about 10 microseconds.
 constexpr int64_t LEAST_LOGITS = 16384;
 
-// f(begin, end) over N rows of V, by torch's threads.
+// Calls f(begin, end) for ranges of the N rows of V logits, on torch's threads.
 template <typename F>
 void parallel(int64_t N, int64_t V, const F& f) {
   torch::stable::parallel_for(0, N, std::max<int64_t>(1, LEAST_LOGITS / V), f);
@@ -42,7 +42,7 @@ float largest_of(const T* x, int64_t V) {
   }
   alignas(64) float most[LANES];
   for (int64_t l = 0; l < LANES; ++l) most[l] = widen(x[l]);
-  // The last piece overlaps the one before it, which changes no maximum.
+  // The last piece overlaps the one before, which does not change the maximum.
   for (int64_t v = LANES; v < V; v += LANES) {
     const T* piece = x + std::min(v, V - LANES);
     WKV_SIMD
@@ -65,7 +65,7 @@ void forward(const T* logits, const int64_t* targets, int64_t N, int64_t V, floa
       }
       log_sum[n] = float(std::log(total));
       nats[n] = targets[n] == IGNORED ? 0.0f : float(double(most) - double(widen(x[targets[n]])) + std::log(total));
-      // A NaN is no maximum, but makes the sum NaN.
+      // A NaN never becomes the maximum, but it makes the sum NaN.
       largest[n] = total == total ? most : log_sum[n];
       top[n] = std::find_if(x, x + V, [=](T y) { return !(widen(y) < most); }) - x;
     }
@@ -81,11 +81,11 @@ void backward(const T* logits, const int64_t* targets, int64_t N, int64_t V, con
       T* to = grad + n * V;
       const bool counts = targets[n] != IGNORED;
       const float of = counts ? grad_nats[n] : 0.0f, most = largest[n], log_sum_n = log_sum[n];
-      // Apart, as the sum of the two would be rounded to a share of the largest.
+      // most and log_sum_n are subtracted one after the other: their sum would lose the bits of the smaller one.
       const auto softmax = [=](int64_t v) { return of * wkv::exp_negative(widen(x[v]) - most - log_sum_n); };
       WKV_SIMD
       for (int64_t v = 0; v < V; ++v) to[v] = wkv::narrow<T>(softmax(v));
-      // The two of their own are made again, so that each is rounded once.
+      // The gradients of the target and of top have more terms. They are computed again, so that each is rounded once.
       for (int64_t v : {counts ? targets[n] : top[n], top[n]}) {
         const float pull = v == top[n] ? grad_largest[n] : 0.0f;
         to[v] = wkv::narrow<T>(softmax(v) - (counts && v == targets[n] ? of : 0.0f) + pull);
@@ -130,7 +130,7 @@ Tensor cross_entropy_backward(const Tensor& logits, const Tensor& targets, const
 
 }  // namespace
 
-// logits (N, V) float32 or bfloat16, their gradient likewise; targets and top (N,) int64; all else (N,) float32.
+// logits (N, V) and their gradient are float32 or bfloat16; targets and top (N,) int64; everything else (N,) float32.
 STABLE_TORCH_LIBRARY_FRAGMENT(rwkv_pl, m) {
   m.def("cross_entropy(Tensor logits, Tensor targets) -> (Tensor nats, Tensor largest, Tensor log_sum, Tensor top)");
   m.def("cross_entropy_backward(Tensor logits, Tensor targets, Tensor largest, Tensor log_sum, Tensor top,"

@@ -1,7 +1,7 @@
-// What RWKV-4 does to single numbers between its matrix products, each in one pass over memory, on the CPU.
+// The elementwise operations between RWKV-4's matrix products, on the CPU; each is one pass over memory.
 //
-//   squared ReLU   y = max(x, 0)^2, in place        dx = 2 sqrt(y) dy, in place: y is what the next product keeps anyway
-//   gate           y = residual + sigmoid(r) x      dr = x s (1 - s) dy, dx = s dy with s = sigmoid(r)
+//   squared ReLU   y = max(x, 0)^2, in place        dx = 2 sqrt(y) dy, in place; the next product saves y anyway
+//   gate           y = residual + sigmoid(r) x      dr = x s (1 - s) dy, dx = s dy, with s = sigmoid(r)
 
 #include <torch/csrc/stable/library.h>
 
@@ -19,10 +19,10 @@ using wkv::narrow;
 using wkv::dispatch_type;
 using wkv::widen;
 
-// Some 10 microseconds are worth a thread.
+// The least work of a thread, about 10 microseconds.
 constexpr int64_t GRAIN = 16384;
 
-// f(begin, end) over the numbers of t, by torch's threads.
+// Calls f(begin, end) for ranges of the elements of t, on torch's threads.
 template <typename F>
 void parallel(const Tensor& t, const F& f) {
   torch::stable::parallel_for(0, t.numel(), GRAIN, f);
@@ -117,7 +117,7 @@ std::tuple<Tensor, Tensor> gate_backward(const Tensor& grad, const Tensor& recep
 
 }  // namespace
 
-// All float32 or all bfloat16, but for residual, and then the gradient, which are float32.
+// All tensors are float32, or all bfloat16, except that residual and, if there is one, y and its gradient are float32.
 STABLE_TORCH_LIBRARY_FRAGMENT(rwkv_pl, m) {
   m.def("squared_relu_(Tensor(a!) x) -> ()");
   m.def("squared_relu_backward_(Tensor(a!) grad, Tensor y) -> ()");

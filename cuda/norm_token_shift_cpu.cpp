@@ -1,12 +1,12 @@
-// LayerNorm, token shift and the mixes of RWKV-4, in one pass over memory each way, on the CPU.
+// LayerNorm, token shift and mixes of RWKV-4, fused, on the CPU; forward and backward are one pass over memory each.
 //
 //   y_t = (x_t - mean) / sqrt(variance + epsilon) weight + bias          over the C channels of a token
-//   mixed_j,t = y_{t-1} + mix_j (y_t - y_{t-1})                          y_{-1} = shift, or 0 where a text begins
+//   mixed_j,t = y_{t-1} + mix_j (y_t - y_{t-1})                          y_{-1} = shift, or 0 at the start of a text
 //
-// Letters: B sequences, T steps, C channels, j the mixes (key, value, receptance). A task walks through some steps of
-// one sequence, each row and its predecessor staying in the first cache. y is never written: the backward pass makes it
-// again from x and each row's mean and rstd. Sums over rows are kept apart by task and added in order, and where the
-// tasks begin does not depend on the threads: the same bits on any number of them.
+// Letters: B sequences, T steps, C channels, j the mixes (key, value, receptance). A task is STEPS consecutive steps of
+// one sequence; each row and the one before stay in the L1 cache. y is never written to memory: the backward pass
+// recomputes it from x and each row's mean and rstd. Each task has separate sums over its rows, and these are added in
+// order. The tasks do not depend on the threads, so any number of threads gives the same bits.
 
 #include <torch/csrc/stable/library.h>
 
@@ -24,7 +24,7 @@ using wkv::contiguous;
 using wkv::data;
 using wkv::multiply_add;
 
-// Rows of a task; each task makes one row more than it owns.
+// Rows of a task. Each task also computes the row before its own.
 constexpr int64_t STEPS = 64;
 
 struct Norm {
@@ -43,10 +43,10 @@ struct Plan {
   explicit Plan(const Tensor& x)
       : batch(x.size(0)), steps(x.size(1)), channels(x.size(2)), tasks((steps + STEPS - 1) / STEPS) {}
 
-  // f(task, sequence, first step, end) for all tasks.
+  // Calls f(task, sequence, first step, end) for all tasks.
   template <typename F>
   void parallel(const F& f) const {
-    // Some 20 microseconds are worth a thread.
+    // The least work of a thread is about 20 microseconds.
     const int64_t grain = std::max<int64_t>(1, 32768 / (STEPS * channels));
     torch::stable::parallel_for(0, batch * tasks, grain, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
@@ -57,7 +57,7 @@ struct Plan {
   }
 };
 
-// Rows of C numbers apart by a little more than C: rows of a power of two would share their places in the cache.
+// Rows of C numbers, padded: with a stride of a power of two, rows would map to the same cache sets.
 class Buffer {
  public:
   Buffer(int64_t rows, int64_t channels) : stride_((channels + 15) / 16 * 16 + 16), all_(rows * stride_) {}
@@ -80,12 +80,12 @@ void forward(const Plan& plan, const Norm& norm, const float* x, const std::vect
       const float* xt = x + row * C;
       const float mean = wkv::sum(C, [=](int64_t c) { return xt[c]; }) / float(C);
       const float variance = wkv::sum(C, [=](int64_t c) { return (xt[c] - mean) * (xt[c] - mean); }) / float(C);
-      // A variance beyond float32 leaves no figure, rather than a wrong one.
+      // If the variance overflows float32, the result is NaN instead of a wrong number.
       const float scale = (1.0f + 0.0f * variance) / std::sqrt(variance + epsilon);
       norm.write(xt, mean, scale, y);
       if (t >= begin) {
         mean_rstd[2 * row] = mean, mean_rstd[2 * row + 1] = scale;
-        // `before` is 0 where the text begins: it was made so.
+        // `before` is 0 at the start of a text, because Buffer initialises its rows to 0.
         if (t == 0 && shift) std::copy(shift + b * C, shift + (b + 1) * C, before);
         for (size_t j = 0; j < mix.size(); ++j) {
           const float* by = mix[j];
@@ -100,20 +100,20 @@ void forward(const Plan& plan, const Norm& norm, const float* x, const std::vect
   });
 }
 
-// What the backward pass reads and writes beside x; sums is (tasks, J + 2, C): of the mixes, weight and bias.
+// Other inputs and outputs of the backward pass. sums is (tasks, J + 2, C): the gradients of mixes, weight and bias.
 struct Gradients {
   const float *residual, *new_shift;
   float *x, *shift, *sums;
 };
 
-// J: the number of mixes, a constant, so that one loop over C holds them all.
+// J: the number of mixes, a compile-time constant, so that one loop over C handles all of them.
 template <int64_t J, typename Out>
 void backward(const Plan& plan, const Norm& norm, const float* x, const std::vector<const float*>& mix,
               const float* shift, const float* mean_rstd, const std::vector<const Out*>& grad, const Gradients& to) {
   const int64_t C = plan.channels;
   plan.parallel([&](int64_t task, int64_t b, int64_t begin, int64_t end) {
     Buffer rows(4 + J + 2, C);
-    // y and its predecessor; the gradient in y; what the next step's mixes pull on this one's y.
+    // y and the row before it; the gradient of y; pull, the part of it that comes from the mixes of the next step.
     float *y = rows[0], *before = rows[1], *grad_y = rows[2], *pull = rows[3];
     float *sum_weight = rows[4 + J], *sum_bias = rows[5 + J], *sum_mix[J];
     for (int64_t j = 0; j < J; ++j) sum_mix[j] = rows[4 + j];
@@ -121,7 +121,7 @@ void backward(const Plan& plan, const Norm& norm, const float* x, const std::vec
       const int64_t row = b * plan.steps + t;
       norm.write(x + row * C, mean_rstd[2 * row], mean_rstd[2 * row + 1], out);
     };
-    // g[j]: the gradients in step t's mixes.
+    // Sets g[j] to the gradient of mixed j at step t, and by[j] to its mix.
     const auto gradients = [&](int64_t t, const Out** g, const float** by) {
       for (int64_t j = 0; j < J; ++j) g[j] = grad[j] + (b * plan.steps + t) * C, by[j] = mix[j];
     };
@@ -163,7 +163,7 @@ void backward(const Plan& plan, const Norm& norm, const float* x, const std::vec
         grad_y[c] = here;
         pull[c] = to_previous;
       }
-      // LayerNorm's own: dx = scale (dn - mean(dn) - n mean(dn n)), n the normalised x and dn the gradient in it.
+      // LayerNorm's gradient: dx = scale (dn - mean(dn) - n mean(dn n)), with n the normalised x and dn its gradient.
       const float* weight = norm.weight;
       const float mean_grad = wkv::sum(C, [=](int64_t c) { return grad_y[c] * weight[c]; }) / float(C);
       const float mean_grad_x =
@@ -284,9 +284,9 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>, Tensor> norm_token_shift
 
 }  // namespace
 
-// x (B, T, C), weight and bias (C,), each mix of C numbers, shift (B, C), mean_rstd (B, T, 2) and their gradients are
-// float32; the mixed (B, T, C), and the gradients in them, are float32, or bfloat16 if is_bf16. grad_x holds
-// grad_residual, the gradient in x of what reads x beside the norm.
+// x (B, T, C), weight and bias (C,), each mix with C numbers, shift (B, C), mean_rstd (B, T, 2) and their gradients are
+// float32. The mixed (B, T, C) and their gradients are float32, or bfloat16 if is_bf16. grad_residual is the gradient
+// of x from the residual connection around the norm; grad_x includes it.
 STABLE_TORCH_LIBRARY_FRAGMENT(rwkv_pl, m) {
   m.def("norm_token_shift(Tensor x, Tensor weight, Tensor bias, Tensor[] mix, Tensor? shift, float epsilon,"
         " bool is_bf16)"

@@ -1,15 +1,15 @@
-// One token of RWKV-4 for every row of a batch, through all layers, on the CPU.
+// One step of RWKV-4's recurrence on the CPU: one token for every row of a batch, through all layers.
 //
 // Letters: B rows of the batch, L layers, C channels, F channels inside the feed-forward, V vocabulary.
 //
-// A token reads every matrix once and does little else, so its time is that of reading them: each is walked along its
-// rows, in order and prefetched, and all rows of the batch are multiplied with what has just been read. Threads share
-// the rows of a matrix; the vectors between, of C numbers, are one thread's. A layer is four such phases:
+// A token takes the time of reading every matrix once; the rest is small. So each matrix is read row by row, in order
+// and with prefetches, and each part is multiplied with all rows of the batch as soon as it has been read. Threads
+// share the rows of a matrix; one thread handles all C numbers of a vector in between. A layer has four phases:
 //
-//   1. key, value and receptance, and with them, channel by channel, the step of WKV     2. the output
-//   3. the feed-forward's key and receptance                                             4. its value
+//   1. key, value and receptance, then, channel by channel, the step of WKV     2. the output
+//   3. the feed-forward's key and receptance                                    4. its value
 //
-// Every product is summed in the same order whatever the batch and the threads: a row's bits do not depend on them.
+// Every product is summed in the same order, so a row's bits do not depend on the batch or on the threads.
 // Weights are float32 or bfloat16; all arithmetic is in float32.
 
 #include <torch/csrc/stable/library.h>
@@ -35,20 +35,20 @@ using wkv::sum_lanes;
 using wkv::widen;
 
 constexpr int64_t LANES = 32;
-// Weights are asked for so many bytes before they are used.
+// How many bytes ahead weights are prefetched.
 constexpr int64_t AHEAD = 8192;
 constexpr int64_t CACHE_LINE = 64;
-// Fewer products than these (some 2 microseconds) are not worth a thread.
+// The least number of products for a thread, about 2 microseconds.
 constexpr int64_t LEAST_PRODUCTS = 32768;
 constexpr float EPSILON = 1e-5f;
-// Rows of the batch that a row of a matrix is multiplied with at once: as many sums as the registers hold.
+// Rows of the batch that a row of a matrix is multiplied with at once; their sums fill the registers.
 #if defined(__AVX512F__)
 constexpr int TILE = 8;
 #else
 constexpr int TILE = 4;
 #endif
 
-// A row-major matrix where torch has it, float32 or bfloat16.
+// A row-major matrix in torch's memory, float32 or bfloat16.
 struct Matrix {
   const void* data;
   int64_t rows, columns;
@@ -57,8 +57,8 @@ struct Matrix {
 
 WKV_NOINLINE float sum_row(const float (&lanes)[LANES]) { return sum_lanes<LANES>(lanes); }
 
-// sums (+)= weights x, LANES of each; FIRST: there are no sums yet. (Zeros written beforehand would be a memset, and the
-// sums in memory for it.)
+// sums += weights x, for LANES of each. FIRST: sums = weights x. (Zeros written in advance would be a memset, which
+// would force the sums into memory.)
 template <bool FIRST, int N, typename W>
 WKV_INLINE void accumulate(const W* weight, const float* x, int64_t x_stride, float (&sums)[N][LANES]) {
   for (int n = 0; n < N; ++n) {
@@ -71,7 +71,7 @@ WKV_INLINE void accumulate(const W* weight, const float* x, int64_t x_stride, fl
   }
 }
 
-// The same for fewer than LANES, filled up with zeros.
+// The same for fewer than LANES elements, padded with zeros.
 template <bool FIRST, int N, typename W>
 void accumulate_rest(const W* weight, const float* x, int64_t x_stride, int64_t width, float (&sums)[N][LANES]) {
   W filled_weight[LANES] = {};
@@ -87,7 +87,7 @@ WKV_INLINE void prefetch(const W* weight) {
   for (int64_t line = 0; line < int64_t(LANES * sizeof(W)); line += CACHE_LINE) WKV_PREFETCH(ahead + line);
 }
 
-// One row of a matrix times N vectors: y[n * y_stride].
+// One row of a matrix times N vectors; the results are y[n * y_stride].
 template <int N, typename W>
 void multiply_row(const W* row, const float* x, int64_t columns, float* y, int64_t y_stride) {
   alignas(64) float sums[N][LANES];
@@ -106,7 +106,7 @@ void multiply_row(const W* row, const float* x, int64_t columns, float* y, int64
   for (int n = 0; n < N; ++n) y[n * y_stride] = sum_row(sums[n]);
 }
 
-// The same for a batch, N at a time, then half as many, as long as there are some.
+// The same for a batch: N vectors at a time, then the remaining ones N / 2 at a time, and so on.
 template <int N, typename W>
 WKV_INLINE void multiply_row(const W* row, const float* x, int64_t batch, int64_t columns, float* y, int64_t y_stride) {
   int64_t b = 0;
@@ -114,7 +114,7 @@ WKV_INLINE void multiply_row(const W* row, const float* x, int64_t batch, int64_
   if constexpr (N > 1) multiply_row<N / 2>(row, x + b * columns, batch - b, columns, y + b * y_stride, y_stride);
 }
 
-// Rows begin to end of y (B, rows) = x (B, columns) m^T.
+// Computes columns begin to end of y (B, rows) = x (B, columns) m^T.
 template <typename W>
 void multiply(const W* w, const Matrix& m, int64_t begin, int64_t end, const float* x, int64_t batch, float* y) {
   for (int64_t row = begin; row < end; ++row) {
@@ -129,7 +129,7 @@ void multiply(const Matrix& m, int64_t begin, int64_t end, const float* x, int64
   }
 }
 
-// f(begin, end) over parts of 0 to n by torch's threads; products: what one of n costs.
+// Calls f(begin, end) for ranges of 0 to n on torch's threads. products: the number of products for one of n.
 template <typename F>
 void parallel(int64_t n, int64_t products, const F& f) {
   torch::stable::parallel_for(0, n, std::max<int64_t>(1, LEAST_PRODUCTS / std::max<int64_t>(1, products)), f);
@@ -149,7 +149,8 @@ void normalise(const Norm& norm, const float* x, int64_t channels, float* y) {
   }
 }
 
-// From the last token's x to this one's, in the part `by`; shift is nullptr where a text begins.
+// y = shift + by (x - shift): interpolates from the last token's x to this one's. shift is nullptr at the start of a
+// text.
 void mix(const float* by, const float* x, const float* shift, int64_t channels, float* y) {
   if (shift == nullptr) {
     WKV_SIMD
@@ -160,14 +161,14 @@ void mix(const float* by, const float* x, const float* shift, int64_t channels, 
   for (int64_t c = 0; c < channels; ++c) y[c] = wkv::multiply_add(by[c], x[c] - shift[c], shift[c]);
 }
 
-// wkv::decay by our own exp, which a compiler can make vectors of.
+// wkv::decay with exp_negative, which a compiler can vectorise.
 WKV_INLINE float decay(float time_decay) {
   const float e = wkv::exp_negative(-std::fabs(time_decay));
   const float power = time_decay > 0.0f ? 1.0f / e : e;
   return time_decay > 69.0f ? -1e30f : -power;
 }
 
-// Channels begin to end of one row: from key, value, receptance and state to the gated output and the new state.
+// For channels begin to end of one row: key, value, receptance and state -> the gated output and the new state.
 void step_wkv(const float* time_decay, const float* time_first, int64_t begin, int64_t end, int64_t channels,
               const float* key, const float* value, const float* receptance, const float* state, float* output,
               float* new_state) {
@@ -200,7 +201,7 @@ struct Layer {
   ChannelMix ffn;
 };
 
-// The model's parameters in their order, each checked and, where it does not lie as it is read, copied.
+// Reads the model's parameters in order and checks each; copies those that are not contiguous or need widening.
 class Reader {
  public:
   explicit Reader(const std::vector<Tensor>& tensors) : tensors_(tensors) {}
@@ -249,7 +250,7 @@ class Reader {
   std::vector<std::unique_ptr<float[]>> widened_;
 };
 
-// Parameters of the model but of its layers, and of one of these.
+// The numbers of parameters outside of the blocks, and in each block.
 constexpr int64_t PARAMS_OUTSIDE_BLOCKS = 6, PARAMS_PER_BLOCK = 18;
 
 struct Model {
@@ -266,7 +267,7 @@ struct Model {
     emb = reader.matrix(-1, -1);
     const int64_t C = channels = emb.columns;
     layers.reserve((count - PARAMS_OUTSIDE_BLOCKS) / PARAMS_PER_BLOCK);
-    // The embedding's norm comes first in the first block.
+    // The norm of the embedding is the first module of the first block.
     ln0 = reader.norm(C);
     for (int64_t l = 0; l < (count - PARAMS_OUTSIDE_BLOCKS) / PARAMS_PER_BLOCK; ++l) {
       Layer layer;
@@ -301,8 +302,8 @@ void embed(const Matrix& emb, int64_t token, float* x) {
   }
 }
 
-// parameters: those of the model in their order. state: att_shift (B, C), wkv (B, 3, C) and ffn_shift (B, C) of every
-// layer, or none for a text that begins. Returns logits (B, V), the shifts (2 L, B, C) and wkv (L, B, 3, C).
+// parameters: those of the model, in order. state: att_shift (B, C), wkv (B, 3, C) and ffn_shift (B, C) of each layer,
+// or empty at the start of a text. Returns logits (B, V), the shifts (2 L, B, C) and wkv (L, B, 3, C).
 std::tuple<Tensor, Tensor, Tensor> rwkv4_step(std::vector<Tensor> parameters, const Tensor& tokens,
                                               std::vector<Tensor> state) {
   using torch::stable::new_empty;
@@ -329,7 +330,7 @@ std::tuple<Tensor, Tensor, Tensor> rwkv4_step(std::vector<Tensor> parameters, co
   const Tensor new_shifts = new_empty(tokens, {2 * L, B, C}, ScalarType::Float);
   const Tensor new_wkv = new_empty(tokens, {L, B, 3, C}, ScalarType::Float);
 
-  // What each thread leaves for the others, (B, C) but for inner's (B, F).
+  // Intermediate results, shared by the threads: (B, C) each, except inner (B, F).
   const std::unique_ptr<float[]> scratch(new float[B * (9 * C + F) + 3 * C]);
   float* place = scratch.get();
   const auto array = [&](int64_t n) { return std::exchange(place, place + n); };
@@ -340,11 +341,11 @@ std::tuple<Tensor, Tensor, Tensor> rwkv4_step(std::vector<Tensor> parameters, co
     const wkv::State<float> nothing = wkv::empty_state<float>();
     empty[c] = nothing.num, empty[C + c] = nothing.den, empty[2 * C + c] = nothing.key;
   }
-  // Of part 0, 1 or 2 of a layer's state, row b.
+  // Row b of part 0, 1 or 2 (att_shift, wkv, ffn_shift) of a layer's state.
   const auto before = [&](int64_t layer, int64_t part, int64_t b) -> const float* {
     return state.empty() ? nullptr : wkv::data<const float>(state[3 * layer + part]) + b * (part == 1 ? 3 : 1) * C;
   };
-  // f(b) for every row.
+  // Calls f(b) for every row.
   const auto each_row = [&](const auto& f) {
     parallel(B, 16 * C, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) f(b);
@@ -396,7 +397,7 @@ std::tuple<Tensor, Tensor, Tensor> rwkv4_step(std::vector<Tensor> parameters, co
     });
     const int64_t width = ffn.key.rows;
     parallel(C, (C + width) * B, [&](int64_t begin, int64_t end) {
-      // As many parts of the key's rows as there are channels.
+      // The key's rows are divided among the C channels, so that both matrices are split at the same points.
       const int64_t first = begin * width / C, last = end * width / C;
       multiply(ffn.key, first, last, mixed_k, B, inner);
       multiply(ffn.receptance, begin, end, mixed_r, B, receptance);

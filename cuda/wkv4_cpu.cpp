@@ -1,17 +1,17 @@
 // WKV-4 on the CPU: the operator's schema, for all devices, and its CPU kernels.
 //
-// Letters: B sequences, T steps, C channels. Memory is C innermost, so LANES neighbouring channels walk through time
-// together and the compiler makes vectors of them. Work is split over sequences x blocks of LANES channels and, where
-// those are fewer than the threads, over chunks of time as well:
+// Letters: B sequences, T steps, C channels. C is the innermost dimension, so a loop walks LANES adjacent channels
+// through time together, and the compiler vectorises over them. Tasks are sequences x blocks of LANES channels. If
+// there are too few of these for the threads, time is split into chunks as well:
 //
-//   forward    1. (chunks) each chunk on its own, to the state that it adds      2. (chunks) combine in order
-//              3. walk, writing the output, and the state at the start of every tile of some 32 steps
-//   backward   tiles from the last to the first: walk forwards again from the saved state, keeping the tile in
-//              cache, then back through it. A chunk's result is affine in the adjoint at its end, so with chunks:
-//              1. each with adjoint 0   2. combine in order   3. walk with the right adjoint, writing gradients
+//   forward    1. (chunks) each chunk alone, from the empty state to its summary      2. (chunks) combine in order
+//              3. walk: write the output, and save the state at the start of every tile of at most 32 steps
+//   backward   tiles from the last to the first: walk forward again from the saved state, with the tile in cache, then
+//              back through it. A chunk's result is affine in the adjoint at its end, so with chunks:
+//              1. each with adjoint 0   2. combine in order   3. walk with the correct adjoint, writing gradients
 //
-// Sums over time and sequences are kept apart by task and added in order: the same bits in every run.
-// Built by rwkv_pl.ops.build with the LibTorch stable ABI: one library serves every torch from 2.10.
+// Each task has separate sums over time and sequences, and these are added in order: the same bits in every run.
+// rwkv_pl.ops.build builds it with the LibTorch stable ABI, so one library works with every torch from 2.10.
 
 #include <torch/csrc/stable/library.h>
 
@@ -32,13 +32,13 @@ using wkv::contiguous;
 using wkv::data;
 
 constexpr int64_t LANES = 32;
-// Steps of the longest tile: what the backward pass keeps of one then fits the first cache.
+// Steps of the longest tile, so that the backward pass's arrays for a tile fit into the L1 cache.
 constexpr int64_t LONGEST_TILE = 32;
-// Fewer steps than these are not worth a chunk of their own, and fewer keys (some 5 microseconds) not a thread.
+// The fewest steps of a chunk, and the fewest keys of a thread (about 5 microseconds).
 constexpr int64_t SHORTEST_CHUNK = 128;
 constexpr int64_t LEAST_KEYS = 16384;
 
-// LANES channels of one sequence, p[row][lane].
+// LANES channels of one sequence: p[row][lane].
 template <typename T>
 struct Rows {
   T* p;
@@ -46,7 +46,7 @@ struct Rows {
   T* operator[](int64_t row) const { return p + row * stride; }
 };
 
-// LANES numbers in the type that is computed in: where they lie, or from bfloat16 into `own`.
+// LANES numbers in the type of the arithmetic: read in place, or widened from bfloat16 into `own`.
 template <typename T, typename Width>
 WKV_INLINE const T* load_row(const T* row, T*, Width) {
   return row;
@@ -59,7 +59,7 @@ WKV_INLINE const float* load_row(const bfloat16* row, float* own, Width width) {
   return own;
 }
 
-// Where LANES results are to be put, and what takes them from there to memory.
+// The row to write LANES results to: the output itself, or `own`, from which store_row narrows them to bfloat16.
 template <typename T>
 WKV_INLINE T* output_row(T* row, T*) {
   return row;
@@ -74,7 +74,7 @@ WKV_INLINE void store_row(const float* own, bfloat16* row, Width width) {
   for (int64_t c = 0; c < lanes; ++c) row[c] = wkv::narrow<bfloat16>(own[c]);
 }
 
-// How one call is cut up. A task is a block of channels in one chunk of one sequence.
+// How one call is divided. A task is a block of channels in one chunk of one sequence.
 struct Plan {
   int64_t batch, steps, channels, tile, tiles, blocks, chunks, chunk_steps;
 
@@ -84,7 +84,7 @@ struct Plan {
     blocks = (channels + LANES - 1) / LANES;
     tiles = (steps + tile - 1) / tile;
     const int64_t threads = torch::stable::get_num_threads();
-    // Chunks walk time nearly twice, so two of them on two threads gain little and three on three some.
+    // Chunks walk time nearly twice, so two chunks on two threads gain little, and three on three gain some.
     const int64_t wanted = threads / std::max<int64_t>(batch * blocks, 1);
     chunks = wanted < 3 ? 1 : std::max<int64_t>(1, std::min(wanted, steps / SHORTEST_CHUNK));
     chunk_steps = ((steps + chunks - 1) / chunks + tile - 1) / tile * tile;
@@ -94,8 +94,8 @@ struct Plan {
   int64_t start(int64_t chunk) const { return chunk * chunk_steps; }
   int64_t end(int64_t chunk) const { return std::min(steps, start(chunk) + chunk_steps); }
 
-  // f(sequence, chunk, first channel, width) for every task. The width is a constant in all blocks but the last, so
-  // that the loops over it have no remainder.
+  // Calls f(sequence, chunk, first channel, width) for every task. In all blocks except the last, the width is a
+  // compile-time constant, so loops over it have no remainder.
   template <typename F>
   void parallel(const F& f) const {
     const int64_t grain = std::max<int64_t>(1, LEAST_KEYS / (LANES * std::min(steps, chunk_steps)));
@@ -121,7 +121,7 @@ struct Lanes {
   void set(int64_t c, wkv::State<T> s) { num[c] = s.num, den[c] = s.den, key[c] = s.key, age[c] = s.age; }
 };
 
-// One saved state of a block of channels, rows num, den, key, age of C numbers each.
+// A saved state of a block of channels: rows num, den, key and age, of C numbers each.
 template <typename T>
 struct Saved {
   T* p;
@@ -133,8 +133,8 @@ struct Saved {
   }
 };
 
-// The arguments of one call, computed in T, with keys, values and outputs in IO. tiles is (B, tiles + 1, 4, C): the
-// state before each tile, and after the last step.
+// The arguments of one call. T is the type of the arithmetic, IO that of keys, values and outputs. tiles is
+// (B, tiles + 1, 4, C): the state before each tile, and the one after the last step.
 template <typename T, typename IO>
 struct Arguments {
   Plan plan;
@@ -146,7 +146,7 @@ struct Arguments {
   Rows<P> rows(P* p, int64_t sequence, int64_t channel) const {
     return {p + sequence * plan.steps * plan.channels + channel, plan.channels};
   }
-  // The state before step t, t a multiple of plan.tile or T itself.
+  // The state before step t, which is a multiple of plan.tile or the number of steps.
   Saved<T> saved(int64_t sequence, int64_t t, int64_t channel) const {
     const int64_t tile = (t + plan.tile - 1) / plan.tile;
     return {tiles + ((sequence * (plan.tiles + 1) + tile) * 4) * plan.channels + channel, plan.channels};
@@ -158,7 +158,7 @@ void forward(const Arguments<T, IO>& a, const T* state, IO* output, T* new_state
   const Plan& plan = a.plan;
   const int64_t C = plan.channels;
 
-  // Where each task starts: the incoming state, or what the chunks before have made of it.
+  // The state at the start of the first chunk, and the summary of every chunk except the last.
   plan.parallel([&](int64_t b, int64_t chunk, int64_t c0, auto width) {
     const int64_t lanes = width;
     if (chunk == 0) {
@@ -235,7 +235,8 @@ void forward(const Arguments<T, IO>& a, const T* state, IO* output, T* new_state
   });
 }
 
-// Where the backward pass writes; sums is (B, chunks, 2, C), gradients in u and w of each task.
+// The gradient of the output, and the results of the backward pass. sums is (B, chunks, 2, C): each task's gradients of
+// u and w.
 template <typename T, typename IO>
 struct Gradients {
   const IO* output;
@@ -243,14 +244,15 @@ struct Gradients {
   T* sums;
 };
 
-// Back through one chunk, from the adjoint of the state after it (num and den of LANES channels) to that of the state
-// before. WRITE: the gradients are written as well.
+// Walks back through one chunk, from the adjoint of the state after it (num and den of LANES channels) to that of the
+// state before it. WRITE: also writes the gradients.
 template <bool WRITE, typename T, typename IO, typename Width>
 void backward_chunk(const Arguments<T, IO>& a, const Gradients<T, IO>& g, int64_t b, int64_t chunk, int64_t c0,
                     Width width, T* adjoint_num, T* adjoint_den) {
   const int64_t lanes = width;
   const Plan& plan = a.plan;
-  // A tile, walked forwards: 7 arrays that stay in the first cache, and the values where they are not read in place.
+  // The results of walking forward through a tile: 7 arrays that stay in the L1 cache, and the values if they are
+  // widened.
   using Tile = T[LONGEST_TILE][LANES];
   alignas(64) T own_k[LANES], own_g[LANES], own_gk[LANES], own_gv[LANES];
   alignas(64) Tile own_v;
@@ -317,7 +319,7 @@ void backward(const Arguments<T, IO>& a, const Gradients<T, IO>& g, const T* gra
   const Plan& plan = a.plan;
   const int64_t C = plan.channels;
 
-  // Adjoints of the state after each chunk, (B, chunks, 2, C): after the last, the outgoing state's gradient.
+  // The adjoints of the state after each chunk, (B, chunks, 2, C); after the last one, the gradient of the new state.
   std::vector<T> adjoints(plan.batch * plan.chunks * 2 * C);
   const auto adjoint = [&](int64_t b, int64_t chunk) { return adjoints.data() + (b * plan.chunks + chunk) * 2 * C; };
 
@@ -377,7 +379,7 @@ void backward(const Arguments<T, IO>& a, const Gradients<T, IO>& g, const T* gra
   for (int64_t c = 0; c < C; ++c) grad_time_decay[c] *= wkv::decay(a.time_decay[c]);
 }
 
-// f(a number of the type that is computed in, one of the type that keys are in).
+// Calls f(a zero of the arithmetic's type, a zero of key's type).
 template <typename F>
 void dispatch_types(const Tensor& key, const F& f) {
   using torch::headeronly::ScalarType;
@@ -435,10 +437,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> wkv4_backward(const Tensor& t
 
 }  // namespace
 
-// state, None for none, is (B, 3, C). All tensors are of one dtype, float32 or float64; key, value, output and their
-// gradients may be bfloat16, on a GPU float16 too, all else being float32. tiles (B, ceil(T / tile) + 1, 4, C) is for the
-// backward pass alone: the states before each tile and after the last step. tile is an argument and not a constant, so that a graph that
-// torch.compile has kept on disk holds the one that its shapes were made with.
+// state is (B, 3, C), or None for the empty state. All tensors have one dtype, float32 or float64; or key, value,
+// output and their gradients are bfloat16, on a GPU also float16, and everything else is float32. tiles (B, ceil(T /
+// tile) + 1, 4, C) is only for the backward pass: the states before each tile and after the last step. tile is an
+// argument, not a constant, so that a graph in torch.compile's disk cache contains the value that its shapes need.
 STABLE_TORCH_LIBRARY(rwkv_pl, m) {
   m.def("wkv4_forward(Tensor time_decay, Tensor time_first, Tensor key, Tensor value, Tensor? state, int tile)"
         " -> (Tensor output, Tensor state, Tensor tiles)");

@@ -1,8 +1,8 @@
-// WKV-4 on a CUDA GPU: which kernels a call takes, and their registration for the schema in wkv4_cpu.cpp.
+// WKV-4 on a CUDA GPU: registers the kernels for the schema in wkv4_cpu.cpp.
 //
-// `tile`, the steps between two saved states, says which: rwkv_pl/ops/wkv4.py chooses it from the shape and the chip.
-// Built by rwkv_pl.ops.build with the LibTorch stable ABI, so that one library serves every torch from 2.10, and loads
-// beside a torch without CUDA too.
+// `tile`, the steps between two saved states, selects the kernel. rwkv_pl/ops/wkv4.py chooses it from the shape and the
+// chip. rwkv_pl.ops.build builds this file with the LibTorch stable ABI, so one library works with every torch from
+// 2.10, and loads with a torch without CUDA too.
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -16,7 +16,7 @@
 #include "wkv4_launch.cuh"
 #include "wkv4_tensor.h"
 
-// Lives in libtorch_cuda alone, which a torch without CUDA lacks: weak, so that the library loads there too.
+// Only in libtorch_cuda, which a torch without CUDA does not have. It is weak, so that the library still loads there.
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream) __attribute__((weak));
 
 namespace {
@@ -35,7 +35,7 @@ cudaStream_t current_stream(const Tensor& t) {
 
 void check(cudaError_t error) { STD_TORCH_CHECK(error == cudaSuccess, "wkv4: ", cudaGetErrorString(error)); }
 
-// f(a zero of key's dtype, a zero of that of the arithmetic).
+// Calls f(a zero of key's dtype, a zero of the arithmetic's dtype).
 template <typename F>
 void dispatch(const Tensor& key, const F& f) {
   switch (key.scalar_type()) {
@@ -89,7 +89,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> wkv4_backward(
   const Tensor grad_decay = new_empty(decay, {channels}), grad_first = new_empty(decay, {channels});
   const Tensor grad_key = new_empty(k, {batch, steps, channels}), grad_value = new_empty(k, {batch, steps, channels});
   const Tensor grad_state = new_empty(decay, {batch, 3, channels});
-  // Each sequence's share; a single one is the sum.
+  // The partial sums of each sequence. If there is only one sequence, its partial sum is the result.
   const Tensor shares = new_empty(decay, {2, batch == 1 ? 0 : batch, channels});
   dispatch(key, [&](auto io, auto zero) {
     using IO = decltype(io);

@@ -1,7 +1,7 @@
-// WKV-4 on a GPU: what its two ways through time share.
+// WKV-4 on a GPU: code shared by the two kernels, the scan and the walk.
 //
-// Letters: B sequences, T steps, C channels; IO is the dtype of key and value, T that of the arithmetic. Everything
-// here is plain CUDA C++ with static shared memory, so that a test can run it on a host as it stands.
+// Letters: B sequences, T steps, C channels; as types, IO is the dtype of key and value, T that of the arithmetic.
+// Everything here is plain CUDA C++ with static shared memory, so that a test can run it on a host unchanged.
 
 #pragma once
 
@@ -11,7 +11,8 @@
 
 namespace wkv {
 
-// The arguments of one call. saved is (B, tiles + 1, 4, C): the state before every `tile` steps, and after the last.
+// The arguments of one call. saved is (B, tiles + 1, 4, C): the state before each tile, and the one after the last
+// step.
 template <typename IO, typename T>
 struct Call {
   int64_t batch, steps, channels, tile, tiles;
@@ -20,7 +21,7 @@ struct Call {
   T* saved;
 };
 
-// Where the forward pass starts and what it writes; state is null for none.
+// The incoming state (null: the empty state) and the results of the forward pass.
 template <typename IO, typename T>
 struct Results {
   const T* state;
@@ -28,8 +29,8 @@ struct Results {
   T* new_state;
 };
 
-// What the backward pass is given and writes; new_state is null for none. time_first and time_decay are (B, C): each
-// sequence's share.
+// The inputs (gradients of output and new_state; new_state may be null) and results of the backward pass. time_first
+// and time_decay are (B, C): the partial sums of each sequence.
 template <typename IO, typename T>
 struct Gradients {
   const IO* output;
@@ -61,7 +62,7 @@ __device__ State<T> first_state(const Call<IO, T>& a, const Results<IO, T>& r, i
   return {from[0], from[a.channels], from[2 * a.channels], T(0)};
 }
 
-// The state after the last step, for the backward pass and for whoever goes on from it.
+// Stores the state after the last step, for the backward pass and as the operator's result.
 template <typename IO, typename T>
 __device__ void store_last(const Call<IO, T>& a, const Results<IO, T>& r, int64_t sequence, int64_t channel,
                            State<T> last, T w) {
@@ -81,7 +82,7 @@ __device__ Adjoint<T> last_adjoint(const Call<IO, T>& a, const Gradients<IO, T>&
   return {scale * from[0], scale * from[a.channels]};
 }
 
-// The gradient of the state before the first step, from its adjoint.
+// Stores the gradient of the state before the first step, computed from its adjoint.
 template <typename IO, typename T>
 __device__ void store_first_gradient(const Call<IO, T>& a, const Gradients<IO, T>& g, int64_t sequence,
                                      int64_t channel, Adjoint<T> adjoint) {
@@ -91,16 +92,16 @@ __device__ void store_first_gradient(const Call<IO, T>& a, const Gradients<IO, T
   to[2 * a.channels] = first.num * adjoint.num + first.den * adjoint.den;
 }
 
-// The key of a step that is not there: lower than any sum's, so that it ages a state and does nothing else.
+// The key of a padding step: lower than the exponent of any state, so that the step only ages the state.
 template <typename T>
 constexpr T NO_KEY = T(-3e38);
 
-// S steps of one channel, walked forwards, with all that walking them back needs.
+// The results of walking S steps of one channel forward, as needed for walking back.
 template <typename T, int S>
 struct Steps {
   T num[S], den[S], earlier[S], later[S], pull_earlier[S], pull_later[S], out[S];
 
-  // Step i from the state before it, which becomes the one after it.
+  // Makes step i: s is the state before the step and becomes the one after it.
   __device__ void forward(int i, State<T>& s, T w, T u, T key, T value, T grad) {
     const Output<T> o = wkv::output(s, w, u, key, value);
     const Update<T> next = update(s, w, key, value);

@@ -1,4 +1,4 @@
-// Which of WKV-4's kernels a call takes, and how many threads.
+// Selects the WKV-4 kernel for a call, and launches it.
 
 #pragma once
 
@@ -7,9 +7,9 @@
 
 namespace wkv {
 
-// The tiles that Python may choose (rwkv_pl/ops/wkv4.py): WALK_TILE walks, the others are CHUNKS x S of a scan.
+// rwkv_pl/ops/wkv4.py chooses the tile: WALK_TILE selects the walk, the others are CHUNKS x S of a scan.
 constexpr int64_t WALK_TILE = 64;
-// A warp to a block, so that they spread evenly over the multiprocessors.
+// One warp per block, so that warps spread evenly over the multiprocessors.
 constexpr int WALK_THREADS = 32;
 
 template <typename... Parameters, typename... Arguments>
@@ -24,7 +24,7 @@ cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, c
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
-// Whether V channels can be loaded as one: they divide C, and every tensor begins where a pack may.
+// Can V channels be loaded as one word? They can if V divides C and every tensor is aligned to the word.
 template <typename IO, int V, typename... Pointers>
 bool packs(int64_t channels, Pointers... p) {
   return channels % V == 0 && ((reinterpret_cast<std::uintptr_t>(p) % (sizeof(IO) * V) == 0) && ...);
@@ -48,7 +48,7 @@ cudaError_t launch_walk(const Call<IO, T>& a, const Results<IO, T>& r, cudaStrea
 }
 template <typename IO, typename T, int V>
 cudaError_t launch_walk(const Call<IO, T>& a, const Gradients<IO, T>& g, cudaStream_t stream) {
-  // Steps held in registers: as many as there is room for.
+  // Steps in registers; more would not fit.
   constexpr int S = sizeof(T) == 8 ? 4 : 8;
   const int64_t blocks = ceil_divide(a.batch * (a.channels / V), WALK_THREADS);
   return launch(walk_backward<IO, T, V, WALK_THREADS, S, WALK_TILE / S, 3>, blocks, WALK_THREADS, stream, a, g);
@@ -82,7 +82,8 @@ cudaError_t launch_backward(const Call<IO, T>& a, const Gradients<IO, T>& g, cud
   return launch_tile(a, g, packs<IO, 2>(a.channels, a.key, a.value, g.output, g.key, g.value), stream);
 }
 
-// Two (batch, C) shares, added up in order: each of SLICES slices of the batch, then the slices.
+// Sums two arrays (batch, C) of partial sums over the batch, in order: first SLICES slices of the batch, then the
+// slices.
 template <typename T, int CH, int SLICES>
 __global__ void __launch_bounds__(CH* SLICES)
     sum_shares(int64_t batch, int64_t channels, const T* first, const T* decay, T* sum_first, T* sum_decay) {

@@ -1,11 +1,11 @@
-// WKV-4, one channel: one step of time and one combination of two stretches of it, forwards and backwards.
+// WKV-4 for one channel, forward and backward: one time step, and the combination of two adjacent intervals of time.
 //
-// RWKV-4: arXiv 2305.13048. With w = -exp(time_decay) and u = time_first, the sums of the operator are kept as
-// e^o (num, den), where the exponent o = key + w age: the largest term's key, exactly as it was given, and how many
-// steps ago it was. Differences of exponents are (key - key) + w age, so they are as precise at keys of 1e4 as at 1.
-// A single number for o loses 4e-3 there.
+// RWKV-4: arXiv 2305.13048. With w = -exp(time_decay) and u = time_first, the sums of the operator are stored as
+// e^o (num, den). The exponent o = key + w age has two parts: the key of the largest term, exactly as given, and the
+// number of steps since then. The difference of two exponents is (key - key) + w (age - age), which is as precise for
+// keys of 1e4 as for keys of 1. With a single number for o, the error there is 4e-3.
 //
-// Plain scalar code, for every device and compiler: on a CPU loops over channels are vectorised by the compiler.
+// Plain scalar code, for every device and compiler. On a CPU, the compiler vectorises the loops over channels.
 
 #pragma once
 
@@ -23,7 +23,7 @@
 
 namespace wkv {
 
-// a b + c; a library's fma where the machine has none would be 40 times slower than the sum.
+// a b + c. Without an FMA instruction, std::fma is a library call, 40 times slower than a product and a sum.
 template <typename T>
 WKV_INLINE T multiply_add(T a, T b, T c) {
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA) || defined(__CUDA_ARCH__)
@@ -33,13 +33,14 @@ WKV_INLINE T multiply_add(T a, T b, T c) {
 #endif
 }
 
-// e^x for x <= 0 (or slightly above), to 2 units in the last place; 0 where the result would be subnormal; NaN stays.
-// Adding 1.5 * 2^(mantissa bits) rounds to a whole number, and with the exponent's bias added too, the low bits of
-// the sum are the exponent of 2^n; the lowest, where x is held, is that of 0. Neither a library call nor a branch, so
-// a loop around it can be vectorised.
+// e^x for x <= 0 (or slightly above), with an error of 2 ulp; 0 if the result would be subnormal; NaN for NaN. Adding
+// 1.5 * 2^(mantissa bits) rounds to an integer n. With the exponent's bias added too, the low bits of the sum are the
+// exponent bits of 2^n. x is clamped to where these bits are 0. There is no library call and no branch, so a loop
+// around it can be vectorised.
 WKV_INLINE float exp_negative(float x) {
 #ifdef __CUDA_ARCH__
-  // Its error grows with |x|, but so does what the result is added to: at most 1.2e-7 of the sum.
+  // The relative error of __expf grows with |x|, but e^x shrinks faster, compared with the term that it is added to,
+  // whose factor is 1: the error is at most 1.2e-7 of the sum.
   return __expf(x);
 #else
   const float shift = 12582912.0f + 127.0f;
@@ -96,13 +97,13 @@ WKV_INLINE double exp_negative(double x) {
 #endif
 }
 
-// w from the raw parameter. Beyond e^69 (about 1e30) nothing changes but that w * 0 would be NaN.
+// w from the raw parameter. A decay of e^69 (about 1e30) forgets everything; with a larger one, w * 0 could be NaN.
 template <typename T>
 WKV_INLINE T decay(T time_decay) {
   return time_decay > T(69) ? T(-1e30) : T(-std::exp(time_decay));
 }
 
-// The factors of two terms whose exponents differ, divided by the larger: one of them is 1, the other costs the exp.
+// The factors of two terms with different exponents, relative to the larger one: one factor is 1, the other is an exp.
 template <typename T>
 struct Factors {
   T earlier, later;
@@ -115,13 +116,13 @@ WKV_INLINE Factors<T> factors(T lead) {
   return {lead > T(0) ? e : T(1), lead > T(0) ? T(1) : e};
 }
 
-// e^(key + w age) (num, den).
+// Represents e^(key + w age) (num, den).
 template <typename T>
 struct State {
   T num, den, key, age;
 };
 
-// What the exponent of a state that has seen nothing is: with num and den 0 it vanishes beside any key.
+// The state before any step. Its exponent is so low that it vanishes next to any key.
 template <typename T>
 WKV_INLINE State<T> empty_state() {
   return {T(0), T(0), T(-1e38), T(0)};
@@ -141,7 +142,7 @@ WKV_INLINE Output<T> output(State<T> s, T w, T u, T key, T value) {
   return {f, inverse, multiply_add(f.earlier, s.num, f.later * value) * inverse};
 }
 
-// The state after one more step; factor: what the state and the step were scaled by.
+// The state after one more step, and the factors by which the old state and the step were scaled.
 template <typename T>
 struct Update {
   Factors<T> factor;
@@ -158,13 +159,13 @@ WKV_INLINE Update<T> update(State<T> s, T w, T key, T value) {
            lead > T(0) ? key : s.key, lead > T(0) ? T(0) : age}};
 }
 
-// Exponent of `later` minus that of `earlier`, once `steps` more steps have passed for the earlier.
+// The exponent of `later` minus that of `earlier` aged by `steps` more steps.
 template <typename T>
 WKV_INLINE T lead_of(State<T> earlier, State<T> later, T w, T steps) {
   return multiply_add(w, later.age - (earlier.age + steps), later.key - earlier.key);
 }
 
-// Two neighbouring stretches of time as one; the later is `steps` long.
+// Combines two adjacent intervals of time; the later one has `steps` steps.
 template <typename T>
 WKV_INLINE State<T> combine(State<T> earlier, State<T> later, T w, T steps) {
   const T lead = lead_of(earlier, later, w, steps);
@@ -174,8 +175,8 @@ WKV_INLINE State<T> combine(State<T> earlier, State<T> later, T w, T steps) {
           lead > T(0) ? later.age : earlier.age + steps};
 }
 
-// A state as it is handed out: exponent max_exp, one number, with what its rounding lost in `scale`, to multiply num
-// and den by. A NaN in den makes max_exp NaN too.
+// A state in the form of the operator's results, with the exponent as one number, max_exp. Multiply num and den by
+// `scale`, which corrects the rounding of max_exp. A NaN in den makes max_exp NaN too.
 template <typename T>
 struct Folded {
   T max_exp, scale;
@@ -187,23 +188,24 @@ WKV_INLINE Folded<T> fold(State<T> s, T w) {
   return {max_exp + (s.den - s.den), exp_negative(multiply_add(w, s.age, s.key - max_exp))};
 }
 
-// Gradients of the loss in a state's num and den, its exponent held.
+// The gradients of the loss with respect to a state's num and den, with its exponent held constant.
 template <typename T>
 struct Adjoint {
   T num, den;
 };
 
-// Gradients in one step's key, value and u, and in w through the decay of the state before it. For w it is
-// d/dw = sum over steps of earlier (after.num num + after.den den), so that nothing need be carried forwards.
+// The gradients with respect to one step's key, value and u, and to w through the decay of the state before the step:
+// d/dw = sum over steps of earlier (after.num num + after.den den). So the forward pass carries nothing extra for w.
 template <typename T>
 struct StepGradient {
   T key, value, u, w;
 };
 
 // One step back in time. `after` is the adjoint of the state after the step and becomes that of the state before.
-// before: that state's num and den; read, push: the step's output and update; grad: the gradient in its output.
-// Every factor is at most 1: the adjoint is scaled by the state's own exponent, so nothing overflows, and walking
-// back costs no exponential.
+// num, den: of the state before. push: the factors of the step's update. pull_earlier, pull_later: the factors of its
+// output, times the output's gradient and inverse. value, out: the step's value and output.
+// The adjoint is scaled by the exponent of its state, so every factor is at most 1: nothing overflows, and walking back
+// needs no exponential.
 template <typename T>
 WKV_INLINE StepGradient<T> step_back(Adjoint<T>& after, T num, T den, Factors<T> push, T pull_earlier,
                                      T pull_later, T value, T out) {
@@ -217,7 +219,7 @@ WKV_INLINE StepGradient<T> step_back(Adjoint<T>& after, T num, T den, Factors<T>
   return gradient;
 }
 
-// What walking back over a stretch of time does to an adjoint: factor adjoint + (num, den), by any number of steps.
+// The effect of walking back over any number of steps on an adjoint: factor adjoint + (num, den).
 template <typename T>
 struct Pull {
   T factor, num, den;
@@ -228,7 +230,7 @@ WKV_INLINE Adjoint<T> pull(Pull<T> over, Adjoint<T> after) {
   return {multiply_add(over.factor, after.num, over.num), multiply_add(over.factor, after.den, over.den)};
 }
 
-// Two neighbouring stretches as one.
+// Combines two adjacent intervals.
 template <typename T>
 WKV_INLINE Pull<T> pull(Pull<T> earlier, Pull<T> later) {
   const Adjoint<T> offset = pull(earlier, Adjoint<T>{later.num, later.den});

@@ -1,7 +1,7 @@
-// WKV-4 where batch x channels are too few to fill the GPU: time is parallel too. A block owns CH channels of one
-// sequence and walks tiles of CHUNKS x S steps. In a tile each thread folds the S steps of its chunk into one summary,
-// the block scans the summaries, and each thread then walks its steps from the right state; backward the same once more
-// in the other direction, with the summaries of what walking back does to an adjoint.
+// WKV-4 for a batch x channels that is too small to fill the GPU: parallel in time too. A block owns CH channels of one
+// sequence and walks over tiles of CHUNKS x S steps. In each tile, a thread folds the S steps of its chunk into one
+// summary, the block scans the summaries, and the thread walks its steps again from the correct state. The backward
+// pass does the same once more in the other direction; there a summary is the effect of the steps on an adjoint (Pull).
 
 #pragma once
 
@@ -11,13 +11,14 @@ namespace wkv {
 
 constexpr int WARP = 32;
 
-// What stands before an element in its warp and, of whole warps, before its warp; and all of the block's.
+// Results of a block scan for one element: the total of the elements before it in its warp, the total of the warps
+// before its warp, and the total of the block.
 template <typename E>
 struct Prefix {
   E in_warp, warps, all;
 };
 
-// One lane's element from `lanes` lanes before it, or behind it.
+// The element of the lane that is `lanes` lanes before this one; with BACK, after it.
 template <bool BACK, typename N>
 __device__ N from_lane(N x, int lanes, int width = WARP) {
   return BACK ? __shfl_down_sync(0xffffffffu, x, lanes, width) : __shfl_up_sync(0xffffffffu, x, lanes, width);
@@ -33,9 +34,10 @@ __device__ Pull<T> from_lane(Pull<T> p, int lanes, int width = WARP) {
           from_lane<BACK>(p.den, lanes, width)};
 }
 
-// Scan over the chunks of each channel, thread = chunk x CH + channel. join(first, second, chunks): two neighbours in
-// the direction of travel as one, `chunks` the length of the second; join_of is the same for the channel
-// threadIdx.x / WARPS, which this thread serves in the scan over the warps' totals. Called again, another `totals`.
+// Scans over the chunks of each channel; thread = chunk x CH + channel. join(first, second, chunks) combines two
+// neighbours in the direction of the scan; the second is `chunks` chunks long. join_of does the same for the channel
+// threadIdx.x / WARPS, which this thread handles in the scan over the totals of the warps. Consecutive calls need
+// different `totals`.
 template <bool BACK, int CH, int CHUNKS, typename E, typename Join, typename JoinOf>
 __device__ Prefix<E> block_scan(E own, E none, E (*totals)[CH * CHUNKS / WARP], const Join& join,
                                 const JoinOf& join_of) {
@@ -65,14 +67,14 @@ __device__ Prefix<E> block_scan(E own, E none, E (*totals)[CH * CHUNKS / WARP], 
   return {in_warp, warp == 0 ? none : totals[channel][warp - 1], totals[channel][WARPS - 1]};
 }
 
-// A thread's place. Those beyond the last channel have no steps and write nothing.
+// The position of a thread. Threads beyond the last channel have no steps and write nothing.
 template <typename IO, typename T, int CH, int CHUNKS, int S>
 struct Scanner {
   static constexpr int WARPS = CH * CHUNKS / WARP, IN_WARP = WARP / CH, TILE = CHUNKS * S;
   int64_t offset;
   int sequence, channel, chunk, stride;
   bool inside;
-  // Of this thread's channel, and of the one it serves in the scan over warps.
+  // w and u of this thread's channel; w_of is w of the channel that it handles in the scan over warps.
   T w, u, w_of;
 
   __device__ explicit Scanner(const Call<IO, T>& a) {
@@ -92,13 +94,13 @@ struct Scanner {
     return channel < channels ? channel : channels - 1;
   }
 
-  // How many of this thread's S steps there are in the tile that begins at t0.
+  // How many of this thread's S steps exist in the tile that starts at t0; the others are padding.
   __device__ int count(const Call<IO, T>& a, int64_t t0) const {
     const int64_t left = a.steps - t0 - chunk * S;
     return left < 0 || !inside ? 0 : left < S ? int(left) : S;
   }
 
-  // Where this thread's first step of that tile lies.
+  // The offset of this thread's first step in that tile.
   __device__ int64_t at(int64_t t0) const { return offset + (t0 + chunk * S) * stride; }
 
   __device__ void load(T (&to)[S], const IO* from, int64_t t0, int count, T padding) const {
@@ -107,7 +109,7 @@ struct Scanner {
     for (int i = 0; i < S; ++i) to[i] = i < count ? T(from[i * stride]) : padding;
   }
 
-  // The state before this thread's first step, `state` being that before the tile, which becomes the one after it.
+  // The state before this thread's first step. `state` is the state before the tile and becomes the one after it.
   __device__ State<T> start(State<T>& state, const T (&key)[S], const T (&value)[S],
                             State<T> (*totals)[WARPS]) const {
     State<T> own = empty_state<T>();
@@ -127,7 +129,7 @@ struct Scanner {
 
 template <typename IO, typename T, int CH, int CHUNKS, int S>
 __global__ void __launch_bounds__(CH* CHUNKS) scan_forward(Call<IO, T> a, Results<IO, T> r) {
-  // Two, taken in turn: a thread may still read the one while another writes the next.
+  // Two, used alternately: one thread may still read the first while another already writes the second.
   __shared__ State<T> totals[2][CH][CH * CHUNKS / WARP];
   using Place = Scanner<IO, T, CH, CHUNKS, S>;
   const Place here(a);
@@ -148,7 +150,7 @@ __global__ void __launch_bounds__(CH* CHUNKS) scan_forward(Call<IO, T> a, Result
       if (i < count) output[i * here.stride] = IO(y);
       s = update(s, here.w, key[i], value[i]).state;
     }
-    // Here and not at the beginning: so the compiler needs 64 registers, and two blocks fit on a multiprocessor.
+    // Loading here, not at the start of the loop, needs only 64 registers, so two blocks fit on a multiprocessor.
     if (tile + 1 < a.tiles) {
       count = here.count(a, t0 + Place::TILE);
       here.load(key, a.key, t0 + Place::TILE, count, NO_KEY<T>);
@@ -165,7 +167,7 @@ template <typename IO, typename T, int CH, int CHUNKS, int S>
 __global__ void __launch_bounds__(CH* CHUNKS) scan_backward(Call<IO, T> a, Gradients<IO, T> g) {
   using Place = Scanner<IO, T, CH, CHUNKS, S>;
   constexpr int WARPS = Place::WARPS;
-  // Between two writes of the one lies a barrier of the other's.
+  // One of each is enough: the scan over the other has barriers between two writes to the same one.
   __shared__ State<T> states[CH][WARPS];
   __shared__ Pull<T> pulls[CH][WARPS];
   const Place here(a);
@@ -209,7 +211,7 @@ __global__ void __launch_bounds__(CH* CHUNKS) scan_backward(Call<IO, T> a, Gradi
     }
   }
 
-  // Sums over the chunks of each channel, in order.
+  // Sum over the chunks of each channel, in order.
   __shared__ T sums[2][CH][WARPS];
 #pragma unroll
   for (int d = CH; d < WARP; d *= 2) {

@@ -1,4 +1,4 @@
-// What the operator's CPU and CUDA sides do with torch's tensors.
+// Helpers for torch's tensors, shared by the CPU and the CUDA code.
 
 #pragma once
 
@@ -19,7 +19,7 @@ T* data(const std::optional<torch::stable::Tensor>& t) {
   return t ? data<T>(*t) : nullptr;
 }
 
-// Raises where t has another shape or type.
+// Raises unless t has this shape and type.
 inline void expect(const char* what, const torch::stable::Tensor& t, std::initializer_list<int64_t> shape,
                    torch::headeronly::ScalarType type) {
   bool fits = t.dim() == int64_t(shape.size()) && t.scalar_type() == type;
@@ -32,7 +32,7 @@ inline void expect(const char* what, const std::optional<torch::stable::Tensor>&
   if (t) expect(what, *t, shape, type);
 }
 
-// As torch::stable::contiguous of a tensor that is there.
+// torch::stable::contiguous for an optional tensor.
 inline std::optional<torch::stable::Tensor> contiguous(const std::optional<torch::stable::Tensor>& t) {
   return t ? std::optional<torch::stable::Tensor>(torch::stable::contiguous(*t)) : std::nullopt;
 }

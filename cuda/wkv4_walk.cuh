@@ -1,6 +1,6 @@
-// WKV-4 where batch x channels fill the GPU: each thread walks V neighbouring channels of one sequence through time.
-// What is read and written is what has to be, and a state every `tile` steps. Memory is the limit, so the inputs of the
-// next steps are on their way while these are worked on.
+// WKV-4 for a batch x channels that fills the GPU: each thread walks V adjacent channels of one sequence through time.
+// It reads and writes only the operator's inputs and outputs, and one state every `tile` steps. Memory bandwidth is the
+// limit, so the inputs of the next steps are loaded while the current ones are computed.
 
 #pragma once
 
@@ -11,7 +11,7 @@
 
 namespace wkv {
 
-// V neighbouring channels, loaded, kept and stored as one word.
+// V adjacent channels, loaded and stored as one word.
 template <int BYTES>
 struct Word;
 template <>
@@ -43,8 +43,8 @@ struct Pack {
   }
 };
 
-// V channels of a (B, T, C) tensor of a thread's sequence; the stride in bytes and 32 bits, so that an address is one
-// instruction.
+// V channels of a thread's sequence in a (B, T, C) tensor. The stride is in bytes, in 32 bits, so that computing an
+// address takes one instruction.
 template <typename P>
 struct Column {
   P* first;
@@ -59,11 +59,12 @@ struct Column {
   static __device__ char* bytes(P* p) { return reinterpret_cast<char*>(const_cast<std::remove_const_t<P>*>(p)); }
 };
 
-// Copies into shared memory are asked for in groups, each begun by asking and ended by asked; arrived<N> waits until all
-// but the last N groups are there, for the thread that asked. Older chips and words of two bytes copy at once.
+// Asynchronous copies into shared memory, in groups: asking() starts a group, ask() requests a copy, asked() ends the
+// group. arrived<N>() waits until all groups of this thread except the last N have arrived. Chips before sm_80, and
+// words of two bytes, are copied synchronously.
 __device__ inline void asking() {
 #if defined(__CUDA_ARCH__)
-  asm volatile("" ::: "memory");  // what was read of the place that is filled anew has been read
+  asm volatile("" ::: "memory");  // all reads of the buffer that is refilled come before this
 #endif
 }
 template <typename P>
@@ -89,7 +90,7 @@ __device__ void arrived() {
 #endif
 }
 
-// S steps of a tensor, in registers.
+// Loads S steps of a tensor into registers.
 template <typename P, int S>
 __device__ void load(P (&to)[S], const Column<const P>& column, int64_t t) {
   const P* from = column.from(t);
@@ -97,7 +98,7 @@ __device__ void load(P (&to)[S], const Column<const P>& column, int64_t t) {
   for (int i = 0; i < S; ++i) to[i] = column.at(from, i);
 }
 
-// The same in each thread's own place of shared memory.
+// S steps of a tensor in shared memory, in a column that only this thread uses.
 template <typename P, int S, int THREADS>
 struct Rows {
   P row[S][THREADS];
@@ -110,7 +111,7 @@ struct Rows {
   __device__ P operator[](int i) const { return row[i][threadIdx.x]; }
 };
 
-// A thread's place: V channels from `channel` on in `sequence`.
+// The position of a thread: V channels, from `channel` on, of `sequence`.
 template <typename IO, typename T, int V>
 struct Walker {
   int64_t sequence, channel, offset;
@@ -131,7 +132,7 @@ struct Walker {
   __device__ Column<Pack<IO, V>> of(IO* p) const { return {reinterpret_cast<Pack<IO, V>*>(p + offset), stride}; }
 };
 
-// S: steps that are loaded ahead; it divides the tile.
+// S: the steps that are loaded ahead; it must divide the tile.
 template <typename IO, typename T, int V, int THREADS, int S>
 __global__ void __launch_bounds__(THREADS) walk_forward(Call<IO, T> a, Results<IO, T> r) {
   using P = Pack<IO, V>;
@@ -178,16 +179,17 @@ __global__ void __launch_bounds__(THREADS) walk_forward(Call<IO, T> a, Results<I
 #pragma unroll
     for (int i = 0; i < S; ++i) output.at(out, i) = step(keys[i], values[i]);
   }
-  // The steps that fill no group.
+  // The remaining steps, fewer than S.
   if (t < a.steps) save(t);
   for (; t < a.steps; ++t) *output.from(t) = step(*key.from(t), *value.from(t));
 #pragma unroll
   for (int c = 0; c < V; ++c) store_last(a, r, here.sequence, here.channel + c, s[c], w[c]);
 }
 
-// A tile is walked forwards once to the states before every S steps, then S steps at a time, from its end, forwards and
-// back. GROUPS: how many times S a tile is. AHEAD: how many groups of inputs are on their way, into shared memory: a
-// warp keeps account of six waits only, so with this many loads into registers it waits for the newest to have an older.
+// Walks forward through a tile once, to get the state before each group of S steps. Then, from the last group to the
+// first, walks each group forward and back. GROUPS: the groups in a tile. AHEAD: the groups of inputs that are being
+// loaded, into shared memory. (A warp can track only six pending loads separately. With as many loads into registers,
+// it would have to wait for a newer load to get an older one.)
 template <typename IO, typename T, int V, int THREADS, int S, int GROUPS, int AHEAD>
 __global__ void __launch_bounds__(THREADS) walk_backward(Call<IO, T> a, Gradients<IO, T> g) {
   using P = Pack<IO, V>;
@@ -217,7 +219,7 @@ __global__ void __launch_bounds__(THREADS) walk_backward(Call<IO, T> a, Gradient
 #pragma unroll
     for (int c = 0; c < V; ++c) s[c] = update(s[c], w[c], T(k.lane(c)), T(v.lane(c))).state;
   };
-  // N steps from t on, forwards and back; s is the state before them.
+  // Walks N steps from t on, forward and back; s is the state before them.
   const auto forward_and_back = [&](int64_t t, const auto& keys, const auto& values, const auto& grads, auto n) {
     constexpr int N = decltype(n)::value;
     Steps<T, N> steps[V];
@@ -242,7 +244,7 @@ __global__ void __launch_bounds__(THREADS) walk_backward(Call<IO, T> a, Gradient
     }
   };
 
-  // The steps at the end that fill no group: one at a time, each from its tile's beginning.
+  // The last steps, fewer than S: one at a time, each from the saved state at the start of its tile.
   const int64_t whole = a.steps / S * S;
   for (int64_t t = a.steps - 1; t >= whole; --t) {
     load_saved(t / a.tile);
@@ -251,7 +253,7 @@ __global__ void __launch_bounds__(THREADS) walk_backward(Call<IO, T> a, Gradient
     forward_and_back(t, keys, values, grads, std::integral_constant<int, 1>());
   }
 
-  // A tile of n groups is 2 n - 1 rounds: its groups 0 to n - 2 forwards, then n - 1 to 0 forwards and back.
+  // A tile of n groups takes 2 n - 1 rounds: groups 0 to n - 2 forward, then groups n - 1 to 0 forward and back.
   const int64_t groups = whole / S, last = (groups - 1) / GROUPS;
   const auto groups_of = [&](int64_t tile) { return tile == last ? int(groups - last * GROUPS) : GROUPS; };
   int64_t asked_tile = groups == 0 ? -1 : last;

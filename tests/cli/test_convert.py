@@ -155,7 +155,7 @@ def test_weights_of_another_vocabulary_cannot_start_a_run(train, convert, tmp_pa
         (("official.pth", "text/x.pth"), "text to write x.pth into"),
         (("official.pth", "model.safetensors"), "is no name for it"),
         (("official.pth", "x.PT"), "is no name for it"),
-        (("empty", "x.pth"), "is no run folder with weights"),
+        (("empty", "x.pth"), "is not a run folder with weights"),
         (("text", "x.pth"), "is not a checkpoint that can be read safely"),
         (("hostile.pth", "x"), "is not a checkpoint that can be read safely"),
         (("large.pth", "x", "--dtype", "float16"), "ln_out.bias holds 1e+09, too large for float16"),
@@ -215,7 +215,7 @@ def test_corrupting_disk_is_detected(convert, official, tmp_path, monkeypatch, t
         return read
 
     monkeypatch.setattr("rwkv_pl.weights.write.read_weights", flipped)
-    assert_refused(convert("official.pth", target), "ln_out.bias was not written", code=1)
+    assert_refused(convert("official.pth", target), "ln_out.bias in ", code=1)
     assert list(tmp_path.iterdir()) == [official]
 
 

@@ -95,15 +95,15 @@ def test_run_on_megatron_files_resumes_after_they_are_moved(train, tokenizer, me
 
 
 BAD = {
-    "data.vocab_path=null": "data.vocab=20b needs the tokenizer's json: data.vocab_path=20B_tokenizer.json",
+    "data.vocab_path=null": "data.vocab=20b needs the tokenizer's JSON file: set data.vocab_path=20B_tokenizer.json",
     "data.vocab_path=nosuch.json": "nosuch.json: No such file",
-    "data.vocab_path=corpus.txt": "corpus.txt is not the json of the 20B tokenizer",
+    "data.vocab_path=corpus.txt": "corpus.txt is not the JSON file of the 20B tokenizer",
     "data.vocab=byte": "data.vocab_path is the json of data.vocab=20b, the config has byte: leave it out",
     "data.path=noise.txt": "byte 7,000 of",
     "data=binidx data.path=null": "data.path is missing: data=binidx reads PREFIX.bin and PREFIX.idx",
     "data=binidx data.path=nosuch": "there is no",
     "data=binidx data.path=corpus.txt": "there is no",
-    "data=binidx data.path=page": "page.idx is no binidx index",
+    "data=binidx data.path=page": "page.idx is not a binidx index",
     "data=binidx data.path=corpus data.vocab=char data.vocab_path=null": "takes data.vocab=byte or 20b, got char",
     "data=binidx data.path=corpus data.vocab=byte data.vocab_path=null": "vocabulary byte has 256",
     "data=binidx data.path=corpus data.ctx_len=100000": "one window of data.ctx_len=100000",

@@ -58,7 +58,7 @@ def test_failed_build_shows_the_error_and_the_log(tmp_path):
     result = run(tmp_path, CXX=str(script))
     assert result.code == 1
     log = tmp_path / "kernels" / "wkv4_cpu.log"
-    assert result.out.splitlines()[-1].endswith(f"failed: a.cpp:1:2: error: no; all that it said is in {log}")
+    assert result.out.splitlines()[-1].endswith(f"failed: a.cpp:1:2: error: no; its full output is in {log}")
     assert "a.cpp:1:2: error: no" in log.read_text()
 
 
@@ -123,12 +123,12 @@ def test_table_without_any_build_tool(tmp_path):
     assert (result.code, "Traceback" in result.err) == (1, False), result.err
     cells = [[cell.strip() for cell in line.split("\u2502")[1:4]] for line in result.out.splitlines()]
     table = {row[0]: row[1:] for row in cells if len(row) == 3}
-    assert table["C++ compiler"] == ["CXX=/nowhere/c++ is none", "let CXX name one, or unset it"]
+    assert table["C++ compiler"] == ["CXX=/nowhere/c++ was not found", "set CXX to a compiler, or unset it"]
     fault = f"{tmp_path / 'bin' / 'nvcc'} is too new: its CUDA is 99.1, torch's 98.0"
     assert table["nvcc"] == [fault, "install the CUDA toolkit 98.0 and put its nvcc on PATH"]
     left = "0 libraries, 0.0 MB; 1 builds that were broken off, which the next one clears away"
     assert table["cache"] == [f"{tmp_path / 'kernels'}: {left}", "-"]
-    reason = "no C++ compiler (CXX=/nowhere/c++ is none); let CXX name one, or unset it"
+    reason = "no C++ compiler (CXX=/nowhere/c++ was not found); set CXX to a compiler, or unset it"
     assert result.out.splitlines()[-1] == f"cpu: kernel=auto uses the scan in plain torch: {reason}"
 
 

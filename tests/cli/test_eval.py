@@ -194,7 +194,7 @@ def test_text_changed_during_evaluation_is_reported(evaluate, run, tmp_path, mon
     monkeypatch.setattr(protocols, "evaluate_stream", changed)
     result = evaluate(f"weights={run}", "data.path=corpus.txt")
     assert (result.code, result.err.count("\n")) == (2, 1)
-    assert "corpus.txt has changed under the run" in result.err
+    assert "corpus.txt changed during the run" in result.err
 
 
 def test_terminal_shows_a_progress_bar_on_stderr(evaluate, run, monkeypatch):
@@ -242,7 +242,7 @@ CASES = {
     "weights=RUN out=corpus.txt": "cannot write in",
     "weights=nosuch": "there are no weights at nosuch",
     "weights=corpus.txt data=text data.path=corpus.txt": "is not a checkpoint that can be read safely",
-    "weights=. data=text data.path=corpus.txt": "is no run folder",
+    "weights=. data=text data.path=corpus.txt": "is not a run folder",
     "weights=damaged": "damaged",
 }
 

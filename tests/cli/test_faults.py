@@ -179,7 +179,7 @@ def test_run_killed_while_compiling_resumes_to_the_same_bits(folder, uninterrupt
 def test_stopped_run_resumes_to_the_same_bits(folder, uninterrupted_run, strike, step):
     result = forks.run(folder, *RUN, strikes=[strike])
     assert result.code == 143, result.err
-    goes_on = f"{resume_command(folder / 'run')} goes on"
+    goes_on = f"to resume: {resume_command(folder / 'run')}"
     assert result.out.splitlines()[-1] == f"stopped by SIGTERM after step {step}; {goes_on}"
     finish_run(folder, "resume=run")
     assert_same_run(folder / "run", uninterrupted_run)
@@ -307,8 +307,8 @@ def test_slurm_signal_saves_and_requeues_the_job(folder, uninterrupted_run, answ
     result = forks.run(folder, *RUN, strikes=[Strike(TRAINING_STEP, 14, requeue_signal)], **slurm)
     assert result.code == 0, result.err
     assert (folder / "asked").read_text() == "requeue 17\n"
-    assert ("queued again: scontrol: no such job" in result.out) == bool(answer)
-    assert f"resume={folder / 'run'} goes on" in result.out
+    assert ("not requeued: scontrol: no such job" in result.out) == bool(answer)
+    assert f"to resume: {resume_command(folder / 'run')}" in result.out
     if answer == 0:
         finish_run(folder, "resume=run", **slurm)
         assert_same_run(folder / "run", uninterrupted_run)
@@ -521,7 +521,7 @@ def test_non_file_with_a_checkpoint_name_gives_one_line_error(folder, uninterrup
     before = (folder / "run" / "metrics.csv").read_bytes()
     result = forks.run(folder, "resume=run", "trainer.max_steps=12")
     assert (result.code, result.err.count("\n")) == (2, 1), result.err
-    words = "is neither a file nor a folder" if kind == "pipe" else f"{paths[0]} is no file"
+    words = "is neither a file nor a folder" if kind == "pipe" else f"{paths[0]} is not a file"
     assert words in result.err
     assert (folder / "run" / "metrics.csv").read_bytes() == before
 

@@ -79,7 +79,7 @@ def test_nonfinite_batches_can_be_skipped(train, tmp_path, make_nonfinite, monke
         result = train(*SMALL, *EVERY, "skip_nonfinite=2", "trainer.max_steps=6", "hydra.run.dir=run")
         then.undo()
     assert result.code == 0, result.err
-    assert "left out, 2 of at most 2" in result.out
+    assert "skipped, 2 of at most 2" in result.out
     weights = {}
     run = tmp_path / "run"
     assert load_checkpoint(run)["rwkv_pl"]["skipped"] == 2
@@ -165,7 +165,7 @@ def test_corrupt_metrics_file_is_reported(train, run, tmp_path, row):
     before = record.read_bytes()
     result = train("resume=run", "trainer.max_steps=9")
     assert (result.code, result.err.count("\n")) == (1, 1), result.err
-    assert "metrics.csv is damaged" in result.err and "move it away" in result.err
+    assert "metrics.csv is corrupt" in result.err and "move it away" in result.err
     assert record.read_bytes() == before
 
 
@@ -227,7 +227,7 @@ def test_text_changed_during_a_run_is_reported(train, tmp_path, monkeypatch, cha
         assert result.code == 0, result.err
         return
     assert (result.code, result.err.count("\n")) == (1, 1), result.err
-    assert f"the data file {path} has changed under the run" in result.err
+    assert f"the data file {path} changed during the run" in result.err
     assert "goes on from it" in result.err
     path.write_bytes(text)
     result = train("resume=run")
@@ -337,7 +337,7 @@ def test_best_score_is_read_from_the_checkpoint(train, tmp_path, caplog):
             (checkpoints / "best.ckpt").unlink()
         result = train("resume=run", f"trainer.max_steps={steps}")
         assert result.code == 0, result.err
-        assert ("is damaged, or of another monitor" in result.out) == (steps == 10)
+        assert ("is corrupt, or has another monitor" in result.out) == (steps == 10)
         assert load_checkpoint(tmp_path / "run", "best.ckpt")["global_step"] in (steps - 1, steps)
 
 
@@ -456,4 +456,4 @@ def test_early_checkpoint_format_is_read(train, run, tmp_path):
     for arguments in (("resume=run", "trainer.max_steps=10"), (*SMALL, f"weights={last}")):
         result = train(*arguments)
         assert (result.code, result.err.count("\n")) == (2, 1)
-        assert "has checkpoint format 2, this rwkv_pl reads 1: install a newer one" in result.err
+        assert "has checkpoint format 2, this rwkv_pl reads 1: install a newer rwkv_pl" in result.err

@@ -61,7 +61,7 @@ def test_user_optimizer_file(train, tmp_path):
     (folder / "typo.yaml").write_text("_target_: torch.optim.RMSprop\nlr: 1e-3\nalfa: 0.9\n")
     command = ("--config-dir", "mine", *PLAIN, "trainer.max_steps=2", "hydra.run.dir=run")
     for settings, message in {
-        ("optim=typo",): "optim.alfa: torch.optim.RMSprop takes no alfa; did you mean alpha?",
+        ("optim=typo",): "optim.alfa: torch.optim.RMSprop has no argument alfa; did you mean alpha?",
         ("optim=rms", "optim.alpha=low"): "optim.alpha must be a number, got 'low'",
         ("optim=rms", "optim.alfa=0.5"): "optim.alfa is not a setting; did you mean alpha?",
         ("optim=rms", "optim.betas=[0.9,0.9]"): "optim.betas is not a setting",

@@ -168,7 +168,7 @@ def test_validation_on_a_separate_text(tmp_path: Path, vocab: str) -> None:
     assert data.vocabulary.decode(data.train_tokens) == (tmp_path / "train.txt").read_bytes() + b"\n"
     assert "ö" not in data.vocabulary.characters
     assert len(data.test_dataloader()) == 0
-    with pytest.raises(UserError, match=r"no test split beside data.val_path: ask for val"):
+    with pytest.raises(UserError, match=r"no test split if data.val_path is set: use val"):
         data.setup("test")
 
 

@@ -267,24 +267,24 @@ def without_byte() -> str:
 
 
 WRONG = {
-    "": "not the json",
-    "{}": "it lacks a part",
-    "[]": "it lacks a part",
-    "null": "it lacks a part",
-    "not json": "not the json",
-    "\x80": "not the json",
-    "[" * 100_000: "not the json",
-    change_json(pre_tokenizer={"type": "Whitespace"}): "it lacks a part",
+    "": "not the JSON file",
+    "{}": "a part is missing",
+    "[]": "a part is missing",
+    "null": "a part is missing",
+    "not json": "not the JSON file",
+    "\x80": "not the JSON file",
+    "[" * 100_000: "not the JSON file",
+    change_json(pre_tokenizer={"type": "Whitespace"}): "a part is missing",
     change_json(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": True}): "GPT-2's pattern",
     change_json(normalizer={"type": "NFKC"}): "GPT-2's pattern",
     change_json(model={"type": "WordPiece"}): "GPT-2's pattern",
     change_json(model=json.loads(small_20b())["model"] | {"dropout": 0.1}): "GPT-2's pattern",
-    change_json(model=json.loads(small_20b())["model"] | {"merges": [["zq", "qz"]]}): "not the json",
+    change_json(model=json.loads(small_20b())["model"] | {"merges": [["zq", "qz"]]}): "not the JSON file",
     change_json(added_tokens=[]): "its tokens are not 0, 1, 2",
-    with_token(content="word"): "its added token 'word' is no run of spaces",
-    with_token(lstrip=True): "takes what stands beside it",
+    with_token(content="word"): "its added token 'word' is not a run of spaces",
+    with_token(lstrip=True): "depends on the text around it",
     with_token(id=9999): "its tokens are not 0, 1, 2",
-    with_token(id="x"): "it lacks a part",
+    with_token(id="x"): "a part is missing",
     without_byte(): "it has no token for some byte",
 }
 
@@ -293,11 +293,11 @@ WRONG = {
 def test_unsupported_tokenizer_json_gives_one_line_error(tmp_path: Path, text: str) -> None:
     path = tmp_path / "20B_tokenizer.json"
     path.write_text(text, encoding="latin-1")
-    with pytest.raises(UserError, match=r"is not the json of the 20B tokenizer") as caught:
+    with pytest.raises(UserError, match=r"is not the JSON file of the 20B tokenizer") as caught:
         Vocabulary20B.read(path)
     assert WRONG[text] in str(caught.value)
     assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match="stored vocabulary is damaged"):
+    with pytest.raises(UserError, match="stored vocabulary is corrupt"):
         Vocabulary.from_dict({"kind": "20b", "tokenizer": text})
 
 
@@ -306,9 +306,9 @@ def test_missing_tokenizer_json_gives_one_line_error(tmp_path: Path) -> None:
         Vocabulary20B.read(tmp_path / "nosuch.json")
     with pytest.raises(UserError, match=r"cannot read "):
         Vocabulary20B.read(tmp_path)
-    with pytest.raises(UserError, match=r"data.vocab=20b needs the tokenizer's json: data.vocab_path="):
+    with pytest.raises(UserError, match=r"data.vocab=20b needs the tokenizer's JSON file: set data.vocab_path="):
         build_vocabulary("20b", make_corpus(tmp_path, TEXT))
-    with pytest.raises(UserError, match="stored vocabulary is damaged"):
+    with pytest.raises(UserError, match="stored vocabulary is corrupt"):
         Vocabulary.from_dict({"kind": "20b"})
 
 

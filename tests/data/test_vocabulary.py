@@ -110,7 +110,7 @@ def test_vocabulary_round_trips_through_json() -> None:
     "stored", [{}, [], None, {"kind": "char", "characters": "ba"}, {"kind": "char", "characters": "\ud800"}]
 )
 def test_corrupt_vocabulary_gives_one_line_error(stored: object) -> None:
-    with pytest.raises(UserError, match="stored vocabulary is damaged") as caught:
+    with pytest.raises(UserError, match="stored vocabulary is corrupt") as caught:
         Vocabulary.from_dict(stored)  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
 

@@ -129,7 +129,7 @@ def test_killed_build_does_not_block_later_builds(compiler, tmp_path):
 def test_without_a_compiler_the_scan_is_used(tmp_path):
     said = finish(start(AUTO, tmp_path, CXX="/nowhere/c++"))
     assert said.count("RuntimeWarning") == 1
-    assert "no C++ compiler (CXX=/nowhere/c++ is none); " in said
+    assert "no C++ compiler (CXX=/nowhere/c++ was not found); " in said
 
 
 @pytest.mark.slow
@@ -141,14 +141,16 @@ def test_empty_path_falls_back_to_the_scan(tmp_path):
 @pytest.mark.slow
 def test_unavailable_compiled_kernel_is_an_error(tmp_path):
     last = finish(start(COMPILED, tmp_path, CXX="/nowhere/c++"), code=1).splitlines()[-1]
-    assert last.startswith("RuntimeError: wkv4: no compiled operator: no C++ compiler (CXX=/nowhere/c++ is none); ")
+    assert last.startswith(
+        "RuntimeError: wkv4: no compiled operator: no C++ compiler (CXX=/nowhere/c++ was not found); "
+    )
 
 
 def test_first_compiler_error_is_shown(tmp_path):
     errors = "echo 'a.cpp:1:2: warning: no error yet'; echo 'a.cpp:3:4: error: first'; echo 'error: second'; exit 1"
     said = finish(start(AUTO, tmp_path, CXX=fake_compiler(tmp_path, errors)))
     assert said.count("RuntimeWarning") == 1
-    assert "fake-c++ failed: a.cpp:3:4: error: first; all that it said is in " in said and "second" not in said
+    assert "fake-c++ failed: a.cpp:3:4: error: first; its full output is in " in said and "second" not in said
     assert not list(tmp_path.glob("kernels/building-*"))
 
 

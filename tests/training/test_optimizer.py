@@ -85,16 +85,20 @@ class TakesAnything(torch.optim.SGD):
 @pytest.mark.parametrize(
     ("target", "optim", "message"),
     [
-        (torch.optim.SGD, Optim("SGD", betas=[0.9, 0.99]), "optim.betas: SGD takes no betas; there are: lr, momentum"),
-        (torch.optim.SGD, Optim("SGD", own={"momentun": 0.9}), "takes no momentun; did you mean momentum?"),
-        (torch.optim.SGD, Optim("SGD", own={"params": 3}), "optim.params: SGD takes no params"),
+        (
+            torch.optim.SGD,
+            Optim("SGD", betas=[0.9, 0.99]),
+            "optim.betas: SGD has no argument betas; there are: lr, momentum",
+        ),
+        (torch.optim.SGD, Optim("SGD", own={"momentun": 0.9}), "has no argument momentun; did you mean momentum?"),
+        (torch.optim.SGD, Optim("SGD", own={"params": 3}), "optim.params: SGD has no argument params"),
         (torch.optim.SGD, Optim("SGD", own={"momentum": -1.0}), "optim refuses its settings: Invalid momentum"),
         (torch.optim.SGD, Optim("SGD", own={"momentum": "fast"}), "optim refuses its settings: '<' not supported"),
         (torch.optim.Adam, Optim(betas=[0.9]), "optim.betas must be 2 numbers for torch.optim.Adam, got [0.9]"),
-        (torch.optim.Rprop, Optim("Rprop", weight_decay=0.1), "optim.weight_decay: Rprop takes no weight_decay"),
+        (torch.optim.Rprop, Optim("Rprop", weight_decay=0.1), "optim.weight_decay: Rprop has no argument weight_decay"),
         (torch.optim.LBFGS, Optim("LBFGS"), "optim refuses its settings: LBFGS doesn't support per-parameter"),
         (torch.optim.Muon, Optim("Muon"), "optim refuses its settings: Muon only supports 2D parameters"),
-        (torch.optim.Optimizer, Optim("Optimizer"), "optim.lr: Optimizer takes no lr; there are: defaults"),
+        (torch.optim.Optimizer, Optim("Optimizer"), "optim.lr: Optimizer has no argument lr; there are: defaults"),
         (TakesAnything, Optim("Mine", own={"momentun": 0.9}), "optim refuses its settings: "),
         (MuonAdamW, Optim("MuonAdamW", own={"adjust_lr_fn": "x"}), "optim refuses its settings: Adjust learning rate"),
     ],
@@ -222,7 +226,7 @@ def test_schedule_with_an_invalid_length_is_refused():
     check_schedule(Schedule("cosine", decay_steps=10), max_steps=-1)
     with pytest.raises(UserError, match="leaves no room"):
         check_schedule(Schedule("exponential", warmup_steps=5, final_lr=1e-3), max_steps=5)
-    with pytest.raises(UserError, match="begins before the end of schedule"):
+    with pytest.raises(UserError, match="starts before the end of schedule"):
         check_schedule(Schedule("wsd", warmup_steps=5, decay_share=0.6), max_steps=10)
     check_schedule(Schedule("wsd", warmup_steps=5, decay_share=0.5), max_steps=10)
 

@@ -408,14 +408,17 @@ MISFITS = {
         with_tensors(**{KEY: torch.full((12, 12), torch.inf)}),
         "blocks.1.att.key.weight holds NaN or infinite",
     ),
-    "integers": (with_every_tensor(torch.Tensor.int), "is of int32; read are float32, bfloat16, float16, float64"),
-    "complex": (with_tensors(**{KEY: torch.zeros(12, 12, dtype=torch.complex64)}), "is of complex64"),
-    "sparse": (with_tensors(**{KEY: torch.zeros(12, 12).to_sparse()}), "is no plain tensor"),
+    "integers": (
+        with_every_tensor(torch.Tensor.int),
+        "has dtype int32; supported: float32, bfloat16, float16, float64",
+    ),
+    "complex": (with_tensors(**{KEY: torch.zeros(12, 12, dtype=torch.complex64)}), "has dtype complex64"),
+    "sparse": (with_tensors(**{KEY: torch.zeros(12, 12).to_sparse()}), "is not a plain dense CPU tensor"),
     "without memory": (with_tensors(**{KEY: torch.zeros(12, 12, device="meta")}), ""),
     # 4 bytes on disk that would expand to 4 TB.
     "repeated": (
         with_tensors(emb__weight=torch.zeros(1).expand(1_000_000, 1_000_000)),
-        "emb.weight of (1000000, 1000000) has not that many values in the file",
+        "emb.weight of (1000000, 1000000) has fewer values than that in the file",
     ),
     # 400 kB on disk with matrices that would expand to 40 GB each.
     "wide": (with_tensors(emb__weight=torch.zeros(1, 100_000)), "should be"),
@@ -445,7 +448,7 @@ def test_checkpoint_with_a_wrong_config_size_is_corrupt(tmp_path):
     content = torch.load(tmp_path / "x.ckpt", weights_only=True)
     content["rwkv_pl"]["config"]["n_layer"] = 10**12
     torch.save(content, tmp_path / "x.ckpt")
-    with pytest.raises(CorruptFileError, match="its n_layer is 1000000000000, and its tensors have 2"):
+    with pytest.raises(CorruptFileError, match="n_layer=1000000000000 in its config, and 2 in its tensors"):
         read_weights(tmp_path / "x.ckpt")
 
 
@@ -546,30 +549,33 @@ def test_file_without_weights_gives_one_line_error(tmp_path, name):
 
 
 BAD_FOLDERS = {
-    "config.json is no JSON": ({"config.json": "{"}, "is no JSON"),
-    "config.json is empty": ({"config.json": ""}, "is no JSON"),
-    "config.json is deep": ({"config.json": "[" * 100_000}, "is no JSON"),
-    "config.json is a list": ({"config.json": "[]"}, "holds a list where a JSON object should be"),
-    "config.json of another model": ({"config.json": '{"model_type": "llama"}'}, "holds a llama model by its config"),
-    "config.json of nothing": ({"config.json": "{}"}, "holds a None model by its config"),
+    "config.json is no JSON": ({"config.json": "{"}, "is not JSON"),
+    "config.json is empty": ({"config.json": ""}, "is not JSON"),
+    "config.json is deep": ({"config.json": "[" * 100_000}, "is not JSON"),
+    "config.json is a list": ({"config.json": "[]"}, "is a list, not a JSON object"),
+    "config.json of another model": (
+        {"config.json": '{"model_type": "llama"}'},
+        "a llama model, says its config",
+    ),
+    "config.json of nothing": ({"config.json": "{}"}, "holds a None model, says its config"),
     "config.json of another epsilon": (
         {"config.json": '{"model_type": "rwkv", "layer_norm_epsilon": 0.001}'},
         "has layer_norm_epsilon 0.001; rwkv4 has 1e-05",
     ),
-    "no weights": ({"model.safetensors": None}, "no weights: there is neither model.safetensors nor pytorch_model.bin"),
+    "no weights": ({"model.safetensors": None}, "no weights: model.safetensors or pytorch_model.bin is missing"),
     "an index of nothing": ({"model.safetensors": None, "model.safetensors.index.json": "{}"}, "it has no weight_map"),
     "an index that leads out": (
         {
             "model.safetensors": None,
             "model.safetensors.index.json": '{"weight_map": {"a": "../outside.safetensors"}}',
         },
-        "names '../outside.safetensors', which is no file of tensors in its folder",
+        "lists '../outside.safetensors', which is not a tensor file in its folder",
     ),
     "a shard that is not there": (
         {"model.safetensors": None, "model.safetensors.index.json": '{"weight_map": {"a": "b.safetensors"}}'},
-        "names b.safetensors, which is not there",
+        "lists b.safetensors, which is missing",
     ),
-    "a vocabulary that is none": ({"vocabulary.json": "{}"}, "vocabulary is damaged"),
+    "a vocabulary that is none": ({"vocabulary.json": "{}"}, "vocabulary is corrupt"),
     "a vocabulary of another size": ({"vocabulary.json": '{"kind": "byte"}'}, "its vocabulary has 256 tokens"),
 }
 
@@ -615,7 +621,7 @@ def test_unknown_transformers_names_are_reported(tmp_path):
 def test_value_too_large_for_float16_is_an_error(tmp_path):
     weights = random_weights()
     weights.tensors["ln_out.bias"][3] = -70_000.0
-    with pytest.raises(UserError, match=r"ln_out\.bias holds 7e\+04, too large for float16 \(at most 6\.55e\+04\)"):
+    with pytest.raises(UserError, match=r"ln_out\.bias contains 7e\+04, too large for float16 \(at most 6\.55e\+04\)"):
         weights.cast(torch.float16)
     assert weights.cast(torch.bfloat16).dtype == torch.bfloat16
 

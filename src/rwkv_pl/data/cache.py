@@ -1,4 +1,4 @@
-"""Results kept in the cache folder."""
+"""JSON results cached on disk."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +9,7 @@ from rwkv_pl.files import as_user_error, cache_folder, read_record, write_record
 
 
 def cached_json(name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The result of ``make``, called once and stored as the JSON file ``name``."""
+    """Returns the cached result ``name``; on a cache miss, calls ``make`` and stores its result as JSON."""
     path = cache_folder() / "tokens" / name
     with as_user_error(path.parent), FileLock(path.with_suffix(".lock")):
         stored = read_record(path)

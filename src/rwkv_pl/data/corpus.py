@@ -1,4 +1,4 @@
-"""A corpus: one plain file, split in three, and which content it has."""
+"""A corpus: one plain file, its three splits, and a digest of its content."""
 
 import contextlib
 import hashlib
@@ -17,7 +17,7 @@ FULL_DIGEST_BELOW = 64 << 20
 
 
 class Splits(NamedTuple):
-    """Half-open ranges that follow each other from 0: of bytes in a corpus, of tokens in a token file."""
+    """Consecutive half-open ranges, starting at 0: of bytes in a corpus, of tokens in a token file."""
 
     train: tuple[int, int]
     val: tuple[int, int]
@@ -26,10 +26,10 @@ class Splits(NamedTuple):
 
 @dataclass(frozen=True)
 class Corpus:
-    """A plain file of bytes and how it is split.
+    """A plain file of bytes and its splits.
 
-    ``digest`` (64 hex) says which text this is, wherever it lies: see ``file_digest``. ``ends_path`` is the file behind
-    ``document_ends``, None where no documents are known.
+    ``digest`` (64 hex digits) identifies the content, wherever the file is: see ``file_digest``. ``ends_path`` is the
+    file behind ``document_ends``, or None if the documents are not known.
     """
 
     name: str
@@ -41,26 +41,26 @@ class Corpus:
 
     @property
     def document_ends(self) -> npt.NDArray[np.int64]:
-        """Offsets of the document ends, rising, mapped: (documents - 1,), or (0,) where no documents are known.
+        """Byte offsets of the document ends, ascending, memory-mapped: (documents - 1,), or (0,) if not known.
 
-        At each lies one byte 10, between two documents and of neither: a vocabulary with a token of its own for the
-        end of a document writes that for this byte.
+        Each offset is that of one byte 10, which separates two documents and belongs to neither. A vocabulary with a
+        separate end-of-document token encodes this byte as that token.
         """
         return _map_offsets(self.ends_path)
 
     @property
     def cache_key(self) -> list[Any]:
-        """What a derived file depends on; the time too, since the digest of a large file misses some changes."""
+        """The cache key of derived files; includes the mtime, since the digest of a large file misses some changes."""
         return [self.digest, self.path.stat().st_mtime_ns, self.splits]
 
     def character_splits(self) -> Splits:
-        """The splits, each edge moved back to the start of the character it cuts."""
+        """The splits, with each boundary moved back to the start of the character that it would cut."""
         data = np.memmap(self.path, np.uint8, mode="r")
         train, val = (find_character_start(data, end) for _, end in self.splits[:2])
         return Splits((0, train), (train, val), (val, self.splits.test[1]))
 
     def __str__(self) -> str:
-        """Which text this is, for people; figures on it mean nothing without that."""
+        """The name, description and short digest of the text, to print next to any score on it."""
         return f"{self.name} ({self.description}, digest {self.digest[:12]})"
 
 
@@ -71,14 +71,14 @@ def _map_offsets(path: Path | None) -> npt.NDArray[np.int64]:
 def split_by_fractions(path: Path, fractions: tuple[float, float, float], ends_path: Path | None = None) -> Splits:
     """Byte ranges for the fractions (train, val, test).
 
-    Each edge moves to the nearest start of a document where one lies within a tenth of the smallest fraction, so that
-    no split begins inside a document that another has seen; else back to the start of the character it cuts.
+    If a document starts within a tenth of the smallest fraction, the boundary moves to the nearest such start, so that
+    no document is in two splits. Else it moves back to the start of the character that it would cut.
 
-    Raises UserError where the fractions are not three numbers >= 0 with the sum 1.
+    Raises UserError unless the fractions are three numbers >= 0 that sum to 1.
     """
-    # Asked this way round, a NaN is refused as well.
+    # The condition is negated as a whole so that a NaN is rejected too.
     if not (len(fractions) == 3 and min(fractions) >= 0 and abs(sum(fractions) - 1) < 1e-6):
-        raise UserError(f"data.split={list(fractions)} is not three fractions >= 0 (train, val, test) with the sum 1")
+        raise UserError(f"data.split={list(fractions)} must be three fractions >= 0 (train, val, test) that sum to 1")
     data = np.memmap(path, np.uint8, mode="r")
     n = len(data)
     document_ends, reach = _map_offsets(ends_path), min(fractions) * n / 10
@@ -94,9 +94,9 @@ def split_by_fractions(path: Path, fractions: tuple[float, float, float], ends_p
 
 
 def find_character_start(data: npt.NDArray[np.uint8], at: int) -> int:
-    """Where the UTF-8 character begins that the cut at byte ``at`` would break; ``at`` where it breaks none.
+    """The start of the UTF-8 character that a cut before byte ``at`` would break, or ``at`` if it breaks none.
 
-    Looks at no more than three bytes to either side.
+    Reads at most three bytes on either side.
     """
     for start in range(at - 1, max(at - 4, -1), -1):
         if data[start] < 0x80:
@@ -111,10 +111,10 @@ def find_character_start(data: npt.NDArray[np.uint8], at: int) -> int:
 
 
 def file_digest(path: Path) -> str:
-    """64 hex digits that say which content a file has, in a tenth of a second at most.
+    """A digest of a file's content, 64 hex digits, computed in at most a tenth of a second.
 
-    Below 64 MiB the SHA-256 of the content; from there on the SHA-256 of its size (8 bytes, little endian) and of 1,024
-    blocks of 16 KiB, evenly spaced from the first to the last: a change between those blocks is not seen.
+    Below 64 MiB it is the SHA-256 of the content. From 64 MiB on it is the SHA-256 of the size (8 bytes, little
+    endian) and of 1,024 blocks of 16 KiB, evenly spaced from start to end. It misses a change between those blocks.
     """
     size = path.stat().st_size
     digest = hashlib.sha256()

@@ -1,7 +1,7 @@
 """Corpora as Lightning data modules.
 
-A batch is one tensor, tokens (rows, T+1) int64, T = ctx_len: inputs the first T, targets the last T. Training is one
-endless epoch that begins where the trainer's step says, so nothing about the data is ever saved.
+A batch is one tensor of tokens (rows, T+1) int64, T = ctx_len: the inputs are the first T, the targets the last T.
+Training is one endless epoch. Its first batch follows from the trainer's step, so checkpoints hold no data position.
 """
 
 import signal
@@ -24,15 +24,18 @@ from rwkv_pl.data.token_file import TokenFile
 from rwkv_pl.data.vocabulary import Tokens, Vocabulary, build_vocabulary
 from rwkv_pl.errors import UserError
 
-# More than any run reads, and little enough that Lightning's float arithmetic on lengths stays exact.
+# More batches than any run reads, and few enough for Lightning's float arithmetic on lengths to stay exact.
 ENDLESS = 2**50
 
-# Places in the order are computed for so many rows at once: numpy takes little longer for them than for one.
+# Rows whose window starts are computed at once: numpy takes little longer for 1,024 rows than for one.
 ROWS_PER_BLOCK = 1024
 
 
 class TrainBatches(Dataset[Tensor]):
-    """Micro-batch m of one process, m = n * accumulate + a: (B / (A * D), T+1) int64 of batch n."""
+    """Training micro-batches of one process: item m = n * A + a is micro-batch a of batch n, (B / (A * D), T+1) int64.
+
+    A = accumulate, B = batch_size, D = world_size.
+    """
 
     def __init__(
         self, file: TokenFile, *, seed: int, ctx_len: int, batch_size: int, world_size: int, rank: int, accumulate: int
@@ -52,7 +55,7 @@ class TrainBatches(Dataset[Tensor]):
         tokens = self.file.split("train")
         block, place = divmod(n, self._batches_per_block)
         if self._starts[0] != block:
-            # Rows are counted through the whole run, so several batches are a large one.
+            # Row numbers continue through the whole run, so several batches are the same as one larger batch.
             starts = order.window_starts(
                 block,
                 seed=self.seed,
@@ -65,10 +68,10 @@ class TrainBatches(Dataset[Tensor]):
 
 
 class EvalBatches(Dataset[Tensor]):
-    """The windows of a split in the text's order, ``rows`` a batch: (rows, T+1) int64, -1 past the end of the split.
+    """The windows of a split in text order, ``rows`` to a batch: (rows, T+1) int64, -1 past the end of the split.
 
-    Batch k goes to process k mod D. All processes have the same number of batches: the last ones may hold nothing but
-    -1.
+    Batch k goes to process k mod D, D = world_size. All processes have the same number of batches, so the last ones
+    may contain only -1.
     """
 
     def __init__(
@@ -93,26 +96,28 @@ class EvalBatches(Dataset[Tensor]):
 
 
 def _ignore_signals(worker: int) -> None:
-    """Ctrl-C, and a signal to all processes, reach the workers too; the run ends them when it has saved."""
+    """Makes a worker ignore Ctrl-C and signals to the process group: the run ends its workers after it has saved."""
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 class DataModule(LightningDataModule):
-    """The batches of a corpus, whatever its source.
+    """The batches of a corpus from any source.
 
-    ``batch_size`` counts the sequences of one optimizer step over all devices and accumulated batches;
-    ``eval_batch_size`` those of one validation or test batch on one device. ``vocab``: "byte", "char" or "20b", which
-    is read from the json ``vocab_path``; ``vocabulary``, from a checkpoint, is used instead if given.
+    ``batch_size``: the sequences of one optimizer step, over all devices and accumulated batches.
+    ``eval_batch_size``: the sequences of one validation or test batch on one device. ``vocab``: "byte", "char" or
+    "20b"; "20b" is read from the JSON file ``vocab_path``. ``vocabulary``: one from a checkpoint; if given, it replaces
+    ``vocab``.
 
-    After ``setup``: ``corpus``, ``vocabulary``, ``token_file``, ``train_tokens`` and ``steps_per_pass``. Without a
-    trainer the loaders are those of one device from step 0.
+    ``setup`` sets ``corpus``, ``vocabulary``, ``token_file``, ``train_tokens`` and ``steps_per_pass``. Without a
+    trainer, the loaders are those of one device from step 0.
 
-    Under a trainer: ``use_distributed_sampler=False`` with several devices, and ``max_steps``, for an epoch has no end.
+    The trainer needs ``max_steps``, since an epoch never ends, and with several devices
+    ``use_distributed_sampler=False``.
 
-    Raises UserError from ``prepare_data`` and ``setup`` for a corpus that is missing, wrong or too short, from
-    ``train_dataloader`` for a batch size that the devices cannot share.
+    ``prepare_data`` and ``setup`` raise UserError if the corpus is missing, wrong or too short, ``train_dataloader`` if
+    the batch size cannot be divided among the devices.
     """
 
     def __init__(
@@ -138,12 +143,12 @@ class DataModule(LightningDataModule):
         self._file: TokenFile | None = None
 
     def prepare_data(self) -> None:
-        """Does once what several processes would do at the same time: fetch, check, encode. ``setup`` finds it done."""
+        """Downloads, checks and encodes the corpus, in one process only; ``setup`` then finds it in the cache."""
         if self._file is None:
             self._open()
 
     def setup(self, stage: str | None = None) -> None:
-        """Opens the corpus, at the first call, and checks that the splits of ``stage`` (None: all) are long enough."""
+        """Opens the corpus at the first call, then checks that the splits of ``stage`` (None: all) are long enough."""
         if self._file is None:
             self.corpus, self.vocabulary, self._file = self._open()
         splits = self._file.splits
@@ -153,20 +158,20 @@ class DataModule(LightningDataModule):
             lo, hi = getattr(splits, name)
             if name == "test" and not self.source.has_test_split:
                 if stage == "test":
-                    raise UserError("there is no test split beside data.val_path: ask for val")
+                    raise UserError("there is no test split if data.val_path is set: use val")
             elif stage in stages and order.eval_window_count(lo, hi, self.ctx_len) == 0:
                 raise UserError(
                     f"the {name} split of {self.corpus.path} has {hi - lo} tokens, nothing to predict: "
-                    "take a larger corpus, or another data.split"
+                    "use a larger corpus or another data.split"
                 )
 
     @property
     def train_tokens(self) -> Tokens:
-        """The training split: (N,), mapped, not read."""
+        """The training split: (N,), memory-mapped."""
         return self.token_file.split("train")
 
     def description(self) -> str:
-        """What is trained on, in one line."""
+        """The corpus, the sizes of its splits and the vocabulary, in one line."""
         train, val, test = (f"{hi - lo:,}" for lo, hi in self.token_file.splits)
         return (
             f"{self.corpus}: {sum(self.token_file.n_bytes):,} bytes, "
@@ -186,7 +191,7 @@ class DataModule(LightningDataModule):
             rank=rank,
             accumulate=accumulate,
         )
-        # Lightning asks for the loader after it restored its loops, so this is where a resumed run goes on.
+        # Lightning asks for the loader after it has restored its loops, so a resumed run continues from this step.
         start = self.trainer.global_step * accumulate if self.trainer else 0
         return self._loader(batches, sampler=range(start, ENDLESS))
 
@@ -212,7 +217,7 @@ class DataModule(LightningDataModule):
             persistent_workers=self.num_workers > 0,
             worker_init_fn=_ignore_signals if self.num_workers else None,
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
-            # Its own: else each pass over a loader draws a number from the generator that dropout uses.
+            # Without this generator, each pass over the loader would draw from the generator that dropout uses.
             generator=torch.Generator(),
         )
 
@@ -222,16 +227,16 @@ class DataModule(LightningDataModule):
         return corpus, vocabulary, self.source.open_tokens(corpus, vocabulary)
 
     def _process_rank(self) -> tuple[int, int]:
-        """Number of processes, and this one's."""
+        """The number of processes and the rank of this one."""
         if not self.trainer:
             return 1, 0
         if self.trainer.world_size > 1 and self.trainer._accelerator_connector.use_distributed_sampler:
-            raise UserError("use_distributed_sampler=True would replace the order of batches: set it to False")
+            raise UserError("use_distributed_sampler=True would change the order of batches: set it to False")
         return self.trainer.world_size, self.trainer.global_rank
 
     @property
     def token_file(self) -> TokenFile:
-        """The corpus in tokens, and the ranges of its splits."""
+        """The tokens of the corpus and the ranges of its splits."""
         if self._file is None:
             raise RuntimeError("call setup() first: the corpus is not open yet")
         return self._file
@@ -240,7 +245,7 @@ class DataModule(LightningDataModule):
 class CorpusDataModule(DataModule):
     """A text file, folder or glob, split by fractions of its bytes, or validated on ``val_path``: see ``Text``.
 
-    ``settings`` are those of DataModule.
+    ``settings`` are the arguments of DataModule.
     """
 
     def __init__(
@@ -256,16 +261,16 @@ class CorpusDataModule(DataModule):
 
 
 class Enwik8DataModule(DataModule):
-    """enwik8 in the folder ``path``, downloaded from ``url`` if missing. ``settings`` are those of DataModule."""
+    """enwik8 in the folder ``path``, downloaded from ``url`` if missing. ``settings``: the arguments of DataModule."""
 
     def __init__(self, path: str | Path = "data/enwik8", *, url: str = ENWIK8_URL, **settings: Any) -> None:
         super().__init__(Enwik8(path, url), **settings)
 
 
 class TokensDataModule(DataModule):
-    """Token ids in Megatron's format, ``path``.bin and ``path``.idx, split by fractions between documents.
+    """Token ids in Megatron's format, ``path``.bin and ``path``.idx, split by fractions at document boundaries.
 
-    ``vocab`` is the vocabulary of the ids, "byte" or "20b". ``settings`` are those of DataModule.
+    ``vocab`` is the vocabulary of the ids, "byte" or "20b". ``settings`` are the arguments of DataModule.
     """
 
     def __init__(
@@ -275,9 +280,9 @@ class TokensDataModule(DataModule):
 
 
 def open_data(data: Any, seed: int, cwd: Path, vocabulary: Vocabulary | None) -> DataModule:
-    """The data module of `data`, a `config.Data`. Relative paths count from `cwd`.
+    """Builds the data module for `data`, a `config.Data`. Relative paths are relative to `cwd`.
 
-    vocabulary: the one of a checkpoint, if a run goes on from it.
+    vocabulary: the checkpoint's, if the run continues from one.
     """
     return DataModule(
         build_source(data, cwd),

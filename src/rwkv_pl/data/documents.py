@@ -1,7 +1,7 @@
-"""Texts as people have them: files, folders, globs, compressed or as rows of JSON; and how one file is made of them.
+"""Finds text files (a file, a folder, a glob; plain, gzip or JSON lines) and joins them into one plain file.
 
-A document is a file, or a row of a ``.jsonl``; an empty one is none. Documents are joined by one byte 10, the document
-end, and by nothing else: a document alone is its own bytes.
+A document is a file, or a row of a ``.jsonl``; empty ones are skipped. One byte 10, the document end, separates two
+documents. Nothing else is added, so a single document keeps exactly its bytes.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ MAX_ROW_BYTES = 1 << 28
 
 
 class SourceFile(NamedTuple):
-    """A file, and by what one sees that it has changed without reading it."""
+    """A file, and the metadata that reveals a change without reading it: size in bytes, mtime and ctime in ns."""
 
     path: Path
     size: int
@@ -35,38 +35,38 @@ class SourceFile(NamedTuple):
 
 
 class JoinResult(NamedTuple):
-    """What ``join_documents`` wrote: where each part ends, in bytes, and how many documents there are."""
+    """The result of ``join_documents``: the byte offset at which each part ends, and the number of documents."""
 
     ends: list[int]
     documents: int
 
 
 def exists(path: Path) -> bool:
-    """Is ``path`` a file, a folder, a glob that something matches, or the prefix of a binidx corpus?"""
+    """Is ``path`` a file, a folder, a glob with a match, or the prefix of a binidx corpus?"""
     return (
         path.exists() or Path(f"{path}.bin").exists() or next(_match_glob(*_split_at_wildcard(path)), None) is not None
     )
 
 
 def is_plain_text(path: Path) -> bool:
-    """Is ``path`` one file whose bytes are the text?"""
+    """Is ``path`` a single file whose bytes are the text: not gzip, not JSON lines?"""
     return path.is_file() and not _is_gzip(path) and not _is_jsonl(path)
 
 
 def find_files(path: Path, key: str) -> list[SourceFile]:
-    """The file itself, all below a folder, or those that a glob matches (``**``: any folders), by their POSIX paths.
+    """Lists the files of ``path``, sorted by POSIX path: one file, all files below a folder, or all matches of a glob.
 
-    Below the folder, or the part of a glob that has no wildcard, a name that begins with a dot is left out, and no link
-    to a folder is followed but by a glob that names it (``*/*``).
+    In a glob, ``**`` matches any folders. Names that start with a dot are skipped below the folder, or below the part
+    of the glob before its first wildcard. A link to a folder is followed only if a glob names it (``*/*``).
 
-    Raises UserError, naming the setting ``key``, where there are none or a folder cannot be read.
+    Raises UserError, which names the setting ``key``, if there is no file or a folder cannot be read.
     """
     with _as_user_error(path):
         if path.is_file():
             return [_stat(path)]
         if path.is_dir():
             root, found = path, list(_walk(path))
-            message = f"{key}={path} is a folder without files: name one with text in it"
+            message = f"{key}={path} is a folder without files: give a folder that contains text"
         else:
             root, pattern = _split_at_wildcard(path)
             found = [match for match in _match_glob(root, pattern) if not match.is_dir()]
@@ -74,10 +74,10 @@ def find_files(path: Path, key: str) -> list[SourceFile]:
                 message = f"{key}={path}: no file matches in {root.absolute()}"
             else:
                 where = "" if path.is_absolute() else f" (looked for {path.absolute()})"
-                message = f"{key}={path}: no such file{where}; if it was moved, give {key}= where it is now"
+                message = f"{key}={path}: no such file{where}; if it was moved, set {key}= to its new path"
         names = {file.relative_to(root): file for file in found}
         seen = [names[name] for name in sorted(names, key=Path.as_posix) if not any(p[0] == "." for p in name.parts)]
-        # Pipes and sockets are no text; a link that leads nowhere was to be one, and is told.
+        # Pipes and sockets are skipped. A broken link was probably meant to be a text, so _stat reports it as an error.
         sources = [_stat(file) for file in seen if file.is_file() or not file.exists()]
     if not sources:
         raise UserError(message)
@@ -87,12 +87,12 @@ def find_files(path: Path, key: str) -> list[SourceFile]:
 def join_documents(
     parts: dict[str, list[SourceFile]], field: str, text: IO[bytes], document_ends: IO[bytes]
 ) -> JoinResult:
-    """Writes the documents of all parts to ``text``, and to ``document_ends`` the offset of each document end.
+    """Writes the documents of all parts to ``text``, and the offset of each document end to ``document_ends``.
 
-    parts: the sources of each setting that names some. field: of a row of JSON, the one that holds the text.
-    Offsets are int64, little endian. Memory is that of a block, or of a row. A progress line goes to a terminal.
+    parts: the source files by the setting that names them. field: the field of a JSON row that contains the text.
+    Offsets are int64, little endian. Memory use is one block, or one row. In a terminal, a bar shows the progress.
 
-    Raises UserError for a source that cannot be read, is damaged or changes meanwhile, and for a part without text.
+    Raises UserError if a source cannot be read, is corrupt or changes during the reading, or if a part has no text.
     """
     sources = [source for part in parts.values() for source in part]
     size, documents, ends = 0, 0, []
@@ -112,16 +112,16 @@ def join_documents(
                         documents += is_first
                         size += text.write(block)
             if size == begin:
-                raise UserError(f"{key} names {len(part):,} file(s) without any text, the first is {part[0].path}")
+                raise UserError(f"{key} names {len(part):,} file(s) without any text; the first is {part[0].path}")
             ends.append(size)
     for source in sources:
         if _stat(source.path) != source:
-            raise UserError(f"{source.path} has changed while it was read: start again when it is at rest")
+            raise UserError(f"{source.path} changed while it was read: start again when nothing writes to it")
     return JoinResult(ends, documents)
 
 
 def _read_blocks(path: Path, raw: IO[bytes], field: str) -> Iterator[tuple[bool, bytes]]:
-    """The documents of a file in blocks, none of them empty, each with: is it the first of its document?"""
+    """Yields the documents of a file in non-empty blocks: (is it the first block of its document?, block)."""
     with _as_user_error(path):
         file: IO[bytes] = gzip.GzipFile(fileobj=raw, mode="rb") if _is_gzip(path) else raw  # type: ignore[assignment]
         if _is_jsonl(path):
@@ -140,32 +140,32 @@ def _read_rows(path: Path, file: IO[bytes], field: str) -> Iterator[bytes]:
             return
         where = f"{path}, line {number:,}"
         if len(line) > MAX_ROW_BYTES:
-            raise UserError(f"{where} is longer than {MAX_ROW_BYTES >> 20} MiB: .jsonl has one document a line")
+            raise UserError(f"{where} is longer than {MAX_ROW_BYTES >> 20} MiB: a .jsonl needs one document per line")
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{where} is not JSON ({error}): .jsonl has one object a line") from error
+            raise UserError(f"{where} is not JSON ({error}): a .jsonl needs one object per line") from error
         if not isinstance(row, dict):
-            raise UserError(f"{where} is no JSON object: .jsonl has one a line, with the text in a field")
+            raise UserError(f"{where} is not a JSON object: a .jsonl needs one per line, with the text in a field")
         if field not in row:
             there = ", ".join(map(str, row)) or "none"
-            raise UserError(f"{where} has no field {field}; there are: {there}: name the text's by data.field")
+            raise UserError(f"{where} has no field {field} (its fields: {there}): set data.field to the text's field")
         if not isinstance(row[field], str):
-            raise UserError(f"{where}: the field {field} holds no string: name the text's by data.field")
-        # Half of a surrogate pair, which JSON can spell and UTF-8 cannot, is kept as the three bytes it would be.
+            raise UserError(f"{where}: the field {field} is not a string: set data.field to the text's field")
+        # JSON can contain half of a surrogate pair, UTF-8 cannot. It is encoded as the three bytes of its code point.
         if document := row[field].encode("utf-8", "surrogatepass"):
             yield document
 
 
 @contextlib.contextmanager
 def _as_user_error(path: Path) -> Iterator[None]:
-    """What reading ``path`` fails of, in one line."""
+    """Turns an error from reading ``path`` into a one-line UserError."""
     try:
         yield
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{path} is not a whole gzip file ({error}): fetch or make it anew") from error
+        raise UserError(f"{path} is a corrupt or truncated gzip file ({error}): copy or create it again") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 
@@ -181,13 +181,13 @@ def _walk(folder: Path) -> Iterator[Path]:
         raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
 
     for place, names, files in os.walk(folder, onerror=refuse):
-        # In place: os.walk then does not descend.
+        # Edited in place, so that os.walk does not enter the other folders.
         names[:] = [name for name in names if not name.startswith(".")]
         yield from (Path(place, file) for file in files)
 
 
 def _split_at_wildcard(path: Path) -> tuple[Path, str]:
-    """The part of a path that is there as it is written, whatever characters it has; and the rest, a glob."""
+    """Splits a path into its longest existing folder, even if that has wildcard characters, and the rest, a glob."""
     root = next((folder for folder in path.parents if folder.is_dir()), Path(path.anchor))
     return root, path.relative_to(root).as_posix()
 
@@ -196,10 +196,10 @@ def _match_glob(root: Path, pattern: str) -> Iterator[Path]:
     if not _has_wildcard(pattern):
         return
     try:
-        # Whether ** at the end means files is a matter of Python's version.
+        # Whether a trailing ** matches files depends on the version of Python.
         yield from root.glob(f"{pattern}/*" if pattern.endswith("**") else pattern)
     except ValueError as error:
-        raise UserError(f"{root / pattern} is no glob: {error}") from error
+        raise UserError(f"{root / pattern} is not a valid glob: {error}") from error
 
 
 def _has_wildcard(pattern: str) -> bool:

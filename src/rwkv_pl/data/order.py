@@ -1,10 +1,11 @@
-"""Which tokens batch n of a run reads: a pure function, so there is nothing to save and nothing to replay.
+"""The order of batches: which tokens batch n of a run reads, as a pure function of n and the seed.
 
-N tokens in a split, T = ctx_len, B = batch_size (sequences of one optimizer step), W = N // T windows of one pass.
+    N  tokens in a split    T  ctx_len    B  batch_size, sequences of one optimizer step
+    W  windows of one pass, N // T
 
-The training tokens form a ring. A pass cuts it into W windows of T targets, starting at an offset of its own, and
-visits them in an order of its own: a keyed permutation that is computed place by place, never stored, so a terabyte
-costs what a kilobyte does. Position n of the run is all that is needed to know what comes next.
+The training tokens form a ring. Each pass cuts the ring into W windows of T targets at a random offset and visits them
+in a random order. The order is a keyed permutation, computed element by element and never stored, so its cost does
+not depend on the size of the corpus. A resumed run needs only its step: nothing is saved, and nothing is replayed.
 """
 
 import numpy as np
@@ -19,13 +20,13 @@ ROUNDS = 6
 
 
 def window_starts(n: int, *, seed: int, n_tokens: int, ctx_len: int, batch_size: int) -> Int64:
-    """First token of each row of batch ``n``: (B,) int64, each in [0, n_tokens).
+    """The first token of each row of batch ``n``: (B,) int64, each in [0, n_tokens).
 
-    Row b reads the tokens ``(start + 0..T) mod n_tokens``: inputs the first T, targets the last T. Over one pass, that
-    is over W consecutive rows, no token is a target twice. ``seed`` and ``n`` are any integers >= 0 (the seed counts
-    modulo 2^64).
+    A row reads the tokens ``(start + 0..T) mod n_tokens``: the first T are its inputs, the last T its targets. In one
+    pass (W consecutive rows) no token is a target twice. ``seed`` and ``n`` are any integers >= 0; the seed is taken
+    modulo 2^64.
 
-    Raises UserError where the tokens do not fill one window, ``n_tokens < ctx_len + 1``.
+    Raises UserError if the tokens do not fill one window: ``n_tokens < ctx_len + 1``.
     """
     windows = _count_windows(n_tokens, ctx_len)
     first_pass, first_place = divmod(n * batch_size, windows)
@@ -38,24 +39,24 @@ def window_starts(n: int, *, seed: int, n_tokens: int, ctx_len: int, batch_size:
 
 
 def steps_per_pass(n_tokens: int, ctx_len: int, batch_size: int) -> int:
-    """Optimizer steps until every window was read once: ceil(W / B). Raises UserError as ``window_starts`` does."""
+    """Optimizer steps of one pass: ceil(W / B). Raises UserError as ``window_starts`` does."""
     return -(-_count_windows(n_tokens, ctx_len) // batch_size)
 
 
 def micro_batch_rows(batch_size: int, *, world_size: int, rank: int, accumulate: int, micro_batch: int) -> slice:
-    """The rows of a batch that process ``rank`` of D reads as micro-batch ``micro_batch`` of A: B / (A * D) rows.
+    """The rows of micro-batch ``micro_batch`` on process ``rank``: B / (A * D) of the batch's B rows.
 
-    All micro-batches of a step over all processes are the batch, each row once, whatever D and A are: hardware
-    changes memory and speed, never what the run trains on.
+    A = accumulate, D = world_size. Together, the micro-batches of a step over all processes contain each row of the
+    batch once, for any A and D. So the hardware changes memory and speed, but not the training data.
 
-    Raises UserError where A * D does not divide B.
+    Raises UserError if A * D does not divide B.
     """
     parts = accumulate * world_size
     if batch_size % parts:
         raise UserError(
             f"data.batch_size={batch_size} is not a multiple of {parts} = {world_size} device(s) x "
             f"{accumulate} accumulated batch(es): it counts the sequences of one optimizer step over all of them; "
-            f"take a multiple of {parts}"
+            f"use a multiple of {parts}"
         )
     rows = batch_size // parts
     part = micro_batch * world_size + rank
@@ -63,10 +64,10 @@ def micro_batch_rows(batch_size: int, *, world_size: int, rank: int, accumulate:
 
 
 def read_windows(tokens: npt.NDArray[np.unsignedinteger], starts: Int64, ctx_len: int) -> Int64:
-    """The windows of a ring of ``tokens`` (N,) that begin at ``starts`` (R,): (R, T+1) int64."""
+    """Reads the windows that begin at ``starts`` (R,) from the ring of ``tokens`` (N,): (R, T+1) int64."""
     windows = np.empty((len(starts), ctx_len + 1), np.int64)
     for window, start in zip(windows, starts.tolist(), strict=True):
-        # A slice is a copy; one index a token, of all rows at once, takes ten times as long.
+        # One slice per row is ten times as fast as fancy indexing of all rows at once.
         before_the_seam = tokens[start : start + ctx_len + 1]
         window[: len(before_the_seam)] = before_the_seam
         window[len(before_the_seam) :] = tokens[: ctx_len + 1 - len(before_the_seam)]
@@ -74,21 +75,23 @@ def read_windows(tokens: npt.NDArray[np.unsignedinteger], starts: Int64, ctx_len
 
 
 def eval_window_count(lo: int, hi: int, ctx_len: int) -> int:
-    """Windows that make each token of [lo, hi) a target once; token 0 of a corpus has no context and is no target."""
+    """The number of windows in which each token of [lo, hi) is a target once.
+
+    Token 0 of a corpus has no context, so it is not a target.
+    """
     return -(-max(hi - max(lo, 1), 0) // ctx_len)
 
 
 def read_eval_windows(
     tokens: npt.NDArray[np.unsignedinteger], lo: int, hi: int, *, ctx_len: int, first: int, rows: int
 ) -> Int64:
-    """Windows ``first, first + 1, ...`` of the split [lo, hi) of ``tokens`` (N,): (rows, T+1) int64.
+    """Reads windows ``first, first + 1, ...`` of the split [lo, hi) of ``tokens`` (N,): (rows, T+1) int64.
 
-    Windows follow each other in the text: the last token of one is the first context of the next, token ``lo - 1``
-    that of the first. What lies past the split's end is -1, at the end of the last window and in all of the rows after
-    it: a negative target does not count.
+    Windows are consecutive: the last token of one is the first context of the next, and token ``lo - 1`` is the first
+    context of window 0. Positions past the end of the split are -1, and the loss ignores negative targets.
     """
     begin = max(lo, 1) - 1 + (first + np.arange(rows, dtype=np.int64)) * ctx_len
-    # A window needs a target, not only a context: where it has none the context is left out too.
+    # A window without a target is -1 throughout, its context included.
     positions = np.where(begin[:, None] < hi - 1, begin[:, None] + np.arange(ctx_len + 1), hi)
     inside = positions < hi
     return np.where(inside, tokens[np.where(inside, positions, 0)].astype(np.int64), -1)
@@ -98,7 +101,7 @@ def _count_windows(n_tokens: int, ctx_len: int) -> int:
     if n_tokens < ctx_len + 1:
         raise UserError(
             f"the training split has {n_tokens:,} tokens, one window of data.ctx_len={ctx_len} needs {ctx_len + 1:,}: "
-            "take a larger corpus or a smaller data.ctx_len"
+            "use a larger corpus or a smaller data.ctx_len"
         )
     return n_tokens // ctx_len
 
@@ -107,17 +110,18 @@ _ROUND_NUMBERS = np.arange(ROUNDS + 1, dtype=np.uint64)[:, None]
 
 
 def _mix(x: UInt64) -> UInt64:
-    """The finaliser of splitmix64, element by element: a bijection of 64-bit words; arrays wrap without a warning."""
+    """The finaliser of splitmix64, elementwise: a bijection of 64-bit words. Arrays overflow without a warning."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
 def _permute(x: UInt64, keys: UInt64, size: int) -> UInt64:
-    """A permutation of [0, size) for each column of ``keys`` (rounds, B), taken at ``x`` (B,).
+    """Permutes each element of ``x`` (B,) within [0, size), with the keys in its column of ``keys`` (rounds, B).
 
-    A Feistel network permutes the even number of bits that holds ``size``; from a point outside, its cycle is walked
-    on until it is inside again, which makes it a permutation of any size.
+    A Feistel network permutes the integers of an even number of bits, at least 6 and enough for ``size``. If an output
+    is not below ``size``, the network is applied again until it is (cycle walking). That gives a permutation of any
+    size.
     """
     half = max(3, ((size - 1).bit_length() + 1) // 2)
     shift, mask = np.uint64(half), np.uint64((1 << half) - 1)

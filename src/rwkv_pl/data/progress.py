@@ -1,4 +1,4 @@
-"""Progress on stderr, if that is a terminal."""
+"""Progress bars on stderr, shown only in a terminal."""
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -8,7 +8,7 @@ if TYPE_CHECKING:
 
 
 def make_bytes_progress() -> "Progress":
-    """A progress bar with bytes, speed and the time left."""
+    """A progress bar that shows bytes, speed and the time left."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
@@ -18,7 +18,7 @@ def make_bytes_progress() -> "Progress":
 
 
 def progress_bar(pieces: list[tuple[int, int]], what: str) -> Iterable[tuple[int, int]]:
-    """Yields the pieces, and shows a bar."""
+    """Yields the pieces and shows a bar labelled ``what``."""
     from rich.console import Console
     from rich.progress import track
 

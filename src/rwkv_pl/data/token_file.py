@@ -1,7 +1,7 @@
-"""The token file that training reads through a memory map.
+"""The token file, which training reads through a memory map.
 
-With the vocabulary ``byte`` the corpus is the token file. With the others it is derived once, in pieces, so that
-neither way the size of a corpus costs memory.
+With vocabulary ``byte``, the corpus is the token file. With the others, it is encoded once, in chunks. Either way,
+memory use does not depend on the size of the corpus.
 """
 
 import functools
@@ -19,9 +19,9 @@ from rwkv_pl.files import as_user_error, atomic_write, cache_folder, json_digest
 
 
 class TokenFile:
-    """Ids one after the other in a file, and the ranges of the splits, in tokens.
+    """A file of token ids without a header, and the ranges of its splits, in tokens.
 
-    digest: of the file's content, by ``file_digest``. n_bytes: how many bytes of text the splits stand for.
+    digest: the ``file_digest`` of the file. n_bytes: the bytes of text in each split.
     """
 
     def __init__(
@@ -38,23 +38,27 @@ class TokenFile:
 
     @functools.cached_property
     def tokens(self) -> Tokens:
-        """All tokens: (N,), mapped, not read."""
+        """All tokens: (N,), memory-mapped."""
         return np.asarray(np.memmap(self.path, self.dtype, mode="r"))
 
     def split(self, name: str) -> Tokens:
-        """The tokens of "train", "val" or "test", mapped, not read."""
+        """The tokens of "train", "val" or "test", memory-mapped."""
         lo, hi = getattr(self.splits, name)
         return self.tokens[lo:hi]
 
     def split_bytes(self, name: str) -> int:
-        """How many bytes the corpus file has between the edges of "train", "val" or "test".
+        """The bytes of text in "train", "val" or "test".
 
-        Of the file itself, whatever its tokens spell: a vocabulary that normalises may spell some more, or fewer.
+        For text, these are the bytes of the corpus file. If a vocabulary normalises, its tokens may decode to more or
+        fewer.
         """
         return self.n_bytes[Splits._fields.index(name)]
 
     def check_unchanged(self) -> None:
-        """Raises UserError where the file is no longer the one that was opened; asks for its size and time alone."""
+        """Raises UserError if the file has changed since it was opened.
+
+        Compares size and mtime; the content is read only if the mtime alone has changed.
+        """
         try:
             stamp = _stat_file(self.path)
             if stamp == self._stamp:
@@ -65,24 +69,24 @@ class TokenFile:
             how = f"{self._stamp[0]:,} bytes before, {stamp[0]:,} now" if stamp[0] != self._stamp[0] else "other bytes"
         except OSError as error:
             how = str(error.strerror)
-        raise UserError(f"the data file {self.path} has changed under the run ({how}): put back the text that it was")
+        raise UserError(f"the data file {self.path} changed during the run ({how}): restore its original content")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # To a worker process goes the name: a memory map would be sent as the whole content.
+        # A worker process receives only the path: pickling a memory map would send the whole content.
         return TokenFile, (self.path, self.dtype, self.splits, self.digest, self.n_bytes, self._stamp)
 
 
 def _stat_file(path: Path) -> tuple[int, int]:
-    """Size and time of change."""
+    """Size in bytes and mtime in nanoseconds."""
     status = path.stat()
     return status.st_size, status.st_mtime_ns
 
 
 def open_tokens(corpus: Corpus, vocabulary: Vocabulary) -> TokenFile:
-    """The corpus in tokens of ``vocabulary``, encoded at its first use and kept in the cache folder.
+    """Opens the tokens of a corpus, encoding it with ``vocabulary`` at the first use; the cache folder stores them.
 
-    Where a split's edge would cut a character the split moves back to that character's start. Raises UserError where
-    the vocabulary cannot spell the corpus.
+    Except with vocabulary ``byte``, a split boundary inside a character moves back to its start. Raises UserError if
+    the vocabulary cannot encode the corpus.
     """
     if vocabulary.kind == "byte":
         n_bytes = _split_lengths(corpus.splits)
@@ -95,7 +99,7 @@ def open_tokens(corpus: Corpus, vocabulary: Vocabulary) -> TokenFile:
     path = cache_folder() / "tokens" / f"{corpus.name}-{json_digest(key)[:16]}.{vocabulary.dtype.name}"
     record_path = path.with_suffix(".json")
     with as_user_error(path.parent), FileLock(path.with_suffix(".lock")):
-        # Published last: where it is, the tokens are; and where they are not what it says, they are made again.
+        # The record is written last, so if it exists, the tokens do too. Tokens that do not match it are made again.
         stored = read_record(record_path)
         if stored is None or not path.is_file() or file_digest(path) != stored["digest"]:
             document_ends = corpus.document_ends

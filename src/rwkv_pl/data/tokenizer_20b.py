@@ -1,8 +1,8 @@
-"""The 20B tokenizer of GPT-NeoX and the official RWKV-4 Pile models: byte-level BPE, as its json describes it.
+"""The 20B tokenizer of GPT-NeoX and of the official RWKV-4 Pile models: byte-level BPE, described by its JSON file.
 
-The text, in Unicode's normal form C, is cut at runs of two and more spaces, which are tokens, then into words by
-GPT-2's pattern, and the bytes of each word are merged into tokens. All of that is the library's; here is what it leaves
-open: a corpus goes through it in pieces, and tokens become bytes one by one.
+The text is normalised to Unicode form C and split at runs of two or more spaces, which are tokens. GPT-2's pattern
+then splits it into words, and the bytes of each word are merged into tokens. The tokenizers library does all of that.
+This file adds two things: encoding a corpus in pieces, and decoding each token to its bytes.
 """
 
 import itertools
@@ -20,37 +20,39 @@ from tokenizers import Tokenizer
 from rwkv_pl.data.vocabulary import BYTE_BY_CHARACTER, EncodingError, Tokens, Vocabulary
 from rwkv_pl.errors import UserError, one_line
 
-# Before 0.23.1 the library warns at every fork that follows a use of its threads. What we fork, workers that gather
-# batches, does not use it.
+# Versions before 0.23.1 warn at every fork after the library has used its threads. The processes forked here, the data
+# workers, do not use it.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 END_OF_TEXT = "<|endoftext|>"
 
 PIECE = 1 << 12
 
-# Between two bytes where the tokens of a text are those of its two parts.
-# A space after what is no space: no word goes on over it, no run of spaces begins before it and no character is
-# normalised together with it. (Spaces are what Unicode calls so, and the separators U+001C to U+001F to be careful.)
-# And a punctuation mark after a letter, both of ASCII, for texts in one line: every word with a letter ends there.
+# Matches a position at which a text can be cut: the tokens of the two parts are those of the whole.
+# First case: before whitespace that follows a non-space. No word crosses that position, no run of spaces starts before
+# it, and no character is normalised together with its neighbour across it. (Spaces are Unicode's, and to be safe also
+# the separators U+001C to U+001F.)
+# Second case, for texts without whitespace: between an ASCII letter and ASCII punctuation. Every word with a letter
+# ends there.
 SAFE_CUT = re.compile(
     rb"(?<![\t-\r\x1c-\x20])(?<!\xc2[\x85\xa0])(?<!\xe1\x9a\x80)(?<!\xe2\x80[\x80-\x8a\xa8\xa9\xaf])"
     rb"(?<!\xe2\x81\x9f)(?<!\xe3\x80\x80)(?=[ \t\n\r])"
     rb"|(?<=[A-Za-z])(?=[!-/:-@\[-`{-~])"
 )
 
-# A byte of UTF-8 is none of these.
+# Bytes that never occur in UTF-8.
 _INVALID_BYTES = {0xC0, 0xC1, *range(0xF5, 0x100)}
 
 
 class Vocabulary20B(Vocabulary):
-    """Text as byte pairs: decode(encode(text)) is the text in normal form C, which most text is in.
+    """The byte-pair vocabulary 20b: decode(encode(text)) is the text in Unicode form C, which most text already is in.
 
-    ``tokenizer``: the json, in the form that ``read`` gives it. Token 0, <|endoftext|>, is ``document_end``; like
-    <|padding|> it stands for no text: where such words are in a text they are spelled as other words are, so no text
-    has these tokens.
+    ``tokenizer``: the JSON, serialised as ``read`` does it. Token 0, <|endoftext|>, is ``document_end``. It and
+    <|padding|> decode to no text. If a text contains these words, they are encoded as ordinary text, so encoding never
+    produces these tokens.
 
-    ``encode`` raises EncodingError if the text is not UTF-8. Raises ValueError if the json describes another kind of
-    tokenizer.
+    ``encode`` raises EncodingError if the text is not UTF-8. The constructor raises ValueError if the JSON describes
+    another kind of tokenizer.
     """
 
     document_end = 0
@@ -65,7 +67,7 @@ class Vocabulary20B(Vocabulary):
         self.bytes_per_token = np.array([len(spelled) for spelled in self._token_bytes], np.int64)
         try:
             self._tokenizer = Tokenizer.from_str(tokenizer)
-        except Exception as error:  # the library raises nothing narrower
+        except Exception as error:  # the library raises no narrower type
             raise ValueError(str(error)) from error
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()
@@ -73,9 +75,9 @@ class Vocabulary20B(Vocabulary):
 
     @classmethod
     def read(cls, path: Path) -> "Vocabulary20B":
-        """The tokenizer whose json ``path`` is. Raises UserError where it is none."""
+        """Reads the tokenizer from the JSON file ``path``. Raises UserError if it is not the 20B tokenizer."""
         try:
-            # In one form, whoever has written it: what is equal has one digest.
+            # Serialised again, so that equal tokenizers have equal digests whatever wrote the file.
             described = json.loads(path.read_bytes())
             return cls(json.dumps(described, sort_keys=True, ensure_ascii=False, separators=(",", ":")))
         except OSError as error:
@@ -83,7 +85,7 @@ class Vocabulary20B(Vocabulary):
         except (ValueError, RecursionError) as error:
             reason = one_line(error)[:200]
             raise UserError(
-                f"{path} is not the json of the 20B tokenizer ({reason}): name 20B_tokenizer.json"
+                f"{path} is not the JSON file of the 20B tokenizer ({reason}): give 20B_tokenizer.json"
             ) from error
 
     def encode(self, text: bytes | npt.NDArray[np.uint8]) -> Tokens:
@@ -100,21 +102,21 @@ class Vocabulary20B(Vocabulary):
                 to = cut.start() if cut else int(end)
                 pieces.append(_decode_utf8(data, at, to))
                 at = to
-            at += 1  # the byte that is the end
+            at += 1  # skip the document-end byte
             document_ends.append(len(pieces))
         encodings = self._tokenizer.encode_batch_fast(pieces, add_special_tokens=False)
         ids: list[list[int]] = []
         for begin, end in itertools.pairwise((0, *document_ends)):
             ids += [encoding.ids for encoding in encodings[begin:end]]
             ids.append([self.document_end])
-        ids.pop()  # of the end of the data, which need not be that of a document
+        ids.pop()  # the end of the data is not always the end of a document
         return np.fromiter(itertools.chain.from_iterable(ids), self.dtype)
 
     def split_point(self, data: npt.NDArray[np.uint8], lo: int, at: int) -> int:
         for length in (1 << 12, 1 << 16, 1 << 22):
             begin = max(lo, at - length)
             block = bytes(data[begin : at + 1])
-            # The first three bytes may be the rest of a character.
+            # The first three bytes may be the end of a cut character.
             places = [match.start() for match in SAFE_CUT.finditer(block, 3)]
             if places:
                 return begin + places[-1]
@@ -134,11 +136,11 @@ def _decode_utf8(data: bytes, lo: int, hi: int) -> str:
     try:
         return data[lo:hi].decode()
     except UnicodeDecodeError as error:
-        raise EncodingError(lo + error.start, "is not UTF-8, and vocab 20b spells text alone") from error
+        raise EncodingError(lo + error.start, "is not UTF-8, and vocab 20b encodes only UTF-8 text") from error
 
 
 def _read_token_bytes(described: Any) -> list[bytes]:
-    """What each token stands for. Raises ValueError where the json describes a tokenizer of another kind."""
+    """The bytes of each token, by id. Raises ValueError if the JSON describes another kind of tokenizer."""
     try:
         model, added = described["model"], described["added_tokens"]
         before, normalizer = described["pre_tokenizer"], described["normalizer"]
@@ -156,10 +158,10 @@ def _read_token_bytes(described: Any) -> list[bytes]:
         for token in added:
             content, special = token["content"], token["special"]
             if not special and content.strip(" "):
-                raise ValueError(f"its added token {content!r} is no run of spaces")
+                raise ValueError(f"its added token {content!r} is not a run of spaces")
             if token["single_word"] or token["lstrip"] or token["rstrip"]:
-                raise ValueError(f"its added token {content!r} takes what stands beside it")
-            # What is special stands for no text.
+                raise ValueError(f"its added token {content!r} depends on the text around it")
+            # Special tokens decode to no text.
             spelling[token["id"]] = b"" if special else content.encode()
             if (token["id"] == Vocabulary20B.document_end) != (content == END_OF_TEXT):
                 raise ValueError(f"its token 0 is not {END_OF_TEXT}")
@@ -167,4 +169,4 @@ def _read_token_bytes(described: Any) -> list[bytes]:
             raise ValueError(f"its tokens are not 0, 1, 2, ..., of which 0 is {END_OF_TEXT}")
         return [spelling[i] for i in range(len(spelling))]
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError("it lacks a part, or has one of another kind") from error
+        raise ValueError("a part is missing or has the wrong type") from error

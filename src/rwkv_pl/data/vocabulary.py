@@ -1,4 +1,4 @@
-"""Vocabularies: bytes as token ids, and back."""
+"""Vocabularies: encode bytes as token ids, and decode them."""
 
 import itertools
 from collections.abc import Iterable
@@ -18,15 +18,15 @@ Tokens = npt.NDArray[np.unsignedinteger]
 
 CHUNK = 1 << 22
 
-# GPT-2's alphabet, in which the json writes bytes as visible characters: those that are visible in Latin-1 stand for
-# themselves, the others for U+0100, U+0101, ... in turn.
+# GPT-2's alphabet, in which a tokenizer's JSON writes bytes as visible characters. A byte that is visible in Latin-1 is
+# written as itself; the others are U+0100, U+0101, ... in turn.
 _VISIBLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
 _HIDDEN = tuple(sorted(set(range(256)) - set(_VISIBLE)))
 BYTE_BY_CHARACTER = {chr(byte): byte for byte in _VISIBLE} | {chr(0x100 + i): byte for i, byte in enumerate(_HIDDEN)}
 
 
 class EncodingError(UserError):
-    """A text that a vocabulary has no tokens for, from byte ``offset`` on."""
+    """A vocabulary cannot encode the text from byte ``offset`` on."""
 
     def __init__(self, offset: int, reason: str, where: str = "the text") -> None:
         super().__init__(f"byte {offset:,} of {where} {reason}")
@@ -34,28 +34,28 @@ class EncodingError(UserError):
 
 
 class Vocabulary:
-    """Byte strings as token ids, exactly and for every string: decode(encode(text)) == text.
+    """A lossless mapping from any byte string to token ids: decode(encode(text)) == text.
 
-    ``byte``: 256 tokens, the bytes. ``char``: the 256 bytes first, then ``characters``, the ones that UTF-8 spells in
-    more than one byte, in the order of their code points. A character that is not among them, and whatever is not
-    UTF-8, is spelled in byte tokens, so bits per byte stay exact on any text. (``20b`` is not of this class but of
-    ``tokenizer_20b.Vocabulary20B``, which says what it does otherwise.)
+    ``byte``: 256 tokens, the bytes. ``char``: the 256 bytes, then ``characters``, whose UTF-8 has more than one byte,
+    in the order of their code points. A character that is not among them is encoded as byte tokens, as is anything
+    that is not UTF-8. So bits per byte are exact on any text. (``20b`` is a class with other guarantees:
+    ``tokenizer_20b.Vocabulary20B``.)
 
-    Raises UserError for another kind, ValueError for characters that cannot be such tokens.
+    Raises UserError for an unknown kind, ValueError for characters that cannot be tokens.
     """
 
     document_end = 10
-    """The token that stands between documents, and before a text that begins from nothing: here the newline."""
+    """The token between two documents, and before a text without context: here the newline."""
 
     def __init__(self, kind: str = "byte", characters: str = "") -> None:
         if kind not in VOCABULARIES:
             raise UserError(f"vocab={kind} is not available: choose one of {', '.join(VOCABULARIES)}")
         if kind == "20b":
-            raise ValueError("vocabulary 20b is made of its json")
+            raise ValueError("vocabulary 20b needs its JSON file: use read_vocabulary")
         points = np.array([ord(character) for character in characters], np.int64)
         surrogates = (points >= 0xD800) & (points < 0xE000)
         if (kind == "byte" and characters) or np.any(np.diff(points, prepend=0x7F) <= 0) or np.any(surrogates):
-            raise ValueError(f"vocabulary {kind}: characters must rise, lie above U+007F and be no surrogates")
+            raise ValueError(f"vocabulary {kind}: characters must be sorted, above U+007F and not surrogates")
         self.kind = kind
         self.characters = characters
         self.size = 256 + len(characters)
@@ -63,8 +63,8 @@ class Vocabulary:
         self.bytes_per_token: npt.NDArray[np.int64] = np.concatenate(
             [np.ones(256, np.int64), 2 + (points >= 0x800).astype(np.int64) + (points >= 0x10000)]
         )
-        """(size,) int64: how many bytes of text each token stands for."""
-        # Row i spells token i, from the left.
+        """(size,) int64: the bytes of text that each token decodes to."""
+        # Row i has the bytes of token i, left-aligned.
         self._spelling = np.zeros((self.size, 4), np.uint8)
         self._spelling[:256, 0] = np.arange(256)
         spelled = np.arange(4) < self.bytes_per_token[256:, None]
@@ -72,7 +72,7 @@ class Vocabulary:
         self._points = points
 
     def encode(self, text: bytes | npt.NDArray[np.uint8]) -> Tokens:
-        """The ids of ``text``: (n,) of the smallest unsigned dtype that holds ``size - 1``."""
+        """Encodes ``text``: ids (n,) of the smallest unsigned dtype that can hold ``size - 1``."""
         data = np.frombuffer(text, np.uint8)
         ids = data.astype(self.dtype)
         if not self.characters:
@@ -88,38 +88,38 @@ class Vocabulary:
         return ids[keep]
 
     def encode_documents(self, text: bytes | npt.NDArray[np.uint8], ends: Iterable[int]) -> Tokens:
-        """The ids of ``text``, which has the end of a document at each of the bytes ``ends``, in order.
+        """Encodes ``text``, in which a document ends at each of the byte offsets ``ends``, ascending.
 
-        In bytes and characters that byte, a newline, is the end; 20b has ``document_end`` instead of it.
+        With ``byte`` and ``char``, that byte, a newline, is the document end. ``20b`` encodes it as ``document_end``.
         """
         return self.encode(text)
 
     def split_point(self, data: npt.NDArray[np.uint8], lo: int, at: int) -> int:
-        """The last place in (lo, at] of ``data`` (N,) where the ids of the whole are those of the two parts.
+        """The last offset in (lo, at] at which ``data`` (N,) can be cut: the two parts encode to the ids of the whole.
 
-        ``lo``, where the text begins, if there is none.
+        Returns ``lo``, the start of the text, if there is no such offset.
         """
         return find_character_start(data, at)
 
     def chunks(self, data: npt.NDArray[np.uint8], lo: int, hi: int) -> list[tuple[int, int]]:
-        """Ranges of about CHUNK bytes that cover [lo, hi) and can be encoded apart; longer if there is no such cut."""
+        """Splits [lo, hi) into ranges of about CHUNK bytes, longer if no cut is possible, to encode separately."""
         edges = [lo]
         for at in range(lo + CHUNK, hi, CHUNK):
             edges.append(self.split_point(data, edges[-1], at))
         return [(begin, end) for begin, end in itertools.pairwise([*edges, hi]) if begin < end]
 
     def decode(self, ids: npt.ArrayLike) -> bytes:
-        """The text of ``ids`` (n,), any integers in [0, size); a cut inside a character that bytes spell stays one."""
+        """Decodes ``ids`` (n,), any integers in [0, size). The result can start or end inside a UTF-8 character."""
         index = np.asarray(ids, np.int64)
         spelled = np.arange(4) < self.bytes_per_token[index][:, None]
         return self._spelling[index][spelled].tobytes()
 
     def to_dict(self) -> dict[str, str]:
-        """What JSON and a checkpoint can hold; ``from_dict`` makes the same vocabulary of it."""
+        """Plain types for JSON and checkpoints; ``from_dict`` restores the same vocabulary."""
         return {"kind": self.kind, "characters": self.characters}
 
     def to_tokenizer(self) -> dict[str, Any] | None:
-        """tokenizer.json of the same encoding for the tokenizers library and transformers; None if there is none."""
+        """The tokenizer.json of this encoding, for the tokenizers library and transformers; None if it has none."""
         if self.kind != "byte":
             return None
         bytes_alone = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
@@ -133,19 +133,19 @@ class Vocabulary:
 
     @classmethod
     def from_dict(cls, stored: dict[str, Any]) -> "Vocabulary":
-        """The vocabulary that ``to_dict`` wrote. Raises UserError where ``stored`` is none, or of an unknown kind."""
+        """Restores a vocabulary from a result of ``to_dict``. Raises UserError if it is corrupt or its kind unknown."""
         try:
             if stored["kind"] == "20b":
-                from rwkv_pl.data.tokenizer_20b import Vocabulary20B  # its library is for those who use it
+                from rwkv_pl.data.tokenizer_20b import Vocabulary20B  # imports the tokenizers library only when needed
 
                 return Vocabulary20B(str(stored["tokenizer"]))
             return cls(str(stored["kind"]), str(stored.get("characters", "")))
         except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
-            raise UserError(f"the stored vocabulary is damaged: {error!r}") from error
+            raise UserError(f"the stored vocabulary is corrupt: {error!r}") from error
 
     @property
     def digest(self) -> str:
-        """64 hex digits, the same for equal vocabularies."""
+        """A digest of 64 hex digits, equal for equal vocabularies."""
         return json_digest(self.to_dict())
 
     def __eq__(self, other: object) -> bool:
@@ -159,16 +159,18 @@ class Vocabulary:
 
 
 def build_vocabulary(kind: str, corpus: Corpus, vocab_path: Path | None = None) -> Vocabulary:
-    """The vocabulary of a corpus: for ``char``, of its training split, found once and kept in the cache folder; for
-    ``20b``, of the json ``vocab_path``.
+    """Builds the vocabulary of a corpus.
 
-    Raises UserError for an unknown kind, and where there is no such json.
+    For ``char``, it has the characters of the training split, which are collected once and cached. For ``20b``, it is
+    read from the JSON file ``vocab_path``.
+
+    Raises UserError for an unknown kind, or if the JSON file is missing.
     """
     if kind == "20b":
         if vocab_path is None:
             raise UserError(
-                "data.vocab=20b needs the tokenizer's json: data.vocab_path=20B_tokenizer.json (it is in the source of "
-                "the official RWKV-4 code, and with GPT-NeoX-20B as tokenizer.json)"
+                "data.vocab=20b needs the tokenizer's JSON file: set data.vocab_path=20B_tokenizer.json (it is part of "
+                "the official RWKV-4 code, and of GPT-NeoX-20B as tokenizer.json)"
             )
         return read_vocabulary(vocab_path)
     if kind != "char":
@@ -185,8 +187,8 @@ def build_vocabulary(kind: str, corpus: Corpus, vocab_path: Path | None = None) 
 
 
 def read_vocabulary(path: Path) -> Vocabulary:
-    """The vocabulary ``20b`` of its json. Raises UserError where ``path`` is none."""
-    from rwkv_pl.data.tokenizer_20b import Vocabulary20B  # its library is for those who use it
+    """Reads the vocabulary ``20b`` from its JSON file. Raises UserError if ``path`` is not one."""
+    from rwkv_pl.data.tokenizer_20b import Vocabulary20B  # imports the tokenizers library only when needed
 
     return Vocabulary20B.read(path)
 
@@ -196,7 +198,8 @@ def _find_multibyte_characters(
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Starts, lengths in bytes (2 to 4) and code points of the well-formed UTF-8 characters above U+007F.
 
-    No two of them overlap, since no byte both leads and continues a character: so each lead byte is judged alone.
+    No byte can be both a lead byte and a continuation byte, so characters never overlap, and each lead byte is checked
+    independently.
     """
     starts = np.flatnonzero(data >= 0xC2)
     lead = data[starts].astype(np.int64)
@@ -208,7 +211,7 @@ def _find_multibyte_characters(
         inside = lengths > i
         good &= ~inside | (continues & 0xC0 == 0x80)
         points = np.where(inside, points << 6 | continues & 0x3F, points)
-    # Overlong spellings, surrogates and what lies past Unicode are not UTF-8.
+    # Overlong encodings, surrogates and code points above U+10FFFF are not UTF-8.
     smallest = np.array([0, 0, 0x80, 0x800, 0x10000])[lengths]
     good &= (points >= smallest) & ((points < 0xD800) | (points >= 0xE000)) & (points < 0x110000)
     return starts[good], lengths[good], points[good]

@@ -1,10 +1,10 @@
-"""How well a model predicts a text, in two protocols: streams that carry their state on, and independent windows.
+"""Measures how well a model predicts a text, in two protocols: streams with a carried state, and independent windows.
 
-    N  tokens of the corpus    [lo, hi)  the split            V  vocab_size
-    R  rows read side by side  T         tokens of each row that one call reads
+    N  tokens of the corpus      [lo, hi)  the split                     V  vocab_size
+    R  rows read in parallel     T         tokens of a row in one call
 
-In both each token of [lo, hi) is a target exactly once, and the first context is token lo - 1, read by a fresh state:
-nothing before it is ever read. Token 0 of a corpus has no context and is no target.
+In both protocols, each token of [lo, hi) is a target exactly once. The first context is token lo - 1, read from an
+empty state; no earlier token is read. Token 0 of a corpus has no context, so it is not a target.
 """
 
 import math
@@ -23,7 +23,7 @@ Tokens = npt.NDArray[np.unsignedinteger]
 Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
 
-# Logits that are there at once: 64 MiB in float32, whatever the vocabulary's size.
+# Most logits in memory at once: 64 MiB in float32, for any vocabulary size.
 MAX_LOGITS = 1 << 24
 
 
@@ -38,17 +38,18 @@ def evaluate_stream(
     chunk_len: int = 1024,
     on_progress: Callable[[int, float], None] = lambda n_targets, nats: None,
 ) -> tuple[float, int]:
-    """Reads the split as one text, `chunk_len` tokens in parallel, the state carried on: as a recurrent model is used.
+    """Reads the split as one text and carries the state from chunk to chunk, as a recurrent model is used.
 
-    tokens:    (N,), a memory map will do.
-    streams:   above 1 an approximation, for speed: the split is cut in as many parts, which are read side by side. Each
-               but the first reads up to `warmup` uncounted tokens before its own first context, none before lo - 1.
-    chunk_len: tokens of a stream in one call: memory and speed, not the result.
-    on_progress:      hears after each call how many targets it counted, and their nats.
+    tokens:      (N,); can be a memory map.
+    streams:     the number of parts into which the split is cut, to read them in parallel. Above 1 it is faster, and
+                 an approximation: each part except the first starts from an empty state, up to `warmup` tokens before
+                 its first context (none before lo - 1), and these tokens are not counted.
+    chunk_len:   tokens of a stream per call; it changes memory and speed, not the result.
+    on_progress: called after each call of the model with the number of targets in it and the sum of their nats.
 
-    Returns the summed cross-entropy in nats, and the number of targets: hi - max(lo, 1).
+    Returns the summed cross-entropy in nats, and the number of targets, hi - max(lo, 1).
 
-    Raises ValueError where the split has no target, FloatingPointError where the logits are not finite.
+    Raises ValueError if the split has no target, FloatingPointError if the logits are not finite.
     """
     first = _first_target(lo, hi)
     n_streams = min(streams, hi - first)
@@ -73,19 +74,20 @@ def evaluate_windows(
     rows: int = 8,
     on_progress: Callable[[int, float], None] = lambda n_targets, nats: None,
 ) -> tuple[Float64, Int64]:
-    """Reads windows of `ctx_len` targets, each from a fresh state: as a model of limited context is measured.
+    """Reads windows of `ctx_len` targets, each from an empty state, as models with a limited context are evaluated.
 
-    tokens: (N,), a memory map will do.
-    stride: from each window to the next; None is ctx_len, and the windows are those of training's validation. Below it
-            they overlap, and only the last `stride` targets of a window count, of the first one all: none has fewer
-            than ctx_len - stride tokens before it then, but in the first window.
-    rows:   windows of one call: memory and speed, not the result.
-    on_progress:   hears after each call how many targets it counted, and their nats.
+    tokens:      (N,); can be a memory map.
+    stride:      tokens from one window's start to the next. None means ctx_len, which gives the windows of validation
+                 during training. If it is smaller, windows overlap, and only the last `stride` targets of each are
+                 counted (in the first window, all). Then each counted target outside of the first window has more
+                 than ctx_len - stride tokens of context.
+    rows:        windows per call; it changes memory and speed, not the result.
+    on_progress: called after each call of the model with the number of targets in it and the sum of their nats.
 
-    Returns by position in the context, (ctx_len,) each: the summed cross-entropy in nats, and the number of targets.
-    Position 0 has one token of context.
+    Returns two arrays (ctx_len,), by position in the window: the summed cross-entropy in nats, and the number of
+    targets. Position 0 has one token of context.
 
-    Raises ValueError where the split has no target, FloatingPointError where the logits are not finite.
+    Raises ValueError if the split has no target, FloatingPointError if the logits are not finite.
     """
     stride = stride or ctx_len
     first = _first_target(lo, hi)
@@ -105,12 +107,12 @@ def evaluate_windows(
 
 
 def bits_per_byte(nats: float, n_bytes: float) -> float:
-    """From the summed cross-entropy of a text in nats and its number of bytes. NaN without bytes."""
+    """Bits per byte, from the summed cross-entropy of a text in nats and its size in bytes. NaN for 0 bytes."""
     return nats / (math.log(2) * n_bytes) if n_bytes else math.nan
 
 
 def compute_metrics(nats: float, n_tokens: int, n_bytes: int) -> dict[str, float]:
-    """What is reported of `n_tokens` targets that spell `n_bytes` bytes, from their summed cross-entropy in nats."""
+    """The reported metrics, from the summed cross-entropy in nats of `n_tokens` targets that are `n_bytes` of text."""
     per_token = nats / n_tokens
     return {
         "bits_per_byte": bits_per_byte(nats, n_bytes),
@@ -129,18 +131,19 @@ def _first_target(lo: int, hi: int) -> int:
 def _read(
     model: Any, tokens: Tokens, start: Int64, begin: Int64, end: Int64, chunk_len: int
 ) -> Iterator[tuple[Float64, npt.NDArray[np.bool_]]]:
-    """Rows of text from a fresh state each, side by side: row r reads from token start[r] on, and of its targets those
-    of [begin[r], end[r]) count. All (R,).
+    """Reads R rows of text in parallel, each from an empty state.
 
-    Yields, a chunk of time after the other, (R, T): the nats of each target, 0 where it does not count, and whether it
-    does.
+    Row r starts at token start[r]; its targets in [begin[r], end[r]) count. start, begin and end are (R,).
+
+    Yields for each chunk of time two arrays (R, T): the nats of each target, 0 if it does not count, and whether it
+    counts.
     """
     device = next(model.parameters()).device
     length, state = int((end - 1 - start).max()), None
     for t in range(0, length, chunk_len):
         position = start[:, None] + np.arange(t, min(t + chunk_len, length))
         counted = (begin[:, None] <= position + 1) & (position + 1 < end[:, None])
-        # A row that ends before the others reads on: what comes after a token changes nothing about it.
+        # A row that ends before the others reads on: later tokens do not change the results of earlier ones.
         inputs = tokens[np.minimum(position, end.max() - 1)].astype(np.int64)
         targets = tokens[(position + 1)[counted]].astype(np.int64)
         hidden, state = model.hidden(torch.from_numpy(inputs).to(device), state)
@@ -152,9 +155,9 @@ def _read(
 
 
 def _cross_entropy(model: Any, hidden: Tensor, targets: Tensor) -> Float64:
-    """hidden (n, C), targets (n,) -> nats of each target (n,)."""
+    """hidden (n, C), targets (n,) -> the nats of each target, (n,)."""
     nats, largest = head_cross_entropy(model.head, hidden, targets, max(1, MAX_LOGITS // model.config.vocab_size))
     if not (nats.isfinite() & largest.isfinite()).all():
         raise FloatingPointError("the model's outputs are not finite: its training has diverged")
-    # To the CPU first: not every device has float64.
+    # To the CPU first, since some devices do not support float64.
     return nats.cpu().double().numpy()

@@ -1,6 +1,6 @@
-"""Text from a model, a token at a time: constant memory and time a token, whatever came before.
+"""Generates text one token at a time; memory and time per token do not grow with the length of the text.
 
-B  rows, the texts that are written at once    T  time    V  vocab_size
+B  rows, texts generated in parallel    T  time    V  vocab_size
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rwkv_pl.inference.sampling import RowRandom, Sampling
 from rwkv_pl.model.state import BlockState, State
 
-# Tokens of a prompt that are read at once: enough to keep the products busy, and little memory.
+# Prompt tokens read at once: enough to keep the matrix products efficient, few enough to need little memory.
 CHUNK = 1024
 
 
@@ -24,17 +24,17 @@ def generate(
     seed: int | None = None,
     **sampling: Any,
 ) -> "Generation":
-    """Yields (B,) int64 tokens without end, by default drawn from the model's distribution at temperature 1.
+    """Yields tokens (B,) int64 without end, by default drawn from the model's distribution at temperature 1.
 
-    model:    with `hidden`, `head` and `step`.
-    tokens:   (B, T) int64, or B prompts (T_i,) of any lengths, T >= 1. A text that begins from nothing begins with
-              its vocabulary's `document_end`.
-    state:    the model's state of B rows before the prompts; the caller's is never changed.
-    seed:     row i draws by (seed, i), whatever the other rows; None: by torch's own generator.
+    model:    a module with `hidden`, `head` and `step`.
+    tokens:   the prompts: (B, T) int64, or B prompts (T_i,) of any lengths, T >= 1. To generate without a prompt, pass
+              the vocabulary's `document_end`.
+    state:    the model's state of B rows before the prompts; it is not modified. None: the empty state.
+    seed:     row i is a function of (seed, i), independent of the other rows. None: seeded by torch's global generator.
     sampling: temperature, top_k, top_p, repetition and window: see `Sampling`.
 
-    Raises ValueError for an empty prompt or a setting out of its range, IndexError for a token outside of the
-    vocabulary, FloatingPointError where logits are not finite.
+    Raises ValueError for an empty prompt or a setting out of range, IndexError for a token outside of the vocabulary,
+    FloatingPointError if logits are not finite.
     """
     chosen = Sampling(**sampling)
     prompts = list(tokens)
@@ -43,10 +43,10 @@ def generate(
 
 
 class Generation(Iterator[Tensor]):
-    """The texts that a model writes: an iterator of tokens (B,), without end.
+    """An endless iterator over generated tokens (B,).
 
-    logits (B, V) for the token that follows and the state that they came with; recent: of each row the tokens before,
-    for Sampling's repetition. After `catch_up`, `logits` and `state` are those after all tokens that were yielded.
+    logits: (B, V), for the next token. state: the model's state at that position. recent: the last tokens of each row,
+    for the repetition penalty of `Sampling`. After `catch_up`, `logits` and `state` include all yielded tokens.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Generation(Iterator[Tensor]):
         return tokens[max(0, len(tokens) - self._sampling.window) :]
 
     def catch_up(self) -> None:
-        """Reads the token that was yielded last."""
+        """Feeds the last yielded token to the model."""
         if self._unread is not None:
             with eval_mode(self._model):
                 self.logits, self.state = self._model.step(self._unread, self.state)
@@ -78,9 +78,9 @@ class Generation(Iterator[Tensor]):
 
 
 def read_prompts(model: Any, prompts: Sequence[Tensor], state: State | None = None) -> tuple[Tensor, State]:
-    """Prompts (T_i,), one state row for each -> logits after them (B, V), and the state.
+    """Reads prompts (T_i,), each with its row of the state -> the logits after them (B, V), and the state.
 
-    One by one where their lengths differ: to fill up the shorter ones would change what the model has read.
+    If their lengths differ, they are read one by one: padding would change the state.
     """
     if not prompts:
         raise ValueError("no prompt: give at least one")
@@ -96,7 +96,7 @@ def read_prompts(model: Any, prompts: Sequence[Tensor], state: State | None = No
 
 
 def select_rows(state: State, rows: slice | Tensor) -> State:
-    """Some rows of a state, e. g. `torch.zeros(5, dtype=torch.int64)`: five times the first."""
+    """Selects rows of a state; `torch.zeros(5, dtype=torch.int64)` repeats the first row five times."""
     return tuple(BlockState(*(part[rows] for part in block)) for block in state)
 
 
@@ -104,12 +104,12 @@ def select_rows(state: State, rows: slice | Tensor) -> State:
 def read_tokens(
     model: Any, tokens: Tensor, state: State | None = None, progress: Callable[[int], None] = lambda done: None
 ) -> tuple[Tensor, State]:
-    """tokens (B, T), T >= 1 -> the logits after the last one, (B, V) float32, and the state.
+    """Reads tokens (B, T), T >= 1 -> the logits after the last one, (B, V) float32, and the state.
 
-    In chunks, each parallel in time. progress: is told how many tokens of each row are read.
+    Reads in chunks that are parallel in time. progress: called after each chunk with its number of tokens per row.
     """
     if tokens.dim() != 2 or tokens.shape[1] == 0:
-        raise ValueError(f"an empty prompt, {tuple(tokens.shape)}: begin with the vocabulary's document_end")
+        raise ValueError(f"empty prompt of shape {tuple(tokens.shape)}: start with the vocabulary's document_end")
     with eval_mode(model):
         for chunk in tokens.split(CHUNK, dim=1):
             hidden, state = model.hidden(chunk, state)
@@ -119,7 +119,7 @@ def read_tokens(
 
 
 class eval_mode:
-    """The model without dropout, inside the block; costs nothing where it is so already."""
+    """A context in which the model is in eval mode; costs nothing if it already is."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model, self._was = model, model.training

@@ -1,4 +1,4 @@
-"""Which token follows, given the model's logits.
+"""Draws the next token from the model's logits.
 
 B  rows    V  vocab_size
 """
@@ -11,22 +11,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# A logit that is still a number when another is taken from it.
+# Logits are clamped to this, so that the difference of two is finite in float64.
 MAX_LOGIT = 1e300
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn. In this order:
+    """The sampling parameters, applied in this order:
 
-    repetition:  above 1, what occurred among the last `window` tokens becomes less likely: its logit is divided by
-                 this where positive, multiplied where negative (CTRL, arXiv 1909.05858, section 4.1); 1 is off.
-    temperature: what the logits are divided by; 0 takes the likeliest token.
-    top_k:       only the k likeliest tokens; 0 is off, and more than there are is all.
-    top_p:       only the likeliest tokens that together have this probability (arXiv 1904.09751, section 3.1); the
-                 best one always, and from 1 on all.
+    repetition:  above 1, tokens among the last `window` become less likely: positive logits are divided by it,
+                 negative ones multiplied (CTRL, arXiv 1909.05858, section 4.1). 1 is off.
+    temperature: divides the logits; 0 selects the likeliest token.
+    top_k:       keeps only the k likeliest tokens; 0, or k >= V, is off.
+    top_p:       keeps the fewest likeliest tokens whose total probability reaches p, at least one (nucleus sampling,
+                 arXiv 1904.09751, section 3.1); 1 or more is off.
 
-    Raises ValueError for a number out of its range.
+    Raises ValueError for a number out of range.
     """
 
     temperature: float = 1.0
@@ -48,10 +48,12 @@ class Sampling:
             raise ValueError(f"repetition must be a number above 0 (1 is off), got {self.repetition}")
 
     def choose(self, logits: Tensor, recent: Sequence[Tensor], uniform: Tensor) -> Tensor:
-        """logits (B, V); of each row the tokens before (n,), and a number in [0, 1) (B,) float64 -> tokens (B,) int64.
+        """Draws one token for each row of logits (B, V) -> tokens (B,) int64.
 
-        On the CPU, whatever the logits' device, so that a seed means the same everywhere. Raises FloatingPointError
-        where a logit is not finite.
+        recent: the preceding tokens (n,) of each row. uniform: numbers in [0, 1), (B,) float64.
+
+        Runs on the CPU for logits on any device, so that a seed gives the same text everywhere. Raises
+        FloatingPointError if a logit is not finite.
         """
         logits = logits.cpu().double()
         if not logits.isfinite().all():
@@ -71,20 +73,20 @@ class Sampling:
         shares = scores.softmax(-1)
         if self.top_p < 1:
             better = shares.cumsum(-1) - shares
-            better[:, 0] = -1  # the best token has none before it, and stays with a top_p of 0 too
+            better[:, 0] = -1  # keeps the likeliest token even if top_p is 0
             shares = torch.where(better < self.top_p, shares, 0)
         sums = shares.cumsum(-1)
         total = sums[:, -1:]
         index = (sums <= uniform[:, None] * total).sum(-1)
-        # Where the product is rounded up to the whole: the last token that has a share.
+        # If the product rounds up to the total, take the last token with a share above 0.
         index = torch.minimum(index, (sums < total).sum(-1))
         return index if tokens is None else tokens.gather(-1, index[:, None])[:, 0]
 
 
 class RowRandom:
-    """Numbers in [0, 1), one stream a row: row i's is a function of (seed, i) alone, however many rows there are.
+    """Random numbers in [0, 1), one stream per row. Row i depends only on (seed, i), not on the number of rows.
 
-    seed None: one of torch's own generator, so that torch.manual_seed settles it.
+    If seed is None, it is drawn from torch's global generator, so torch.manual_seed determines it.
     """
 
     def __init__(self, seed: int | None, rows: int) -> None:
@@ -93,10 +95,10 @@ class RowRandom:
         self._generators = [torch.Generator().manual_seed(derive_seed(seed, i)) for i in range(rows)]
 
     def uniform(self) -> Tensor:
-        """(rows,) float64."""
+        """The next number of each row: (rows,) float64."""
         return torch.cat([torch.rand(1, generator=g, dtype=torch.float64) for g in self._generators])
 
 
 def derive_seed(*numbers: int) -> int:
-    """A generator's seed that is a function of several numbers, and unlike that of any others."""
+    """Hashes several numbers to one 64-bit seed for a generator."""
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest(), "big")

@@ -1,4 +1,4 @@
-"""A conversation's memory in a file: what a model knows after all that was read and written, to go on from later."""
+"""Saves the generation state to a file, to continue a text later from its last token."""
 
 import os
 from itertools import chain
@@ -18,7 +18,7 @@ FORMAT = 1
 
 
 class GenerationState(NamedTuple):
-    """logits (1, V) for the token that follows, the state (one row) that they came with, the tokens before, (n,)."""
+    """The state of one text: logits (1, V) for the next token, the model's state (one row), the last tokens (n,)."""
 
     logits: Tensor
     state: State
@@ -26,7 +26,7 @@ class GenerationState(NamedTuple):
 
 
 def save_state(path: Path, generation_state: GenerationState, digest: str) -> None:
-    """Writes the file, whole or not at all. digest: says which weights and vocabulary these are."""
+    """Writes the file atomically. digest: identifies the weights and the vocabulary."""
     content = {
         "rwkv_pl_memory": FORMAT,
         "digest": digest,
@@ -39,10 +39,10 @@ def save_state(path: Path, generation_state: GenerationState, digest: str) -> No
 
 
 def load_state(path: Path, model: Any, digest: str) -> GenerationState:
-    """What `save_state` wrote. Raises UserError, one line, where it is none, or of other weights or vocabulary."""
+    """Reads a file of `save_state`. Raises UserError, one line, if it is corrupt or for other weights or vocabulary."""
     content = _read(path)
     if content.get("digest") != digest:
-        raise UserError(f"{path} is the memory of other weights, or of another vocabulary: it means nothing to these")
+        raise UserError(f"{path} is the state of other weights or another vocabulary: these weights cannot use it")
     device = next(model.parameters()).device
     like, like_state = read_tokens(model, torch.zeros(1, 1, dtype=torch.int64, device=device))
     try:
@@ -53,32 +53,32 @@ def load_state(path: Path, model: Any, digest: str) -> GenerationState:
         for part, expected in zip([logits, *chain(*state)], [like, *chain(*like_state)], strict=True):
             alike = (part.shape, part.dtype, part.layout) == (expected.shape, torch.float32, torch.strided)
             if not alike or not part.isfinite().all():
-                raise ValueError("numbers that no model leaves")
+                raise ValueError("a tensor has a wrong shape, a wrong dtype or values that are not finite")
         if recent.dim() != 1 or recent.dtype != torch.int64 or bool(((recent < 0) | (recent >= like.shape[1])).any()):
-            raise ValueError("tokens that are none")
-    except Exception as error:  # what was made by hand can fail in any way
-        raise CorruptFileError(f"{path} is no whole memory ({error})") from error
+            raise ValueError("a token is outside of the vocabulary")
+    except Exception as error:  # a hand-made file can fail in any way
+        raise CorruptFileError(f"{path} is a corrupt generation state ({error})") from error
     return GenerationState(logits, state, recent)
 
 
 def check_replaceable(path: Path) -> None:
-    """Raises UserError where `path` can't be written, or holds something else than a memory."""
+    """Raises UserError if `path` cannot be written, or exists and is not a generation state."""
     if not path.parent.is_dir():
         raise UserError(f"{path}: there is no folder {path.parent}")
     if os.path.lexists(partial := path.with_name(path.name + PARTIAL_SUFFIX)):
-        raise UserError(f"{partial} is there: another command is at work, or was killed and left it; take it away")
+        raise UserError(f"{partial} exists: another command is writing it, or was killed and left it; delete it")
     if path.exists():
         _read(path)
 
 
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise UserError(f"{path} is a folder" if path.is_dir() else f"there is no memory {path}: --state-out makes one")
+        raise UserError(f"{path} is a folder" if path.is_dir() else f"there is no state {path}: --state-out writes one")
     try:
         content = read_checkpoint(path)
         known = content.get("rwkv_pl_memory") == FORMAT
     except CorruptFileError:
         known = False
     if not known:
-        raise UserError(f"{path} is no memory of rwkv-generate, or a damaged one, and is left as it is")
+        raise UserError(f"{path} is not a state file of rwkv-generate, or is corrupt; it was not changed")
     return content

@@ -1,4 +1,4 @@
-"""The model versions, by the name in `model.name` and in checkpoints: {name: (module class, config class)}."""
+"""The model versions: name in `model.name` and in checkpoints -> (module class, config class)."""
 
 from rwkv_pl.config import RWKV4Config
 from rwkv_pl.model.rwkv4 import RWKV4

@@ -1,7 +1,15 @@
 """RWKV-4 (Peng et al. 2023, arXiv 2305.13048): the whole model and its initialisation.
 
-    B  batch        T  time, tokens of a stretch of text      C  channels, n_embd
-    V  vocab_size   L  n_layer                                l  this layer, from 0
+RWKV is a language model that can be computed in two ways, with the same results. In training it reads all tokens of a
+text in parallel, as a transformer does. In generation it reads one token at a time, as a recurrent network does, and
+all it knows about the past is a state of fixed size. Section and equation numbers below are those of the paper.
+
+    tokens -> embedding -> L blocks -> LayerNorm -> head -> logits of the next token
+    block:  x = x + TimeMix(LayerNorm(x))       mixes information over time, like attention
+            x = x + ChannelMix(LayerNorm(x))    mixes the channels of one token, like a feed-forward layer
+
+    B  batch        T  time, tokens in a piece of text        C  channels, n_embd
+    V  vocab_size   L  n_layer                                l  the index of a layer, from 0
 
 Parameter names and shapes are those of the official RWKV-4 `.pth` files.
 """
@@ -22,7 +30,13 @@ from rwkv_pl.ops.wkv4 import wkv4
 
 
 class TimeMix(nn.Module):
-    """RWKV-4's attention: WKV over the past, gated by the receptance (section 3.1.2, equations 11 to 18)."""
+    """Time mixing, RWKV's replacement for attention (section 3.1.2, equations 11 to 18).
+
+    WKV is a weighted mean of the values up to now, separately in each channel. The weight of a past token is
+    exp(its key - its age * exp(time_decay)), with age 0 for the token just before; that of the present token is
+    exp(its key + time_first). The mean is gated by sigmoid(receptance). Key, value and receptance are linear in a mix
+    of this token and the one before it.
+    """
 
     def __init__(self, config: RWKV4Config, layer: int) -> None:
         super().__init__()
@@ -41,7 +55,12 @@ class TimeMix(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, r01: float, r10: float) -> None:
-        """The official initialisation: channels forget at graded speeds, deeper layers look at the present more."""
+        """The official initialisation, a function of the channel and the layer.
+
+        Channels forget at graded speeds, from slowly (channel 0) to almost at once (channel C - 1). The deeper the
+        layer, the more its mix favours the present token. The zero matrices make the layer's output 0. r01, r10: see
+        `depth_ratios`.
+        """
         C = len(self.time_decay)
         i = torch.arange(C)
         x = i / C
@@ -55,7 +74,10 @@ class TimeMix(nn.Module):
             nn.init.zeros_(zero.weight)
 
     def forward(self, x: Tensor, shift: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, T, C), the x before (B, C), WKV state (B, 3, C) -> y (B, T, C), the last x, the WKV state after."""
+        """x (B, T, C), shift (B, C), WKV state (B, 3, C) -> y (B, T, C), the new shift (the last x), the new WKV state.
+
+        shift is the token before the first one; both it and the state are None at the start of a text.
+        """
         x_prev = token_shift(x, shift)
         key = self.key(torch.lerp(x_prev, x, self.time_mix_k))
         value = self.value(torch.lerp(x_prev, x, self.time_mix_v))
@@ -65,7 +87,11 @@ class TimeMix(nn.Module):
 
 
 class ChannelMix(nn.Module):
-    """RWKV-4's feed-forward: squared ReLU, gated by the receptance (section 3.1.3, equations 19 to 21)."""
+    """Channel mixing, RWKV's feed-forward layer (section 3.1.3, equations 19 to 21).
+
+    Two matrices with a squared ReLU between them, gated by sigmoid(receptance). Key and receptance are linear in a mix
+    of this token and the one before it.
+    """
 
     def __init__(self, config: RWKV4Config, layer: int) -> None:
         super().__init__()
@@ -80,7 +106,7 @@ class ChannelMix(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, r01: float, r10: float) -> None:
-        """The official initialisation: with TimeMix's zeros, a block starts as the identity."""
+        """The official initialisation. The zero matrices here and in TimeMix make a new block the identity."""
         C = self.key.in_features
         x = torch.arange(C) / C
         self.time_mix_k.copy_(x**r10)
@@ -90,7 +116,7 @@ class ChannelMix(nn.Module):
             nn.init.zeros_(zero.weight)
 
     def forward(self, x: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x (B, T, C), the x before (B, C) -> y (B, T, C), the last x."""
+        """x (B, T, C), shift (B, C) or None at the start of a text -> y (B, T, C), the new shift (the last x)."""
         x_prev = token_shift(x, shift)
         key = self.key(torch.lerp(x_prev, x, self.time_mix_k))
         receptance = self.receptance(torch.lerp(x_prev, x, self.time_mix_r))
@@ -98,13 +124,16 @@ class ChannelMix(nn.Module):
 
 
 class Block(nn.Module):
-    """Time mixing, then channel mixing, each on a normalised copy and added to the residual stream."""
+    """Time mixing, then channel mixing. Each reads a normalised copy of the residual stream and is added to it.
+
+    If the compiled operators support the input, the fused form of each half is used instead of the modules.
+    """
 
     recompute_from = 4096
 
     def __init__(self, config: RWKV4Config, layer: int) -> None:
         super().__init__()
-        # The official files keep the norm of the embedding inside the first block.
+        # The norm of the embedding is in the first block because the official files name it so.
         self.ln0 = nn.LayerNorm(config.n_embd) if layer == 0 else nn.Identity()
         self.ln1 = nn.LayerNorm(config.n_embd)
         self.ln2 = nn.LayerNorm(config.n_embd)
@@ -113,7 +142,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, state: BlockState | None) -> tuple[Tensor, BlockState]:
-        """x (B, T, C) -> (B, T, C), and the block's memory after the last token."""
+        """x (B, T, C), the block's state before -> x (B, T, C), and the state after the last token."""
         att_shift, wkv, ffn_shift = state or (None, None, None)
         recompute = x.shape[0] * x.shape[1] >= self.recompute_from
         x = self.ln0(x)
@@ -131,13 +160,16 @@ class Block(nn.Module):
 
 
 class RWKV4(nn.Module):
-    """The language model: tokens to logits. A text fed whole, in pieces or a token at a time gives the same logits."""
+    """The language model, from tokens to logits.
 
-    # The official optimizer treatment: the learning rate's factor by the last part of a parameter's name.
+    A text gives the same logits, to rounding, if it is read whole, in pieces or one token at a time.
+    """
+
+    # The official factors of the learning rate, by the last part of a parameter's name.
     lr_scale = {"time_decay": 2.0, "time_first": 3.0}  # noqa: RUF012
 
     activation_checkpointing = False
-    """Keep of a block what it reads, and compute the rest again in the backward pass? The gradients are the same."""
+    """Whether to store only each block's input and recompute the rest in the backward pass; same gradients."""
 
     def __init__(self, config: RWKV4Config) -> None:
         super().__init__()
@@ -150,8 +182,8 @@ class RWKV4(nn.Module):
 
     @property
     def recompute_from(self) -> int:
-        """From so many tokens on, what a block's first products read is computed again in the backward pass, where the
-        compiled operators serve: a quarter of a layer's memory for 1 to 2% of a step's time."""
+        """The number of tokens per micro-batch from which the fused blocks recompute the inputs of their first matrix
+        products in the backward pass: it saves a quarter of a layer's memory for 1 to 2% of a step's time."""
         return self.blocks[0].recompute_from  # type: ignore[return-value]
 
     @recompute_from.setter
@@ -160,7 +192,7 @@ class RWKV4(nn.Module):
             block.recompute_from = n_tokens  # type: ignore[assignment]
 
     def hidden(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """tokens (B, T) int64, T >= 1 -> what the head reads, (B, T, C), and the state after the last token."""
+        """tokens (B, T) int64, T >= 1 -> the head's input (B, T, C), and the state after the last token."""
         x = self.emb(tokens)
         after = []
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
@@ -170,16 +202,19 @@ class RWKV4(nn.Module):
         return self.ln_out(x), tuple(after)
 
     def forward(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """tokens (B, T) int64, T >= 1 -> logits (B, T, V), and the state after the last token."""
+        """tokens (B, T) int64, T >= 1 -> logits (B, T, V), and the state after the last token.
+
+        logits[:, t] are for the token after tokens[:, t].
+        """
         hidden, state = self.hidden(tokens, state)
         return self.head(hidden), state
 
     @torch.no_grad()
     def step(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """`forward` for one token of each text: tokens (B,) int64 -> logits (B, V) float32, and the state after it.
+        """`forward` for one token per text: tokens (B,) int64 -> logits (B, V) float32, and the state after it.
 
-        For inference: no gradient passes through it. On the CPU, in float32 or bfloat16, it is one call of a compiled
-        operator, which computes in float32 and knows nothing of hooks on the modules.
+        For inference: it has no gradient. With float32 or bfloat16 weights on the CPU it is one call of a compiled
+        operator, which computes in float32 and does not run hooks on the modules.
         """
         parameters = _list_parameters(self)
         if supports_step(parameters) and not (self.training and self.config.dropout):
@@ -190,25 +225,32 @@ class RWKV4(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """The official initialisation of the embedding and the head; the blocks make their own."""
+        """The official initialisation of the embedding and the head; the blocks initialise themselves."""
         V, C = self.config.vocab_size, self.config.n_embd
         nn.init.uniform_(self.emb.weight, -1e-4, 1e-4)
         nn.init.orthogonal_(self.head.weight, gain=0.5 * math.sqrt(max(V / C, 1)))
 
 
 def token_shift(x: Tensor, shift: Tensor | None) -> Tensor:
-    """x (B, T, C) one token later: last (B, C), or zeros where a text begins, then x without its own last token."""
+    """Delays x (B, T, C) by one token: the result at t is x at t - 1.
+
+    At t = 0 it is shift (B, C), the last token of the piece before, or zeros at the start of a text (shift None).
+    """
     first = torch.zeros_like(x[:, 0]) if shift is None else shift.to(x.dtype)
     return torch.cat([first[:, None], x[:, :-1]], dim=1)
 
 
 def depth_ratios(config: RWKV4Config, layer: int) -> tuple[float, float]:
-    """r01, which rises from 0 to 1 over the layers, and r10, which falls from 1 to 1/L."""
+    """The layer's relative depth, for the initialisation: r01 = l / (L - 1) and r10 = 1 - l / L.
+
+    Over the layers, r01 rises from 0 to 1 and r10 falls from 1 to 1/L (ratio_0_to_1 and ratio_1_to_almost0 in the
+    official code).
+    """
     return layer / max(config.n_layer - 1, 1), 1 - layer / config.n_layer
 
 
 def _list_parameters(module: Any) -> list[Tensor]:
-    """As list(module.parameters()), which takes a tenth of a token's time."""
+    """The same as list(module.parameters()), which would take a tenth of the time of a token."""
     found = list(module._parameters.values())
     for child in module._modules.values():
         found += _list_parameters(child) if child._modules else child._parameters.values()
@@ -216,7 +258,7 @@ def _list_parameters(module: Any) -> list[Tensor]:
 
 
 def _unsqueeze_time_mix(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Some official files hold time_mix as (C,), others as (1, 1, C)."""
+    """Reshapes time_mix parameters to (1, 1, C) on loading: some official files have them as (C,)."""
     for name in ("time_mix_k", "time_mix_v", "time_mix_r"):
         if (mix := state_dict.get(prefix + name)) is not None:
             state_dict[prefix + name] = mix.reshape(1, 1, -1)

@@ -1,7 +1,8 @@
-"""The two halves of RWKV-4's block by the compiled operators, on the CPU: fewer passes over memory, less kept.
+"""RWKV-4's block with fused operators on the CPU: fewer passes over memory, and fewer tensors saved for backward.
 
-:func:`time_mix` is `x + dropout(att(ln1(x)))` and :func:`channel_mix` is `x + dropout(ffn(ln2(x)))`, to rounding, with
-one difference: channel_mix drops out what the gate lets through before the gate.
+:func:`time_mix` computes `x + dropout(att(ln1(x)))` and :func:`channel_mix` computes `x + dropout(ffn(ln2(x)))`, to
+rounding. One difference: channel_mix applies dropout before the gate, not after it. Both multiply elementwise, so only
+the rounding changes.
 
     B  batch    T  time    C  channels
 """
@@ -20,10 +21,10 @@ ops = torch.ops.rwkv_pl
 
 
 def supports(mixing: Any, kind: type[nn.Module], norm: Any, dropout: nn.Module, x: Tensor) -> bool:
-    """Whether the compiled operators compute what the modules do: `mixing`, a `kind` of mixing, its norm and dropout.
+    """Can the fused operators replace these modules? `mixing` must be of class `kind`; norm and dropout are its own.
 
-    That is on the CPU, in float32 or under autocast to bfloat16, with no module replaced or hooked, and neither under
-    torch.compile nor in a transform of torch.func.
+    They can on the CPU, in float32 or under autocast to bfloat16, if no module is replaced or hooked. They cannot under
+    torch.compile or in a transform of torch.func.
     """
     return (
         not torch.compiler.is_compiling()
@@ -42,7 +43,7 @@ def supports(mixing: Any, kind: type[nn.Module], norm: Any, dropout: nn.Module, 
 
 
 def is_unmodified(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a call of the module does what its class does: not replaced, not parametrised, without hooks."""
+    """Does the module behave exactly as its class: not a subclass, not parametrised, without hooks?"""
     return type(module) is kind and not (
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
@@ -57,9 +58,10 @@ def time_mix(
     state: Tensor | None,
     recompute: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x (B, T, C), the norm of the token before (B, C), WKV state (B, 3, C) -> x after, and both memories after.
+    """x (B, T, C), shift (B, C), WKV state (B, 3, C) -> x plus the update, the new shift, the new WKV state.
 
-    recompute: what the first products read is not kept, and computed again in the backward pass. Differentiable once.
+    shift is the normalised token before the first one. recompute: recompute the inputs of the first matrix products in
+    the backward pass instead of saving them. Differentiable once.
     """
     return _TimeMix.apply(
         (dropout.p if dropout.training else 0.0, norm.eps, torch.is_autocast_enabled("cpu"), recompute),
@@ -72,7 +74,7 @@ def time_mix(
 def channel_mix(
     ffn: Any, norm: nn.LayerNorm, dropout: nn.Dropout, x: Tensor, shift: Tensor | None, recompute: bool
 ) -> tuple[Tensor, Tensor]:
-    """x (B, T, C), the norm of the token before (B, C) -> x after, and the last norm. The rest is as in `time_mix`."""
+    """x (B, T, C), shift (B, C) -> x plus the update, the new shift. shift and recompute are as in `time_mix`."""
     return _ChannelMix.apply(
         (dropout.p if dropout.training else 0.0, norm.eps, torch.is_autocast_enabled("cpu"), recompute),
         x, _to_float32(shift), norm.weight, norm.bias, ffn.time_mix_k, ffn.time_mix_r,
@@ -89,7 +91,7 @@ def _cast(to_bf16: bool, weights: tuple[Tensor, ...]) -> list[Tensor]:
 
 
 def _dropout(x: Tensor, p: float) -> tuple[Tensor, Tensor | None]:
-    """x after dropout, and what it was multiplied by: torch's own numbers."""
+    """x after dropout, and the mask with its scale. The random numbers are those of torch's own dropout."""
     if not p:
         return x, None
     noise = torch.empty_like(x).bernoulli_(1 - p)
@@ -172,7 +174,7 @@ class _ChannelMix(torch.autograd.Function):
         w_key, w_receptance, w_value = matrices = _cast(to_bf16, weights)
         mixed, new_shift, mean_rstd = ops.norm_token_shift(x, *norm, mixes, shift, eps, to_bf16)
         square, receptance = product(mixed[0], w_key), product(mixed[1], w_receptance)
-        # In place: the square is all that the backward pass needs, since its gradient is twice its root.
+        # In place: the backward pass needs only the square, since the derivative is twice its root.
         ops.squared_relu_(square)
         value, noise = _dropout(product(square, w_value), p)
         ctx.eps, ctx.to_bf16 = eps, to_bf16

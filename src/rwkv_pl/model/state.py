@@ -1,4 +1,4 @@
-"""What a block remembers between two stretches of a text."""
+"""The recurrent state, which the model carries from one piece of a text to the next; its size never grows."""
 
 from typing import NamedTuple
 
@@ -6,11 +6,12 @@ from torch import Tensor
 
 
 class BlockState(NamedTuple):
-    """One block's memory; the batch comes first in every tensor.
+    """The state of one block. The first dimension of every tensor is the batch.
 
-    att_shift: (B, C), the last token's input of the time mixing.
-    wkv:       (B, ...), the version's own; for RWKV-4 (B, 3, C), rows num, den, max_exp (see `rwkv_pl.ops.wkv4`).
-    ffn_shift: (B, C), the last token's input of the channel mixing.
+    att_shift: (B, C), the last token's input to the time mixing, for its token shift.
+    wkv:       (B, ...), the sums over the past, in a shape that depends on the version. In RWKV-4 it is (B, 3, C),
+               the rows num, den and max_exp (see `rwkv_pl.ops.wkv4`).
+    ffn_shift: (B, C), the last token's input to the channel mixing, for its token shift.
     """
 
     att_shift: Tensor
@@ -19,4 +20,4 @@ class BlockState(NamedTuple):
 
 
 State = tuple[BlockState, ...]
-"""A model's memory, one entry a block; None, where it is asked for, is that of a text that begins."""
+"""The state of a model, one entry per block. As an argument, None means the empty state, at the start of a text."""

@@ -1,4 +1,4 @@
-"""Gradients of the compiled operators: how a backward pass is called."""
+"""Helpers for the backward passes of the compiled operators."""
 
 import functools
 from collections.abc import Callable
@@ -10,24 +10,24 @@ from torch import Tensor
 
 
 def disable_autocast() -> AbstractContextManager[Any]:
-    """For a backward pass, whose tensors already have the dtypes of the forward pass."""
+    """Turns autocast off during a backward pass, whose tensors already have the forward pass's dtypes."""
     return torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext()
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """The backward of an autograd.Function that has no second derivative: asking for one raises RuntimeError.
+    """Decorates the backward of an autograd.Function without a second derivative: asking for one raises RuntimeError.
 
-    Decorates `backward(ctx, saved, *gradients)`; saved is a list of ctx.saved_tensors, which checkpointing allows to
-    read once. What backward takes out of the list can be freed before it ends.
+    The decorated function is `backward(ctx, saved, *gradients)`. saved is a list of ctx.saved_tensors, which under
+    checkpointing can be read only once. Tensors that backward removes from the list can be freed before it returns.
 
-    torch's own decorator raises only if an incoming gradient is differentiated, else the result is silently 0. Here the
-    results also depend on the saved tensors, so the forward pass has to save every input that its gradients depend on
-    (a cast copy of an input is not connected to it).
+    torch's own decorator raises only if an incoming gradient is differentiated; otherwise the result is silently 0.
+    Here the results also depend on the saved tensors. So the forward pass must save every input that its gradients
+    depend on; a cast copy of an input does not count, since it is not connected to the input.
     """
 
     @functools.wraps(backward)
     def once(ctx: Any, *gradients: Tensor | None) -> Any:
-        if not torch.is_grad_enabled():  # no graph of the gradients is asked for
+        if not torch.is_grad_enabled():  # without create_graph
             saved = list(ctx.saved_tensors)
             ctx.maybe_clear_saved_tensors()
             with disable_autocast():
@@ -41,7 +41,7 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _NoSecondDerivative(torch.autograd.Function):
-    """Passes on its first `count` tensors. To differentiate these in any of its tensors raises RuntimeError."""
+    """Returns its first `count` tensors. Differentiating these with respect to any argument raises RuntimeError."""
 
     @staticmethod
     def forward(ctx: Any, name: str, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:

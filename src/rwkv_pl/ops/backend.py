@@ -1,4 +1,4 @@
-"""Which kernel serves a call: chosen with :func:`use_kernel`, loaded once, and one warning if it is not available."""
+"""Selects the kernel for a call: set with :func:`use_kernel`, loaded once, with one warning if it is not available."""
 
 import threading
 import warnings
@@ -16,7 +16,7 @@ _kernel = "auto"
 
 _loading = threading.Lock()
 
-# By type of device why the compiled operators could not be loaded, "" once they are.
+# By device type: why the compiled operators could not be loaded, or "" after they were.
 _failures: dict[str, str] = {}
 
 _warned: set[str] = set()
@@ -25,12 +25,12 @@ _registrations: list[Callable[[], None]] = []
 
 
 class use_kernel:
-    """Choose how :func:`wkv4` computes, for the whole process; as a context manager, until the block ends.
+    """Selects the implementation of :func:`wkv4` for the whole process; as a context manager, until the block ends.
 
-    - ``"auto"``: compiled where that operator is built for the tensor's device, else scan;
-    - ``"compiled"``: the compiled operator, or a RuntimeError that says why there is none;
+    - ``"auto"``: compiled if that operator can be built for the tensor's device, else scan;
+    - ``"compiled"``: the compiled operator, or a RuntimeError that says why it is not available;
     - ``"scan"``: parallel in time, in plain torch;
-    - ``"recurrence"``: the plain loop over time, which judges the others.
+    - ``"recurrence"``: the plain loop over time, the reference for the others.
 
     Raises ValueError for another name.
     """
@@ -52,22 +52,22 @@ class use_kernel:
 
 
 def current_kernel() -> str:
-    """The name that :func:`use_kernel` last chose."""
+    """The kernel that :func:`use_kernel` selected last."""
     return _kernel
 
 
 def uses_compiled(device: str) -> bool:
-    """Whether calls on this type of device use the compiled operators: by `use_kernel`, and if they are available."""
+    """Do calls on this device type use the compiled operators? They do if `use_kernel` allows it and they load."""
     if _kernel == "auto" and not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return False
     return _kernel in ("auto", "compiled") and _is_available(device, required=_kernel == "compiled")
 
 
 def supports_elementwise(*tensors: Tensor, io: bool = False) -> bool:
-    """Whether the compiled operators between the matrix products take these tensors: on the CPU, all in float32.
+    """Do the compiled elementwise operators support these tensors: on the CPU, all float32?
 
-    io: or all in bfloat16. False under torch.compile, under an autocast to float16, in transforms of torch.func and for
-    subclasses of Tensor: there torch's own operators are used.
+    io: all bfloat16 is supported too. False, so that torch's operators are used, under torch.compile, under autocast to
+    float16, in transforms of torch.func and for subclasses of Tensor.
     """
     dtype = tensors[0].dtype
     return (
@@ -82,16 +82,16 @@ def supports_elementwise(*tensors: Tensor, io: bool = False) -> bool:
     )
 
 
-# torch.compile calls this while it traces and keeps the answer, so that loading breaks no graph.
+# torch.compile calls this during tracing and keeps the result, so loading the operators does not break the graph.
 @torch.compiler.assume_constant_result
 def _is_available(device: str, required: bool) -> bool:
-    """Whether the compiled operators are available for this type of device; the first call builds or loads them.
+    """Are the compiled operators available for this device type? The first call builds or loads them.
 
-    If they are missing: RuntimeError if they are required, else one warning.
+    If they are not: RuntimeError if they are required, else one warning.
     """
-    failure = load(device) if device in ("cpu", "cuda") else f"none is built for {device}"
+    failure = load(device) if device in ("cpu", "cuda") else f"not supported on {device}"
     if failure and required:
-        raise RuntimeError(f"wkv4: no compiled operator: {failure}; or choose use_kernel('auto')")
+        raise RuntimeError(f"wkv4: no compiled operator: {failure}; or call use_kernel('auto')")
     if failure and device in _failures and device not in _warned:
         _warned.add(device)
         warnings.warn(f"wkv4 runs in plain torch, slower: {failure}", RuntimeWarning, stacklevel=2)
@@ -99,8 +99,8 @@ def _is_available(device: str, required: bool) -> bool:
 
 
 def load(device: str) -> str:
-    """Loads the compiled operators for a type of device, building them if needed. Returns why it failed, or ""."""
-    # The CPU's library declares the operator for both.
+    """Loads the compiled operators for a device type, and builds them if needed. Returns why it failed, or ""."""
+    # The CPU library declares the operators for both.
     failure = load("cpu") if device == "cuda" else ""
     with _loading:
         if device not in _failures:
@@ -118,7 +118,7 @@ def load(device: str) -> str:
 
 
 def when_loaded(register: Callable[[], None]) -> Callable[[], None]:
-    """Decorates a function that registers gradients or fake kernels of compiled operators: called once they exist."""
+    """Decorates a function that registers gradients or fake kernels; it is called after the operators are loaded."""
     with _loading:
         _registrations.append(register)
         if _failures.get("cpu") == "":

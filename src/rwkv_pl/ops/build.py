@@ -1,9 +1,10 @@
-"""Build the compiled operators at first use, keep them in the user's cache folder, and load them.
+"""Builds the compiled operators at the first use, caches them in the user's cache folder, and loads them.
 
-A wheel may carry them built (see prebuilt.py); then nothing is built here.
+A wheel can contain them prebuilt (see prebuilt.py); then nothing is built here.
 
-A library is named by a digest of all that it was made from. It is built aside and moved into place under a lock that
-the system takes from a process that dies, so that neither two processes at once nor a killed one disturb the next.
+A library's name has a digest of everything that it was built from. It is built in a temporary folder and moved into
+place under a file lock, which the system releases if the process dies. So neither concurrent nor killed processes
+leave a broken library.
 """
 
 import hashlib
@@ -47,7 +48,7 @@ CUDA_SOURCES = (
     "wkv4_cuda.cu", "wkv4_launch.cuh", "wkv4_scan.cuh", "wkv4_walk.cuh", "wkv4_gpu.h", "wkv4_math.h", "wkv4_tensor.h",
 )  # fmt: skip
 
-# Not -march=native: its library, cached or copied, dies of an illegal instruction on the next machine.
+# Not -march=native: if the cache is shared or copied, its library crashes with SIGILL on another machine.
 LEVELS = {
     "x86-64-v4": [
         "-mavx512f", "-mavx512cd", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mavx2", "-mfma",
@@ -58,25 +59,28 @@ LEVELS = {
 }  # fmt: skip
 MSVC_LEVELS = {"x86-64-v4": ["/arch:AVX512"], "x86-64-v3": ["/arch:AVX2"], "portable": []}
 
-# The oldest torch whose stable ABI has all that is used.
+# 2.10, the oldest torch whose stable ABI has everything that is used.
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 
-# Subnormals as 0 and a division that errs by 2 units in the last place: a seventh fewer instructions.
+# Subnormals flushed to 0, and division with an error of 2 ulp: a seventh fewer instructions.
 CUDA_FLAGS = ["-std=c++17", "-O3", "-ftz=true", "-prec-div=false", STABLE_ABI]
 
 
 class BuildError(RuntimeError):
-    """There is no compiled operator; the message says in one line why and what to do."""
+    """The compiled operators are not available; the message says in one line why, and the fix."""
 
 
-# Where a platform wheel carries libraries that are built already.
+# The folder of the prebuilt libraries in a platform wheel.
 PREBUILT = Path(__file__).parents[1] / "prebuilt"
 SUFFIX = ".pyd" if sys.platform == "win32" else ".so"
 
 
 @dataclass(frozen=True)
 class LibrarySpec:
-    """What one library is made of; ``compile(folder, recipe)`` makes it where the sources are, and loads it."""
+    """The inputs of one library's build. ``compile(folder, spec)`` builds it in the folder of the sources and loads it.
+
+    seconds: the typical duration of the build, to print.
+    """
 
     name: str
     target: str
@@ -88,9 +92,9 @@ class LibrarySpec:
 
 
 def load_cpu_library() -> None:
-    """Register the CPU operators ``torch.ops.rwkv_pl.*``, building them where the cache has none (about 15 s).
+    """Registers the CPU operators ``torch.ops.rwkv_pl.*``; on a cache miss, builds them (about 15 s).
 
-    Raises BuildError without a compiler, where the build fails and where the cache folder cannot be written.
+    Raises BuildError if there is no compiler, the build fails, or the cache folder cannot be written.
     """
     level = cpu_level()
     if _load_prebuilt(prebuilt_name("wkv4_cpu", level, CPU_SOURCES)):
@@ -99,12 +103,12 @@ def load_cpu_library() -> None:
 
 
 def load_cuda_library() -> None:
-    """The same for CUDA, for this machine's GPUs (about 15 s); the operators must be registered by the CPU's library.
+    """Registers the CUDA operators, built for this machine's GPUs (about 15 s). Load the CPU library first.
 
-    Raises BuildError as well where nvcc is missing or its CUDA is not torch's.
+    Raises BuildError as `load_cpu_library` does, and if nvcc is missing or its CUDA version is not torch's.
     """
     if torch.version.cuda is None:
-        raise BuildError("this torch has no CUDA; install one that has, from pytorch.org")
+        raise BuildError("this torch has no CUDA; install a CUDA build from pytorch.org")
     if _load_prebuilt(prebuilt_name("wkv4_cuda", "all", CUDA_SOURCES)):
         return
     host, nvcc = _host_compiler(), find_nvcc(torch.version.cuda)
@@ -119,14 +123,14 @@ def load_cuda_library() -> None:
 
 
 def prebuilt_name(name: str, target: str, sources: tuple[str, ...]) -> str:
-    """Of a library in a wheel. With a digest of its sources: in a checkout one that was made before is left alone."""
+    """The file name of a prebuilt library, with a digest of its sources: a stale one in a checkout is not loaded."""
     return f"{name}-{target}-{_digest(sources)}{SUFFIX}"
 
 
 def _load_prebuilt(name: str) -> bool:
     try:
         torch.ops.load_library(PREBUILT / name)
-    except OSError:  # there is none, or this system is older than the one that built it
+    except OSError:  # it is missing, or this system is older than the one that built it
         return False
     return True
 
@@ -152,26 +156,26 @@ def _load_or_build(spec: LibrarySpec) -> None:
     except OSError as error:
         raise BuildError(
             f"the cache folder {folder} cannot be used ({error.strerror or error}); "
-            "set RWKV_PL_CACHE to a folder of your own"
+            "set RWKV_PL_CACHE to a writable folder"
         ) from error
 
 
 def cpu_level() -> str:
-    """The best of LEVELS that this machine runs; ``RWKV_PL_CPU_LEVEL`` names another."""
+    """The best of LEVELS that this machine supports; ``RWKV_PL_CPU_LEVEL`` overrides it."""
     forced = os.environ.get("RWKV_PL_CPU_LEVEL")
     if forced:
         if forced not in LEVELS:
-            raise BuildError(f"RWKV_PL_CPU_LEVEL={forced} is not known; choose one of {', '.join(LEVELS)}")
+            raise BuildError(f"RWKV_PL_CPU_LEVEL={forced} is unknown; use one of {', '.join(LEVELS)}")
         return forced
     capability = torch.backends.cpu.get_cpu_capability()
     return {"AVX512": "x86-64-v4", "AVX2": "x86-64-v3"}.get(capability, "portable")
 
 
 def cpu_flags(level: str) -> list[str]:
-    """The compiler's, for one of LEVELS."""
+    """The compiler flags for one of LEVELS."""
     if sys.platform == "win32":
         return ["/O2", STABLE_ABI, *MSVC_LEVELS[level]]
-    # The two -fno: without them gcc keeps errno and floating-point flags right and makes no vectors.
+    # Without the two -fno flags, gcc preserves errno and floating-point exceptions and does not vectorise.
     return ["-O3", "-fno-math-errno", "-fno-trapping-math", STABLE_ABI, *LEVELS[level]]
 
 
@@ -200,7 +204,7 @@ def _checksum_path(library: Path) -> Path:
 
 
 def _try_load(library: Path) -> bool:
-    # The linker takes a library that was cut short, and dies of a bus error at its first missing page: compare first.
+    # The linker loads a truncated library and crashes with SIGBUS at its first missing page, so verify the checksum.
     try:
         is_intact = _checksum_path(library).read_text() == hashlib.sha256(library.read_bytes()).hexdigest()
     except FileNotFoundError:
@@ -215,7 +219,7 @@ def _try_load(library: Path) -> bool:
 
 
 def _build(library: Path, spec: LibrarySpec) -> None:
-    # Whoever holds the lock is the only one who builds, so all other building folders are leftovers.
+    # Only the holder of the lock builds, so all existing build folders are leftovers of killed processes.
     for leftover in library.parent.glob("building-*"):
         shutil.rmtree(leftover, ignore_errors=True)
     print(
@@ -231,7 +235,7 @@ def _build(library: Path, spec: LibrarySpec) -> None:
         built = spec.compile(folder, spec)
         checksum = hashlib.sha256(built.read_bytes()).hexdigest()
         _checksum_path(built).write_text(checksum)
-        # The seal last: until then the library counts as not there.
+        # The checksum last: without it, _try_load treats the library as missing.
         built.replace(library)
         _checksum_path(built).replace(_checksum_path(library))
     finally:
@@ -244,7 +248,7 @@ def _compile_cpu(folder: Path, spec: LibrarySpec) -> Path:
         import ninja
         from torch.utils import cpp_extension
 
-        # pip's ninja lies beside a Python that need not be on PATH, and torch looks for it there alone.
+        # torch searches for ninja only on PATH, and the folder of pip's ninja is not always on it.
         with _set_environment(PATH=os.pathsep.join((ninja.BIN_DIR, os.environ.get("PATH", ""))), CXX=compiler.command):
             cpp_extension.load(
                 name,
@@ -255,22 +259,22 @@ def _compile_cpu(folder: Path, spec: LibrarySpec) -> Path:
             )
     except (ImportError, RuntimeError, OSError, subprocess.SubprocessError) as error:
         raise _build_error(spec, folder, str(error)) from error
-    # torch adds a number to the name where this process has built before.
+    # torch adds a number to the name if this process has built the library before.
     return next(folder.glob(f"{name}*{cpp_extension.LIB_EXT}"))
 
 
 def chip_flags(chips: Iterable[object]) -> list[str]:
-    """nvcc's, for chips as in 90."""
+    """The flags of nvcc that select the chips, given as compute capabilities without the dot, such as 90."""
     return [f"-gencode=arch=compute_{chip},code=sm_{chip}" for chip in chips]
 
 
 def translation_units(sources: tuple[str, ...]) -> list[str]:
-    """Those that are compiled; the others are included by them."""
+    """The sources to compile; the others are headers."""
     return [source for source in sources if source.endswith(".cpp")]
 
 
 def cpu_command(compiler: Compiler, flags: list[str], folder: Path, library: Path) -> list[str]:
-    """The command that makes the CPU's library from its sources in `folder`, without ninja; for gcc and clang."""
+    """The command that builds the CPU library from its sources in `folder`, without ninja; for gcc and clang."""
     torch_folder = Path(torch.__path__[0])
     sources = [str(folder / source) for source in translation_units(CPU_SOURCES)]
     return [
@@ -281,12 +285,12 @@ def cpu_command(compiler: Compiler, flags: list[str], folder: Path, library: Pat
 
 
 def nvcc_command(nvcc: Compiler, flags: list[str], source: Path, library: Path) -> list[str]:
-    """The command that makes a library which loads beside every torch, with CUDA or without."""
+    """The command that builds a CUDA library; the library loads with every torch, with or without CUDA."""
     torch_folder = Path(torch.__path__[0])
-    # libtorch.so is in every torch and brings libtorch_cuda where there is one; nothing of ours names a symbol of it,
-    # so the linker would leave it out. In one option: nvcc changes the order of several.
+    # Every torch has libtorch.so, which loads libtorch_cuda if there is one. The library uses no symbol of it, so the
+    # linker would drop it without --no-as-needed. All in one -Xlinker: nvcc reorders several.
     link = ["-L" + str(torch_folder / "lib"), "-Xlinker", "--no-as-needed,-ltorch,--as-needed", "-ltorch_cpu"]
-    # Where pip puts CUDA; nvcc itself looks in lib64.
+    # The CUDA libraries of pip packages are in lib; nvcc searches only lib64.
     pip = Path(nvcc.path).parents[1] / "lib"
     return [
         nvcc.path, *flags, "-Xcompiler", "-fPIC", "-shared", f"-I{torch_folder / 'include'}", str(source),
@@ -300,18 +304,18 @@ def _compile_cuda(folder: Path, spec: LibrarySpec) -> Path:
     run = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if run.returncode != 0:
         raise _build_error(spec, folder, run.stderr + run.stdout or f"exit status {run.returncode}")
-    # As cpp_extension does with what it builds.
+    # cpp_extension.load in _compile_cpu does this itself.
     torch.ops.load_library(library)
     return library
 
 
 def _build_error(spec: LibrarySpec, folder: Path, output: str) -> BuildError:
-    # As gcc, clang, cl, nvcc and their linkers begin an error; before it stand ninja's commands and any warnings.
+    # The error format of gcc, clang, cl, nvcc and their linkers. Lines before it are ninja's commands and warnings.
     lines = output.splitlines()
     first = next((line for line in lines if re.search(r"\berror( [A-Z]+\d+)?:", line)), lines[0])
     kept = folder.parent / f"{spec.name}.log"
     kept.write_text(output, encoding="utf-8")
-    return BuildError(f"the build with {spec.compiler.command} failed: {first}; all that it said is in {kept}")
+    return BuildError(f"the build with {spec.compiler.command} failed: {first}; its full output is in {kept}")
 
 
 @contextmanager

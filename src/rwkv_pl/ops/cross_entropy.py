@@ -1,6 +1,6 @@
-"""Cross-entropy, and the largest logit that L2Wrap pulls on, of each row of logits.
+"""Cross-entropy of each row of logits, and the row's largest logit, the input of L2Wrap.
 
-N  rows, one for each target    V  vocab_size
+N  rows, one per target    V  vocab_size
 """
 
 from collections.abc import Callable
@@ -14,16 +14,16 @@ from torch.utils.checkpoint import checkpoint
 from rwkv_pl.ops.autograd import once_differentiable
 from rwkv_pl.ops.backend import supports_elementwise
 
-IGNORE_INDEX = -1  # a target that pads a short window; its loss does not count
+IGNORE_INDEX = -1  # the target value of padding, which is not counted in the loss
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """logits (N, V) in any float dtype, targets (N,) int64.
+    """Cross-entropy of logits (N, V), in any float dtype, with targets (N,) int64.
 
-    Returns, in float32, or float64 for logits of float64, the nats of each target (N,), 0 where it is ignored, and each
-    row's largest logit (N,), whose gradient falls on the first such logit.
+    Returns the nats of each target (N,), 0 if it is ignored, and the largest logit of each row (N,), whose gradient
+    goes to the first logit of that value. Both are float32, or float64 for float64 logits.
 
-    On the CPU, in float32 or bfloat16, the logits are read once each way.
+    For float32 or bfloat16 on the CPU, forward and backward each read the logits once.
     """
     if supports_elementwise(logits, io=True):
         return _CrossEntropy.apply(logits, targets)
@@ -35,9 +35,10 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 def head_cross_entropy(
     head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, chunk_len: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`cross_entropy` of head(hidden), hidden (..., C), targets (...); the results have the targets' shape.
+    """`cross_entropy` of head(hidden), for hidden (..., C) and targets (...); the results have the targets' shape.
 
-    chunk_len: the logits of so many rows are there at once, and are computed again in the backward pass; None: all.
+    chunk_len: the number of rows whose logits are in memory at once; the backward pass recomputes them. None: all rows
+    at once, without recomputation.
     """
 
     def chunk_cross_entropy(some_hidden: Tensor, some_targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,7 +50,7 @@ def head_cross_entropy(
         return nats.view_as(targets), largest.view_as(targets)
     chunks = zip(rows.split(chunk_len), flat_targets.split(chunk_len), strict=True)
     if torch.is_grad_enabled():
-        # The head draws no random numbers, so there is no generator to put back.
+        # The head draws no random numbers, so the generator's state need not be restored.
         parts = [
             checkpoint(chunk_cross_entropy, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks
         ]

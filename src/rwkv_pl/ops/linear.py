@@ -1,9 +1,9 @@
-"""The matrix products of the model: torch's own, by the faster of its two libraries.
+"""The matrix products of the model, with the faster of torch's two CPU libraries.
 
-For float32 on a CPU torch calls MKL, Intel's, which on processors of other makers keeps to 256-bit vectors: 225
-GFLOP/s where oneDNN, which torch carries as well, makes 500 on the same two AVX-512 cores. torch offers oneDNN's
-product to its compiler alone, by an operator without a gradient; this gives it one. On Intel's own processors MKL is
-the faster: a gradient's product needs no transposed copies there.
+For float32 on a CPU, torch calls Intel's MKL. On processors that are not Intel's, MKL uses only 256-bit vectors: 225
+GFLOP/s, compared with 500 for oneDNN on the same two AVX-512 cores. torch includes oneDNN, but exposes its product only
+to torch.compile, as an operator without a gradient. This file adds the gradient. On Intel's processors MKL is faster,
+since a gradient's product needs no transposed copies there.
 
     N  rows, all leading dimensions of x    I  in_features    O  out_features
 """
@@ -20,12 +20,12 @@ from torch.nn import functional as F
 
 from rwkv_pl.ops.autograd import disable_autocast
 
-# Below this many rows oneDNN's preparation costs more than it saves.
+# With fewer rows, oneDNN's setup costs more than it saves.
 MIN_ROWS = 32
 
 
 class Linear(nn.Linear):
-    """torch.nn.Linear without a bias; its parameter and its results, to rounding, are the same."""
+    """torch.nn.Linear without a bias; the same parameter, and the same results to rounding."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
@@ -36,9 +36,9 @@ class Linear(nn.Linear):
 
 
 def cast_linear_weights(module: nn.Module, dtype: torch.dtype) -> None:
-    """Keeps the matrices of a model's :class:`Linear` layers, and nothing else of it, in another dtype, in place.
+    """Casts the weights of all :class:`Linear` layers, and nothing else, to another dtype, in place.
 
-    To generate a token is to read them all: in bfloat16 it takes little more than half of float32's time.
+    Generating a token reads every weight, so bfloat16 takes little more than half of the time of float32.
     """
     for layer in module.modules():
         if isinstance(layer, Linear):
@@ -46,13 +46,14 @@ def cast_linear_weights(module: nn.Module, dtype: torch.dtype) -> None:
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x (..., I), weight (O, I) -> x weight^T (..., O), as torch.nn.functional.linear.
+    """x (..., I), weight (O, I) -> x weight^T (..., O), as torch.nn.functional.linear does.
 
-    A weight of another dtype is cast to x's: one that is kept in bfloat16 rounds nothing but itself.
+    A weight of another dtype is cast to that of x, so a bfloat16 weight rounds only itself, not the activations.
     """
     if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
         weight = weight.to(x.dtype)
-    # The compiler chooses for itself, autocast casts what F.linear reads, and torch.func transforms torch's own.
+    # torch.compile selects the library itself, autocast casts the inputs of F.linear, and torch.func transforms only
+    # torch's own operators.
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or torch._C._are_functorch_transforms_active():
         return F.linear(x, weight)
     return product(x, weight)
@@ -80,8 +81,8 @@ def _uses_onednn(x: Tensor) -> bool:
     )
 
 
-# For the functions that bring their own gradient: a product, and the gradients in its two factors, of one dtype. Few
-# calls each: of a thousand in a step, every one finds Python's part of the cache cold.
+# For autograd Functions: a product and its gradients with respect to both factors, all of one dtype. Each makes few
+# Python calls, because a step calls them about a thousand times, and every call runs with cold CPU caches.
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
@@ -90,18 +91,18 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def gradient_of_input(grad_output: Tensor, weight: Tensor) -> Tensor:
-    """gradient (..., O), weight (O, I) -> (..., I)."""
+    """grad_output (..., O), weight (O, I) -> the gradient of x, (..., I)."""
     return _onednn_product(grad_output, weight.T) if _uses_onednn(grad_output) else torch.matmul(grad_output, weight)
 
 
 def gradient_of_weight(grad_output: Tensor, x: Tensor) -> Tensor:
-    """gradient (..., O), x (..., I) -> (O, I)."""
+    """grad_output (..., O), x (..., I) -> the gradient of the weight, (O, I)."""
     columns, rows = grad_output.flatten(0, -2).T, x.flatten(0, -2)
     return _onednn_product(columns, rows.T) if _uses_onednn(columns) else torch.mm(columns, rows)
 
 
 def _onednn_product(x: Tensor, weight: Tensor) -> Tensor:
-    if torch.is_grad_enabled():  # the operator itself has no gradient, and would break the graph silently
+    if torch.is_grad_enabled():  # the operator itself has no gradient and would silently break the graph
         return _Linear.apply(x, weight)
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 

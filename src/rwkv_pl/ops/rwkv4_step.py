@@ -1,6 +1,6 @@
-"""One token of RWKV-4 for every row of a batch, by one call of the compiled operator.
+"""One step of RWKV-4's recurrence, one token for every row of a batch, in one call of the compiled operator.
 
-Letters: B rows, L layers, C channels, V vocabulary.
+B  rows    L  layers    C  channels    V  vocab_size
 """
 
 import contextlib
@@ -14,19 +14,18 @@ from rwkv_pl.ops.backend import uses_compiled, when_loaded
 
 __all__ = ["move_to_huge_pages", "rwkv4_step", "supports_step"]
 
-# Parameters of the model outside of its blocks: emb.weight, ln0, ln_out, head.weight.
+# emb.weight, ln0 (weight and bias), ln_out (weight and bias), head.weight.
 PARAMS_OUTSIDE_BLOCKS = 6
-# And of one block.
 PARAMS_PER_BLOCK = 18
 
 HUGE_PAGE, CACHE_LINE = 1 << 21, 64
 
 
 def supports_step(parameters: Sequence[Tensor]) -> bool:
-    """Whether :func:`rwkv4_step` takes these: an RWKV-4 model's, on the CPU, each in float32 or bfloat16.
+    """Does :func:`rwkv4_step` support these parameters: an RWKV-4 model's, on the CPU, each float32 or bfloat16?
 
-    False without a compiled operator as well, which the first call builds or loads, and where `use_kernel` names a
-    plain form.
+    The first call builds or loads the compiled operator. False if it is not available, or if `use_kernel` selects a
+    kernel in plain torch.
     """
     return (
         len(parameters) >= PARAMS_OUTSIDE_BLOCKS
@@ -38,16 +37,16 @@ def supports_step(parameters: Sequence[Tensor]) -> bool:
 
 
 def move_to_huge_pages(module: nn.Module) -> None:
-    """Moves the parameters into one piece of memory that Linux backs by large pages; elsewhere it does nothing.
+    """Moves the parameters into one block of memory in huge pages; does nothing on systems other than Linux.
 
-    A token reads them all, and by pages of 4 KB a sixth of its time goes into finding these.
+    A token reads all parameters. With 4 KB pages, address translation takes a sixth of its time.
     """
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return
     parameters = [parameter for parameter in module.parameters() if parameter.device.type == "cpu"]
     sizes = [-(-parameter.nbytes // CACHE_LINE) * CACHE_LINE for parameter in parameters]
     piece = mmap.mmap(-1, sum(sizes) + HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel that has none
+    with contextlib.suppress(OSError):  # a Linux kernel without huge pages
         piece.madvise(mmap.MADV_HUGEPAGE)
     memory = torch.frombuffer(piece, dtype=torch.uint8)
     offset = -memory.data_ptr() % HUGE_PAGE
@@ -62,24 +61,24 @@ def move_to_huge_pages(module: nn.Module) -> None:
 def rwkv4_step(
     parameters: Sequence[Tensor], tokens: Tensor, state: Sequence[Tensor] = ()
 ) -> tuple[Tensor, tuple[tuple[Tensor, Tensor, Tensor], ...]]:
-    """RWKV-4 (arXiv 2305.13048), one step of its recurrence through all layers: the plain model, given one token.
+    """One step of the RWKV-4 recurrence (arXiv 2305.13048) through all layers, as the plain model does for T = 1.
 
     Args:
-        parameters: those of the model in the order of its `parameters()`, float32 or bfloat16; read where they lie.
+        parameters: those of the model in the order of its `parameters()`, float32 or bfloat16; read in place.
         tokens: (B,) int64.
-        state: att_shift (B, C), wkv (B, 3, C) and ffn_shift (B, C) of every layer, one after another; none for a
-            text that begins.
+        state: att_shift (B, C), wkv (B, 3, C) and ffn_shift (B, C) of each layer in turn; empty at the start of a
+            text.
 
     Returns:
-        Logits (B, V), and the state after the tokens, a triple a layer; all float32, the dtype of all arithmetic.
-        A row's bits do not depend on the other rows, nor on the number of threads.
+        Logits (B, V), and the state after the tokens, a triple per layer. All are float32, and so is the arithmetic.
+        A row's bits do not depend on the other rows or on the number of threads.
 
-    No gradient passes through it. Raises IndexError for a token outside of the vocabulary.
+    It has no gradient. Raises IndexError for a token outside of the vocabulary.
     """
     ids = tokens.tolist()
     vocabulary = len(parameters[0])
     if ids and not 0 <= min(ids) <= max(ids) < vocabulary:
-        raise IndexError(f"rwkv4_step: tokens from {min(ids)} to {max(ids)} for a vocabulary of {vocabulary}")
+        raise IndexError(f"rwkv4_step: tokens from {min(ids)} to {max(ids)} do not fit a vocabulary of {vocabulary}")
     logits, shifts, wkv = torch.ops.rwkv_pl.rwkv4_step(parameters, tokens, [x.float() for x in state])
     shift = shifts.unbind()
     return logits, tuple(zip(shift[0::2], wkv.unbind(), shift[1::2], strict=True))

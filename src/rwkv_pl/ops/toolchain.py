@@ -1,4 +1,4 @@
-"""What is installed to build the compiled operators with, and what to do where something is missing."""
+"""Finds the compilers for the compiled operators, and says how to install a missing one."""
 
 import os
 import platform
@@ -22,9 +22,9 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Compiler:
-    """A compiler: the command as a shell would take it, the program's path, and its version in one line.
+    """A compiler: its command in shell syntax, the program's path, and its version in one line.
 
-    nvcc's version is its CUDA's, as in 13.0.
+    The version of nvcc is its CUDA version, such as 13.0.
     """
 
     command: str
@@ -37,7 +37,7 @@ class Compiler:
 
 
 def find_compiler() -> Compiler | None:
-    """The C++ compiler: ``CXX`` where set, else the system's; None where there is none that runs."""
+    """Finds the C++ compiler: ``CXX`` if set, else the system's; None if there is none."""
     if os.environ.get("CXX"):
         candidates = [os.environ["CXX"]]
     else:
@@ -45,7 +45,7 @@ def find_compiler() -> Compiler | None:
     for command in candidates:
         try:
             words = shlex.split(command, posix=sys.platform != "win32")
-        except ValueError:  # a quote that does not end
+        except ValueError:  # an unclosed quote
             words = []
         path = shutil.which(words[0]) if words else None
         if path is not None:
@@ -54,14 +54,14 @@ def find_compiler() -> Compiler | None:
 
 
 def describe_missing_compiler() -> str:
-    """What was looked at in vain, where there is no C++ compiler."""
-    return f"CXX={os.environ['CXX']} is none" if os.environ.get("CXX") else "none found"
+    """Why there is no C++ compiler, in one clause."""
+    return f"CXX={os.environ['CXX']} was not found" if os.environ.get("CXX") else "none found"
 
 
 def compiler_advice() -> str:
     """How to get a C++ compiler on this system, in one clause."""
     if os.environ.get("CXX"):
-        return "let CXX name one, or unset it"
+        return "set CXX to a compiler, or unset it"
     if sys.platform == "darwin":
         return "run `xcode-select --install`"
     if sys.platform == "win32":
@@ -79,9 +79,9 @@ def compiler_advice() -> str:
 
 
 def find_nvcc(cuda: str) -> Compiler | None:
-    """nvcc: of ``CUDA_HOME``, on PATH, in this environment (``pip install rwkv_pl[cuda]``), or where CUDA goes.
+    """Finds nvcc in ``CUDA_HOME``, on PATH, in this environment (``pip install rwkv_pl[cuda]``) or in /usr/local/cuda.
 
-    The first whose major version is that of `cuda`, torch's; else the first at all.
+    Returns the first whose major version matches `cuda`, torch's CUDA version; else the first at all, or None.
     """
     found = None
     program = "nvcc.exe" if sys.platform == "win32" else "nvcc"
@@ -100,7 +100,7 @@ def find_nvcc(cuda: str) -> Compiler | None:
 
 
 def describe_nvcc_problem(nvcc: Compiler | None, cuda: str) -> str:
-    """Why this nvcc can't build for a torch of that CUDA, and what to do; "" where it can."""
+    """Why this nvcc cannot build for a torch with CUDA version `cuda`, and the fix; "" if it can."""
     advice = f"install the CUDA toolkit {cuda} and put its nvcc on PATH"
     if _major_version(cuda) == 13:
         advice = 'run `pip install "rwkv_pl[cuda]"`'
@@ -108,7 +108,7 @@ def describe_nvcc_problem(nvcc: Compiler | None, cuda: str) -> str:
         return f"no nvcc; {advice}"
     if _major_version(nvcc.version) != _major_version(cuda):
         fault = "too old" if _major_version(nvcc.version) < _major_version(cuda) else "too new"
-        return f"{nvcc.path} is {fault}: its CUDA is {nvcc.version}, torch's {cuda}; {advice}"
+        return f"{nvcc.path} is {fault}: its CUDA is {nvcc.version}, torch's is {cuda}; {advice}"
     return ""
 
 
@@ -117,7 +117,7 @@ def _major_version(cuda: str) -> int:
 
 
 def _read_version(command: list[str], from_end: bool = False) -> str:
-    # cl knows no --version; it says its version before it complains.
+    # cl has no --version; without arguments it prints its version, then an error.
     argument = [] if sys.platform == "win32" else ["--version"]
     try:
         run = subprocess.run([*command, *argument], capture_output=True, text=True, errors="replace", timeout=60)
@@ -128,7 +128,7 @@ def _read_version(command: list[str], from_end: bool = False) -> str:
 
 
 def _find_visual_studio() -> Compiler | None:
-    # cl is on PATH only in a developer prompt; torch finds it by way of the same program.
+    # cl is on PATH only in a developer prompt. torch finds it through vswhere too.
     programs = os.environ.get("ProgramFiles(x86)", r"C:\Program Files (x86)")  # noqa: SIM112
     vswhere = Path(programs, "Microsoft Visual Studio", "Installer", "vswhere.exe")
     if not vswhere.exists():

@@ -1,6 +1,6 @@
-"""The WKV-4 operator: one function, several kernels, chosen by the device or by `backend.use_kernel`.
+"""The WKV-4 operator: one function with several kernels, selected by device or with `backend.use_kernel`.
 
-Letters: B sequences, T steps of time, C channels.
+B  sequences    T  time steps    C  channels
 """
 
 from typing import Any
@@ -11,9 +11,9 @@ from torch import Tensor
 from rwkv_pl.ops.backend import current_kernel, uses_compiled, when_loaded
 from rwkv_pl.ops.wkv4_reference import EMPTY, wkv4_recurrence, wkv4_scan
 
-# Steps between two states that the compiled operator saves for its backward pass: on the CPU at most LONGEST_TILE in
-# wkv4_cpu.cpp; on a GPU they also say which kernel runs, one that walks through time or one that scans it (those of
-# wkv4_launch.cuh).
+# Tile lengths: the steps between two states that the compiled operator saves for its backward pass. On the CPU the
+# limit is LONGEST_TILE in wkv4_cpu.cpp. On a GPU the tile also selects the kernel in wkv4_launch.cuh: WALK loops over
+# time, the others scan it in parallel.
 CPU_TILE = 32
 WALK, SCAN, LONG_SCAN, DOUBLE_SCAN = 64, 256, 1024, 128
 
@@ -21,7 +21,7 @@ WALK, SCAN, LONG_SCAN, DOUBLE_SCAN = 64, 256, 1024, 128
 def wkv4(
     time_decay: Tensor, time_first: Tensor, key: Tensor, value: Tensor, state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The WKV operator of RWKV-4 (arXiv 2305.13048, equation 16 and its numerically stable form).
+    """The WKV operator of RWKV-4 (arXiv 2305.13048, equation 16, in its numerically stable form).
 
     Per channel, with w = -exp(time_decay), u = time_first and the state (num p, den q, max_exp o)::
 
@@ -29,27 +29,29 @@ def wkv4(
         m = max(w + o, k_t)    (p, q, o) <- (e^{w+o-m} p + e^{k_t-m} v_t,  e^{w+o-m} q + e^{k_t-m},  m)
 
     Args:
-        time_decay: (C,), raw: the operator applies -exp.
+        time_decay: (C,), the raw parameter: the operator applies -exp.
         time_first: (C,), the bonus of the present step.
-        key: (B, T, C), float16, bfloat16, float32 or float64. Halves are computed in float32.
+        key: (B, T, C), float16, bfloat16, float32 or float64. The 16-bit dtypes are computed in float32.
         value: (B, T, C).
-        state: (B, 3, C), the rows num, den and max_exp after the steps before; None for none, (0, 0, -1e38).
+        state: (B, 3, C), the rows num, den and max_exp after the steps before. None means the empty state,
+            (0, 0, -1e38).
 
     Returns:
-        The output (B, T, C) in key's dtype, and the state after the last step (B, 3, C) in float32, or in float64
-        where key is float64.
+        The output (B, T, C) in key's dtype, and the state after the last step (B, 3, C), in float64 if key is
+        float64, else in float32.
 
-    Differentiable in every argument. max_exp is a scale: as a result it carries no gradient, and as an argument its
-    gradient is num * g_num + den * g_den, exact for whatever depends on e^max_exp num and e^max_exp den.
+    Differentiable with respect to every argument. max_exp is only a scale: the one in the result has no gradient, and
+    the gradient of the one in the argument is num * grad_num + den * grad_den. That is exact for any function of
+    e^max_exp num and e^max_exp den.
 
     Raises:
-        TypeError: an argument that is not a floating tensor.
-        ValueError: an argument whose shape or device does not fit key's.
+        TypeError: an argument is not a floating-point tensor.
+        ValueError: an argument's shape or device does not match that of key.
     """
     _check_arguments(time_decay, time_first, key, value, state)
     dtype = torch.float64 if key.dtype == torch.float64 else torch.float32
     compiled = uses_compiled(key.device.type)
-    # The kernels read and write halves, but for float16 on a CPU.
+    # The kernels read and write 16-bit dtypes directly, except float16 on a CPU.
     io = key.dtype if compiled and (key.device.type == "cuda" or key.dtype != torch.float16) else dtype
     weights, inputs = (time_decay.to(dtype), time_first.to(dtype)), (key.to(io), value.to(io))
     if state is not None:
@@ -67,12 +69,12 @@ def wkv4(
 
 
 def _choose_tile(key: Tensor) -> int:
-    """Steps between two saved states. On a GPU what was quickest on an H100: `python -m benchmarks.wkv_gpu --tiles`."""
+    """The steps between two saved states. For GPUs, the fastest on an H100: `python -m benchmarks.wkv_gpu --tiles`."""
     batch, steps, channels = key.shape
     if key.device.type != "cuda":
         return CPU_TILE
     rows = batch * channels / _count_multiprocessors(key.device.index)
-    # A walk needs some hundred channels for each multiprocessor, or little time to walk.
+    # A loop over time needs about a hundred channels per multiprocessor, or few steps.
     if rows >= 100 or steps <= 16 or (steps <= 64 and rows >= 16):
         return WALK
     if key.dtype == torch.float64:
@@ -92,9 +94,9 @@ def _check_arguments(time_decay: Tensor, time_first: Tensor, key: Tensor, value:
     for name, tensor in arguments.items():
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             given = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise TypeError(f"wkv4: {name} must be a floating tensor, not {given}")
+            raise TypeError(f"wkv4: {name} must be a floating-point tensor, not {given}")
         if tensor.device != key.device:
-            raise ValueError(f"wkv4: {name} is on {tensor.device} and key on {key.device}; move one to the other")
+            raise ValueError(f"wkv4: {name} is on {tensor.device} and key on {key.device}; move them to one device")
     if key.dim() != 3 or key.shape[1] == 0 or key.shape[2] == 0:
         raise ValueError(f"wkv4: key must be (B, T, C) with T and C at least 1, not {tuple(key.shape)}")
     batch, _, channels = key.shape
@@ -102,7 +104,7 @@ def _check_arguments(time_decay: Tensor, time_first: Tensor, key: Tensor, value:
     for name, tensor in arguments.items():
         if name != "key" and tensor.shape != shapes[name]:
             raise ValueError(
-                f"wkv4: {name} must be {tuple(shapes[name])} beside key {tuple(key.shape)}, not {tuple(tensor.shape)}"
+                f"wkv4: {name} must be {tuple(shapes[name])} for key {tuple(key.shape)}, not {tuple(tensor.shape)}"
             )
 
 
@@ -142,7 +144,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     *arguments, state, ctx.tile = inputs
     ctx.has_state = state is not None
     ctx.save_for_backward(*arguments, output[2])
-    # A state whose gradient nobody asks for costs no zeros.
+    # An unused gradient of the state is None, not a tensor of zeros.
     ctx.set_materialize_grads(False)
 
 

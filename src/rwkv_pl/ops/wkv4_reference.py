@@ -1,9 +1,19 @@
-"""The WKV-4 operator in plain torch, twice: the recurrence as the paper writes it, and the same parallel in time.
+"""The WKV-4 operator in plain torch, twice: as a recurrence over time, and parallel in time.
 
-Letters: B sequences, T steps of time, C channels; L leaves in a chunk, N chunks.
+WKV is a weighted mean of the values up to step t, separately in each channel (arXiv 2305.13048, equation 16). With
+w = -exp(time_decay) <= 0, the decay per step, and u = time_first, the bonus of the present step::
 
-Both functions are differentiable by autograd. Running maxima are detached: they are scales, chosen to keep every
-exponential at most 1, and what is scaled does not depend on them.
+    output_t = (sum_{i<t} e^{(t-1-i) w + k_i} v_i  +  e^{u + k_t} v_t)
+             / (sum_{i<t} e^{(t-1-i) w + k_i}      +  e^{u + k_t})
+
+Both sums over the past are one decayed sum per step: next = e^w * sum + e^{k_t} v_t (for the denominator, + e^{k_t}).
+So a state of two numbers per channel is enough. These would overflow, so the state has a common exponent as well:
+(num, den, max_exp) represents the sums e^max_exp num and e^max_exp den, and max_exp is the largest exponent in them.
+
+Both functions are differentiable by autograd. The maxima are detached: they only scale the sums, chosen so that no
+exponential exceeds 1, and the result does not depend on them.
+
+    B  sequences    T  time steps    C  channels    L  leaves in a chunk    N  chunks
 """
 
 from typing import TypeAlias
@@ -14,28 +24,28 @@ from torch import Tensor
 
 __all__ = ["EMPTY", "wkv4_recurrence", "wkv4_scan"]
 
-# The exponent of a state that has seen nothing. Not -inf, since (-inf) - (-inf) is NaN.
+# max_exp of the empty state. It is not -inf because (-inf) - (-inf) is NaN.
 EMPTY = -1e38
 
-# Leaves that are summed one after another; T leaves take log T of such walks.
+# Leaves of a chunk, which are summed one after the other. T leaves take about log(T) / log(CHUNK) such loops.
 CHUNK = 16
 
-# num, den and max_exp, each (..., C) or, along time, (..., T, C): e^max_exp num and e^max_exp den.
+# num, den and max_exp, each (..., C), or (..., T, C) along time. They represent e^max_exp num and e^max_exp den.
 Sums: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
 
 def wkv4_recurrence(
     time_decay: Tensor, time_first: Tensor, key: Tensor, value: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """WKV-4, one step after another (RWKV-4: arXiv 2305.13048, appendix on numerical stability).
+    """WKV-4 as a loop over time steps (arXiv 2305.13048, appendix on numerical stability).
 
-    With w = -exp(time_decay), u = time_first and the state (num p, den q, max_exp o)::
+    With w = -exp(time_decay), u = time_first and the state (num p, den q, max_exp o), each step computes::
 
         n = max(o, u + k_t)    output_t  = (e^{o-n} p + e^{u+k_t-n} v_t) / (e^{o-n} q + e^{u+k_t-n})
         m = max(w + o, k_t)    (p, q, o) <- (e^{w+o-m} p + e^{k_t-m} v_t,  e^{w+o-m} q + e^{k_t-m},  m)
 
-    time_decay and time_first are (C,), key and value (B, T, C), state (B, 3, C), all of one floating dtype, in which
-    everything is computed. Returns the output (B, T, C) and the state after the last step (B, 3, C).
+    time_decay and time_first are (C,), key and value (B, T, C), state (B, 3, C). All have one floating dtype, which is
+    also that of the arithmetic. Returns the output (B, T, C) and the state after the last step (B, 3, C).
     """
     w = _decay(time_decay)
     num, den, max_exp = state.unbind(1)
@@ -51,13 +61,14 @@ def wkv4_recurrence(
 def wkv4_scan(
     time_decay: Tensor, time_first: Tensor, key: Tensor, value: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """WKV-4, parallel in time: the same arguments and results as :func:`wkv4_recurrence`.
+    """WKV-4 parallel in time, as prefix sums; the same arguments and results as :func:`wkv4_recurrence`.
 
-    A leaf (num, den, max_exp) stands for e^max_exp (num, den). The incoming state is the first leaf and step i adds
-    the leaf (v_i, 1, k_i), so the state before step t is the sum of the leaves up to t, each decayed by its age.
+    A leaf (num, den, max_exp) represents e^max_exp (num, den). The incoming state is the first leaf, and step i adds
+    the leaf (v_i, 1, k_i). The state before step t is the sum of the leaves before t, each decayed by its age. The sum
+    is associative, so the states of all steps are prefix sums, which can be computed in parallel.
     """
     num, den, max_exp = state.unbind(1)
-    # Exponents are handled as constants; e^(x - x) = 1 is what carries their gradient.
+    # Exponents are treated as constants. Their gradient flows through the factor e^(x - x) = 1.
     exponent = torch.cat((max_exp.unsqueeze(1), key), dim=1).clamp(min=EMPTY)
     scale = exponent.detach()
     one = torch.exp(exponent - scale)
@@ -70,7 +81,7 @@ def wkv4_scan(
 
 
 def _decay(time_decay: Tensor) -> Tensor:
-    # Beyond e^69 (about 1e30) nothing changes but that 0 * inf would be NaN, here and in the gradient.
+    # A decay of e^69 (about 1e30) already forgets everything. A larger one gives 0 * inf = NaN, in the gradient too.
     return -torch.exp(time_decay.clamp(max=69.0))
 
 
@@ -81,29 +92,29 @@ def _output(time_first: Tensor, key: Tensor, value: Tensor, num: Tensor, den: Te
 
 
 def _prefixes(w: Tensor, leaves: Sums) -> Sums:
-    """The sum of the leaves up to each, (..., T, C), where each leaf is w (C,) further away than the next."""
+    """The sums of the leaves up to each leaf, (..., T, C); w (C,) is the decay from one leaf to the next."""
     length = leaves[0].shape[-2]
     if length <= CHUNK:
         return _walk(w, leaves)
 
-    # 1. Cut time into N chunks (..., N, L, C), the last filled up with empty leaves.
+    # 1. Cut time into N chunks (..., N, L, C), and pad the last one with empty leaves.
     fill = -length % CHUNK
     chunks = [
         F.pad(x, (0, 0, 0, fill), value=empty).unflatten(-2, (-1, CHUNK))
         for x, empty in zip(leaves, (0.0, 0.0, EMPTY), strict=True)
     ]
 
-    # 2. Sum inside all chunks at once.
+    # 2. Compute the prefix sums inside all chunks at once.
     num, den, max_exp = local = _walk(w, (chunks[0], chunks[1], chunks[2]))
 
-    # 3. What a chunk adds up to is a leaf of the same kind, CHUNK places long: sum these, (..., N, C), and hand each
-    #    chunk the sum of those before it, (..., N, 1, C).
+    # 3. The total of a chunk is a leaf too, CHUNK steps from the next. Compute the prefix sums of these, (..., N, C),
+    #    by recursion, and give each chunk the sum of the chunks before it, (..., N, 1, C).
     totals = _prefixes(w * CHUNK, (num[..., -1, :], den[..., -1, :], max_exp[..., -1, :]))
     before = [
         F.pad(x, (0, 0, 1, -1), value=empty).unsqueeze(-2) for x, empty in zip(totals, (0.0, 0.0, EMPTY), strict=True)
     ]
 
-    # 4. Add that to the chunk's own sums, decayed by the places since.
+    # 4. Add that sum to the chunk's own prefix sums, decayed by the steps since.
     places = torch.arange(1, CHUNK + 1, dtype=w.dtype, device=w.device).unsqueeze(-1)
     sums = _add(w * places, (before[0], before[1], before[2]), local)
     num, den, max_exp = (x.flatten(-3, -2)[..., :length, :] for x in sums)

@@ -1,4 +1,4 @@
-"""How checkpoints reach the disk."""
+"""Writes checkpoints to disk, atomically."""
 
 import contextlib
 import os
@@ -15,13 +15,14 @@ from rwkv_pl.files import PARTIAL_SUFFIX, atomic_write, replace_with_retry
 
 
 class DurableCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint so that its name is that of a whole file, whatever happens meanwhile.
+    """Writes checkpoints atomically: a checkpoint's name always refers to a complete file.
 
-    Lightning's own writes into the temporary folder and moves, which is not atomic across file systems, without fsync.
-    The last.ckpt before stays as last.prev.ckpt. best and last of one step are one file under two names.
+    Lightning's own class writes to the temporary folder and moves the file, without fsync; across file systems that is
+    not atomic. The previous last.ckpt is kept as last.prev.ckpt. If best.ckpt and last.ckpt are of the same step, they
+    are hard links to one file.
 
-    Of a model on a GPU a copy is written by a thread, while the training goes on; an error of it is raised by `poll`,
-    or by whatever waits for it next. On a CPU the thread would take from the training what it spares it.
+    If the model is on a GPU, a background thread writes a CPU copy while training continues. `poll` raises an error of
+    that write, as does the next `wait`. On a CPU, the thread would slow the training by as much as it saves.
     """
 
     def __init__(self) -> None:
@@ -30,7 +31,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
         self._writing: Future[None] | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        self.wait()  # one at a time, so that there is never more than one copy
+        self.wait()  # one write at a time, so that there is at most one copy in memory
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         content = checkpoint["global_step"], checkpoint.get("rwkv_pl", {}).get("finished")
@@ -45,7 +46,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
         self._saved = content, path
 
     def load_checkpoint(self, path: str | Path, *arguments: Any, **options: Any) -> dict[str, Any]:
-        """Lightning's, without the names of other folders' files: ModelCheckpoint deletes those that it knows of."""
+        """Loads as Lightning does, but removes paths in other folders: ModelCheckpoint would delete these files."""
         checkpoint: dict[str, Any] = super().load_checkpoint(path, *arguments, **options)
         for state in checkpoint.get("callbacks", {}).values():
             if isinstance(state, dict) and "best_k_models" in state:
@@ -55,12 +56,12 @@ class DurableCheckpointIO(TorchCheckpointIO):
         return checkpoint
 
     def poll(self) -> None:
-        """Raises the error of a write that has ended by one."""
+        """Raises the error of the background write, if it has failed."""
         if self._writing and self._writing.done():
             self.wait()
 
     def wait(self) -> None:
-        """Until what was saved is on the disk; raises the write's error."""
+        """Waits until the checkpoint is on disk; raises the error of the write."""
         writing, self._writing = self._writing, None
         if writing:
             try:
@@ -74,7 +75,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
 
 
 def writes_in_background(checkpoint: dict[str, Any]) -> bool:
-    """Is there a GPU that works on while the CPU writes?"""
+    """Are the weights on a GPU, so that training can continue while the CPU writes?"""
     return any(isinstance(value, Tensor) and value.is_cuda for value in checkpoint.get("state_dict", {}).values())
 
 
@@ -87,7 +88,7 @@ def _write(checkpoint: dict[str, Any], path: Path, same: Path | None) -> None:
         torch.save(checkpoint, file)
         file.flush()
         os.fsync(file.fileno())
-        _keep_previous(path)  # only now, when nothing can fail any more
+        _keep_previous(path)  # only after the new file is complete
 
 
 def _keep_previous(path: Path) -> None:
@@ -96,7 +97,7 @@ def _keep_previous(path: Path) -> None:
 
 
 def _link(source: Path, target: Path) -> None:
-    """`target` becomes another name of the file `source`, at once."""
+    """Makes `target` a hard link to `source`, atomically; copies if the file system has no hard links."""
     beside = target.with_name(target.name + PARTIAL_SUFFIX)
     beside.unlink(missing_ok=True)
     try:

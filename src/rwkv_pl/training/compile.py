@@ -1,6 +1,7 @@
-"""torch.compile for a model's blocks, in place: no parameter changes its name, and what can't be compiled runs eagerly.
+"""Applies torch.compile to the blocks of a model, in place. If compilation fails, the blocks run eagerly.
 
-Blocks of one make share a graph. The embedding and the head stay as they are: there is nothing to fuse in them.
+Parameter names do not change. Blocks of the same structure share a graph. The embedding and the head are not compiled:
+they have nothing to fuse.
 """
 
 import logging
@@ -19,23 +20,23 @@ LONGEST_REASON = 200
 
 
 def compile_blocks(module: Any, rows: int, ctx_len: int, precision: Precision) -> str:
-    """Compiles the blocks of LitRWKV's model, and tries them on a step of (rows, ctx_len) tokens without a trace.
+    """Compiles the blocks of LitRWKV's model and tests them on a step of (rows, ctx_len) tokens, without side effects.
 
-    Returns what became of it, a line. Other shapes, as a validation's, are compiled when they come; where that fails,
-    all blocks run eagerly from then on, and a warning says why.
+    Returns the result as one line of text. Other shapes, such as those of validation, are compiled when they first
+    occur. If that fails, all blocks run eagerly from then on, and a warning says why.
     """
     started = time.perf_counter()
     blocks = list(module.model.blocks)
     tokens = torch.zeros(rows, ctx_len, dtype=torch.int64, device=module.device)
     try:
         for block in blocks:
-            # Of fixed shapes the backward pass is compiled along with the forward pass, so nothing can fail later.
+            # With fixed shapes, the backward pass is compiled together with the forward pass, so it cannot fail later.
             block.compile(dynamic=False)
         with precision.forward_context():
             loss, *_ = module.loss(tokens, tokens)
         loss.backward()
     except torch.OutOfMemoryError:
-        pass  # of the step, compiled or not: the run will say what to do
+        pass  # the step needs too much memory, compiled or not: the run itself will report it
     except Exception as error:
         return _leave_eager(blocks, error)
     finally:
@@ -46,7 +47,7 @@ def compile_blocks(module: Any, rows: int, ctx_len: int, precision: Precision) -
 
 
 def _guard_block(block: Any, blocks: Sequence[nn.Module]) -> None:
-    """Sees to it that no compilation ends a run, and that none is made for a few tokens of text."""
+    """Wraps a compiled block: a failed compilation does not end the run, and generation runs eagerly."""
     from torch._dynamo.exc import TorchDynamoException
 
     compiled, eager = block._compiled_call_impl, block._call_impl
@@ -60,7 +61,7 @@ def _guard_block(block: Any, blocks: Sequence[nn.Module]) -> None:
             log.warning(_leave_eager(blocks, error))
             return eager(x, state)
 
-    # What Module.compile sets: no part of a state_dict, and a copy of the module goes without.
+    # The attribute that Module.compile sets. It is not part of a state_dict, and copies of the module do not have it.
     block._compiled_call_impl = call
 
 
@@ -71,7 +72,7 @@ def _leave_eager(blocks: Sequence[nn.Module], error: Exception) -> str:
 
 
 def _find_reason(error: Exception) -> str:
-    """The first line of a C++ compiler's output that tells an error, else what stands before torch's advice."""
+    """The reason in one line: the C++ compiler's first error line, else the message without torch's advice."""
     message = str(error)
     found = re.search(r"^.*\berror: .*$", message, re.MULTILINE)
     reason = " ".join((found[0] if found else message.strip().partition("\n\n")[0]).split())

@@ -1,4 +1,4 @@
-"""metrics.csv read, and drawn as loss.png. Without torch, so that a report of many runs is there at once."""
+"""Reads metrics.csv and draws loss.png. Does not import torch, so that a report of many runs starts at once."""
 
 import contextlib
 import csv
@@ -28,7 +28,10 @@ COLUMNS = (
 
 
 def read_rows(path: Path, up_to: int) -> list[dict[str, float]]:
-    """The rows of a metrics.csv up to step `up_to`, without a torn last one; [] where there is no file."""
+    """Reads the rows of a metrics.csv up to step `up_to`, without an incomplete last line; [] if there is no file.
+
+    Raises UserError if the file is corrupt.
+    """
     if not path.is_file():
         return []
     with path.open(newline="", encoding="utf-8", errors="replace") as file:
@@ -36,21 +39,21 @@ def read_rows(path: Path, up_to: int) -> list[dict[str, float]]:
     try:
         rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(complete)]
         if not all(math.isfinite(row.get("step", math.nan)) for row in rows):
-            raise ValueError("a row without its step")
+            raise ValueError("a row without a step")
         if strange := {name for row in rows for name in row} - set(COLUMNS):
-            raise ValueError(f"a column {min(map(str, strange))}")
+            raise ValueError(f"an unknown column {min(map(str, strange))}")
         if not all(math.isfinite(row.get("tokens", math.nan)) for row in rows):
-            raise ValueError("a row without its tokens")
+            raise ValueError("a row without tokens")
     except (ValueError, TypeError, csv.Error) as error:
-        raise UserError(f"{path} is damaged ({error}): move it away, and a new one is begun") from error
+        raise UserError(f"{path} is corrupt ({error}): move it away, and a new one is started") from error
     return [row for row in rows if row["step"] <= up_to]
 
 
 @contextlib.contextmanager
 def default_style() -> Iterator[None]:
-    """Draws by matplotlib's own defaults.
+    """Draws with matplotlib's built-in defaults.
 
-    It reads a matplotlibrc in the current folder, which may be a stranger's, and with text.usetex runs LaTeX.
+    matplotlib reads a matplotlibrc in the current folder. An untrusted one could run LaTeX, with text.usetex.
     """
     import matplotlib
 
@@ -61,7 +64,7 @@ def default_style() -> Iterator[None]:
 
 @default_style()
 def draw_curve(rows: list[dict[str, float]], path: Path, baselines: dict[str, float]) -> None:
-    """Bits per byte against tokens: each logged step, their running mean, validations, baselines; and the rate."""
+    """Draws bits per byte against tokens (logged steps, running mean, validations, baselines) and the learning rate."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -81,7 +84,7 @@ def draw_curve(rows: list[dict[str, float]], path: Path, baselines: dict[str, fl
     if rate:
         below.plot(*zip(*rate, strict=True), color="tab:green")
         below.set_ylim(0, 1.1 * max(value for _, value in rate))
-    # The first steps fall from 8 bits and would leave the rest no room.
+    # The first steps start at 8 bits, so the range of y ignores them.
     heights = [value for _, value in train[len(train) // 10 :] + val] + list(baselines.values())
     if heights:
         axes.set_ylim(0.95 * min(heights), 1.05 * max(heights))
@@ -97,10 +100,10 @@ def draw_curve(rows: list[dict[str, float]], path: Path, baselines: dict[str, fl
 def draw_sweep(
     curves: dict[str, list[dict[str, float]]], best: dict[str, float], swept: dict[str, dict[str, Any]], path: Path
 ) -> None:
-    """The runs' curves over each other, and each run's best bits per byte against every setting that differs.
+    """Draws the curves of all runs in one panel, and the best score against each swept setting in further panels.
 
-    curves: a run's name to its rows. best: to its best validation's bits per byte. swept: a setting's key to each run's
-    value of it.
+    curves: run name -> rows. best: run name -> bits per byte of the best validation. swept: setting -> run name ->
+    value.
     """
     from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -115,7 +118,7 @@ def draw_sweep(
     heights = []
     for i, name in enumerate(ranked):
         train, val = (finite_points(curves[name], column) for column in ("train/bits_per_byte", "val/bits_per_byte"))
-        # Up to three settings say which run it is, its number only where there are more.
+        # Up to three settings label a run; with more, its name does.
         settings = [f"{key.rpartition('.')[2]} {_shorten(swept[key].get(name))}" for key in swept]
         label = f"{', '.join(settings) if 0 < len(settings) <= 3 else name}: {best[name]:.3f}" if name in best else None
         if train:
@@ -162,7 +165,7 @@ def _shorten(value: Any) -> str:
 
 
 def finite_points(rows: list[dict[str, float]], name: str) -> list[tuple[float, float]]:
-    """(tokens, value) of the rows that have a finite one."""
+    """The points (tokens, value) of the rows with a finite value of `name`."""
     return [(row["tokens"], row[name]) for row in rows if math.isfinite(row.get(name, math.nan))]
 
 

@@ -1,4 +1,4 @@
-"""LitRWKV: a language model inside Lightning's loop.
+"""LitRWKV: the LightningModule that trains a language model.
 
 B  batch, the rows of a micro-batch    T  time, ctx_len    V  vocab_size
 """
@@ -31,18 +31,18 @@ from rwkv_pl.weights.metadata import KEY, Metadata
 class LitRWKV(LightningModule):
     """Trains any model that has `config`, `hidden`, `head` and `lr_scale`.
 
-    model:           RWKV4(RWKV4Config(vocab_size=256, n_layer=12, n_embd=512)), or a function that builds it, which is
-                     called when a Trainer asks for the model.
-    optim, schedule: their numbers (see conf/optim and conf/schedule); the defaults are Adam at a constant rate.
-    seed:            of the random numbers, seeded anew before each micro-batch, so that a resumed run draws the same.
-    vocabulary:      plain JSON types, carried in every checkpoint.
+    model:           RWKV4(RWKV4Config(vocab_size=256, n_layer=12, n_embd=512)), or a function that builds it; the
+                     function is called when a Trainer needs the model.
+    optim, schedule: the settings (see conf/optim and conf/schedule); the default is Adam at a constant learning rate.
+    seed:            seeds the random numbers before each micro-batch, so that a resumed run draws the same ones.
+    vocabulary:      plain JSON types, saved in every checkpoint.
     bytes_per_token: (V,) int64, for bits per byte; None: each token is one byte.
-    past:            plain JSON types, carried in every checkpoint: what a run that goes on from it has to agree with.
-    loss_chunk_len:  tokens whose logits are there at once, worth while with a large vocabulary; None: all of them.
-    skip_nonfinite:  how many batches with a NaN or Inf loss or gradient a run leaves out; the next one raises RunError.
+    past:            plain JSON types, saved in every checkpoint: the run's identity, which must match on resume.
+    loss_chunk_len:  tokens whose logits are in memory at once, which pays with a large vocabulary; None: all.
+    skip_nonfinite:  how many batches with a NaN or Inf loss or gradient a run may skip; the next one raises RunError.
 
-    After each optimizer step `grad_norm` is its gradient's norm before clipping, where the gradient lies (`float` of it
-    waits for a GPU), and `last_lr` its learning rate.
+    After each optimizer step, `grad_norm` is the gradient's norm before clipping, as a tensor on its device (converting
+    it to `float` waits for a GPU), and `last_lr` is the learning rate of the step.
     """
 
     def __init__(
@@ -76,13 +76,13 @@ class LitRWKV(LightningModule):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "_current_fx_name":
-            # Lightning notes the hook that it calls fifty times a step; nn.Module would look for parameters in it.
+            # Lightning sets this fifty times a step, and nn.Module.__setattr__ is slow: it checks for parameters.
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)
 
     def configure_model(self) -> None:
-        """Builds the model, once: on the CPU in float32, so that its numbers are the same on every device and in every
+        """Builds the model once, on the CPU in float32, so that its initial weights never depend on the device or the
         precision."""
         if self._build and self.model is None:
             before = torch.get_default_dtype()
@@ -92,37 +92,36 @@ class LitRWKV(LightningModule):
                     self.model = self._build()
             finally:
                 torch.set_default_dtype(before)
-            self._build = None  # with the weights that it started from
+            self._build = None  # frees the initial weights that it may hold
 
     def forward(self, tokens: Tensor, state: Any = None) -> tuple[Tensor, Any]:
-        """tokens (B, T) -> logits (B, T, V) and the state after them, as the model itself."""
+        """tokens (B, T) -> logits (B, T, V) and the state after them; calls the model."""
         return self.model(tokens, state)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> dict[str, Tensor]:
-        """batch: tokens (B, T+1). Returns scalars: the loss, and its parts in nats a token.
+        """batch: tokens (B, T+1). Returns scalars: the loss, and its two parts in nats per token.
 
-        Nothing is logged here: a self.log costs 0.45 ms whether or not the step is logged. MetricsRecorder reads
-        these.
+        MetricsRecorder logs them: a call of self.log would cost 0.45 ms in every step, logged or not.
         """
         loss, nats, penalty = self.loss(*split_tokens(batch))
         self._loss = self._loss + loss.detach()
         return {"loss": loss, "nats": nats.detach(), "l2wrap": penalty.detach()}
 
     def loss(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """inputs, targets (B, T) -> scalars: what is minimised, and its parts, nats a token and L2Wrap."""
+        """inputs, targets (B, T) -> scalars: the loss, and its parts, the nats per token and L2Wrap."""
         hidden, _ = self.model.hidden(inputs)
         nats, largest = head_cross_entropy(self.model.head, hidden, targets, self.loss_chunk_len)
         mean, penalty = nats.mean(), l2wrap(largest)
         return mean + penalty, mean, penalty
 
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
-        # Dropout's masks are a function of the seed and the place in the run, so there is no generator to save.
+        # Dropout's masks are a function of the seed and the position in the run, so no generator state is saved.
         seed = derive_seed(self.seed, self.trainer.fit_loop.epoch_loop.total_batch_idx, self.trainer.global_rank)
         torch.default_generator.manual_seed(seed)
         if self.device.type == "cuda":
             torch.cuda.default_generators[self.device.index].manual_seed(seed)
 
-    # Validation and test: one sum over everything, so that the figure does not depend on how it was cut.
+    # Validation and test add up everything, so the score does not depend on the batch size.
 
     def on_validation_epoch_start(self) -> None:
         self._sums = torch.zeros(3, dtype=torch.float64)
@@ -135,7 +134,7 @@ class LitRWKV(LightningModule):
         hidden, _ = self.model.hidden(inputs)
         nats, _ = head_cross_entropy(self.model.head, hidden, targets, self.loss_chunk_len)
         n_targets = (targets != IGNORE_INDEX).sum()
-        # To the CPU first: not every device adds in float64.
+        # To the CPU first, since some devices do not support float64.
         sums = torch.stack([nats.sum(), n_targets, count_bytes(targets, self.bytes_per_token)])
         self._sums += sums.cpu()
 
@@ -156,7 +155,7 @@ class LitRWKV(LightningModule):
             f"{split}/loss": nats / max(n_targets, 1),
             f"{split}/bits_per_byte": bits_per_byte(nats, n_bytes),
         }
-        # Of all processes already. For callbacks that monitor it; MetricsRecorder writes it to the loggers.
+        # Reduced over all processes already. For callbacks that monitor it; MetricsRecorder writes it to the loggers.
         self.log_dict(figures, logger=False)
 
     # The optimizer
@@ -172,16 +171,16 @@ class LitRWKV(LightningModule):
 
     @property
     def lr_scale(self) -> dict[str, float]:
-        """Factors of the learning rate by the last part of a parameter's name."""
+        """The factors of the learning rate, by the last part of a parameter's name."""
         return self.model.lr_scale if self.optim.lr_scale == "version" else self.optim.lr_scale or {}
 
     @property
     def current_lr(self) -> float:
-        """The rate of the optimizer step under way."""
+        """The learning rate of the current optimizer step."""
         return self.lr_at(self.trainer.global_step)
 
     def lr_at(self, step: int) -> float:
-        """The rate of an optimizer step, counted from 0."""
+        """The learning rate of optimizer step `step`, counted from 0."""
         return learning_rate(step, self.optim, self.schedule, self.trainer.max_steps)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
@@ -190,14 +189,14 @@ class LitRWKV(LightningModule):
             group["lr"] = self.last_lr * group["lr_scale"]
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         if self.trainer.global_step + 1 == self.trainer.max_steps:
-            # Lightning counts this step when the hook returns. A run that is told to stop validates before it ends,
-            # one that merely reaches max_steps does not.
+            # Lightning counts this step after the hook returns. It validates before the end if should_stop is set, but
+            # not if the run merely reaches max_steps.
             self.trainer.should_stop = True
 
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """Computes the gradient's norm once: for the record, for clipping and to see whether it is finite."""
+        """Computes the gradient's norm once, for the metrics, for clipping and for the check that it is finite."""
         self.check_finite()
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         self.grad_norm = norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
@@ -222,14 +221,14 @@ class LitRWKV(LightningModule):
         return getattr(self.trainer.precision_plugin, "scaler", None) is not None
 
     def skips_nonfinite_on_device(self, optimizer: Optimizer) -> bool:
-        """Does the optimizer itself skip a step of NaN? If the host looked first, it would wait for the GPU."""
-        # SGD's momentum starts as the first gradient; if that step were skipped, it would be uninitialised memory.
+        """Does the optimizer itself skip a non-finite step? If the host checked first, it would wait for the GPU."""
+        # SGD initialises its momentum with the first gradient; a skipped first step would leave it uninitialised.
         starts_momentum = bool(optimizer.defaults.get("momentum")) and not optimizer.state
         fused = bool(optimizer.defaults.get("fused"))
         return self.device.type == "cuda" and fused and not self._loss_scaled and not starts_momentum
 
     def check_finite(self) -> bool:
-        """Was the last optimizer step finite? If not, a warning or RunError says so."""
+        """Was the last optimizer step finite? If not, logs a warning or raises RunError."""
         return self._guard.check_finite(self._loss_scaled, self.trainer.is_global_zero)
 
     def on_validation_start(self) -> None:
@@ -258,7 +257,7 @@ class LitRWKV(LightningModule):
         self._rewind(checkpoint)
 
     def finish_reason(self) -> str | None:
-        """Why the run is over, where it is: length, time (trainer.max_time), pruned or early stop (a callback's)."""
+        """Why the run has ended: length, time (trainer.max_time), pruned or early stop (by a callback); else None."""
         if not self.trainer.should_stop:
             return None
         if self.trainer.global_step == self.trainer.max_steps:
@@ -276,15 +275,15 @@ class LitRWKV(LightningModule):
         self._guard.skipped = checkpoint.get(KEY, {}).get("skipped", 0)
         averaged = any(isinstance(callback, WeightAveraging) for callback in self._callbacks)
         if "current_model_state" in checkpoint and not averaged:
-            # The averaging was taken off: the training goes on from the weights that it trained.
+            # Weight averaging was removed: continue from the trained weights, not from their average.
             checkpoint["state_dict"] = checkpoint["current_model_state"]
         self._rewind(checkpoint)
 
     def _rewind(self, checkpoint: dict[str, Any]) -> None:
-        """Sets the batch counters to the last optimizer step's end.
+        """Sets the batch counters of a checkpoint to the end of the last optimizer step.
 
-        Weights and optimizer do not change inside an accumulation window, so a save there is the last step's state, and
-        its micro-batches are read again; the accumulation may also be another one than before.
+        Inside an accumulation window, weights and optimizer do not change. So a checkpoint saved there has the state of
+        the last step, and the micro-batches of the window are read again. The resumed run may accumulate differently.
         """
         if "loops" not in checkpoint:
             return

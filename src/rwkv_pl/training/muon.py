@@ -1,8 +1,8 @@
-"""Muon for the weight matrices of the blocks, AdamW for everything else: one optimizer, made of torch's own two.
+"""One optimizer that combines two of torch's: Muon for the weight matrices of the blocks, AdamW for everything else.
 
-Muon (https://kellerjordan.github.io/posts/muon/) takes the momentum of a matrix's gradient and moves the matrix along
-the nearest orthogonal one, which a Newton-Schulz iteration finds. It is meant for matrices between hidden layers, so
-embedding, head and all vectors are AdamW's.
+Muon (https://kellerjordan.github.io/posts/muon/) computes the momentum of a matrix's gradient and moves the matrix in
+the direction of the nearest orthogonal matrix, which it finds with a Newton-Schulz iteration. It is for matrices
+between hidden layers, so AdamW trains the embedding, the head and all vectors.
 """
 
 from collections.abc import Callable
@@ -13,12 +13,14 @@ from torch.optim import Optimizer
 
 
 class MuonAdamW(Optimizer):
-    """Muon over the parameter groups that have muon=True, fused AdamW over the others.
+    """Muon for the parameter groups with muon=True, fused AdamW for the others.
 
-    lr, weight_decay: of both. match_rms_adamw scales Muon's steps to the size of AdamW's, so that one learning rate
-    serves both (arXiv 2502.16982); "original" does not.
-    betas: of AdamW. eps: of AdamW, and below Muon's norm of a gradient.
-    momentum, nesterov, ns_steps (iterations of Newton-Schulz), adjust_lr_fn: of Muon.
+    lr, weight_decay: for both.
+    betas:            for AdamW.
+    eps:              for AdamW, and Muon's smallest norm of a gradient.
+    momentum, nesterov, ns_steps (Newton-Schulz iterations), adjust_lr_fn: for Muon. adjust_lr_fn="match_rms_adamw"
+                      scales Muon's steps to the size of AdamW's, so that one learning rate suits both (arXiv
+                      2502.16982); "original" does not.
     """
 
     def __init__(
@@ -36,18 +38,18 @@ class MuonAdamW(Optimizer):
         common = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         muon = {"momentum": momentum, "nesterov": nesterov, "ns_steps": ns_steps, "adjust_lr_fn": adjust_lr_fn}
         super().__init__(params, common | muon)
-        # Both check their arguments here, whichever groups there are.
+        # Built only so that both check their arguments, even if one of them gets no group.
         torch.optim.Muon([torch.zeros(1, 1)], lr, weight_decay, eps=eps, **muon)  # type: ignore[arg-type]
         torch.optim.AdamW([torch.zeros(1)], lr, betas, eps, weight_decay)
         self._share()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Called by load_state_dict, which makes new groups and a new state."""
+        """Restores the shared groups and state; load_state_dict calls this after replacing both."""
         super().__setstate__(state)
         self._share()
 
     def _share(self) -> None:
-        """Builds the two optimizers over this one's own groups and state: their steps read and write these."""
+        """Builds the two optimizers on this one's groups and state, which their steps then read and write."""
         muon = [group for group in self.param_groups if group.get("muon")]
         others = [group for group in self.param_groups if not group.get("muon")]
         self._parts: list[Optimizer] = [torch.optim.Muon(muon)] if muon else []
@@ -57,7 +59,7 @@ class MuonAdamW(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of both. Returns what `closure` returns, which computes the gradients."""
+        """Makes one step of both. Returns the result of `closure`, which computes the gradients."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

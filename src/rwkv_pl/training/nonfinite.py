@@ -1,4 +1,4 @@
-"""Batches whose loss or gradient is NaN or Inf: skipped, up to a limit, or the end of the run."""
+"""Skips batches whose loss or gradient is NaN or Inf, and ends the run after too many of them."""
 
 import logging
 import math
@@ -22,9 +22,10 @@ class _Step:
 
 
 class NonfiniteGuard:
-    """Looks at the loss and gradient norm of each optimizer step.
+    """Checks the loss and the gradient norm of each optimizer step.
 
-    limit: how many steps may be skipped; the next one raises RunError. skipped: how many were, earlier runs included.
+    limit:   the number of steps that may be skipped; the next one raises RunError.
+    skipped: the number of steps skipped so far, those before a resume included.
     """
 
     def __init__(self, limit: int) -> None:
@@ -33,12 +34,14 @@ class NonfiniteGuard:
         self._unread: _Step | None = None
 
     def look(self, norm: Tensor, loss: Tensor, step: int, lr: float) -> None:
-        """Takes the figures of a step (scalars). `check_finite` reads them."""
+        """Stores the gradient norm and the loss of a step, both scalars, for `check_finite` to read."""
         self._unread = _Step(step, lr, torch.stack([norm, loss.to(norm.dtype)]), None)
 
     def skip_on_device(self, optimizer: Optimizer) -> None:
-        """Has the fused optimizer skip the step itself, so that the figures can be read when the device is busy with
-        the next one."""
+        """Makes the fused optimizer itself skip a non-finite step.
+
+        The host then reads the values later, while the device computes the next step.
+        """
         assert self._unread is not None
         figures = self._unread.figures
         optimizer.found_inf = (figures * 0 != 0).any().float()  # type: ignore[attr-defined]
@@ -48,9 +51,10 @@ class NonfiniteGuard:
             self._unread.copied.record()
 
     def check_finite(self, loss_scaled: bool, log_skip: bool) -> bool:
-        """Is the last step finite? If not, this warns, or raises RunError past the limit; a step is judged once.
+        """Was the last step finite? If not, logs a warning, or raises RunError past the limit. Checks each step once.
 
-        loss_scaled: float16's loss scaler probes for the largest scale, and skips the steps whose gradient is Inf.
+        loss_scaled: with float16's loss scaler, a gradient of Inf is normal. The scaler searches for the largest scale
+        and skips such steps itself.
         """
         if self._unread is None:
             return True
@@ -66,10 +70,10 @@ class NonfiniteGuard:
         )
         if self.skipped >= self.limit:
             raise RunError(
-                f"{message}: stopped before optimizer step {step.number + 1:,}, which it would have spoilt; "
+                f"{message}: stopped before optimizer step {step.number + 1:,}, which would corrupt the weights; "
                 "a lower optim.lr often helps"
             )
         self.skipped += 1
         if log_skip:
-            log.warning(f"{message}: left out, {self.skipped} of at most {self.limit}")
+            log.warning(f"{message}: skipped, {self.skipped} of at most {self.limit}")
         return False

@@ -1,6 +1,6 @@
-"""The optimizer and its parameter groups.
+"""Builds the optimizer and its parameter groups.
 
-Every number comes from the config, never from a checkpoint, so a resumed run follows what it is given.
+All hyperparameters come from the config, never from a checkpoint, so a resumed run uses the settings that it is given.
 """
 
 import inspect
@@ -15,12 +15,15 @@ from rwkv_pl.errors import UserError, one_line
 
 
 def parameter_groups(model: nn.Module, lr_scale: dict[str, float], split_blocks: bool = False) -> list[dict[str, Any]]:
-    """The parameters by the last part of their names, and by whether weight decay falls on them.
+    """Groups the parameters by the last part of their names and by whether weight decay applies.
 
-    It does on two-dimensional parameters named `*.weight`, and on nothing else. The groups do not depend on any number,
-    so a checkpoint fits them whatever the numbers are by then; `set_hyperparameters` fills these in.
-    split_blocks: the weight matrices of the blocks get a group without embedding and head, for `MuonAdamW`.
-    UserError where a name in `lr_scale` matches no parameter.
+    Weight decay applies to two-dimensional parameters named `*.weight`, and to nothing else. The groups do not depend
+    on any hyperparameter, so a checkpoint fits them after a change of the settings. `set_hyperparameters` sets the
+    values.
+
+    split_blocks: put the weight matrices of the blocks into a separate group, for `MuonAdamW`.
+
+    Raises UserError if a name in `lr_scale` matches no parameter.
     """
     groups: dict[tuple[str, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -42,10 +45,10 @@ def parameter_groups(model: nn.Module, lr_scale: dict[str, float], split_blocks:
 
 
 def build_optimizer(target: Any, groups: list[dict[str, Any]], optim: Optim) -> Optimizer:
-    """The optimizer class `target` over the groups, with the config's arguments.
+    """Builds the optimizer class `target` on the groups, with the arguments of the config.
 
-    Fused, in one pass over memory a step, if the class has that form. UserError for an argument that it does not take,
-    and for values that it refuses.
+    If the class supports fused=True (one pass over memory per step), it is used. Raises UserError for an argument that
+    the class does not have, and for values that it rejects.
     """
     _, *parameters = inspect.signature(target).parameters.values()  # without the model's parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
@@ -55,7 +58,7 @@ def build_optimizer(target: Any, groups: list[dict[str, Any]], optim: Optim) -> 
         del arguments["weight_decay"]
     for name in arguments:
         if name not in offered and not takes_any:
-            raise UserError(f"optim.{name}: {optim._target_} takes no {name}{suggest_key(name, offered)}")
+            raise UserError(f"optim.{name}: {optim._target_} has no argument {name}{suggest_key(name, offered)}")
     default = offered.get("betas")
     if optim.betas is not None and isinstance(default, tuple) and len(default) != len(optim.betas):
         raise UserError(f"optim.betas must be {len(default)} numbers for {optim._target_}, got {optim.betas}")
@@ -63,17 +66,18 @@ def build_optimizer(target: Any, groups: list[dict[str, Any]], optim: Optim) -> 
         arguments = {"fused": True} | arguments
     try:
         optimizer = target(groups, **arguments)
-    except Exception as error:  # a class can refuse its arguments in any way
+    except Exception as error:  # any class can be given, and can reject its arguments in any way
         raise UserError(f"optim refuses its settings: {one_line(error)[:300]}") from error
-    # A fused step could unscale float16 gradients itself, but then they could not be clipped before it.
+    # A fused step could unscale float16 gradients itself, but then they could not be clipped before.
     optimizer._step_supports_amp_scaling = False
     return optimizer
 
 
 def set_hyperparameters(optimizer: Optimizer, optim: Optim, lr_scale: dict[str, float]) -> None:
-    """Puts the config's numbers into the groups, over those that a checkpoint restored; the rate comes at each step.
+    """Sets the config's hyperparameters in all groups, replacing those restored from a checkpoint.
 
-    `optimizer.defaults` are the arguments that the class was called with, and its own for those not given.
+    They come from `optimizer.defaults`: the arguments of the constructor and its defaults. The learning rate is set
+    before each step instead.
     """
     numbers = {key: value for key, value in optimizer.defaults.items() if key != "lr"}
     for group in optimizer.param_groups:

@@ -1,4 +1,4 @@
-"""How fast the machine multiplies matrices: what a training's own speed is measured against."""
+"""Measures the machine's peak speed on matrix products, the reference for MFU."""
 
 import contextlib
 import platform
@@ -23,10 +23,10 @@ def matmul_dtype(device: torch.device, precision: Precision) -> torch.dtype:
 
 
 def load_or_measure_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations a second of matrix products, as `measure_peak` finds them.
+    """The peak floating-point operations per second of matrix products: cached, or measured with `measure_peak`.
 
-    Kept for a day in the cache folder, for the same machine, threads and torch: a figure that other work has spoilt
-    does not stay.
+    The cache key has the machine, device, threads, dtype and torch version. An entry expires after a day, so that a
+    measurement slowed by other jobs does not stay.
     """
     asked = {
         "machine": platform.node(),
@@ -40,7 +40,7 @@ def load_or_measure_peak(device: torch.device, dtype: torch.dtype) -> float:
         writable = True
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(FileLock(path.with_suffix(".lock")))  # two would measure each other
+            stack.enter_context(FileLock(path.with_suffix(".lock")))  # concurrent measurements would slow each other
         except OSError:
             writable = False
         kept = read_record(path)
@@ -54,9 +54,9 @@ def load_or_measure_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def measure_peak(device: torch.device, dtype: torch.dtype, seconds: float = SECONDS) -> float:
-    """Floating-point operations a second of the fastest square product, of growing sizes, a few times each."""
+    """Measures the floating-point operations per second of square products of growing size; returns the fastest."""
     best, ends, side = 0.0, time.perf_counter() + seconds, 256
-    # Zeros and ones cost a GPU less power than numbers, and are multiplied faster.
+    # Random numbers: a GPU multiplies zeros and ones faster, since they take less power.
     numbers = torch.Generator(device).manual_seed(0)
     with torch.inference_mode():
         while side <= LARGEST:
@@ -67,7 +67,7 @@ def measure_peak(device: torch.device, dtype: torch.dtype, seconds: float = SECO
                 break
             best = max(best, 2 * side**3 / min(times))
             side *= 2
-            # Eight times the arithmetic; what would not end in time is left out.
+            # Stop if the next size, with eight times the arithmetic, would not finish in time.
             if time.perf_counter() + 8 * sum(times) > ends:
                 break
     return best

@@ -1,7 +1,7 @@
-"""Whether bfloat16 pays on this device, measured: most laptops have no instructions for it.
+"""Measures whether bfloat16 is faster than float32 on this device; most laptops have no instructions for it.
 
-Without them a product takes up to hundreds of times as long, and no flag says so reliably: oneDNN also reports support
-on processors that only emulate it.
+Without these instructions, a product can take hundreds of times as long. No flag reports that reliably: oneDNN claims
+support on processors that only emulate it too.
 """
 
 import os
@@ -12,20 +12,20 @@ from torch import Tensor
 
 from rwkv_pl.ops.linear import gradient_of_input, gradient_of_weight, product
 
-# A small product that is slower than this decides: one of a large model's size would take many seconds.
+# If bfloat16 is slower than this share of float32 on a small product, that decides: a large one would take seconds.
 HOPELESS = 0.25
 SMALL_TOKENS, SMALL_EMBD = 64, 128
 MOST_TOKENS = 1024
 CALLS = 3
-# A thread's own CPU time: other work on the cores does not lengthen it. Windows counts that in steps of 16 ms.
+# The CPU time of the thread, which other jobs on the cores do not increase. On Windows its resolution is only 16 ms.
 CLOCK = time.perf_counter if os.name == "nt" else time.thread_time
 
 
 def measure_product_rates(device: torch.device, tokens: int, n_embd: int) -> dict[torch.dtype, float]:
-    """Floating-point operations a second of a product with its two gradients, in float32 and in bfloat16.
+    """Measures the floating-point operations per second of a product and its two gradients, in float32 and bfloat16.
 
-    On a CPU those of one thread. The product is the channel mixing's first, (tokens, n_embd) by (n_embd, 4 n_embd).
-    Takes some milliseconds, or a second with a large model.
+    On a CPU, the rates are those of one thread. The product is the first one of the channel mixing, (tokens, n_embd)
+    by (n_embd, 4 n_embd). The measurement takes a few milliseconds, or a second for a large model.
     """
     small = _measure_rates(device, SMALL_TOKENS, min(n_embd, SMALL_EMBD))
     if small[torch.bfloat16] < HOPELESS * small[torch.float32]:
@@ -41,13 +41,13 @@ def _measure_rates(device: torch.device, tokens: int, n_embd: int) -> dict[torch
     factors = {torch.float32: float32, torch.bfloat16: [x.bfloat16() for x in float32]}
     best = dict.fromkeys(factors, float("inf"))
     threads = torch.get_num_threads()
-    # One thread's, so that CLOCK measures all of it.
+    # One thread, because CLOCK measures only this one.
     torch.set_num_threads(1)
     try:
         for call in range(CALLS + 1):
             for dtype, (x, weight, gradient) in factors.items():
                 seconds = _time_product(x, weight, gradient)
-                if call:  # the first one prepares
+                if call:  # the first call is a warm-up
                     best[dtype] = min(best[dtype], seconds)
     finally:
         torch.set_num_threads(threads)
@@ -68,5 +68,5 @@ def _time_product(x: Tensor, weight: Tensor, gradient: Tensor) -> float:
 
 
 def describe_speedup(speedup: float) -> str:
-    """As in "2.1 times as fast as", or "15 times slower than"."""
+    """Formats a speed ratio as "2.1 times as fast as" or "15 times slower than"."""
     return f"{speedup:.1f} times as fast as" if speedup >= 1 else f"{1 / speedup:.2g} times slower than"

@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step: there is no scheduler object, and nothing to save."""
+"""The learning rate as a pure function of the step: there is no scheduler object, so there is no state to save."""
 
 import math
 
@@ -7,10 +7,10 @@ from rwkv_pl.errors import UserError
 
 
 def learning_rate(step: int, optim: Optim, schedule: Schedule, max_steps: int) -> float:
-    """The rate of optimizer step `step`, counted from 0.
+    """The learning rate of optimizer step `step`, counted from 0.
 
-    Warm-up is linear and reaches optim.lr on its last step; the decay reaches final_lr on step decay_steps - 1.
-    max_steps: the run's length, which serves where decay_steps is null; -1 where the run has none.
+    The warm-up is linear and reaches optim.lr at its last step. The decay reaches final_lr at step decay_steps - 1.
+    max_steps: the length of the run, used if decay_steps is null; -1 if the run has no length.
     """
     if step < schedule.warmup_steps:
         return optim.lr * (step + 1) / schedule.warmup_steps
@@ -27,29 +27,29 @@ def learning_rate(step: int, optim: Optim, schedule: Schedule, max_steps: int) -
 
 
 def decay_start(schedule: Schedule, end: int) -> int:
-    """The step from which the rate falls, to reach final_lr with step `end` - 1: the warm-up's end, but for wsd."""
+    """The step at which the decay to final_lr (at step `end` - 1) starts: the end of the warm-up, except in wsd."""
     if schedule.decay_share is None:
         return schedule.warmup_steps
     return end - max(1, round(schedule.decay_share * end))
 
 
 def check_schedule(schedule: Schedule, max_steps: int) -> None:
-    """Raises UserError where the schedule needs a length that the run does not have, or has no room for its decay."""
+    """Raises UserError if the schedule needs a length that the run does not have, or if its decay does not fit in."""
     if schedule.name == "constant":
         return
     if schedule.decay_steps is None and max_steps < 1:
         raise UserError(
             f"schedule={schedule.name} needs a length: "
-            "give schedule.decay_steps, trainer.max_steps or trainer.max_epochs"
+            "set schedule.decay_steps, trainer.max_steps or trainer.max_epochs"
         )
     if schedule.decay_steps is None and max_steps <= schedule.warmup_steps:
         raise UserError(
             f"schedule.warmup_steps ({schedule.warmup_steps}) leaves no room for schedule={schedule.name} "
-            f"in a run of {max_steps} steps; shorten the warm-up or give schedule.decay_steps"
+            f"in a run of {max_steps} steps; shorten the warm-up or set schedule.decay_steps"
         )
     end = schedule.decay_steps or max_steps
     if decay_start(schedule, end) < schedule.warmup_steps:
         raise UserError(
-            f"schedule.decay_share={schedule.decay_share} of {end} steps begins before the end of "
+            f"schedule.decay_share={schedule.decay_share} of {end} steps starts before the end of "
             f"schedule.warmup_steps ({schedule.warmup_steps}): lower one of them"
         )

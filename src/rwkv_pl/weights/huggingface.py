@@ -1,6 +1,6 @@
-"""Hugging Face folders: a layout for each model type (names and config, both ways), and the files with the tensors.
+"""Reads and writes Hugging Face folders: a layout per model type (parameter names and config) and the tensor files.
 
-transformers itself is not needed, neither to read nor to write.
+Neither reading nor writing needs transformers.
 """
 
 import json
@@ -19,20 +19,20 @@ from rwkv_pl.errors import CorruptFileError, UserError, one_line
 from rwkv_pl.weights.tensors import abbreviate
 
 CONFIG, TENSORS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
-VOCABULARY = "vocabulary.json"  # of ours; not vocab.json, which transformers takes for a table of its own
+VOCABULARY = "vocabulary.json"  # rwkv_pl's own file; transformers would take a vocab.json for one of its formats
 
-# In the order in which transformers looks for them.
+# In the order in which transformers searches for them.
 _TENSOR_FILES = (TENSORS, f"{TENSORS}.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How transformers stores one model type.
+    """The format in which transformers stores one model type.
 
     model_type: its name in config.json.
-    version:    the name in MODELS.
-    names:      official parameter name -> theirs, {} for the number of the layer.
-    epsilon:    of the layer norms. It is not a parameter, so the tensors do not show another value.
+    version:    its name in MODELS.
+    names:      official parameter name -> name in transformers, with {} for the layer's number.
+    epsilon:    of the layer norms. It is not a parameter, so only config.json can reveal another value.
     """
 
     model_type: str
@@ -41,19 +41,19 @@ class Layout:
     epsilon: float
 
     def their_name(self, official: str) -> str:
-        """Raises KeyError if the version has no such parameter."""
+        """The name of a parameter in transformers. Raises KeyError if the version has no such parameter."""
         return _rename(official, self.names)
 
     def official_name(self, theirs: str) -> str:
-        """Raises KeyError if the model type has no such parameter."""
+        """The official name of a parameter. Raises KeyError if the model type has no such parameter."""
         return _rename(theirs, {theirs: official for official, theirs in self.names.items()})
 
     def from_official(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors by their names in transformers."""
+        """Renames tensors from the official names to those of transformers."""
         return {self.their_name(name): value for name, value in tensors.items()}
 
     def to_official(self, tensors: dict[str, Any], config: dict[str, Any], folder: Path) -> dict[str, Tensor]:
-        """The tensors by their official names. Raises UserError if there are others than the model type has."""
+        """Renames tensors to the official names. Raises UserError if one is not a parameter of the model type."""
         official, unknown = {}, []
         for theirs, value in tensors.items():
             try:
@@ -61,14 +61,14 @@ class Layout:
             except (KeyError, TypeError):
                 unknown.append(str(theirs))
         if unknown:
-            raise UserError(f"{folder} holds what transformers' RWKV has not: {abbreviate(sorted(unknown))}")
-        # A tensor shared by two names is stored once. If both are stored, both are used, whatever the config says.
+            raise UserError(f"{folder} has tensors that transformers' RWKV lacks: {abbreviate(sorted(unknown))}")
+        # Tied weights are stored once. If both tensors are stored, both are used, even if the config says tied.
         if "head.weight" not in official and config.get("tie_word_embeddings") is True and "emb.weight" in official:
             official["head.weight"] = official["emb.weight"]
         return official
 
     def config_of(self, config: Any, dtype: torch.dtype) -> dict[str, Any]:
-        """config.json for a model of the version's `config` with weights of `dtype`."""
+        """The content of config.json for a model with the version's `config` and weights of `dtype`."""
         return {
             "architectures": ["RwkvForCausalLM"],
             "model_type": self.model_type,
@@ -78,11 +78,11 @@ class Layout:
             "attention_hidden_size": config.n_embd,
             "intermediate_size": 4 * config.n_embd,
             "layer_norm_epsilon": self.epsilon,
-            # The longest text that transformers' own CUDA kernel is built for; nothing else depends on it.
+            # The longest sequence of transformers' CUDA kernel; it has no other effect.
             "context_length": 1024,
-            # By default 6: weights are divided in place, to keep float16 from overflowing, and the logits change.
+            # The default, 6, divides weights in place to keep float16 from overflowing, and so changes the logits.
             "rescale_every": 0,
-            # By default 0, which is a byte like others, and would end a text.
+            # The default is 0, which in a byte vocabulary is an ordinary byte, and would end the text.
             "bos_token_id": None,
             "eos_token_id": None,
             "tie_word_embeddings": False,
@@ -118,15 +118,15 @@ _RWKV4_NAMES = {
 }
 
 LAYOUTS = {"rwkv": Layout("rwkv", "rwkv4", _RWKV4_NAMES, epsilon=1e-5)}
-"""By model_type."""
+"""The layouts by model_type."""
 
 
 def find_layout(config: dict[str, Any], folder: Path) -> Layout:
-    """The layout that config.json names. Raises UserError for an unknown one, or a setting that it does not have."""
+    """The layout that config.json names. Raises UserError for an unknown model type or another layer norm epsilon."""
     layout = LAYOUTS.get(str(config.get("model_type")))
     if layout is None:
         known = ", ".join(f"{layout.model_type} ({layout.version})" for layout in LAYOUTS.values())
-        raise UserError(f"{folder} holds a {config.get('model_type')} model by its {CONFIG}; known here: {known}")
+        raise UserError(f"{folder} holds a {config.get('model_type')} model, says its {CONFIG}; supported: {known}")
     if (epsilon := config.get("layer_norm_epsilon", layout.epsilon)) != layout.epsilon:
         raise UserError(f"{folder / CONFIG} has layer_norm_epsilon {epsilon}; {layout.version} has {layout.epsilon}")
     return layout
@@ -140,50 +140,50 @@ def _rename(name: str, table: dict[str, str]) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of a few keys. Raises UserError."""
+    """Reads a file that contains one JSON object. Raises CorruptFileError if it is anything else."""
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise CorruptFileError(f"{path} is no JSON ({error})") from error
+        raise CorruptFileError(f"{path} is not JSON ({error})") from error
     if not isinstance(content, dict):
-        raise CorruptFileError(f"{path} holds a {type(content).__name__} where a JSON object should be")
+        raise CorruptFileError(f"{path} is a {type(content).__name__}, not a JSON object")
     return content
 
 
 def tensor_files(folder: Path) -> list[Path]:
-    """The files with the folder's tensors: one, or the shards that its index names. Raises UserError."""
+    """The files with the folder's tensors: one file, or the shards in its index. Raises UserError if one is missing."""
     found = next((folder / name for name in _TENSOR_FILES if (folder / name).is_file()), None)
     if found is None:
-        raise UserError(f"{folder} has a {CONFIG} and no weights: there is neither {TENSORS} nor pytorch_model.bin")
+        raise UserError(f"{folder} has a {CONFIG} but no weights: {TENSORS} or pytorch_model.bin is missing")
     if found.suffix != ".json":
         return [found]
     shards = read_json(found).get("weight_map")
     if not isinstance(shards, dict) or not shards:
-        raise CorruptFileError(f"{found} names no files: it has no weight_map")
+        raise CorruptFileError(f"{found} lists no files: it has no weight_map")
     files = []
     for name in sorted(set(map(str, shards.values()))):
-        # A name is one of the folder's files, and leads nowhere else.
+        # Only plain file names, so that an index cannot point outside of its folder.
         if Path(name).name != name or not name.endswith((".safetensors", ".bin")):
-            raise CorruptFileError(f"{found} names {name!r}, which is no file of tensors in its folder")
+            raise CorruptFileError(f"{found} lists {name!r}, which is not a tensor file in its folder")
         if not (folder / name).is_file():
-            raise CorruptFileError(f"{found} names {name}, which is not there")
+            raise CorruptFileError(f"{found} lists {name}, which is missing")
         files.append(folder / name)
     return files
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """What a .safetensors file holds, by its own names, mapped. Raises UserError."""
+    """Reads the tensors of a .safetensors file, by its own names, memory-mapped. Raises CorruptFileError."""
     try:
         return load_file(path)
-    except Exception as error:  # a file that is none can fail in any way
+    except Exception as error:  # an arbitrary file can fail in any way
         reason = one_line(error)[:200]
-        raise CorruptFileError(f"{path} is no safetensors file, or damaged ({reason})") from error
+        raise CorruptFileError(f"{path} is corrupt or not a safetensors file ({reason})") from error
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Writes a .safetensors file, flushed to the disk. Raises OSError."""
+    """Writes a .safetensors file and flushes it to disk. Raises OSError."""
     path.touch()
-    mode = path.stat().st_mode  # what the user's other files have; safetensors' can be read by nobody else
+    mode = path.stat().st_mode  # the user's default; safetensors makes its files readable by their owner only
     try:
         save_file(tensors, path, metadata={"format": "pt"})
         with path.open("r+b") as file:

@@ -1,4 +1,4 @@
-"""What a checkpoint says of its run."""
+"""The metadata of a checkpoint: its model and its run."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -8,7 +8,7 @@ from rwkv_pl.errors import CorruptFileError, UserError
 from rwkv_pl.model import MODELS
 
 KEY = "rwkv_pl"
-"""Of a checkpoint's dictionary, the entry with the metadata."""
+"""The key of the metadata in a checkpoint's dictionary."""
 
 FORMAT = 1
 
@@ -25,18 +25,18 @@ _OPTIONAL_KINDS = {
 
 @dataclass(frozen=True)
 class Metadata:
-    """The model and the run of a checkpoint. The optional fields are those of a run, None in converted weights.
+    """The model and the run of a checkpoint. The optional fields describe the run; in converted weights they are None.
 
     model:      the version's name in MODELS.
     config:     the fields of the version's config class.
-    vocabulary: as of Vocabulary.to_dict; None if not known.
-    finished:   why the run ended: length, time, pruned or early stop; None if it can go on.
-    past:       what a resumed run must have in common with the run: corpus, seed, batch size, model size.
-    skipped:    batches left out because of a NaN or Inf.
-    accumulate: micro-batches of an optimizer step.
-    precision:  Lightning's name of it.
+    vocabulary: the result of Vocabulary.to_dict; None if not known.
+    finished:   why the run ended: length, time, pruned or early stop; None if it can continue.
+    past:       the run's identity, which must match on resume: corpus, seed, batch size, model size.
+    skipped:    the number of batches skipped because of a NaN or Inf.
+    accumulate: micro-batches per optimizer step.
+    precision:  Lightning's name of the precision.
     val_check_interval: optimizer steps between validations.
-    threads:    of torch's CPU operators.
+    threads:    torch's threads for CPU operators.
     """
 
     model: str
@@ -52,30 +52,29 @@ class Metadata:
 
     @classmethod
     def from_checkpoint(cls, checkpoint: dict[str, Any], path: Path) -> "Metadata":
-        """Reads what `to_dict` stored under KEY.
+        """Restores the metadata that `to_dict` stored under KEY.
 
-        Raises UserError for a later format and an unknown model version, CorruptFileError for anything else.
+        Raises UserError for a newer format or an unknown model version, CorruptFileError if anything else is wrong.
         """
         stored = checkpoint[KEY]
-        damaged = CorruptFileError(f"{path} is not a whole checkpoint: it does not say what it holds")
+        damaged = CorruptFileError(f"{path} is not a whole checkpoint: its metadata is missing or corrupt")
         if not isinstance(stored, dict) or not isinstance(stored.get("format"), int):
             raise damaged
         if stored["format"] != FORMAT:
             raise UserError(
-                f"{path} has checkpoint format {stored['format']}, this rwkv_pl reads {FORMAT}: install a newer one"
+                f"{path} has checkpoint format {stored['format']}, this rwkv_pl reads {FORMAT}: install a newer rwkv_pl"
             )
         kinds = _KINDS | {key: kind for key, kind in _OPTIONAL_KINDS.items() if key in stored}
         if not all(isinstance(stored.get(key, ...), kind) for key, kind in kinds.items()):
             raise damaged
         if stored["model"] not in MODELS:
-            raise UserError(f"{path} holds a {stored['model']} model; known here: {', '.join(MODELS)}")
-        # Early checkpoints have the corpus alone.
+            raise UserError(f"{path} holds a {stored['model']} model; supported: {', '.join(MODELS)}")
         fields = {key: stored[key] for key in kinds}
-        if "past" not in stored and "corpus" in stored:  # as early checkpoints have it
+        if "past" not in stored and "corpus" in stored:  # early checkpoints have only the corpus
             fields["past"] = {"corpus": stored["corpus"]}
         return cls(**fields)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types for the entry KEY of a checkpoint."""
+        """Converts to plain types, for the entry KEY of a checkpoint."""
         optional = {key for key in _OPTIONAL_KINDS if getattr(self, key) is None}
         return {"format": FORMAT} | {key: value for key, value in asdict(self).items() if key not in optional}

@@ -1,4 +1,4 @@
-"""Weights from disk: a run folder, a checkpoint of ours, an official RWKV-4 `.pth`, a Hugging Face folder."""
+"""Reads weights from a run folder, a `.ckpt` of rwkv_pl, an official RWKV-4 `.pth` or a Hugging Face folder."""
 
 import contextlib
 from dataclasses import replace
@@ -15,23 +15,23 @@ from rwkv_pl.weights.tensors import Weights, detect_version, validate_tensors
 
 
 def load_weights(source: str | Path) -> tuple[nn.Module, Vocabulary | None]:
-    """The model that `source` holds, on the CPU in float32 and in training mode, and its vocabulary.
+    """Loads the model of `source`, on the CPU in float32 and in training mode, and its vocabulary.
 
-    source: as for `read_weights`. The vocabulary is None where it is not known, as of an official `.pth`.
+    source: as for `read_weights`. The vocabulary is None if it is not known: a `.pth` has none.
 
-    Raises UserError, one line, where there is nothing, or nothing that we can read.
+    Raises UserError, with a one-line message, if there are no weights or they cannot be read.
     """
     weights = read_weights(source)
     return weights.model(), weights.vocabulary
 
 
 def read_weights(source: str | Path) -> Weights:
-    """What `source` holds, all of its tensors looked at.
+    """Reads the weights of `source` and validates every tensor.
 
-    source: a run folder (its best.ckpt, else last.ckpt), a `.ckpt` of ours, an official RWKV-4 `.pth`, or a folder of
-    Hugging Face transformers. The content tells which it is, and the tensors the version and the size.
+    source: a run folder (its best.ckpt, else last.ckpt), a `.ckpt` of rwkv_pl, an official RWKV-4 `.pth`, or a Hugging
+    Face folder. The format is detected from the content, the model's version and size from the tensors.
 
-    Raises UserError, one line, where a tensor is missing, left over, of another shape, or not finite.
+    Raises UserError, with a one-line message, if a tensor is missing, unexpected, of a wrong shape, or not finite.
     """
     path = weights_path(Path(source))
     try:
@@ -40,7 +40,7 @@ def read_weights(source: str | Path) -> Weights:
         if str(path) in str(error):
             raise
         raise CorruptFileError(f"{path}: {error}") from error
-    except Exception as error:  # what was made by hand, or is damaged, can fail in any way
+    except Exception as error:  # a corrupt or hand-made file can fail in any way
         raise CorruptFileError(f"{path} does not hold a whole model ({first_sentence(error)})") from error
 
 
@@ -67,7 +67,7 @@ def _read_folder(folder: Path) -> Weights:
     stored, tokenizer = folder / huggingface.VOCABULARY, folder / huggingface.TOKENIZER
     vocabulary = Vocabulary.from_dict(huggingface.read_json(stored)) if stored.exists() else None
     if vocabulary is None and tokenizer.exists():
-        # The 20B tokenizer, or another that is not known here and leaves the weights what they are.
+        # The 20B tokenizer is recognised. Any other is ignored: the weights can be used without it.
         with contextlib.suppress(UserError):
             known = read_vocabulary(tokenizer)
             vocabulary = known if known.size == len(tensors.get("emb.weight", ())) else None
@@ -79,7 +79,7 @@ def _select_model_tensors(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def weights_path(source: Path) -> Path:
-    """What `source` means: of a run folder its best.ckpt, else last.ckpt; a file or Hugging Face folder itself."""
+    """Resolves `source`: a run folder to its best.ckpt, else last.ckpt; a file or Hugging Face folder to itself."""
     if source.is_file():
         return source
     if not source.exists():
@@ -91,6 +91,6 @@ def weights_path(source: Path) -> Path:
     if (source / huggingface.CONFIG).is_file():
         return source
     raise UserError(
-        f"{source} is no run folder with weights: it holds neither checkpoints/best.ckpt nor last.ckpt, "
+        f"{source} is not a run folder with weights: it has neither checkpoints/best.ckpt nor last.ckpt, "
         f"nor a {huggingface.CONFIG} of Hugging Face"
     )

@@ -1,4 +1,4 @@
-"""The weights of one model: every parameter by its official name, validated."""
+"""The weights of one model: all parameters by their official names, validated."""
 
 import hashlib
 import re
@@ -14,7 +14,7 @@ from rwkv_pl.data.vocabulary import Vocabulary
 from rwkv_pl.errors import CorruptFileError, UserError
 from rwkv_pl.model import MODELS
 
-# The first pattern that a file's keys show names its version; later versions keep some of the earlier names.
+# The first pattern that matches a key gives the version. The order matters: later versions keep some earlier names.
 VERSION_PATTERNS = (
     ("rwkv7", r"att\.w0$"),
     ("rwkv6", r"att\.time_maa_"),
@@ -28,14 +28,15 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 @dataclass(frozen=True)
 class Weights:
-    """Every parameter of one model, as a file or folder holds them.
+    """All parameters of one model, as stored in a file or folder.
 
-    path, form: where they were found, and what that is, in words.
+    path, form: the file or folder, and a description of its format.
     version:    the model's name in MODELS.
-    config:     of the version's config class.
-    tensors:    by official name, in the model's shapes and the file's dtypes; mapped, and read when used.
-    vocabulary: None where the file does not tell.
-    step:       of a run's checkpoint, how many optimizer steps it had made; trained_on: the digest of its corpus.
+    config:     an instance of the version's config class.
+    tensors:    by official name, with the model's shapes and the file's dtypes; memory-mapped, read when used.
+    vocabulary: None if the file has none.
+    step:       the number of optimizer steps, in a run's checkpoint; else None.
+    trained_on: the digest of the training corpus, in a run's checkpoint; else None.
     """
 
     path: Path
@@ -48,7 +49,7 @@ class Weights:
     trained_on: str | None = None
 
     def model(self) -> nn.Module:
-        """On the CPU in float32 and in training mode, with copies of the tensors."""
+        """Builds the model on the CPU in float32 and in training mode, with copies of the tensors."""
         model = meta_model(self.version, self.config)
         copies = {
             name: value.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
@@ -58,25 +59,25 @@ class Weights:
         return model
 
     def cast(self, dtype: torch.dtype) -> "Weights":
-        """The same in `dtype`, rounded. Raises UserError where a value is too large for it."""
+        """The weights rounded to `dtype`. Raises UserError if a value is too large for it."""
         tensors = {}
         for name, value in self.tensors.items():
             tensors[name] = value.to(dtype)
             if not _is_finite(tensors[name]):
                 raise UserError(
-                    f"{self.path}: {name} holds {float(value.abs().max()):.4g}, too large for {dtype_name(dtype)} "
+                    f"{self.path}: {name} contains {float(value.abs().max()):.4g}, too large for {dtype_name(dtype)} "
                     f"(at most {torch.finfo(dtype).max:.4g}): choose another dtype"
                 )
         return replace(self, tensors=tensors)
 
     @property
     def dtype(self) -> torch.dtype:
-        """The widest of the tensors'."""
+        """The widest dtype of the tensors."""
         return max((value.dtype for value in self.tensors.values()), key=lambda dtype: torch.finfo(dtype).bits)
 
     @property
     def digest(self) -> str:
-        """64 hex digits, of names, shapes and values in float32: the same in every form and dtype that holds them."""
+        """A digest of names, shapes and float32 values, 64 hex digits: the same in every lossless format and dtype."""
         total = hashlib.sha256()
         for name in sorted(self.tensors):
             value = self.tensors[name].to(torch.float32).contiguous()
@@ -102,22 +103,25 @@ def validate_tensors(
     config: dict[str, Any] | None = None,
     vocabulary: Vocabulary | None = None,
 ) -> Weights:
-    """The tensors as those of a model, each name, shape, dtype and value looked at. Raises UserError."""
+    """Checks the names, shapes, dtypes and values of all tensors against the model that they describe.
+
+    config, vocabulary: as stored with the tensors, if they were; they must match. Raises UserError.
+    """
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
             raise UserError(f"{path} holds more than weights: {name} is a {type(value).__name__}, not a tensor")
         if value.dtype not in DTYPES:
             known = ", ".join(map(dtype_name, DTYPES))
-            raise UserError(f"{path}: {name} is of {dtype_name(value.dtype)}; read are {known}")
+            raise UserError(f"{path}: {name} has dtype {dtype_name(value.dtype)}; supported: {known}")
         if value.layout != torch.strided or value.device.type != "cpu":
-            raise UserError(f"{path}: {name} is no plain tensor")
-        # One number repeated by strides of 0 would make a small file a large model.
+            raise UserError(f"{path}: {name} is not a plain dense CPU tensor")
+        # Strides of 0, which repeat one number, would let a small file describe a huge model.
         if value.untyped_storage().nbytes() < value.nbytes:
-            raise UserError(f"{path}: {name} of {_shape(value)} has not that many values in the file")
+            raise UserError(f"{path}: {name} of {_shape(value)} has fewer values than that in the file")
     size = _infer_size(tensors, version, path)
     for key, there in size.items():
         if config and config.get(key) != there:
-            raise CorruptFileError(f"{path} says that its {key} is {config.get(key)}, and its tensors have {there}")
+            raise CorruptFileError(f"{path} has {key}={config.get(key)} in its config, and {there} in its tensors")
     config_class = MODELS[version][1]
     made = config_class(**(config or size))
     if vocabulary and vocabulary.size != made.vocab_size:
@@ -132,7 +136,7 @@ def validate_tensors(
     misshapen = []
     for name in expected.keys() & tensors.keys():
         value, shape = tensors[name].detach(), expected[name].shape
-        # Some official files hold (C,) where others hold (1, 1, C).
+        # Some official files have (C,), others (1, 1, C).
         if [n for n in value.shape if n != 1] != [n for n in shape if n != 1]:
             misshapen.append(f"{name} is {_shape(value)} and should be {_shape(expected[name])}")
             continue
@@ -144,16 +148,16 @@ def validate_tensors(
         raise UserError(f"{path} does not hold a whole {described}: {'; '.join(wrong)}")
     for name, value in fitted.items():
         if not _is_finite(value):
-            raise UserError(f"{path}: {name} holds NaN or infinite values: its training had failed, or it is damaged")
+            raise UserError(f"{path}: {name} holds NaN or infinite values: its training failed, or it is corrupt")
     return Weights(path, form, version, made, {name: fitted[name] for name in expected}, vocabulary)
 
 
 def detect_version(weights: dict[str, Any], path: Path) -> str:
-    """The model version by the names of the parameters. Raises UserError for one that is not known here."""
+    """Detects the model version from the names of the parameters. Raises UserError if it is not supported."""
     for version, pattern in VERSION_PATTERNS:
         if any(re.search(pattern, str(key)) for key in weights):
             if version not in MODELS:
-                raise UserError(f"{path} holds a {version} model; known here: {', '.join(MODELS)}")
+                raise UserError(f"{path} holds a {version} model; supported: {', '.join(MODELS)}")
             return version
     names = ", ".join(sorted(map(str, weights))[:3]) or "nothing"
     raise UserError(f"{path} holds no RWKV weights: it has {names}, and no blocks.0.att.time_first")
@@ -171,18 +175,19 @@ def _infer_size(weights: dict[str, Tensor], version: str, path: Path) -> dict[st
 
 
 def meta_model(version: str, config: Any) -> nn.Module:
-    """The model with names and shapes alone: whatever a file asks for costs no memory, and no initialisation."""
+    """Builds the model on the meta device, with names and shapes only: no size takes memory or initialisation time."""
     with torch.device("meta"):
         return MODELS[version][0](config)
 
 
 def _is_finite(value: Tensor) -> bool:
-    # Both are NaN where one value is. isfinite makes something as large as the tensor, and takes several times as long.
+    # aminmax returns NaN twice if any value is NaN. isfinite of the tensor would allocate a mask and take several times
+    # as long.
     return not value.numel() or all(torch.isfinite(bound).item() for bound in torch.aminmax(value))
 
 
 def abbreviate(names: Iterable[str]) -> str:
-    """The first three, and how many more there are."""
+    """The first three names, and the number of the others."""
     names = list(names)
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 

@@ -1,4 +1,4 @@
-"""Weights to disk: a checkpoint, an official `.pth`, a Hugging Face folder."""
+"""Writes weights as a checkpoint, an official `.pth` or a Hugging Face folder."""
 
 import json
 from dataclasses import asdict, replace
@@ -17,14 +17,15 @@ from rwkv_pl.weights.tensors import Weights
 
 
 def write_weights(weights: Weights, target: Path) -> Weights:
-    """Writes them in the form that the name asks for: `.pth`, `.ckpt`, else a Hugging Face folder.
+    """Writes weights in the format of the target's name: `.pth`, `.ckpt`, else a Hugging Face folder.
 
-    What was written is read again, and compared bit for bit, before it bears its name. Returns what was read. A `.pth`
-    is weights alone, it keeps no vocabulary. The folder of `target` is there, `target` not, or an empty folder.
+    Before the file or folder gets its final name, it is read back and compared bit for bit. Returns the weights that
+    were read. A `.pth` has no vocabulary. The parent folder of `target` must exist, `target` must not, unless it is an
+    empty folder.
 
-    Raises OSError where the disk refuses; nothing is left then.
+    Raises OSError if the write fails, and then leaves nothing behind.
     """
-    # Each in memory of its own: a part of something larger would be written as the whole of it.
+    # Every tensor gets its own storage: torch.save writes the whole storage of a view.
     weights = replace(weights, tensors={name: _pack(value) for name, value in weights.tensors.items()})
     if target.suffix.lower() in (".pth", ".ckpt"):
         with atomic_write(target) as file:
@@ -39,7 +40,7 @@ def write_weights(weights: Weights, target: Path) -> Weights:
                 _write_json(weights.vocabulary.to_dict(), folder / huggingface.VOCABULARY)
                 if tokenizer := weights.vocabulary.to_tokenizer():
                     _write_json(tokenizer, folder / huggingface.TOKENIZER)
-                    # Without it transformers takes a class for this model whose own settings override the json's.
+                    # Without it, transformers selects a class for this model whose settings override tokenizer.json.
                     _write_json({"tokenizer_class": "PreTrainedTokenizerFast"}, folder / "tokenizer_config.json")
             huggingface.write_tensors(layout.from_official(weights.tensors), folder / huggingface.TENSORS)
             written = _verify(folder, weights)
@@ -47,7 +48,7 @@ def write_weights(weights: Weights, target: Path) -> Weights:
 
 
 def _checkpoint(weights: Weights) -> dict[str, Any]:
-    """A checkpoint without a run: it can be loaded, not resumed."""
+    """The content of a checkpoint without a run, which can be loaded but not resumed."""
     vocabulary = weights.vocabulary.to_dict() if weights.vocabulary else None
     return {
         KEY: Metadata(weights.version, asdict(weights.config), vocabulary, finished=None).to_dict(),
@@ -60,7 +61,7 @@ def _verify(path: Path, weights: Weights) -> Weights:
     for name, value in weights.tensors.items():
         there = written.tensors[name]
         if there.dtype != value.dtype or not torch.equal(_view_bits(there), _view_bits(value)):
-            raise RunError(f"{name} was not written to {path} as it was: its disk may be failing")
+            raise RunError(f"{name} in {path} differs from the value that was written: the disk may be failing")
     return written
 
 
@@ -75,5 +76,5 @@ def _pack(value: Tensor) -> Tensor:
 
 
 def _view_bits(value: Tensor) -> Tensor:
-    """Every bit, that of a zero's sign too."""
+    """Views the values as integers, for a comparison that includes the sign of zeros."""
     return value.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[value.element_size()])

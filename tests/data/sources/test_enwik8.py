@@ -143,10 +143,10 @@ def test_download_is_verified_and_unpacked(
         ("short-zip", "not the archive of enwik8.*not a zip file.*nothing was kept"),
         ("page", r"not the archive of enwik8 \(26 bytes\).*nothing was kept"),
         ("other", f"has SHA-1 {hashlib.sha1(CONTENT[::-1]).hexdigest()}, expected {SHA1}"),
-        ("longer", "holds more than 100,000 bytes, expected 100,000"),
-        ("shorter", "holds 99,999 bytes, expected 100,000"),
+        ("longer", "has more than 100,000 bytes, expected 100,000"),
+        ("shorter", "has 99,999 bytes, expected 100,000"),
         ("stranger", "not the archive of enwik8.*no item named 'enwik8'"),
-        ("absent", "cannot download .*404.*place enwik8.zip from http://mattmahoney.*data=stdlib"),
+        ("absent", "cannot download .*404.*put enwik8.zip from http://mattmahoney.*data=stdlib"),
     ],
 )
 def test_bad_download_gives_one_line_error_and_leaves_no_files(
@@ -169,14 +169,14 @@ def test_bad_download_gives_one_line_error_and_leaves_no_files(
     ],
 )
 def test_no_network_error_explains_manual_download(tmp_path: Path, url: str, says: str) -> None:
-    with pytest.raises(UserError, match=f"{says}.*place enwik8.zip .* in {tmp_path} by hand, or use data=stdlib"):
+    with pytest.raises(UserError, match=f"{says}.*put enwik8.zip .* in {tmp_path} by hand, or use data=stdlib"):
         open_small(tmp_path, url=url)
     assert list_names(tmp_path) == set()
 
 
 def test_partial_download_is_resumed(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(enwik8_source, "TIMEOUT_SECONDS", 0.3)
-    with pytest.raises(UserError, match=r"broke off after [\d,]+ of [\d,]+ bytes: start again, and it goes on.*stdlib"):
+    with pytest.raises(UserError, match=r"interrupted after [\d,]+ of [\d,]+ bytes: start again to resume it.*stdlib"):
         open_small(tmp_path, url=server.url("truncated"))
     third = len(zipped(CONTENT)) // 3
     assert (tmp_path / "enwik8.zip.partial").stat().st_size == third
@@ -203,7 +203,7 @@ def test_partial_download_of_another_file_is_discarded(tmp_path: Path, server: S
 
 def test_silent_server_times_out(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(enwik8_source, "TIMEOUT_SECONDS", 0.3)
-    with pytest.raises(UserError, match="broke off: timed out"):
+    with pytest.raises(UserError, match="interrupted: timed out"):
         open_small(tmp_path, url=server.url("slow"))
     # The partial file is kept, although this server would send the whole file again.
     assert list_names(tmp_path) == {"enwik8.zip.partial"}
@@ -270,7 +270,7 @@ def test_wrong_file_is_reported_and_kept(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"{path} has SHA-1 .* enwik8 has {SHA1}: delete it"):
         open_small(tmp_path)
     assert path.read_bytes() == CONTENT[::-1]
-    with pytest.raises(UserError, match="is a file: for a text of yours add data=text"):
+    with pytest.raises(UserError, match=r"is a file, .*: for your own text, add data=text"):
         open_small(path)
 
 

@@ -27,7 +27,7 @@ def test_unusable_text_gives_one_line_error(tmp_path: Path) -> None:
         Text(path).open()
     path.write_bytes(b"words")
     for split in [(0.9, 0.2, 0.1), (1.1, -0.1, 0.0), (0.5, 0.5), (float("nan"), 0.5, 0.5)]:
-        with pytest.raises(UserError, match=r"data.split=.* is not three fractions"):
+        with pytest.raises(UserError, match=r"data.split=.* must be three fractions"):
             Text(path, split).open()  # type: ignore[arg-type]
 
 
@@ -122,7 +122,7 @@ def test_validation_on_a_separate_text(tmp_path: Path) -> None:
     assert corpus.splits == Splits((0, 14), (14, 20), (20, 20))
     # Two plain files.
     assert Text(books / "a", val_path=books / "b").open().path.read_bytes() == b"book a\nbook b"
-    with pytest.raises(UserError, match=r"data.val_path=.* has all files of data.path=.*: none is left to train on"):
+    with pytest.raises(UserError, match=r"data.val_path=.* includes all files of data.path=.*: none is left"):
         Text(books / "a", val_path=books).open()
     with pytest.raises(UserError, match=r"data.val_path=.*: no such file"):
         Text(books, val_path=tmp_path / "absent").open()

@@ -1,4 +1,4 @@
-"""Corpus types, a file each: the class says how a corpus is opened. `config.CORPORA` is the table of them."""
+"""Corpus types, one per file: each class opens one type of corpus. `config.CORPORA` is the table of them."""
 
 from dataclasses import fields
 from importlib import import_module
@@ -12,21 +12,21 @@ from rwkv_pl.data.vocabulary import Vocabulary
 
 
 class Source:
-    """Where a corpus comes from. A corpus type is a subclass, a dataclass whose fields are settings of `data`."""
+    """The base class of corpus types. A subclass is a dataclass whose fields are settings of `data`."""
 
     has_test_split = True
 
     def open(self) -> Corpus:
-        """The corpus, downloaded or derived at the first use. Raises UserError if it is missing or wrong."""
+        """Opens the corpus; the first use downloads or derives it. Raises UserError if it is missing or wrong."""
         raise NotImplementedError
 
     def open_tokens(self, corpus: Corpus, vocabulary: Vocabulary) -> TokenFile:
-        """The tokens of `corpus`, which `open` returned. Raises UserError if `vocabulary` cannot encode it."""
+        """Opens the tokens of `corpus`, a result of `open`. Raises UserError if `vocabulary` cannot encode it."""
         return open_tokens(corpus, vocabulary)
 
 
 def build_source(data: Any, cwd: Path) -> Source:
-    """The source of type `data.name` with its settings of `data`, a `config.Data`. Paths are relative to `cwd`."""
+    """Builds the source of type `data.name` from the settings `data`, a `config.Data`. Paths are relative to `cwd`."""
     module, _, name = CORPORA[data.name].source.partition(":")
     source_class = getattr(import_module(module), name)
     settings = {field.name: getattr(data, field.name, None) for field in fields(source_class)}

@@ -1,14 +1,14 @@
-"""Megatron's binidx: a file of token ids and its index, the form in which existing RWKV trainers keep their corpora.
+"""Megatron's binidx format: a file of token ids and its index, the corpus format of the existing RWKV trainers.
 
-PREFIX.bin: the ids of all sequences, one after the other. PREFIX.idx, little endian:
+PREFIX.bin has the ids of all sequences, one after the other. PREFIX.idx, little endian:
 
     9 bytes  MMIDIDX and two zeros    uint64  version, 1    uint8   code of the ids' dtype
     uint64   S, sequences             uint64  D, entries of the list of documents
-    (S,) int32 lengths in ids         (S,) int64 places in PREFIX.bin, in bytes
+    (S,) int32 lengths in ids         (S,) int64 offsets in PREFIX.bin, in bytes
     (D,) int64 first sequence of each document; most writers add S at the end
 
-The ids are read where they lie, mapped and not copied. Whether a document ends in a token that says so (0 in those of
-the RWKV tools) is as its writer had it: nothing is added.
+The ids are memory-mapped in place, not copied. Some writers end each document with a token (the RWKV tools with 0),
+others do not. The reader adds none.
 """
 
 import bisect
@@ -38,19 +38,19 @@ BLOCK = 1 << 22
 
 
 class Index(NamedTuple):
-    """What PREFIX.idx says, found to be true of PREFIX.bin."""
+    """The content of PREFIX.idx, validated against PREFIX.bin."""
 
     path: Path
     """PREFIX.bin."""
     dtype: np.dtype[np.integer]
     n_tokens: int
     sequence_starts: npt.NDArray[np.int64]
-    """(S,) in bytes, mapped."""
+    """(S,) in bytes, memory-mapped."""
     documents: npt.NDArray[np.int64]
-    """(D,) first sequence of each, mapped; S: none."""
+    """(D,) first sequence of each document, memory-mapped; an entry S marks the end, not a document."""
 
     def document_start(self, at: int) -> int:
-        """Where the document begins that token ``at`` is of."""
+        """The first token of the document that contains token ``at``."""
 
         def start(sequence: int) -> int:
             there = sequence < len(self.sequence_starts)
@@ -62,13 +62,14 @@ class Index(NamedTuple):
 
 @dataclass(frozen=True)
 class Binidx(Source):
-    """PREFIX.bin and PREFIX.idx, split by fractions of the tokens; ``path`` is the prefix or either name.
+    """PREFIX.bin and PREFIX.idx, split by fractions of the tokens. ``path`` is the prefix or one of the two names.
 
-    An edge moves back to the start of the document it cuts; with too few documents for three splits, it stays. The
-    corpus is PREFIX.bin, its ``splits`` are in tokens. The bytes of a split are those that its tokens spell.
+    A split boundary moves back to the start of the document that it would cut, unless there are too few documents for
+    three splits. The corpus is PREFIX.bin; its ``splits`` are in tokens. The byte counts of a split are those of its
+    decoded tokens.
 
-    ``open`` raises UserError if a file is missing or is not in the format, ``open_tokens`` if an id is not in the
-    vocabulary; every id is checked, once for a file that does not change.
+    ``open`` raises UserError if a file is missing or not in the format, ``open_tokens`` if an id is not in the
+    vocabulary. Every id is checked, once per version of the file.
     """
 
     path: str | Path
@@ -116,26 +117,26 @@ def _read_index(prefix: str, given: Path) -> Index:
         if not file.is_file():
             raise UserError(
                 f"data.path={given}: there is no {file}; a binidx corpus is PREFIX.bin and PREFIX.idx, "
-                "if they were moved, give data.path= where they are now"
+                "if they were moved, set data.path= to their new path"
             )
     n_index, n_data = path.stat().st_size, data.stat().st_size
     with path.open("rb") as opened:
         header = opened.read(HEADER.size)
     if not header.startswith(MAGIC) or len(header) < HEADER.size:
         raise UserError(
-            f"{path} is no binidx index: it does not begin with MMIDIDX and a header of {HEADER.size} bytes"
+            f"{path} is not a binidx index: it does not start with MMIDIDX and a header of {HEADER.size} bytes"
         )
     _, version, code, n_sequences, n_documents = HEADER.unpack(header)
     if version != 1:
-        raise UserError(f"{path} is of version {version} of the binidx format, known is 1")
+        raise UserError(f"{path} has version {version} of the binidx format; only version 1 is supported")
     if code not in DTYPES:
-        what = "floating-point numbers" if code in FLOAT_CODES else f"values of an unknown kind (code {code})"
-        raise UserError(f"{path} says that {data.name} holds {what}: token ids are whole numbers")
+        what = "floating-point numbers" if code in FLOAT_CODES else f"an unknown dtype (code {code})"
+        raise UserError(f"{path} declares {what} in {data.name}: token ids must be integers")
     expected = HEADER.size + 12 * n_sequences + 8 * n_documents
     if n_index != expected:
         raise UserError(
             f"{path} has {n_index:,} bytes, an index of {n_sequences:,} sequences and {n_documents:,} documents has "
-            f"{expected:,}: it is cut short, or not what its header says; copy or make it again"
+            f"{expected:,}: it is truncated, or its header is wrong; copy or create it again"
         )
     dtype = np.dtype(DTYPES[code])
     if n_sequences == 0 or n_data == 0:
@@ -155,20 +156,20 @@ def _read_index(prefix: str, given: Path) -> Index:
         if wrong.size:
             raise UserError(
                 f"{path}: sequence {lo + int(wrong[0]):,} does not follow the one before it in {data.name}; "
-                "only ids without gaps are read: make the corpus again"
+                "only ids without gaps are supported: create the corpus again"
             )
         end = int(ends[-1])
     if end != n_data:
-        raise UserError(f"{data} has {n_data:,} bytes, its index {path.name} makes them {end:,}: copy or make it again")
+        raise UserError(f"{data} has {n_data:,} bytes, its index {path.name} needs {end:,}: copy or create it again")
     for lo in range(0, n_documents, BLOCK):
         some = documents[max(lo - 1, 0) : lo + BLOCK]
         if some[0] < 0 or some[-1] > n_sequences or np.any(np.diff(some) < 0):
-            raise UserError(f"{path}: its documents do not follow each other in its {n_sequences:,} sequences")
+            raise UserError(f"{path}: its documents are not in order within its {n_sequences:,} sequences")
     return Index(data, dtype, n_data // dtype.itemsize, starts, documents)
 
 
 def _count_bytes(index: Index, vocabulary: Vocabulary, lo: int, hi: int) -> int:
-    """The bytes that the tokens [lo, hi) spell."""
+    """The number of bytes that the tokens [lo, hi) decode to."""
     tokens, n_bytes = np.memmap(index.path, index.dtype, mode="r"), 0
     blocks = [(at, min(at + BLOCK, hi)) for at in range(lo, hi, BLOCK)]
     for begin, end in progress_bar(blocks, f"counting the bytes of {index.path.name}"):
@@ -178,7 +179,7 @@ def _count_bytes(index: Index, vocabulary: Vocabulary, lo: int, hi: int) -> int:
             at = int(unknown[0])
             raise UserError(
                 f"{index.path}: token {begin + at:,} is {block[at]}, vocabulary {vocabulary.kind} has "
-                f"{vocabulary.size:,}: data.vocab must be what it was written with"
+                f"{vocabulary.size:,}: set data.vocab to the vocabulary that it was written with"
             )
         n_bytes += int(np.bincount(block.astype(np.int64), minlength=vocabulary.size) @ vocabulary.bytes_per_token)
     return n_bytes

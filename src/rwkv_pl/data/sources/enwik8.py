@@ -1,4 +1,4 @@
-"""enwik8: the first 10^8 bytes of an English Wikipedia dump, downloaded once and checked."""
+"""enwik8, the first 10^8 bytes of an English Wikipedia dump: downloaded once, checked at every start."""
 
 import hashlib
 import http.client
@@ -32,13 +32,12 @@ TIMEOUT_SECONDS = 30
 
 @dataclass(frozen=True)
 class Enwik8(Source):
-    """The first 10^8 bytes of an English Wikipedia dump, split 90/5/5 to the byte, as everybody reports it.
+    """The first 10^8 bytes of an English Wikipedia dump, split 90/5/5 to the byte, the split of published results.
 
-    ``path/enwik8`` is used if it exists, else ``path/enwik8.zip`` is unpacked, else that is downloaded from ``url``.
-    Size and SHA-1 are checked every time. The final name appears only on a complete file, and of many processes at
-    once one does the work.
+    Uses ``path/enwik8`` if it exists, else unpacks ``path/enwik8.zip``, else downloads that from ``url``. Size and
+    SHA-1 are checked every time. The write is atomic, and a lock lets one of several processes do it.
 
-    ``open`` raises UserError if the file cannot be had or is not enwik8.
+    ``open`` raises UserError if the file is not available or is not enwik8.
     """
 
     path: str | Path = "data/enwik8"
@@ -50,7 +49,7 @@ class Enwik8(Source):
         folder = Path(self.path)
         if folder.is_file():
             raise UserError(
-                f"data.path={folder} is a file: for a text of yours add data=text; data=enwik8 takes a folder"
+                f"data.path={folder} is a file, and data=enwik8 needs a folder: for your own text, add data=text"
             )
         path = folder / "enwik8"
         if path.is_file():
@@ -73,7 +72,7 @@ def _check_enwik8(path: Path, n_bytes: int, sha1: str) -> None:
     found = path.stat().st_size
     if found != n_bytes:
         raise UserError(
-            f"{path} has {found:,} bytes, enwik8 has {n_bytes:,}: delete it, and it is fetched again at the next start"
+            f"{path} has {found:,} bytes, enwik8 has {n_bytes:,}: delete it, and the next start downloads it again"
         )
     digest = hashlib.sha1()
     with path.open("rb") as file:
@@ -82,7 +81,7 @@ def _check_enwik8(path: Path, n_bytes: int, sha1: str) -> None:
     if digest.hexdigest() != sha1:
         raise UserError(
             f"{path} has SHA-1 {digest.hexdigest()}, enwik8 has {sha1}: "
-            "delete it, and it is fetched again at the next start"
+            "delete it, and the next start downloads it again"
         )
 
 
@@ -91,7 +90,7 @@ def _fetch_enwik8(path: Path, url: str, n_bytes: int, sha1: str) -> None:
     if by_hand.is_file():
         _unpack(by_hand, path, n_bytes, sha1, f"{by_hand} is not the archive of enwik8", "delete or replace it")
         return
-    # A download that broke off, or was killed, leaves it under this name and goes on from there at the next start.
+    # An interrupted or killed download leaves this file, and the next start resumes it.
     archive = path.with_name("enwik8.zip.partial")
     _download(url, archive)
     try:
@@ -102,7 +101,7 @@ def _fetch_enwik8(path: Path, url: str, n_bytes: int, sha1: str) -> None:
 
 def _download(url: str, target: Path) -> None:
     instead = (
-        f"place enwik8.zip from {ENWIK8_URL} in {target.parent.absolute()} by hand, "
+        f"put enwik8.zip from {ENWIK8_URL} in {target.parent.absolute()} by hand, "
         "or use data=stdlib, which needs no network"
     )
     there = target.stat().st_size if target.is_file() else 0
@@ -111,12 +110,12 @@ def _download(url: str, target: Path) -> None:
         response = urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS)
     except urllib.error.HTTPError as error:
         if error.code == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE and there:
-            return  # nothing is missing; whether it is right is seen when it is unpacked
+            return  # the download is complete; _unpack checks its content
         raise UserError(f"cannot download {url}: {_describe(error)}; {instead}") from error
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise UserError(f"cannot download {url}: {_describe(error)}; {instead}") from error
     if response.status != HTTPStatus.PARTIAL_CONTENT:
-        there = 0  # a server that sends the whole again
+        there = 0  # the server ignores Range and sends the whole file
     with (
         response,
         target.open("ab" if there else "wb") as file,
@@ -131,7 +130,7 @@ def _download(url: str, target: Path) -> None:
                 block = response.read(1 << 16)
             except (OSError, http.client.HTTPException) as error:
                 raise UserError(
-                    f"the download of {url} broke off: {_describe(error)}; start again, and it goes on; or {instead}"
+                    f"the download of {url} was interrupted: {_describe(error)}; start again to resume it, or {instead}"
                 ) from error
             if not block:
                 break
@@ -140,18 +139,21 @@ def _download(url: str, target: Path) -> None:
             progress.update(task, completed=received)
         if expected is not None and received != expected:
             raise UserError(
-                f"the download of {url} broke off after {received:,} of {expected:,} bytes: "
-                f"start again, and it goes on; or {instead}"
+                f"the download of {url} was interrupted after {received:,} of {expected:,} bytes: "
+                f"start again to resume it, or {instead}"
             )
 
 
 def _unpack(archive: Path, path: Path, n_bytes: int, sha1: str, wrong: str, cure: str) -> None:
-    """Writes the member ``enwik8`` of ``archive`` to ``path`` where it is what it should be; else one line."""
+    """Extracts the member ``enwik8`` of ``archive`` to ``path``.
+
+    Raises UserError if its size or SHA-1 is wrong: ``wrong`` is the start of the message, ``cure`` its end.
+    """
     digest, found = hashlib.sha1(), 0
     with atomic_write(path) as target:
         try:
             with zipfile.ZipFile(archive) as opened, opened.open("enwik8") as source:
-                # One byte more is enough to know that it is too long.
+                # One byte past n_bytes is enough to detect a file that is too long.
                 while block := source.read(min(BLOCK, n_bytes + 1 - found)):
                     target.write(block)
                     digest.update(block)
@@ -160,13 +162,13 @@ def _unpack(archive: Path, path: Path, n_bytes: int, sha1: str, wrong: str, cure
             raise UserError(f"{wrong} ({archive.stat().st_size:,} bytes): {_describe(error)}; {cure}") from error
         if found != n_bytes:
             size = f"more than {n_bytes:,}" if found > n_bytes else f"{found:,}"
-            raise UserError(f"{wrong}: it holds {size} bytes, expected {n_bytes:,}; {cure}")
+            raise UserError(f"{wrong}: it has {size} bytes, expected {n_bytes:,}; {cure}")
         if digest.hexdigest() != sha1:
             raise UserError(f"{wrong}: its content has SHA-1 {digest.hexdigest()}, expected {sha1}; {cure}")
 
 
 def _describe(error: BaseException) -> str:
-    """An exception in one line."""
+    """An exception's message in one line; for a URLError, that of its cause."""
     inner = getattr(error, "reason", None) if isinstance(error, urllib.error.URLError) else None
     words = error if isinstance(error, urllib.error.HTTPError) or inner is None else inner
     return " ".join(str(words).split()) or type(error).__name__

@@ -1,4 +1,4 @@
-"""The source of Python's standard library: a corpus that every machine has."""
+"""The source code of Python's standard library: a corpus that every machine has."""
 
 import hashlib
 import os
@@ -21,13 +21,13 @@ STDLIB_EXCLUDED = frozenset(
 
 @dataclass(frozen=True)
 class Stdlib(Source):
-    """The source of the running Python's standard library, 10 to 11 MB, split 90/5/5: a corpus without a download.
+    """The source code of the running Python's standard library, 10 to 11 MB, split 90/5/5; it needs no download.
 
-    Every ``*.py`` under sysconfig's stdlib path except installed packages (site-packages, dist-packages), the tests and
-    the applications (idlelib, lib2to3, turtledemo), concatenated in the order of their POSIX paths. It differs between
-    versions of Python, so the description names the version. The text is kept in the cache folder.
+    It is every ``*.py`` under sysconfig's stdlib path except installed packages (site-packages, dist-packages), tests
+    and applications (idlelib, lib2to3, turtledemo), concatenated in the order of their POSIX paths. It differs between
+    versions of Python, so the description names the version. The text is stored in the cache folder.
 
-    ``open`` raises UserError if Python has no library source or the cache folder cannot be written.
+    ``open`` raises UserError if this Python has no library source or the cache folder cannot be written.
     """
 
     def open(self) -> Corpus:
@@ -50,7 +50,7 @@ class Stdlib(Source):
 def _stdlib_files(root: Path) -> list[Path]:
     found = []
     for folder, names, files in os.walk(root):
-        # In place: os.walk then does not descend, and a large site-packages costs nothing.
+        # Edited in place, so that os.walk does not enter these folders: a large site-packages costs nothing.
         names[:] = [name for name in names if name not in STDLIB_EXCLUDED]
         found += [Path(folder, file) for file in files if file.endswith(".py")]
     return sorted((path for path in found if path.is_file()), key=lambda path: path.relative_to(root).as_posix())

@@ -1,4 +1,4 @@
-"""Any text: a file, a folder or a glob, compressed or as rows of JSON."""
+"""The user's own text: a file, a folder or a glob; plain, gzip or JSON lines."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,17 +15,17 @@ from rwkv_pl.files import as_user_error, atomic_write, cache_folder, json_digest
 
 @dataclass(frozen=True)
 class Text(Source):
-    """Texts of any kind, split by fractions of their bytes (train, val, test); see ``split_by_fractions``.
+    """Text files, split by fractions of their bytes (train, val, test): see ``split_by_fractions``.
 
-    ``path`` is a file, a folder or a glob: see ``documents.find``. A plain file is the corpus itself. From anything
-    else (several files, ``.gz``, the ``field`` of the rows of a ``.jsonl``) one plain file is written to the cache
-    folder, at the first use and again when a source has changed: see ``documents.join``. It takes the space of the
-    whole text, and bits per byte counts its bytes, document ends among them.
+    ``path`` is a file, a folder or a glob: see ``documents.find_files``. A plain file is the corpus itself. Anything
+    else (several files, ``.gz``, the ``field`` of each row of a ``.jsonl``) is joined into one plain file in the cache
+    folder, at the first use and again when a source changes: see ``documents.join_documents``. That file takes the
+    disk space of the whole text. Bits per byte are per byte of that file, document ends included.
 
-    With ``val_path``, which takes the same, all of ``path`` is train, all of ``val_path`` is val, and there is no test
-    split. A file in both is only used for validation.
+    If ``val_path`` is set (a file, folder or glob too), all of ``path`` is train, all of ``val_path`` is val, and there
+    is no test split. A file in both is used for validation only.
 
-    ``open`` raises UserError if there is no such text, it cannot be read or is empty, or the fractions are not a split.
+    ``open`` raises UserError if the text is missing, unreadable or empty, or if the fractions are invalid.
     """
 
     path: str | Path
@@ -42,7 +42,7 @@ class Text(Source):
         parts = {"data.path": find_files(path, "data.path")}
         if self.val_path is None and is_plain_text(path):
             if path.stat().st_size == 0:
-                raise UserError(f"data.path={path} is empty: name a file with text in it")
+                raise UserError(f"data.path={path} is empty: give a file that contains text")
             try:
                 splits, digest = split_by_fractions(path, self.split), file_digest(path)
             except OSError as error:
@@ -55,7 +55,7 @@ class Text(Source):
             parts["data.path"] = [source for source in parts["data.path"] if source.path.resolve() not in held_back]
             if not parts["data.path"]:
                 raise UserError(
-                    f"data.val_path={self.val_path} has all files of data.path={path}: none is left to train on"
+                    f"data.val_path={self.val_path} includes all files of data.path={path}: none is left to train on"
                 )
             described += f", validated on {self.val_path}"
         joined, ends_path, joining = _join_parts(parts, self.field)
@@ -64,20 +64,24 @@ class Text(Source):
         if self.val_path is None:
             splits = split_by_fractions(joined, self.split, ends_path)
         else:
-            # The document end between the two is train's, and validation's first context.
+            # The document end between the two belongs to train; it is the first context of validation.
             train, end = joining["ends"][0] + 1, joining["ends"][1]
             splits = Splits((0, train), (train, end), (end, end))
-        name = path.name if path.exists() else "text"  # a glob is no name for a file
+        name = path.name if path.exists() else "text"  # a glob cannot be part of a file name
         return Corpus(name, joined, splits, joining["digests"][0], described, ends_path)
 
 
 def _join_parts(parts: dict[str, list[SourceFile]], field: str) -> tuple[Path, Path | None, dict[str, Any]]:
-    """The parts as one file in the cache folder, the file of its document ends if it has any, and ``join``'s result."""
+    """Joins the parts into one file in the cache folder, unless it is there already.
+
+    Returns the file, the file of its document ends (None if it has fewer than two documents), and the JoinResult as a
+    dictionary, with the digests of both files.
+    """
     sources = [[(str(source.path.absolute()), *source[1:]) for source in part] for part in parts.values()]
     path = cache_folder() / "corpora" / f"text-{json_digest([field, sources])[:16]}.txt"
     ends_path, record = path.with_suffix(".ends"), path.with_suffix(".json")
     with as_user_error(path.parent), FileLock(path.with_suffix(".lock")):
-        # Written last: if it exists, so does the text; if the text is not the one it describes, it is made again.
+        # The record is written last, so if it exists, the text does too. A text that does not match it is made again.
         stored = read_record(record)
         there = path.is_file() and ends_path.is_file()
         if stored is None or not there or stored["digests"] != [file_digest(path), file_digest(ends_path)]:

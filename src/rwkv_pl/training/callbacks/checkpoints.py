@@ -1,4 +1,4 @@
-"""best.ckpt and last.ckpt: when they are written."""
+"""The callbacks that write best.ckpt and last.ckpt."""
 
 import functools
 import logging
@@ -17,21 +17,21 @@ log = logging.getLogger(__name__)
 
 
 def validation_is_due(trainer: Trainer) -> bool:
-    """At a micro-batch's end: does Lightning validate next?"""
+    """At the end of a micro-batch: will Lightning validate next?"""
     data_fetcher = trainer.fit_loop._data_fetcher
     return data_fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(data_fetcher)
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Lightning's, whose score to beat is that of the file, wherever the run folder lies now.
+    """Lightning's ModelCheckpoint, with the score to beat read from the file best.ckpt itself.
 
-    What last.ckpt says of it may be older than the file, where a run was killed between the two, or speak of a file
-    that is damaged or gone.
+    The score in last.ckpt can be older than best.ckpt, if the run was killed between writing the two, or best.ckpt may
+    be corrupt or missing. The run folder may have been moved.
     """
 
     @functools.cached_property
     def state_key(self) -> str:
-        # Lightning asks for it at each of its hooks, and would write out the settings each time.
+        # Cached: Lightning reads it in every hook, and formats the settings each time.
         return super().state_key
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -48,22 +48,23 @@ class BestCheckpoint(ModelCheckpoint):
         path = Path(str(self.dirpath), f"{self.filename}{self.FILE_EXTENSION}")
         score = None
         if os.path.lexists(path) and not path.is_file():
-            raise UserError(f"{path} is no file, or a link to none: move it away")
+            raise UserError(f"{path} is not a file, or is a broken link: move it away")
         if path.is_file():
             try:
                 score = read_checkpoint(path)["callbacks"][self.state_key]["best_model_score"]
             except (UserError, LookupError, TypeError):
-                log.warning(f"{path} is damaged, or of another monitor: the next validation writes it anew")
+                log.warning(f"{path} is corrupt, or has another monitor: the next validation writes it again")
         self.best_model_score = score if isinstance(score, Tensor) and score.numel() == 1 else None
         self.best_k_models = {} if self.best_model_score is None else {str(path): self.best_model_score}
         self.best_model_path = self.kth_best_model_path = next(iter(self.best_k_models), "")
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """Writes last.ckpt every N optimizer steps and at the end of training, however it ends in order.
+    """Writes last.ckpt every N optimizer steps and at every orderly end of training.
 
-    Where a validation is due on the same step it is written after it, so that it knows the score: a run killed during
-    the validation goes on from before it, and validates again. Must come after the checkpoint that keeps the best.
+    If a validation is due at the same step, last.ckpt is written after it, to include the score. If the run is killed
+    during the validation, it continues from the checkpoint before and validates again. In the list of callbacks, this
+    one must come after the one that writes best.ckpt.
     """
 
     def __init__(self, dirpath: str, every_n_train_steps: int = 1000) -> None:
@@ -81,11 +82,11 @@ class LastCheckpoint(ModelCheckpoint):
 
     @property
     def state_key(self) -> str:
-        # Lightning's names the interval, so a run resumed with another one would not find its state.
+        # Lightning's key contains the interval, so a run resumed with another interval would not find its state.
         return type(self).__qualname__
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        pass  # it has none, and Lightning's warns where the folder was moved
+        pass  # there is no state, and Lightning's method warns if the folder was moved
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -101,7 +102,7 @@ class LastCheckpoint(ModelCheckpoint):
         pass
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # At the end too: weight averaging puts its average in place of the trained weights when training has ended.
+        # At the end too, before weight averaging replaces the trained weights with their average (in on_train_end).
         if self._after_validation or trainer.should_stop:
             self._after_validation = False
             self.save_now(trainer)
@@ -110,7 +111,7 @@ class LastCheckpoint(ModelCheckpoint):
         pass
 
     def save_now(self, trainer: Trainer) -> None:
-        """Writes last.ckpt, unless this step's is there already and knows as well whether the run has ended."""
+        """Writes last.ckpt, unless it was already written for this step with the same should_stop."""
         if self._saved != (trainer.global_step, trainer.should_stop):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
             self._saved = trainer.global_step, trainer.should_stop

@@ -1,4 +1,4 @@
-"""The record of a run: metrics.csv, loss.png, and the same figures to the loggers."""
+"""Records the metrics of a run: in metrics.csv, in loss.png and in the loggers."""
 
 import contextlib
 import csv
@@ -24,21 +24,30 @@ SHARE_OF_DRAWING = 0.003
 
 
 class MetricsRecorder(Callback):
-    """Writes a row for step 1, every `trainer.log_every_n_steps` optimizer steps, and for each validation.
+    """Writes a row for step 1, for every `trainer.log_every_n_steps`-th optimizer step, and for each validation.
 
-    A row is of one whole step, all its micro-batches and processes: train/loss and train/l2wrap in nats a token,
-    train/grad_norm before clipping, lr the one used, tokens since the run began, tokens_per_second since the last row
-    without validations and checkpoints, model_flops_per_second, the matrix products' floating-point operations at that
-    speed, mfu, their share of `peak`; seconds of training and validation since the run began. Rows past the step that
-    a run is resumed from are dropped.
+    A row covers one whole step, with all its micro-batches and processes:
 
-    folder:    the run folder.
+    train/loss, train/l2wrap: in nats per token.
+    train/grad_norm:          before clipping.
+    lr:                       the learning rate of the step.
+    tokens, seconds:          since the start of the run; the seconds include training and validation.
+    tokens_per_second:        since the last row, without validations and checkpoints.
+    model_flops_per_second:   the floating-point operations of the matrix products at that speed.
+    mfu:                      model_flops_per_second as a share of `peak`.
+
+    When a run is resumed, the rows after its step are dropped.
+
+    Arguments:
+
+    folder:          the run folder.
     tokens_per_step: batch_size * ctx_len.
-    baselines: bits per byte of other ways to predict the validation text, drawn as lines; {"gzip -9": 2.0}.
-    flops_per_token: of training, forward and backward; None leaves model_flops_per_second out.
-    peak:      floating-point operations a second that all devices of the run can do; None leaves mfu out.
+    baselines:       bits per byte of other compressors on the validation text, drawn as lines, as in {"gzip -9": 2.0}.
+    flops_per_token: of training, forward and backward; None omits model_flops_per_second.
+    peak:            the floating-point operations per second of all devices of the run together; None omits mfu.
 
-    step, validated: those of the checkpoint that the run goes on from, and of the last validation that it knows.
+    Attributes: step is that of the checkpoint from which the run was resumed, validated that of the last validation
+    recorded in it.
     """
 
     def __init__(
@@ -61,7 +70,7 @@ class MetricsRecorder(Callback):
 
     @property
     def state_key(self) -> str:
-        return "History"  # checkpoints keep the name that this class had first
+        return "History"  # the first name of this class, which checkpoints contain
 
     def state_dict(self) -> dict[str, Any]:
         return {"seconds": self._seconds(), "validated": self.validated}
@@ -72,13 +81,13 @@ class MetricsRecorder(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         self.step = checkpoint["global_step"]
-        # Of before this callback kept the step of the validation: the other one said whether it was still to be made.
+        # For early checkpoints, in which StopOnSignal saved whether a validation was pending, not this callback.
         pending = checkpoint["callbacks"].get("StopOnSignal", {}).get("validation_due")
         self.validated = 0 if pending else self.step
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         self._pause(pl_module)
-        # A checkpoint's step must not be on the disk without its rows.
+        # The rows up to a checkpoint's step must be on disk before the checkpoint.
         if file := self.__dict__.get("_file"):
             os.fsync(file.fileno())
             for logger in trainer.loggers:
@@ -93,11 +102,11 @@ class MetricsRecorder(Callback):
         if trainer.is_global_zero:
             self.rows = read_rows(self.folder / "metrics.csv", up_to=trainer.global_step)
             here = [row for row in self.rows if row["step"] == trainer.global_step]
-            if self.validated != trainer.global_step:  # a row of a validation that no checkpoint knows
+            if self.validated != trainer.global_step:  # a validation that no checkpoint has recorded will run again
                 here = [row for row in here if "val/loss" not in row]
             self.rows = [row for row in self.rows if row["step"] != trainer.global_step] + here
             for row in here:
-                self._log(trainer, row, TensorBoardLogger)  # which has dropped all rows of the step
+                self._log(trainer, row, TensorBoardLogger)  # it has purged all rows of this step
             self._file = _rewrite_csv(self.folder / "metrics.csv", self.rows)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Tensor, batch_idx: int) -> None:
@@ -106,10 +115,10 @@ class MetricsRecorder(Callback):
             self._paused_at = None
 
     def _pause(self, pl_module: Any) -> None:
-        """Until the next micro-batch begins the time is not the training's."""
+        """Excludes the time until the next micro-batch from the training speed."""
         if self._paused_at is None:
             if pl_module.device.type == "cuda":
-                torch.cuda.synchronize(pl_module.device)  # what it still computes is
+                torch.cuda.synchronize(pl_module.device)  # pending GPU work is part of the training
             self._paused_at = time.perf_counter()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Tensor, batch_idx: int) -> None:
@@ -118,7 +127,7 @@ class MetricsRecorder(Callback):
         if step % trainer.log_every_n_steps and step != 1:  # type: ignore[attr-defined]
             return
         if ended:
-            pl_module.check_finite()  # a batch that stops the run has no row
+            pl_module.check_finite()  # raises first, so a batch that stops the run gets no row
         n_bytes = count_bytes(batch[:, 1:], pl_module.bytes_per_token)
         self._sums.append(torch.stack([outputs["nats"], outputs["l2wrap"], n_bytes]))
         if not ended:
@@ -167,7 +176,7 @@ class MetricsRecorder(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         if file := self.__dict__.pop("_file", None):
-            with contextlib.suppress(OSError):  # of a full disk, again
+            with contextlib.suppress(OSError):  # a full disk was reported already
                 file.close()
 
     def _flops_figures(self, tokens_per_second: float) -> dict[str, float]:
@@ -176,7 +185,7 @@ class MetricsRecorder(Callback):
         speed = tokens_per_second * self.flops_per_token
         if self.peak is None:
             return {"model_flops_per_second": speed}
-        # Other work may have slowed the products that it was measured by; a speed that is reached is a lower bound.
+        # Other jobs may have slowed the measurement of the peak; a speed that was reached is a lower bound of it.
         self.peak = max(self.peak, speed)
         return {"model_flops_per_second": speed, "mfu": speed / self.peak}
 
@@ -210,7 +219,7 @@ class MetricsRecorder(Callback):
 
 
 def _rewrite_csv(path: Path, rows: list[dict[str, float]]) -> Any:
-    """Writes the rows that are kept, and leaves the file open to append."""
+    """Writes the remaining rows, and returns the file, open for appending."""
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS)
     writer.writeheader()

@@ -1,4 +1,4 @@
-"""How a long run shows itself: a bar in a terminal, a plain line every ten seconds elsewhere."""
+"""Shows the progress of a run: a bar in a terminal, else a plain line every ten seconds."""
 
 import contextlib
 import logging
@@ -20,17 +20,17 @@ SECONDS_BETWEEN_BARS = 0.5
 
 
 class ConsoleHandler(logging.Handler):
-    """Prints log messages as they are, above a bar that is being drawn; a traceback is for train.log."""
+    """Prints log messages above a progress bar. Tracebacks are not printed; they are in train.log."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.exc_info:
             return
-        with contextlib.suppress(OSError):  # a terminal that was closed is no reason to end a run
+        with contextlib.suppress(OSError):  # a closed terminal must not end the run
             rich.get_console().print(self.format(record), markup=False, highlight=False, soft_wrap=True)
 
 
 class LogFile(logging.FileHandler):
-    """train.log, which raises what the disk refuses: logging's own prints a traceback and goes on without the line."""
+    """The handler of train.log. A failed write raises OSError; logging's default prints a traceback and continues."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         error = sys.exc_info()[1]
@@ -40,7 +40,7 @@ class LogFile(logging.FileHandler):
 
 
 class TrainingProgress(ProgressBar):
-    """Steps, loss, bits per byte, tokens/s, MFU and the time left; the figures are those that `metrics` logged last."""
+    """Shows steps, loss, bits per byte, tokens/s, MFU and the time left, from the last row that `metrics` logged."""
 
     def __init__(self, metrics: MetricsRecorder) -> None:
         super().__init__()
@@ -60,14 +60,14 @@ class TrainingProgress(ProgressBar):
         console = rich.get_console()
         if console.is_terminal and trainer.is_global_zero:
             self._bar = Progress(
-                # 80 columns are enough for all of it.
+                # All columns together fit into 80 characters.
                 BarColumn(bar_width=None),
                 MofNCompleteColumn(),
                 TextColumn("{task.description}{task.fields[figures]}"),
                 TextColumn("left"),
                 TimeRemainingColumn(compact=True),
                 console=console,
-                auto_refresh=False,  # by a thread of its own, which would stop the training as long
+                auto_refresh=False,  # rich's refresh thread would block the training while it draws
             )
             total = trainer.max_steps if trainer.max_steps > 0 else None
             self._task = self._bar.add_task("", total=total, completed=trainer.global_step, figures="")
@@ -142,7 +142,7 @@ class TrainingProgress(ProgressBar):
 
 
 def format_duration(seconds: float) -> str:
-    """12 s, 3 min 20 s, 5 h 10 min, 2 days 3 h."""
+    """Formats a duration with one or two units: 12 s, 3 min 20 s, 5 h 10 min, 2 days 3 h."""
     minutes, hours, days = seconds / 60, seconds / 3600, seconds / 86400
     if days >= 1:
         return f"{int(days)} day{'s' if days >= 2 else ''} {int(hours % 24)} h"

@@ -1,4 +1,4 @@
-"""A trial of a study reports its validations, and ends where they fall behind those of the others."""
+"""Reports the validations of an Optuna trial, and ends the trial if the pruner says so."""
 
 import json
 import warnings
@@ -8,9 +8,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 class PruneTrial(Callback):
-    """For a run whose folder holds trial.json, in a folder with study.journal: see hydra_plugins/rwkv_pl/study.py.
+    """Prunes a run that is a trial: its folder contains trial.json, and the folder above it study.journal.
 
-    pruned: has the trial been ended?
+    hydra_plugins/rwkv_pl/study.py writes both. pruned: was the trial ended early?
     """
 
     def __init__(self, folder: Path) -> None:
@@ -37,7 +37,7 @@ class PruneTrial(Callback):
         last = trainer.should_stop or trainer.global_step == trainer.max_steps
         if trainer.is_global_zero:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # a resumed run reports a step again
+                warnings.simplefilter("ignore")  # Optuna warns if a resumed run reports a step again
                 self._trial.report(float(trainer.callback_metrics["val/bits_per_byte"]), trainer.global_step)
             self.pruned = not last and self._trial.should_prune()
         self.pruned = trainer.strategy.broadcast(self.pruned)

@@ -1,4 +1,4 @@
-"""A look at what the model has learned: some text of its own."""
+"""Generates sample text during training."""
 
 from itertools import islice
 from pathlib import Path
@@ -13,13 +13,13 @@ from rwkv_pl.inference.generate import generate
 
 
 def sample_tokens(model: nn.Module, prompt: list[int], n_tokens: int, seed: int) -> list[int]:
-    """`n_tokens` tokens that the model writes after `prompt`, the same for the same weights and seed."""
+    """Generates `n_tokens` tokens after `prompt`; the same weights and seed give the same tokens."""
     tokens = torch.tensor([prompt], device=next(model.parameters()).device)
     return [int(token) for token in islice(generate(model, tokens, seed=seed), n_tokens)]
 
 
 class SampleText(Callback):
-    """Every N optimizer steps, text that the model writes so far: samples/step-N.txt in the run folder."""
+    """Writes a sample of generated text every N optimizer steps, to samples/step-N.txt in the run folder."""
 
     def __init__(self, every_n_steps: int = 1000, n_tokens: int = 200) -> None:
         if every_n_steps < 1 or n_tokens < 1:
@@ -36,7 +36,7 @@ class SampleText(Callback):
         try:
             tokens = sample_tokens(pl_module.model, [vocabulary.document_end], self.n_tokens, pl_module.seed)  # type: ignore[arg-type]
         except FloatingPointError:
-            return  # the next gradient says so too
+            return  # the next step's gradient is not finite either, and NonfiniteGuard reports it
         folder = Path(trainer.default_root_dir, "samples")
         folder.mkdir(exist_ok=True)
         with atomic_write(folder / f"step-{trainer.global_step:07}.txt") as file:

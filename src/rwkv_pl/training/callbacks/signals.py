@@ -1,4 +1,4 @@
-"""A signal stops a run at the end of a micro-batch, with its checkpoint saved."""
+"""Stops a run on a signal: at the end of the micro-batch, after saving a checkpoint."""
 
 import logging
 import os
@@ -21,21 +21,22 @@ from rwkv_pl.training.checkpoint_io import DurableCheckpointIO
 
 log = logging.getLogger(__name__)
 
-# Windows has no SIGTERM that reaches a console's program; Ctrl-Break is what stands for it.
+# On Windows, SIGTERM does not reach a console program; Ctrl-Break (SIGBREAK) takes its place.
 EXIT_CODES: dict[int, int] = {signal.SIGINT: 130, signal.SIGTERM: 143}
 if hasattr(signal, "SIGBREAK"):
     EXIT_CODES[signal.SIGBREAK] = 143
-if hasattr(signal, "SIGHUP"):  # the terminal was closed
+if hasattr(signal, "SIGHUP"):  # sent when the terminal is closed
     EXIT_CODES[signal.SIGHUP] = 129
 
 
 class StopOnSignal(Callback):
-    """SIGTERM, SIGINT (Ctrl-C) and SIGHUP (a closed terminal; not under nohup) end the training after the micro-batch,
-    with last.ckpt saved: exit code 143, 130 or 129.
+    """Ends the training after the micro-batch and saves last.ckpt, on SIGTERM, SIGINT (Ctrl-C) or SIGHUP.
 
-    In a SLURM job its requeue signal does so too, and the job is queued again: exit code 0. A second signal ends the
-    process at once. All processes of a run agree, at each micro-batch's end, on whether one of them got a signal. A
-    validation that was due or under way runs first when the run is resumed (PendingValidation).
+    The exit codes are 143, 130 and 129. SIGHUP means a closed terminal; under nohup it is ignored. In a SLURM job, the
+    requeue signal does the same and requeues the job; the exit code is 0. A second signal ends the process at once.
+
+    At the end of each micro-batch, all processes of a run find out whether one of them received a signal. A validation
+    that was due or running is run first when the run is resumed (PendingValidation).
     """
 
     def __init__(self) -> None:
@@ -45,9 +46,9 @@ class StopOnSignal(Callback):
         self._group: Any = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        # Lightning's handlers raise, or save, wherever the training is: inside an optimizer step too.
+        # Lightning's handlers raise or save at once, even inside an optimizer step.
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
-        # They are what it would ask all processes for at each micro-batch, and wait for the GPU.
+        # For these handlers, Lightning would synchronise all processes and the GPU after each micro-batch.
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
         environment = trainer._accelerator_connector.cluster_environment
         if isinstance(environment, SLURMEnvironment):
@@ -77,7 +78,7 @@ class StopOnSignal(Callback):
         if trainer.state.fn == "fit" and (number := self._received_by_any(trainer)):
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, WeightAveraging):
-                    # It validates its average in the place of the trained weights; this puts them back.
+                    # During validation the average replaces the trained weights; this restores them.
                     callback.on_validation_epoch_end(trainer, pl_module)
             self._stop(trainer, number, due=True)
 
@@ -93,7 +94,7 @@ class StopOnSignal(Callback):
 
     def _set_handlers(self, handler: Callable[[int, FrameType | None], None]) -> None:
         if threading.current_thread() is threading.main_thread():
-            # Under nohup SIGHUP is ignored, and stays so.
+            # Under nohup, SIGHUP is ignored; keep it ignored.
             numbers = [number for number in self._codes if signal.getsignal(number) is not signal.SIG_IGN]
             before = {number: signal.signal(number, handler) for number in numbers}
             self._previous_handlers = self._previous_handlers or before
@@ -116,30 +117,30 @@ class StopOnSignal(Callback):
 
     def _stop(self, trainer: Trainer, number: int, due: bool) -> None:
         if due:
-            trainer.should_stop = False  # the run is not finished before its last validation
+            trainer.should_stop = False  # so that the checkpoint is not marked as finished before the validation
         last = next((c for c in trainer.checkpoint_callbacks if isinstance(c, LastCheckpoint)), None)
         if last:
             last.save_now(trainer)
-        trainer.strategy.checkpoint_io.teardown()  # until it is on the disk
+        trainer.strategy.checkpoint_io.teardown()  # waits until the checkpoint is on disk
         trainer.strategy.barrier()
         requeued = self._codes.get(number) == 0 and trainer.is_global_zero and _requeue()
         if trainer.is_global_zero:
             message = f"stopped by {signal.Signals(number).name} after step {trainer.global_step:,}"
-            goes_on = f"; {resume_command(Path(trainer.default_root_dir))} goes on" if last else ""
-            log.info(message + goes_on + (", and the job is queued again" if requeued else ""))
+            goes_on = f"; to resume: {resume_command(Path(trainer.default_root_dir))}" if last else ""
+            log.info(message + goes_on + ("; the job was requeued" if requeued else ""))
         raise SystemExit(self._codes.get(number, 128 + number))
 
 
 def _requeue() -> bool:
-    """Puts this SLURM job into the queue again."""
+    """Requeues this SLURM job. Returns whether that succeeded; if not, logs a warning."""
     job = os.environ["SLURM_JOB_ID"]
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     try:
         done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
     except OSError as error:
-        log.warning(f"the job was not queued again: scontrol: {error.strerror}")
+        log.warning(f"the job was not requeued: scontrol: {error.strerror}")
         return False
     if done.returncode:
-        log.warning(f"the job was not queued again: scontrol: {' '.join(done.stderr.split())}")
+        log.warning(f"the job was not requeued: scontrol: {' '.join(done.stderr.split())}")
     return not done.returncode
