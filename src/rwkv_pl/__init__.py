@@ -1,6 +1,6 @@
 """rwkv_pl: train RWKV language models with PyTorch Lightning, Hydra and a compiled WKV kernel.
 
-The public names are loaded when used: ``import rwkv_pl`` alone imports no torch.
+The public names are loaded on first use: ``import rwkv_pl`` alone does not import torch.
 """
 
 from importlib import import_module

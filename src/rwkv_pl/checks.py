@@ -1,4 +1,4 @@
-"""Checks of one setting. Each raises UserError, in one line that names the key and the value."""
+"""Checks of one setting. Each raises UserError with one line that names the key and the value."""
 
 import math
 from typing import Any
@@ -7,7 +7,7 @@ from rwkv_pl.errors import UserError
 
 
 def check_kinds(prefix: str, given: Any, default: Any) -> None:
-    """A value keeps the kind that its YAML default has; a null default takes any plain value. Raises UserError."""
+    """Require that a value has the type of its YAML default; a null default accepts any plain value."""
     if isinstance(given, dict) and isinstance(default, dict):
         for key, value in given.items():
             if key in default:
@@ -17,7 +17,7 @@ def check_kinds(prefix: str, given: Any, default: Any) -> None:
 
 
 def check_kind(name: str, value: Any, kinds: tuple[type, ...]) -> None:
-    """An int serves where a float is wanted; a bool never serves as an int. Raises UserError."""
+    """Require that a value has one of the types. An int counts as a float; a bool does not count as an int."""
     wanted = kinds + ((int,) if float in kinds else ())
     if (isinstance(value, bool) and bool not in kinds) or not isinstance(value, wanted):
         names = " or ".join(KIND_NAMES[kind] for kind in kinds)
@@ -37,32 +37,32 @@ KIND_NAMES = {
 
 
 def suggest_key(key: str, keys: Any) -> str:
-    """ " (did you mean ...?)" where one of `keys` resembles `key`, else what there is."""
+    """Return "; did you mean ...?" if one of `keys` resembles `key`, else a list of the keys."""
     from difflib import get_close_matches
 
     close = get_close_matches(key, list(keys), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else f"; there are: {', '.join(map(str, keys))}"
+    return f"; did you mean {close[0]}?" if close else f"; available: {', '.join(map(str, keys))}"
 
 
 def check_one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Raises UserError where `value` is none of `allowed`."""
+    """Raise UserError if `value` is not in `allowed`."""
     if value not in allowed:
         raise UserError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
 
 def check_at_least(name: str, value: float, lowest: float) -> None:
-    """Raises UserError where `value` is below `lowest`, or not finite."""
+    """Raise UserError if `value` is below `lowest`, or not finite."""
     if not (math.isfinite(value) and value >= lowest):
         raise UserError(f"{name} must be at least {lowest}, got {value}")
 
 
 def check_above(name: str, value: float, bound: float) -> None:
-    """Raises UserError where `value` is not above `bound`, or not finite."""
+    """Raise UserError if `value` is not above `bound`, or not finite."""
     if not (math.isfinite(value) and value > bound):
         raise UserError(f"{name} must be a finite number above {bound}, got {value}")
 
 
 def check_between(name: str, value: float, lowest: float, bound: float, inclusive: bool = False) -> None:
-    """Raises UserError where `value` is outside [lowest, bound), or [lowest, bound] where inclusive."""
+    """Raise UserError if `value` is outside of [lowest, bound), or of [lowest, bound] if inclusive."""
     if not (lowest <= value < bound or (inclusive and value == bound)):
         raise UserError(f"{name} must be from {lowest} to {'' if inclusive else 'below '}{bound}, got {value}")

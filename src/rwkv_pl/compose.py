@@ -1,4 +1,4 @@
-"""Hydra in, a checked config out.
+"""Composes the config with Hydra and checks it.
 
 Only Hydra and the standard library are imported here, so that a mistake is reported before anything heavy is loaded.
 """
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from importlib import resources
 from importlib.util import find_spec
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,22 +27,22 @@ from rwkv_pl.errors import UserError, one_line
 from rwkv_pl.targets import MOVED, check_target, find_targets, trusted_modules
 from rwkv_pl.terminal import quote_override
 
-# For a number in a config that follows another: ${divide:1.5,${model.n_embd}}
+# For a number in a config that depends on another: ${divide:1.5,${model.n_embd}}
 OmegaConf.register_new_resolver("divide", lambda a, b: a / b, replace=True)
 
 CONFIG_MODULE = "rwkv_pl.conf"
 
-# For a file that comes with the config, wherever that is installed: ${conf:experiment/debug.txt}
+# For a file inside conf/, wherever it is installed: ${conf:experiment/debug.txt}
 OmegaConf.register_new_resolver("conf", lambda name: str(resources.files(CONFIG_MODULE) / name), replace=True)
 
 Schema = TypeVar("Schema")
 
-# Loggers that are extras; the package's name is the module's.
+# Loggers whose packages are optional extras. The extra, the package and the module have the same name.
 EXTRA_LOGGERS = ("wandb", "mlflow")
 
 
 def parse_overrides(overrides: Sequence[str], sweep: bool = False) -> list[Override]:
-    """key=value each. Raises UserError for what Hydra's grammar refuses, for +, ++ and ~, and for a, b without -m."""
+    """Parse key=value texts. Raises UserError for invalid grammar, +, ++ and ~, and several values without `sweep`."""
     parser = OverridesParser.create()
     parsed = []
     for text in overrides:
@@ -49,40 +50,51 @@ def parse_overrides(overrides: Sequence[str], sweep: bool = False) -> list[Overr
             override = parser.parse_override(text)
         except HydraException as error:
             reason = one_line(str(error).splitlines()[0])
-            raise UserError(f"{text!r} can't be read as key=value ({reason}): quote special characters") from error
+            raise UserError(f"{text!r} can't be parsed as key=value ({reason}): quote special characters") from error
         key = override.key_or_group
         if override.is_add() or override.is_force_add():
-            raise UserError(f"{text}: keys are not added, all there are exist already: leave out the +")
+            raise UserError(f"{text}: cannot add a key, {_explain_added_key(key)}")
         if key == "hydra":
-            raise UserError(f"{text}: Hydra's own settings are given one by one, as hydra.run.dir=FOLDER")
+            raise UserError(f"{text}: set Hydra's own settings one by one, as in hydra.run.dir=FOLDER")
         if override.is_delete():
-            raise UserError(f"{text}: keys are not removed; write {key}=null, or choose another file of its group")
+            raise UserError(f"{text}: cannot remove a key; write {key}=null, or choose another file of its group")
         if override.is_sweep_override() and key == "plugins":
             raise UserError(
                 f"{text}: all jobs of a sweep have the same plug-ins, write plugins=[{override.get_value_string()}]"
             )
         if override.is_sweep_override() and not sweep:
-            raise UserError(f"{text} names several values: add -m to run them all, or write a list as [a,b]")
+            raise UserError(f"{text} has several values: add -m to run them all, or write a list as [a,b]")
         chosen = override.value()
         if override.package is not None:
-            raise UserError(f"{text}: leave out the @, each group has one place")
+            raise UserError(f"{text}: cannot change the package of a group: leave out the @")
         if isinstance(chosen, Glob):
-            raise UserError(f"{text}: glob() is not used here, list the names")
+            raise UserError(f"{text}: glob() is not supported, list the names")
         none = chosen is None and key == "experiment"
         if is_group_choice(override):
             if not (none or isinstance(chosen, str | list | ChoiceSweep)):
-                raise UserError(f"{text}: a file of {key} is chosen by its name; --help lists them")
+                raise UserError(f"{text}: {key} takes the name of a file; --help lists them")
             names = chosen.list if isinstance(chosen, ChoiceSweep) else chosen if isinstance(chosen, list) else [chosen]
-            # Hydra would also take a path to any other folder, whose files can make it run programs.
+            # Hydra also accepts a path to any other folder, whose files can make it run programs.
             parts = [part for name in names for part in re.split(r"[/\\]", str(getattr(name, "text", name)))]
             if any(part in ("", ".", "..") or ":" in part for part in parts):
-                raise UserError(f"{key} takes the name of a file, not a path (files of yours: --config-dir): {text}")
+                raise UserError(f"{text}: {key} takes the name of a file, not a path; for your own files: --config-dir")
         parsed.append(override)
     return parsed
 
 
+def _explain_added_key(key: str) -> str:
+    """The fix for `+key=value`: the key exists, or it is an argument that only the optimizer's class has."""
+    group, _, name = key.partition(".")
+    if group == "optim" and split_own_arguments({name: None})[1]:
+        return (
+            "drop the + if it exists; another argument of the optimizer needs your own file with that key, "
+            "mine/optim/NAME.yaml: --config-dir mine optim=NAME"
+        )
+    return "every setting already exists: drop the +"
+
+
 def compose(overrides: Sequence[str], config_dir: str | None = None, name: str = "train") -> DictConfig:
-    """conf/NAME.yaml with the overrides, Hydra's own part included. Raises UserError in one line."""
+    """Compose conf/NAME.yaml with the overrides, including Hydra's own part. Raises UserError."""
     if config_dir and any(text.startswith("hydra.searchpath=") for text in overrides):
         raise UserError("--config-dir and hydra.searchpath= exclude each other: give one of them")
     extra = [f"hydra.searchpath=[{quote_override('file://' + config_dir)}]"] if config_dir else []
@@ -91,31 +103,32 @@ def compose(overrides: Sequence[str], config_dir: str | None = None, name: str =
             return hydra_compose(name, overrides=[*overrides, *extra], return_hydra_config=True)
         except MissingConfigException as error:
             group, _, name = (error.missing_cfg_file or "").rpartition("/")
-            # Hydra lists them for a single choice, not for a list of them.
+            # Hydra lists the options for a single choice, but not for a list of choices.
             folders = [
                 resources.files(CONFIG_MODULE).joinpath(group),
                 *([Path(config_dir, group)] if config_dir else []),
             ]
             files = {file.name for folder in folders if folder.is_dir() for file in folder.iterdir()}
             there = error.options or sorted(file[:-5] for file in files if file.endswith(".yaml"))
-            raise UserError(f"there is no {group}={name}; there are: {', '.join(there)}") from error
+            raise UserError(f"{group}={name} does not exist; available: {', '.join(there)}") from error
         except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
             reason = error
+    explain_missing_package(reason, overrides, config_dir)
     explain_unknown_key(overrides, config_dir, name)
     cause = f" ({one_line(reason.__cause__)})" if reason.__cause__ else ""
-    # Hydra's advice is refused here.
+    # Hydra advises to write +key, which parse_overrides rejects.
     raise UserError(re.sub(r" To append to your config use \S+", "", one_line(reason) + cause)) from reason
 
 
 def typed_config_dir(sources: Any) -> str | None:
-    """The --config-dir among Hydra's `runtime.config_sources`."""
+    """Return the --config-dir among Hydra's `runtime.config_sources`."""
     providers = ("command-line", "hydra.searchpath in command-line")
     files = (source for source in sources if source["schema"] == "file")
     return next((str(source["path"]) for source in files if source["provider"] in providers), None)
 
 
 def explain_unknown_key(overrides: Sequence[str], config_dir: str | None, name: str = "train") -> None:
-    """Raises UserError, with the nearest key, for the first override whose key does not exist."""
+    """Raise UserError, with the nearest key, for the first override whose key does not exist."""
     parsed = parse_overrides(overrides, sweep=True)
     choices = [override for override in parsed if is_group_choice(override)]
     if len(choices) == len(parsed):
@@ -127,7 +140,7 @@ def explain_unknown_key(overrides: Sequence[str], config_dir: str | None, name: 
 
 
 def require_key(key: str, config: Any) -> None:
-    """Raises UserError where the dotted `key` is not in `config`, naming the nearest that is."""
+    """Raise UserError if the dotted `key` is not in `config`; the message names the nearest key."""
     node, seen = config, ""
     for part in key.split("."):
         if not isinstance(node, dict | DictConfig) or part not in node:
@@ -137,7 +150,8 @@ def require_key(key: str, config: Any) -> None:
             hint = suggest_key(part, names) if names else f"; {seen.rstrip('.')} is a value"
             if seen == "optim.":
                 hint += (
-                    "; further arguments of the class are keys of a file of yours, DIR/optim/NAME.yaml (--config-dir)"
+                    "; another argument of the optimizer needs your own file with that key, mine/optim/NAME.yaml: "
+                    "--config-dir mine optim=NAME"
                 )
             groups = [group for group in GROUPS if isinstance(config.get(group), dict | DictConfig)]
             if key == part and (group := next((group for group in groups if part in config[group]), None)):
@@ -147,22 +161,22 @@ def require_key(key: str, config: Any) -> None:
 
 
 def is_group_choice(override: Override) -> bool:
-    """Does it choose a file (schedule=cosine), rather than set a value?"""
+    """Whether the override chooses a file (schedule=cosine) rather than sets a value."""
     return override.key_or_group in GROUPS or "/" in override.key_or_group
 
 
 def trainer_defaults() -> dict[str, Any]:
-    """conf/trainer/default.yaml."""
+    """Read conf/trainer/default.yaml."""
     text = resources.files(CONFIG_MODULE).joinpath("trainer/default.yaml").read_text(encoding="utf-8")
     return OmegaConf.to_container(OmegaConf.create(text))  # type: ignore[return-value]
 
 
 def check_config(config: DictConfig, overrides: Sequence[Override] = (), config_dir: str | None = None) -> Train:
-    """The composed config, its types and ranges held. Raises UserError: the key, what was given, what is allowed."""
+    """Check types and ranges of a composed config. Raises UserError with the key, its value and the allowed values."""
     plain = to_plain_dict(config)
     for group in GROUPS[:-1]:
         if not isinstance(plain.get(group), dict):
-            raise UserError(f"{group}={plain.get(group)} is not a choice of a file in conf/{group}")
+            raise UserError(f"{group}={plain.get(group)} is not the name of a file in conf/{group}; --help lists them")
     if any(override.key_or_group.startswith(("callbacks.", "logger.", "optim.")) for override in overrides):
         choices = {o.key_or_group: o.input_line or "" for o in overrides if is_group_choice(o)}
         choices.pop("experiment", None)
@@ -178,13 +192,15 @@ def check_config(config: DictConfig, overrides: Sequence[Override] = (), config_
     for group in ("callbacks", "logger"):
         for name, arguments in plain[group].items():
             if name == "_target_":
-                raise UserError(f"a file of {group} gives its class a name: mine: {{_target_: {arguments}}}")
+                raise UserError(
+                    f"{group}._target_ needs a name above it in the file: write mine: {{_target_: {arguments}}}"
+                )
             if not isinstance(arguments, dict) or "_target_" not in arguments:
-                raise UserError(f"{group}.{name} must be a mapping that names its class as _target_, got {arguments}")
+                raise UserError(f"{group}.{name} must be a mapping with its class as _target_, got {arguments}")
             arguments["_target_"] = MOVED.get(str(arguments["_target_"]), arguments["_target_"])
     given = next((override for override in overrides if override.key_or_group == "plugins"), None)
     if plain.get("plugins") and given is None:
-        raise UserError("plugins= is typed, a config file cannot name one: it runs the code of whoever wrote the file")
+        raise UserError("a config file cannot set plugins, which run code: type plugins=[...] on the command line")
     plain["plugins"] = trusted_modules(given.value() if given else None)
     for where, target in find_targets(plain):
         check_target(where, target, plain["plugins"])
@@ -192,15 +208,44 @@ def check_config(config: DictConfig, overrides: Sequence[Override] = (), config_
         if name in plain["logger"] and not find_spec(name):
             raise UserError(f"logger.{name} needs a package that is not installed: pip install 'rwkv_pl[{name}]'")
     if plain.pop("experiment", None) is not None:
-        raise UserError(
-            "an experiment's file begins with the line '# @package _global_': without it its settings go astray"
-        )
+        raise _missing_package_error(OmegaConf.select(config, "hydra.runtime.choices.experiment"))
+    if plain.keys() - {of.name for of in fields(Train)}:
+        require_global_package(overrides, config_dir)
     common, own = split_own_arguments(plain["optim"])
     return to_dataclass(plain | {"optim": common | {"own": own}}, Train)
 
 
+def explain_missing_package(error: Exception, overrides: Sequence[str], config_dir: str | None) -> None:
+    """Raise UserError if Hydra's error is about an experiment's file that lacks `# @package _global_`."""
+    if re.search("experiment/|@experiment|@package", str(error)):
+        require_global_package(parse_overrides(overrides, sweep=True), config_dir)
+
+
+def require_global_package(overrides: Sequence[Override], config_dir: str | None) -> None:
+    """Raise UserError if the chosen experiment is a file in --config-dir without `# @package _global_` in its header.
+
+    Hydra's header is the lines before the first one that does not start with `# @`. Without the package, Hydra puts the
+    file's settings below the key `experiment`, where nothing reads them.
+    """
+    name = next((o.value() for o in overrides if o.key_or_group == "experiment"), None)
+    file = Path(config_dir or "", "experiment", f"{str(name).removesuffix('.yaml')}.yaml")
+    if not config_dir or not isinstance(name, str) or not file.is_file():
+        return
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    header = takewhile(re.compile(r"\s*(#\s*@|$)").match, lines)
+    if not any(re.fullmatch(r"\s*#\s*@package\s+_global_\s*", line) for line in header):
+        raise _missing_package_error(name)
+
+
+def _missing_package_error(name: Any) -> UserError:
+    return UserError(
+        f"experiment={name}: the first line of its file must be '# @package _global_', "
+        "or Hydra does not apply its settings"
+    )
+
+
 def to_plain_dict(config: DictConfig) -> dict[str, Any]:
-    """A composed config in plain types, without Hydra's part. Raises UserError where an interpolation leads nowhere."""
+    """Convert a composed config to plain types, without Hydra's part. Raises UserError if an interpolation fails."""
     config = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
     try:
         return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
@@ -209,9 +254,9 @@ def to_plain_dict(config: DictConfig) -> dict[str, Any]:
 
 
 def to_dataclass(plain: dict[str, Any], schema: type[Schema]) -> Schema:
-    """`plain` as the dataclass `schema`. Raises UserError: the key, what was given, what is allowed."""
+    """Convert `plain` to the dataclass `schema`. Raises UserError with the key, its value and the allowed values."""
     for of in fields(schema):  # type: ignore[arg-type]
-        if of.type is bool and of.name in plain:  # OmegaConf takes any number for true
+        if of.type is bool and of.name in plain:  # OmegaConf accepts any number as true
             check_kind(of.name, plain[of.name], (bool,))
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), plain))  # type: ignore[return-value]

@@ -1,8 +1,8 @@
-"""What may be set: the types and ranges of the config. The numbers themselves live in conf/.
+"""Types and ranges of the settings. The defaults of the commands are in conf/.
 
 The classes mirror the groups of conf/: `data`, `model`, `optim` and `schedule` field by field. `trainer`, `callbacks`
-and `logger` hold the arguments of Lightning's own classes, which are not copied here: there a value keeps the kind that
-it has in its YAML file. Only the standard library is imported, so that a mistake is told at once.
+and `logger` hold the arguments of Lightning's classes, which are not repeated here: a value must have the type that it
+has in its YAML file. Only the standard library is imported, so that a mistake is reported at once.
 """
 
 from collections.abc import Mapping
@@ -15,13 +15,13 @@ from rwkv_pl.errors import UserError
 KERNELS = ("auto", "compiled", "scan", "recurrence")
 VOCABULARIES = ("byte", "char", "20b")
 
-# Settings of `data` that are paths.
+# The paths among the settings of `data`.
 DATA_PATHS = ("path", "val_path", "vocab_path")
 
 
 @dataclass
 class RWKV4Config:
-    """An RWKV-4: the keys of conf/model/rwkv4.yaml but `name`, and the vocabulary's size, which comes from the data."""
+    """Size of an RWKV-4: the keys of conf/model/rwkv4.yaml without `name`, and vocab_size, which the data sets."""
 
     vocab_size: int
     n_layer: int
@@ -35,34 +35,34 @@ class RWKV4Config:
 
 
 MODEL_CONFIGS = {"rwkv4": RWKV4Config}
-"""The config classes of the model versions, by model.name; model.MODELS adds the modules."""
+"""Config class of each model version, by model.name; model.MODELS adds the modules."""
 
 
 @dataclass(frozen=True)
 class CorpusType:
-    """A corpus type: the class that opens it, and its demands on the other settings of `data`."""
+    """A corpus type: the class that opens it, and its requirements for other settings of `data`."""
 
     source: str
     """Module and class, imported when a corpus is opened. The fields of the class are settings of `data`."""
     path: str | None = None
-    """What data.path names and how to give it, if the user has to; None if it has a default or is not used."""
+    """If data.path is required: its meaning and how to set it. None if it has a default or is not used."""
     vocabularies: tuple[str, ...] = VOCABULARIES
 
 
 CORPORA = {
     "enwik8": CorpusType("rwkv_pl.data.sources.enwik8:Enwik8"),
     "stdlib": CorpusType("rwkv_pl.data.sources.stdlib:Stdlib"),
-    "text": CorpusType("rwkv_pl.data.sources.text:Text", "a file of yours; give it as data.path=FILE"),
+    "text": CorpusType("rwkv_pl.data.sources.text:Text", "your own text; give data.path=FILE"),
     "binidx": CorpusType(
         "rwkv_pl.data.sources.binidx:Binidx", "PREFIX.bin and PREFIX.idx; give data.path=PREFIX", ("byte", "20b")
     ),
 }
-"""The corpus types, by data.name."""
+"""Corpus types, by data.name."""
 
 
 @dataclass
 class Data:
-    """Which text, cut into which windows. Paths count from the folder where the run first started."""
+    """The text and its division into sequences. Relative paths count from the folder where the run first started."""
 
     name: str = "enwik8"
     path: str | None = None
@@ -82,12 +82,12 @@ class Data:
         check_one_of("data.vocab", self.vocab, VOCABULARIES)
         corpus = CORPORA[self.name]
         if self.vocab_path and self.vocab != "20b":
-            raise UserError(f"data.vocab_path is the json of data.vocab=20b, the config has {self.vocab}: leave it out")
+            raise UserError(f"data.vocab_path is only for data.vocab=20b, the config has {self.vocab}: leave it out")
         if corpus.path and not self.path:
             raise UserError(f"data.path is missing: data={self.name} reads {corpus.path}")
         if self.val_path == "":
             raise UserError(
-                "data.val_path is empty: name a file, a folder or a glob; or null, to validate by data.split"
+                "data.val_path is empty: give a file, a folder or a glob, or null to validate on a part of data.path"
             )
         if self.vocab not in corpus.vocabularies:
             raise UserError(f"data={self.name} takes data.vocab={' or '.join(corpus.vocabularies)}, got {self.vocab}")
@@ -96,13 +96,13 @@ class Data:
         check_at_least("data.num_workers", self.num_workers, 0)
         if len(self.split) != 3 or not all(0 < part < 1 for part in self.split) or abs(sum(self.split) - 1) > 1e-6:
             raise UserError(
-                f"data.split must be three shares (train, val, test) above 0 that add up to 1, got {self.split}"
+                f"data.split must be three fractions (train, val, test) above 0 with the sum 1, got {self.split}"
             )
 
 
 @dataclass
 class Model:
-    """The model's version and size."""
+    """Version and size of the model."""
 
     name: str = "rwkv4"
     n_layer: int = 12
@@ -118,9 +118,9 @@ class Model:
 class Optim:
     """The optimizer class and its arguments.
 
-    betas, eps: None for the class's own defaults, or if it has none (torch.optim.SGD).
-    lr_scale: factors of the learning rate by the last part of a parameter's name; None, or `version` for the model
-    version's own.
+    betas, eps: None for the defaults of the class, or if it has no such argument (torch.optim.SGD).
+    lr_scale: factors of the learning rate, by the last part of a parameter's name. None for no factors, `version` for
+    the model version's own table.
     own: arguments that only this class has, such as {"momentum": 0.9}. In YAML they are further keys of optim.
     """
 
@@ -134,7 +134,7 @@ class Optim:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """What the class is called with, besides the parameters. Lists become tuples, as torch has them."""
+        """Keyword arguments of the class. Lists become tuples, which torch expects."""
         common = {"lr": self.lr, "betas": self.betas, "eps": self.eps, "weight_decay": self.weight_decay}
         given = {key: value for key, value in common.items() if value is not None} | self.own
         return {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
@@ -147,14 +147,14 @@ class Optim:
             check_above("optim.eps", self.eps, 0)
         check_at_least("optim.weight_decay", self.weight_decay, 0)
         if self.lr_scale not in (None, "version"):
-            check_kind("optim.lr_scale, where neither null nor version,", self.lr_scale, (dict,))
+            check_kind("optim.lr_scale, if neither null nor version,", self.lr_scale, (dict,))
             for name, factor in self.lr_scale.items():
                 check_kind(f"optim.lr_scale.{name}", factor, (float,))
                 check_above(f"optim.lr_scale.{name}", factor, 0)
 
 
 def split_own_arguments(optim: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The optim group of a config: the keys that every optimizer has, and those of its class alone."""
+    """Split the optim group of a config into the keys of every optimizer, and those that only its class has."""
     known = {of.name for of in fields(Optim)} - {"own"}
     common = {key: value for key, value in optim.items() if key in known}
     return common, {key: value for key, value in optim.items() if key not in known}
@@ -162,11 +162,13 @@ def split_own_arguments(optim: Mapping[str, Any]) -> tuple[dict[str, Any], dict[
 
 @dataclass
 class Schedule:
-    """The learning rate as a function of the optimizer step: warm-up from 0 to optim.lr over `warmup_steps`, then
-    `name`'s curve down to `final_lr`, reached at step `decay_steps` (null: the run's last step).
+    """The learning rate as a function of the optimizer step.
 
-    decay_share: of wsd (warm-up, stable, decay) alone: the share of these steps, at their end, over which the rate
-    falls; before them it is optim.lr.
+    It rises from 0 to optim.lr over `warmup_steps`, then falls along the curve `name` and reaches `final_lr` at step
+    `decay_steps` (None: the run's last step).
+
+    decay_share: only for wsd (warm-up, stable, decay): the rate stays at optim.lr and falls over this last share of the
+    steps up to `decay_steps`.
     """
 
     name: str = "constant"
@@ -179,9 +181,9 @@ class Schedule:
         check_one_of("schedule.name", self.name, ("constant", "cosine", "linear", "wsd", "exponential"))
         if (self.decay_share is None) == (self.name == "wsd"):
             wrong = "is missing" if self.decay_share is None else f"is not a setting of schedule={self.name}"
-            raise UserError(f"schedule.decay_share {wrong}; schedule=wsd has it")
+            raise UserError(f"schedule.decay_share {wrong}; it belongs to schedule=wsd")
         if self.decay_share is not None and not 0 < self.decay_share <= 1:
-            raise UserError(f"schedule.decay_share must be a share above 0, at most 1, got {self.decay_share}")
+            raise UserError(f"schedule.decay_share must be above 0 and at most 1, got {self.decay_share}")
         check_at_least("schedule.warmup_steps", self.warmup_steps, 0)
         if self.decay_steps is not None:
             check_at_least("schedule.decay_steps", self.decay_steps, 1)
@@ -197,7 +199,7 @@ class Schedule:
 
 @dataclass
 class Train:
-    """All of conf/train.yaml."""
+    """The settings of conf/train.yaml."""
 
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
@@ -225,7 +227,7 @@ class Train:
         check_between("seed", self.seed, 0, 2**63 - 1, inclusive=True)
 
     def hyperparameters(self) -> dict[str, Any]:
-        """For loggers: the keys of the config, without those of optim and schedule that the chosen ones do not have."""
+        """Return the settings for loggers, without the keys that the chosen optim and schedule do not have."""
         plain = asdict(self)
         plain["optim"] |= plain["optim"].pop("own")
         for group in ("optim", "schedule"):
@@ -236,7 +238,7 @@ class Train:
 
 @dataclass
 class Eval:
-    """All of conf/eval.yaml. `weights` and `out` count from the folder where the command is given."""
+    """The settings of conf/eval.yaml. `weights` and `out` count from the folder where the command is typed."""
 
     data: Data = field(default_factory=Data)
     weights: str | None = None
@@ -253,7 +255,7 @@ class Eval:
 
     def __post_init__(self) -> None:
         if not self.weights:
-            raise UserError("weights is missing: name a run folder, .ckpt, .pth or Hugging Face folder, weights=RUN")
+            raise UserError("weights is missing: give weights=PATH, a run folder, .ckpt, .pth or Hugging Face folder")
         check_one_of("split", self.split, ("train", "val", "test"))
         check_one_of("protocol", self.protocol, ("both", "carried", "windows"))
         check_at_least("streams", self.streams, 1)
@@ -268,7 +270,7 @@ class Eval:
 
 GROUPS = ("data", "model", "optim", "schedule", "trainer", "callbacks", "logger", "experiment")
 
-# A value whose YAML default is null, or that takes more kinds than its default has.
+# Types of the settings whose YAML default is null, or which accept more types than that of the default.
 TRAINER_KINDS: dict[str, tuple[type, ...]] = {
     "devices": (int, str, list),
     "accumulate_grad_batches": (int, str),
@@ -283,28 +285,29 @@ TRAINER_KINDS: dict[str, tuple[type, ...]] = {
     "benchmark": (bool,),
     "profiler": (str,),
 }
-# May also be null, though their default is not.
+# Settings that may be null although their default is not.
 TRAINER_NULLABLE = {"gradient_clip_val", "limit_val_batches", "precision"}
 
-# Arguments of Lightning's Trainer that the order of batches owns (see data/order.py), and what serves instead.
+# Arguments of Lightning's Trainer that would conflict with the order of batches (data/order.py) or with lengths in
+# optimizer steps, and the replacement of each.
 TRAINER_OWNED = {
     "limit_train_batches": "use trainer.max_steps",
     "overfit_batches": "use data=text with a small file",
     "fast_dev_run": "use trainer.max_steps=1",
-    "reload_dataloaders_every_n_epochs": "batch n is a function of the seed and n, there is nothing to reload",
-    "min_steps": "a run ends by max_steps, max_epochs or max_time",
-    "min_epochs": "a run ends by max_steps, max_epochs or max_time",
+    "reload_dataloaders_every_n_epochs": "leave it out, batch n depends only on the seed and n",
+    "min_steps": "set the length with max_steps, max_epochs or max_time",
+    "min_epochs": "set the length with max_steps, max_epochs or max_time",
     "num_sanity_val_steps": "use trainer.max_steps=1, which ends with a validation",
     "check_val_every_n_epoch": "use trainer.val_check_interval, in optimizer steps",
-    "use_distributed_sampler": "the order already divides every batch over the devices",
+    "use_distributed_sampler": "leave it out, every batch is already divided over the devices",
 }
 
 
 def check_trainer(trainer: dict[str, Any], defaults: dict[str, Any]) -> None:
-    """Every key is one of conf/trainer's, and every value of its kind. Raises UserError."""
+    """Check keys and types of `trainer` against conf/trainer/default.yaml, and the ranges. Raises UserError."""
     for key, value in trainer.items():
         if key in TRAINER_OWNED:
-            raise UserError(f"trainer.{key} is not offered, the order of batches owns it: {TRAINER_OWNED[key]}")
+            raise UserError(f"trainer.{key} is not supported: {TRAINER_OWNED[key]}")
         if key not in defaults:
             raise UserError(f"trainer.{key} is not a setting{suggest_key(key, defaults)}")
         kinds = TRAINER_KINDS.get(key) or (type(defaults[key]),)
@@ -314,7 +317,7 @@ def check_trainer(trainer: dict[str, Any], defaults: dict[str, Any]) -> None:
     trainer = defaults | trainer
     for key in ("accumulate_grad_batches", "val_check_interval"):
         if isinstance(trainer[key], str):
-            check_one_of(f"trainer.{key}, where not a number,", trainer[key], ("auto",))
+            check_one_of(f"trainer.{key}, if not a number,", trainer[key], ("auto",))
             trainer[key] = 1
     for key in ("max_steps", "max_epochs"):
         if trainer[key] is not None and trainer[key] < 1 and trainer[key] != -1:
@@ -324,12 +327,12 @@ def check_trainer(trainer: dict[str, Any], defaults: dict[str, Any]) -> None:
     for key in ("limit_val_batches", "limit_test_batches"):
         limit = 0 if trainer[key] is None else trainer[key]
         if isinstance(limit, float) and limit > 1:
-            raise UserError(f"trainer.{key} must be a share from 0.0 to 1.0, or a whole number, got {limit}")
+            raise UserError(f"trainer.{key} must be a fraction from 0.0 to 1.0 or a whole number, got {limit}")
         check_at_least(f"trainer.{key}", limit, 0)
     if trainer["precision"] == "16-true":
         raise UserError(
-            "trainer.precision=16-true is not offered, its small gradients are 0 and it ends in NaN: use 16-mixed, "
-            "which scales the loss, or bf16-true"
+            "trainer.precision=16-true is not supported, small gradients underflow to 0 and the loss becomes NaN: use "
+            "16-mixed, which scales the loss, or bf16-true"
         )
     if trainer["gradient_clip_val"] is not None:
         check_at_least("trainer.gradient_clip_val", trainer["gradient_clip_val"], 0)

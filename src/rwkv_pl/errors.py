@@ -2,17 +2,17 @@
 
 
 class UserError(Exception):
-    """An error the user can fix: one line that says what is wrong, where, and what to do."""
+    """An error the user can fix: one line with the problem, its place and the fix."""
 
 
 class CorruptFileError(UserError):
-    """A file that rwkv_pl wrote, and whose content has changed since."""
+    """A file of rwkv_pl whose content was changed or damaged after it was written."""
 
 
 class RunError(UserError):
-    """What ended a run after it had started."""
+    """An error that ended a run after its start."""
 
 
 def one_line(error: BaseException | str) -> str:
-    """An error's message without its line breaks."""
+    """Return an error's message without line breaks."""
     return " ".join(str(error).split())

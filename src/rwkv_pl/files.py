@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and the folder for what is derived."""
+"""Atomic writes, the cache folder, and checks of a folder's files."""
 
 import contextlib
 import errno
@@ -17,25 +17,26 @@ import platformdirs
 from rwkv_pl.errors import UserError
 
 PARTIAL_SUFFIX = ".partial"
-"""How the name ends of a file that is being written; one that a killed process has left is nothing."""
+"""Suffix of a file that is being written. A killed process may leave one, which nobody reads."""
 
 
 def cache_folder() -> Path:
-    """Where derived files lie: $RWKV_PL_CACHE, else the user's cache folder."""
+    """Return the folder for derived files: $RWKV_PL_CACHE, else the user's cache folder."""
     return Path(os.environ.get("RWKV_PL_CACHE") or platformdirs.user_cache_path("rwkv_pl", appauthor=False)).absolute()
 
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write that bears its name only when it is complete and on the disk; nothing is left of a failure.
+    """Open a file that gets its name only when it is complete and on the disk. A failure leaves nothing behind.
 
-    For one writer at a time: hold a lock on the name. Raises OSError with the name, whatever the writer made of it.
+    For one writer at a time: hold a lock on the name. Raises OSError with the path, even if the writer raised another
+    error for it.
     """
     partial = path.with_name(path.name + PARTIAL_SUFFIX)
     raw = None
     try:
         partial.unlink(missing_ok=True)
-        raw = _ErrorRecorder(partial, "xb")  # never through a link of this name
+        raw = _ErrorRecorder(partial, "xb")  # x: never writes through a link of this name
         with io.BufferedWriter(raw) as file:
             yield file
             file.flush()
@@ -50,23 +51,23 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
             raise
         raise OSError(failure.errno, failure.strerror, str(path)) from error
     finally:
-        with contextlib.suppress(OSError):  # a disk that cannot be written holds nothing of ours
+        with contextlib.suppress(OSError):  # on a disk that can't be written, the file was not created either
             partial.unlink(missing_ok=True)
 
 
 def json_digest(plain: Any) -> str:
-    """64 hex digits, the same for equal content of what JSON can hold."""
+    """Return the SHA-256 of JSON-serialisable content, as 64 hex digits; equal content has the same digest."""
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def write_record(path: Path, content: dict[str, Any]) -> None:
-    """Publishes what JSON can hold, with a sum by which ``read_record`` knows it again."""
+    """Write JSON-serialisable content with a checksum, which ``read_record`` verifies."""
     with atomic_write(path) as file:
         file.write(json.dumps({"content": content, "sum": json_digest(content)}).encode())
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """What ``write_record`` wrote there; None where that is not what the file holds."""
+    """Return the content that ``write_record`` wrote; None if the file is missing or its checksum is wrong."""
     try:
         stored = json.loads(path.read_bytes())
         return stored["content"] if stored["sum"] == json_digest(stored["content"]) else None
@@ -76,9 +77,10 @@ def read_record(path: Path) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def atomic_write_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill with files that are on the disk; it bears its name only then, and nothing is left of a failure.
+    """Make a folder to fill, which gets its name only when the block has ended. A failure leaves nothing behind.
 
-    `folder` is not there, or empty. For one writer at a time. Raises OSError.
+    `folder` must be absent or empty, and the block must write its files to the disk (fsync). For one writer at a time.
+    Raises OSError with the path.
     """
     partial = folder.with_name(folder.name + PARTIAL_SUFFIX)
     partial.mkdir()
@@ -86,7 +88,7 @@ def atomic_write_folder(folder: Path) -> Iterator[Path]:
         yield partial
         _fsync_folder(partial)
         if folder.exists():
-            folder.rmdir()  # Windows renames onto no folder, and no system removes one that holds something
+            folder.rmdir()  # Windows can't rename onto a folder; rmdir fails if it is not empty
         partial.rename(folder)
         _fsync_folder(folder.parent)
     except OSError as error:
@@ -96,7 +98,7 @@ def atomic_write_folder(folder: Path) -> Iterator[Path]:
 
 
 class _ErrorRecorder(io.FileIO):
-    """Keeps what a write failed of: torch.save says no more than that it did."""
+    """Keeps the OSError of a failed write, because torch.save raises another error without the reason."""
 
     failure: OSError | None = None
 
@@ -109,7 +111,7 @@ class _ErrorRecorder(io.FileIO):
 
 
 def replace_with_retry(source: Path, target: Path) -> None:
-    """os.replace, tried again for two seconds while another process has `target` open, which Windows refuses."""
+    """os.replace with retries for two seconds: Windows refuses it while another process has `target` open."""
     for seconds in (0.05, 0.25, 0.7, 1.0):
         try:
             source.replace(target)
@@ -120,7 +122,7 @@ def replace_with_retry(source: Path, target: Path) -> None:
 
 
 def describe_os_error(error: OSError) -> str:
-    """What the system refused, and where."""
+    """Describe an error of the system, with its path."""
     where = f": {error.filename}" if error.filename else ""
     if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
         return f"disk full{where} was not written" if where else "disk full"
@@ -129,7 +131,7 @@ def describe_os_error(error: OSError) -> str:
 
 @contextlib.contextmanager
 def with_path(where: str | Path) -> Iterator[None]:
-    """Says where, when the disk refuses a write and the writer does not."""
+    """Add the path `where` to an OSError that has none."""
     try:
         yield
     except OSError as error:
@@ -137,7 +139,7 @@ def with_path(where: str | Path) -> Iterator[None]:
 
 
 def _fsync_folder(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # not every file system has this; the rename is atomic without it
+    with contextlib.suppress(OSError):  # some file systems can't sync a folder; the rename is atomic anyway
         handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)
@@ -147,7 +149,7 @@ def _fsync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def remove_on_failure(folder: Path) -> Iterator[None]:
-    """Takes away what the block has made of the folder and its parents, where it fails and leaves them empty."""
+    """If the block fails, removes the folder and its parents, as far as the block created them and they are empty."""
     missing = [place for place in (folder, *folder.parents) if not os.path.lexists(place)]
     try:
         yield
@@ -159,9 +161,10 @@ def remove_on_failure(folder: Path) -> Iterator[None]:
 
 
 def is_outside(text: str, folder: Path, key: str = "") -> bool:
-    """Whether a setting, read as a path below the folder or as a URI, names a place on this machine outside of it.
+    """Whether a setting, as a URI or a path relative to the folder, is a place on this machine outside of the folder.
 
-    key: its dotted name. MLflow's places count from the current folder, not from the run's.
+    key: dotted name of the setting. MLflow's paths (keys that end with _uri or _location) count from the current
+    folder, so they are always outside.
     """
     if "://" in text or text.startswith("file:") or key.endswith(("_uri", "_location")):
         return not text.startswith(("http://", "https://"))
@@ -172,9 +175,9 @@ def is_outside(text: str, folder: Path, key: str = "") -> bool:
 
 
 def require_own_files(folder: Path) -> None:
-    """Raises UserError for a link that leads out of the folder, and for pipes and devices.
+    """Raise UserError if the folder holds a pipe, a device, or a link to a place outside of it.
 
-    Through a link in a stranger's run, its log or its checkpoints would overwrite any file of the user's.
+    Through a link in an untrusted run, its log or checkpoints could overwrite any of the user's files.
     """
     root = folder.resolve()
     for place, folders, names in os.walk(folder):
@@ -182,14 +185,14 @@ def require_own_files(folder: Path) -> None:
             # wandb links to its log in the user's cache, and never writes through the link.
             own_log = "wandb" in path.relative_to(folder).parts[:-1] and path.suffix == ".log"
             if path.is_symlink() and not own_log and not path.resolve().is_relative_to(root):
-                raise UserError(f"{path} leads out of {folder}: replace the link by what it leads to")
+                raise UserError(f"{path} is a link out of {folder}: replace it with a copy of its target")
             if path.exists() and not path.is_file() and not path.is_dir():
                 raise UserError(f"{path} is neither a file nor a folder: remove it")
 
 
 @contextlib.contextmanager
 def as_user_error(folder: Path) -> Iterator[None]:
-    """Makes the folder; what the disk refuses inside the block becomes one line."""
+    """Make the folder, and turn an OSError inside the block into a UserError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         yield

@@ -1,8 +1,8 @@
-"""The part of a machine that this process may use: cores and memory, by its affinity and Linux's control groups.
+"""The cores and the memory that this process may use, according to its affinity and Linux's control groups.
 
-The files of control groups, version 1 and 2: https://docs.kernel.org/admin-guide/cgroup-v2.html and
-https://docs.kernel.org/admin-guide/cgroup-v1/. A limit of any group counts for the groups below it. In a container the
-own group may be the root of what is mounted, under whatever name /proc/self/cgroup has.
+Control groups, versions 1 and 2: https://docs.kernel.org/admin-guide/cgroup-v2.html and
+https://docs.kernel.org/admin-guide/cgroup-v1/. A group's limit also applies to the groups below it. In a container, the
+process's own group may be mounted as the root, whatever path /proc/self/cgroup has.
 """
 
 import math
@@ -12,23 +12,24 @@ from pathlib import Path
 
 import psutil
 
-# Variables by which a user names the number of threads.
+# Environment variables with which a user sets the number of threads.
 THREAD_VARIABLES = {"OMP_NUM_THREADS", "MKL_NUM_THREADS"}
 
 CGROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on at once: those of its affinity, at most its quota of time, rounded up."""
+    """Return the number of cores that this process can use at once: its affinity, limited by its quota, rounded up."""
     process = psutil.Process()
     allowed = len(process.cpu_affinity()) if hasattr(process, "cpu_affinity") else os.cpu_count() or 1  # not on macOS
     return math.ceil(min([allowed, *map(_cpu_quota, _control_groups("cpu"))]))
 
 
 def limit_threads(n_processes: int = 1) -> None:
-    """Where a quota allows fewer threads than torch would start, and the user has named no number, starts that many.
+    """Lower torch's number of threads to the CPU quota, unless the user has set a number.
 
-    torch heeds the affinity, and knows no quota. n_processes: so many share the cores, and inherit the number.
+    torch respects the affinity, but not a quota. n_processes: number of processes that share the cores; those that this
+    one starts inherit the result.
     """
     if THREAD_VARIABLES & os.environ.keys():
         return
@@ -41,12 +42,12 @@ def limit_threads(n_processes: int = 1) -> None:
 
 
 def free_memory() -> int:
-    """Bytes that this process can still take: free in the machine, and in each of its control groups."""
+    """Return the bytes that this process can still allocate: the least of the machine and its control groups."""
     return max(0, int(min([psutil.virtual_memory().available, *map(_free_bytes, _control_groups("memory"))])))
 
 
 def _control_groups(controller: str) -> Iterator[Path]:
-    """Folders of the groups whose `controller` limits this process: its own, and those above it."""
+    """Yield the folders of the groups whose `controller` limits this process: its own group and all above it."""
     try:
         lines = [line.split(":", 2) for line in OWN_GROUPS.read_text().splitlines()]
     except OSError:  # not Linux
@@ -64,7 +65,7 @@ def _control_groups(controller: str) -> Iterator[Path]:
 
 
 def _read_numbers(file: Path) -> list[float]:
-    """Those in a group's file, which says "max" where there is no limit; none where there is no such file."""
+    """Read the numbers in a group's file; "max", no limit, is infinity. Empty if the file does not exist."""
     try:
         return [float(word.replace("max", "inf")) for word in file.read_text().split()]
     except (OSError, ValueError):
@@ -72,16 +73,16 @@ def _read_numbers(file: Path) -> list[float]:
 
 
 def _cpu_quota(group: Path) -> float:
-    """Cores' worth of time in each period."""
+    """Return a group's CPU quota in cores: allowed CPU time over the length of a period."""
     two = _read_numbers(group / "cpu.max") or _read_numbers(group / "cpu.cfs_quota_us") + _read_numbers(
         group / "cpu.cfs_period_us"
     )
     quota, period = two if len(two) == 2 else (math.inf, 1)
-    return quota / period if quota > 0 else math.inf  # version 1 says -1 where there is no limit
+    return quota / period if quota > 0 else math.inf  # version 1 has -1 for no limit
 
 
 def _free_bytes(group: Path) -> float:
-    """Bytes up to the limit. A file's pages that lie in memory unused are free: the system takes them back."""
+    """Return the bytes up to a group's limit. Inactive page cache counts as free: the system can reclaim it."""
     for limit, used, unused in (
         ("memory.max", "memory.current", "inactive_file"),
         ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),

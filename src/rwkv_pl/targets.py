@@ -1,7 +1,7 @@
-"""Classes that a config names by `_target_`: from a few known modules, or from a module that the user has named.
+"""Classes that a config names as `_target_`: from a few trusted modules, or from a module that the user trusts.
 
-`plugins=[mypkg]` counts on the command line, and a line of the user's own `plugins` file counts for every command. A
-YAML file, a stored run and a stored sweep cannot name one, since importing a module runs its code.
+The user trusts a module with `plugins=[mypkg]` on the command line, or for every command with a line in the user's
+`plugins` file. A YAML file, a stored run or a stored sweep cannot do that, because importing a module runs its code.
 """
 
 import os
@@ -13,7 +13,7 @@ from typing import Any
 from rwkv_pl.checks import suggest_key
 from rwkv_pl.errors import UserError, one_line
 
-# By group; `_target_` is one of these modules and exactly one more name.
+# Trusted modules by group. `_target_` is one of these modules, a dot and the name of a class.
 TARGET_MODULES = {
     "optim": ("torch.optim", "rwkv_pl.training.muon"),
     "callbacks": (
@@ -24,14 +24,14 @@ TARGET_MODULES = {
     "logger": ("lightning.pytorch.loggers",),
 }
 
-# Classes that have moved, by the names that stored runs have for them.
+# New names of moved classes, by the old names, which stored runs may have.
 MOVED = {
     "rwkv_pl.training.checkpoints.BestCheckpoint": "rwkv_pl.training.callbacks.checkpoints.BestCheckpoint",
     "rwkv_pl.training.checkpoints.LastCheckpoint": "rwkv_pl.training.callbacks.checkpoints.LastCheckpoint",
     "rwkv_pl.training.sample.SampleText": "rwkv_pl.training.callbacks.sample_text.SampleText",
 }
 
-# The class that a group's classes derive from.
+# The base class of each group's classes.
 BASES = {
     "optim": ("torch.optim", "Optimizer"),
     "callbacks": ("lightning.pytorch", "Callback"),
@@ -40,7 +40,7 @@ BASES = {
 
 
 def user_plugins_file() -> Path:
-    """Modules that every command of this user may load classes from, one a line."""
+    """Return the path of the user's `plugins` file, which lists one trusted module per line."""
     import platformdirs
 
     folder = os.environ.get("RWKV_PL_CONFIG") or platformdirs.user_config_path("rwkv_pl", appauthor=False)
@@ -48,7 +48,7 @@ def user_plugins_file() -> Path:
 
 
 def trusted_modules(typed: Any = None) -> list[str]:
-    """The modules of a typed `plugins=` value, a name or a list of names, then those of the user's own file."""
+    """Return the modules of a typed `plugins=` value (a name or a list of names) and of the user's `plugins` file."""
     names = typed if isinstance(typed, list) else [] if typed in (None, "") else [typed]
     found = [(str(name), f"plugins={name}") for name in names]
     file = user_plugins_file()
@@ -66,7 +66,7 @@ def trusted_modules(typed: Any = None) -> list[str]:
 
 
 def find_targets(plain: Any, where: str = "") -> Iterator[tuple[str, Any]]:
-    """Every `_target_` of a config, with the dotted key of the mapping that holds it."""
+    """Yield every `_target_` of a config, with the dotted key of its mapping."""
     if isinstance(plain, dict):
         for key, value in plain.items():
             if key == "_target_":
@@ -79,30 +79,30 @@ def find_targets(plain: Any, where: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def check_target(where: str, target: Any, plugins: Sequence[str] = ()) -> None:
-    """Raises UserError unless `target` is one name in a module of its group or of `plugins`. Imports nothing."""
+    """Raise UserError unless `target` is one name in a module of its group or of `plugins`. Imports nothing."""
     group, *inside = where.split(".")
     modules = TARGET_MODULES.get(group, ())
     if not modules or len(inside) != (0 if group == "optim" else 1):
-        raise UserError(f"{where}._target_ is not a setting: classes are named in optim, callbacks and logger alone")
+        raise UserError(f"{where}._target_ is not a setting: only optim, callbacks and logger have classes")
     module, _, name = str(target).rpartition(".")
     if module not in (*modules, *plugins) or not name.isidentifier():
         own = name.isidentifier() and module and all(part.isidentifier() for part in module.split("."))
-        hint = f"; to load a class of your own, which runs its code, add plugins=[{module}]" if own else ""
-        raise UserError(f"{where}._target_ must be a class of {' or '.join(modules)}, got {target}{hint}")
+        cure = f"add plugins=[{module}] if you trust its code; " if own else ""
+        raise UserError(f"{where}._target_={target} is not a trusted class: {cure}trusted: {', '.join(modules)}")
     if name == "CSVLogger":
-        raise UserError(f"{where}._target_={target} is not used: metrics.csv is always there, and it would delete that")
+        raise UserError(f"{where}._target_={target} would delete metrics.csv, which is always written: leave it out")
 
 
 def load_class(where: str, target: str) -> type:
-    """The class that a checked `_target_` names, of its group's kind. Raises UserError, also for what importing it
-    raises."""
+    """Import the class that a checked `_target_` names. Raises UserError if the import fails or the base class is
+    wrong."""
     module, _, name = target.rpartition(".")
     try:
         namespace = import_module(module)
     except ModuleNotFoundError as error:
-        missing = f"there is no module {error.name}: install it, or add its folder to PYTHONPATH"
+        missing = f"no module {error.name}: install it, or add its folder to PYTHONPATH"
         raise UserError(f"{where}._target_={target}: {missing}") from error
-    except Exception as error:  # what a module of the user's own raises
+    except Exception as error:  # the user's module can raise anything
         raise UserError(
             f"{where}._target_={target} can't be imported: {type(error).__name__}: {one_line(error)}"
         ) from error

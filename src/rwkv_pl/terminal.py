@@ -1,4 +1,4 @@
-"""What a command prints besides its results: an error's one line, tables."""
+"""Printing of one-line errors and tables."""
 
 import io
 import os
@@ -20,7 +20,7 @@ BAD_INPUT, FAILED = 2, 1
 
 
 def print_error(error: BaseException | str, code: int = BAD_INPUT) -> int:
-    """Prints one line on stderr, with the command's name. Returns the exit code."""
+    """Print one line on stderr, with the command's name. Returns the exit code."""
     print(f"{Path(sys.argv[0]).name}: {one_line(error)}", file=sys.stderr)
     return code
 
@@ -46,16 +46,16 @@ def resume_command(folder: Path) -> str:
 
 
 def console() -> "Console":
-    """rich's, for a table."""
+    """Return a rich console for tables."""
     import rich
     from rich.console import Console
 
     there = rich.get_console()
-    return there if there.is_terminal else Console(width=200)  # into a file or a pipe nothing has to be folded
+    return there if there.is_terminal else Console(width=200)  # a file or a pipe has no width to fold at
 
 
 class IgnoreBrokenPipe(io.TextIOBase):
-    """A job's stdout or stderr: the job goes on when the sweep that reads it was killed."""
+    """stdout or stderr of a sweep's job, so that the job continues if the sweep that reads it was killed."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream

@@ -1,1 +1,1 @@
-"""The launcher and the sweepers of -m, where Hydra looks for such things. Nothing heavy is imported here."""
+"""The launcher and the sweepers of -m. Hydra imports this package in every command, so it imports nothing heavy."""

@@ -1,4 +1,4 @@
-"""What the sweepers share: jobs are composed one by one, and those that can't be fail alone."""
+"""Base of the sweepers. Each job is composed separately, so that an invalid job does not stop the others."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ from rwkv_pl.sweeps.jobs import Job, validate_job, write_pending_result
 
 
 class JobSweeper(Sweeper):
-    """A sweeper for any of Hydra's launchers."""
+    """A sweeper that works with any of Hydra's launchers."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.hydra_context: HydraContext = hydra_context
@@ -25,19 +25,19 @@ class JobSweeper(Sweeper):
         )
 
     def check(self, overrides: Sequence[Override]) -> None:
-        """Raises UserError where the sweep can't be made of these, before anything is."""
+        """Raise UserError, before any folder is created, if the sweep can't use these overrides."""
 
     @property
     def folder(self) -> Path:
-        """The sweep's."""
+        """The folder of the sweep."""
         return Path(str(self.config.hydra.sweep.dir))
 
     def write_multirun_yaml(self) -> None:
-        """Writes multirun.yaml, of which `-m resume=` makes the same jobs again."""
+        """Write multirun.yaml, from which `-m resume=` makes the same jobs."""
         OmegaConf.save(self.config, self.folder / "multirun.yaml")
 
     def launch(self, jobs: Sequence[Sequence[str]], first: int = 0) -> list[JobReturn]:
-        """What became of each job, in their order. first: the number of the first."""
+        """Launch the jobs and return their outcomes in the same order. first: number of the first job."""
         outcomes = [
             validate_job(self.hydra_context.config_loader, self.config, list(job), first + i)
             for i, job in enumerate(jobs)

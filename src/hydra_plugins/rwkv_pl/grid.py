@@ -1,4 +1,4 @@
-"""The sweeper that -m uses unless told otherwise: every combination of the swept values."""
+"""The default sweeper of -m: every combination of the swept values."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ from rwkv_pl.sweeps.jobs import expand_grid, merge_params
 
 
 class GridSweeper(JobSweeper):
-    """params: swept values that come with a config file, by key; those of the command line replace them."""
+    """A grid of values. params: swept values of a config file, by key; those of the command line take precedence."""
 
     def __init__(self, params: DictConfig | None = None) -> None:
         self.params = {} if params is None else params
@@ -20,7 +20,7 @@ class GridSweeper(JobSweeper):
     def check(self, overrides: Sequence[Override]) -> None:
         drawn = next((override for override in overrides if override.is_interval_sweep()), None)
         if drawn:
-            raise UserError(f"{drawn.input_line} is no list of values: hydra/sweeper=optuna draws from an interval")
+            raise UserError(f"{drawn.input_line} is not a list of values: use one, or hydra/sweeper=optuna")
 
     def sweep(self, arguments: list[str]) -> Sequence[JobReturn]:
         self.write_multirun_yaml()

@@ -1,4 +1,4 @@
-"""The launcher that -m uses unless told otherwise: each job is a process of its own."""
+"""The default launcher of -m: each job is a separate process."""
 
 import os
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from rwkv_pl.sweeps.pool import run_jobs
 
 
 class ProcessLauncher(Launcher):
-    """jobs: how many run at a time. The processor's cores are divided among them."""
+    """A pool of processes. jobs: number of jobs at a time, which share the cores."""
 
     def __init__(self, jobs: int = 1) -> None:
         if type(jobs) is not int or jobs < 1:
@@ -26,12 +26,12 @@ class ProcessLauncher(Launcher):
         self.config = config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Returns when all jobs have ended, each with its objective or what it failed of, in their order."""
+        """Run the jobs and return their outcomes in the same order: the objective, or the error."""
         loader = self.hydra_context.config_loader
         jobs = [
             compose_job(loader, self.config, list(overrides), number)[0]
             for number, overrides in enumerate(job_overrides, initial_job_idx)
         ]
-        # In a SLURM allocation each job is a run of its own, not one task of several.
+        # In a SLURM allocation each job is a separate run, not one of several tasks.
         one_task = {"SLURM_NTASKS": "1"} if "SLURM_NTASKS" in os.environ else {}
         return run_jobs(jobs, at_once=self.jobs, environment=one_task)

@@ -1,7 +1,7 @@
-"""hydra/sweeper=optuna: a study whose trials are the jobs, kept in a journal in the sweep's folder.
+"""hydra/sweeper=optuna: a study whose trials are the jobs, stored in a journal in the sweep's folder.
 
-Only the sweeper asks and tells. A job reads trial.json in its folder and reports its validations to the same journal
-(see training/callbacks/pruning.py).
+Only the sweeper calls optuna's `ask` and `tell`. A job reads trial.json in its folder, and reports its validations to
+the same journal (see training/callbacks/pruning.py).
 """
 
 import hashlib
@@ -31,7 +31,7 @@ JOURNAL_FILE, STUDY_NAME = "study.journal", "sweep"
 
 
 class StudySweeper(JobSweeper):
-    """Minimises the best validation's bits per byte. The arguments are conf/hydra/sweeper/optuna.yaml's."""
+    """Minimises the bits per byte of the best validation. The arguments are those of conf/hydra/sweeper/optuna.yaml."""
 
     def __init__(
         self,
@@ -53,7 +53,9 @@ class StudySweeper(JobSweeper):
         if find_spec("optuna") is None:
             raise UserError("hydra/sweeper=optuna needs a package that is not installed: pip install 'rwkv_pl[optuna]'")
         if not _search_space(overrides):
-            raise UserError("optuna has nothing to search: give a key several values, or interval(LOW,HIGH)")
+            raise UserError(
+                "hydra/sweeper=optuna has nothing to search: give a key several values or interval(LOW,HIGH)"
+            )
 
     def sweep(self, arguments: list[str]) -> None:
         import optuna
@@ -66,7 +68,7 @@ class StudySweeper(JobSweeper):
         self.write_multirun_yaml()
         _drop_partial_line(self.folder / JOURNAL_FILE)
         journal = str(self.folder / JOURNAL_FILE)
-        # optuna's own choice of a lock is a symbolic link, which Windows refuses to ordinary users.
+        # optuna's default lock is a symbolic link, which ordinary users can't create on Windows.
         backend = JournalFileBackend(journal, JournalFileOpenLock(journal))
         study = optuna.create_study(
             study_name=STUDY_NAME,
@@ -77,14 +79,14 @@ class StudySweeper(JobSweeper):
         for trial in study.get_trials(deepcopy=False):
             if not _is_drawn_from(space, trial.params):
                 where = f"trial {trial.number} of {self.folder / JOURNAL_FILE}"
-                raise UserError(f"{where} is of another search, it has {trial.params}: start a new sweep")
+                raise UserError(f"{where} is from another search, it has {trial.params}: start a new sweep")
         if not study.trials:
             if default_params := self._default_params(space):
                 study.enqueue_trial(default_params)
             else:
-                print("the config as it stands lies outside the search: trial 0 is drawn too", flush=True)
+                print("the config's own values are outside the search space: trial 0 is drawn too", flush=True)
         if left_running := study.get_trials(states=[optuna.trial.TrialState.RUNNING]):
-            self._run(study, left_running, fixed)  # they go on in their folders, or are tried again there
+            self._run(study, left_running, fixed)  # they resume or start again in their folders
         at_once: int = self.batch or int(getattr(self.launcher, "jobs", None) or 1)
         while (left := self.n_trials - self._count_started(study)) > 0:
             asked = [self._ask(study, space) for _ in range(min(left, at_once))]
@@ -96,7 +98,7 @@ class StudySweeper(JobSweeper):
     def _ask(self, study: "Study", space: "dict[str, BaseDistribution]") -> "FrozenTrial":
         import optuna
 
-        # A sampler for each: one that is seeded once repeats itself when the study is continued.
+        # A new sampler for each trial: with one seed per process, a resumed study would draw the same values again.
         position = repr((self.seed, self._count_started(study))).encode()
         seed = int.from_bytes(hashlib.blake2b(position, digest_size=4).digest(), "big")
         if self.sampler == "tpe":
@@ -122,14 +124,14 @@ class StudySweeper(JobSweeper):
         self.launch(jobs, first=trials[0].number)
         for trial, folder in zip(trials, folders, strict=True):
             result = read_result(folder)
-            # One that failed is told nothing: -m resume= finds it as it finds one that was interrupted.
+            # A failed trial stays RUNNING in the study, so that -m resume= retries it like an interrupted one.
             if result.get("status") == "finished" and result.get("objective") is not None:
                 study.tell(trial.number, result["objective"])
             elif result.get("status") == "pruned":
                 study.tell(trial.number, state=TrialState.PRUNED)
 
     def _default_params(self, space: "dict[str, BaseDistribution]") -> dict[str, Any] | None:
-        """The config's own values, where all of them lie in the search space."""
+        """Return the config's own values if all of them are in the search space, else None."""
         values = {}
         for key, where in space.items():
             value = OmegaConf.select(self.config, key)
@@ -143,29 +145,29 @@ class StudySweeper(JobSweeper):
 
 
 def _is_drawn_from(space: "dict[str, BaseDistribution]", params: dict[str, Any]) -> bool:
-    """Whether a trial of the journal has just the keys of the search, and values that it could draw."""
+    """Whether all parameters of a trial are in the search space."""
     return params.keys() <= space.keys() and all(_contains(space[key], value) for key, value in params.items())
 
 
 def _contains(where: "BaseDistribution", value: Any) -> bool:
     try:
         return where._contains(where.to_internal_repr(value))
-    except (ValueError, TypeError):  # as of 0 among powers, or of a text among numbers
+    except (ValueError, TypeError):  # for example 0 on a log scale, or a text among numbers
         return False
 
 
 def _parse_choice(choice: str) -> Any:
-    """Of a choice as it is typed, so that 1e-4 is 0.0001."""
+    """Parse a choice as it would be on the command line, so that 1e-4 equals 0.0001."""
     value = OverridesParser.create().parse_override(f"key={choice}").value()
     return getattr(value, "text", value)
 
 
 def _drop_partial_line(journal: Path) -> None:
-    """What a full disk or a power cut left at its end would make optuna refuse the whole."""
+    """Remove an incomplete last line, left by a full disk or a power cut, because optuna would reject the journal."""
     content = journal.read_bytes() if journal.exists() else b""
     complete = content[: content.rfind(b"\n") + 1]
     if complete != content:
-        print(f"{journal} ended in half a line, which is left out", flush=True)
+        print(f"{journal}: removed an incomplete last line", flush=True)
         with atomic_write(journal) as file:
             file.write(complete)
 
@@ -175,7 +177,7 @@ def _search_space(overrides: Sequence[Override]) -> "dict[str, BaseDistribution]
 
 
 def to_distribution(override: Override) -> "BaseDistribution":
-    """What optuna draws from, for a swept value in Hydra's words: choices, range(), interval(), tag(log, ...)."""
+    """Convert a swept value in Hydra's grammar to optuna's: choices, range(), interval(), tag(log, ...)."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     key, value = override.key_or_group, override.value()
@@ -192,4 +194,4 @@ def to_distribution(override: Override) -> "BaseDistribution":
                 return IntDistribution(int(numbers[0]), int(numbers[-1]), step=int(value.step))
         return CategoricalDistribution(tuple(override.sweep_string_iterator()))
     except ValueError as error:
-        raise UserError(f"{override.input_line}: {key} can't be searched so: {error}") from error
+        raise UserError(f"{override.input_line}: invalid search space for {key}: {error}") from error

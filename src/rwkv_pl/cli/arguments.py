@@ -1,6 +1,6 @@
-"""The command line of rwkv-train and rwkv-eval: Hydra's flags, and what Hydra itself answers.
+"""The command line of rwkv-train and rwkv-eval: Hydra's flags, and the ones that Hydra itself handles.
 
-Hydra 1.3's own parser can't be used: its help is an object that argparse refuses since Python 3.14.
+Hydra 1.3's own parser can't be used: it passes a help object that argparse rejects since Python 3.14.
 """
 
 import argparse
@@ -26,28 +26,28 @@ INFO_TOPICS = ("all", "config", "defaults", "defaults-tree", "plugins", "searchp
 
 
 class HydraParser(argparse.ArgumentParser):
-    """Hydra's flags. An error is a UserError."""
+    """Parser of Hydra's flags. Raises UserError."""
 
     def __init__(self) -> None:
         super().__init__(add_help=False)
         flag = self.add_argument
-        flag("--help", "-h", action="store_true", help="What the command does and what can be set")
-        flag("--hydra-help", action="store_true", help="These flags, and Hydra's own groups")
-        flag("--version", action="version", version=f"rwkv_pl {version('rwkv_pl')}", help="The version")
-        flag("overrides", nargs="*", help="key=value each, with dots for what lies deeper")
+        flag("--help", "-h", action="store_true", help="Show the command's use and its settings")
+        flag("--hydra-help", action="store_true", help="Show these flags and Hydra's own groups")
+        flag("--version", action="version", version=f"rwkv_pl {version('rwkv_pl')}", help="Show the version")
+        flag("overrides", nargs="*", help="Settings as key=value; dots separate the levels of a key")
         flag("--cfg", "-c", choices=["job", "hydra", "all"], help="Show the config, run nothing [job|hydra|all]")
-        flag("--resolve", action="store_true", help="With --cfg: the interpolations resolved")
-        flag("--package", "-p", help="With --cfg: this part of the config alone")
-        flag("--run", "-r", action="store_true", help="Run one job, as without it")
-        flag("--multirun", "-m", action="store_true", help="A sweep: run each combination of the values given")
+        flag("--resolve", action="store_true", help="With --cfg: resolve interpolations")
+        flag("--package", "-p", help="With --cfg: show only this part of the config")
+        flag("--run", "-r", action="store_true", help="Run one job, which is the default")
+        flag("--multirun", "-m", action="store_true", help="Sweep: run each combination of the given values")
         flag(
             "--shell-completion", "-sc", action="store_true",
-            help='Completion of keys and choices, in bash: eval "$(rwkv-train -sc install=bash)"',
+            help='Complete keys and choices; in bash: eval "$(rwkv-train -sc install=bash)"',
         )  # fmt: skip
         flag("--config-path", "-cp", help="Not used: see --config-dir")
         flag("--config-name", "-cn", help="Not used: see --config-dir")
-        flag("--config-dir", "-cd", help="A folder with files of yours for the config's groups")
-        flag("--experimental-rerun", help="Not used: go on with a run by resume=RUN")
+        flag("--config-dir", "-cd", help="A folder with your own files for the config's groups")
+        flag("--experimental-rerun", help="Not used: resume a run with resume=RUN")
         flag("--info", "-i", nargs="?", const="all", choices=INFO_TOPICS, help=f"About Hydra [{'|'.join(INFO_TOPICS)}]")
 
         flag(
@@ -60,10 +60,10 @@ class HydraParser(argparse.ArgumentParser):
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """The command line. Raises UserError for a flag that there is not, or that is not used here."""
+    """Parse the command line. Raises UserError for a flag that does not exist or is not used here."""
     args = HydraParser().parse_intermixed_args(argv)
     if args.config_path or args.config_name:
-        raise UserError("--config-path and --config-name are not used: put files of yours below a --config-dir")
+        raise UserError("--config-path and --config-name are not used: put your own files below a --config-dir")
     explains = args.explain is not None
     if explains and "=" in args.explain:
         args.overrides.append(args.explain)
@@ -83,29 +83,29 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     if args.shell_completion and not re.fullmatch(SHELL_COMMAND_PATTERN, " ".join(args.overrides)):
         raise UserError("--shell-completion takes install=SHELL, uninstall=SHELL or query=SHELL: bash, fish or zsh")
     if args.shell_completion and args.overrides[0].startswith("query") and "COMP_LINE" not in os.environ:
-        raise UserError(f"--shell-completion {args.overrides[0]} is for the shell, which sets COMP_LINE")
+        raise UserError(f"--shell-completion {args.overrides[0]} is called by the shell, which sets COMP_LINE")
     if args.experimental_rerun:
-        raise UserError("--experimental-rerun is not used: go on with a run by resume=RUN")
+        raise UserError("--experimental-rerun is not used: resume a run with resume=RUN")
     if args.config_dir:
         args.config_dir = str(Path(args.config_dir).absolute())
         if not Path(args.config_dir).is_dir():
-            raise UserError(f"--config-dir {args.config_dir} is no folder")
+            raise UserError(f"--config-dir {args.config_dir} is not a folder")
     return args
 
 
 def print_hydra_info(
     argv: Sequence[str], overrides: Sequence[str], config_dir: str | None, name: str = "train"
 ) -> None:
-    """Lets Hydra print what `argv` asks for: --help, --cfg, --info, completion. overrides: those in it."""
+    """Let Hydra handle --help, --cfg, --info or completion. overrides: the settings in `argv`."""
     try:
         run_with_hydra(lambda _: None, argv, name)
     except (HydraException, OmegaConfBaseException):
-        compose(overrides, config_dir, name)  # raises it as one line
+        compose(overrides, config_dir, name)  # raises the error as one line
         raise
 
 
 def run_with_hydra(task: Callable[[DictConfig], Any], argv: Sequence[str], name: str = "train") -> None:
-    """What hydra.main does with `argv`; it would parse that with a parser that Python 3.14 refuses."""
+    """Do the work of hydra.main with our own parser: Python 3.14 rejects Hydra's."""
     parser = HydraParser()
     hydra_version.setbase("1.3")
     with use_our_parser_for_completion():
@@ -120,7 +120,7 @@ def run_with_hydra(task: Callable[[DictConfig], Any], argv: Sequence[str], name:
 
 @contextlib.contextmanager
 def use_our_parser_for_completion() -> Iterator[None]:
-    """Hydra's shell completion reads the line typed so far by the parser that Python 3.14 refuses: it gets ours."""
+    """Make Hydra's shell completion parse the typed line with our parser: Python 3.14 rejects Hydra's."""
     before = hydra_utils.get_args
     hydra_utils.get_args = HydraParser().parse_intermixed_args
     try:

@@ -1,4 +1,4 @@
-"""rwkv-convert: weights from one form into another."""
+"""rwkv-convert: converts weights from one format to another."""
 
 import argparse
 import os
@@ -13,16 +13,16 @@ from rwkv_pl.files import PARTIAL_SUFFIX
 if TYPE_CHECKING:
     from rwkv_pl.weights.tensors import Weights
 
-# What other programs call files of theirs, which is no name for a folder of ours.
+# Suffixes of other formats' files, refused as the name of a Hugging Face folder.
 FOREIGN_SUFFIXES = (".bin", ".gguf", ".h5", ".json", ".npz", ".onnx", ".pt", ".safetensors")
 
 
 @cli_entry_point
 def main() -> None:
-    """The command. Exit codes: 0 written and checked, 1 the system refused, 2 bad input."""
+    """The command. Exit codes: 0 written and verified, 1 error of the system, 2 bad input."""
     parser = argparse.ArgumentParser(
         prog="rwkv-convert",
-        description="Writes the RWKV-4 weights of SRC in another form into DST, and compares every bit of it.",
+        description="Converts the RWKV-4 weights SRC to DST, reads DST back and compares every bit.",
         epilog="examples:\n  rwkv-convert outputs/DATE/TIME my-model\n"
         "  rwkv-convert RWKV-4-Pile-169M.pth 169m.ckpt --dtype float32",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -39,17 +39,17 @@ def main() -> None:
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
-        help="of the numbers in DST (default: that of SRC)",
+        help="dtype of the numbers in DST (default: that of SRC)",
     )
     arguments = parser.parse_args()
     convert(arguments.source, arguments.target, arguments.dtype)
 
 
 def convert(source: Path, target: Path, dtype: str | None = None) -> None:
-    """Writes `target` and says what was read and written. Raises UserError."""
+    """Write `target`, and print a line each for the weights read and written. Raises UserError."""
     check_target(target)
     if not source.exists():
-        raise UserError(f"there are no weights at {source}")
+        raise UserError(f"{source} does not exist: give a run folder, a .ckpt, a .pth or a Hugging Face folder")
     if sys.stderr.isatty():
         print("loading torch ...", file=sys.stderr, flush=True)
     with default_sigint():
@@ -68,29 +68,33 @@ def convert(source: Path, target: Path, dtype: str | None = None) -> None:
     print(f"wrote   {target} ({sum(file.stat().st_size for file in files) / 1e6:,.1f} MB)\n        {written}")
     if weights.vocabulary and not written.vocabulary:
         print(
-            f"        without the vocabulary ({weights.vocabulary.kind}): a .pth is weights alone; "
+            f"        without the vocabulary ({weights.vocabulary.kind}): a .pth holds only weights; "
             "a .ckpt or a Hugging Face folder keeps it"
         )
-    print(f"checked by reading it again, every tensor bit for bit; digest {written.digest[:16]}")
+    print(f"checked by reading it back, every tensor bit for bit; digest {written.digest[:16]}")
 
 
 def check_target(target: Path) -> None:
-    """Raises UserError where nothing can be written under that name: whatever is there already stays as it is."""
+    """Raise UserError if `target` can't be written. Nothing is overwritten."""
     if target.suffix.lower() in FOREIGN_SUFFIXES:
-        raise UserError(f"{target} is no name for it: give NAME.pth, NAME.ckpt, or that of a Hugging Face folder")
+        raise UserError(
+            f"{target} has the suffix of another format: give NAME.pth, NAME.ckpt or the name of a Hugging Face folder"
+        )
     if not target.absolute().parent.is_dir():
-        raise UserError(f"there is no folder {target.absolute().parent} to write {target.name} into")
+        raise UserError(
+            f"{target.absolute().parent} is not a folder: create it, or choose another place for {target.name}"
+        )
     if target.name in ("", ".."):
-        raise UserError(f"{target} has no name of its own: give that of a folder which is not there yet")
+        raise UserError(f"{target} has no name: give the name of a new folder")
     if os.path.lexists(partial := target.with_name(target.name + PARTIAL_SUFFIX)):
-        raise UserError(f"{partial} is there: another conversion is at work, or was killed and left it; take it away")
+        raise UserError(f"{partial} exists: another conversion is running, or was killed; if it was killed, remove it")
     is_file = target.suffix.lower() in (".pth", ".ckpt")
     if os.path.lexists(target) and (is_file or target.is_symlink() or not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target} is there already: nothing is written over, choose another name")
+        raise UserError(f"{target} exists and is not overwritten: choose another name")
 
 
 def describe_rounding(before: "Weights", after: "Weights") -> str:
-    """How many values a narrower dtype has changed, in words; nothing where none."""
+    """Describe how many values a narrower dtype changed; "" if none."""
     changed = lost = total = 0
     for name, value in before.tensors.items():
         total += value.numel()

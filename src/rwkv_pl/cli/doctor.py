@@ -1,4 +1,4 @@
-"""rwkv-doctor: what the compiled WKV kernel needs, what of it is here, and which kernel runs in the end."""
+"""rwkv-doctor: checks the build tools, then builds, verifies and times the compiled WKV kernel."""
 
 import argparse
 import os
@@ -18,24 +18,24 @@ from rwkv_pl.terminal import console
 
 @dataclass
 class Finding:
-    """cure: what to do, where something is amiss."""
+    """One row of the table. cure: the fix, if something is wrong."""
 
     name: str
     found: str
     cure: str = ""
 
 
-# Of output and gradients, relative to the recurrence in float64: what float32 can hold, and five times over.
+# Relative error of output and gradients against the recurrence in float64: five times that of float32's rounding.
 MAX_ERROR = 5e-6
 
 
 @cli_entry_point
 def main() -> None:
-    """The command. Exit codes: 0 every device has its compiled kernel, 1 one of them has not."""
+    """The command. Exit codes: 0 if every device has its compiled kernel, else 1."""
     parser = argparse.ArgumentParser(
         prog="rwkv-doctor",
-        description="Looks at what the compiled WKV kernel is built with, builds it, and tries it out.",
-        epilog="exit code 0: kernel=auto uses the compiled kernel on every device; 1: on one of them it does not",
+        description="Checks the build tools and suggests fixes, then builds, verifies and times the WKV kernel.",
+        epilog="exit code 0: kernel=auto uses the compiled kernel on every device; 1: not on every device",
     )
     parser.parse_args()
     if sys.stderr.isatty():
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def check_build_tools() -> Iterator[Finding]:
-    """One for each thing that a build takes."""
+    """Yield a finding for each tool and device that a build needs."""
     import torch
 
     from rwkv_pl.ops.build import PREBUILT, cpu_level
@@ -97,13 +97,13 @@ def check_build_tools() -> Iterator[Finding]:
         yield Finding("ninja", "none", "run `pip install ninja`")
     yield _check_cache()
     if not torch.cuda.is_available():
-        yield Finding("GPU", "none that torch sees" if cuda else "not looked for: this torch has no CUDA")
+        yield Finding("GPU", "none found by torch" if cuda else "not checked: this torch has no CUDA")
     for device in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(device)
         memory = properties.total_memory / 2**30
         yield Finding(f"GPU {device}", f"{properties.name}, sm_{properties.major}{properties.minor}, {memory:.0f} GiB")
     nvcc = find_nvcc(cuda or "13")
-    # Of no consequence where torch has no CUDA.
+    # A torch without CUDA needs no nvcc.
     problem, _, cure = describe_nvcc_problem(nvcc, cuda).partition("; ") if cuda else ("", "", "")
     yield Finding("nvcc", problem or (f"CUDA {nvcc.version} ({nvcc.path})" if nvcc else "none"), cure)
 
@@ -118,16 +118,16 @@ def _check_cache() -> Finding:
             left = list(folder.glob("building-*"))
         libraries = [path for path in folder.iterdir() if path.suffix in (".so", ".pyd")]
     except Timeout:
-        return Finding("cache", f"{folder}, in which another process builds at present")
+        return Finding("cache", f"{folder}, another process is building there now")
     except OSError as error:
-        return Finding("cache", f"{folder}: {error.strerror}", "set RWKV_PL_CACHE to a folder of your own")
+        return Finding("cache", f"{folder}: {error.strerror}", "set RWKV_PL_CACHE to a writable folder")
     size = sum(path.stat().st_size for path in libraries) / 1e6
-    stale = f"; {len(left)} builds that were broken off, which the next one clears away" if left else ""
+    stale = f"; {len(left)} interrupted builds, which the next build removes" if left else ""
     return Finding("cache", f"{folder}: {len(libraries)} libraries, {size:.1f} MB{stale}")
 
 
 def _verify_kernel(device: str) -> bool:
-    """Builds the kernel of a device, judges and times it, and says in a line what kernel=auto will use there."""
+    """Build, verify and time the kernel of a device, and print the kernel that kernel=auto will use there."""
     from rwkv_pl.ops.backend import use_kernel
 
     try:
@@ -144,19 +144,21 @@ def _verify_kernel(device: str) -> bool:
         print(f"{device}: kernel=auto uses the scan in plain torch: {reason}")
         return False
     if not error <= MAX_ERROR:
-        print(f"{device}: the compiled kernel errs by {error:.1e}, more than {MAX_ERROR:.0e}: use kernel=scan")
+        print(
+            f"{device}: the compiled kernel has a relative error of {error:.1e}, above {MAX_ERROR:.0e}: use kernel=scan"
+        )
         return False
     with use_kernel("scan"):
         scan = _measure_milliseconds(device, calls=3)
     print(
-        f"{device}: kernel=auto uses the compiled kernel: there in {ready:.1f} s, relative error {error:.1e}, "
-        f"{compiled:.2f} ms where the scan takes {scan:.0f} (1 x 1,024 x 512, forward and backward)"
+        f"{device}: kernel=auto uses the compiled kernel: ready in {ready:.1f} s, relative error {error:.1e}, "
+        f"{compiled:.2f} ms, the scan {scan:.0f} ms (1 x 1,024 x 512, forward and backward)"
     )
     return True
 
 
 def _describe_products(device: str) -> str:
-    """How fast matrix products are in either precision, in a line."""
+    """Describe the speed of matrix products in float32 and bfloat16, in one line."""
     import torch
 
     from rwkv_pl.training.memory import format_si
@@ -166,13 +168,12 @@ def _describe_products(device: str) -> str:
     float32, bf16 = rates[torch.float32], rates[torch.bfloat16]
     per_thread = " a thread" if device == "cpu" else ""
     speeds = f"{format_si(float32, 'FLOP/s')} in float32 and {format_si(bf16, 'FLOP/s')} in bf16{per_thread}"
-    return (
-        f"{device}: matrix products make {speeds}: in bf16-mixed they are {describe_speedup(bf16 / float32)} in 32-true"
-    )
+    speedup = describe_speedup(bf16 / float32)
+    return f"{device}: matrix products run at {speeds}: in bf16-mixed they are {speedup} in 32-true"
 
 
 def _compute_results(device: str, steps: int, dtype: str = "float32", channels: int = 512) -> list[Any]:
-    """Output and gradients for inputs of ordinary size."""
+    """Output and gradients of the operator for standard normal inputs, from a fixed seed."""
     import torch
 
     from rwkv_pl.ops.wkv4 import wkv4

@@ -1,4 +1,4 @@
-"""How every command starts and ends: an environment that imports nothing of a stranger's, errors as one line.
+"""The frame of every command: an environment that imports no untrusted code, and errors in one line.
 
 Only Hydra and the standard library are imported here, so that a mistake is reported before anything heavy is loaded.
 """
@@ -19,14 +19,14 @@ from rwkv_pl.terminal import FAILED, print_error
 
 
 def cli_entry_point(main: Callable[[], None]) -> Callable[[], None]:
-    """A command that ends with one line and exit code 2 on bad input, 1 when the system refuses something."""
+    """Make a command from `main`: an error is one line. Exit codes: 2 for bad input, 1 for others, 130 for Ctrl-C."""
 
     def command() -> None:
-        # Hydra then raises what it would print over several lines.
+        # Hydra then raises its errors instead of printing them over several lines.
         os.environ.setdefault("HYDRA_FULL_ERROR", "1")
         if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
-            # Threads of OpenMP spin while they wait for each other, by default so long that other work on the same
-            # cores slows a training ten times and more. Read when torch is loaded.
+            # OpenMP threads spin while they wait for each other. By default they spin so long that training is ten
+            # times slower or worse if other jobs share the cores. torch reads this when it is loaded.
             os.environ["GOMP_SPINCOUNT"] = "10000"
         try:
             with safe_import_path():
@@ -36,11 +36,11 @@ def cli_entry_point(main: Callable[[], None]) -> Callable[[], None]:
         except (UserError, HydraException, OmegaConfBaseException) as error:
             sys.exit(print_error(error))
         except BrokenPipeError:
-            # As of `| head`. What Python would flush at its end goes nowhere.
+            # The reader has gone, as with `| head`. Python flushes stdout at exit: the rest goes to the null device.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(FAILED)
         except OSError as error:
-            # A full disk, a folder that went away: what was written before is whole.
+            # For example a full disk or a removed folder. Files that were written before are complete.
             sys.exit(print_error(describe_os_error(error), FAILED))
         except KeyboardInterrupt:
             sys.exit(130)
@@ -48,21 +48,21 @@ def cli_entry_point(main: Callable[[], None]) -> Callable[[], None]:
     return command
 
 
-# Folders that the environment names. A relative one counts from where the command was typed.
+# Environment variables that name folders. A relative path counts from the folder where the command was typed.
 FOLDER_VARIABLES = ("RWKV_PL_CACHE", "RWKV_PL_CONFIG")
 
 
 @contextlib.contextmanager
 def safe_import_path() -> Iterator[None]:
-    """Python processes started inside, by whatever library, import nothing from the folder in which they start.
+    """Keep this process and its child Python processes from importing anything from their current folder.
 
-    That folder may be a stranger's: a resumed sweep's jobs start where the sweep's multirun.yaml says. Relative and
-    empty entries of PYTHONPATH keep the meaning that they have for this process.
+    That folder may be untrusted: the jobs of a resumed sweep start in the folder that its multirun.yaml names. Relative
+    and empty entries of PYTHONPATH become absolute, so they mean the same in child processes.
 
-    This process looks for no plug-ins there either: an editable install leaves a relative name on sys.path, below which
-    torch and Lightning would find entry points.
+    Relative entries are removed from this process's sys.path too: an editable install leaves one there, and torch and
+    Lightning would look for the entry points of plug-ins below it.
     """
-    import hydra_plugins.rwkv_pl  # noqa: F401  an editable install finds it by that name
+    import hydra_plugins.rwkv_pl  # noqa: F401  an editable install finds it through the relative entry
 
     path = list(sys.path)
     sys.path[:] = [entry for entry in path if Path(entry).is_absolute()]
@@ -84,7 +84,7 @@ def safe_import_path() -> Iterator[None]:
 
 @contextlib.contextmanager
 def default_sigint() -> Iterator[None]:
-    """Ctrl-C ends the process at once: an import may swallow what Python raises for it, or fail of it later."""
+    """Make Ctrl-C end the process at once. In an import, KeyboardInterrupt can be swallowed or cause a later error."""
     before = signal.getsignal(signal.SIGINT)
     if before is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -1,4 +1,4 @@
-"""rwkv-eval: how well weights predict a text, as a table, a JSON file and a picture of loss against position."""
+"""rwkv-eval: evaluates weights on a text; writes a table, a JSON file and a picture of loss against position."""
 
 import os
 import sys
@@ -39,15 +39,15 @@ def main() -> None:
         raise UserError("rwkv-eval evaluates one model: leave out -m")
     for word in args.overrides:
         if "=" not in word and Path(word).exists():
-            raise UserError(f"{word}: what is evaluated is given as weights={word}")
+            raise UserError(f"{word} is not a setting: to evaluate it, write weights={word}")
     overrides = parse_overrides(args.overrides, sweep=True)
     for override in overrides:
         if override.is_sweep_override():
-            raise UserError(f"{override.input_line} names several values: give one, or write a list as [a,b]")
+            raise UserError(f"{override.input_line} has several values: give one, or write a list as [a,b]")
         if override.key_or_group.startswith("hydra"):
-            raise UserError(f"{override.input_line} is not used: out=FOLDER says where the result goes")
+            raise UserError(f"{override.input_line} is not used: out=FOLDER sets the folder of the result")
         if is_group_choice(override) and override.key_or_group != "data":
-            raise UserError(f"{override.input_line}: data alone is chosen here, the model is that of the weights")
+            raise UserError(f"{override.input_line} cannot be set: only data= is a choice, the weights fix the model")
     if args.explain is not None:
         print_settings(args.explain, [str(o.input_line) for o in overrides], args.config_dir, "eval")
         return
@@ -64,14 +64,14 @@ def main() -> None:
         require_no_download(config.data, Path.cwd(), given)
     if run is None and "data" not in given and Path(str(config.weights)).exists():
         raise UserError(
-            f"weights={config.weights} are of no run, which would know its text: choose one, data=text data.path=FILE, "
-            "data=enwik8 or data=stdlib"
+            f"weights={config.weights} is not a run, so the text must be chosen: data=text data.path=FILE, data=enwik8 "
+            "or data=stdlib"
         )
     out, name = choose_output(config, run, given)
     with remove_on_failure(out):
         with as_user_error(out):
             if not os.access(out, os.W_OK):
-                raise UserError(f"{out} can't be written to: give another folder by out=FOLDER")
+                raise UserError(f"{out} is not writable: give another folder with out=FOLDER")
         if sys.stderr.isatty():
             print("loading torch ...", file=sys.stderr, flush=True)
         report = _evaluate(config, run, given)
@@ -80,10 +80,10 @@ def main() -> None:
 
 
 def compose_settings(overrides: Sequence[Override], config_dir: str | None) -> tuple[dict[str, Any], Path | None]:
-    """All settings, in plain types, and the folder of the run that `weights` is, or lies in.
+    """Return all settings in plain types, and the run folder that `weights` is or belongs to, if any.
 
-    Where that is a run, and no other data is chosen, the data settings are the run's own, but for those that are given.
-    Raises UserError.
+    For a run without another choice of data, the data settings are the run's, with the overrides on top. Raises
+    UserError.
     """
     weights = next((o.value() for o in overrides if o.key_or_group == "weights"), None)
     run = find_run(Path(str(weights))) if weights else None
@@ -102,14 +102,16 @@ def compose_settings(overrides: Sequence[Override], config_dir: str | None) -> t
 
 
 def find_run(source: Path) -> Path | None:
-    """The run folder that `source` is, or in whose checkpoints/ it lies."""
+    """Return the run folder that `source` is, or whose checkpoints/ contains it."""
     folder = source.absolute().parent.parent if source.absolute().parent.name == "checkpoints" else source.absolute()
     return folder if (folder / ".hydra" / "config.yaml").is_file() else None
 
 
 def choose_output(config: Eval, run: Path | None, given: set[str]) -> tuple[Path, str]:
-    """The folder of the result, and its files' name: outside the run's folder, and where one of several checkpoints is
-    named, it says whose result it is; and on which text, where that is not the run's own."""
+    """Return the folder of the result and the stem of its files.
+
+    The stem names the weights unless they are the output folder itself, and the text if it is not the run's own.
+    """
     source = Path(str(config.weights)).absolute()
     out = Path(config.out).absolute() if config.out else run or Path.cwd()
     whose = "" if source == out else f"{source.name if source.is_dir() else source.stem}-"
@@ -120,7 +122,7 @@ def choose_output(config: Eval, run: Path | None, given: set[str]) -> tuple[Path
 
 
 def _evaluate(config: Eval, run: Path | None, given: set[str]) -> dict[str, Any]:
-    """Everything that the JSON file holds. run: that the weights are from. given: the keys that the user has set."""
+    """Return the content of the JSON file. run: the run folder of the weights. given: the keys that the user set."""
     with default_sigint():
         import torch
 
@@ -144,15 +146,15 @@ def _evaluate(config: Eval, run: Path | None, given: set[str]) -> dict[str, Any]
     corpus, vocabulary, tokens = data.corpus, data.vocabulary, data.token_file
     if weights.config.vocab_size != vocabulary.size:
         raise UserError(
-            f"weights={source} predicts {weights.config.vocab_size:,} tokens, data.vocab={vocabulary.kind} has "
+            f"weights={source} has {weights.config.vocab_size:,} tokens, data.vocab={vocabulary.kind} has "
             f"{vocabulary.size:,}: give the vocabulary that it was trained with"
         )
     lo, hi = getattr(tokens.splits, config.split)
     n_tokens, n_bytes = hi - max(lo, 1), count_scored_bytes(tokens, config.split, vocabulary)
     if n_tokens < 1:
         raise UserError(
-            f"the {config.split} split of {corpus.path} has {hi - lo} tokens, nothing to predict: "
-            "take a larger corpus, or another data.split"
+            f"the {config.split} split of {corpus.path} has {hi - lo} tokens, too few to predict any: "
+            "use a larger corpus or another data.split"
         )
     if run and "data" not in given and weights.trained_on not in (None, corpus.digest):
         print(f"warning: {corpus.description} is not the text that the run was trained on", file=sys.stderr)
@@ -230,7 +232,7 @@ def _evaluate(config: Eval, run: Path | None, given: set[str]) -> dict[str, Any]
 
 
 def count_scored_bytes(file: "TokenFile", split: str, vocabulary: "Vocabulary") -> int:
-    """The corpus file's own bytes in a split, but for those of token 0, which is never a target."""
+    """Count the corpus file's bytes in a split, without those of token 0, which is never a target."""
     lo, _ = getattr(file.splits, split)
     return file.split_bytes(split) - (0 if lo else int(vocabulary.bytes_per_token[file.tokens[0]]))
 
@@ -245,26 +247,26 @@ def _choose_device(accelerator: str) -> "torch.device":
         return torch.device("cpu")
     if there is None or accelerator not in ("gpu", there.type):
         raise UserError(
-            f"accelerator={accelerator} is not there: torch finds {there.type if there else 'the CPU alone'}"
+            f"accelerator={accelerator} is not available: torch finds {there.type if there else 'only the CPU'}"
         )
     return there
 
 
 def _to_run_error(error: Exception) -> Exception:
-    """What a device refuses, in one line."""
+    """Turn an error of the device into one line."""
     import torch
 
     reason = one_line(error).partition(". ")[0]
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in reason:
         return RunError(
-            f"out of memory ({reason or 'the system gives no more'}): smaller streams, chunk_len and "
-            "data.eval_batch_size take less"
+            f"out of memory ({reason or 'the system refused an allocation'}): lower streams, chunk_len or "
+            "data.eval_batch_size"
         )
     return RunError(f"{type(error).__name__}: {reason[:300]}")
 
 
 class _Progress:
-    """A bar on stderr, where that is a terminal: tokens/s, bits per byte so far, time left."""
+    """A progress bar on stderr if that is a terminal: tokens/s, bits per byte so far, time left."""
 
     def __init__(self, name: str, n_tokens: int, n_bytes: int) -> None:
         from rich.console import Console

@@ -1,4 +1,4 @@
-"""An evaluation's report: as a table, a JSON file and a picture of loss against position."""
+"""The report of an evaluation: a table, a JSON file and a picture of loss against position."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ from rwkv_pl.training.curve import default_style
 
 
 def _describe_protocol(name: str, protocol: dict[str, Any]) -> str:
-    """A protocol with its settings."""
+    """Describe a protocol with its settings."""
     if name == "windows":
         return f"windows of {protocol['ctx_len']:,}, stride {protocol['stride']:,}"
     streams, warmup = protocol["streams"], protocol["warmup"]
@@ -52,7 +52,7 @@ def print_report(report: dict[str, Any]) -> None:
 
 
 def write_report(report: dict[str, Any], out: Path, name: str) -> None:
-    """NAME.json, and of windows NAME.png, in the folder `out`; says where they are."""
+    """Write NAME.json, and NAME.png for windows, into the folder `out`; print their paths."""
     locks = cache_folder() / "locks"
     key = hashlib.sha256(str(out / name).encode()).hexdigest()[:16]
     with as_user_error(locks):
@@ -72,7 +72,7 @@ def write_report(report: dict[str, Any], out: Path, name: str) -> None:
 
 @default_style()
 def draw_loss_by_position(report: dict[str, Any], path: Path) -> None:
-    """Loss against position in the context: where the curve still falls, the model uses memory that far back."""
+    """Draw loss against position in the context. The model uses its memory as far back as the curve still falls."""
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -81,14 +81,14 @@ def draw_loss_by_position(report: dict[str, Any], path: Path) -> None:
     found = protocols["windows"]
     loss = np.array(found["loss_by_position"], float) / math.log(2)  # None is NaN
     counts = np.array(found["tokens_by_position"])
-    # Where windows overlap, most positions count in the first one alone, and a single loss says nothing.
+    # If windows overlap, most positions count only in the first window, and a single loss is noise.
     context = 1 + np.flatnonzero(counts > counts.max() // 2)
     bits = loss[context - 1]
     whose = "/".join(Path(report["weights"]["source"]).parts[-3:])
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     axes = figure.subplots()
     axes.plot(context, bits, ".", color="tab:blue", alpha=0.2, markersize=4)
-    # Means over stretches that grow by a quarter: single positions scatter more than the curve still falls.
+    # Means over stretches that grow by a quarter: single positions scatter too much to show the curve's slope.
     stretch = np.floor(np.log(context) / math.log(1.25)).astype(int)
     members = [stretch == each for each in np.unique(stretch)]
     axes.plot(

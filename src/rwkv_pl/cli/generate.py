@@ -1,4 +1,4 @@
-"""rwkv-generate: text from a model, printed as it is written."""
+"""rwkv-generate: generates text with a model and prints it token by token."""
 
 import argparse
 import os
@@ -23,17 +23,17 @@ if TYPE_CHECKING:
 
 SECONDS_BEFORE_PROGRESS = 1
 
-# They are written at once, each with a state of its own.
+# Samples are generated together, and each has its own state in memory.
 MAX_SAMPLES = 1000
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line. Raises UserError for one that can't be meant."""
+    """Parse the command line. Raises UserError for values that make no sense."""
     parser = argparse.ArgumentParser(
         prog="rwkv-generate",
         usage="%(prog)s WEIGHTS [PROMPT or -] [options]",
-        description="Writes what follows PROMPT, as the model would have it.",
-        epilog="A prompt that begins with - follows --:   rwkv-generate RUN --max-tokens 50 -- '- a list'\n"
+        description="Generates the text that follows PROMPT.",
+        epilog="A prompt that starts with - follows --:   rwkv-generate RUN --max-tokens 50 -- '- a list'\n"
         "A conversation in a file:   rwkv-generate RUN 'Hello.' --state-out memory\n"
         "                            rwkv-generate RUN ' And you?' --state-in memory --state-out memory",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -41,37 +41,42 @@ def parse_arguments() -> argparse.Namespace:
     )
 
     def refuse(message: str) -> NoReturn:
-        hint = "quote a prompt of several words, and put -- before one that begins with -" if "unrec" in message else ""
+        hint = "quote a prompt of several words, and put -- before one that starts with -" if "unrec" in message else ""
         raise UserError(f"{message}; {hint or 'see --help'}")
 
     parser.error = refuse  # type: ignore[method-assign]
     add = parser.add_argument
     add("weights", type=Path, metavar="WEIGHTS", help="a run folder, .ckpt, .pth or Hugging Face folder")
-    add("prompt", nargs="?", default="", metavar="PROMPT", help="the text to go on from; - reads all of standard input")
-    add("--max-tokens", type=int, default=256, metavar="N", help="at most so many (256); -1: no end; 0: only read")
-    add("--temperature", type=float, default=1.0, metavar="X", help="below 1 bolder; 0 takes the likeliest (1)")
+    add("prompt", nargs="?", default="", metavar="PROMPT", help="the text to continue; - reads all of standard input")
+    add("--max-tokens", type=int, default=256, metavar="N", help="maximum number (256); -1: no limit; 0: only read")
+    add(
+        "--temperature", type=float, default=1.0, metavar="X",
+        help="lower is safer: fewer mistakes, more repeats; 0 takes the likeliest token (1)",
+    )  # fmt: skip
     add("--top-k", type=int, default=0, metavar="K", help="only the K likeliest tokens; 0 is off (0)")
-    add("--top-p", type=float, default=1.0, metavar="P", help="only the likeliest that together reach P; 1 is off (1)")
-    add("--repetition", type=float, default=1.0, metavar="X", help="above 1, what was there is less likely (1)")
-    add("--window", type=int, default=256, metavar="N", help="the last N tokens are what --repetition looks at (256)")
-    add("--seed", type=int, metavar="N", help="the same text again; without it another, whose seed is told")
+    add(
+        "--top-p", type=float, default=1.0, metavar="P", help="only the likeliest tokens that together reach P (1: all)"
+    )
+    add("--repetition", type=float, default=1.0, metavar="X", help="above 1, recent tokens are less likely (1)")
+    add("--window", type=int, default=256, metavar="N", help="--repetition counts the last N tokens (256)")
+    add("--seed", type=int, metavar="N", help="the same seed gives the same text; if absent, a random one is printed")
     add("--stop", action="append", default=[], metavar="TEXT", help="ends before this text; may be given several times")
-    add("--samples", type=int, default=1, metavar="N", help="so many texts (1)")
-    add("--state-in", type=Path, metavar="FILE", help="goes on from this memory; PROMPT is what is said next")
-    add("--state-out", type=Path, metavar="FILE", help="keeps the memory after the last token, --stop's text included")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the matrices; the second is faster")
-    add("--vocab", type=Path, metavar="JSON", help="the 20B tokenizer's, for weights that come without a vocabulary")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU where there is one (auto)")
-    # The other form takes no PROMPT where options stand between it and WEIGHTS.
+    add("--samples", type=int, default=1, metavar="N", help="number of texts (1)")
+    add("--state-in", type=Path, metavar="FILE", help="continues from this state; PROMPT follows the text so far")
+    add("--state-out", type=Path, metavar="FILE", help="saves the state after the last token, --stop's text included")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of the matrices; bfloat16 is faster")
+    add("--vocab", type=Path, metavar="JSON", help="20B_tokenizer.json, for weights that come without a vocabulary")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one (auto)")
+    # parse_args() does not accept options between WEIGHTS and PROMPT.
     arguments = parser.parse_intermixed_args()
     if arguments.max_tokens < -1:
-        raise UserError(f"--max-tokens must be at least 0, or -1 for no end, got {arguments.max_tokens}")
+        raise UserError(f"--max-tokens must be at least 0, or -1 for no limit, got {arguments.max_tokens}")
     if not 1 <= arguments.samples <= MAX_SAMPLES:
         raise UserError(f"--samples must be from 1 to {MAX_SAMPLES:,}, got {arguments.samples}")
     if arguments.samples > 1 and arguments.state_out:
-        raise UserError("--state-out keeps the memory of one text: leave out --samples")
+        raise UserError("--state-out saves the state of one text: leave out --samples")
     if not all(arguments.stop):
-        raise UserError("--stop must have at least one character: every text ends before an empty one")
+        raise UserError("--stop is empty and would end every text at once: give at least one character")
     return arguments
 
 
@@ -79,7 +84,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     if sys.stdout is None or (arguments.prompt == "-" and sys.stdin is None):
-        raise UserError("standard input or output is closed, there is nothing to read from or to write to")
+        raise UserError("standard input or output is closed: redirect it to a file or /dev/null instead")
     text = sys.stdin.buffer.read() if arguments.prompt == "-" else os.fsencode(arguments.prompt)
 
     with default_sigint():
@@ -96,7 +101,7 @@ def main() -> None:
     limit_threads()
     sampling = _build_sampling(arguments)
     if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch finds no GPU here; leave it out")
+        raise UserError("--device cuda: torch finds no GPU; leave it out")
     on_gpu = arguments.device != "cpu" and torch.cuda.is_available()
     if arguments.state_out:
         check_replaceable(arguments.state_out)
@@ -126,7 +131,7 @@ def main() -> None:
         )
         stops = [os.fsencode(stop) for stop in arguments.stop]
         if arguments.seed is None and sampling.temperature > 0 and arguments.max_tokens:
-            print(f"seed {seed} (--seed {seed} writes the same again)", file=sys.stderr)
+            print(f"seed {seed} (--seed {seed} repeats this text)", file=sys.stderr)
         interrupted = _print_texts(generation, vocabulary, stops, arguments.samples, arguments.max_tokens)
         if arguments.state_out:
             generation.catch_up()
@@ -150,23 +155,26 @@ def _build_sampling(arguments: argparse.Namespace) -> "Sampling":
 
 
 def _choose_vocabulary(weights: "Weights", json: Path | None) -> "Vocabulary":
-    """That of the weights, or the one given; of 256 tokens the bytes. Raises UserError where it can't be told."""
+    """Return the vocabulary of the weights, or else the given one, or bytes if there are 256 tokens.
+
+    Raises UserError if none is known, or if the given one does not fit.
+    """
     from rwkv_pl.data.vocabulary import Vocabulary, read_vocabulary
 
     known, size, source = weights.vocabulary, weights.config.vocab_size, weights.path
     given = read_vocabulary(json) if json else None
     if known and given and given != known:
-        raise UserError(f"--vocab {json} is not the vocabulary that {source} was trained with, and holds: leave it out")
+        raise UserError(f"--vocab {json} differs from the vocabulary stored in {source}: leave it out")
     vocabulary = known or given or (Vocabulary("byte") if size == 256 else None)
     if not vocabulary:
-        raise UserError(f"{source} does not say what its {size:,} tokens are: give --vocab 20B_tokenizer.json")
+        raise UserError(f"{source} has no vocabulary for its {size:,} tokens: give --vocab 20B_tokenizer.json")
     if vocabulary.size != size:
-        raise UserError(f"{json} has {vocabulary.size:,} tokens, {source} has {size:,}: it is of other weights")
+        raise UserError(f"--vocab {json} has {vocabulary.size:,} tokens, {source} has {size:,}: give its own tokenizer")
     return vocabulary
 
 
 def _read_prompt(model: "nn.Module", tokens: "Tensor", state: "State | None") -> "tuple[Tensor, State]":
-    """The logits after tokens (T,), and the state; with a bar where that takes long."""
+    """Return the logits after tokens (T,), and the state; show a progress bar after SECONDS_BEFORE_PROGRESS."""
     from rwkv_pl.inference.generate import CHUNK, read_tokens
 
     tokens = tokens.to(next(model.parameters()).device)
@@ -191,7 +199,7 @@ def _read_prompt(model: "nn.Module", tokens: "Tensor", state: "State | None") ->
 
 
 class OrderedPrinter:
-    """Texts that are written at once, printed one after the other: the one whose turn it is as it comes."""
+    """Prints texts one after the other while all are generated together; later ones wait in a buffer."""
 
     def __init__(self, out: IO[bytes], texts: int) -> None:
         self._out, self._texts = out, texts
@@ -227,7 +235,7 @@ class OrderedPrinter:
 def _print_texts(
     generation: "Generation", vocabulary: "Vocabulary", stops: Sequence[bytes], samples: int, max_tokens: int
 ) -> bool:
-    """Prints the texts, and on stderr how fast they came. Returns whether Ctrl-C ended them."""
+    """Print the texts, and the speed on stderr. Returns whether Ctrl-C ended them."""
     from rwkv_pl.inference.text import TextStream
 
     interrupted = False
@@ -250,7 +258,7 @@ def _print_texts(
             for i in tuple(printer.unfinished):
                 spelled = vocabulary.decode(tokens[i : i + 1])
                 printer.add(i, streams[i].feed(spelled))
-                # A token that spells nothing ends the document.
+                # A token without any bytes is the end of a document.
                 if streams[i].stopped or not spelled:
                     printer.add(i, streams[i].close())
                     printer.end(i)

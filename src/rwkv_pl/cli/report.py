@@ -1,4 +1,4 @@
-"""rwkv-report: the runs below some folders, compared."""
+"""rwkv-report: compares the runs below folders."""
 
 import argparse
 from pathlib import Path
@@ -13,18 +13,18 @@ def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(
         prog="rwkv-report",
-        description="A table of the runs below the folders, and beside it sweep.csv and sweep.png.",
+        description="Prints a table of the runs below the folders, and writes sweep.csv and sweep.png.",
         epilog="example: rwkv-report multirun/2026-01-31/12-00-00",
     )
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="a run, a sweep, or any folder above them")
     parser.add_argument(
-        "--out", type=Path, help="the folder for sweep.csv and sweep.png (default: PATH, or . where there are several)"
+        "--out", type=Path, help="the folder for sweep.csv and sweep.png (default: PATH, or . if there are several)"
     )
     arguments = parser.parse_args()
     paths: list[Path] = arguments.paths
     for path in paths:
         if not path.is_dir():
-            raise UserError(f"{path} is no folder")
+            raise UserError(f"{path} is not a folder")
     out = arguments.out or (paths[0] if len(paths) == 1 else Path.cwd())
     if not find_runs(paths):
         raise UserError(f"there is no run below {', '.join(map(str, paths))}")

@@ -29,20 +29,20 @@ from rwkv_pl.terminal import FAILED, quote_override
 
 MULTIRUN = "multirun.yaml"
 
-# In the environment of a resumed sweep's jobs: their settings come from its folder, and are not trusted.
+# Set in the environment of a resumed sweep's jobs: their settings come from its folder and are not trusted.
 RESUMED_ENV = "RWKV_PL_RESUMED_SWEEP"
 
-# Hydra's own part of a stored sweep that is used again: not what could start a stranger's program.
+# The stored settings of Hydra itself that a resumed sweep uses again. Others could start an untrusted program.
 STORED_KEYS = ("hydra/sweeper", "hydra.sweeper.", "hydra.sweep.subdir", "hydra.launcher.jobs=")
 
-# Our launcher and sweepers by the name of `_target_`.
+# Our launcher and sweepers, by their `_target_`.
 OWN_PLUGINS: dict[str, Any] = {
     f"{plugin.__module__}.{plugin.__name__}": plugin for plugin in (ProcessLauncher, GridSweeper, StudySweeper)
 }
 
 
 def start_sweep(argv: Sequence[str], overrides: list[Override], config_dir: str | None) -> None:
-    """`rwkv-train -m`. Raises UserError, with no folder made, for what is wrong in every job."""
+    """`rwkv-train -m`. Raises UserError, before it creates a folder, if a setting is invalid in every job."""
     fixed = [o for o in overrides if not o.is_sweep_override()]
     composed = compose([str(o.input_line) for o in fixed], config_dir)
     merged = merge_params(
@@ -55,17 +55,17 @@ def start_sweep(argv: Sequence[str], overrides: list[Override], config_dir: str 
 
 
 def resume_sweep(sweep: Path, later: list[Override], config_dir: str | None) -> None:
-    """`rwkv-train -m resume=SWEEP`: finishes what is missing of it. Raises UserError where it is no sweep.
+    """`rwkv-train -m resume=SWEEP`: finishes the missing jobs. Raises UserError if the folder is not a sweep's.
 
-    Nothing that the sweep's folder says decides what is run: the settings of its jobs are taken from it, and of Hydra's
-    own part no more than STORED. A config folder can have Hydra run anything, so it is typed again.
+    The sweep's folder is not trusted. From its stored settings come only those of the jobs and, of Hydra's own,
+    STORED_KEYS. A config folder can make Hydra run any program, so --config-dir must be typed again.
     """
     if any(not o.is_hydra_override() and o.key_or_group != "plugins" for o in later):
-        raise UserError("-m resume= goes on with a sweep as it was: leave out other settings than hydra's")
+        raise UserError("-m resume= cannot change a sweep's settings, except hydra.*: leave out the others")
     path = sweep / MULTIRUN
     if not path.is_file():
-        hint = ": to go on with a run leave out -m" if has_started(sweep) else f": it holds no {MULTIRUN}"
-        raise UserError(f"resume={sweep} is no folder of a sweep{hint}")
+        hint = "it is a run; leave out -m" if has_started(sweep) else f"it has no {MULTIRUN}"
+        raise UserError(f"resume={sweep} is not the folder of a sweep: {hint}")
     try:
         stored = yaml.safe_load(path.read_text(encoding="utf-8"))["hydra"]
         task, own = ([str(text) for text in stored["overrides"][part]] for part in ("task", "hydra"))
@@ -73,10 +73,10 @@ def resume_sweep(sweep: Path, later: list[Override], config_dir: str | None) -> 
         config_dir_then = typed_config_dir(stored["runtime"]["config_sources"])
         settings = parse_overrides(task, sweep=True)
         parse_overrides(own, sweep=True)
-    except Exception as error:  # what is not what was written can fail in any way
-        raise UserError(f"{path} is damaged: {one_line(error)[:200]}") from error
+    except Exception as error:  # a file that was changed by hand can fail in any way
+        raise UserError(f"{path} is corrupt: {one_line(error)[:200]}") from error
     if not cwd.is_absolute() or not cwd.is_dir():
-        raise UserError(f"the sweep was started in {cwd}, which is gone")
+        raise UserError(f"the sweep was started in {cwd}, which no longer exists: create it again")
     if config_dir_then and not config_dir:
         raise UserError(f"the sweep used --config-dir {config_dir_then}: give it again if you trust its files")
     require_own_files(sweep)
@@ -96,14 +96,14 @@ def resume_sweep(sweep: Path, later: list[Override], config_dir: str | None) -> 
 
 
 def _run_sweep(sweep: Path, argv: Sequence[str], launcher: DictConfig) -> None:
-    """Hands over to Hydra; prints what came of the sweep, whatever happens. Exits 1 where a job failed."""
-    # Hydra describes a run of its own in the job's folder, which the job's process does itself.
+    """Run the sweep with Hydra and print its report, even after an error. Exits with 1 if a job failed."""
+    # The job's process writes its own .hydra/ and log, so Hydra must not.
     ours = [f"hydra.sweep.dir={quote_override(sweep)}", "hydra.output_subdir=null", "hydra/job_logging=none"]
     if "submitit_folder" in launcher and not any(text.startswith("hydra.launcher.submitit_folder=") for text in argv):
-        # It holds pickles, which are loaded: no name that a stranger could have put his own under.
+        # submitit loads pickles from this folder: with a random name, nobody can have put other ones there before.
         private = sweep / f".submitit-{secrets.token_hex(8)}" / "%j"
         ours.append(f"hydra.launcher.submitit_folder={quote_override(private)}")
-    for plugin in OWN_PLUGINS.values():  # Hydra's own search does not see those of an editable install
+    for plugin in OWN_PLUGINS.values():  # Hydra's search does not find them in an editable install
         Plugins.instance().register(plugin)
     with locked(sweep):
         try:
@@ -111,13 +111,13 @@ def _run_sweep(sweep: Path, argv: Sequence[str], launcher: DictConfig) -> None:
         finally:
             done = print_report([sweep], sweep)
             if not done:
-                print(f"what is missing is tried again by rwkv-train -m resume={sweep}")
+                print(f"to retry the missing jobs: rwkv-train -m resume={sweep}")
     if not done:
         sys.exit(FAILED)
 
 
 def _check_plugins(composed: DictConfig, overrides: Sequence[Override]) -> None:
-    """Raises UserError where our launcher or sweeper refuses its settings."""
+    """Raise UserError if our launcher or sweeper refuses its settings."""
     for part in ("launcher", "sweeper"):
         arguments = dict(composed.hydra[part])
         if plugin := OWN_PLUGINS.get(arguments.pop("_target_")):
@@ -130,7 +130,7 @@ def _check_plugins(composed: DictConfig, overrides: Sequence[Override]) -> None:
 
 
 def _require_valid_job(own: list[str], overrides: Sequence[Override], config_dir: str | None) -> None:
-    """Raises the first job's UserError where no job's settings hold."""
+    """Raise the first job's UserError if the settings of every job are invalid."""
     first = None
     for job in expand_grid(overrides):
         try:
@@ -145,4 +145,4 @@ def _require_valid_job(own: list[str], overrides: Sequence[Override], config_dir
             return
         except UserError as error:
             first = first or error
-    raise first or UserError("-m has no job: a key has no value")
+    raise first or UserError("the sweep has no job, because a key has no value: give it at least one")

@@ -1,6 +1,6 @@
-"""rwkv-train: what the command line asks for: help, a new run, a resumed one, or a sweep.
+"""rwkv-train: prints help or settings, or starts or resumes a run or a sweep.
 
-The order is that of what can go wrong: the config is checked before anything heavy is imported.
+The config is checked before anything heavy is imported, so that a mistake is reported at once.
 """
 
 import os
@@ -65,15 +65,17 @@ def _start(overrides: list[Override], config_dir: str | None) -> None:
 
 def _resume(resumed: Any, later: list[Override], config_dir: str | None) -> None:
     if config_dir:
-        raise UserError("resume= reads the --config-dir that the run started with: leave it out")
+        raise UserError(
+            "--config-dir cannot be used with resume=, which reads the one of the run's start: leave it out"
+        )
     folder = _find_run_folder(resumed)
-    # Lightning starts the processes of further devices by the same words, which must mean the same run.
+    # Lightning starts the processes of the other devices with the same arguments, which must name the same run.
     sys.argv = [argument for argument in sys.argv if argument != "resume=latest"]
     sys.argv += [f"resume={quote_override(folder)}"] if resumed == "latest" else []
     stored = StoredRun(folder)
     require_own_files(folder)
     if ranks.is_first_process() and any(o.key_or_group == "hydra.run.dir" for o in later):
-        raise UserError("a run goes on in its own folder: leave out hydra.run.dir, or move the folder")
+        raise UserError("a run resumes in its own folder: leave out hydra.run.dir, or move the folder")
     config, entry = stored.apply_overrides([o for o in later if not o.key_or_group.startswith("hydra")])
     hydra_overrides = [str(o.input_line) for o in later if o.key_or_group.startswith("hydra")]
     _load_training().resume(stored, config, entry, hydra_overrides)
@@ -94,5 +96,5 @@ def _load_training() -> ModuleType:
 
 
 if __name__ == "__main__":
-    sys.argv[0] = "rwkv-train"  # in the errors of a sweep's jobs
+    sys.argv[0] = "rwkv-train"  # the name that error messages of a sweep's jobs start with
     main()

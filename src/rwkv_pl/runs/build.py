@@ -1,4 +1,4 @@
-"""Lightning's Trainer, the callbacks and the loggers of a config, for the run's own folder."""
+"""Builds Lightning's Trainer, the callbacks and the loggers of a config for a run folder."""
 
 import contextlib
 import hashlib
@@ -25,12 +25,12 @@ from rwkv_pl.targets import load_class
 from rwkv_pl.training.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
 from rwkv_pl.training.checkpoint_io import DurableCheckpointIO
 
-# What a validation reports, and callbacks can watch.
+# The metrics of a validation, which callbacks can monitor.
 MONITORED = ("val/bits_per_byte", "val/loss")
 
 
 class NoProfiler(PassThroughProfiler):
-    """Lightning's, which makes a context by a generator for each of a hundred calls a step, to do nothing in it."""
+    """PassThroughProfiler without its generator-based context manager, which about 100 calls in each step enter."""
 
     _nothing = contextlib.nullcontext()
 
@@ -40,10 +40,10 @@ class NoProfiler(PassThroughProfiler):
 
 PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
 
-# Where the name of MLflow's run is kept, which a resume goes on with.
+# File with the id of MLflow's run, so that a resume continues it.
 MLFLOW_RUN = "mlflow_run"
 
-# Lightning's own settings that the order of batches, and the length in optimizer steps, leave no choice about.
+# Lightning's settings that are fixed by the order of batches and by the length in optimizer steps.
 FIXED_TRAINER = {
     "max_epochs": -1,
     "check_val_every_n_epoch": None,
@@ -53,16 +53,16 @@ FIXED_TRAINER = {
 
 
 def build_trainer(inputs: Inputs, folder: Path, callbacks: list[Callback], loggers: list[Logger]) -> Trainer:
-    """Lightning's Trainer with the config's arguments. Raises UserError for a value that it refuses."""
+    """Build Lightning's Trainer with the config's arguments. Raises UserError for a value that it refuses."""
     arguments = inputs.config.trainer | FIXED_TRAINER | {"max_steps": inputs.max_steps}
-    # Lightning counts this one in micro-batches; steps are optimizer steps everywhere in the config.
     if arguments["accumulate_grad_batches"] == "auto":
-        arguments["accumulate_grad_batches"] = inputs.accumulate or 1  # until Start has found it
+        arguments["accumulate_grad_batches"] = inputs.accumulate or 1  # until Start has found the number
+    # Lightning counts the interval in micro-batches; in the config, steps are always optimizer steps.
     arguments["val_check_interval"] = inputs.val_check_interval * arguments["accumulate_grad_batches"]
     if name := arguments["profiler"]:
         if name not in PROFILERS:
             raise UserError(f"trainer.profiler must be one of {', '.join(PROFILERS)}, got {name}")
-        # By its name alone Lightning's would only log, at a level that is not shown.
+        # A profiler chosen by name would only log, at a level that is not shown.
         arguments["profiler"] = PROFILERS[name](dirpath=folder, filename="profile")
     else:
         arguments["profiler"] = NoProfiler()
@@ -80,7 +80,7 @@ def build_trainer(inputs: Inputs, folder: Path, callbacks: list[Callback], logge
 
 
 def build_callbacks(config: Train, folder: Path) -> list[Callback]:
-    """The callbacks of the config, in its order."""
+    """Build the callbacks of the config, in its order."""
     callbacks = [_instantiate(f"callbacks.{name}", arguments, folder) for name, arguments in config.callbacks.items()]
     for name, callback in zip(config.callbacks, callbacks, strict=True):
         if getattr(callback, "monitor", None) not in (None, *MONITORED):
@@ -89,20 +89,20 @@ def build_callbacks(config: Train, folder: Path) -> list[Callback]:
             continue
         if Path(str(callback.dirpath)).resolve() != (folder / "checkpoints").resolve():
             raise UserError(
-                f"callbacks.{name}.dirpath must be checkpoints, where resume= and weights= look: "
-                "hydra.run.dir=FOLDER puts the whole run elsewhere"
+                f"callbacks.{name}.dirpath must be checkpoints, which resume= and weights= read: "
+                "to move the whole run, use hydra.run.dir=FOLDER"
             )
     return callbacks
 
 
 def build_loggers(config: Train, folder: Path, resumed_step: int | None) -> list[Logger]:
-    """The loggers of the config; TensorBoard's goes on at the resumed step, without the rows from there on."""
+    """Build the loggers of the config. On a resume, TensorBoard's drops its rows from the resumed step on."""
     loggers = []
     for name, arguments in config.logger.items():
         target = load_class(f"logger.{name}", arguments["_target_"])
         if target is TensorBoardLogger and resumed_step is not None:
-            arguments = arguments | {"purge_step": resumed_step}  # whose rows MetricsRecorder writes again
-        described = folder / ".hydra" / "hydra.yaml"  # which no resume changes, wherever the folder lies
+            arguments = arguments | {"purge_step": resumed_step}  # MetricsRecorder writes them again
+        described = folder / ".hydra" / "hydra.yaml"  # the same after a resume and after the folder was moved
         if target is WandbLogger and described.is_file():
             run_id = hashlib.blake2b(described.read_bytes(), digest_size=8).hexdigest()
             arguments = {"id": run_id, "resume": "allow"} | arguments
@@ -117,9 +117,9 @@ def build_loggers(config: Train, folder: Path, resumed_step: int | None) -> list
 
 
 def describe_code() -> str:
-    """Versions, and the commit of the checkout that runs.
+    """Describe the versions, and the git commit of rwkv_pl's own checkout.
 
-    Not that of the working folder: git runs the programs that a repository's own config names.
+    It never runs git in the working folder, which may be untrusted: git runs programs that a repository's config names.
     """
     versions = f"rwkv_pl {version('rwkv_pl')}, torch {torch.__version__}, lightning {lightning.__version__}"
     checkout = Path(__file__).parents[3]
@@ -149,7 +149,7 @@ def _instantiate(where: str, arguments: dict[str, Any], folder: Path) -> Any:
 
 
 def silence_lightning() -> None:
-    """Keeps Lightning's remarks that do not fit this use, or advertise, out of the user's sight."""
+    """Silence Lightning's messages that do not apply here or advertise."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         for part in ("", ".utilities.rank_zero"):
             logging.getLogger(name + part).setLevel(logging.WARNING)
@@ -162,9 +162,9 @@ def silence_lightning() -> None:
         ".*callbacks used to create the checkpoint need to be provided.*",
         ".*WeightAveraging callback with a model that overrides.*",  # the model is built once, and not sharded
         ".*is supported for historical reasons.*",  # trainer.precision=16
-        ".*AMP with fp16 is not supported on CPU.*",  # which choose_matmul_precision refuses
+        ".*AMP with fp16 is not supported on CPU.*",  # choose_matmul_precision refuses that
     ):
         warnings.filterwarnings("ignore", message=message)
-    # TensorBoard's thread: what the disk refused is raised again at its next figure.
+    # An OSError in TensorBoard's thread is raised again by its next write.
     threading.excepthook = lambda args: None if args.exc_type is OSError else threading.__excepthook__(args)
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"

@@ -1,4 +1,4 @@
-"""What a checkpoint must be for a run to go on from it: all looked at before the run is touched."""
+"""Checks whether a run can resume from a checkpoint, before the run is changed."""
 
 from pathlib import Path
 from typing import Any
@@ -15,20 +15,20 @@ from rwkv_pl.weights.metadata import KEY, Metadata
 
 
 def load_resume_checkpoint(path: Path) -> tuple[dict[str, Any], Metadata]:
-    """A checkpoint that rwkv-train wrote, tensors mapped, and its metadata, checked. Raises UserError."""
+    """Read a checkpoint of rwkv-train, with mapped tensors, and its metadata. Raises UserError if it can't resume."""
     content = read_checkpoint(path)
     if KEY not in content:
-        raise UserError(f"{path} was not written by rwkv-train: take it as weights={path}")
+        raise UserError(f"{path} was not written by rwkv-train, so it can't resume: use it as weights={path}")
     metadata = Metadata.from_checkpoint(content, path)
     if "optimizer_states" not in content and "loops" not in content:
-        raise UserError(f"{path} holds weights without the state of a training: take it as weights={path}")
+        raise UserError(f"{path} has weights, but no optimizer state, so it can't resume: use it as weights={path}")
     if type(content.get("global_step")) is not int or content["global_step"] < 0:
-        raise CorruptFileError(f"{path} is not a whole checkpoint: it does not say its step")
+        raise CorruptFileError(f"{path} is not a complete checkpoint: its step is missing")
     return content, metadata
 
 
 def check_same_run(metadata: Metadata, now: dict[str, Any], path: Path) -> None:
-    """Raises UserError if the run of the checkpoint differs from `now`."""
+    """Raise UserError if the run of the checkpoint differs from `now`."""
     before = metadata.past or {}
     for key, here in now.items():
         there = before.get(key)
@@ -36,27 +36,27 @@ def check_same_run(metadata: Metadata, now: dict[str, Any], path: Path) -> None:
             continue
         if key == "corpus":
             raise UserError(
-                f"data.path, with data.val_path where there is one, is not the text that {path} was trained on "
-                f"(digest {here[:12]}, there {str(there)[:12]}): give that one"
+                f"data.path (with data.val_path, if set) is not the text that {path} was trained on "
+                f"(digest {here[:12]}, not {str(there)[:12]}): give that text"
             )
-        raise UserError(f"{key}={here} contradicts {path}, which was trained with {key}={there}")
+        raise UserError(f"{key}={here} contradicts {path}, which was trained with {key}={there}: use that value")
 
 
 def check_loadable(content: dict[str, Any], module: LitRWKV, optimizer: Optimizer, path: Path) -> None:
-    """Loads the checkpoint into an outline of the module, on the meta device. Raises CorruptFileError unless it fits,
-    and UserError if the optimizer can't go on from it with its new settings."""
+    """Load the checkpoint into an outline of the module on the meta device. Raises CorruptFileError if it does not
+    fit, and UserError if the optimizer can't continue from it with its new settings."""
     try:
         module.load_state_dict(content["state_dict"], assign=True)
         (state,) = content["optimizer_states"]
         optimizer.load_state_dict(state)
         moved = content["global_step"] > content[KEY].get("skipped", 0)
-        # A loss scaler leaves out the first steps, until its scale is found.
+        # A loss scaler skips the first steps until it has found its scale.
         unmoved = not optimizer.state and (not moved or "MixedPrecision" in content)
         if not unmoved:
             check_optimizer_state(optimizer, module)
         steps = content["loops"]["fit_loop"]["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]
         if steps["total"]["completed"] != content["global_step"]:
-            raise ValueError(f"its loop is at step {steps['total']['completed']}, itself at {content['global_step']}")
+            raise ValueError(f"loop step {steps['total']['completed']}, but global step {content['global_step']}")
         for count in ("total", "current"):
             content["loops"]["fit_loop"]["epoch_loop.batch_progress"][count].keys()
         for name, of_callback in content["callbacks"].items():
@@ -64,16 +64,16 @@ def check_loadable(content: dict[str, Any], module: LitRWKV, optimizer: Optimize
                 raise TypeError(f"the state of {name} is a {type(of_callback).__name__}")
     except UserError:
         raise
-    except Exception as error:  # what was made by hand can fail in any way
+    except Exception as error:  # a checkpoint that was changed by hand can fail in any way
         raise CorruptFileError(f"{path} does not fit this run ({one_line(error)[:200]})") from error
 
 
 def check_optimizer_state(optimizer: Optimizer, module: LitRWKV) -> None:
-    """Compares a restored optimizer with a twin over tiny parameters.
+    """Compare a restored optimizer with a twin over tiny parameters.
 
-    The twin takes a step with the restored numbers: what it then keeps of each parameter, the restored state must have,
-    in the same shapes. It takes another step with the numbers of the config, as the run is going to. Raises ValueError
-    for a state that does not fit, UserError if that second step fails.
+    The twin takes one step with the restored hyperparameters. The restored state must have all entries that the twin
+    then keeps for a parameter, with matching shapes. The twin takes a second step with the hyperparameters of the
+    config, as the run will. Raises ValueError if the state does not fit, UserError if the second step fails.
     """
     groups = []
     for group in optimizer.param_groups:
@@ -96,14 +96,14 @@ def check_optimizer_state(optimizer: Optimizer, module: LitRWKV) -> None:
     except Exception as error:
         reason = f"{type(error).__name__}: {one_line(error)[:200]}"
         raise UserError(
-            f"optim can't change to these settings on a resume ({reason}): keep those of the run"
+            f"optim can't change to these settings in a resume ({reason}): keep those of the run"
         ) from error
     for real, small in pairs:
         for name, kept in twin.state.get(small, {}).items():
             value = optimizer.state[real].get(name) if real in optimizer.state else None
             if value is None or not isinstance(kept, Tensor) or kept.shape not in (small.shape, torch.Size()):
                 continue
-            # A fused step does not look, and writes past the end of what is too small.
+            # A fused step does not check shapes, and writes past the end of a tensor that is too small.
             wanted = real.shape if kept.shape == small.shape else kept.shape
             if value.shape != wanted:
                 raise ValueError(f"{name} of {tuple(value.shape)} for a parameter of {tuple(real.shape)}")

@@ -1,4 +1,4 @@
-"""What a run computes on: accelerator, precision, kernel."""
+"""Chooses the accelerator, the precision and the kernel of a run."""
 
 import torch
 
@@ -11,15 +11,15 @@ from rwkv_pl.training.precision import describe_speedup, measure_product_rates
 
 
 def choose_accelerator(config: Train) -> None:
-    """`auto` is a CUDA GPU if there is one, else the CPU: Lightning's would also be a device that is untested here."""
+    """Resolve `auto` to a CUDA GPU or the CPU. Lightning's own `auto` includes devices that are untested here."""
     if config.trainer["accelerator"] == "auto":
         config.trainer["accelerator"] = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def choose_precision(config: Train, stored: str | None) -> str | None:
-    """`auto` is bf16-mixed if that is faster on the device, else 32-true. Returns a line for the user, or None.
+    """Resolve `auto` to bf16-mixed if that is faster on the device, else to 32-true. Returns a line to print, or None.
 
-    stored: what a run that goes on has had so far, which `auto` keeps.
+    stored: the precision of the run before a resume, which `auto` keeps.
     """
     trainer = config.trainer
     asked = trainer["precision"]
@@ -45,16 +45,16 @@ def choose_precision(config: Train, stored: str | None) -> str | None:
 
 
 def choose_matmul_precision(config: Train, device: torch.device) -> None:
-    """Of float32's products on a GPU. Raises UserError for a trainer.precision that the device does not have."""
+    """Set the precision of float32 matrix products on a GPU. Raises UserError if a CPU lacks trainer.precision."""
     if device.type == "cpu" and str(config.trainer["precision"]) in ("16-mixed", "16"):
         raise UserError("trainer.precision=16-mixed needs a GPU; use trainer.precision=auto on a CPU")
     if device.type == "cuda":
-        # Elsewhere it would round as well: on a CPU to bfloat16 or tf32, by oneDNN.
+        # Not on a CPU, where oneDNN would round to bfloat16 or tf32.
         torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
 
 
 def choose_kernel(name: str, device: torch.device) -> None:
-    """`use_kernel`, and the kernel is built where that is still to be done. Raises UserError where it can't be."""
+    """Select the kernel, and build it if needed. Raises UserError if that fails."""
     use_kernel(name)
     one = torch.zeros(1, 1, 1, device=device)
     try:

@@ -1,4 +1,4 @@
-"""The run folder: taken by one process at a time, described, and found again."""
+"""The run folder: created, locked for one process at a time, marked as started, and found again."""
 
 import os
 import platform
@@ -18,19 +18,18 @@ from rwkv_pl.runs.ranks import decide_on_first_rank, is_first_process
 
 LOCK = ".lock"
 
-# Written when the training starts, so that its presence tells a run that has started.
+# Written when the training starts: a folder with this file is a run that has started.
 OVERRIDES = Path(".hydra", "overrides.yaml")
 
-# What a sweep leaves in the folder of a job, before it and after it has failed.
+# Files that a sweep writes into the folder of a job before it starts and after it has failed.
 JOB_FILES = ("trial.json", "error.txt", RESULT_FILE)
 
-# In the environment of a sweep's job: the text that it would show is left to its folder.
+# Set in the environment of a sweep's job, which writes its sample of text only to its folder.
 SWEEP_JOB_ENV = "RWKV_PL_OF_A_SWEEP"
 
-# TensorBoard's files.
 EVENT_FILES = "events.out.tfevents.*"
 
-# What a start that was killed before its training can leave.
+# Files that a start can leave if it is killed before its training.
 START_FILES = {
     LOCK,
     ".hydra",
@@ -47,23 +46,23 @@ START_FILES = {
 
 @contextmanager
 def run_folder(wanted: Path, typed: bool) -> Iterator[Path]:
-    """The locked folder of a new run; all processes of the run get the one that the first of them has taken.
+    """Create and lock the folder of a new run. All processes of the run get the folder that rank 0 created.
 
-    If the start fails before its training, what it has put there is removed. typed: see `create_run_dir`.
+    If the start fails before its training, its files are removed. typed: see `create_run_dir`.
     """
-    before: set[str] | None = None  # the names in a folder that was there already
+    before: set[str] | None = None  # the names in a folder that existed before
     with remove_on_failure(wanted.parent), ExitStack() as locks:
 
         def take() -> str:
             nonlocal before
             if attempt := int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
-                raise UserError(f"torchrun's restart {attempt} would start at step 0 again: go on with resume=RUN")
+                raise UserError(f"torchrun's restart {attempt} would start again at step 0: use resume=RUN")
             there = wanted.exists()
             folder = create_run_dir(wanted, typed)
             if there and folder == wanted:
                 before = {path.name for path in folder.iterdir()}
             locks.enter_context(locked(folder))
-            for events in folder.glob(EVENT_FILES):  # of a killed start: its settings would stand there twice
+            for events in folder.glob(EVENT_FILES):  # from a killed start: TensorBoard would show its settings twice
                 events.unlink()
             return str(folder)
 
@@ -77,8 +76,10 @@ def run_folder(wanted: Path, typed: bool) -> Iterator[Path]:
 
 
 def _remove_new_files(folder: Path, before: set[str] | None) -> None:
-    """Removes what is new in the folder, which is locked, so that nothing in it is another process's; and the folder
-    itself if before is None."""
+    """Remove the files that are not in `before`, and the folder itself if `before` is None.
+
+    The folder is locked, so no other process has written into it.
+    """
     for path in folder.iterdir():
         if path.name not in (before or ()):
             with suppress(OSError):
@@ -89,10 +90,11 @@ def _remove_new_files(folder: Path, before: set[str] | None) -> None:
 
 
 def create_run_dir(folder: Path, typed: bool) -> Path:
-    """Makes the run folder; returns its path.
+    """Create the run folder and return its path.
 
-    A dated name that exists gets -2, -3. One that the user typed is used if it is absent, or empty but for what a start
-    leaves that was killed before its training. Raises UserError if it holds something else, or cannot be made.
+    If a dated name exists, it gets the suffix -2, -3. A name that the user typed is used if the folder is absent or
+    empty, or if it has only the files of a start that was killed before its training. Raises UserError if it has other
+    files, or can't be created.
     """
     try:
         with remove_on_failure(folder):
@@ -102,8 +104,8 @@ def create_run_dir(folder: Path, typed: bool) -> Path:
                 require_own_files(folder)
                 if not _is_unused(folder):
                     raise UserError(
-                        f"the folder {folder} holds something already: go on with a run by resume={folder}, "
-                        "or give another hydra.run.dir"
+                        f"the folder {folder} is not empty: to resume its run, use resume={folder}, "
+                        "else give another hydra.run.dir"
                     )
                 return folder
             taken, number = folder, 1
@@ -116,20 +118,20 @@ def create_run_dir(folder: Path, typed: bool) -> Path:
                     taken = folder.with_name(f"{folder.name}-{number}")
     except OSError as error:
         raise UserError(
-            f"the output folder {folder} can't be made ({error.strerror}): give another by hydra.run.dir=FOLDER"
+            f"the output folder {folder} can't be created ({error.strerror}): give another with hydra.run.dir=FOLDER"
         ) from error
 
 
 def _is_unused(folder: Path) -> bool:
     names = {path.name for path in folder.iterdir()}
     left = {name for name in names - START_FILES if not name.endswith(PARTIAL_SUFFIX)}
-    if ".hydra" in names:  # else they are the user's
+    if ".hydra" in names:  # without it, event files are the user's
         left = {name for name in left if not fnmatch(name, EVENT_FILES)}
     return not left and not has_started(folder)
 
 
 def write_config(folder: Path, composed: DictConfig) -> None:
-    """Writes config.yaml and hydra.yaml into .hydra/, as Hydra does. The overrides come when the training starts."""
+    """Write config.yaml and hydra.yaml into .hydra/, as Hydra does. overrides.yaml follows when training starts."""
     place = folder / OVERRIDES.parent
     place.mkdir(exist_ok=True)
     keys = [str(key) for key in composed]
@@ -139,13 +141,13 @@ def write_config(folder: Path, composed: DictConfig) -> None:
 
 
 def write_overrides(folder: Path, composed: DictConfig) -> None:
-    """Marks the run as started."""
+    """Write .hydra/overrides.yaml, which marks the run as started."""
     with atomic_write(folder / OVERRIDES) as file:
         file.write(OmegaConf.to_yaml(composed.hydra.overrides.task).encode())
 
 
 def has_started(folder: Path) -> bool:
-    """Has the training of a run started there?"""
+    """Whether the training of the run in this folder has started."""
     try:
         return (folder / OVERRIDES).read_bytes().endswith(b"\n")
     except OSError:
@@ -154,10 +156,10 @@ def has_started(folder: Path) -> bool:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Holds the run folder for this process; the lock dies with it, and its forked children do not keep it.
+    """Lock the run folder for this process. The lock ends with the process, and its forked children do not hold it.
 
-    What a killed process was writing there is removed. Raises UserError where another process is at work in it. The
-    other processes of the same run do not ask.
+    Removes the partial files of a killed process. Raises UserError if another process uses the folder. Ranks other than
+    0 do not lock.
     """
     if not is_first_process():
         yield
@@ -170,11 +172,11 @@ def locked(folder: Path) -> Iterator[None]:
         holder = ""
         with suppress(OSError):
             holder = path.read_text()
-        raise UserError(f"{folder} is in use by {holder or 'another process'}: one run at a time") from None
+        raise UserError(f"{folder} is in use by {holder or 'another process'}: wait until it ends") from None
     except OSError as error:
         raise UserError(f"{folder} can't be locked: {describe_os_error(error)}") from error
     try:
-        with suppress(OSError):  # who it is, is a courtesy; Windows lets nobody write in a locked file
+        with suppress(OSError):  # only for the message above; Windows can't write to a locked file
             path.write_text(f"process {os.getpid()} on {platform.node()}")
         for place in (folder, folder / ".hydra", folder / "checkpoints"):
             for left in place.glob("*" + PARTIAL_SUFFIX) if place == folder or not place.is_symlink() else ():
@@ -182,13 +184,13 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         with suppress(OSError):
-            os.truncate(path, 0)  # not there if the start has failed
+            os.truncate(path, 0)  # the file is gone if the start failed
         lock.release()
 
 
 @contextmanager
 def lock_for_all_ranks(folder: Path) -> Iterator[None]:
-    """`locked` by the run's first process; if that is refused, all its processes end."""
+    """Lock the folder in the run's first process. If that is refused, all processes of the run exit."""
     with ExitStack() as lock:
 
         def take() -> str:
@@ -200,7 +202,7 @@ def lock_for_all_ranks(folder: Path) -> Iterator[None]:
 
 
 def is_in_use(folder: Path) -> bool:
-    """Is a process at work there?"""
+    """Whether a process holds the lock of the folder."""
     if not (folder / LOCK).exists():
         return False
     lock = FileLock(folder / LOCK)
@@ -215,7 +217,7 @@ def is_in_use(folder: Path) -> bool:
 
 
 def find_latest_run(outputs: Path) -> Path:
-    """Of the runs below `outputs` that are neither finished nor in use, the one started last. Raises UserError."""
+    """Return the latest run below `outputs` that is neither finished nor in use. Raises UserError if there is none."""
     from rwkv_pl.weights.checkpoint import read_checkpoint
     from rwkv_pl.weights.metadata import KEY
 
@@ -229,6 +231,6 @@ def find_latest_run(outputs: Path) -> Path:
         with suppress(UserError), locked(folder):
             return folder
     raise UserError(
-        f"resume=latest: of {len(started)} runs in {outputs} none is both unfinished and not in use; one that lies "
-        "elsewhere is named by resume=FOLDER"
+        f"resume=latest: none of {len(started)} runs in {outputs} is unfinished and not in use; name another run with "
+        "resume=FOLDER"
     )

@@ -1,4 +1,4 @@
-"""What a run starts from: corpus, weights, checkpoint, opened and checked against the config. Makes no folder."""
+"""Opens the corpus, weights and checkpoint of a run, and checks them against the config. Creates no folder."""
 
 import math
 import os
@@ -31,10 +31,11 @@ MAX_VAL_CHECK_INTERVAL = 5000
 
 @dataclass
 class Inputs:
-    """What a run is made of. The module builds its model when the Trainer asks for it.
+    """The inputs of a run. The module builds its model when the Trainer asks for it.
 
-    resume_from: the checkpoint, of step done_steps. ended: why the run is over, if it is. accumulate: the micro-batches
-    of a step before. val_check_interval: optimizer steps between validations. remarks: lines for the head of the run.
+    resume_from: the checkpoint, from step done_steps. finish_reason: why the run has finished, or None. accumulate:
+    micro-batches of a step before the resume. val_check_interval: optimizer steps between
+    validations. remarks: lines for the head of the run.
     """
 
     config: Train
@@ -49,22 +50,22 @@ class Inputs:
     remarks: list[str] = field(default_factory=list)
 
     def finish_message(self, settings: bool) -> str | None:
-        """How the run that is resumed has ended; None if something is left to do.
+        """Describe how the resumed run has finished; None if it can continue.
 
-        settings: are other ones given than it had? They may prolong a run that something else ended than its length.
+        settings: whether the resume changes settings. New ones may extend a run that did not end by its length.
         """
         after = f"after {self.done_steps:,} steps"
         if self.finish_reason and 0 < self.max_steps <= self.done_steps:
-            return f"{after}; a trainer.max_steps above that prolongs it"
+            return f"{after}; a larger trainer.max_steps extends it"
         if self.finish_reason == "pruned" and not settings:
             return f"pruned {after}"
         if self.finish_reason in ("time", "early stop") and not settings:
             by = "trainer.max_time" if self.finish_reason == "time" else "an early stop"
-            return f"by {by}, {after}; another setting of it prolongs it"
+            return f"by {by}, {after}; change that setting to extend it"
         return None
 
     def describe_length(self) -> str:
-        """How long the run is, in words."""
+        """Describe the length of the run."""
         passes = f"1 pass is {self.data.steps_per_pass:,} steps"
         if self.max_steps < 0:
             return f"until trainer.max_time ({passes})"
@@ -74,7 +75,7 @@ class Inputs:
 
 
 def open_stored(config: Train, stored: StoredRun) -> Inputs:
-    """Of a run that is resumed: from the first of its checkpoints that is whole, or from step 0 if it has none yet."""
+    """Open the inputs of a resumed run, from its first intact checkpoint, or from step 0 if it has none yet."""
     names = ("last.ckpt", "last.prev.ckpt", "best.ckpt")
     checkpoints = [path for name in names if os.path.lexists(path := stored.folder / "checkpoints" / name)]
     if not checkpoints:
@@ -90,15 +91,15 @@ def open_stored(config: Train, stored: StoredRun) -> Inputs:
             continue
         if path.name != "last.ckpt":
             why = "; ".join(damaged) or "there is no last.ckpt"
-            inputs.remarks.append(f"{why}; going on from {path}, of step {inputs.done_steps:,}")
+            inputs.remarks.append(f"{why}; resuming from {path}, step {inputs.done_steps:,}")
         return inputs
-    raise CorruptFileError(f"{'; '.join(damaged)}: there is no other to go on from")
+    raise CorruptFileError(f"{'; '.join(damaged)}: there is no other checkpoint to resume from")
 
 
 def open_inputs(config: Train, cwd: Path, resume_from: Path | None = None) -> Inputs:
-    """Opens corpus, weights and checkpoint. Relative paths count from `cwd`.
+    """Open corpus, weights and checkpoint. Relative paths count from `cwd`.
 
-    Raises UserError for all that can be known to be wrong without a folder and without the model's memory.
+    Raises UserError for every mistake that can be found without creating the folder or allocating the model.
     """
     content, resumed = load_resume_checkpoint(resume_from) if resume_from else (None, None)
     loaded = read_weights(cwd / config.weights) if config.weights and not content else None
@@ -125,7 +126,10 @@ def open_inputs(config: Train, cwd: Path, resume_from: Path | None = None) -> In
         done_steps, finish_reason = content["global_step"], resumed.finished
     max_steps = count_steps(config, data.steps_per_pass)
     if 0 < max_steps < done_steps and finish_reason is None:
-        raise UserError(f"the run is at step {done_steps:,} already, behind which {max_steps:,} steps would end it")
+        raise UserError(
+            f"the run is already at step {done_steps:,}, past its new end at step {max_steps:,}: give a larger "
+            "trainer.max_steps"
+        )
     check_schedule(config.schedule, max_steps)
     for where, target in find_targets(asdict(config)):
         load_class(where, target)
@@ -145,16 +149,18 @@ def open_inputs(config: Train, cwd: Path, resume_from: Path | None = None) -> In
 
     model_class, size = choose_model(config, data.vocabulary.size, loaded)
     with torch.device("meta"):
-        outline = make_module(model_class(size))  # names and shapes; no memory, whatever the size
+        outline = make_module(model_class(size))  # names and shapes, without memory for the values
     optimizer = outline.configure_optimizers()
     if content and resume_from:
         check_loadable(content, outline, optimizer, resume_from)
     if (limit := config.trainer["limit_val_batches"]) and not count_validation_batches(config, data):
-        raise UserError(f"trainer.limit_val_batches={limit} is less than one of the validation's batches")
+        raise UserError(
+            f"trainer.limit_val_batches={limit} is less than one validation batch: raise it, or set it to 0"
+        )
     try:
         data.train_dataloader().dataset[0]
     except MemoryError as error:
-        raise UserError(f"data.batch_size={config.data.batch_size}: one batch does not fit in the memory") from error
+        raise UserError(f"data.batch_size={config.data.batch_size} does not fit in memory: lower it") from error
 
     def build_model() -> nn.Module:
         torch.manual_seed(config.seed)
@@ -186,20 +192,20 @@ def open_inputs(config: Train, cwd: Path, resume_from: Path | None = None) -> In
 
 
 def choose_model(config: Train, vocab_size: int, loaded: Weights | None) -> tuple[Any, Any]:
-    """The config's model class and its size. Raises UserError if `loaded` has another."""
+    """Return the config's model class and its size. Raises UserError if the `loaded` weights have another size."""
     model_class, config_class = MODELS[config.model.name]
     here = config_class(vocab_size=vocab_size, **{key: v for key, v in vars(config.model).items() if key != "name"})
     if loaded:
         there = loaded.config
         if (there.n_layer, there.n_embd) != (here.n_layer, here.n_embd):
             raise UserError(
-                f"weights={config.weights} are of {there.n_layer} x {there.n_embd}, the config has {here.n_layer} x "
+                f"weights={config.weights} has {there.n_layer} x {there.n_embd}, the config has {here.n_layer} x "
                 f"{here.n_embd}: give model.n_layer={there.n_layer} model.n_embd={there.n_embd} too"
             )
         if there.vocab_size != here.vocab_size:
             raise UserError(
-                f"weights={config.weights} know {there.vocab_size:,} tokens, data.vocab={config.data.vocab} has "
-                f"{here.vocab_size:,}: give the data.vocab that they were trained with"
+                f"weights={config.weights} has {there.vocab_size:,} tokens, data.vocab={config.data.vocab} has "
+                f"{here.vocab_size:,}: give the data.vocab that it was trained with"
             )
     return model_class, here
 
@@ -213,14 +219,17 @@ def _choose_vocabulary(loaded: Weights | None, config: Train, cwd: Path) -> Voca
         )
     if vocabulary and config.data.vocab_path and read_vocabulary(cwd / config.data.vocab_path) != vocabulary:
         raise UserError(
-            f"data.vocab_path={config.data.vocab_path} is not the tokenizer that weights={config.weights} was "
-            "trained with, which it holds: leave it out"
+            f"data.vocab_path={config.data.vocab_path} differs from the tokenizer stored in weights={config.weights}: "
+            "leave it out"
         )
     return vocabulary
 
 
 def count_steps(config: Train, steps_per_pass: int) -> int:
-    """Optimizer steps of the run: the earlier of max_steps and max_epochs passes; -1 where max_time alone ends it."""
+    """Return the optimizer steps of the run: the least of max_steps and max_epochs passes, -1 if only max_time is set.
+
+    Without any of the three, the run is one pass.
+    """
     max_steps, max_epochs = config.trainer["max_steps"], config.trainer["max_epochs"]
     if max_steps == -1 and max_epochs is None and config.trainer["max_time"] is None:
         max_epochs = 1
@@ -243,7 +252,7 @@ def choose_val_check_interval(config: Train, max_steps: int, resumed: Metadata |
 
 
 def count_validation_batches(config: Train, data: DataModule) -> int:
-    """Calls of one validation on one device."""
+    """Count the batches of one validation on one device."""
     there = len(cast(EvalBatches, data.val_dataloader().dataset))
     limit = 1.0 if config.trainer["limit_val_batches"] is None else config.trainer["limit_val_batches"]
     return min(there, limit if isinstance(limit, int) else int(limit * there))

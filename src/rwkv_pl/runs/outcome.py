@@ -1,4 +1,4 @@
-"""What became of a run: result.json, and the line for an error that ended it."""
+"""The outcome of a run: result.json, and the one-line message of an error that ended it."""
 
 import json
 import logging
@@ -22,14 +22,14 @@ DONE_STATUSES = ("finished", "pruned")
 
 
 def write_result(folder: Path, **figures: Any) -> None:
-    """result.json: the run's status (waiting, finished, pruned, stopped, failed), and its figures or its error."""
+    """Write result.json: the status (waiting, finished, pruned, stopped, failed), and the figures or the error."""
     plain = {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in figures.items()}
     with atomic_write(folder / RESULT_FILE) as file:
         file.write(json.dumps(plain, indent=1).encode())
 
 
 def read_result(folder: Path) -> dict[str, Any]:
-    """The content of result.json; {} if there is none, as while a run goes on or after it was killed."""
+    """Read result.json; {} if there is none, as during a run or after it was killed."""
     if not (folder / RESULT_FILE).is_file():
         return {}
     try:
@@ -40,10 +40,10 @@ def read_result(folder: Path) -> dict[str, Any]:
 
 
 class Record:
-    """The outcome of a run in its folder: no result.json while it trains, one when it was stopped or has failed.
+    """Keeps result.json up to date: removes it when the training starts, writes one when the run is stopped or fails.
 
-    on_start: writes what marks the folder as that of a started run. Until `start` is called, the outcome of an earlier
-    process stays as it is.
+    on_start: marks the folder as that of a started run. Until `start` is called, the outcome of an earlier process
+    stays.
     """
 
     def __init__(self, folder: Path, on_start: Callable[[], None]) -> None:
@@ -51,7 +51,7 @@ class Record:
         self._on_start = on_start
 
     def start(self) -> None:
-        """To be called when the training starts."""
+        """Mark the run as started. Call it when the training starts."""
         self.has_started = True
         if is_first_process():
             self._on_start()
@@ -72,31 +72,31 @@ class Record:
 
 
 def to_run_error(error: Exception, folder: Path, has_started: bool) -> RunError:
-    """One line for an error that ended a run, with how to resume it; its traceback goes to train.log alone."""
+    """Describe an error that ended a run in one line, with the command that resumes it. Logs unexpected tracebacks."""
     import torch
 
     if isinstance(error, OSError):
-        # What a logger raises as it is closed, after the same, does not say where.
+        # If closing a logger raises the same error again, only the earlier one names the path.
         chain: list[BaseException] = [error]
         while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
             chain.append(cause)
         named = (e for e in reversed(chain) if isinstance(e, OSError) and e.filename)
         message = describe_os_error(next(named, OSError(error.errno, error.strerror, str(folder))))
     elif isinstance(error, UserError):
-        # From a worker process it comes with that one's traceback.
+        # An error of a worker process contains the worker's traceback.
         message = str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")
     elif isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
-        reason = str(error).partition(". ")[0] or "the system gives no more"
-        message = f"out of memory ({reason}): a larger trainer.accumulate_grad_batches takes less"
+        reason = str(error).partition(". ")[0] or "the system refused an allocation"
+        message = f"out of memory ({reason}): raise trainer.accumulate_grad_batches"
     else:
-        log.error("what ended the run:", exc_info=error)
+        log.error("the error that ended the run:", exc_info=error)
         more = " (more in train.log)" if has_started else ""
         message = f"{type(error).__name__}: {one_line(error)[:300]}{more}"
     return RunError(f"{message}; {resume_hint(folder)}" if has_started else message)
 
 
 def resume_hint(folder: Path) -> str:
-    """What is left of a run that ended, and how to go on with it."""
+    """Name the last checkpoint of a run, and the command that resumes it."""
     from rwkv_pl.weights.checkpoint import read_checkpoint
 
     for name in ("last.ckpt", "last.prev.ckpt"):
@@ -105,5 +105,5 @@ def resume_hint(folder: Path) -> str:
             step = read_checkpoint(path, checked=False)["global_step"]
         except (UserError, KeyError):
             continue
-        return f"the last checkpoint is {path} of step {step:,}: {resume_command(folder)} goes on from it"
-    return f"there is no checkpoint yet: {resume_command(folder)} starts it again"
+        return f"the last checkpoint is {path} at step {step:,}; to resume: {resume_command(folder)}"
+    return f"there is no checkpoint yet; to start again: {resume_command(folder)}"

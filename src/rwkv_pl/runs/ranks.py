@@ -1,7 +1,7 @@
-"""The processes of one run: which of them decides, and how the others hear of it.
+"""The processes of one run: rank 0 decides, and the others receive its decisions.
 
-Lightning starts the processes of further devices itself, unless torchrun or SLURM has started them all. Then every one
-of these begins like an ordinary command, and has to share the run folder that rank 0 takes.
+Lightning starts the processes of the other devices itself, unless torchrun or SLURM has started all of them. In that
+case each starts like an ordinary command, and must use the run folder that rank 0 creates.
 """
 
 import functools
@@ -23,22 +23,22 @@ from rwkv_pl.terminal import BAD_INPUT, print_error
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-# In the environment of the processes that Lightning starts: what their parent has decided, the run folder among it.
+# Set in the environment of the processes that Lightning starts: the decisions of their parent, such as the run folder.
 ANSWERS_ENV = "RWKV_PL_ANSWERS"
 _answers: dict[str, str] = {}
 
-# Seconds that a process waits for another one.
+# Seconds that a process waits for another process.
 TIMEOUT = 120.0
 
-REFUSED = "\0refused"  # no folder's name
+REFUSED = "\0refused"  # the null byte cannot be in the name of a folder
 
-# Lightning, too, takes an interactive shell in an allocation for an ordinary process.
+# SLURM job names of interactive shells, which Lightning also treats as ordinary processes.
 INTERACTIVE = ("bash", "interactive")
 
 
 @dataclass(frozen=True)
 class Group:
-    """Several processes of one run that torchrun or SLURM started. address, port: where their store listens."""
+    """The processes of one run that torchrun or SLURM started. address, port: of their store."""
 
     rank: int
     size: int
@@ -48,23 +48,23 @@ class Group:
 
     @property
     def may_be_single_process(self) -> bool:
-        """A batch script without srun runs one process, though SLURM counts the tasks of the allocation."""
+        """A batch script without srun runs one process, although SLURM reports all tasks of the allocation."""
         return self.by_slurm and self.rank == 0
 
 
 def is_first_process() -> bool:
-    """Whether this process makes, locks and describes the run's folder, of all the processes of the run."""
+    """Whether this is the process of the run that creates, locks and writes the run folder."""
     return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
 
 
 def launched_by_lightning() -> bool:
-    """Whether another process of this run has started this one, and has decided everything."""
+    """Whether another process of this run has started this one and has made all decisions."""
     return ANSWERS_ENV in os.environ and os.environ.get("LOCAL_RANK", "0") != "0"
 
 
 @contextmanager
 def share_answers() -> Iterator[None]:
-    """The processes that Lightning starts inside know that they are of this run, and what this process has decided."""
+    """Pass this process's decisions to the processes that Lightning starts inside the block."""
     if launched_by_lightning():
         yield
         return
@@ -77,15 +77,15 @@ def share_answers() -> Iterator[None]:
 
 
 def log_name() -> str | None:
-    """Name of the log of a process that is not the run's first; None if its log is the run's own."""
+    """Return the name of the log of a process other than rank 0; None if it logs to the run's train.log."""
     group = current_group()
     return f"train_rank_{group.rank}" if group and group.rank > 0 else None
 
 
 def current_group() -> Group | None:
-    """The group that this process is one of; None if the run has one process, or if Lightning started this one.
+    """Return the group of this process; None if the run has one process, or if Lightning started this one.
 
-    Raises UserError if the environment names a rank, but not where the others are.
+    Raises UserError if the environment has a rank, but not the address of the others.
     """
     environment = os.environ
     if launched_by_lightning():
@@ -93,7 +93,7 @@ def current_group() -> Group | None:
     if (size := _read_number("WORLD_SIZE", 1)) > 1:
         if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]:
             raise UserError(f"WORLD_SIZE={size} needs {' and '.join(missing)} too: torchrun sets them")
-        # Without torchrun's RANK there is one command for each node, and Lightning starts the node's other processes.
+        # Without torchrun's RANK there is one command per node, and Lightning starts the node's other processes.
         rank = _read_number("RANK", _read_number("NODE_RANK", 0))
         return Group(rank, size, environment["MASTER_ADDR"], _read_number("MASTER_PORT", 0))
     alone = "RANK" in environment or "SLURM_PROCID" not in environment
@@ -114,14 +114,16 @@ def _read_number(name: str, default: int) -> int:
     try:
         return int(os.environ.get(name, default))
     except ValueError:
-        raise UserError(f"the environment has {name}={os.environ[name]}, which is not a whole number") from None
+        raise UserError(
+            f"the environment has {name}={os.environ[name]}, not a whole number: unset it, or use torchrun or srun"
+        ) from None
 
 
 def decide_on_first_rank(question: str, decide: Callable[[], str]) -> str:
-    """What `decide` returns in the run's first process, which alone calls it.
+    """Call `decide` in the run's first process, and return its result in all processes.
 
-    A UserError of rank 0 ends all ranks with exit code 2, and rank 0 prints it. Raises RunError in a rank that waits
-    too long for another.
+    A UserError of rank 0 ends all ranks with exit code 2, and rank 0 prints it. Raises RunError if a rank gets no
+    answer within TIMEOUT.
     """
     if launched_by_lightning():
         return str(json.loads(os.environ[ANSWERS_ENV])[question])
@@ -148,32 +150,32 @@ def decide_on_first_rank(question: str, decide: Callable[[], str]) -> str:
 
 
 def check_world_size(world_size: int) -> None:
-    """Raises UserError if the Trainer's number of processes is not that of the group: each would train for itself."""
+    """Raise UserError if the Trainer's number of processes differs from the group's: each would train alone."""
     group = current_group()
     if group and group.size != world_size and not (group.may_be_single_process and world_size == 1):
         raise UserError(
             f"{group.size} processes were started, but trainer.devices x trainer.num_nodes is {world_size}: "
-            "choose trainer=ddp, and give trainer.devices the number of processes on each node"
+            "use trainer=ddp, and set trainer.devices to the number of processes on each node"
         )
 
 
 def refuse_sweep() -> None:
-    """Raises UserError in a group: a sweep starts the processes of its jobs itself."""
+    """Raise UserError in a group: a sweep starts the processes of its jobs itself."""
     group = current_group()
     if group and not group.may_be_single_process:
         raise UserError("-m starts the processes of its jobs itself: use it without torchrun or srun")
 
 
 def _exit_refused() -> NoReturn:
-    """Exits with code 2 whichever rank is the first to: torchrun then sends SIGTERM to the others."""
+    """Exit with code 2 in every rank: torchrun sends SIGTERM to the others as soon as one exits."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.exit(BAD_INPUT)
 
 
 def _fetch_answer(group: Group, question: str) -> str:
-    """Rank 0's answer."""
+    """Wait for rank 0's answer."""
     deadline = time.monotonic() + TIMEOUT
-    # Of a server that is not there yet, torch's client prints several lines for each attempt.
+    # torch's client would print several lines for each attempt while the server is not up yet.
     while time.monotonic() < deadline:
         try:
             socket.create_connection((group.address, group.port), timeout=1).close()
@@ -205,14 +207,14 @@ def _await_others(group: Group, question: str) -> None:
 
 @functools.cache
 def _open_store(group: Group) -> "Store":
-    """The store at the group's address, which torch.distributed uses as well; rank 0 keeps it open until it ends."""
+    """Open the store at the group's address, which torch.distributed also uses; rank 0 keeps it until it exits."""
     from torch.distributed import PrefixStore, TCPStore
 
     try:
         store = TCPStore(
             group.address,
             group.port,
-            # torchrun's own process has one there already.
+            # torchrun's own process already runs a server there.
             is_master=group.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
             timeout=timedelta(seconds=TIMEOUT),
             wait_for_workers=False,
@@ -220,5 +222,5 @@ def _open_store(group: Group) -> "Store":
         )
     except RuntimeError as error:
         where, reason = f"{group.address}:{group.port}", str(error).splitlines()[0]
-        raise RunError(f"rank {group.rank} can't open the store at {where}, see MASTER_PORT: {reason}") from error
+        raise RunError(f"rank {group.rank} can't open the store at {where} ({reason}): change MASTER_PORT") from error
     return PrefixStore("rwkv_pl", store)

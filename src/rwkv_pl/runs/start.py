@@ -1,4 +1,4 @@
-"""What is measured and printed when a run's model is on its device, before the first step."""
+"""Measurements and the printed head of a run, once its model is on the device and before the first step."""
 
 import logging
 import lzma
@@ -23,13 +23,13 @@ from rwkv_pl.training.peak_flops import load_or_measure_peak, matmul_dtype
 
 log = logging.getLogger("rwkv_pl")
 
-# Compressing more would keep the user waiting for a figure that is only there to compare with.
+# Compressing more would delay the start for a figure that only serves as a comparison.
 BASELINE_BYTES = 4_000_000
 
 
 class Start(Callback):
-    """Measures the model where it lies, divides the batch (accumulate_grad_batches=auto), compiles the blocks, prints
-    the head of the run; and starts `record` when the training starts.
+    """Measures the model on its device, divides the batch (accumulate_grad_batches=auto), compiles the blocks, and
+    prints the head of the run. Starts `record` when the training starts.
     """
 
     def __init__(self, inputs: Inputs, metrics: MetricsRecorder, record: Record) -> None:
@@ -39,7 +39,7 @@ class Start(Callback):
         config, remarks, precision = self.inputs.config, list(self.inputs.remarks), trainer.precision_plugin
         device, dtype = trainer.strategy.root_device, matmul_dtype(trainer.strategy.root_device, precision)
         if device.type not in ("cpu", "cuda"):
-            remarks.append(f"device  {device.type} is untested: nothing of rwkv_pl has run there")
+            remarks.append(f"device  {device.type} is untested: rwkv_pl has never run on one")
         estimate = estimate_memory(pl_module, precision)
         self.metrics.flops_per_token = estimate.flops
         if config.trainer["accumulate_grad_batches"] == "auto":
@@ -47,7 +47,7 @@ class Start(Callback):
                 self._divide_batch(trainer, pl_module, estimate)
             found = trainer.accumulate_grad_batches
             remarks.append(
-                f"batch   of {config.data.batch_size} as {found} micro-batches: accumulate_grad_batches=auto"
+                f"batch   {config.data.batch_size} sequences in {found} micro-batches: accumulate_grad_batches=auto"
             )
         rows = config.data.batch_size // (trainer.world_size * trainer.accumulate_grad_batches)
         if config.compile:
@@ -68,7 +68,8 @@ class Start(Callback):
             f"optim   {config.optim._target_.rpartition('.')[2]}, lr {config.optim.lr:g}, {config.schedule.name}",
             f"memory  about {format_si(estimate.bytes(rows * config.data.ctx_len))} for weights, optimizer and a "
             f"micro-batch of {windows}, of {format_si(free_memory(device))} free",
-            f"machine {each}{format_si(peak, 'FLOP/s')} of {str(dtype).removeprefix('torch.')} products, measured",
+            f"machine {each}{format_si(peak, 'FLOP/s')} in {str(dtype).removeprefix('torch.')} products, measured: "
+            "100% MFU (model FLOPs utilisation)",
             f"length  {self.inputs.describe_length()}",
             f"code    {describe_code()}",
         ):
@@ -82,20 +83,20 @@ class Start(Callback):
         rows, left = divmod(data.batch_size, trainer.world_size)
         precision = trainer.precision_plugin
         found = 1 if left else find_accumulation(pl_module, estimate, rows, data.ctx_len, precision)
-        # All processes divide alike: as the one with the least memory must. None is more than any.
+        # All processes use the division of the one with the least memory. None (nothing fits) counts as the largest.
         most = int(trainer.strategy.reduce(torch.tensor(found or rows + 1, device=pl_module.device), reduce_op="max"))
         if most > rows:
             raise UserError(
-                f"trainer.accumulate_grad_batches=auto: not even one sequence fits the memory, it takes about "
-                f"{format_si(estimate.bytes(data.ctx_len))}: a smaller model or data.ctx_len"
+                f"trainer.accumulate_grad_batches=auto: not even one sequence fits in memory, it needs about "
+                f"{format_si(estimate.bytes(data.ctx_len))}: use a smaller model or data.ctx_len"
             )
         micro_batch_rows(data.batch_size, world_size=trainer.world_size, rank=0, accumulate=most, micro_batch=0)
         trainer.accumulate_grad_batches = most
-        trainer.val_check_interval *= most  # which Lightning counts in micro-batches
+        trainer.val_check_interval *= most  # Lightning counts it in micro-batches
 
 
 def measure_baselines(config: Train, data: DataModule) -> dict[str, float]:
-    """Bits per byte that gzip -9 and xz -9 need for the text that a validation reads."""
+    """Return the bits per byte of gzip -9 and xz -9 on the text that a validation reads; {} if that is too long."""
     windows = cast(EvalBatches, data.val_dataloader().dataset)
     n_batches = count_validation_batches(config, data)
     if not 0 < n_batches * config.data.eval_batch_size * config.data.ctx_len <= BASELINE_BYTES:

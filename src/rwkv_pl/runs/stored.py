@@ -18,7 +18,7 @@ from rwkv_pl.errors import UserError, one_line
 from rwkv_pl.files import atomic_write, is_outside
 from rwkv_pl.runs.folder import has_started
 
-# What contradicts the past of a run. (data.path and data.val_path may change: the corpus is known by its content.)
+# Settings that a resume cannot change. data.path and data.val_path can: the corpus is identified by its content.
 FIXED_KEYS = (
     "seed",
     "weights",
@@ -36,48 +36,48 @@ FIXED_KEYS = (
 
 
 class StoredRun:
-    """A run folder with its `.hydra/`. Raises UserError where it is none."""
+    """A run folder with the settings in its `.hydra/`. Raises UserError if the folder is not a run's."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         if folder.is_file():
             raise UserError(f"resume={folder} is a file: give the run's folder")
         if (folder / "multirun.yaml").is_file():
-            raise UserError(f"resume={folder} is a sweep: rwkv-train -m resume={folder} goes on with it")
+            raise UserError(f"resume={folder} is a sweep: to resume it, rwkv-train -m resume={folder}")
         if not (folder / ".hydra" / "config.yaml").is_file():
-            raise UserError(f"resume={folder} is no run folder: it holds no .hydra/config.yaml")
+            raise UserError(f"resume={folder} is not a run folder: it has no .hydra/config.yaml")
         if not has_started(folder):
-            raise UserError(f"{folder} was broken off before its run began: start it by the same command as then")
+            raise UserError(f"{folder} was interrupted before its training started: repeat the command that started it")
         try:
             self.first_config = self._read("config.yaml", dict)
             self.hydra = self._read("hydra.yaml", dict)["hydra"]
             self.overrides = [str(text) for text in self._read("overrides.yaml", list)]
             self.resumes = self._read("resumes.yaml", list) if (folder / ".hydra" / "resumes.yaml").exists() else []
             self.cwd = Path(self.hydra["runtime"]["cwd"])
-            """Where the run first started: relative paths count from there."""
+            """The folder where the run first started: relative paths count from there."""
             self.config_dir = typed_config_dir(self.hydra["runtime"]["config_sources"])
             """The --config-dir of the first start."""
             self.config()
-        except Exception as error:  # what is not what was written can fail in any way
-            raise UserError(f"{folder}/.hydra is damaged: {one_line(error)[:200]}") from error
+        except Exception as error:  # files that were changed by hand can fail in any way
+            raise UserError(f"{folder}/.hydra is corrupt: {one_line(error)[:200]}") from error
 
     def _read(self, name: str, kind: type) -> Any:
         content = OmegaConf.to_container(OmegaConf.load(self.folder / ".hydra" / name))
         if not isinstance(content, kind):
-            raise TypeError(f"{name} holds no {kind.__name__}")
+            raise TypeError(f"{name} does not contain a {kind.__name__}")
         return content
 
     def config(self) -> DictConfig:
-        """As of the last resume. A setting that was not there when the run started has its default."""
+        """Return the config as of the last resume. A setting that is newer than the run has its default."""
         defaults = {field.name: field.default for field in fields(Train) if field.default is not MISSING}
         config = cast(DictConfig, OmegaConf.create(defaults | self.first_config))
         for entry in self.resumes:
             _apply(config, entry)
-        config.plugins = []  # whoever resumes the run types them
+        config.plugins = []  # they must be typed at each resume
         return config
 
     def _compose(self, texts: list[str]) -> DictConfig:
-        """Of all overrides that the run ever had; values of a file that is no longer chosen are dropped with it."""
+        """Compose the config from all overrides of the run; drop the values of a file that is no longer chosen."""
         overrides = [o for o in parse_overrides(texts) if not o.key_or_group.startswith(("hydra", "plugins"))]
         choices = compose([o.input_line or "" for o in overrides if is_group_choice(o)], self.config_dir)
 
@@ -87,7 +87,7 @@ class StoredRun:
         return compose([o.input_line or "" for o in overrides if is_known(o)], self.config_dir)
 
     def apply_overrides(self, later: Sequence[Override]) -> tuple[Train, dict[str, Any]]:
-        """The config with later overrides, checked, and what is to be kept of them. Raises UserError."""
+        """Return the checked config with later overrides, and the entry for resumes.yaml. Raises UserError."""
         before = self.config()
         config = self.config()
         plugins = [override for override in later if override.key_or_group == "plugins"]
@@ -105,7 +105,9 @@ class StoredRun:
         for key in ("data.path", "data.val_path"):
             path = str(values.get(key) or "")
             if path and exists(Path(path)):
-                values[key] = str(Path(path).absolute())  # typed here and now, wherever the run began
+                values[key] = str(
+                    Path(path).absolute()
+                )  # relative to the folder of this command, not of the run's start
         for key in values:
             require_key(key, config)
         _apply(config, {"remove": [], "set": values})
@@ -114,7 +116,7 @@ class StoredRun:
             old, new = OmegaConf.select(before, key), OmegaConf.select(config, key)
             if old != new:
                 raise UserError(
-                    f"{key}={new} contradicts the past of {self.folder}, which has {key}={old}: start a new run for it"
+                    f"{key}={new} contradicts the past of {self.folder}, which has {key}={old}: start a new run instead"
                 )
         checked = check_config(config, [*later, *plugins], self.config_dir)
         check_kinds(
@@ -127,14 +129,14 @@ class StoredRun:
         return checked, entry
 
     def append_resume(self, entry: dict[str, Any]) -> None:
-        """Appends what this resume changed to .hydra/resumes.yaml; the first start's files stay as they are."""
+        """Append the changes of this resume to .hydra/resumes.yaml; the files of the first start stay unchanged."""
         self.resumes.append({"time": time.strftime("%Y-%m-%d %H:%M:%S"), **entry})
         with atomic_write(self.folder / ".hydra" / "resumes.yaml") as file:
             file.write(yaml.safe_dump(self.resumes, sort_keys=False).encode())
 
 
 def require_inside_run_folder(config: Train, folder: Path, typed: Collection[str] = ()) -> None:
-    """Raises UserError if a callback or logger would write outside of the run's folder and that is not typed now."""
+    """Raise UserError if a callback or logger would write outside of the run folder, unless its key is in `typed`."""
 
     def strings(value: Any, key: str) -> Iterator[tuple[str, str]]:
         if isinstance(value, str):
@@ -149,13 +151,13 @@ def require_inside_run_folder(config: Train, folder: Path, typed: Collection[str
     for group in ("callbacks", "logger"):
         for key, text in strings(getattr(config, group), group):
             if key not in typed and not key.endswith("._target_") and is_outside(text, folder, key):
-                raise UserError(f"{key}={text} leads out of {folder}: type it again if you trust this run")
+                raise UserError(f"{key}={text} is outside of {folder}: type it again if you trust this run")
 
 
 def require_no_download(data: Data, cwd: Path, typed: Collection[str] = ()) -> None:
-    """Raises UserError if a stored run's corpus is to be downloaded, unless the folder and the URL are typed now.
+    """Raise UserError if a stored run's corpus must be downloaded, unless its folder and URL are in `typed`.
 
-    Whoever wrote the settings could name any folder to write in, and have environment variables in the URL.
+    Untrusted settings could name any folder to write in, and send environment variables in the URL.
     """
     if data.name != "enwik8" or data.path is None:
         return
@@ -168,7 +170,7 @@ def require_no_download(data: Data, cwd: Path, typed: Collection[str] = ()) -> N
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted key to value, Hydra's own part left out."""
+    """Flatten a config to dotted keys and their values, without Hydra's own part."""
     if isinstance(config, DictConfig):
         config = OmegaConf.to_container(config)
     found: dict[str, Any] = {}
@@ -189,7 +191,7 @@ def _apply(config: DictConfig, entry: dict[str, Any]) -> None:
             node = OmegaConf.select(config, parent) if parent else config
             if isinstance(node, DictConfig):
                 node.pop(name, None)
-            # A mapping goes with the last that it held.
+            # A mapping that is now empty is removed too.
             key = "" if node else parent
     for key, value in entry["set"].items():
         OmegaConf.update(config, key, value, merge=False, force_add=True)

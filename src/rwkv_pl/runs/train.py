@@ -1,4 +1,4 @@
-"""A run, from top to bottom: inputs, folder, Trainer, fit, and what came of it. Each is made once."""
+"""A run from top to bottom: inputs, folder, Trainer, fit, result."""
 
 import json
 import logging
@@ -42,7 +42,7 @@ log = logging.getLogger("rwkv_pl")
 
 
 def start(config: Train, composed: DictConfig, typed: bool) -> None:
-    """A new run. typed: did the user name its folder?"""
+    """Start a new run. typed: whether the user named its folder."""
     prepare_process(config)
     inputs = open_inputs(config, Path.cwd())
     with run_folder(Path(composed.hydra.run.dir).absolute(), typed) as folder:
@@ -51,7 +51,7 @@ def start(config: Train, composed: DictConfig, typed: bool) -> None:
 
 
 def resume(stored: StoredRun, config: Train, entry: dict[str, Any], hydra_overrides: list[str]) -> None:
-    """Goes on with a run. config, entry: see StoredRun.apply_overrides."""
+    """Resume a run. config, entry: see StoredRun.apply_overrides."""
     prepare_process(config)
     folder = stored.folder
     with lock_for_all_ranks(folder):
@@ -61,16 +61,16 @@ def resume(stored: StoredRun, config: Train, entry: dict[str, Any], hydra_overri
                 print(f"{folder} is finished, {message}")
             return
         inputs.remarks += [f"changed {key} = {value}" for key, value in entry["set"].items()]
-        inputs.remarks += [f"changed {key} falls away" for key in entry["remove"]]
-        # Composed anew: a stored hydra.yaml can name classes to log with.
+        inputs.remarks += [f"changed {key} is removed" for key in entry["remove"]]
+        # Hydra's part is composed anew, because a stored hydra.yaml could name any class for logging.
         record = Record(folder, lambda: stored.append_resume(entry))
         run_in(folder, compose(hydra_overrides), lambda: run(inputs, folder, record, resumed=True))
 
 
 def run(inputs: Inputs, folder: Path, record: Record, resumed: bool = False) -> None:
-    """Trains in the run folder, and leaves result.json: the best validation's bits per byte is what a sweep minimises.
+    """Train in the run folder and write result.json. A sweep minimises its objective, the best bits per byte.
 
-    resumed: the folder is that of a run which goes on, or starts again.
+    resumed: whether the folder is that of an earlier run, which continues or starts again.
     """
     config, data = inputs.config, inputs.data
     metrics = MetricsRecorder(folder, config.data.batch_size * config.data.ctx_len)
@@ -103,14 +103,14 @@ def run(inputs: Inputs, folder: Path, record: Record, resumed: bool = False) -> 
             system = isinstance(error, OSError | MemoryError | torch.OutOfMemoryError)
             if inputs.resume_from and not record.has_started and not system:
                 reason = one_line(error)[:200]
-                raise UserError(f"{inputs.resume_from} does not fit this run ({reason}): it is damaged") from error
+                raise UserError(f"{inputs.resume_from} does not fit this run ({reason}): it is corrupt") from error
             raise to_run_error(error, folder, record.has_started) from error
         if trainer.is_global_zero:
             conclude(trainer, inputs, metrics, folder, time.perf_counter() - started)
 
 
 def conclude(trainer: Trainer, inputs: Inputs, metrics: MetricsRecorder, folder: Path, seconds: float) -> None:
-    """Prints a sample of text, the score next to gzip's, and where everything lies; writes result.json."""
+    """Print a sample of text, the score next to gzip's and the paths of the results; write result.json."""
     data, module = inputs.data, inputs.module
     try:
         tokens = sample_tokens(module.model, [data.vocabulary.document_end], 400, inputs.config.seed)
@@ -142,7 +142,7 @@ def conclude(trainer: Trainer, inputs: Inputs, metrics: MetricsRecorder, folder:
 
 
 def start_loggers(trainer: Trainer, config: Train, folder: Path) -> None:
-    """Gives them the settings. Raises UserError for one that can't start, as without an account or without a server."""
+    """Log the settings. Raises UserError for a logger that can't start, for example without an account or a server."""
     for logger in trainer.loggers:
         try:
             logger.log_hyperparams(config.hyperparameters() | {"code": build.describe_code()})
@@ -153,11 +153,11 @@ def start_loggers(trainer: Trainer, config: Train, folder: Path) -> None:
         except Exception as error:
             name = type(logger).__name__
             hint = "; logger.wandb.offline=true needs no account" if name == "WandbLogger" else ""
-            raise UserError(f"{name} can't begin: {one_line(error)[:300]}{hint}") from error
+            raise UserError(f"{name} can't start: {one_line(error)[:300]}{hint}") from error
 
 
 def prepare_process(config: Train) -> None:
-    """Sets what holds for the whole process: its memory, its threads, Lightning's messages."""
+    """Set up the process: memory allocation, threads, Lightning's messages."""
     build.silence_lightning()
     keep_freed_memory()
     devices = config.trainer["devices"]
@@ -165,9 +165,9 @@ def prepare_process(config: Train) -> None:
 
 
 def run_in(folder: Path, composed: DictConfig, task: Callable[[], None], described: bool = True) -> None:
-    """Runs `task` as Hydra runs a job: messages go to the screen and to train.log, HydraConfig is there for Lightning.
+    """Run `task` as Hydra runs a job: log to the screen and train.log, and set HydraConfig, which Lightning reads.
 
-    described: does the folder have its .hydra/ already?
+    described: whether the folder already has its .hydra/.
     """
     with open_dict(composed):
         composed.hydra.run.dir = composed.hydra.runtime.output_dir = str(folder)
@@ -175,7 +175,7 @@ def run_in(folder: Path, composed: DictConfig, task: Callable[[], None], describ
     if not described and ranks.is_first_process():
         write_config(folder, composed)
     with open_dict(composed):
-        composed.hydra.output_subdir = None  # which Hydra would write at once, as that of a started run
+        composed.hydra.output_subdir = None  # else Hydra writes overrides.yaml now, which marks the run as started
     context = HydraContext(config_loader=None, callbacks=Callbacks(composed))  # type: ignore[arg-type]
     try:
         with with_path(folder):
@@ -185,10 +185,10 @@ def run_in(folder: Path, composed: DictConfig, task: Callable[[], None], describ
     finally:
         root = logging.getLogger()
         for handler in [handler for handler in root.handlers if isinstance(handler, logging.FileHandler)]:
-            root.removeHandler(handler)  # a closed one would open its file again
-            handler.close()  # Windows removes no open file
+            root.removeHandler(handler)  # a closed handler opens its file again
+            handler.close()  # Windows can't remove an open file
 
 
 def _printable(text: bytes) -> str:
-    """What a terminal can show: a model that has learned little writes control characters too."""
+    """Decode text for a terminal: a model that has learned little generates control characters too."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text.decode(errors="replace"))

@@ -1,8 +1,8 @@
-"""The jobs of a sweep: which there are, and what their folders say before and after.
+"""The jobs of a sweep: their settings, and the status files in their folders.
 
-A sweeper (hydra_plugins/rwkv_pl) makes the jobs, a launcher runs them: ours (pool.py), or another of Hydra's, whose
-workers then start the same processes. A job that has started before goes on, and one that has finished is not run
-again, so that `-m resume=SWEEP` is the same sweep once more.
+A sweeper (hydra_plugins/rwkv_pl) makes the jobs. A launcher runs them: ours (pool.py), or another of Hydra's, whose
+workers start the same processes. A job that has started before resumes, and a finished job is not run again, so that
+`-m resume=SWEEP` can run the same sweep again.
 """
 
 import itertools
@@ -19,7 +19,12 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from rwkv_pl.compose import check_config, parse_overrides, typed_config_dir
+from rwkv_pl.compose import (
+    check_config,
+    explain_missing_package,
+    parse_overrides,
+    typed_config_dir,
+)
 from rwkv_pl.errors import RunError, UserError, one_line
 from rwkv_pl.files import atomic_write
 from rwkv_pl.runs.folder import has_started, locked
@@ -29,7 +34,7 @@ from rwkv_pl.terminal import quote_override
 
 @dataclass
 class Job:
-    """overrides: the job's settings, with hydra.sweep.subdir. config_dir: the command's --config-dir."""
+    """A job of a sweep. overrides: its settings, with hydra.sweep.subdir. config_dir: the command's --config-dir."""
 
     overrides: list[str]
     folder: Path
@@ -41,19 +46,19 @@ class Job:
 
     @property
     def plugins(self) -> list[str]:
-        """The `plugins=` that was typed, which no folder of a run or sweep can bring."""
+        """The typed `plugins=`, which a stored run or sweep cannot set."""
         return [text for text in self.overrides if text.startswith("plugins=")]
 
     @property
     def settings(self) -> list[str]:
-        """The overrides but for Hydra's own."""
+        """The overrides without Hydra's own."""
         return [text for text in self.overrides if not text.startswith(("hydra.", "hydra/"))]
 
 
 def merge_params(params: Mapping[Any, Any], overrides: Sequence[str]) -> list[Override]:
-    """The swept values of a config file and those of the command line, which replace them."""
+    """Merge the swept values of a config file with those of the command line, which take precedence."""
     if "plugins" in params:
-        raise UserError("hydra.sweeper.params names plugins, which are typed: plugins=[mypkg]")
+        raise UserError("hydra.sweeper.params cannot set plugins: type plugins=[mypkg] on the command line")
     typed = parse_overrides(overrides, sweep=True)
     keys = {override.key_or_group for override in typed}
     brought = [f"{key}={value}" for key, value in params.items() if key not in keys]
@@ -61,7 +66,7 @@ def merge_params(params: Mapping[Any, Any], overrides: Sequence[str]) -> list[Ov
 
 
 def expand_grid(overrides: Sequence[Override]) -> Iterator[list[str]]:
-    """Every combination of the swept values, the last key's changing fastest. Intervals have none, and are left out."""
+    """Yield every combination of the swept values; the last key changes fastest. Intervals are left out."""
     choices = [
         [f"{o.key_or_group}={value}" for value in o.sweep_string_iterator()]
         if o.is_sweep_override()
@@ -73,26 +78,33 @@ def expand_grid(overrides: Sequence[Override]) -> Iterator[list[str]]:
 
 
 def write_pending_result(job: Job) -> None:
-    """Writes a job's settings into its folder, so that the report lists a job that never starts."""
+    """Write a job's settings into its folder, so that the report lists a job that never starts."""
     if not has_started(job.folder) and not read_result(job.folder):
         job.folder.mkdir(parents=True, exist_ok=True)
         write_result(job.folder, status="waiting", overrides=job.settings)
 
 
 def compose_job(loader: ConfigLoader, config: DictConfig, overrides: list[str], number: int) -> tuple[Job, DictConfig]:
-    """A job, whose folder is the one that its settings name, and its config."""
-    composed = loader.load_sweep_config(config, overrides)
+    """Return a job, in the folder that its settings name, and its config."""
+    config_dir = typed_config_dir(config.hydra.runtime.config_sources)
+    try:
+        composed = loader.load_sweep_config(config, overrides)
+    except HydraException as error:
+        explain_missing_package(error, overrides, config_dir)
+        raise
     with open_dict(composed):
         composed.hydra.job.num = composed.hydra.job.id = number
     sweep = Path(str(composed.hydra.sweep.dir))
     folder = sweep / str(composed.hydra.sweep.subdir)
     if not folder.resolve().is_relative_to(sweep.resolve()):
-        raise UserError(f"hydra.sweep.subdir={composed.hydra.sweep.subdir} leads out of the sweep's folder")
-    return Job(overrides, folder, typed_config_dir(composed.hydra.runtime.config_sources)), composed
+        raise UserError(
+            f"hydra.sweep.subdir={composed.hydra.sweep.subdir} is outside of the sweep's folder: give a folder below it"
+        )
+    return Job(overrides, folder, config_dir), composed
 
 
 def validate_job(loader: ConfigLoader, config: DictConfig, overrides: list[str], number: int) -> Job | JobReturn:
-    """A job to launch; or its failure, where its settings do not hold, with the reason in its folder."""
+    """Return a job to launch. If its settings are invalid, record and return its failure."""
     try:
         parse_overrides(overrides)
         job, composed = compose_job(loader, config, overrides, number)
@@ -100,16 +112,16 @@ def validate_job(loader: ConfigLoader, config: DictConfig, overrides: list[str],
     except (UserError, HydraException, OmegaConfBaseException) as error:
         reason = one_line(error)
         return record_failure(Job(overrides, Path(str(config.hydra.sweep.dir), str(number))), reason)
-    # With it the folder is the same under every launcher, and where others before it are left out.
+    # This gives the job the same folder under every launcher, even if invalid jobs before it are not launched.
     subdir = job.folder.relative_to(str(config.hydra.sweep.dir))
     job.overrides.append(f"hydra.sweep.subdir={quote_override(subdir.as_posix())}")
     return job
 
 
 def record_failure(job: Job, reason: str, status: str = "failed", is_shown: bool = False) -> JobReturn:
-    """reason: why. is_shown: has the job said so itself?"""
+    """Print a job's failure and write it into its folder. is_shown: whether the job has printed `reason` itself."""
     print(f"{job.name} {status if is_shown else reason if status in reason else f'{status}: {reason}'}", flush=True)
-    # A folder in which another process is at work is that one's.
+    # The lock fails if another process uses the folder, which then stays unchanged.
     with suppress(UserError, OSError):
         job.folder.mkdir(parents=True, exist_ok=True)
         with locked(job.folder):

@@ -1,4 +1,4 @@
-"""Runs the jobs of a sweep: each is an `rwkv-train` process of its own, some at a time."""
+"""Runs the jobs of a sweep, each as a separate `rwkv-train` process, several at a time."""
 
 import math
 import os
@@ -28,7 +28,7 @@ from rwkv_pl.terminal import quote_override
 
 
 def run_job(config: DictConfig) -> float:
-    """What another launcher than ours runs, on its machine: the job's process. Returns its objective."""
+    """Run one job's process and return its objective. Other launchers than ours call it on their machines."""
     hydra = HydraConfig.get()
     config_dir = typed_config_dir(hydra.runtime.config_sources)
     job = Job(list(hydra.overrides.task), Path(hydra.runtime.output_dir), config_dir)
@@ -37,7 +37,7 @@ def run_job(config: DictConfig) -> float:
 
 
 def job_command(job: Job) -> list[str]:
-    """Of the job's process: `rwkv-train` with its settings, or resume= if it has started before."""
+    """Return the command line of a job: `rwkv-train` with its settings, or with resume= if it has started before."""
     python = [sys.executable, "-m", "rwkv_pl.cli.train"]
     if has_started(job.folder):
         return [*python, f"resume={quote_override(job.folder)}", *job.plugins]
@@ -58,11 +58,12 @@ class _Running:
 def run_jobs(
     jobs: Sequence[Job], at_once: int, forward: bool = True, environment: Mapping[str, str] | None = None
 ) -> list[JobReturn]:
-    """Runs the jobs, `at_once` at a time, and returns what became of each, in their order.
+    """Run the jobs, `at_once` at a time, and return their outcomes in the same order.
 
-    environment: of the jobs, besides this process's own.
+    environment: variables that the jobs get in addition to this process's.
 
-    A signal goes on to the jobs that run, which save and end, and no other is begun; then the process exits by it.
+    A signal is forwarded to the running jobs, which save and exit. No other job starts, and then this process exits
+    with 128 + the signal's number.
     """
     outcomes: dict[Path, JobReturn] = {}
     waiting = list(jobs)
@@ -71,11 +72,11 @@ def run_jobs(
     common = set.intersection(*(set(job.settings) for job in jobs)) if len(jobs) > 1 else set()
     with _received_signals(forward) as signals:
         while running or (waiting and not signals):
-            # A sweep that was killed leaves its jobs at work.
+            # A killed sweep leaves its jobs running.
             at_work = [job for job in waiting if is_in_use(job.folder)]
             for job in at_work:
                 if job.folder not in announced:
-                    print(f"{job.name} is still at work: waits for it to end", flush=True)
+                    print(f"{job.name} is still running: waiting for it to end", flush=True)
                 announced.add(job.folder)
             free = [job for job in waiting if job not in at_work]
             while free and len(running) + len(at_work) < at_once and not signals:
@@ -84,11 +85,11 @@ def run_jobs(
                 result = read_result(job.folder)
                 if result.get("status") in DONE_STATUSES:
                     outcomes[job.folder] = _to_job_return(job, result)
-                    print(f"{job.name} was {result['status']} before", flush=True)
+                    print(f"{job.name} is already {result['status']}", flush=True)
                 else:
                     own = shlex.join(text for text in job.settings if text not in common)
                     follow = f", {len(waiting)} to follow" if waiting else ""
-                    print(f"{job.name} begins{follow}: {own}", flush=True)
+                    print(f"{job.name} starts{follow}: {own}", flush=True)
                     running.append(_start_job(job, at_once, environment or {}))
             for entry in list(running):
                 for number in signals[entry.signals :]:
@@ -107,7 +108,7 @@ def _start_job(job: Job, at_once: int, more: Mapping[str, str]) -> _Running:
     environment = {**os.environ, SWEEP_JOB_ENV: "1", **more}
     if at_once > 1 and not THREAD_VARIABLES & environment.keys():
         environment["OMP_NUM_THREADS"] = str(max(1, usable_cores() // at_once))
-    # Ctrl-C in a terminal is for all of its group at once: ours alone gets it, and passes it on.
+    # A terminal sends Ctrl-C to the whole process group. Jobs have their own group, so only this process gets it.
     own_group: dict[str, Any] = (
         {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}  # type: ignore[attr-defined]
         if os.name == "nt"
@@ -139,18 +140,18 @@ def _copy_lines(source: IO[str], target: IO[str], prefix: str, kept: deque[str])
     for line in source:
         if line.strip():
             kept.append(line.strip())
-        with suppress(OSError, ValueError):  # a terminal that was closed is no reason to end a run
+        with suppress(OSError, ValueError):  # a closed terminal must not end a run
             target.write(prefix + line)
             target.flush()
 
 
 def _finish_job(entry: _Running) -> JobReturn:
     for pump in entry.pumps:
-        pump.join(timeout=5)  # a child of it may hold the pipe
+        pump.join(timeout=5)  # a child of the job may keep the pipe open
     job, code = entry.job, entry.process.returncode
     result = read_result(job.folder)
     if code and result == entry.result_before:
-        result = {}  # of an earlier process: this one failed before its training
+        result = {}  # an earlier process wrote it: this one failed before its training
     status = result.get("status")
     if code == 0 and status in DONE_STATUSES:
         print(f"{job.name} {status}: {result['objective'] or math.nan:.4f} bits per byte", flush=True)
@@ -169,7 +170,7 @@ def _to_job_return(job: Job, result: dict[str, Any]) -> JobReturn:
 
 
 def forward_signal(process: "subprocess.Popen[str]", number: int) -> None:
-    with suppress(OSError):  # it has ended meanwhile
+    with suppress(OSError):  # the process may have ended
         if os.name == "nt":
             process.send_signal(signal.CTRL_BREAK_EVENT)  # type: ignore[attr-defined]
         else:
@@ -178,11 +179,11 @@ def forward_signal(process: "subprocess.Popen[str]", number: int) -> None:
 
 @contextmanager
 def _received_signals(forward: bool) -> Iterator[list[int]]:
-    """The signals that this process has received inside, as they come."""
+    """Yield a list to which each signal is appended that this process receives inside the block."""
     received: list[int] = []
     names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if forward else ()
     numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    # Under nohup a closed terminal is nothing.
+    # Under nohup, SIGHUP is ignored and must stay so.
     numbers = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in numbers}
     try:

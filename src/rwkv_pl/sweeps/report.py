@@ -1,4 +1,4 @@
-"""What came of many runs, as a table, a sweep.csv and one picture."""
+"""Reports many runs as a table, sweep.csv and sweep.png."""
 
 import csv
 import io
@@ -24,16 +24,16 @@ from rwkv_pl.training.curve import draw_sweep, read_rows
 if TYPE_CHECKING:
     from rich.console import Console
 
-# What reading a file of another content ends in.
+# Errors of reading a file with unexpected content.
 READ_ERRORS = (OSError, LookupError, TypeError, ValueError, AttributeError)
 
-# Settings by which runs differ without being other trainings.
+# Settings that do not count as differences between runs.
 UNCOMPARED_KEYS = ("resume", "weights", "logger.", "trainer.enable_")
 
 
 @dataclass
 class Run:
-    """A run as its folder tells it. settings: dotted key to value. rows: metrics.csv's. result: result.json's."""
+    """A run, read from its folder. settings: dotted key to value. rows: of metrics.csv. result: of result.json."""
 
     folder: Path
     result: dict[str, Any] = field(default_factory=dict)
@@ -58,12 +58,12 @@ class Run:
 
     @property
     def speed(self) -> float | None:
-        """Tokens a second, the median of those logged."""
+        """Tokens per second: the median of the logged values."""
         return self._median("tokens_per_second")
 
     @property
     def mfu(self) -> float | None:
-        """The share of the machine's measured peak, the median of those logged."""
+        """MFU (model FLOPs utilisation), the share of the machine's measured peak: the median of the logged values."""
         return self._median("mfu")
 
     def _median(self, column: str) -> float | None:
@@ -72,13 +72,13 @@ class Run:
 
 
 def print_report(paths: Sequence[Path], out: Path) -> bool:
-    """Prints the table, and writes sweep.csv and sweep.png into `out`. Returns whether all runs have finished."""
+    """Print the table, and write sweep.csv and sweep.png into `out`. Returns whether all runs have finished."""
     runs = [read_run(folder) for folder in find_runs(paths)]
     if not runs:
         return False
     names = _short_names([run.folder for run in runs])
     keys = find_differing_settings(runs)
-    # The files first: whoever was to read the table may be gone.
+    # The files come first, because printing fails if the reader of the table has gone.
     try:
         with atomic_write(out / "sweep.csv") as file:
             file.write(_to_csv(runs, names, keys).encode())
@@ -96,7 +96,7 @@ def print_report(paths: Sequence[Path], out: Path) -> bool:
 
 
 def find_runs(paths: Iterable[Path]) -> list[Path]:
-    """The folders of runs at and below the paths, in the order of their names, numbers as numbers."""
+    """Return the folders of the runs at and below the paths, sorted by name, with numbers compared as numbers."""
     found = set()
     for path in paths:
         for name, above in ((OVERRIDES.as_posix(), 2), (RESULT_FILE, 1)):
@@ -109,7 +109,7 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
 
 
 def read_run(folder: Path) -> Run:
-    """What a run's folder holds. What is damaged in it makes the run's status."""
+    """Read a run's folder. If a file in it is corrupt, the run's status is "damaged"."""
     result = read_result(folder)
     run = Run(folder, result)
     run.status, run.error = str(result.get("status", "")), str(result.get("error") or "")
@@ -127,18 +127,18 @@ def read_run(folder: Path) -> Run:
     except (UserError, OmegaConfBaseException, yaml.YAMLError, *READ_ERRORS) as error:
         run.status, run.error = "damaged", one_line(error)
     if run.status in DONE_STATUSES and run.latest("val/bits_per_byte") is None and run.best is not None:
-        run.error = f"{folder / 'metrics.csv'} holds no validation: only result.json's figures are known"
+        run.error = f"{folder / 'metrics.csv'} has no validation: only the figures of result.json are shown"
     if not run.status:
         run.status = "running" if is_in_use(folder) else "broken off"
     return run
 
 
 def find_differing_settings(runs: Sequence[Run]) -> list[str]:
-    """The settings that are not the same in all runs, in the order of the config."""
+    """Return the settings that differ between the runs, in the order of the config."""
     intact = [run for run in runs if has_started(run.folder) and run.status != "damaged"]
     found = []
     for key in dict.fromkeys(key for run in intact or runs for key in run.settings):
-        # A job that never began knows only what it was told.
+        # A job that never started has only the settings that were typed.
         compared = [run for run in runs if run in intact or key in run.settings]
         if len({repr(run.settings.get(key)) for run in compared}) > 1 and not key.startswith(UNCOMPARED_KEYS):
             found.append(key)
@@ -218,7 +218,7 @@ def _to_csv(runs: Sequence[Run], names: Sequence[str], keys: Sequence[str]) -> s
 
 
 def _short_names(folders: Sequence[Path]) -> list[str]:
-    """The part of each path in which they differ."""
+    """Return each path relative to the folder that contains all of them."""
     absolute = [folder.absolute() for folder in folders]
     common = absolute[0].parent
     while not all(folder.is_relative_to(common) for folder in absolute):
@@ -230,7 +230,7 @@ def _read_yaml(path: Path) -> Any:
     text = path.read_text(encoding="utf-8")
     if "${" in text:
         return OmegaConf.to_container(OmegaConf.create(text), resolve=True)
-    # libyaml reads ten times as fast, where PyYAML has it.
+    # libyaml is ten times as fast, if PyYAML was built with it.
     return yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 
 
