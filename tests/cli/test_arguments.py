@@ -116,7 +116,7 @@ def test_explain_a_file_of_the_users_own(train, tmp_path):
         (["--explain", "optim.lrr"], "optim.lrr is not a setting; did you mean lr?"),
         (["--explain", "optin"], "optin is not a setting; did you mean optim?"),
         (["--explain", "data=../x"], "data takes the name of a file, not a path"),
-        (["--explain", "data=nothing"], "there is no data=nothing; there are: binidx, enwik8, stdlib, text"),
+        (["--explain", "data=nothing"], "data=nothing does not exist; available: binidx, enwik8, stdlib, text"),
         (["--explain", "seed", "-m"], "--explain and --multirun exclude each other"),
     ],
 )
