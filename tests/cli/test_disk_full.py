@@ -65,7 +65,7 @@ def test_refused_write_is_reported(tmp_path, finished_run, place, call, where):
         assert result.code == 0
     else:
         assert_reported(result, 1, where)
-        assert ": to resume, rwkv-train resume=" in result.err or "to start again, rwkv-train resume=" in result.err
+        assert "; to resume: " in result.err or "; to start again: " in result.err
     finish_run(tmp_path, "resume=run")
     assert_same_run(tmp_path / "run", finished_run)
 

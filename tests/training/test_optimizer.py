@@ -85,30 +85,20 @@ class TakesAnything(torch.optim.SGD):
 @pytest.mark.parametrize(
     ("target", "optim", "message"),
     [
-<<<<<<< ours
         (
             torch.optim.SGD,
             Optim("SGD", betas=[0.9, 0.99]),
-            "optim.betas: SGD has no argument betas; there are: lr, momentum",
+            "optim.betas: SGD has no argument betas; available: lr, momentum",
         ),
         (torch.optim.SGD, Optim("SGD", own={"momentun": 0.9}), "has no argument momentun; did you mean momentum?"),
         (torch.optim.SGD, Optim("SGD", own={"params": 3}), "optim.params: SGD has no argument params"),
-=======
-        (torch.optim.SGD, Optim("SGD", betas=[0.9, 0.99]), "optim.betas: SGD takes no betas; available: lr, momentum"),
-        (torch.optim.SGD, Optim("SGD", own={"momentun": 0.9}), "takes no momentun; did you mean momentum?"),
-        (torch.optim.SGD, Optim("SGD", own={"params": 3}), "optim.params: SGD takes no params"),
->>>>>>> theirs
         (torch.optim.SGD, Optim("SGD", own={"momentum": -1.0}), "optim refuses its settings: Invalid momentum"),
         (torch.optim.SGD, Optim("SGD", own={"momentum": "fast"}), "optim refuses its settings: '<' not supported"),
         (torch.optim.Adam, Optim(betas=[0.9]), "optim.betas must be 2 numbers for torch.optim.Adam, got [0.9]"),
         (torch.optim.Rprop, Optim("Rprop", weight_decay=0.1), "optim.weight_decay: Rprop has no argument weight_decay"),
         (torch.optim.LBFGS, Optim("LBFGS"), "optim refuses its settings: LBFGS doesn't support per-parameter"),
         (torch.optim.Muon, Optim("Muon"), "optim refuses its settings: Muon only supports 2D parameters"),
-<<<<<<< ours
-        (torch.optim.Optimizer, Optim("Optimizer"), "optim.lr: Optimizer has no argument lr; there are: defaults"),
-=======
-        (torch.optim.Optimizer, Optim("Optimizer"), "optim.lr: Optimizer takes no lr; available: defaults"),
->>>>>>> theirs
+        (torch.optim.Optimizer, Optim("Optimizer"), "optim.lr: Optimizer has no argument lr; available: defaults"),
         (TakesAnything, Optim("Mine", own={"momentun": 0.9}), "optim refuses its settings: "),
         (MuonAdamW, Optim("MuonAdamW", own={"adjust_lr_fn": "x"}), "optim refuses its settings: Adjust learning rate"),
     ],
@@ -241,13 +231,8 @@ def test_schedule_with_an_invalid_length_is_refused():
     check_schedule(Schedule("wsd", warmup_steps=5, decay_share=0.5), max_steps=10)
 
 
-<<<<<<< ours
 def test_decay_share_is_a_setting_of_wsd_only():
     with pytest.raises(UserError, match="decay_share is not a setting of schedule=cosine; schedule=wsd has it"):
-=======
-def test_the_share_of_the_decay_belongs_to_wsd():
-    with pytest.raises(UserError, match="decay_share is not a setting of schedule=cosine; it belongs to schedule=wsd"):
->>>>>>> theirs
         Schedule("cosine", decay_share=0.1)
     with pytest.raises(UserError, match="decay_share is missing"):
         Schedule("wsd")
