@@ -232,7 +232,7 @@ def test_schedule_with_an_invalid_length_is_refused():
 
 
 def test_decay_share_is_a_setting_of_wsd_only():
-    with pytest.raises(UserError, match="decay_share is not a setting of schedule=cosine; schedule=wsd has it"):
+    with pytest.raises(UserError, match="decay_share is not a setting of schedule=cosine; it belongs to schedule=wsd"):
         Schedule("cosine", decay_share=0.1)
     with pytest.raises(UserError, match="decay_share is missing"):
         Schedule("wsd")
