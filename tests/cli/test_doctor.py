@@ -100,7 +100,7 @@ def test_nvcc_for_another_cuda_is_reported(monkeypatch, tmp_path):
     assert find_nvcc("98.0") == Compiler("nvcc", str(tmp_path / "new" / "nvcc"), "99.1")
     monkeypatch.setattr(torch.version, "cuda", "98.0")
     found = find_check("nvcc")
-    assert found.found == f"{tmp_path / 'new' / 'nvcc'} is too new: its CUDA is 99.1, torch's 98.0"
+    assert found.found == f"{tmp_path / 'new' / 'nvcc'} is too new: its CUDA is 99.1, torch's is 98.0"
     assert found.cure == "install the CUDA toolkit 98.0 and put its nvcc on PATH"
 
 
@@ -124,7 +124,7 @@ def test_table_without_any_build_tool(tmp_path):
     cells = [[cell.strip() for cell in line.split("\u2502")[1:4]] for line in result.out.splitlines()]
     table = {row[0]: row[1:] for row in cells if len(row) == 3}
     assert table["C++ compiler"] == ["CXX=/nowhere/c++ was not found", "set CXX to a compiler, or unset it"]
-    fault = f"{tmp_path / 'bin' / 'nvcc'} is too new: its CUDA is 99.1, torch's 98.0"
+    fault = f"{tmp_path / 'bin' / 'nvcc'} is too new: its CUDA is 99.1, torch's is 98.0"
     assert table["nvcc"] == [fault, "install the CUDA toolkit 98.0 and put its nvcc on PATH"]
     left = "0 libraries, 0.0 MB; 1 interrupted builds, which the next build removes"
     assert table["cache"] == [f"{tmp_path / 'kernels'}: {left}", "-"]
@@ -135,7 +135,7 @@ def test_table_without_any_build_tool(tmp_path):
 def test_nvcc_advice_names_the_problem_and_the_fix():
     old = Compiler("nvcc", "/cuda/nvcc", "11.8")
     assert describe_nvcc_problem(old, "13.0").startswith(
-        "/cuda/nvcc is too old: its CUDA is 11.8, torch's 13.0; run `pip install"
+        "/cuda/nvcc is too old: its CUDA is 11.8, torch's is 13.0; run `pip install"
     )
     assert describe_nvcc_problem(None, "12.8") == "no nvcc; install the CUDA toolkit 12.8 and put its nvcc on PATH"
     assert describe_nvcc_problem(Compiler("nvcc", "/cuda/nvcc", "13.1"), "13.0") == ""

@@ -91,7 +91,7 @@ def _is_available(device: str, required: bool) -> bool:
     """
     failure = load(device) if device in ("cpu", "cuda") else f"not supported on {device}"
     if failure and required:
-        raise RuntimeError(f"wkv4: no compiled operator: {failure}; or call use_kernel('auto')")
+        raise RuntimeError(f"wkv4: no compiled operator: {failure}; or choose use_kernel('auto')")
     if failure and device in _failures and device not in _warned:
         _warned.add(device)
         warnings.warn(f"wkv4 runs in plain torch, slower: {failure}", RuntimeWarning, stacklevel=2)

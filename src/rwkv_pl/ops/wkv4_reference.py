@@ -1,13 +1,13 @@
 """The WKV-4 operator in plain torch, twice: as a recurrence over time, and parallel in time.
 
 WKV is a weighted mean of the values up to step t, separately in each channel (arXiv 2305.13048, equation 16). With
-w = -exp(time_decay) <= 0, the decay per step, and u = time_first, the bonus of the present step::
+w = -exp(time_decay) <= 0, the logarithm of the decay per step, and u = time_first, the bonus of the present step::
 
     output_t = (sum_{i<t} e^{(t-1-i) w + k_i} v_i  +  e^{u + k_t} v_t)
              / (sum_{i<t} e^{(t-1-i) w + k_i}      +  e^{u + k_t})
 
-Both sums over the past are one decayed sum per step: next = e^w * sum + e^{k_t} v_t (for the denominator, + e^{k_t}).
-So a state of two numbers per channel is enough. These would overflow, so the state has a common exponent as well:
+Each sum over the past follows from the one before: sum <- e^w sum + e^{k_t} v_t (in the denominator, without v_t). So
+two numbers per channel are enough as a state. They could overflow, so the state also has a common exponent:
 (num, den, max_exp) represents the sums e^max_exp num and e^max_exp den, and max_exp is the largest exponent in them.
 
 Both functions are differentiable by autograd. The maxima are detached: they only scale the sums, chosen so that no
