@@ -1,5 +1,4 @@
-"""The time that a checkpoint blocks training, and the time to resume, at the classic setting (12 x 512, 1 x 1,024
-bytes, Adam).
+"""How long a checkpoint blocks training and a resume takes, at the classic setting (12 x 512, 1 x 1,024 bytes, Adam).
 
     python -m benchmarks checkpoint [--rounds 5]
 
