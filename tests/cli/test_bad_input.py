@@ -20,12 +20,12 @@ CASES = {
     "trainer.max_step=3": "did you mean max_steps?",
     "schedule.decay_steps=5": "schedule.decay_steps is not a setting",
     "schedule=cosine schedule.decay_share=0.1": "schedule.decay_share is not a setting; did you mean decay_steps?",
-    "schedule=wsd schedule.decay_share=0": "schedule.decay_share must be a share above 0, at most 1, got 0.0",
-    "schedule=wsd schedule.decay_share=null": "schedule.decay_share is missing; schedule=wsd has it",
+    "schedule=wsd schedule.decay_share=0": "schedule.decay_share must be above 0 and at most 1, got 0.0",
+    "schedule=wsd schedule.decay_share=null": "schedule.decay_share is missing; it belongs to schedule=wsd",
     "schedule=wsd schedule.warmup_steps=4": "leaves no room",
-    "schedule.name=wsd": "schedule.decay_share is missing; schedule=wsd has it",
+    "schedule.name=wsd": "schedule.decay_share is missing; it belongs to schedule=wsd",
     "schedule.name=wds": "schedule.name must be one of constant, cosine, linear, wsd, exponential, got 'wds'",
-    "schedule=wds": "there is no schedule=wds",
+    "schedule=wds": "schedule=wds does not exist",
     "optim.momentum=0.9": "optim.momentum is not a setting",
     "optim=sgd optim.momentum=fast": "optim.momentum must be a number, got 'fast'",
     "optim=sgd optim.betas=[0.9,0.99]": "optim.betas is not a setting",
@@ -49,7 +49,7 @@ CASES = {
     "callbacks.best.mode=3": "callbacks.best.mode must be a word",
     "logger.tensorboard.name=3": "logger.tensorboard.name must be a word",
     "seed=x": "seed",
-    "data=3": "a file of data is chosen by its name",
+    "data=3": "data takes the name of a file",
     # ranges
     "optim.lr=nan": "optim.lr must be a finite number above 0, got nan",
     "optim.lr=0": "optim.lr must be a finite number above 0, got 0.0",
@@ -66,7 +66,7 @@ CASES = {
     "loss_chunk_len=0": "loss_chunk_len must be at least 1, got 0",
     "loss_chunk_len=half": "loss_chunk_len: Value 'half'",
     "trainer.precision=16-mixed": "trainer.precision=16-mixed needs a GPU; use trainer.precision=auto on a CPU",
-    "trainer.precision=16-true": "trainer.precision=16-true is not offered",
+    "trainer.precision=16-true": "trainer.precision=16-true is not supported",
     "callbacks.last.dirpath=elsewhere": "callbacks.last.dirpath must be checkpoints",
     "callbacks.best.dirpath=/elsewhere": "callbacks.best.dirpath must be checkpoints",
     "optim.weight_decay=-1": "optim.weight_decay must be at least 0",
@@ -87,34 +87,35 @@ CASES = {
     "callbacks.best.mode=avg": "callbacks.best refuses its settings",
     "kernel=magic": "kernel must be one of auto, compiled, scan, recurrence, got 'magic'",
     "seed=-1": "seed must be from 0",
-    "trainer.limit_val_batches=5.0": "trainer.limit_val_batches must be a share from 0.0 to 1.0",
-    "trainer.limit_val_batches=0.0001": "less than one of the validation's batches",
-    "trainer.min_steps=5": "trainer.min_steps is not offered",
+    "trainer.limit_val_batches=5.0": "trainer.limit_val_batches must be a fraction from 0.0 to 1.0",
+    "trainer.limit_val_batches=0.0001": "less than one validation batch",
+    "trainer.min_steps=5": "trainer.min_steps is not supported",
     "callbacks.last.every_n_train_steps=0": "callbacks.last refuses its settings",
     "callbacks.last.dirpath=null": "callbacks.last.dirpath must be a word, got None",
     "callbacks.best.monitor=val/nosuch": "callbacks.best.monitor must be one of val/bits_per_byte, val/loss",
     "callbacks.best=null": "callbacks.best must be a mapping, got None",
     "logger.tensorboard=null": "logger.tensorboard must be a mapping, got None",
-    "trainer=null": "a file of trainer is chosen by its name",
-    "callbacks=null": "a file of callbacks is chosen by its name",
+    "trainer=null": "trainer takes the name of a file",
+    "callbacks=null": "callbacks takes the name of a file",
     "optim.lr_scale={time_decay:fast}": "optim.lr_scale.time_decay must be a number",
     "optim.lr_scale=3": "optim.lr_scale",
     # ways of writing
-    "+foo=1": "keys are not added",
-    "+model.foo=1": "keys are not added",
-    "++optim.lr=1": "leave out the +",
-    "~trainer.max_steps": "keys are not removed",
-    "~model": "keys are not removed",
-    "data.path='unclosed": "can't be read as key=value",
-    "lr": "can't be read as key=value",
+    "+foo=1": "cannot add a key",
+    "+model.foo=1": "cannot add a key",
+    "++optim.lr=1": "drop the +",
+    "+optim.momentum=0.9": "your own file with that key, mine/optim/NAME.yaml: --config-dir mine optim=NAME",
+    "~trainer.max_steps": "cannot remove a key",
+    "~model": "cannot remove a key",
+    "data.path='unclosed": "can't be parsed as key=value",
+    "lr": "can't be parsed as key=value",
     "optim.lr=1e-3,1e-4": "add -m",
     "--bogus": "--bogus",
-    "--config-dir=nosuch": "nosuch is no folder",
+    "--config-dir=nosuch": "nosuch is not a folder",
     "--config-name=x": "--config-dir",
     # choices and files
-    "data=nosuch": "there is no data=nosuch; there are: binidx, enwik8, stdlib, text",
-    "experiment=nosuch": "there is no experiment=nosuch",
-    "callbacks=[default,nosuch]": "there is no callbacks=nosuch; there are: best, default, device_stats, "
+    "data=nosuch": "data=nosuch does not exist; available: binidx, enwik8, stdlib, text",
+    "experiment=nosuch": "experiment=nosuch does not exist",
+    "callbacks=[default,nosuch]": "callbacks=nosuch does not exist; available: best, default, device_stats, "
     "early_stopping, ema, last, sample_text, weight_averaging",
     "data.path=missing.txt": "missing.txt",
     "data.path=null": "data.path is missing",
@@ -136,18 +137,18 @@ CASES = {
     "weights=flat.pth": "has no emb.weight of (vocabulary, channels)",
     "weights=hollow.ckpt": "is not a whole checkpoint",
     "hydra.run.dir=${nosuch}": "nosuch",
-    "hydra/job_logging=nosuch": "there is no hydra/job_logging=nosuch",
+    "hydra/job_logging=nosuch": "hydra/job_logging=nosuch does not exist",
     "weights=corpus.txt": "is not a checkpoint that can be read safely",
     "weights=empty.txt": "empty.txt",
     "weights=.": "no run folder",
     "weights=tensors.pth": "holds no RWKV weights",
     "weights=list.pth": "holds no weights",
-    "weights=larger.pth": "are of 3 x 16, the config has 2 x 16: give model.n_layer=3 model.n_embd=16 too",
+    "weights=larger.pth": "has 3 x 16, the config has 2 x 16: give model.n_layer=3 model.n_embd=16 too",
     "weights=partial.pth": "does not hold a whole rwkv4 model",
     "weights=rwkv5.pth": "holds a rwkv5 model; known here: rwkv4",
-    "resume=nosuch": "is no run folder",
+    "resume=nosuch": "is not a run folder",
     # what belongs to others
-    "trainer.limit_train_batches=5": "the order of batches owns it",
+    "trainer.limit_train_batches=5": "trainer.limit_train_batches is not supported",
     "trainer.fast_dev_run=true": "use trainer.max_steps=1",
     "trainer.accumulate_grad_batches=4": "data.batch_size=6",
     "trainer.max_epochs=-1 trainer.max_steps=-1": "the run has no end",
@@ -155,18 +156,18 @@ CASES = {
     "schedule=cosine schedule.warmup_steps=9": "leaves no room",
     "optim.lr_scale={time_decoy:2}": "optim.lr_scale.time_decoy matches no parameter",
     # classes
-    "optim._target_=os.system": "optim._target_ must be a class of torch.optim",
-    "optim._target_=torch.optim.optimizer.torch.hub.load": "optim._target_ must be a class of torch.optim",
+    "optim._target_=os.system": "optim._target_=os.system is not a trusted class: add plugins=[os] if",
+    "optim._target_=torch.optim.optimizer.torch.hub.load": "trusted: torch.optim",
     "optim._target_=torch.optim.lr_scheduler": "is not a class of torch.optim",
     "optim._target_=torch.optim.Nosuch": "is not a class of torch.optim",
     "optim._target_=torch.optim.SGD": "takes no betas",
-    "callbacks.best._target_=builtins.eval": "callbacks.best._target_ must be a class of",
-    "callbacks.best._target_=lightning.pytorch.callbacks.model_checkpoint.os.mkdir": "must be a class of",
+    "callbacks.best._target_=builtins.eval": "callbacks.best._target_=builtins.eval is not a trusted class",
+    "callbacks.best._target_=lightning.pytorch.callbacks.model_checkpoint.os.mkdir": "is not a trusted class",
     "callbacks.best.dirpath={_target_:os.getcwd}": "",
     "trainer.profiler={_target_:os.getcwd}": "",
-    "logger.tensorboard._target_=lightning.pytorch.loggers.CSVLogger": "metrics.csv is always there",
+    "logger.tensorboard._target_=lightning.pytorch.loggers.CSVLogger": "would delete metrics.csv",
     "logger.tensorboard._target_=lightning.pytorch.loggers.Logger": "logger.tensorboard refuses its settings",
-    "logger.tensorboard._target_=os.mkdir": "logger.tensorboard._target_ must be a class of",
+    "logger.tensorboard._target_=os.mkdir": "logger.tensorboard._target_=os.mkdir is not a trusted class",
 }
 
 
@@ -248,7 +249,7 @@ def test_a_sweep_that_is_wrong_in_every_job(train, tmp_path):
 def test_an_output_folder_below_a_file(train, tmp_path):
     result = train(*SMALL, "hydra.run.dir=corpus.txt/run")
     assert (result.code, result.err.count("\n")) == (2, 1)
-    assert "can't be made" in result.err
+    assert "can't be created" in result.err
 
 
 def test_an_output_folder_that_is_not_permitted(train, tmp_path, monkeypatch):
@@ -258,7 +259,7 @@ def test_an_output_folder_that_is_not_permitted(train, tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "mkdir", refuse)
     result = train(*SMALL)
     assert (result.code, result.err.count("\n")) == (2, 1)
-    assert "can't be made (Permission denied)" in result.err
+    assert "can't be created (Permission denied)" in result.err
 
 
 def test_failed_run_folder_removes_its_parents(train, tmp_path):

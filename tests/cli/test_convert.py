@@ -87,7 +87,7 @@ def test_messages(convert, official, tmp_path):
     assert f"read    official.pth\n        official .pth, {told}" in result.out
     assert "float32, 256 tokens (vocabulary not known)" in result.out
     assert f"        Hugging Face folder, {told}" in result.out
-    assert "checked by reading it again, every tensor bit for bit; digest " in result.out
+    assert "checked by reading it back, every tensor bit for bit; digest " in result.out
     values = [value.flatten() for value in torch.load(official, weights_only=True).values()]
     changed = int((torch.cat(values).bfloat16().float() != torch.cat(values)).sum())
     assert f"rounded {changed:,} of {sum(map(len, values)):,} values, 0 of them to 0" in result.out
@@ -130,31 +130,31 @@ def test_converted_weights_start_a_run_but_cannot_be_resumed(train, convert, off
     last.write_bytes((tmp_path / "x.ckpt").read_bytes())
     result = train("resume=run", "trainer.max_steps=3")
     assert (result.code, result.err.count("\n")) == (2, 1)
-    assert f"{last} holds weights without the state of a training: take it as weights=" in result.err
+    assert f"{last} has weights, but no optimizer state, so it can't resume: use it as weights=" in result.err
 
 
 def test_weights_of_another_vocabulary_start_no_run(train, convert, tmp_path):
     torch.save(RWKV4(RWKV4Config(50277, 2, 16)).state_dict(), tmp_path / "x.pth")
     result = train(*SMALL, "weights=x.pth")
     assert (result.code, result.err.count("\n")) == (2, 1)
-    assert "weights=x.pth know 50,277 tokens, data.vocab=byte has 256" in result.err
+    assert "weights=x.pth has 50,277 tokens, data.vocab=byte has 256" in result.err
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("nosuch", "x"), "there are no weights at nosuch"),
-        (("official.pth", "."), "has no name of its own"),
-        (("official.pth", ".."), "has no name of its own"),
-        (("official.pth", "official.pth"), "official.pth is there already"),
-        (("official.pth", "full"), "full is there already"),
-        (("official.pth", "link"), "link is there already"),
-        (("official.pth", "link.pth"), "link.pth is there already"),
-        (("official.pth", "empty.ckpt"), "empty.ckpt is there already"),
-        (("official.pth", "nosuch/x.pth"), "nosuch to write x.pth into"),
-        (("official.pth", "text/x.pth"), "text to write x.pth into"),
-        (("official.pth", "model.safetensors"), "is no name for it"),
-        (("official.pth", "x.PT"), "is no name for it"),
+        (("nosuch", "x"), "nosuch does not exist"),
+        (("official.pth", "."), "has no name: give"),
+        (("official.pth", ".."), "has no name: give"),
+        (("official.pth", "official.pth"), "official.pth exists and"),
+        (("official.pth", "full"), "full exists and"),
+        (("official.pth", "link"), "link exists and"),
+        (("official.pth", "link.pth"), "link.pth exists and"),
+        (("official.pth", "empty.ckpt"), "empty.ckpt exists and"),
+        (("official.pth", "nosuch/x.pth"), "nosuch is not a folder"),
+        (("official.pth", "text/x.pth"), "text is not a folder"),
+        (("official.pth", "model.safetensors"), "has the suffix of another format"),
+        (("official.pth", "x.PT"), "has the suffix of another format"),
         (("empty", "x.pth"), "is no run folder with weights"),
         (("text", "x.pth"), "is not a checkpoint that can be read safely"),
         (("hostile.pth", "x"), "is not a checkpoint that can be read safely"),
@@ -201,7 +201,7 @@ def test_leftover_of_a_killed_conversion_is_reported_and_kept(convert, official,
     for target in ("x", "x.pth"):
         result = convert("official.pth", target)
         assert (result.code, result.err.count("\n")) == (2, 1)
-        assert f"{target}.partial is there" in result.err
+        assert f"{target}.partial exists" in result.err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["official.pth", "x.partial", "x.pth.partial"]
     assert (tmp_path / "x.partial" / "config.json").read_text() == "half"
 

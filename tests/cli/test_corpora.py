@@ -65,7 +65,7 @@ def test_a_run_in_20b_needs_its_json_once(train, tokenizer, tmp_path):
     tokenizer.write_text(small_20b().replace('"dropout":null', '"dropout":0.0'), encoding="utf-8")
     result = train(*SMALL_20B, "weights=moved")
     assert (result.code, result.err.count("\n")) == (2, 1)
-    assert "data.vocab_path=tokenizer.json is not the tokenizer that weights=moved was trained with" in result.err
+    assert "data.vocab_path=tokenizer.json differs from the tokenizer stored in weights=moved" in result.err
     result = train("resume=moved", "trainer.max_steps=8", "data.vocab_path=other.json")
     assert "data.vocab_path=other.json contradicts the past" in result.err
 
@@ -98,7 +98,7 @@ BAD = {
     "data.vocab_path=null": "data.vocab=20b needs the tokenizer's json: data.vocab_path=20B_tokenizer.json",
     "data.vocab_path=nosuch.json": "nosuch.json: No such file",
     "data.vocab_path=corpus.txt": "corpus.txt is not the json of the 20B tokenizer",
-    "data.vocab=byte": "data.vocab_path is the json of data.vocab=20b, the config has byte: leave it out",
+    "data.vocab=byte": "data.vocab_path is only for data.vocab=20b, the config has byte: leave it out",
     "data.path=noise.txt": "byte 7,000 of",
     "data=binidx data.path=null": "data.path is missing: data=binidx reads PREFIX.bin and PREFIX.idx",
     "data=binidx data.path=nosuch": "there is no",

@@ -65,7 +65,7 @@ def test_refused_write_is_reported(tmp_path, finished_run, place, call, where):
         assert result.code == 0
     else:
         assert_reported(result, 1, where)
-        assert "run goes on from it" in result.err or "run starts it again" in result.err
+        assert ": to resume, rwkv-train resume=" in result.err or "to start again, rwkv-train resume=" in result.err
     finish_run(tmp_path, "resume=run")
     assert_the_same(tmp_path / "run", finished_run)
 

@@ -32,7 +32,7 @@ def test_working_machine(tmp_path):
     (tmp_path / "a b \u00e9" / "kernels").symlink_to(cache_folder() / "kernels")
     result = run(tmp_path / "a b \u00e9")
     assert result.code == 0, result.out + result.err
-    assert "cpu: kernel=auto uses the compiled kernel: there in " in result.out
+    assert "cpu: kernel=auto uses the compiled kernel: ready in " in result.out
     for what in ("Python", torch.__version__, "C++ compiler", "ninja", "a b \u00e9"):
         assert what in result.out
     assert "Traceback" not in result.err
@@ -71,9 +71,9 @@ def test_the_cache(monkeypatch, tmp_path):
     kernels = tmp_path / "kernels"
     (kernels / "building-x").mkdir(parents=True)
     (kernels / "lock").write_text("of a process that died")
-    assert "1 builds that were broken off" in find_check("cache").found
+    assert "1 interrupted builds" in find_check("cache").found
     with FileLock(kernels / "lock"):
-        assert "another process builds" in find_check("cache").found
+        assert "another process is building" in find_check("cache").found
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("RWKV_PL_CACHE", str(tmp_path / "file"))
     assert "RWKV_PL_CACHE" in find_check("cache").cure
@@ -126,7 +126,7 @@ def test_table_without_any_build_tool(tmp_path):
     assert table["C++ compiler"] == ["CXX=/nowhere/c++ is none", "let CXX name one, or unset it"]
     fault = f"{tmp_path / 'bin' / 'nvcc'} is too new: its CUDA is 99.1, torch's 98.0"
     assert table["nvcc"] == [fault, "install the CUDA toolkit 98.0 and put its nvcc on PATH"]
-    left = "0 libraries, 0.0 MB; 1 builds that were broken off, which the next one clears away"
+    left = "0 libraries, 0.0 MB; 1 interrupted builds, which the next build removes"
     assert table["cache"] == [f"{tmp_path / 'kernels'}: {left}", "-"]
     reason = "no C++ compiler (CXX=/nowhere/c++ is none); let CXX name one, or unset it"
     assert result.out.splitlines()[-1] == f"cpu: kernel=auto uses the scan in plain torch: {reason}"

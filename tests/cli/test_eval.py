@@ -206,8 +206,8 @@ def test_a_bar_where_there_is_a_terminal(evaluate, run, monkeypatch):
 
 
 CASES = {
-    "RUN": "what is evaluated is given as weights=",
-    "weights=RUN/../corpus.txt": "are of no run",
+    "RUN": "to evaluate it, write weights=",
+    "weights=RUN/../corpus.txt": "is not a run, so the text must be chosen",
     "": "weights is missing",
     "weights=null": "weights is missing",
     "wieghts=x": "did you mean weights?",
@@ -216,9 +216,9 @@ CASES = {
     "weights=RUN data.batchsize=3": "did you mean batch_size?",
     "weights=RUN data.url=x": "data.url is not a setting",
     "weights=RUN optim.lr=3": "optim",
-    "weights=RUN model=rwkv4": "data alone is chosen here",
-    "weights=RUN experiment=quickstart": "data alone is chosen here",
-    "weights=RUN data=nosuch": "there is no data=nosuch; there are: binidx, enwik8, stdlib, text",
+    "weights=RUN model=rwkv4": "only data= is a choice",
+    "weights=RUN experiment=quickstart": "only data= is a choice",
+    "weights=RUN data=nosuch": "data=nosuch does not exist; available: binidx, enwik8, stdlib, text",
     "weights=RUN split=dev": "split must be one of train, val, test, got 'dev'",
     "weights=RUN protocol=all": "protocol must be one of both, carried, windows",
     "weights=RUN streams=0": "streams must be at least 1",
@@ -231,11 +231,11 @@ CASES = {
     "weights=RUN accelerator=abacus": "accelerator must be one of auto, cpu",
     "weights=RUN precision=8": "precision must be one of",
     "weights=RUN kernel=magic": "kernel must be one of auto, compiled, scan, recurrence",
-    "weights=RUN split=val,test": "split=val,test names several values: give one",
+    "weights=RUN split=val,test": "split=val,test has several values: give one",
     "-m weights=RUN split=val,test": "leave out -m",
-    "weights=RUN hydra.run.dir=x": "out=FOLDER says where",
-    "weights=RUN +foo=1": "keys are not added",
-    "weights=RUN ~data": "keys are not removed",
+    "weights=RUN hydra.run.dir=x": "out=FOLDER sets the folder",
+    "weights=RUN +foo=1": "cannot add a key",
+    "weights=RUN ~data": "cannot remove a key",
     "weights=RUN data.vocab=char": "was trained with data.vocab=byte",
     "weights=RUN data.path=nosuch.txt": "nosuch.txt",
     "weights=RUN data.path=short.txt": "the val split of",
@@ -264,7 +264,7 @@ def test_bad_input_gives_one_line_exit_2_and_no_files(evaluate, run, tmp_path, a
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU")
 def test_missing_gpu(evaluate, run):
     result = evaluate(f"weights={run}", "accelerator=gpu")
-    assert (result.code, result.err) == (2, "rwkv-eval: accelerator=gpu is not there: torch finds the CPU alone\n")
+    assert (result.code, result.err) == (2, "rwkv-eval: accelerator=gpu is not available: torch finds only the CPU\n")
 
 
 def test_mistakes_and_help_are_shown_before_torch_is_loaded():

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from command import SMALL
+from hydra.core.utils import JobReturn, JobStatus
 from test_train import load_checkpoint, read_column, read_metrics
 
 from rwkv_pl.cli.sweep import OWN_PLUGINS
@@ -40,6 +41,49 @@ def test_an_experiments_head_says_what_it_is_for_and_its_command(name):
     assert head[0] == "# @package _global_"
     assert any(re.search(rf"rwkv-train .*experiment={name}", line) for line in head)
     assert len(head) >= 4
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "model: {n_layer: 3}\n",
+        "seed: 3\n",
+        "defaults:\n  - override /data: stdlib\n  - override /optim: rwkv\nmodel: {n_layer: 3}\n",
+        "defaults:\n  - override data: stdlib\n",
+        "defaults:\n  - quickstart\nmodel: {n_layer: 3}\n",
+        "defaults:\n  - override /hydra/sweeper: optuna\n",
+        "# my study\n# @package _global_\nmodel: {n_layer: 3}\n",
+        "# @package _global_  # mine\nmodel: {n_layer: 3}\n",
+        "# @package global\nmodel: {n_layer: 3}\n",
+        "",
+    ],
+)
+@pytest.mark.parametrize("name", ["mine", "sub/mine"])
+def test_an_experiment_without_its_package_line_is_named(train, tmp_path, text, name):
+    file = tmp_path / "conf" / "experiment" / f"{name}.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_text(text)
+    for more in ((), ("-m", "seed=1,2")):
+        result = train("--config-dir=conf", *SMALL, f"experiment={name}", *more)
+        assert (result.code, result.err.count("\n")) == (2, 1), result.err
+        assert f"experiment={name}: the first line of its file must be '# @package _global_'" in result.err
+
+
+def test_an_experiment_without_its_package_line_fails_alone_in_a_sweep(train, tmp_path, monkeypatch):
+    launched = []
+
+    def run_jobs(jobs, **_):
+        launched.extend(job.name for job in jobs)
+        return [JobReturn(status=JobStatus.COMPLETED, _return_value=1.0) for _ in jobs]
+
+    monkeypatch.setattr("hydra_plugins.rwkv_pl.launcher.run_jobs", run_jobs)
+    folder = tmp_path / "conf" / "experiment"
+    folder.mkdir(parents=True)
+    (folder / "good.yaml").write_text("# @package _global_\nseed: 3\n")
+    (folder / "bad.yaml").write_text("defaults:\n  - override /optim: rwkv\n")
+    result = train("--config-dir=conf", *SMALL, "-m", "experiment=bad,good", "hydra.sweep.dir=sweep")
+    assert (result.code, launched) == (1, ["job 1"]), result.err
+    assert "experiment=bad: the first line of its file" in (tmp_path / "sweep" / "0" / "error.txt").read_text()
 
 
 def test_the_help_names_every_file_of_every_group(train):

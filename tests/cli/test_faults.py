@@ -495,7 +495,7 @@ def test_best_checkpoint_is_used_if_last_is_missing(folder, uninterrupted_run):
     assert forks.run(folder, *RUN, strikes=[Strike(TRAINING_STEP, 29, kill)]).code == -signal.SIGKILL
     for name in ("last.ckpt", "last.prev.ckpt"):
         (folder / "run" / "checkpoints" / name).unlink()
-    assert "there is no last.ckpt; going on from" in finish_run(folder, "resume=run").out
+    assert "there is no last.ckpt; resuming from" in finish_run(folder, "resume=run").out
     assert_the_same(folder / "run", uninterrupted_run)
 
 
@@ -526,6 +526,6 @@ def test_interrupted_start_can_be_repeated(folder, uninterrupted_run):
     for name in ("config.yaml", "hydra.yaml", "overrides.yaml"):
         (settings / name).touch()
     result = forks.run(folder, "resume=run")
-    assert (result.code, "start it by the same command" in result.err) == (2, True)
+    assert (result.code, "repeat the command that started it" in result.err) == (2, True)
     finish_run(folder, *RUN)
     assert_the_same(folder / "run", uninterrupted_run)

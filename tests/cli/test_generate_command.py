@@ -81,7 +81,7 @@ def test_a_prompt_that_begins_with_a_dash(model, run):
     result = run("model.pth", "--temperature", "0", "--max-tokens", "8", "--", "-5 --x")
     assert result.out == generate_expected(model, b"-5 --x", 8, temperature=0)
     refused = run("model.pth", "--x")
-    assert refused.code == 2 and "put -- before one that begins with -" in refused.err and refused.err.count("\n") == 1
+    assert refused.code == 2 and "put -- before one that starts with -" in refused.err and refused.err.count("\n") == 1
 
 
 def test_a_megabyte_on_standard_input(run):
@@ -177,7 +177,7 @@ def test_state_of_other_weights_is_refused(model, run):
         (["model.pth", "--state-out", "model.pth"], "left as it is"),
         (["model.pth", "--state-out", "no/where"], "no folder no"),
         (["model.pth", "--samples", "2", "--state-out", "x"], "one text"),
-        (["odd.pth"], "does not say what its 7 tokens are"),
+        (["odd.pth"], "has no vocabulary for its 7 tokens"),
     ],
 )
 def test_bad_input_is_one_line(run, tmp_path, arguments, message):
@@ -308,4 +308,4 @@ def test_help_imports_no_torch():
     asked = "import sys; sys.argv[1:] = ['--help']\nfrom rwkv_pl.cli.generate import main\ntry: main()\n"
     asked += "except SystemExit: assert 'torch' not in sys.modules"
     told = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True).stdout
-    assert "begins with - follows --" in told
+    assert "starts with - follows --" in told

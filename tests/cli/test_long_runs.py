@@ -67,7 +67,7 @@ def test_nonfinite_loss_or_gradient_stops_the_run_before_the_step(train, tmp_pat
     for told in ("of batch 4 is not finite", "loss ", "gradient norm ", "learning rate 0.01", "optimizer step 5"):
         assert told in result.err
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
-    assert f"the last checkpoint is {last} of step 4: rwkv-train resume={tmp_path / 'run'} goes on" in result.err
+    assert f"the last checkpoint is {last} at step 4: to resume, rwkv-train resume={tmp_path / 'run'}" in result.err
     assert all(value.isfinite().all() for value in load_checkpoint(tmp_path / "run")["state_dict"].values())
     assert [step for step, _ in read_column(tmp_path / "run", "train/loss")] == [1, 2, 3, 4]
 
@@ -176,7 +176,7 @@ def test_step_that_differs_from_the_loops_is_corruption(train, run, tmp_path):
         torch.save(content, checkpoints / name)
     result = train("resume=run", "trainer.max_steps=9")
     assert (result.code, result.err.count("\n")) == (2, 1), result.err
-    assert "its loop is at step 8, itself at 3" in result.err
+    assert "loop step 8, but global step 3" in result.err
 
 
 @pytest.mark.parametrize("content", [{"rwkv_pl": 3}, {"rwkv_pl": None}, {}])
@@ -227,7 +227,7 @@ def test_a_text_that_changes_under_the_run(train, tmp_path, monkeypatch, change,
         return
     assert (result.code, result.err.count("\n")) == (1, 1), result.err
     assert f"the data file {path} has changed under the run" in result.err
-    assert "goes on from it" in result.err
+    assert ": to resume, rwkv-train resume=" in result.err
     path.write_bytes(text)
     result = train("resume=run")
     assert result.code == 0, result.err
@@ -270,7 +270,7 @@ def test_a_second_start_in_a_folder_is_refused(train, tmp_path):
 def test_the_latest_run_is_resumed(train, run_of_eight_steps, tmp_path):
     result = train("resume=latest")
     assert (result.code, result.err.count("\n")) == (2, 1)
-    assert f"of 0 runs in {tmp_path / 'outputs'} none is both unfinished and not in use" in result.err
+    assert f"none of 0 runs in {tmp_path / 'outputs'} is unfinished and not in use" in result.err
     for name in "abcd":
         run = tmp_path / "outputs" / "2026-01-01" / name
         run.parent.mkdir(parents=True, exist_ok=True)

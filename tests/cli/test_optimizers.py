@@ -115,5 +115,5 @@ def test_settings_that_an_optimizer_cannot_change_on_a_resume(train, tmp_path):
     assert train(*command).code == 0
     result = train("resume=run", "optim.amsgrad=true", "trainer.max_steps=4")
     assert (result.code, result.err.count("\n")) == (2, 1), result.err
-    assert "optim can't change to these settings on a resume (KeyError: 'max_exp_avg_sq')" in result.err
+    assert "optim can't change to these settings in a resume (KeyError: 'max_exp_avg_sq')" in result.err
     assert train("resume=run", "trainer.max_steps=4").code == 0

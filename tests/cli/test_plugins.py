@@ -137,7 +137,7 @@ def test_the_callback_of_the_readme(train, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ((), "callbacks.note._target_ must be a class of lightning.pytorch.callbacks"),
+        ((), "is not a trusted class: add plugins=[mypkg] if you trust its code; trusted: lightning.pytorch.callbacks"),
         ((), "add plugins=[mypkg]"),
         (("plugins=[my-pkg]",), "plugins=my-pkg is not the name of a module"),
         (("plugins=[mypkg]", "callbacks.note._target_=mypkg.Nothing"), "mypkg.Nothing is not a lightning.pytorch.C"),
@@ -145,7 +145,7 @@ def test_the_callback_of_the_readme(train, tmp_path, monkeypatch):
         (("plugins=[mypkg]", "callbacks.note._target_=mypkg.Path.unlink"), "add plugins=[mypkg.Path]"),
         (("plugins=[mypkg]", "callbacks.note._target_=package.inner.Note"), "add plugins=[package.inner]"),
         (("plugins=[package]", "callbacks.note._target_=package.inner.Note"), "add plugins=[package.inner]"),
-        (("plugins=[missing]", "callbacks.note._target_=missing.Note"), "there is no module missing: install it"),
+        (("plugins=[missing]", "callbacks.note._target_=missing.Note"), "no module missing: install it"),
         (("plugins=[broken]", "callbacks.note._target_=broken.Note"), "can't be imported: ZeroDivisionError"),
         (("plugins=[mypkg]", "callbacks.note.txt=x"), "callbacks.note.txt is not a setting"),
         (("plugins=[mypkg]", "callbacks.note.text=3"), "callbacks.note.text must be a word"),
@@ -180,7 +180,7 @@ def test_a_config_file_cannot_name_a_plug_in(train, plugin_folder):
     (plugin_folder / "mine" / "experiment").mkdir()
     (plugin_folder / "mine" / "experiment" / "theirs.yaml").write_text("# @package _global_\nplugins: [mypkg]\n")
     result = train(*SMALL, *NOTE, "experiment=theirs", "hydra.run.dir=run")
-    assert (result.code, "plugins= is typed" in result.err) == (2, True), result.err
+    assert (result.code, "a config file cannot set plugins" in result.err) == (2, True), result.err
     (plugin_folder / "mine" / "experiment" / "theirs.yaml").write_text(
         "# @package _global_\nhydra:\n  sweeper:\n    params:\n      plugins: mypkg\n      seed: 1,2\n"
     )

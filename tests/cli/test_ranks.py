@@ -92,7 +92,7 @@ def test_two_ranks_share_one_folder_and_a_second_start_is_refused(folder, schedu
     assert before[".hydra/overrides.yaml"] and before["checkpoints/last.ckpt"]
     first, second = run_both(folder, scheduler, *arguments, "optim.lr=1")
     assert (first.code, second.code) == (2, 2), first.err + second.err
-    assert first.err.count("\n") == 1 and f"go on with a run by resume={run}" in first.err
+    assert first.err.count("\n") == 1 and f"to resume its run, use resume={run}" in first.err
     assert second.err == ""
     assert read_content(run) == before
 
@@ -182,7 +182,7 @@ def test_a_worker_that_torchrun_restarts_is_refused(train, tmp_path, monkeypatch
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     result = train(*SMALL)
     assert (result.code, result.err.count("\n")) == (2, 1)
-    assert "torchrun's restart 1 would start at step 0 again" in result.err
+    assert "torchrun's restart 1 would start again at step 0" in result.err
     assert not (tmp_path / "outputs").exists()
 
 
@@ -190,7 +190,7 @@ def test_a_worker_that_torchrun_restarts_is_refused(train, tmp_path, monkeypatch
     ("variables", "words"),
     [
         ({"WORLD_SIZE": "2", "RANK": "1"}, "WORLD_SIZE=2 needs MASTER_ADDR and MASTER_PORT too"),
-        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two, which is not a whole number"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two, not a whole number"),
         ({"LOCAL_RANK": "1"}, "a rank above 0 but no WORLD_SIZE above 1"),
     ],
 )
@@ -257,6 +257,6 @@ def test_torchrun_itself(folder):
     before = read_content(folder / "run")
     done = run()
     assert done.returncode == 1
-    assert done.stderr.count("go on with a run by resume=") == 1
+    assert done.stderr.count("to resume its run, use resume=") == 1
     assert done.stderr.count("exitcode  : 2") == 2
     assert read_content(folder / "run") == before

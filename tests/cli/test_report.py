@@ -101,7 +101,7 @@ def test_corrupt_run_is_reported(tmp_path, capsys, monkeypatch):
     assert out.count("damaged") >= 2 and out.count("finished") == 3
     # What it has in common with the others is no column, though it can't be read.
     assert "n_layer" not in out
-    assert "6.0000" in out and f"{tmp_path / '3' / 'metrics.csv'} holds no validation" in out
+    assert "6.0000" in out and f"{tmp_path / '3' / 'metrics.csv'} has no validation" in out
     assert "best: 0, 5.0000 bits per byte" in out
 
 

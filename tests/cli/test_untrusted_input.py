@@ -172,7 +172,7 @@ def test_a_study_tries_no_setting_but_those_of_its_search(train, tmp_path, evil)
         {"experiment": optuna.distributions.CategoricalDistribution([relative_path_to(evil / "experiment" / "evil")])}
     )
     result = train("-m", "resume=sweep")
-    assert result.code == 2 and "is of another search" in result.err, result.err
+    assert result.code == 2 and "is from another search" in result.err, result.err
     assert not (tmp_path / "executed").exists() and not (sweep / "0").exists()
 
 
@@ -194,7 +194,7 @@ def test_a_resumed_sweeps_jobs_write_into_their_folders(tmp_path, task):
     before = {path.name for path in tmp_path.iterdir()} | {"out", "err"}
     result = forks.run(tmp_path, "-m", "resume=sweep", strikes=[FORK_THE_JOBS])
     assert result.code == 1, result.out + result.err
-    assert "leads out of" in (sweep / "0" / "error.txt").read_text()
+    assert "is outside of" in (sweep / "0" / "error.txt").read_text()
     assert {path.name for path in tmp_path.iterdir()} == before
 
 
@@ -216,7 +216,9 @@ def test_hydras_own_settings_are_not_those_of_a_stored_sweep(train, tmp_path, ta
 def test_a_sweep_starts_in_no_relative_folder(train, tmp_path):
     write_sweep(tmp_path / "sweep", Path("sweep"))
     result = train("-m", "resume=sweep")
-    assert (result.code, "the sweep was started in sweep, which is gone" in result.err) == (2, True), result.err
+    assert (result.code, "the sweep was started in sweep, which no longer exists" in result.err) == (2, True), (
+        result.err
+    )
 
 
 def test_links_out_of_a_run_folder_are_refused(train, tmp_path, run):
@@ -230,7 +232,7 @@ def test_links_out_of_a_run_folder_are_refused(train, tmp_path, run):
         path.symlink_to(outside if name == "checkpoints" else target)
         result = train("resume=run", "trainer.max_steps=6")
         assert (result.code, result.err.count("\n")) == (2, 1), result.err
-        assert f"{path} leads out of {run}" in result.err
+        assert f"{path} is a link out of {run}" in result.err
         path.unlink()
         if aside.exists():
             aside.rename(path)
@@ -244,7 +246,7 @@ def test_a_job_that_is_a_link_and_a_result_that_is_a_pipe(train, tmp_path):
     outside.mkdir()
     (sweep / "0").symlink_to(outside)
     result = train("-m", "resume=sweep")
-    assert (result.code, f"{sweep / '0'} leads out of {sweep}" in result.err) == (2, True), result.err
+    assert (result.code, f"{sweep / '0'} is a link out of {sweep}" in result.err) == (2, True), result.err
     assert not list(outside.iterdir())
     (sweep / "0").unlink()
     (sweep / "0").mkdir()
@@ -279,7 +281,7 @@ def test_a_stored_runs_callbacks_and_loggers_write_into_its_folder(train, tmp_pa
     config.write_text(yaml.safe_dump(stored))
     result = train("resume=run", "trainer.max_steps=6")
     assert (result.code, result.err.count("\n")) == (2, 1), result.err
-    assert f"{key}={text} leads out of {run}: type it again" in result.err
+    assert f"{key}={text} is outside of {run}: type it again" in result.err
     if argument == "save_dir":
         assert train("resume=run", "trainer.max_steps=6", f"{key}={value}").code == 0
         assert list(outside.iterdir())
@@ -305,7 +307,7 @@ def test_the_latest_run_is_looked_for_without_touching_what_its_links_lead_to(tr
     (tmp_path / "outputs").mkdir()
     run.rename(tmp_path / "outputs" / "run")
     result = train("resume=latest")
-    assert (result.code, "leads out of" in result.err) == (2, True), result.err
+    assert (result.code, "is a link out of" in result.err) == (2, True), result.err
     assert (tmp_path / "outside" / "precious.partial").exists()
 
 
@@ -321,7 +323,7 @@ def test_wandb_link_to_its_own_log_is_allowed(tmp_path):
     (tmp_path / "wandb" / "logs" / "debug-core.log").symlink_to("/nowhere/else")
     require_own_files(tmp_path)
     (tmp_path / "wandb" / "logs" / "other.txt").symlink_to("/nowhere/else")
-    with pytest.raises(UserError, match="leads out"):
+    with pytest.raises(UserError, match="is a link out of"):
         require_own_files(tmp_path)
 
 

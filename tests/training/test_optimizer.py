@@ -85,7 +85,7 @@ class TakesAnything(torch.optim.SGD):
 @pytest.mark.parametrize(
     ("target", "optim", "message"),
     [
-        (torch.optim.SGD, Optim("SGD", betas=[0.9, 0.99]), "optim.betas: SGD takes no betas; there are: lr, momentum"),
+        (torch.optim.SGD, Optim("SGD", betas=[0.9, 0.99]), "optim.betas: SGD takes no betas; available: lr, momentum"),
         (torch.optim.SGD, Optim("SGD", own={"momentun": 0.9}), "takes no momentun; did you mean momentum?"),
         (torch.optim.SGD, Optim("SGD", own={"params": 3}), "optim.params: SGD takes no params"),
         (torch.optim.SGD, Optim("SGD", own={"momentum": -1.0}), "optim refuses its settings: Invalid momentum"),
@@ -94,7 +94,7 @@ class TakesAnything(torch.optim.SGD):
         (torch.optim.Rprop, Optim("Rprop", weight_decay=0.1), "optim.weight_decay: Rprop takes no weight_decay"),
         (torch.optim.LBFGS, Optim("LBFGS"), "optim refuses its settings: LBFGS doesn't support per-parameter"),
         (torch.optim.Muon, Optim("Muon"), "optim refuses its settings: Muon only supports 2D parameters"),
-        (torch.optim.Optimizer, Optim("Optimizer"), "optim.lr: Optimizer takes no lr; there are: defaults"),
+        (torch.optim.Optimizer, Optim("Optimizer"), "optim.lr: Optimizer takes no lr; available: defaults"),
         (TakesAnything, Optim("Mine", own={"momentun": 0.9}), "optim refuses its settings: "),
         (MuonAdamW, Optim("MuonAdamW", own={"adjust_lr_fn": "x"}), "optim refuses its settings: Adjust learning rate"),
     ],
@@ -228,9 +228,9 @@ def test_a_schedule_without_a_length_is_refused():
 
 
 def test_the_share_of_the_decay_belongs_to_wsd():
-    with pytest.raises(UserError, match="decay_share is not a setting of schedule=cosine; schedule=wsd has it"):
+    with pytest.raises(UserError, match="decay_share is not a setting of schedule=cosine; it belongs to schedule=wsd"):
         Schedule("cosine", decay_share=0.1)
     with pytest.raises(UserError, match="decay_share is missing"):
         Schedule("wsd")
-    with pytest.raises(UserError, match="must be a share above 0, at most 1, got 1"):
+    with pytest.raises(UserError, match="must be above 0 and at most 1, got 1"):
         Schedule("wsd", decay_share=1.5)
