@@ -171,7 +171,7 @@ def test_state_of_other_weights_is_refused(model, run):
         (["model.pth", "--samples", "0"], "--samples must be from 1 to 1,000"),
         (["model.pth", "--samples", "1" + 30 * "0"], "--samples must be from 1 to 1,000"),
         (["model.pth", "--state-out", "killed"], "killed.partial is there"),
-        (["model.pth", "--stop", ""], "--stop must have at least one character"),
+        (["model.pth", "--stop", ""], "--stop is empty and would end every text at once"),
         (["model.pth", "--state-in", "nowhere"], "no memory nowhere"),
         (["model.pth", "--state-in", "model.pth"], "not a state file of rwkv-generate"),
         (["model.pth", "--state-out", "model.pth"], "it was not changed"),
