@@ -81,12 +81,12 @@ COMMANDS = list(dict.fromkeys(tuple(words) for text in PAGES.values() for words 
 
 @pytest.fixture
 def mine(tmp_path, monkeypatch):
-    """Change to a folder with the pages' files, which start with their name, such as `# mine/optim/lion.yaml`."""
+    """Change to a folder with the pages' files, whose first comment is their name, such as `# mine/optim/lion.yaml`."""
     for text in blocks(ANY_PAGE, "python", "yaml"):
-        if name := re.match(r"# ([\w/]+\.(?:py|yaml))\n", text):
+        if name := re.match(r"(?:# @package _global_\n)?# ([\w/]+\.(?:py|yaml))\n", text):
             path = tmp_path / name[1]
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text[name.end() :])
+            path.write_text(text)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("RWKV_PL_CONFIG", str(tmp_path / "user"))
