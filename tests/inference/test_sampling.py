@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from rwkv_pl.inference.sampling import RowRandom, Sampling
@@ -88,6 +88,7 @@ def test_temperature_0_is_the_argmax_after_repetition():
     repetition=st.floats(1e-3, 1e3) | st.sampled_from([1e-320, 1e308]),
     uniform=st.floats(0, 1, exclude_max=True) | st.just(math.nextafter(1, 0)),
 )
+@example(logits=[1.0, 0.0, 1.0], temperature=1e308, top_k=2, top_p=1.0, repetition=1e-320, uniform=math.nextafter(1, 0))
 def test_any_valid_settings_choose_a_token(logits, temperature, top_k, top_p, repetition, uniform):
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, repetition=repetition)
     recent = [torch.tensor([0])]

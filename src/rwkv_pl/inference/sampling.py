@@ -66,10 +66,12 @@ class Sampling:
             logits = logits.clamp(-MAX_LOGIT, MAX_LOGIT)
         if self.temperature == 0:
             return logits.argmax(-1)
-        scores, tokens = (logits - logits.amax(-1, keepdim=True)) / self.temperature, None
+        tokens = None
         if self.top_k or self.top_p < 1:
-            scores, tokens = scores.sort(dim=-1, descending=True, stable=True)
-            scores = scores[:, : self.top_k or None]
+            # Before the subtraction, which can round different logits to the same score.
+            logits, tokens = logits.sort(dim=-1, descending=True, stable=True)
+            logits = logits[:, : self.top_k or None]
+        scores = (logits - logits.amax(-1, keepdim=True)) / self.temperature
         shares = scores.softmax(-1)
         if self.top_p < 1:
             better = shares.cumsum(-1) - shares
