@@ -26,6 +26,8 @@ def quick_compiler(folder: Path) -> str:
     compiler = find_compiler()
     assert compiler is not None
     (library,) = (path for path in torch.ops.loaded_libraries if Path(path).name.startswith("wkv4_cpu"))
+    if "building-" in str(library):  # built by this process, and renamed since
+        library = max(Path(library).parents[1].glob("wkv4_cpu*.so"), key=lambda path: path.stat().st_mtime)
     script = folder / "quick-c++"
     script.write_text(SCRIPT.format(library=library, compiler=compiler.path))
     script.chmod(0o755)

@@ -77,7 +77,9 @@ def parse_overrides(overrides: Sequence[str], sweep: bool = False) -> list[Overr
             # Hydra also accepts a path to any other folder, whose files can make it run programs.
             parts = [part for name in names for part in re.split(r"[/\\]", str(getattr(name, "text", name)))]
             if any(part in ("", ".", "..") or ":" in part for part in parts):
-                raise UserError(f"{text}: {key} takes the name of a file, not a path; for your own files: --config-dir")
+                raise UserError(
+                    f"{key} takes the name of a file, not a path (for your own files: --config-dir): {text}"
+                )
         parsed.append(override)
     return parsed
 

@@ -84,7 +84,7 @@ def test_explain_has_every_setting_with_value_kind_and_comment(train):
     assert shown["seed"].startswith("42 a whole number of the initialisation")
     assert shown["data.path"].startswith("data/enwik8 a word or null ")
     assert shown["optim.lr"].startswith("1.0e-05 a number")
-    assert shown["hydra.launcher.jobs"].startswith("1 a whole number how many")
+    assert shown["hydra.launcher.jobs"].startswith("1 a whole number")
     plain = to_plain_dict(compose([]))
     for group in ("data", "model", "optim", "schedule", "trainer"):
         assert {f"{group}.{key}" for key in plain[group]} <= shown.keys()
@@ -99,7 +99,7 @@ def test_explain_takes_a_group_a_choice_a_key_and_other_settings(train):
         "data.ctx_len": "256 a whole number tokens of a sequence"
     }
     assert rows(train("--explain", "experiment=quickstart"))["trainer.max_steps"] == "3800"
-    assert "from the folder where the run first starts" in " ".join(train("--explain", "data=text").out.split())
+    assert "relative to the folder where the run first starts" in " ".join(train("--explain", "data=text").out.split())
 
 
 def test_explain_a_file_of_the_users_own(train, tmp_path):

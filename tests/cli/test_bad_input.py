@@ -123,7 +123,7 @@ CASES = {
     "data.path=hollow": "hollow is a folder without files",
     "data.path='*.md'": "no file matches",
     "data.path=broken.txt.gz": "broken.txt.gz is a corrupt or truncated gzip file",
-    "data.path=rows.jsonl": "rows.jsonl, line 2 has no field text; there are: words",
+    "data.path=rows.jsonl": "rows.jsonl, line 2 has no field text (its fields: words)",
     "data.path=rows.jsonl data.field=words": "rows.jsonl, line 3 is not JSON",
     "data.field=null": "data.field",
     "data.val_path=missing.txt": "data.val_path=",

@@ -158,7 +158,7 @@ def test_weights_of_another_vocabulary_cannot_start_a_run(train, convert, tmp_pa
         (("empty", "x.pth"), "is not a run folder with weights"),
         (("text", "x.pth"), "is not a checkpoint that can be read safely"),
         (("hostile.pth", "x"), "is not a checkpoint that can be read safely"),
-        (("large.pth", "x", "--dtype", "float16"), "ln_out.bias holds 1e+09, too large for float16"),
+        (("large.pth", "x", "--dtype", "float16"), "ln_out.bias contains 1e+09, too large for float16"),
         (("nan.pth", "x"), "ln_out.bias holds NaN"),
         (("partial.pth", "x"), "it lacks ln_out.bias"),
     ],

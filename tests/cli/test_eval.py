@@ -138,7 +138,7 @@ def test_official_weights_are_evaluated(evaluate, run, tmp_path):
     torch.save(RWKV4(RWKV4Config(300, 1, 8)).state_dict(), tmp_path / "other.pth")
     result = evaluate("weights=other.pth", *settings)
     assert (result.code, result.err.count("\n")) == (2, 1)
-    assert "weights=other.pth predicts 300 tokens, data.vocab=byte has 256" in result.err
+    assert "weights=other.pth has 300 tokens, data.vocab=byte has 256" in result.err
 
 
 @pytest.mark.parametrize("precision, tolerance", [("bf16-mixed", 0.02), ("16-mixed", 0.01)])

@@ -85,7 +85,7 @@ def bf16_speed(monkeypatch):
         (0.05, "32-true", "bf16 products are 20 times slower than in float32 on this CPU (trainer.precision=auto)"),
     ],
 )
-def test_auto_precision_is_chosen_once_and_kept(train, tmp_path, bf16_speed, speedup, chosen, words):
+def test_faster_precision_is_chosen_once_and_kept(train, tmp_path, bf16_speed, speedup, chosen, words):
     bf16_speed(speedup)
     result = train(*SMALL, "trainer.precision=auto", "trainer.max_steps=2", "hydra.run.dir=run")
     assert result.code == 0 and f"precision {chosen}: {words}" in result.out, result.err

@@ -196,7 +196,7 @@ def test_resume_refuses_max_steps_below_the_current_step(train, tmp_path):
     last.with_name("last.prev.ckpt").replace(last)  # as after a kill: step 6, not finished
     result = train("resume=run", "trainer.max_steps=2")
     assert (result.code, result.err.count("\n")) == (2, 1)
-    assert "at step 6 already" in result.err
+    assert "already at step 6" in result.err
     result = train(f"resume={last}")
     assert (result.code, result.err.count("\n")) == (2, 1)
     assert "is a file: give the run's folder" in result.err
