@@ -138,10 +138,10 @@ def test_operator_agrees_with_the_recurrence(kernel, B, T, C, keys, decays, with
     tolerance = 5e-6 if dtype != torch.float64 else 1e-12 if far < 100 else 1e-11
     if kernel == "scan":
         tolerance *= max(1.0, far / 10)
-    # If a state outweighs all keys, the gradient of time_decay is a sum of T terms that cancel to 0: in float32 the
-    # recurrence itself then errs by 1.6e-5.
+    # If a state outweighs all keys, the gradient of time_decay is a sum of T terms that cancel to 0. They grow with the
+    # step, up to T, and each is rounded to 6e-8; the recurrence itself errs by 1.6e-5 in float32.
     if dtype != torch.float64 and (keys, with_state) == ("near -1e4", True):
-        tolerance = max(tolerance, 3e-5)
+        tolerance = max(tolerance, 3e-5, 6e-8 * T**2)
     scale = [torch.maximum(a.norm(), b.norm()) for a, b in zip(reference, ordinary, strict=True)]
     assert_same(results(kernel, arguments, dtype, with_state=with_state), reference, tolerance, scale, dtype)
 
