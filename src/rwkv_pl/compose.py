@@ -37,6 +37,11 @@ OmegaConf.register_new_resolver("conf", lambda name: str(resources.files(CONFIG_
 
 Schema = TypeVar("Schema")
 
+OWN_ARGUMENT_HINT = (
+    "another argument of the optimizer needs your own file with that key, mine/optim/NAME.yaml: "
+    "--config-dir mine optim=NAME"
+)
+
 # Loggers whose packages are optional extras. The extra, the package and the module have the same name.
 EXTRA_LOGGERS = ("wandb", "mlflow")
 
@@ -88,10 +93,7 @@ def _explain_added_key(key: str) -> str:
     """The fix for `+key=value`: the key exists, or it is an argument that only the optimizer's class has."""
     group, _, name = key.partition(".")
     if group == "optim" and split_own_arguments({name: None})[1]:
-        return (
-            "drop the + if it exists; another argument of the optimizer needs your own file with that key, "
-            "mine/optim/NAME.yaml: --config-dir mine optim=NAME"
-        )
+        return f"drop the + if it exists; {OWN_ARGUMENT_HINT}"
     return "every setting already exists: drop the +"
 
 
@@ -151,10 +153,7 @@ def require_key(key: str, config: Any) -> None:
             names = [name for name in node if name != "hydra"] if isinstance(node, dict | DictConfig) else []
             hint = suggest_key(part, names) if names else f"; {seen.rstrip('.')} is a value"
             if seen == "optim.":
-                hint += (
-                    "; another argument of the optimizer needs your own file with that key, mine/optim/NAME.yaml: "
-                    "--config-dir mine optim=NAME"
-                )
+                hint += f"; {OWN_ARGUMENT_HINT}"
             groups = [group for group in GROUPS if isinstance(config.get(group), dict | DictConfig)]
             if key == part and (group := next((group for group in groups if part in config[group]), None)):
                 hint = f"; did you mean {group}.{part}?"

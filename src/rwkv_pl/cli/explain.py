@@ -61,7 +61,8 @@ def print_settings(topic: str, overrides: Sequence[str], config_dir: str | None,
     folders = [resources.files(CONFIG_MODULE), *([Path(config_dir)] if config_dir else [])]
     known = (*GROUPS, *HYDRA_GROUPS) if name == "train" else ("data",)
     groups = {group: read_group(folders, group) for group in known}
-    settings = {group: list_settings(config, group, files, name) for group, files in {"": {}, **groups}.items()}
+    plain = to_plain_dict(config)
+    settings = {group: list_settings(config, plain, group, files, name) for group, files in {"": {}, **groups}.items()}
     if topic and topic not in groups:
         require_key(topic, config)
         settings.pop("experiment", None)
@@ -104,21 +105,23 @@ def _choice(config: DictConfig, group: str) -> str | None:
     return OmegaConf.select(config, f"hydra.runtime.choices.{group}")
 
 
-def list_settings(config: DictConfig, group: str, files: dict[str, ConfigFile], name: str = "train") -> list[Setting]:
-    """The settings of a group as composed; group "": those that are in no group."""
+def list_settings(
+    config: DictConfig, plain: dict[str, Any], group: str, files: dict[str, ConfigFile], name: str = "train"
+) -> list[Setting]:
+    """The settings of a group as composed; group "": those that are in no group. plain: the config in plain types."""
     choice = _choice(config, group)
     if group == "experiment":
         values = files[choice].values if choice in files else {}
         return [Setting(key, to_yaml(value), "", "") for key, value in _flatten(values, depth=2)]
-    plain: Any = OmegaConf.to_container(config.hydra) if group in HYDRA_GROUPS else to_plain_dict(config)
     if group == "":
         comments = read_file(resources.files(CONFIG_MODULE), "", name).comments
-        plain = {key: value for key, value in plain.items() if key not in GROUPS}
-    else:
-        shown = files.values() if group in NAMED_GROUPS else [files[choice]] if choice in files else []
-        comments = {key: text for file in shown for key, text in file.comments.items()}
-        plain = plain[group.rpartition("/")[2]]
-    return _describe(group, plain, comments, name)
+        return _describe(group, {key: value for key, value in plain.items() if key not in GROUPS}, comments, name)
+    shown = files.values() if group in NAMED_GROUPS else [files[choice]] if choice in files else []
+    comments = {key: text for file in shown for key, text in file.comments.items()}
+    own: Any = (
+        OmegaConf.to_container(OmegaConf.select(config, group.replace("/", "."))) if "/" in group else plain[group]
+    )
+    return _describe(group, own, comments, name)
 
 
 def _describe(group: str, values: dict[str, Any], comments: dict[str, str], name: str = "train") -> list[Setting]:
@@ -217,8 +220,8 @@ a terminal, for the settings that you give. A setting is typed as `key=value`, a
 
 def markdown() -> str:
     """docs/guides/settings.md."""
-    conf = resources.files(CONFIG_MODULE)
-    text = [HEAD, "## Without a group\n", *_rows(list_settings(compose([]), "", {}))]
+    conf, config = resources.files(CONFIG_MODULE), compose([])
+    text = [HEAD, "## Without a group\n", *_rows(list_settings(config, to_plain_dict(config), "", {}))]
     for group in (*GROUPS, *HYDRA_GROUPS):
         text.append(f"## {group}\n")
         for name, file in read_group([conf], group).items():
