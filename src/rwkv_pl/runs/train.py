@@ -157,11 +157,14 @@ def start_loggers(trainer: Trainer, config: Train, folder: Path) -> None:
 
 
 def prepare_process(config: Train) -> None:
-    """Set up the process: memory allocation, threads, Lightning's messages."""
+    """Set up the process: memory allocation, threads, Lightning's messages. Checks the number of processes."""
     build.silence_lightning()
     keep_freed_memory()
     devices = config.trainer["devices"]
-    limit_threads(devices if isinstance(devices, int) and devices > 0 else 1)
+    known = isinstance(devices, int) and devices > 0
+    if known:  # before the run folder: rank 0 would remove it while another rank opens its log there
+        ranks.check_world_size(devices * config.trainer["num_nodes"])
+    limit_threads(devices if known else 1)
 
 
 def run_in(folder: Path, composed: DictConfig, task: Callable[[], None], described: bool = True) -> None:
