@@ -1,5 +1,7 @@
 """Every implementation of the operator against one reference: the plain recurrence in float64 under autograd."""
 
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -490,6 +492,11 @@ def test_device_without_the_compiled_operator_uses_the_scan():
         assert wkv4(*arguments)[0].shape == (1, 4, 3)
     with use_kernel("compiled"), pytest.raises(RuntimeError, match="no compiled operator: not supported on meta"):
         wkv4(*arguments)
+
+
+def test_operators_can_be_loaded_before_their_modules():
+    code = "from rwkv_pl.ops.backend import load; load('cpu'); import rwkv_pl.ops.wkv4, rwkv_pl.ops.rwkv4_step"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_unknown_cpu_level_is_an_error(monkeypatch):

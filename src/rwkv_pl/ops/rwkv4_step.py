@@ -84,13 +84,14 @@ def rwkv4_step(
     return logits, tuple(zip(shift[0::2], wkv.unbind(), shift[1::2], strict=True))
 
 
-@when_loaded
-def _register_fake() -> None:
-    torch.library.register_fake("rwkv_pl::rwkv4_step", _fake)
-
-
 def _fake(parameters: list[Tensor], tokens: Tensor, state: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     (B,), (V, C), L = tokens.shape, parameters[-1].shape, (len(parameters) - PARAMS_OUTSIDE_BLOCKS) // PARAMS_PER_BLOCK
     shapes = (B, V), (2 * L, B, C), (L, B, 3, C)
     logits, shifts, wkv = (tokens.new_empty(shape, dtype=torch.float32) for shape in shapes)
     return logits, shifts, wkv
+
+
+# At the end, because it runs at once if the operators are already loaded.
+@when_loaded
+def _register_fake() -> None:
+    torch.library.register_fake("rwkv_pl::rwkv4_step", _fake)

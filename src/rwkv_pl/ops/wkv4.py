@@ -108,14 +108,6 @@ def _check_arguments(time_decay: Tensor, time_first: Tensor, key: Tensor, value:
             )
 
 
-@when_loaded
-def _register() -> None:
-    torch.library.register_fake("rwkv_pl::wkv4_forward", _forward_fake)
-    torch.library.register_fake("rwkv_pl::wkv4_backward", _backward_fake)
-    torch.library.register_autograd("rwkv_pl::wkv4_forward", _backward, setup_context=_setup_context)
-    torch.library.register_autograd("rwkv_pl::wkv4_backward", _double_backward)
-
-
 def _forward_fake(
     time_decay: Tensor, time_first: Tensor, key: Tensor, value: Tensor, state: Tensor | None, tile: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -159,3 +151,12 @@ def _backward(
 
 def _double_backward(ctx: Any, *grads: Tensor) -> None:
     raise RuntimeError("wkv4: the compiled operator has no second derivative; use_kernel('scan') has one")
+
+
+# At the end, because it runs at once if the operators are already loaded.
+@when_loaded
+def _register() -> None:
+    torch.library.register_fake("rwkv_pl::wkv4_forward", _forward_fake)
+    torch.library.register_fake("rwkv_pl::wkv4_backward", _backward_fake)
+    torch.library.register_autograd("rwkv_pl::wkv4_forward", _backward, setup_context=_setup_context)
+    torch.library.register_autograd("rwkv_pl::wkv4_backward", _double_backward)

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["EMPTY", "wkv4_recurrence", "wkv4_scan"]
+__all__ = ["EMPTY", "combine", "wkv4_recurrence", "wkv4_scan"]
 
 # max_exp of the empty state. It is not -inf because (-inf) - (-inf) is NaN.
 EMPTY = -1e38
@@ -80,6 +80,16 @@ def wkv4_scan(
     return output, torch.stack((num[:, -1], den[:, -1], max_exp[:, -1]), dim=1)
 
 
+def combine(earlier: Sums, later: Sums, w: Tensor) -> Sums:
+    """The sums of two adjacent intervals of time. w: the log of the decay over the whole later interval.
+
+    The operation is associative, so a long interval can be summed in any grouping.
+    """
+    m = torch.maximum(earlier[2] + w, later[2]).detach()
+    before, now = torch.exp(earlier[2] + w - m), torch.exp(later[2] - m)
+    return before * earlier[0] + now * later[0], before * earlier[1] + now * later[1], m
+
+
 def _decay(time_decay: Tensor) -> Tensor:
     # A decay of e^69 (about 1e30) already forgets everything. A larger one gives 0 * inf = NaN, in the gradient too.
     return -torch.exp(time_decay.clamp(max=69.0))
@@ -116,7 +126,7 @@ def _prefixes(w: Tensor, leaves: Sums) -> Sums:
 
     # 4. Add that sum to the chunk's own prefix sums, decayed by the steps since.
     places = torch.arange(1, CHUNK + 1, dtype=w.dtype, device=w.device).unsqueeze(-1)
-    sums = _add(w * places, (before[0], before[1], before[2]), local)
+    sums = combine((before[0], before[1], before[2]), local, w * places)
     num, den, max_exp = (x.flatten(-3, -2)[..., :length, :] for x in sums)
     return num, den, max_exp
 
@@ -125,12 +135,6 @@ def _walk(w: Tensor, leaves: Sums) -> Sums:
     first, *rest = zip(*(x.unbind(-2) for x in leaves), strict=True)
     sums = [first]
     for leaf in rest:
-        sums.append(_add(w, sums[-1], leaf))
+        sums.append(combine(sums[-1], leaf, w))
     num, den, max_exp = (torch.stack(x, dim=-2) for x in zip(*sums, strict=True))
     return num, den, max_exp
-
-
-def _add(w: Tensor, earlier: Sums, later: Sums) -> Sums:
-    m = torch.maximum(earlier[2] + w, later[2]).detach()
-    before, now = torch.exp(earlier[2] + w - m), torch.exp(later[2] - m)
-    return before * earlier[0] + now * later[0], before * earlier[1] + now * later[1], m
