@@ -58,7 +58,10 @@ def build_optimizer(target: Any, groups: list[dict[str, Any]], optim: Optim) -> 
         del arguments["weight_decay"]
     for name in arguments:
         if name not in offered and not takes_any:
-            raise UserError(f"optim.{name}: {optim._target_} has no argument {name}{suggest_key(name, offered)}")
+            # An experiment sets these for its own optimizer, also if another is chosen.
+            off = {"betas": "null", "eps": "null", "weight_decay": "0"}.get(name)
+            fix = f": set optim.{name}={off}" if off else suggest_key(name, offered)
+            raise UserError(f"optim.{name}: {optim._target_} has no argument {name}{fix}")
     default = offered.get("betas")
     if optim.betas is not None and isinstance(default, tuple) and len(default) != len(optim.betas):
         raise UserError(f"optim.betas must be {len(default)} numbers for {optim._target_}, got {optim.betas}")
