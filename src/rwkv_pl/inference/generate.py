@@ -26,15 +26,18 @@ def generate(
 ) -> "Generation":
     """Yields tokens (B,) int64 without end, by default drawn from the model's distribution at temperature 1.
 
-    model:    a module with `hidden`, `head` and `step`.
-    tokens:   the prompts: (B, T) int64, or B prompts (T_i,) of any lengths, T >= 1. To generate without a prompt, pass
-              the vocabulary's `document_end`.
-    state:    the model's state of B rows before the prompts; it is not modified. None: the empty state.
-    seed:     row i is a function of (seed, i), independent of the other rows. None: seeded by torch's global generator.
-    sampling: temperature, top_k, top_p, repetition and window: see `Sampling`.
+    Args:
+        model: a module with `hidden`, `head` and `step`.
+        tokens: the prompts: (B, T) int64, or B prompts (T_i,) of any lengths, T >= 1. To generate without a prompt,
+            pass the vocabulary's `document_end`.
+        state: the model's state of B rows before the prompts; it is not modified. None: the empty state.
+        seed: row i is a function of (seed, i), independent of the other rows. None: seeded by torch's global generator.
+        sampling: temperature, top_k, top_p, repetition and window: see `Sampling`.
 
-    Raises ValueError for an empty prompt or a setting out of range, IndexError for a token outside of the vocabulary,
-    FloatingPointError if logits are not finite.
+    Raises:
+        ValueError: an empty prompt, or a setting out of range.
+        IndexError: a token outside of the vocabulary.
+        FloatingPointError: logits are not finite.
     """
     chosen = Sampling(**sampling)
     prompts = list(tokens)

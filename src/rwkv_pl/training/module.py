@@ -31,15 +31,16 @@ from rwkv_pl.weights.metadata import KEY, Metadata
 class LitRWKV(LightningModule):
     """Trains any model that has `config`, `hidden`, `head` and `lr_scale`.
 
-    model:           RWKV4(RWKV4Config(vocab_size=256, n_layer=12, n_embd=512)), or a function that builds it; the
-                     function is called when a Trainer needs the model.
-    optim, schedule: the settings (see conf/optim and conf/schedule); the default is Adam at a constant learning rate.
-    seed:            seeds the random numbers before each micro-batch, so that a resumed run draws the same ones.
-    vocabulary:      plain JSON types, saved in every checkpoint.
-    bytes_per_token: (V,) int64, for bits per byte; None: each token is one byte.
-    past:            plain JSON types, saved in every checkpoint: the run's identity, which must match on resume.
-    loss_chunk_len:  tokens whose logits are in memory at once, which pays with a large vocabulary; None: all.
-    skip_nonfinite:  how many batches with a NaN or Inf loss or gradient a run may skip; the next one raises RunError.
+    Args:
+        model: RWKV4(RWKV4Config(vocab_size=256, n_layer=12, n_embd=512)), or a function that builds it; the function is
+            called when a Trainer needs the model.
+        optim, schedule: the settings (see conf/optim and conf/schedule); the default is Adam at a constant rate.
+        seed: seeds the random numbers before each micro-batch, so that a resumed run draws the same ones.
+        vocabulary: plain JSON types, saved in every checkpoint.
+        bytes_per_token: (V,) int64, for bits per byte; None: each token is one byte.
+        past: plain JSON types, saved in every checkpoint: the run's identity, which must match on resume.
+        loss_chunk_len: tokens whose logits are in memory at once, which pays with a large vocabulary; None: all.
+        skip_nonfinite: how many batches with a NaN or Inf loss or gradient a run may skip; the next raises RunError.
 
     After each optimizer step, `grad_norm` is the gradient's norm before clipping, as a tensor on its device (converting
     it to `float` waits for a GPU), and `last_lr` is the learning rate of the step.
