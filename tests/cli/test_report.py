@@ -75,7 +75,7 @@ def test_report_prints_a_table_and_writes_csv_and_picture(tmp_path, capsys, monk
 
 
 def test_mean_and_spread_over_seeds(tmp_path, capsys, monkeypatch):
-    for number, (seed, lr, bits) in enumerate([(1, 1e-3, 2.0), (2, 1e-3, 2.5), (3, 1e-3, 3.0), (1, 1e-4, 4.0)]):
+    for number, (seed, lr, bits) in enumerate([(1, 1e-3, 2.0), (2, 1e-3, 2.5), (3, 1e-3, 3.0), (1, 1.00001e-3, 4.0)]):
         folder = make_run_folder(tmp_path / str(number), [bits], optim__lr=lr)
         config = yaml.safe_load((folder / ".hydra" / "config.yaml").read_text()) | {"seed": seed}
         (folder / ".hydra" / "config.yaml").write_text(yaml.safe_dump(config))
@@ -83,7 +83,7 @@ def test_mean_and_spread_over_seeds(tmp_path, capsys, monkeypatch):
     _, out, _ = run_report(capsys, monkeypatch, tmp_path)
     lines = [line.split("│")[1:-1] for line in out.splitlines() if line.startswith("│")]
     cells = [[cell.strip() for cell in line] for line in lines]
-    assert cells[-2:] == [["0.001", "3", "2.5000", "0.5000"], ["0.0001", "1", "4.0000", ""]]
+    assert cells[-2:] == [["0.001", "3", "2.5000", "0.5000"], ["0.001", "1", "4.0000", ""]]
 
 
 def test_settings_of_a_resume_replace_earlier_ones(tmp_path):

@@ -190,18 +190,20 @@ def _print_seeds(screen: "Console", runs: Sequence[Run], keys: Sequence[str]) ->
     if "seed" not in keys:
         return
     others = [key for key in keys if key != "seed"]
-    groups: dict[tuple[str, ...], list[float]] = {}
+    groups: dict[str, tuple[list[Any], list[float]]] = {}
     for run in runs:
         if run.best is not None and run.status in DONE_STATUSES:
-            groups.setdefault(tuple(_format_value(run.settings.get(key, "")) for key in others), []).append(run.best)
-    if not any(len(values) > 1 for values in groups.values()):
+            settings = [run.settings.get(key, "") for key in others]
+            groups.setdefault(repr(settings), (settings, []))[1].append(run.best)
+    if not any(len(values) > 1 for _, values in groups.values()):
         return
     table = Table(header_style="bold")
     for title in (*(key.rpartition(".")[2] for key in others), "seeds", "mean bits/byte", "std"):
         table.add_column(title, justify="right")
-    for settings, values in groups.items():
+    for settings, values in groups.values():
         spread = f"{statistics.stdev(values):.4f}" if len(values) > 1 else ""
-        table.add_row(*map(escape, settings), str(len(values)), f"{statistics.mean(values):.4f}", spread)
+        shown = (escape(_format_value(value)) for value in settings)
+        table.add_row(*shown, str(len(values)), f"{statistics.mean(values):.4f}", spread)
     screen.print(table)
 
 
