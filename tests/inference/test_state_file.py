@@ -32,6 +32,15 @@ def test_saved_state_is_loaded_unchanged(model, saved_state):
         assert all(torch.equal(part, was) for part, was in zip(block, before, strict=True))
 
 
+def test_size_does_not_depend_on_the_prompt(model, tmp_path):
+    for length in (2, 20000):
+        generation = generate(model, torch.ones(1, length, dtype=torch.int64), seed=1)
+        save_state(
+            tmp_path / str(length), GenerationState(generation.logits, generation.state, generation.recent[0][-2:]), "d"
+        )
+    assert (tmp_path / "20000").stat().st_size == (tmp_path / "2").stat().st_size
+
+
 def test_state_of_other_weights_is_refused(model, saved_state):
     with pytest.raises(UserError, match="other weights"):
         load_state(saved_state[0], model, "another")

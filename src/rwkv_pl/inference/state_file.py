@@ -30,12 +30,17 @@ def save_state(path: Path, generation_state: GenerationState, digest: str) -> No
     content = {
         "rwkv_pl_memory": FORMAT,
         "digest": digest,
-        "logits": generation_state.logits.cpu(),
-        "state": [{name: part.cpu() for name, part in block._asdict().items()} for block in generation_state.state],
-        "recent": generation_state.recent.cpu(),
+        "logits": _copy(generation_state.logits),
+        "state": [{name: _copy(part) for name, part in block._asdict().items()} for block in generation_state.state],
+        "recent": _copy(generation_state.recent),
     }
     with atomic_write(path) as file:
         torch.save(content, file)
+
+
+def _copy(part: Tensor) -> Tensor:
+    # A view of a long prompt's tensor would be saved with the whole prompt.
+    return part.cpu().clone(memory_format=torch.contiguous_format)
 
 
 def load_state(path: Path, model: Any, digest: str) -> GenerationState:
