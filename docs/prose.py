@@ -29,18 +29,38 @@ HABITS = {
     "Where ...,": r"(?:(?<=[.;:] )|(?<=\n))(?-i:Where)\b[^.?\n]{3,120},",
 }
 SUFFIXES = {".py", ".md", ".yaml", ".yml", ".h", ".cpp", ".cu", ".cuh"}
-SKIPPED = {".git", ".venv", "build", "dist", "node_modules", "outputs", "multirun", "__pycache__"}
+SKIPPED = {
+    ".git",
+    ".venv",
+    "build",
+    "dist",
+    "node_modules",
+    "outputs",
+    "multirun",
+    "__pycache__",
+}
 
 
 def texts(suffix: str, source: str) -> Iterator[tuple[int, str]]:
     """The pieces of a file's prose, each with the number of its first line."""
     if suffix == ".md":
-        source = re.sub(r"(?ms)^ *(```|~~~).*?^ *\1", lambda block: "\n" * block[0].count("\n"), source)
+        source = re.sub(
+            r"(?ms)^ *(```|~~~).*?^ *\1",
+            lambda block: "\n" * block[0].count("\n"),
+            source,
+        )
         yield 1, re.sub(r"`[^`\n]*`", "x", source)
     elif suffix != ".py":
-        comments = r"(?:^|(?<=\s))#.*" if suffix in (".yaml", ".yml") else r"//.*|/\*(?s:.*?)\*/"
+        comments = (
+            r"(?:^|(?<=\s))#.*"
+            if suffix in (".yaml", ".yml")
+            else r"//.*|/\*(?s:.*?)\*/"
+        )
         for comment in re.finditer(comments, source, re.MULTILINE):
-            yield source.count("\n", 0, comment.start()) + 1, re.sub(r"(?m)^[ /*#]+", "", comment[0])
+            yield (
+                source.count("\n", 0, comment.start()) + 1,
+                re.sub(r"(?m)^[ /*#]+", "", comment[0]),
+            )
     else:
         for token in tokenize.generate_tokens(io.StringIO(source).readline):
             if token.type == tokenize.COMMENT:
@@ -48,9 +68,16 @@ def texts(suffix: str, source: str) -> Iterator[tuple[int, str]]:
         nodes: list[ast.AST] = [ast.parse(source)]
         for node in nodes:
             parts = node.values if isinstance(node, ast.JoinedStr) else [node]
-            text = "".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in parts)
-            nodes += [] if isinstance(node, ast.JoinedStr) else ast.iter_child_nodes(node)
-            if re.search(r"[A-Za-z]+,? [a-z{}]+,? [a-z{}]+", text):  # three words or more: a message, a docstring
+            text = "".join(
+                str(part.value) if isinstance(part, ast.Constant) else "{}"
+                for part in parts
+            )
+            nodes += (
+                [] if isinstance(node, ast.JoinedStr) else ast.iter_child_nodes(node)
+            )
+            if re.search(
+                r"[A-Za-z]+,? [a-z{}]+,? [a-z{}]+", text
+            ):  # three words or more: a message, a docstring
                 yield getattr(node, "lineno", 1), text
 
 
@@ -65,34 +92,68 @@ def prose(suffix: str, source: str) -> str:
 
 def hits(text: str) -> Iterator[tuple[int, str, str]]:
     """Line number, habit, and the text around each hit, in the order of lines."""
-    flat = re.sub(r"(?<!\n)\n(?!\n)", " ", text)  # a sentence goes on over the end of a line, not over an empty line
-    found = [(hit, name) for name, habit in HABITS.items() for hit in re.finditer(habit, flat, re.IGNORECASE)]
+    flat = re.sub(
+        r"(?<!\n)\n(?!\n)", " ", text
+    )  # a sentence goes on over the end of a line, not over an empty line
+    found = [
+        (hit, name)
+        for name, habit in HABITS.items()
+        for hit in re.finditer(habit, flat, re.IGNORECASE)
+    ]
     for hit, name in sorted(found, key=lambda pair: pair[0].start()):
-        yield text.count("\n", 0, hit.start()), name, flat[max(0, hit.start() - 50) : hit.end() + 50].replace("\n", " ")
+        yield (
+            text.count("\n", 0, hit.start()),
+            name,
+            flat[max(0, hit.start() - 50) : hit.end() + 50].replace("\n", " "),
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--list", action="store_true", help="print the hits, not the table")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--list", action="store_true", help="print the hits, not the table"
+    )
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH")
     options = parser.parse_args()
     counts: dict[Path, Counter[str]] = {path: Counter() for path in options.paths}
     for path, count in counts.items():
         for file in [path] if path.is_file() else sorted(path.rglob("*")):
-            if file.suffix in SUFFIXES and not SKIPPED & set(file.relative_to(path).parts):
+            if file.suffix in SUFFIXES and not SKIPPED & set(
+                file.relative_to(path).parts
+            ):
                 source = file.read_text(encoding="utf-8")
                 text = prose(file.suffix, source)
-                count.update(words=len(text.split()), lines=sum(bool(line.strip()) for line in source.splitlines()))
+                count.update(
+                    words=len(text.split()),
+                    lines=sum(bool(line.strip()) for line in source.splitlines()),
+                )
                 for number, name, around in hits(text):
                     count.update((name, "all"))
                     if options.list:
                         print(f"{file}:{number}: {name}: {around}")
     if not options.list:
         rows = [("", [str(path)[-12:] for path in counts])]
-        rows += [(k, [f"{1e3 * c[k] / max(1, c['lines']):.1f}" for c in counts.values()]) for k in (*HABITS, "all")]
-        rows += [("all, in 10,000 words", [f"{1e4 * c['all'] / max(1, c['words']):.0f}" for c in counts.values()])]
-        rows += [(k, [f"{c[k]:,}" for c in counts.values()]) for k in ("lines", "words")]
-        print("\n".join(f"{title:22}" + "".join(f"{cell:>13}" for cell in cells) for title, cells in rows))
+        rows += [
+            (k, [f"{1e3 * c[k] / max(1, c['lines']):.1f}" for c in counts.values()])
+            for k in (*HABITS, "all")
+        ]
+        rows += [
+            (
+                "all, in 10,000 words",
+                [f"{1e4 * c['all'] / max(1, c['words']):.0f}" for c in counts.values()],
+            )
+        ]
+        rows += [
+            (k, [f"{c[k]:,}" for c in counts.values()]) for k in ("lines", "words")
+        ]
+        print(
+            "\n".join(
+                f"{title:22}" + "".join(f"{cell:>13}" for cell in cells)
+                for title, cells in rows
+            )
+        )
 
 
 if __name__ == "__main__":

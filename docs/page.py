@@ -1,0 +1,296 @@
+"""Run a page of the tour: Markdown whose Python runs from top to bottom in one session and prints what the page shows.
+
+    ```python                 runs; a text fence after it shows all that it prints
+    ```python picture=NAME    draws with matplotlib, without savefig; runs twice, for pictures/NAME_light.png and
+                              pictures/NAME_dark.png, which the <picture> after it shows
+    ```text                   the output: words and whole numbers match exactly, a number with a point or an exponent
+                              to one unit of its last printed digit
+    ```text rel=0.1           numbers with a point or an exponent match to 10%
+    ```text any               only the words match, because the numbers are times
+
+Other fences are only shown. A number in the prose with a point or a thousands comma has to be one that the page prints,
+rounded; numbers in `code`, formulas and links are free. A page with the line NEEDS_KERNEL runs only with the compiled
+kernel.
+"""
+
+import contextlib
+import io
+import itertools
+import linecache
+import re
+import sys
+import time
+import traceback
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+PICTURES = FOLDER / "pictures"
+NEEDS_KERNEL = "<!-- needs the compiled kernel -->"
+# The site cuts off longer lines of code.
+WIDTH = 88
+
+FENCE = re.compile(
+    r"^```(\w*)(?: +(\S+))? *\n(.*?)^``` *$", flags=re.MULTILINE | re.DOTALL
+)
+NUMBER = re.compile(r"(?<![\w.])-?\d+(?:,\d{3})*(?:\.\d+)?(?:e[-+]?\d+)?(?!\w)")
+NOT_PROSE = re.compile(
+    r"```.*?^```|\$[^$\n]+\$|`[^`]*`|\]\([^)]*\)|<[^>]+>|arXiv [\d.]+",
+    flags=re.MULTILINE | re.DOTALL,
+)
+PICTURE = re.compile(r"\s*(?:</details>\s*)?<picture>.*?</picture>", flags=re.DOTALL)
+# GitHub's Markdown removes a backslash before punctuation, also inside $...$.
+FRAGILE_FORMULA = re.compile(r"(?<!\$)\$[^$\n]*(\\[^a-zA-Z\s])[^$\n]*\$")
+
+
+@dataclass
+class Fence:
+    """A fenced block. line: the line of the page where its body starts; start and end: its place in the text."""
+
+    language: str
+    option: str
+    body: str
+    line: int
+    start: int
+    end: int
+
+
+@dataclass
+class Report:
+    """faults: each as `file:line: problem`; text: the page with the printed output; seconds: (line, seconds) of each
+    fence that ran."""
+
+    faults: list[str] = field(default_factory=list)
+    text: str = ""
+    seconds: list[tuple[int, float]] = field(default_factory=list)
+
+
+def list_pages(numbers: list[str]) -> list[Path]:
+    """The pages whose names start with one of the numbers, or all pages, in order."""
+    return [
+        page
+        for page in sorted(FOLDER.glob("[0-9][0-9]_*.md"))
+        if page.name.startswith(tuple(numbers) or "")
+    ]
+
+
+def parse_fences(text: str) -> list[Fence]:
+    return [
+        Fence(
+            found[1],
+            found[2] or "",
+            found[3],
+            line_at(text, found.start()) + 1,
+            found.start(),
+            found.end(),
+        )
+        for found in FENCE.finditer(text)
+    ]
+
+
+def run(path: Path, pictures: Path | None = None) -> Report:
+    """Run a page in this process, in the current folder. pictures: where its pictures are saved."""
+    text = path.read_text(encoding="utf-8")
+    name = (
+        path.relative_to(FOLDER.parent).as_posix()
+        if path.is_relative_to(FOLDER.parent)
+        else path.name
+    )
+    report = Report()
+    report.faults = [
+        f"{name}:{line}: {problem}" for line, problem in _check_layout(text)
+    ]
+    session = types.ModuleType("page")
+    sys.modules["page"] = session
+    linecache.cache[str(path)] = (
+        len(text),
+        None,
+        text.splitlines(keepends=True),
+        str(path),
+    )
+    edits: list[tuple[int, int, str]] = []
+    output = ""
+    fences = parse_fences(text)
+    for fence, after in itertools.zip_longest(fences, fences[1:]):
+        if fence.language != "python":
+            continue
+        since = time.perf_counter()
+        try:
+            # The empty lines give every traceback the page's own line numbers.
+            code = compile("\n" * (fence.line - 1) + fence.body, str(path), "exec")
+            printed = (
+                _draw(code, session, fence.option, pictures)
+                if fence.option
+                else _print(code, session)
+            )
+        except Exception as error:
+            lines = [
+                f.lineno
+                for f in traceback.extract_tb(error.__traceback__)
+                if f.filename == str(path)
+            ]
+            line = lines[-1] if lines else getattr(error, "lineno", None) or fence.line
+            report.faults.append(
+                f"{name}:{line}: {''.join(traceback.format_exception_only(error)).strip()}"
+            )
+            break
+        report.seconds.append((fence.line, time.perf_counter() - since))
+        output += printed
+        if (
+            after
+            and after.language == "text"
+            and not text[fence.end : after.start].strip()
+        ):
+            if difference := find_difference(after.body, printed, after.option):
+                report.faults.append(
+                    f"{name}:{after.line + difference[0]}: {difference[1]}"
+                )
+                header = f"```text {after.option}".rstrip()
+                edits.append(
+                    (after.start, after.end, f"{header}\n{printed.strip(chr(10))}\n```")
+                )
+        elif printed.strip():
+            report.faults.append(
+                f"{name}:{fence.line}: prints {printed.splitlines()[0]!r}, but no text fence follows"
+            )
+            edits.append(
+                (fence.end, fence.end, f"\n\n```text\n{printed.strip(chr(10))}\n```")
+            )
+    else:
+        report.faults += [
+            f"{name}:{line}: {number} in the prose is not a number that the page prints"
+            for line, number in _unprinted_numbers(text, output)
+        ]
+    for start, end, new in reversed(edits):
+        text = text[:start] + new + text[end:]
+    report.text = text
+    return report
+
+
+def find_difference(
+    shown: str, printed: str, option: str = ""
+) -> tuple[int, str] | None:
+    """The first line, from 0, in which the shown output differs from the printed one, and how. option: see above."""
+    lines = [text.strip("\n").split("\n") for text in (shown, printed)]
+    for i in range(max(map(len, lines))):
+        a, b = (text[i].rstrip() if i < len(text) else "" for text in lines)
+        words = [NUMBER.sub("#", line).split() for line in (a, b)]
+        numbers = zip(NUMBER.findall(a), NUMBER.findall(b), strict=False)
+        if words[0] != words[1] or not (
+            option == "any" or all(_is_close(*pair, option) for pair in numbers)
+        ):
+            return (
+                i,
+                f"the page shows a different output\n    shown    {a}\n    printed  {b}",
+            )
+    return None
+
+
+def _is_close(shown: str, printed: str, option: str) -> bool:
+    a, b = (float(number.replace(",", "")) for number in (shown, printed))
+    if not set(".e") & set(shown + printed):
+        return a == b
+    if option.startswith("rel="):
+        return abs(a - b) <= float(option.removeprefix("rel=")) * abs(a)
+    return abs(a - b) <= 1.001 * max(_unit(shown), _unit(printed))
+
+
+def _unit(number: str) -> float:
+    """One unit of the last printed digit: 0.01 for 3.14, 1e-6 for 1.5e-05."""
+    mantissa, _, exponent = number.partition("e")
+    return float(10.0 ** (int(exponent or 0) - len(mantissa.partition(".")[2])))
+
+
+def _check_layout(text: str) -> Iterator[tuple[int, str]]:
+    """Lines, and what is wrong in them apart from the output."""
+    for found in FRAGILE_FORMULA.finditer(_blank(FENCE, text)):
+        yield (
+            line_at(text, found.start()),
+            f"GitHub removes the backslash of {found[1]}: use a math fence",
+        )
+    before = None
+    for fence in parse_fences(text):
+        if fence.language == "python":
+            for i, code in enumerate(fence.body.splitlines()):
+                if len(code) > WIDTH:
+                    yield (
+                        fence.line + i,
+                        f"more than {WIDTH} characters of code, which the site cuts off",
+                    )
+            picture = PICTURE.match(text, fence.end)
+            if fence.option and (
+                not picture
+                or picture[0].count(fence.option.removeprefix("picture=")) < 2
+            ):
+                yield (
+                    fence.line - 1,
+                    f"no <picture> with both shades follows {fence.option}",
+                )
+        elif fence.language == "text":
+            if (
+                not before
+                or before.language != "python"
+                or text[before.end : fence.start].strip()
+            ):
+                yield (
+                    fence.line - 1,
+                    "a text fence has to follow the code that prints it",
+                )
+            if not re.fullmatch(r"|any|rel=0\.\d+", fence.option):
+                yield fence.line - 1, f"unknown option {fence.option} of a text fence"
+        before = fence
+
+
+def _print(code: types.CodeType, session: types.ModuleType) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        exec(code, session.__dict__)
+    return out.getvalue()
+
+
+def _draw(
+    code: types.CodeType, session: types.ModuleType, option: str, folder: Path | None
+) -> str:
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+    from PIL import Image
+
+    printed = ""
+    for shade in ("light", "dark"):
+        with pyplot.style.context(FOLDER / f"{shade}.mplstyle"):
+            printed = _print(code, session)
+            pyplot.gcf().savefig(drawn := io.BytesIO())
+            pyplot.close("all")
+        if folder:  # 64 colours make the file three times smaller
+            picture = Image.open(drawn).quantize(
+                64, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE
+            )
+            picture.save(
+                folder / f"{option.removeprefix('picture=')}_{shade}.png", optimize=True
+            )
+    return printed
+
+
+def _unprinted_numbers(text: str, output: str) -> Iterator[tuple[int, str]]:
+    printed = [abs(float(number.replace(",", ""))) for number in NUMBER.findall(output)]
+    prose = _blank(NOT_PROSE, text)
+    for found in NUMBER.finditer(prose):
+        number = found[0]
+        value = abs(float(number.replace(",", "")))
+        if set(".,") & set(number) and not any(
+            abs(value - other) <= 0.501 * _unit(number) for other in printed
+        ):
+            yield line_at(prose, found.start()), number
+
+
+def _blank(pattern: re.Pattern[str], text: str) -> str:
+    """Replaces what matches by spaces, so that places in the text stay the same."""
+    return pattern.sub(lambda found: re.sub(r"[^\n]", " ", found[0]), text)
+
+
+def line_at(text: str, place: int) -> int:
+    """The number of the line, from 1, that holds this place in the text."""
+    return text.count("\n", 0, place) + 1
