@@ -39,6 +39,9 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PAGES = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for page in
          (README, *sorted((ROOT / "docs" / "guides").glob("*.md")))}  # fmt: skip
+TOUR = {
+    page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").glob("*.md"))
+}
 GENERATED = {"docs/guides/settings.md"}
 ANY_PAGE = "\n".join(PAGES.values())
 
@@ -76,7 +79,7 @@ def commands(text: str) -> list[list[str]]:
     return [words[: words.index("<")] if "<" in words else words for words in found if words]
 
 
-COMMANDS = list(dict.fromkeys(tuple(words) for text in PAGES.values() for words in commands(text)))
+COMMANDS = list(dict.fromkeys(tuple(words) for text in (PAGES | TOUR).values() for words in commands(text)))
 
 
 @pytest.fixture
@@ -219,7 +222,7 @@ def test_documented_python_compiles_and_imports_resolve(code):
 
 
 def test_documented_dotted_names_exist():
-    for module, name in re.findall(r"`(rwkv_pl[\w.]*)\.(\w+)`", ANY_PAGE):
+    for module, name in re.findall(r"`(rwkv_pl[\w.]*)\.(\w+)`", "\n".join((PAGES | TOUR).values())):
         assert hasattr(importlib.import_module(module), name), f"{module}.{name}"
 
 
@@ -255,9 +258,10 @@ def test_library_guide_optimizer_reduces_the_loss(mine):
     torch.testing.assert_close(parameter.detach(), torch.full((3,), 0.8))
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", PAGES | TOUR)
 def test_links_and_pictures_have_targets(page):
-    for target in re.findall(r"\]\(([^)\s]+)\)", PAGES[page]):
+    text = (PAGES | TOUR)[page]
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(text)) + re.findall(r'(?:src|srcset)="([^"]+)"', prose(text)):
         if target.startswith("https://"):
             continue
         path, _, anchor = target.partition("#")

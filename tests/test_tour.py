@@ -1,0 +1,145 @@
+"""The pages of the tour print what they show, and the runner finds every kind of difference."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import lightning.pytorch  # noqa: F401  (sets a variable of the environment and filters of warnings)
+import pytest
+import torch
+from docs.notebook import to_notebook
+from docs.page import FOLDER, NEEDS_KERNEL, PICTURES, find_difference, list_pages, run
+
+from rwkv_pl.ops.backend import current_kernel, load
+
+SHOWN = '<picture>\n<source srcset="pictures/a_dark.png"><img src="pictures/a_light.png">\n</picture>'
+
+
+def test_tour_has_nine_chapters():
+    assert [page.name[:2] for page in list_pages([])] == [f"0{i}" for i in range(1, 10)]
+
+
+def global_state():
+    return (
+        Path.cwd(), dict(os.environ), torch.get_default_dtype(), torch.get_num_threads(), current_kernel(),
+        torch.is_grad_enabled(), warnings.filters[:],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("page", list_pages([]), ids=lambda page: page.stem)
+def test_page_prints_what_it_shows(page, tmp_path, monkeypatch):
+    text = page.read_text(encoding="utf-8")
+    # Building a kernel inside a page would count as the page's time.
+    if (failure := load("cpu")) and NEEDS_KERNEL in text:
+        pytest.skip(f"the page needs the compiled kernel: {failure}")
+    monkeypatch.chdir(tmp_path)
+    before = global_state()
+    report = run(page, pictures=tmp_path)
+    assert not report.faults, "\n" + "\n".join(report.faults)
+    assert report.text == text
+    assert global_state() == before
+    drawn = {picture.name for picture in tmp_path.glob("*.png")}
+    assert drawn == set(re.findall(r'"pictures/([^"]*)"', text))
+    assert drawn == {picture.name for picture in PICTURES.glob(f"{page.stem[:2]}_*.png")}
+
+
+@pytest.mark.parametrize("page", list_pages([]), ids=lambda page: page.stem)
+def test_chapter_ends_with_exercises_and_answers(page):
+    exercises = page.read_text(encoding="utf-8").partition("\n## Now change this and see\n")[2]
+    numbers = re.findall(r"^(\d)\. ", exercises, flags=re.MULTILINE)
+    assert numbers in (["1", "2", "3"], ["1", "2", "3", "4"])
+    answers = re.findall(r"<details><summary>Answer</summary>\n(.*?)\n</details>", exercises, flags=re.DOTALL)
+    assert len(answers) == len(numbers)
+    assert all("```python" in answer and "```text" in answer for answer in answers)
+
+
+@pytest.mark.parametrize(
+    ("page", "line", "words"),
+    [
+        ("```python\nprint(1)\nprint(0.25)\n```\n\n```text\n1\n0.35\n```\n", 8, "shown    0.35\n    printed  0.25"),
+        ("```python\nprint(1)\n```\n\n```text\n1\n2\n```\n", 7, "shown    2\n    printed  "),
+        ("```python\npass\n```\n\n```text\n1\n```\n", 6, "different output"),
+        ("text\n\n```python\nx = 1\nraise ValueError('no')\n```\n", 5, "ValueError: no"),
+        ("```python\ndef f():\n    return 1 / 0\n```\n\n```python\nf()\n```\n", 3, "ZeroDivisionError"),
+        ("```python\nx = 1\nx = = 2\n```\n", 3, "SyntaxError"),
+        ("```python\nprint('hello')\n```\n\nprose\n", 2, "prints 'hello', but no text fence follows"),
+        ("```python\nprint(2)\n```\n\nprose\n\n```text\n2\n```\n", 7, "has to follow the code that prints it"),
+        ("```python\nprint(2.5)\n```\n\n```text\n2.5\n```\n\nIt is 2.6, not `2.7`.\n", 9, "2.6 in the prose"),
+        ("```python\nprint(2500)\n```\n\n```text\n2500\n```\n\nIt is 2,501.\n", 9, "2,501 in the prose"),
+        ("```python\n" + "x = 1  # " + "-" * 90 + "\n```\n", 2, "more than 88 characters"),
+        ("A formula $a\\,b$.\n", 1, "GitHub removes the backslash of \\,"),
+        ("```python picture=a\nfrom matplotlib import pyplot\n```\n", 1, "no <picture> with both shades"),
+        ("```python\nprint(1)\n```\n\n```text some\n1\n```\n", 5, "unknown option some"),
+        ("```python\nimport inspect\nfrom docs import page\n\nprint(inspect.getsource(page.line_at))\n```\n\n"
+         "```text\ndef line_at(text):\n```\n", 9, "shown    def line_at(text):"),
+    ],
+)  # fmt: skip
+def test_fault_is_reported_with_its_line(page, line, words, tmp_path):
+    path = tmp_path / "page.md"
+    path.write_text(page)
+    faults = run(path).faults
+    assert any(fault.startswith(f"page.md:{line}: ") and words in fault for fault in faults), faults
+
+
+def test_output_and_pictures_are_written(tmp_path):
+    path = tmp_path / "page.md"
+    code = "```python picture=a\nfrom matplotlib import pyplot\n\npyplot.plot([1, 2])\n```\n\n"
+    path.write_text("```python\nprint(1)\n```\n\n```text any\n2 x\n```\n\n```python\nprint(3)\n```\n\n" + code + SHOWN)
+    report = run(path, tmp_path)
+    assert len(report.faults) == 2
+    assert "```text any\n1\n```" in report.text
+    assert "print(3)\n```\n\n```text\n3\n```" in report.text
+    light, dark = (tmp_path / f"a_{shade}.png" for shade in ("light", "dark"))
+    assert light.read_bytes() != dark.read_bytes()
+    path.write_text(report.text)
+    assert run(path).faults == []
+
+
+@pytest.mark.parametrize(
+    ("shown", "printed", "option", "same"),
+    [
+        ("loss 0.35", "loss 0.36", "", True),
+        ("loss 0.35", "loss 0.37", "", False),
+        ("loss 0.3500", "loss 0.3502", "", False),
+        ("1,024 steps", "1,025 steps", "", False),
+        ("1e-05 and nan", "1.1e-05 and nan", "", True),
+        ("1e-05", "nan", "", False),
+        ("loss 0.35", "loss 0.38", "rel=0.1", True),
+        ("loss 0.35", "loss 0.39", "rel=0.1", False),
+        ("155 steps", "156 steps", "rel=0.1", False),
+        ("3.1 ms", "88.0 ms", "any", True),
+        ("3.1 ms", "3.1 s", "any", False),
+        ("True", "False", "any", False),
+        ("a\nb", "a", "", False),
+        ("x = -14.0", "x = 14.0", "", False),
+        ("tensor([0.1966])", "tensor([0.1967])", "", True),
+        ("a  b", "a b", "", True),
+    ],
+)
+def test_numbers_are_compared_to_their_last_digit(shown, printed, option, same):
+    assert (find_difference(shown, printed, option) is None) is same
+
+
+def test_notebook_has_the_code_and_its_output():
+    for page in list_pages([]):
+        text = page.read_text(encoding="utf-8")
+        notebook = json.loads(to_notebook(text))
+        code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+        assert len(code) == text.count("\n```python")
+        assert sum(bool(cell["outputs"]) for cell in code) == text.count("\n```text")
+        assert len({cell["id"] for cell in notebook["cells"]}) == len(notebook["cells"])
+        assert not any("<details>" in line for cell in notebook["cells"] for line in cell["source"])
+
+
+def test_command_writes_notebooks_and_refuses_unknown_numbers(tmp_path):
+    command = [sys.executable, "-m", "docs"]
+    run = subprocess.run(
+        [*command, "01", "--notebook", tmp_path], cwd=FOLDER.parent, capture_output=True, text=True, check=True
+    )
+    assert run.stdout.split() == [str(tmp_path / "01_gradient_step.ipynb")]
+    run = subprocess.run([*command, "12"], cwd=FOLDER.parent, capture_output=True, text=True)
+    assert (run.returncode, "no page starts with 12" in run.stderr) == (2, True)
