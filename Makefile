@@ -2,13 +2,14 @@
 # make test    installs into .venv, runs the tests
 # make lint    ruff and mypy
 # make wheel   builds a wheel for this platform in dist/, with the compiled kernels
+# make docs    runs the tour and builds the site in build/site
 # make bench   repeats the measurements of docs/guides/benchmarks.md on this machine
 # The first supported one is used; `make PYTHON=...` selects another.
 PYTHON ?= python3.14 python3.13 python3.12 python3.11 python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: train test lint wheel bench clean
+.PHONY: train test lint wheel docs bench clean
 
 train: $(VENV)/.train
 	$(BIN)/rwkv-train experiment=quickstart
@@ -25,6 +26,10 @@ wheel: $(VENV)/.dev
 	$(BIN)/python -m rwkv_pl.ops.prebuilt
 	$(BIN)/python -m build --wheel --no-isolation
 	rm -rf src/rwkv_pl/prebuilt build
+
+docs: $(VENV)/.dev
+	$(BIN)/python -m docs
+	$(BIN)/sphinx-build -q -W --keep-going docs build/site
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks all
