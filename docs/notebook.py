@@ -4,7 +4,9 @@ import json
 import re
 from typing import Any
 
-from docs.page import parse_fences
+from docs.page import PICTURE, parse_fences
+
+MATH = re.compile(r"^```math\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
 
 
 def to_notebook(page: str) -> str:
@@ -12,6 +14,8 @@ def to_notebook(page: str) -> str:
     cells: list[dict[str, Any]] = []
 
     def add(kind: str, source: str, **more: object) -> None:
+        # Jupyter writes formulas with $$. Running a cell draws its picture.
+        source = PICTURE.sub("", MATH.sub(r"$$\n\1$$", source))
         source = re.sub(r"<details>.*?</summary>|</details>", "", source).strip("\n")
         if source.strip():
             lines = source.splitlines(keepends=True)
