@@ -4,7 +4,7 @@ import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision, Precision
 
-from rwkv_pl import RWKV4, RWKV4Config
+from rwkv_pl import RWKV4, RWKV4Config, use_kernel
 from rwkv_pl.training import memory as f
 from rwkv_pl.training.module import LitRWKV
 
@@ -45,6 +45,12 @@ def test_memory_estimate_matches_a_micro_batch(module):
         tokens = rows * n_tokens
         # Dropout masks, and the states between the kernel's tiles, do not grow exactly with the tokens.
         assert (cost.per_token - working) * tokens == pytest.approx(count_kept_bytes(module, rows, n_tokens), rel=0.05)
+
+
+def test_estimate_of_the_scan_is_the_same_each_time(module):
+    """The memory of unused results is freed during the forward pass and used again."""
+    with use_kernel("scan"):
+        assert len({f.estimate_memory(module, Precision()).bytes(1024) for _ in range(4)}) == 1
 
 
 def test_memory_estimate_does_not_change_the_model(module):

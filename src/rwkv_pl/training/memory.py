@@ -1,5 +1,6 @@
 """Estimates a training before it starts: FLOPs per token, memory, and the largest micro-batch that fits."""
 
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,30 +98,37 @@ def _measure_kept(
     return kept
 
 
+class _Saved:
+    """A tensor that autograd has saved. The object lives as long as the graph needs the tensor."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
 def _measure_kept_for_backward(module: Any, n_tokens: int, precision: Precision) -> int:
     """Bytes that autograd saves between the forward pass of one row and its backward pass, parameters excluded."""
     device = next(module.parameters()).device
-    known = {p.untyped_storage().data_ptr() for p in module.parameters()}
-    total = 0
+    saved: weakref.WeakSet[_Saved] = weakref.WeakSet()
 
-    def count_storage(tensor: Tensor) -> Tensor:
-        nonlocal total
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            known.add(storage.data_ptr())
-            total += storage.nbytes()
-        return tensor
+    def save(tensor: Tensor) -> _Saved:
+        saved.add(kept := _Saved(tensor))
+        return kept
 
     tokens = torch.zeros(1, n_tokens, dtype=torch.int64, device=device)
     devices = [device] if device.type == "cuda" else []
     with (
         torch.random.fork_rng(devices),
         precision.forward_context(),
-        torch.autograd.graph.saved_tensors_hooks(count_storage, lambda tensor: tensor),
+        torch.autograd.graph.saved_tensors_hooks(save, lambda kept: kept.tensor),
     ):
         loss, *_ = module.loss(tokens, tokens)
+    # Counted at the end: the graph of unused results is free by then, and its memory may have been used again.
+    storages = [kept.tensor.untyped_storage() for kept in saved]
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
     del loss
-    return total
+    for parameter in module.parameters():
+        sizes.pop(parameter.untyped_storage().data_ptr(), None)
+    return sum(sizes.values())
 
 
 def free_memory(device: torch.device) -> int:
