@@ -175,7 +175,7 @@ void backward(const Plan& plan, const Norm& norm, const float* x, const std::vec
         const float n = (xt[c] - mean) * scale;
         sum_weight[c] = multiply_add(grad_y[c], n, sum_weight[c]);
         sum_bias[c] += grad_y[c];
-        grad_x[c] = 
+        grad_x[c] =
             multiply_add(scale, multiply_add(grad_y[c], weight[c], -mean_grad) - n * mean_grad_x, residual_grad[c]);
       }
       std::swap(y, before);

@@ -16,6 +16,7 @@ from test_train import load_checkpoint, read_column, read_metrics
 
 from rwkv_pl.errors import UserError
 from rwkv_pl.runs.folder import locked
+from rwkv_pl.targets import MOVED
 from rwkv_pl.terminal import resume_command
 from rwkv_pl.training import checkpoint_io, module
 from rwkv_pl.training.module import LitRWKV
@@ -457,3 +458,19 @@ def test_early_checkpoint_format_is_read(train, run, tmp_path):
         result = train(*arguments)
         assert (result.code, result.err.count("\n")) == (2, 1)
         assert "has checkpoint format 2, this rwkv_pl reads 1: install a newer rwkv_pl" in result.err
+
+
+def test_run_with_the_old_names_of_callback_classes_resumes_to_the_same_bits(train, tmp_path):
+    every = (*SMALL, "callbacks=[default,sample_text]", "callbacks.sample_text.every_n_steps=1")
+    assert train(*every, "hydra.run.dir=whole").code == 0
+    assert train(*every, "hydra.run.dir=old", "trainer.max_steps=2").code == 0
+    config = tmp_path / "old" / ".hydra" / "config.yaml"
+    text = config.read_text()
+    for old, new in MOVED.items():
+        assert new in text
+        text = text.replace(new, old)
+    config.write_text(text)
+    assert "History" in load_checkpoint(tmp_path / "old")["callbacks"]  # a stored name, which later versions must read
+    assert train("resume=old", "trainer.max_steps=4").code == 0
+    ends = [load_checkpoint(tmp_path / run) for run in ("whole", "old")]
+    assert all(torch.equal(a, b) for a, b in zip(*(end["state_dict"].values() for end in ends), strict=True))

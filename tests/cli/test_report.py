@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -80,6 +81,9 @@ def test_mean_and_spread_over_seeds(tmp_path, capsys, monkeypatch):
         config = yaml.safe_load((folder / ".hydra" / "config.yaml").read_text()) | {"seed": seed}
         (folder / ".hydra" / "config.yaml").write_text(yaml.safe_dump(config))
     make_run_folder(tmp_path / "4", [9.0], optim__lr=1e-3, status="stopped")
+    make_run_folder(tmp_path / "5", [9.0], optim__lr=1e-3, status="pruned")
+    again = make_run_folder(tmp_path / "6", [3.0], optim__lr=1e-3)
+    shutil.copy(tmp_path / "2" / ".hydra" / "config.yaml", again / ".hydra" / "config.yaml")
     _, out, _ = run_report(capsys, monkeypatch, tmp_path)
     lines = [line.split("│")[1:-1] for line in out.splitlines() if line.startswith("│")]
     cells = [[cell.strip() for cell in line] for line in lines]

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 READ_ERRORS = (OSError, LookupError, TypeError, ValueError, AttributeError)
 
 # Settings that do not count as differences between runs.
-UNCOMPARED_KEYS = ("resume", "weights", "logger.", "trainer.enable_")
+UNCOMPARED_KEYS = ("resume", "logger.", "trainer.enable_")
 
 
 @dataclass
@@ -190,17 +190,18 @@ def _print_seeds(screen: "Console", runs: Sequence[Run], keys: Sequence[str]) ->
     if "seed" not in keys:
         return
     others = [key for key in keys if key != "seed"]
-    groups: dict[str, tuple[list[Any], list[float]]] = {}
+    groups: dict[str, tuple[list[Any], dict[Any, float]]] = {}
     for run in runs:
-        if run.best is not None and run.status in DONE_STATUSES:
+        if run.best is not None and run.status == "finished":
             settings = [run.settings.get(key, "") for key in others]
-            groups.setdefault(repr(settings), (settings, []))[1].append(run.best)
-    if not any(len(values) > 1 for _, values in groups.values()):
+            groups.setdefault(repr(settings), (settings, {}))[1][run.settings.get("seed")] = run.best
+    if not any(len(scores) > 1 for _, scores in groups.values()):
         return
     table = Table(header_style="bold")
     for title in (*(key.rpartition(".")[2] for key in others), "seeds", "mean bits/byte", "std"):
         table.add_column(title, justify="right")
-    for settings, values in groups.values():
+    for settings, scores in groups.values():
+        values = scores.values()
         spread = f"{statistics.stdev(values):.4f}" if len(values) > 1 else ""
         shown = (escape(_format_value(value)) for value in settings)
         table.add_row(*shown, str(len(values)), f"{statistics.mean(values):.4f}", spread)
