@@ -95,7 +95,7 @@ class TakesAnything(torch.optim.SGD):
         (torch.optim.SGD, Optim("SGD", own={"momentum": -1.0}), "optim refuses its settings: Invalid momentum"),
         (torch.optim.SGD, Optim("SGD", own={"momentum": "fast"}), "optim refuses its settings: '<' not supported"),
         (torch.optim.Adam, Optim(betas=[0.9]), "optim.betas must be 2 numbers for torch.optim.Adam, got [0.9]"),
-        (torch.optim.Rprop, Optim("Rprop", weight_decay=0.1), "Rprop has no argument weight_decay: set optim.weight_decay=0"),
+        (torch.optim.Rprop, Optim("Rprop", weight_decay=0.1), "has no argument weight_decay: set optim.weight_decay=0"),
         (torch.optim.LBFGS, Optim("LBFGS"), "optim refuses its settings: LBFGS doesn't support per-parameter"),
         (torch.optim.Muon, Optim("Muon"), "optim refuses its settings: Muon only supports 2D parameters"),
         (torch.optim.Optimizer, Optim("Optimizer"), "optim.lr: Optimizer has no argument lr; available: defaults"),
