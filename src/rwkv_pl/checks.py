@@ -30,7 +30,7 @@ KIND_NAMES = {
     int: "a whole number",
     float: "a number",
     bool: "true or false",
-    str: "a word",
+    str: "a string",
     list: "a list",
     dict: "a mapping",
 }

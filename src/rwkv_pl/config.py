@@ -280,7 +280,6 @@ TRAINER_KINDS: dict[str, tuple[type, ...]] = {
     "max_time": (str, dict),
     "limit_val_batches": (int, float),
     "limit_test_batches": (int, float),
-    "gradient_clip_val": (int, float),
     "deterministic": (bool, str),
     "benchmark": (bool,),
     "profiler": (str,),

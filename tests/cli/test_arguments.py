@@ -81,8 +81,8 @@ def test_explain_has_every_setting_with_value_kind_and_comment(train):
     result = train("--explain")
     assert result.code == 0, result.err
     shown = rows(result)
-    assert shown["seed"].startswith("42 a whole number of the initialisation")
-    assert shown["data.path"].startswith("data/enwik8 a word or null ")
+    assert shown["seed"].startswith("42 a whole number of the initial weights")
+    assert shown["data.path"].startswith("data/enwik8 a string or null ")
     assert shown["optim.lr"].startswith("1.0e-05 a number")
     assert shown["hydra.launcher.jobs"].startswith("1 a whole number")
     plain = to_plain_dict(compose([]))
@@ -102,6 +102,12 @@ def test_explain_takes_a_group_a_choice_a_key_and_other_settings(train):
     assert "relative to the folder where the run first starts" in " ".join(train("--explain", "data=text").out.split())
 
 
+def test_explain_has_each_command_on_its_own_line_and_no_blanks_at_line_ends(train):
+    lines = train("--explain", "experiment=debug").out.splitlines()
+    assert "    rwkv-train experiment=debug" in lines
+    assert [line for line in lines if line != line.rstrip()] == []
+
+
 def test_explain_a_file_of_the_users_own(train, tmp_path):
     (tmp_path / "mine" / "optim").mkdir(parents=True)
     text = "# Mine.\n_target_: torch.optim.SGD\nlr: 0.1  # my rate\nweight_decay: 0.0\nlr_scale: null\n"
@@ -115,6 +121,7 @@ def test_explain_a_file_of_the_users_own(train, tmp_path):
     [
         (["--explain", "optim.lrr"], "optim.lrr is not a setting; did you mean lr?"),
         (["--explain", "optin"], "optin is not a setting; did you mean optim?"),
+        (["--explain", "foo"], "logger, experiment, hydra/launcher, hydra/sweeper"),
         (["--explain", "data=../x"], "data takes the name of a file, not a path"),
         (["--explain", "data=nothing"], "data=nothing does not exist; available: binidx, enwik8, stdlib, text"),
         (["--explain", "seed", "-m"], "--explain and --multirun exclude each other"),

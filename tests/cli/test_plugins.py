@@ -148,7 +148,7 @@ def test_readme_callback_runs(train, tmp_path, monkeypatch):
         (("plugins=[missing]", "callbacks.note._target_=missing.Note"), "no module missing: install it"),
         (("plugins=[broken]", "callbacks.note._target_=broken.Note"), "can't be imported: ZeroDivisionError"),
         (("plugins=[mypkg]", "callbacks.note.txt=x"), "callbacks.note.txt is not a setting"),
-        (("plugins=[mypkg]", "callbacks.note.text=3"), "callbacks.note.text must be a word"),
+        (("plugins=[mypkg]", "callbacks.note.text=3"), "callbacks.note.text must be a string"),
     ],
 )  # fmt: skip
 def test_plugin_error_gives_one_line(train, plugin_folder, arguments, words):
