@@ -108,6 +108,24 @@ def test_explain_has_each_command_on_its_own_line_and_no_blanks_at_line_ends(tra
     assert [line for line in lines if line != line.rstrip()] == []
 
 
+def test_explain_a_key_of_files_that_are_not_chosen(train):
+    lines = train("--explain", "schedule.final_lr").out.splitlines()
+    assert [line.split()[0] for line in lines] == [
+        f"schedule={name}" for name in ("cosine", "exponential", "linear", "wsd")
+    ]
+    assert train("--explain", "hydra.job.name").out.split() == ["hydra.job.name", "train"]
+
+
+def test_explain_survives_other_files_of_the_users_own(train, tmp_path):
+    (tmp_path / "mine" / "optim").mkdir(parents=True)
+    (tmp_path / "mine" / "optim" / "ams.yaml").write_text("defaults: [adamw]\namsgrad: true\n")
+    shown = rows(train("--explain", "optim=ams", "--config-dir", "mine"))
+    assert shown["optim.amsgrad"] == "true true or false" and "highest learning rate" in shown["optim.lr"]
+    (tmp_path / "mine" / "optim" / "broken.yaml").write_text("lr: [\n")
+    result = train("--explain", "seed", "--config-dir", "mine")
+    assert (result.code, result.err.count("\n"), "broken.yaml is not YAML: " in result.err) == (2, 1, True), result.err
+
+
 def test_explain_a_file_of_the_users_own(train, tmp_path):
     (tmp_path / "mine" / "optim").mkdir(parents=True)
     text = "# Mine.\n_target_: torch.optim.SGD\nlr: 0.1  # my rate\nweight_decay: 0.0\nlr_scale: null\n"

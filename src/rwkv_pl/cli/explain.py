@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from rwkv_pl.checks import KIND_NAMES
 from rwkv_pl.compose import CONFIG_MODULE, compose, require_key, to_plain_dict
 from rwkv_pl.config import GROUPS, TRAINER_KINDS, TRAINER_NULLABLE, Data, Eval, Model, Optim, Schedule, Train
+from rwkv_pl.errors import UserError, one_line
 from rwkv_pl.terminal import console
 
 # Groups of a sweep's own settings.
@@ -66,10 +67,21 @@ def print_settings(topic: str, overrides: Sequence[str], config_dir: str | None,
     if topic and topic not in groups:
         if "." not in topic and topic not in config:
             require_key(topic, {key: config.get(key) for key in dict.fromkeys([*config, *groups])})
-        require_key(topic, config)
         settings.pop("experiment", None)
-        found = [s for each in settings.values() for s in each if f"{s.key}.".startswith(f"{topic}.")]
-        _print_table([_row(setting) for setting in found])
+        found = [_row(s) for each in settings.values() for s in each if _is_below(s.key, topic)]
+        if not found:  # a key of files that are not chosen
+            found = [
+                (f"{group}={file.name}", *_row(setting))
+                for group, files in groups.items()
+                for file in files.values()
+                for setting in _describe(group, file.values, file.comments, name)
+                if _is_below(setting.key, topic)
+            ]
+        if not found:
+            require_key(topic, config)
+            value = OmegaConf.select(config, topic)
+            found = [(topic, to_yaml(OmegaConf.to_container(value) if OmegaConf.is_config(value) else value))]
+        _print_table(found)
         return
     for group in [topic] if topic else ["", *groups]:
         files, choice = groups.get(group, {}), _choice(config, group)
@@ -82,6 +94,10 @@ def print_settings(topic: str, overrides: Sequence[str], config_dir: str | None,
             _print_table([(f"{group}={file.name}", file.summary) for file in files.values()])
     if not topic:
         print("\n--explain GROUP lists the files of a group, --explain GROUP=FILE the settings of a file.")
+
+
+def _is_below(key: str, topic: str) -> bool:
+    return f"{key}.".startswith(f"{topic}.")
 
 
 def _row(setting: Setting) -> tuple[str, ...]:
@@ -120,7 +136,7 @@ def list_settings(
         values = files[choice].values if choice in files else {}
         return [Setting(key, to_yaml(value), "", "") for key, value in _flatten(values, depth=2)]
     if group == "":
-        comments = read_file(resources.files(CONFIG_MODULE), "", name).comments
+        comments = read_file([resources.files(CONFIG_MODULE)], "", name).comments
         return _describe(group, {key: value for key, value in plain.items() if key not in GROUPS}, comments, name)
     shown = files.values() if group in NAMED_GROUPS else [files[choice]] if choice in files else []
     comments = {key: text for file in shown for key, text in file.comments.items()}
@@ -176,24 +192,38 @@ def read_group(folders: Sequence[Any], group: str) -> dict[str, ConfigFile]:
         place = folder.joinpath(*group.split("/"))
         if place.is_dir():
             names = sorted(file.name.removesuffix(".yaml") for file in place.iterdir() if file.name.endswith(".yaml"))
-            files |= {name: read_file(folder, group, name) for name in names}
+            files |= {name: read_file(folders, group, name) for name in names}
     return files
 
 
-def read_file(folder: Any, group: str, name: str) -> ConfigFile:
-    """Reads a file's comments, and those of the files of the same group in its `defaults`."""
-    place = folder.joinpath(*group.split("/")) if group else folder
-    text = place.joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+def read_file(folders: Sequence[Any], group: str, name: str) -> ConfigFile:
+    """Reads a file's comments, and those of the files of the same group in its `defaults`.
+
+    The file is that of the last folder that has it. Raises UserError if it is not a mapping in YAML.
+    """
+    path = _find_file(folders, group, name)
+    text = path.read_text(encoding="utf-8")
     lines = text.splitlines()
     comments: dict[str, str] = {}
-    values = yaml.safe_load(text) or {}
+    try:
+        values = yaml.safe_load(text) or {}
+        if not isinstance(values, dict):
+            raise UserError(f"{path} must be a mapping of settings, got {one_line(values)[:80]}")
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not YAML: {one_line(error)}") from error
     for default in values.pop("defaults", []) if group else ():
-        if isinstance(default, str) and default != "_self_":  # a file of the same group
-            comments |= read_file(folder, group, default).comments
+        if isinstance(default, str) and _find_file(folders, group, default):  # of the same group, and not _self_
+            comments |= read_file(folders, group, default).comments
     if isinstance(root := yaml.compose(text), yaml.MappingNode):
         comments |= dict(_comments_of(root, lines))
     head = [line for line in itertools.takewhile(lambda line: line.startswith("#"), lines) if "@package" not in line]
     return ConfigFile(name, _join_lines(head), comments, values)
+
+
+def _find_file(folders: Sequence[Any], group: str, name: str) -> Any:
+    parts = [part for part in group.split("/") if part]
+    places = [folder.joinpath(*parts, f"{name}.yaml") for folder in folders]
+    return next((place for place in reversed(places) if place.is_file()), None)
 
 
 def _join_lines(lines: Sequence[str]) -> str:
