@@ -102,6 +102,7 @@ def compose(overrides: Sequence[str], config_dir: str | None = None, name: str =
     if config_dir and any(text.startswith("hydra.searchpath=") for text in overrides):
         raise UserError("--config-dir and hydra.searchpath= exclude each other: give one of them")
     extra = [f"hydra.searchpath=[{quote_override('file://' + config_dir)}]"] if config_dir else []
+    require_global_package(parse_overrides(overrides, sweep=True), config_dir)
     with initialize_config_module(CONFIG_MODULE, version_base="1.3", job_name=name):
         try:
             return hydra_compose(name, overrides=[*overrides, *extra], return_hydra_config=True)
@@ -117,7 +118,6 @@ def compose(overrides: Sequence[str], config_dir: str | None = None, name: str =
             raise UserError(f"{group}={name} does not exist; available: {', '.join(there)}") from error
         except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
             reason = error
-    explain_missing_package(reason, overrides, config_dir)
     explain_unknown_key(overrides, config_dir, name)
     cause = f" ({one_line(reason.__cause__)})" if reason.__cause__ else ""
     # Hydra advises to write +key, which parse_overrides rejects.
@@ -223,19 +223,23 @@ def explain_missing_package(error: Exception, overrides: Sequence[str], config_d
 
 
 def require_global_package(overrides: Sequence[Override], config_dir: str | None) -> None:
-    """Raise UserError if the chosen experiment is a file in --config-dir without `# @package _global_` in its header.
+    """Raise UserError if a chosen experiment is a file of the user's without `# @package _global_` in its header.
 
-    Hydra's header is the lines before the first one that does not start with `# @`. Without the package, Hydra puts the
-    file's settings below the key `experiment`, where nothing reads them.
+    The files of the user are in --config-dir or hydra.searchpath. Hydra's header is the lines before the first one that
+    does not start with `# @`. Without the package, Hydra puts the file's settings below the key `experiment`, where
+    nothing reads them.
     """
-    name = next((o.value() for o in overrides if o.key_or_group == "experiment"), None)
-    file = Path(config_dir or "", "experiment", f"{str(name).removesuffix('.yaml')}.yaml")
-    if not config_dir or not isinstance(name, str) or not file.is_file():
-        return
-    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
-    header = takewhile(re.compile(r"\s*(#\s*@|$)").match, lines)
-    if not any(re.fullmatch(r"\s*#\s*@package\s+_global_\s*", line) for line in header):
-        raise _missing_package_error(name)
+    values = {override.key_or_group: override.value() for override in overrides}
+    names = values.get("experiment")
+    searchpath = [str(getattr(entry, "text", entry)) for entry in values.get("hydra.searchpath") or ()]
+    folders = [config_dir] if config_dir else [entry.removeprefix("file://") for entry in searchpath]
+    for name in names if isinstance(names, list) else [names]:
+        files = (Path(folder, "experiment", f"{str(name).removesuffix('.yaml')}.yaml") for folder in folders)
+        if isinstance(name, str) and (file := next((file for file in files if file.is_file()), None)):
+            lines = file.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+            header = takewhile(re.compile(r"\s*(#\s*@|$)").match, lines)
+            if not any(re.fullmatch(r"\s*#\s*@package\s+_global_\s*", line) for line in header):
+                raise _missing_package_error(name)
 
 
 def _missing_package_error(name: Any) -> UserError:

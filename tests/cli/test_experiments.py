@@ -69,6 +69,26 @@ def test_an_experiment_without_its_package_line_is_named(train, tmp_path, text, 
         assert f"experiment={name}: the first line of its file must be '# @package _global_'" in result.err
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--config-dir=conf", "experiment=mine", "--cfg", "job"),
+        ("--config-dir=conf", "experiment=mine", "--explain"),
+        ("--config-dir=conf", "experiment=[mine]"),
+        ("hydra.searchpath=[file://conf]", "experiment=mine"),
+        ("hydra.searchpath=[file://conf]", "experiment=mine", "--cfg", "job"),
+        ("hydra.searchpath=['file://conf']", "experiment=mine", "-m", "seed=1,2"),
+    ],
+)
+@pytest.mark.parametrize("text", ["seed: 3\n", "defaults:\n  - override /data: stdlib\n"])
+def test_a_missing_package_line_is_named_in_every_form(train, tmp_path, text, more):
+    (tmp_path / "conf" / "experiment").mkdir(parents=True)
+    (tmp_path / "conf" / "experiment" / "mine.yaml").write_text(text)
+    result = train(*SMALL, *(word.replace("//conf", f"//{tmp_path}/conf") for word in more))
+    assert (result.code, result.err.count("\n")) == (2, 1), result.err
+    assert "experiment=mine: the first line of its file must be '# @package _global_'" in result.err
+
+
 def test_an_experiment_without_its_package_line_fails_alone_in_a_sweep(train, tmp_path, monkeypatch):
     launched = []
 

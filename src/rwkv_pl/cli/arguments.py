@@ -18,7 +18,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from rwkv_pl.compose import CONFIG_MODULE, compose
+from rwkv_pl.compose import CONFIG_MODULE, compose, parse_overrides, require_global_package
 from rwkv_pl.errors import UserError
 
 SHELL_COMMAND_PATTERN = "(install|uninstall|query)=(bash|fish|zsh)"
@@ -97,6 +97,7 @@ def print_hydra_info(
     argv: Sequence[str], overrides: Sequence[str], config_dir: str | None, name: str = "train"
 ) -> None:
     """Let Hydra handle --help, --cfg, --info or completion. overrides: the settings in `argv`."""
+    require_global_package(parse_overrides(overrides), config_dir)
     try:
         run_with_hydra(lambda _: None, argv, name)
     except (HydraException, OmegaConfBaseException):
