@@ -231,7 +231,8 @@ def require_global_package(overrides: Sequence[Override], config_dir: str | None
     """
     values = {override.key_or_group: override.value() for override in overrides}
     names = values.get("experiment")
-    searchpath = [str(getattr(entry, "text", entry)) for entry in values.get("hydra.searchpath") or ()]
+    typed = values.get("hydra.searchpath")
+    searchpath = [str(getattr(entry, "text", entry)) for entry in typed] if isinstance(typed, list) else []
     folders = [config_dir] if config_dir else [entry.removeprefix("file://") for entry in searchpath]
     for name in names if isinstance(names, list) else [names]:
         files = (Path(folder, "experiment", f"{str(name).removesuffix('.yaml')}.yaml") for folder in folders)
