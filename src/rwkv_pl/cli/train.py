@@ -14,15 +14,15 @@ from omegaconf import OmegaConf
 
 from rwkv_pl.cli import sweep
 from rwkv_pl.cli.arguments import parse_arguments, print_hydra_info
-from rwkv_pl.cli.entry import cli_entry_point
+from rwkv_pl.cli.entry import cli_entry_point, default_sigint
 from rwkv_pl.cli.explain import print_settings
 from rwkv_pl.compose import check_config, compose, parse_overrides
 from rwkv_pl.errors import UserError
 from rwkv_pl.files import require_own_files
 from rwkv_pl.runs import ranks
-from rwkv_pl.runs.folder import SWEEP_JOB_ENV, find_latest_run
+from rwkv_pl.runs.folder import find_latest_run
 from rwkv_pl.runs.stored import StoredRun, require_inside_run_folder, require_no_download
-from rwkv_pl.terminal import IgnoreBrokenPipe, quote_override
+from rwkv_pl.terminal import STOPPED_AT_START, SWEEP_JOB_ENV, IgnoreBrokenPipe, exit_at_once, quote_override
 
 
 @cli_entry_point
@@ -48,10 +48,14 @@ def main() -> None:
             sweep.resume_sweep(Path(str(resumed)).absolute(), others, args.config_dir)
         else:
             sweep.start_sweep(argv, overrides, args.config_dir)
-    elif resumed is not None:
-        _resume(resumed, others, args.config_dir)
     else:
-        _start(overrides, args.config_dir)
+        try:
+            if resumed is not None:
+                _resume(resumed, others, args.config_dir)
+            else:
+                _start(overrides, args.config_dir)
+        except KeyboardInterrupt as error:  # during the training, StopOnSignal handles Ctrl-C
+            raise KeyboardInterrupt(*(error.args or [STOPPED_AT_START])) from error
 
 
 def _start(overrides: list[Override], config_dir: str | None) -> None:
@@ -90,7 +94,8 @@ def _find_run_folder(resumed: Any) -> Path:
 def _load_training() -> ModuleType:
     if sys.stderr.isatty():
         print("loading torch and lightning ...", file=sys.stderr, flush=True)
-    from rwkv_pl.runs import train
+    with default_sigint(lambda *_: exit_at_once(STOPPED_AT_START, 130)):
+        from rwkv_pl.runs import train
 
     return train
 
