@@ -26,6 +26,7 @@ def test_command_has_its_path_if_the_environment_is_not_active(programs, tmp_pat
     assert resume_command(Path("/a/run")) == f"{Path('env', 'bin', 'rwkv-train')} resume=/a/run"
     monkeypatch.setenv("PATH", str(programs))
     assert resume_command(Path("/a/run")) == "rwkv-train resume=/a/run"
+    assert resume_command(Path("/a/run"), "-m") == "rwkv-train -m resume=/a/run"
 
 
 @pytest.mark.parametrize("name", ["a b", "a,b", "it's", "x=1", "$HOME", "(c)", "ä"])

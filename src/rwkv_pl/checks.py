@@ -1,6 +1,7 @@
 """Checks of one setting. Each raises UserError with one line that names the key and the value."""
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 from rwkv_pl.errors import UserError
@@ -42,6 +43,20 @@ def suggest_key(key: str, keys: Any) -> str:
 
     close = get_close_matches(key, list(keys), n=1, cutoff=0.6)
     return f"; did you mean {close[0]}?" if close else f"; available: {', '.join(map(str, keys))}"
+
+
+def suggest_flag(message: str, flags: Iterable[str]) -> str:
+    """Return "did you mean --FLAG?" if argparse's `message` names an unknown flag like one of `flags`, else ""."""
+    from difflib import get_close_matches
+
+    words = [word.partition("=")[0] for word in message.partition("unrecognized arguments: ")[2].split()]
+    close = [
+        match
+        for word in words
+        if word.startswith("--")
+        for match in get_close_matches(word, list(flags), n=1, cutoff=0.75)
+    ]
+    return f"did you mean {close[0]}?" if close else ""
 
 
 def check_one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

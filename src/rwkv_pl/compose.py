@@ -10,7 +10,8 @@ from importlib import resources
 from importlib.util import find_spec
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, TypeVar
+from types import NoneType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from hydra import compose as hydra_compose
@@ -21,7 +22,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rwkv_pl.checks import check_kind, check_kinds, suggest_key
+from rwkv_pl.checks import KIND_NAMES, check_kind, check_kinds, suggest_key
 from rwkv_pl.config import GROUPS, Train, check_trainer, split_own_arguments
 from rwkv_pl.errors import UserError, one_line
 from rwkv_pl.targets import MOVED, check_target, find_targets, trusted_modules
@@ -54,6 +55,10 @@ def parse_overrides(overrides: Sequence[str], sweep: bool = False) -> list[Overr
         try:
             override = parser.parse_override(text)
         except HydraException as error:
+            if re.fullmatch(r"[\w./@]+", text) and not Path(text).exists():
+                raise UserError(f"{text} needs a value: write {text}=VALUE") from error
+            if "at: '~'" in str(error):
+                raise UserError(f"{text!r} can't be parsed as key=value: write the home folder instead of ~") from error
             reason = one_line(str(error).splitlines()[0])
             raise UserError(f"{text!r} can't be parsed as key=value ({reason}): quote special characters") from error
         key = override.key_or_group
@@ -68,7 +73,7 @@ def parse_overrides(overrides: Sequence[str], sweep: bool = False) -> list[Overr
                 f"{text}: all jobs of a sweep have the same plug-ins, write plugins=[{override.get_value_string()}]"
             )
         if override.is_sweep_override() and not sweep:
-            raise UserError(f"{text} has several values: add -m to run them all, or write a list as [a,b]")
+            raise UserError(f"{text} has several values: add -m to run them all{suggest_list(override)}")
         chosen = override.value()
         if override.package is not None:
             raise UserError(f"{text}: cannot change the package of a group: leave out the @")
@@ -87,6 +92,13 @@ def parse_overrides(overrides: Sequence[str], sweep: bool = False) -> list[Overr
                 )
         parsed.append(override)
     return parsed
+
+
+def suggest_list(override: Override) -> str:
+    """Return ", or write ..." with the values of a sweep as a list, if they are typed as a,b."""
+    value = override.get_value_string()
+    is_list = isinstance(chosen := override.value(), ChoiceSweep) and chosen.simple_form
+    return f", or for a list write '{override.key_or_group}=[{value}]'" if is_list else ""
 
 
 def _explain_added_key(key: str) -> str:
@@ -272,4 +284,15 @@ def to_dataclass(plain: dict[str, Any], schema: type[Schema]) -> Schema:
             parent = key.rpartition(".")[0]
             keys = OmegaConf.select(OmegaConf.structured(schema), parent) if parent else OmegaConf.structured(schema)
             raise UserError(f"{key} is not a setting{suggest_key(key.rpartition('.')[2], keys)}") from error
+        if key:
+            check_kind(key, error.value, _find_kinds(schema, key))
         raise UserError(f"{key}: {one_line(str(error.msg).split('full_key')[0])}") from error
+
+
+def _find_kinds(schema: type, key: str) -> tuple[type, ...]:
+    """The types of the values of a dotted key of a dataclass: () if any."""
+    kinds: Sequence[Any] = [schema]
+    for part in re.split(r"[.\[]", key):
+        kind = get_args(kinds[0])[0] if part.endswith("]") else get_type_hints(kinds[0])[part]
+        kinds = [each for each in get_args(kind) if each is not NoneType] if NoneType in get_args(kind) else [kind]
+    return tuple(each for each in (get_origin(kind) or kind for kind in kinds) if each in KIND_NAMES)

@@ -5,6 +5,7 @@ and `logger` hold the arguments of Lightning's classes, which are not repeated h
 has in its YAML file. Only the standard library is imported, so that a mistake is reported at once.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -94,10 +95,8 @@ class Data:
         for name in ("batch_size", "ctx_len", "eval_batch_size"):
             check_at_least(f"data.{name}", getattr(self, name), 1)
         check_at_least("data.num_workers", self.num_workers, 0)
-        if len(self.split) != 3 or not all(0 < part < 1 for part in self.split) or abs(sum(self.split) - 1) > 1e-6:
-            raise UserError(
-                f"data.split must be three fractions (train, val, test) above 0 with the sum 1, got {self.split}"
-            )
+        if len(self.split) != 3 or not all(0 <= part <= 1 for part in self.split) or abs(sum(self.split) - 1) > 1e-6:
+            raise UserError(f"data.split must be three fractions (train, val, test) with the sum 1, got {self.split}")
 
 
 @dataclass
@@ -224,6 +223,8 @@ class Train:
         if self.loss_chunk_len is not None:
             check_at_least("loss_chunk_len", self.loss_chunk_len, 1)
         check_one_of("kernel", self.kernel, KERNELS)
+        if 0 in self.data.split:
+            raise UserError(f"data.split must be three fractions (train, val, test) above 0, got {self.data.split}")
         check_between("seed", self.seed, 0, 2**63 - 1, inclusive=True)
 
     def hyperparameters(self) -> dict[str, Any]:
@@ -313,6 +314,11 @@ def check_trainer(trainer: dict[str, Any], defaults: dict[str, Any]) -> None:
         if value is None and (defaults[key] is None or key in TRAINER_NULLABLE):
             continue
         check_kind(f"trainer.{key}", value, kinds)
+    length = trainer.get("max_time")
+    if isinstance(length, str) and not re.fullmatch(r"\d+:\d\d:\d\d:\d\d", length):
+        raise UserError(
+            f"trainer.max_time must be days:hours:minutes:seconds, as in 00:08:00:00 for eight hours, got {length!r}"
+        )
     trainer = defaults | trainer
     for key in ("accumulate_grad_batches", "val_check_interval"):
         if isinstance(trainer[key], str):

@@ -8,12 +8,15 @@ import shutil
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from rwkv_pl.errors import one_line
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+# Set in the environment of a sweep's job, which prints neither its sample of text nor a command to resume it alone.
+SWEEP_JOB_ENV = "RWKV_PL_OF_A_SWEEP"
 
 # Exit codes.
 BAD_INPUT, FAILED = 2, 1
@@ -25,13 +28,27 @@ def print_error(error: BaseException | str, code: int = BAD_INPUT) -> int:
     return code
 
 
+# The message of a signal while a run starts.
+STOPPED_AT_START = "stopped before the first step: nothing to save"
+
+
+def exit_at_once(message: str, code: int) -> NoReturn:
+    """Print one line on stderr and end the process without cleaning up. A signal handler can call it at any time."""
+    with suppress(OSError):
+        os.write(2, f"{Path(sys.argv[0]).name}: {message}\n".encode())
+    os._exit(code)
+
+
 def quote_override(value: str | Path) -> str:
     """A text as the value of a Hydra override, whatever characters it has."""
     return "'" + str(value).replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
-def resume_command(folder: Path) -> str:
-    """The command that resumes a run, to be typed in this shell: with its path if the shell would not find it."""
+def resume_command(folder: Path, *flags: str) -> str:
+    """The command that resumes a run, or with -m a sweep, to be typed in this shell.
+
+    It has the program's path if the shell would not find it.
+    """
     program = shutil.which("rwkv-train")
     own = Path(sys.executable).with_name("rwkv-train.exe" if os.name == "nt" else "rwkv-train")
     if own.exists() and not (program and own.samefile(program)):
@@ -39,7 +56,7 @@ def resume_command(folder: Path) -> str:
     else:
         program = "rwkv-train"
     plain = re.fullmatch(r"[\w./:\\-]+", str(folder), re.ASCII)
-    words = (program, f"resume={folder if plain else quote_override(folder)}")
+    words = (program, *flags, f"resume={folder if plain else quote_override(folder)}")
     if os.name == "nt":
         return " ".join(f'"{word}"' if " " in word else word for word in words)
     return shlex.join(words)

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from hydra._internal.utils import get_args_parser
 
-from rwkv_pl.cli.arguments import HydraParser, parse_arguments
+from rwkv_pl.cli.arguments import HydraParser, expand_home, parse_arguments
+from rwkv_pl.compose import parse_overrides
 from rwkv_pl.errors import UserError
 
 
@@ -43,7 +44,10 @@ def test_flags_and_settings_parse_in_any_order():
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--frob"], "unrecognized arguments: --frob"),
+        (["--frob"], "unrecognized arguments: --frob; settings are written key=value"),
+        (["--explian"], "unrecognized arguments: --explian; did you mean --explain?"),
+        (["--config-dri=x", "seed=1"], "did you mean --config-dir?"),
+        (["--explain", "model", "optim"], "--explain takes one name, got model optim"),
         (["--cfg", "all", "-m"], "leave out -m"),
         (["--cfg", "everything"], "invalid choice"),
         (["-cn", "other"], "are not used"),
@@ -60,6 +64,19 @@ def test_unused_flag_gives_one_line_error(argv, message, monkeypatch):
     with pytest.raises(UserError, match=message) as refused:
         parse_arguments(argv)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("text", ["~/a b", "~", "'~/a,b'"])
+def test_home_folder_is_expanded_in_a_path(text, monkeypatch):
+    monkeypatch.setenv("HOME", "/h")
+    monkeypatch.setenv("USERPROFILE", "/h")
+    (override,) = parse_overrides(expand_home([f"data.path={text}"]))
+    assert override.value() == str(Path(text.strip("'").replace("~", "/h")))
+
+
+@pytest.mark.parametrize("text", ["data.path=~/a,~/b", "data.path=a~/b", "data.path=~user/a", "data.field=~/a", "-m"])
+def test_home_folder_is_not_expanded_elsewhere(text):
+    assert expand_home([text]) == [text]
 
 
 def test_shell_completion_lists_choices(train, monkeypatch):

@@ -22,7 +22,7 @@ CASES = {
     "schedule=cosine schedule.decay_share=0.1": "schedule.decay_share is not a setting; did you mean decay_steps?",
     "schedule=wsd schedule.decay_share=0": "schedule.decay_share must be above 0 and at most 1, got 0.0",
     "schedule=wsd schedule.decay_share=null": "schedule.decay_share is missing; it belongs to schedule=wsd",
-    "schedule=wsd schedule.warmup_steps=4": "leaves no room",
+    "schedule=wsd schedule.warmup_steps=4": "schedule.warmup_steps=4 must be below the run's 4 steps",
     "schedule.name=wsd": "schedule.decay_share is missing; it belongs to schedule=wsd",
     "schedule.name=wds": "schedule.name must be one of constant, cosine, linear, wsd, exponential, got 'wds'",
     "schedule=wds": "schedule=wds does not exist",
@@ -33,17 +33,20 @@ CASES = {
     "callbacks.last.every=3": "callbacks.last.every is not a setting",
     "model.n_layer.x=3": "model.n_layer is a value",
     # types
-    "optim.lr=fast": "optim.lr: Value 'fast' of type 'str' could not be converted to Float",
-    "model.n_layer=abc": "model.n_layer",
-    "model.n_layer=2.5": "model.n_layer",
+    "optim.lr=fast": "optim.lr must be a number, got 'fast'",
+    "model.n_layer=abc": "model.n_layer must be a whole number, got 'abc'",
+    "model.n_layer=2.5": "model.n_layer must be a whole number, got 2.5",
     "model.n_layer=true": "model.n_layer",
-    "model.n_layer=null": "model.n_layer",
-    "optim.betas=[0.9,x]": "optim.betas[1]",
+    "model.n_layer=null": "model.n_layer must be a whole number, got None",
+    "optim.betas=[0.9,x]": "optim.betas[1] must be a number, got 'x'",
+    "optim.betas=0.9": "optim.betas must be a list, got 0.9",
+    "weights=[a]": "weights must be a word, got ['a']",
     "trainer.max_steps=abc": "trainer.max_steps must be a whole number, got 'abc'",
     "trainer.max_steps=true": "trainer.max_steps must be a whole number, got True",
     "trainer.val_check_interval=0.5": "trainer.val_check_interval must be a whole number",
     "trainer.deterministic=3": "trainer.deterministic must be true or false",
     "trainer.max_time=3": "trainer.max_time must be a string",
+    "trainer.max_time=8h": "days:hours:minutes:seconds, as in 00:08:00:00 for eight hours, got '8h'",
     "trainer={a:1}": "trainer",
     "callbacks.last.every_n_train_steps=abc": "callbacks.last.every_n_train_steps must be a whole number, got 'abc'",
     "callbacks.best.mode=3": "callbacks.best.mode must be a string",
@@ -64,7 +67,7 @@ CASES = {
     "activation_checkpointing=3": "activation_checkpointing must be true or false, got 3",
     "tf32=0.5": "tf32 must be true or false, got 0.5",
     "loss_chunk_len=0": "loss_chunk_len must be at least 1, got 0",
-    "loss_chunk_len=half": "loss_chunk_len: Value 'half'",
+    "loss_chunk_len=half": "loss_chunk_len must be a whole number, got 'half'",
     "trainer.precision=16-mixed": "trainer.precision=16-mixed needs a GPU; use trainer.precision=auto on a CPU",
     "trainer.precision=16-true": "trainer.precision=16-true is not supported",
     "callbacks.last.dirpath=elsewhere": "callbacks.last.dirpath must be checkpoints",
@@ -74,6 +77,7 @@ CASES = {
     "data.batch_size=-1": "data.batch_size must be at least 1, got -1",
     "data.vocab=word": "data.vocab must be one of byte, char, 20b, got 'word'",
     "data.split=[1,2]": "data.split",
+    "data.split=[0,1,0]": "data.split must be three fractions (train, val, test) above 0",
     "model.n_embd=0": "model.n_embd must be at least 1, got 0",
     "model.dropout=1": "model.dropout must be from 0 to below 1, got 1.0",
     "model.name=rwkv9": "model.name must be one of rwkv4",
@@ -107,8 +111,12 @@ CASES = {
     "~trainer.max_steps": "cannot remove a key",
     "~model": "cannot remove a key",
     "data.path='unclosed": "can't be parsed as key=value",
-    "lr": "can't be parsed as key=value",
+    "data.field=~/x": "can't be parsed as key=value: write the home folder instead of ~",
+    "lr": "lr needs a value: write lr=VALUE",
+    "corpus.txt": "can't be parsed as key=value",
     "optim.lr=1e-3,1e-4": "add -m",
+    "optim.lr=choice(1e-3,1e-4)": "add -m to run them all\n",
+    "callbacks=default,ema": "add -m to run them all, or for a list write 'callbacks=[default,ema]'",
     "--bogus": "--bogus",
     "--config-dir=nosuch": "nosuch is not a folder",
     "--config-name=x": "--config-dir",
@@ -153,7 +161,7 @@ CASES = {
     "trainer.accumulate_grad_batches=4": "data.batch_size=6",
     "trainer.max_epochs=-1 trainer.max_steps=-1": "the run has no end",
     "schedule=cosine trainer.max_steps=-1 trainer.max_epochs=-1 trainer.max_time=00:00:01:00": "needs a length",
-    "schedule=cosine schedule.warmup_steps=9": "leaves no room",
+    "schedule=cosine schedule.warmup_steps=9": "set schedule.warmup_steps=0",
     "optim.lr_scale={time_decoy:2}": "optim.lr_scale.time_decoy matches no parameter",
     # classes
     "optim._target_=os.system": "optim._target_=os.system is not a trusted class: add plugins=[os] if",
@@ -229,6 +237,16 @@ def test_text_without_path_gives_one_line_error(train, tmp_path):
     result = train("data=text")
     assert (result.code, result.err.count("\n")) == (2, 1)
     assert "data.path is missing" in result.err
+
+
+def test_path_without_data_is_not_taken_for_the_folder_of_enwik8(train, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    result = train("data.path=~/mine.txt")
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert f"data.path={tmp_path / 'mine.txt'} does not exist: for your own text, add data=text" in result.err
+    result = train("data.path=corpus.txt")
+    assert "data.path=" in result.err and "for your own text, add data=text" in result.err
 
 
 @pytest.mark.parametrize("text", [b"", b"too short"])

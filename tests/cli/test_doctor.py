@@ -76,7 +76,7 @@ def test_cache_check_reports_leftovers_locks_and_bad_folders(monkeypatch, tmp_pa
         assert "another process is building" in find_check("cache").found
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("RWKV_PL_CACHE", str(tmp_path / "file"))
-    assert "RWKV_PL_CACHE" in find_check("cache").cure
+    assert "RWKV_PL_CACHE" in find_check("cache").fix
 
 
 def fake_nvcc(folder: Path, release: str) -> None:
@@ -101,7 +101,7 @@ def test_nvcc_for_another_cuda_is_reported(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.version, "cuda", "98.0")
     found = find_check("nvcc")
     assert found.found == f"{tmp_path / 'new' / 'nvcc'} is too new: its CUDA is 99.1, torch's is 98.0"
-    assert found.cure == "install the CUDA toolkit 98.0 and put its nvcc on PATH"
+    assert found.fix == "install the CUDA toolkit 98.0 and put its nvcc on PATH"
 
 
 def have_another_cuda() -> None:

@@ -122,6 +122,12 @@ def test_evaluation_on_another_text_by_one_protocol(evaluate, run, tmp_path):
     report = json.loads((run / "eval-corpus-val.json").read_text())
     assert list(report["protocols"]) == ["windows"]
     assert report["protocols"]["windows"]["ctx_len"] == 1000
+    assert "5% of the text" in result.out and "precision=32-true" in result.out and "protocol=" in result.out
+    assert "to score all of it: data.split=[0,1,0]" in result.out
+    result = evaluate(f"weights={run}", "data=text", "data.path=corpus.txt", "data.split=[0,1,0]", "protocol=carried")
+    assert (result.code, result.err, "data.split" in result.out) == (0, "", False)
+    text = json.loads((run / "eval-corpus-val.json").read_text())["text"]
+    assert (text["share"], text["tokens"]) == (1, len(TEXT) - 1)  # token 0 is never a target
     assert evaluate(f"weights={run}", "protocol=carried", "split=test").code == 0
     assert (run / "eval-test.json").exists() and not (run / "eval-test.png").exists()
 
@@ -222,7 +228,7 @@ CASES = {
     "weights=RUN split=dev": "split must be one of train, val, test, got 'dev'",
     "weights=RUN protocol=all": "protocol must be one of both, carried, windows",
     "weights=RUN streams=0": "streams must be at least 1",
-    "weights=RUN streams=two": "streams: Value 'two'",
+    "weights=RUN streams=two": "streams must be a whole number, got 'two'",
     "weights=RUN warmup=-1": "warmup must be at least 0",
     "weights=RUN chunk_len=0": "chunk_len must be at least 1",
     "weights=RUN stride=17": "stride must be from 1 to 16, got 17",
@@ -231,7 +237,7 @@ CASES = {
     "weights=RUN accelerator=abacus": "accelerator must be one of auto, cpu",
     "weights=RUN precision=8": "precision must be one of",
     "weights=RUN kernel=magic": "kernel must be one of auto, compiled, scan, recurrence",
-    "weights=RUN split=val,test": "split=val,test has several values: give one",
+    "weights=RUN split=val,test": "has several values: give one, or for a list write 'split=[val,test]'",
     "-m weights=RUN split=val,test": "leave out -m",
     "weights=RUN hydra.run.dir=x": "out=FOLDER sets the folder",
     "weights=RUN +foo=1": "cannot add a key",

@@ -253,8 +253,12 @@ SAMPLING = "rwkv_pl.runs.train:sample_tokens"
     ],
 )
 def test_signal_before_or_after_training_exits_at_once(folder, place, act, number):
-    code = forks.run(folder, *RUN, strikes=[Strike(place, 1, act)]).code
-    assert code in (-number, 128 + number)
+    result = forks.run(folder, *RUN, strikes=[Strike(place, 1, act)])
+    assert result.code in (-number, 128 + number)
+    assert ("stopped before the first step: nothing to save" in result.err) == (
+        place == BEGINNING or (place == PREPARING and act is interrupt)
+    )
+    assert ("stopped after the last step" in result.err) == (place == SAMPLING and act is interrupt)
     assert (folder / "run").exists() == ("prepare" not in place)
     if "sample" in place:
         assert not (folder / "run" / "sample.txt").exists()

@@ -189,6 +189,8 @@ def test_unreadable_checkpoint_does_not_hide_the_latest_run(train, run_of_eight_
         copy_run(run_of_eight_steps, tmp_path).rename(run)
     last = tmp_path / "outputs" / "2026-01-01" / "a" / "checkpoints" / "last.ckpt"
     last.with_name("last.prev.ckpt").replace(last)
+    for result in (tmp_path / "outputs").rglob("result.json"):  # like killed runs
+        result.unlink()
     torch.save(content, tmp_path / "outputs" / "2026-01-01" / "b" / "checkpoints" / "last.ckpt")
     result = train("resume=latest")
     assert result.err.count("\n") <= 1, result.err
@@ -272,7 +274,7 @@ def test_second_start_in_a_run_folder_is_refused(train, tmp_path):
 def test_resume_latest_picks_the_newest_unfinished_run(train, run_of_eight_steps, tmp_path):
     result = train("resume=latest")
     assert (result.code, result.err.count("\n")) == (2, 1)
-    assert f"none of 0 runs in {tmp_path / 'outputs'} is unfinished and not in use" in result.err
+    assert f"resume=latest: no runs in {tmp_path / 'outputs'}; name one elsewhere with resume=FOLDER" in result.err
     for name in "abcd":
         run = tmp_path / "outputs" / "2026-01-01" / name
         run.parent.mkdir(parents=True, exist_ok=True)
@@ -282,6 +284,8 @@ def test_resume_latest_picks_the_newest_unfinished_run(train, run_of_eight_steps
             last.with_name("last.prev.ckpt").replace(last)  # like a run killed before its end
         elif name == "b":
             shutil.rmtree(run / "checkpoints")  # like a run killed before its first checkpoint
+        if name in "abd":
+            (run / "result.json").unlink()
     outputs = tmp_path / "outputs" / "2026-01-01"
     with locked(outputs / "d"):
         # c is finished, d is in use
@@ -292,7 +296,27 @@ def test_resume_latest_picks_the_newest_unfinished_run(train, run_of_eight_steps
     assert load_checkpoint(outputs / "d")["global_step"] == 8
     assert train("resume=latest").code == 0
     assert load_checkpoint(outputs / "a")["global_step"] == 8
-    assert train("resume=latest").code == 2
+    result = train("resume=latest")
+    assert result.code == 2
+    assert f"resume=latest: all 4 runs in {tmp_path / 'outputs'} are finished or in use; name one with" in result.err
+
+
+def test_finished_run_says_so_although_its_schedule_does_not_fit(train, run):
+    result = train("resume=run", "trainer.max_steps=3", "schedule=cosine", "schedule.warmup_steps=3")
+    assert (result.code, "is finished, after 8 steps; a larger trainer.max_steps extends it" in result.out) == (0, True)
+
+
+def test_finished_run_without_a_checkpoint_is_not_resumed(train, tmp_path):
+    result = train(*SMALL, "callbacks=[ema]", "hydra.run.dir=outputs/run")
+    assert result.code == 0, result.err
+    assert "warning: this run saves no checkpoint: add default, as in 'callbacks=[default,ema]'" in result.out
+    before = (tmp_path / "outputs" / "run" / "metrics.csv").read_bytes()
+    result = train("resume=outputs/run")
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert "is finished and has no checkpoint to resume from" in result.err
+    result = train("resume=latest")
+    assert result.code == 2 and "the only run" in result.err, result.err
+    assert (tmp_path / "outputs" / "run" / "metrics.csv").read_bytes() == before
 
 
 @pytest.mark.parametrize("reason", ["length", "time", "early stop"])

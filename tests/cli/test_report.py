@@ -90,6 +90,39 @@ def test_mean_and_spread_over_seeds(tmp_path, capsys, monkeypatch):
     assert cells[-2:] == [["0.001", "3", "2.5000", "0.5000"], ["0.001", "1", "4.0000", ""]]
 
 
+def make_job(folder: Path, bits: float, *overrides: str, **settings: object) -> None:
+    make_run_folder(folder, [bits], **settings)
+    (folder / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump(list(overrides)))
+
+
+def test_sweep_shows_the_swept_overrides(tmp_path, capsys, monkeypatch):
+    """Also those of a job that failed before it had a config; not the settings that a swept file changes."""
+    (tmp_path / "multirun.yaml").touch()
+    fixed = "data=text", "schedule.final_lr='${divide:1.5,${model.n_embd}}'"
+    make_job(tmp_path / "0", 5.0, *fixed, "optim=adam", "optim.lr=0.001", optim__lr=1e-3, optim__eps=1e-8)
+    make_job(tmp_path / "1", 4.0, *fixed, "optim=adamw", "optim.lr=0.001", optim__lr=1e-3, optim__eps=1e-6)
+    resumes = [{"set": {"optim.lr": 0.5}, "remove": [], "overrides": ["optim.lr=0.5"]}]
+    (tmp_path / "1" / ".hydra" / "resumes.yaml").write_text(yaml.safe_dump(resumes))
+    (tmp_path / "2").mkdir()
+    write_result(tmp_path / "2", status="failed", error="no", overrides=[*fixed, "optim=sgd", "optim.lr=0.001"])
+    _, out, _ = run_report(capsys, monkeypatch, tmp_path)
+    header = next(line for line in out.splitlines() if line.startswith("┃"))
+    assert [cell.strip() for cell in header.split("┃")[1:4]] == ["run", "optim", "lr"]
+    lines = [line.split("│")[1:4] for line in out.splitlines() if line.startswith("│")]
+    cells = [[cell.strip() for cell in line] for line in lines]
+    assert cells == [["0", "adam", "0.001"], ["1", "adamw", "0.5"], ["2", "sgd", "0.001"]]
+    assert "best: run 1, 4.0000 bits per byte: optim=adamw, optim.lr=0.5\n" in out
+
+
+def test_seeds_of_a_sweep_with_a_changed_file_are_not_averaged(tmp_path, capsys, monkeypatch):
+    (tmp_path / "multirun.yaml").touch()
+    for number, lr in enumerate((1e-3, 1e-3, 2e-3)):
+        make_job(tmp_path / str(number), 5.0 + number, f"seed={number}", optim__lr=lr)
+    _, out, _ = run_report(capsys, monkeypatch, tmp_path)
+    lines = [line.split("│")[1:-1] for line in out.splitlines() if line.startswith("│")]
+    assert [[cell.strip() for cell in line] for line in lines][-2:] == [["2", "5.5000", "0.7071"], ["1", "7.0000", ""]]
+
+
 def test_settings_of_a_resume_replace_earlier_ones(tmp_path):
     folder = make_run_folder(tmp_path / "a", [5.0], optim__lr=1e-2)
     (folder / ".hydra" / "resumes.yaml").write_text(yaml.safe_dump([{"set": {"optim.lr": 5e-3}, "remove": []}]))
@@ -118,7 +151,7 @@ def test_corrupt_run_is_reported(tmp_path, capsys, monkeypatch):
     # An unreadable run has no effect on the columns: equal settings of the others get none.
     assert "n_layer" not in out
     assert "6.0000" in out and f"{tmp_path / '3' / 'metrics.csv'} has no validation" in out
-    assert "best: 0, 5.0000 bits per byte" in out
+    assert "best: run 0, 5.0000 bits per byte" in out
 
 
 @pytest.mark.parametrize(

@@ -20,9 +20,10 @@ from forks import Strike
 from hydra_plugins.rwkv_pl.study import StudySweeper, _is_drawn_from, to_distribution
 from rwkv_pl.compose import compose, parse_overrides
 from rwkv_pl.errors import UserError
-from rwkv_pl.runs.folder import SWEEP_JOB_ENV, has_started
+from rwkv_pl.runs.folder import has_started
 from rwkv_pl.runs.outcome import read_result
 from rwkv_pl.sweeps.jobs import expand_grid, merge_params
+from rwkv_pl.terminal import SWEEP_JOB_ENV
 
 QUICK = (*SMALL, "trainer.max_steps=6", "trainer.val_check_interval=3", "hydra.sweep.dir=sweep")
 
@@ -122,11 +123,13 @@ def test_signal_stops_the_jobs_and_prints_the_table(folder):
     process.send_signal(signal.SIGTERM)
     code, out = wait_for_end(process)
     assert code == 143, out
-    assert "stopped by SIGTERM after step" in out and "bits/byte" in out and "-m resume=" in out
+    assert "stopped by SIGTERM after step" in out and "bits/byte" in out
+    assert "to finish the sweep: " in out and out.endswith(f"rwkv-train -m resume={folder / 'sweep'}\n")
+    assert out.count("resume=") == 1  # no command for the job alone
     assert (folder / "sweep" / "0" / "checkpoints" / "last.ckpt").exists()
     assert [(row["optim.lr"], row["status"]) for row in read_table(folder).values()] == [
         ("0.01", "stopped"),
-        ("0.001", "waiting"),
+        ("0.001", "not started"),
     ]
     assert [path.name for path in (folder / "sweep" / "1").iterdir()] == ["result.json"]
 

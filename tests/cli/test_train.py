@@ -50,6 +50,10 @@ def test_run_folder_has_all_files(train, tmp_path):
     assert last["rwkv_pl"]["config"] == {"vocab_size": 256, "n_layer": 2, "n_embd": 16, "dropout": 0.0}
     assert all(name.startswith("model.") for name in last["state_dict"])
     assert json.loads((run / "vocab.json").read_text())["kind"] == "byte"
+    machine = next(line for line in result.out.splitlines() if line.startswith("machine"))
+    assert machine.endswith(
+        "FLOP/s in float32 matrix products, measured: MFU (model FLOPs utilisation) is the share of it"
+    )
     for shown in ("corpus.txt", "validation part:", "this model", "gzip -9", "xz -9", str(run)):
         assert shown in result.out
 

@@ -304,6 +304,7 @@ def test_resume_latest_does_not_touch_link_targets(train, tmp_path, run):
     (tmp_path / "outside" / "precious.partial").touch()
     (run / "checkpoints").rename(run / "aside")
     (run / "checkpoints").symlink_to(tmp_path / "outside")
+    (run / "result.json").unlink()  # like a killed run
     (tmp_path / "outputs").mkdir()
     run.rename(tmp_path / "outputs" / "run")
     result = train("resume=latest")

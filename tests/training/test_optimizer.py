@@ -224,7 +224,9 @@ def test_schedule_with_an_invalid_length_is_refused():
     with pytest.raises(UserError, match="needs a length"):
         check_schedule(Schedule("cosine"), max_steps=-1)
     check_schedule(Schedule("cosine", decay_steps=10), max_steps=-1)
-    with pytest.raises(UserError, match="leaves no room"):
+    with pytest.raises(
+        UserError, match=r"warmup_steps=5 must be below the run's 5 steps: set schedule\.warmup_steps=0"
+    ):
         check_schedule(Schedule("exponential", warmup_steps=5, final_lr=1e-3), max_steps=5)
     with pytest.raises(UserError, match="starts before the end of schedule"):
         check_schedule(Schedule("wsd", warmup_steps=5, decay_share=0.6), max_steps=10)

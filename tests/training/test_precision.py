@@ -50,6 +50,7 @@ def test_large_product_is_skipped_if_a_small_one_is_slow(monkeypatch):
 def test_describe_speedup():
     assert describe_speedup(2.06) == "2.1 times as fast as"
     assert describe_speedup(0.0613) == "16 times slower than"
+    assert describe_speedup(0.98) == describe_speedup(1.04) == "about as fast as"
 
 
 @pytest.mark.skipif(not torch.backends.cpu.get_cpu_capability().startswith("AVX"), reason="needs AVX2")

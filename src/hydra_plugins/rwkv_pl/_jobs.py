@@ -11,6 +11,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
+from rwkv_pl.runs.folder import MULTIRUN
 from rwkv_pl.sweeps.jobs import Job, validate_job, write_pending_result
 
 
@@ -34,7 +35,7 @@ class JobSweeper(Sweeper):
 
     def write_multirun_yaml(self) -> None:
         """Write multirun.yaml, from which `-m resume=` makes the same jobs."""
-        OmegaConf.save(self.config, self.folder / "multirun.yaml")
+        OmegaConf.save(self.config, self.folder / MULTIRUN)
 
     def launch(self, jobs: Sequence[Sequence[str]], first: int = 0) -> list[JobReturn]:
         """Launch the jobs and return their outcomes in the same order. first: number of the first job."""

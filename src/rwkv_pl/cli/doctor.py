@@ -18,11 +18,11 @@ from rwkv_pl.terminal import console
 
 @dataclass
 class Finding:
-    """One row of the table. cure: the fix, if something is wrong."""
+    """One row of the table. fix: what to do, if something is wrong."""
 
     name: str
     found: str
-    cure: str = ""
+    fix: str = ""
 
 
 # Relative error of output and gradients against the recurrence in float64: five times that of float32's rounding.
@@ -46,11 +46,11 @@ def main() -> None:
     from rich.table import Table
 
     table = Table(header_style="bold", show_lines=False)
-    for title in ("", "found", "cure"):
+    for title in ("", "found", "fix"):
         table.add_column(title, overflow="fold")
     for finding in check_build_tools():
         table.add_row(
-            finding.name, escape(finding.found), escape(finding.cure or "-"), style="red" if finding.cure else None
+            finding.name, escape(finding.found), escape(finding.fix or "-"), style="red" if finding.fix else None
         )
     console().print(table)
 
@@ -104,8 +104,8 @@ def check_build_tools() -> Iterator[Finding]:
         yield Finding(f"GPU {device}", f"{properties.name}, sm_{properties.major}{properties.minor}, {memory:.0f} GiB")
     nvcc = find_nvcc(cuda or "13")
     # A torch without CUDA needs no nvcc.
-    problem, _, cure = describe_nvcc_problem(nvcc, cuda).partition("; ") if cuda else ("", "", "")
-    yield Finding("nvcc", problem or (f"CUDA {nvcc.version} ({nvcc.path})" if nvcc else "none"), cure)
+    problem, _, fix = describe_nvcc_problem(nvcc, cuda).partition("; ") if cuda else ("", "", "")
+    yield Finding("nvcc", problem or (f"CUDA {nvcc.version} ({nvcc.path})" if nvcc else "none"), fix)
 
 
 def _check_cache() -> Finding:

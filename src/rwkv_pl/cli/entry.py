@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
@@ -42,8 +43,8 @@ def cli_entry_point(main: Callable[[], None]) -> Callable[[], None]:
         except OSError as error:
             # For example a full disk or a removed folder. Files that were written before are complete.
             sys.exit(print_error(describe_os_error(error), FAILED))
-        except KeyboardInterrupt:
-            sys.exit(130)
+        except KeyboardInterrupt as error:
+            sys.exit(print_error(error, 130) if error.args else 130)
 
     return command
 
@@ -83,11 +84,14 @@ def safe_import_path() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def default_sigint() -> Iterator[None]:
-    """Make Ctrl-C end the process at once. In an import, KeyboardInterrupt can be swallowed or cause a later error."""
+def default_sigint(handler: Any = signal.SIG_DFL) -> Iterator[None]:
+    """Make Ctrl-C end the process at once. In an import, KeyboardInterrupt can be swallowed or cause a later error.
+
+    handler: a signal handler that ends the process too.
+    """
     before = signal.getsignal(signal.SIGINT)
     if before is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, handler)
     try:
         yield
     finally:

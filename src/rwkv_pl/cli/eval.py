@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf
 
-from rwkv_pl.cli.arguments import parse_arguments, print_hydra_info
+from rwkv_pl.cli.arguments import expand_home, parse_arguments, print_hydra_info
 from rwkv_pl.cli.entry import cli_entry_point, default_sigint
 from rwkv_pl.cli.eval_report import print_report, write_report
 from rwkv_pl.cli.explain import print_settings
-from rwkv_pl.compose import compose, is_group_choice, parse_overrides, to_dataclass, to_plain_dict
+from rwkv_pl.compose import compose, is_group_choice, parse_overrides, suggest_list, to_dataclass, to_plain_dict
 from rwkv_pl.config import CORPORA, DATA_PATHS, Data, Eval
 from rwkv_pl.errors import RunError, UserError, one_line
 from rwkv_pl.files import as_user_error, remove_on_failure
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 @cli_entry_point
 def main() -> None:
     """The command. Exit codes: 0 evaluated, 1 failed while evaluating, 2 bad input."""
-    argv = sys.argv[1:]
+    argv = sys.argv[1:] = expand_home(sys.argv[1:])
     args = parse_arguments(argv)
     if args.multirun:
         raise UserError("rwkv-eval evaluates one model: leave out -m")
@@ -43,7 +43,7 @@ def main() -> None:
     overrides = parse_overrides(args.overrides, sweep=True)
     for override in overrides:
         if override.is_sweep_override():
-            raise UserError(f"{override.input_line} has several values: give one, or write a list as [a,b]")
+            raise UserError(f"{override.input_line} has several values: give one{suggest_list(override)}")
         if override.key_or_group.startswith("hydra"):
             raise UserError(f"{override.input_line} is not used: out=FOLDER sets the folder of the result")
         if is_group_choice(override) and override.key_or_group != "data":
@@ -76,6 +76,8 @@ def main() -> None:
             print("loading torch ...", file=sys.stderr, flush=True)
         report = _evaluate(config, run, given)
         print_report(report)
+        if "data" in given and CORPORA[config.data.name].path and not given & {"split", "data.split", "data.val_path"}:
+            print("note    data.split divides the text; to score all of it: data.split=[0,1,0]")
         write_report(report, out, name)
 
 
@@ -178,6 +180,7 @@ def _evaluate(config: Eval, run: Path | None, given: set[str]) -> dict[str, Any]
             "vocabulary": {"kind": vocabulary.kind, "size": vocabulary.size, "digest": vocabulary.digest},
             "tokens": n_tokens,
             "bytes": n_bytes,
+            "share": tokens.split_bytes(config.split) / sum(tokens.n_bytes),
         },
         "protocols": {},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
@@ -277,8 +280,9 @@ class _Progress:
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
             TaskProgressColumn(),
-            TextColumn("{task.fields[figures]}left"),
+            TextColumn("{task.fields[figures]}"),
             TimeRemainingColumn(compact=True),
+            TextColumn("left"),
             console=console,
             transient=True,
             disable=not console.is_terminal,
@@ -302,6 +306,4 @@ class _Progress:
         if self._count:
             bits = bits_per_byte(self._nats, self._count * self._bytes_per_token)
             speed = self._count / (time.perf_counter() - self._started)
-            self._bar.update(
-                self._task, completed=self._count, figures=f"{bits:.4f} bits/byte  {speed:,.0f} tokens/s  "
-            )
+            self._bar.update(self._task, completed=self._count, figures=f"{bits:.4f} bits/byte  {speed:,.0f} tokens/s")

@@ -32,13 +32,13 @@ def print_report(report: dict[str, Any]) -> None:
     print(f"weights {weights['file']}{step}")
     print(f"        {weights['model']}, {size['n_layer']} x {size['n_embd']}, {weights['parameters']:,} parameters")
     vocabulary = text["vocabulary"]
-    print(f"text    {text['corpus']} ({text['description']}, digest {text['digest'][:12]}), {text['split']} split:")
-    print(f"        {text['bytes']:,} bytes, {text['tokens']:,} tokens, each counted once,", end=" ")
-    print(f"vocabulary {vocabulary['kind']} ({vocabulary['size']:,})")
-    print(f"device  {report['device']}, {report['precision']}", flush=True)
+    print(f"text    {text['corpus']} ({text['description']}, digest {text['digest'][:12]}), {text['split']} split,")
+    print(f"        {text['share']:.0%} of the text: {text['bytes']:,} bytes, {text['tokens']:,} tokens,", end=" ")
+    print(f"each counted once, vocabulary {vocabulary['kind']} ({vocabulary['size']:,})")
+    print(f"device  {report['device']}, precision={report['precision']}", flush=True)
     table = Table(header_style="bold")
-    for title in ("protocol", "bits per byte", "perplexity per token", "nats per token", "tokens/s", "time"):
-        table.add_column(title, justify="left" if title == "protocol" else "right")
+    for title in ("protocol=", "bits per byte", "perplexity per token", "nats per token", "tokens/s", "time"):
+        table.add_column(title, justify="left" if title == "protocol=" else "right")
     for name, found in report["protocols"].items():
         table.add_row(
             _describe_protocol(name, found),

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
+from rwkv_pl.checks import suggest_flag
 from rwkv_pl.cli.entry import cli_entry_point, default_sigint
 from rwkv_pl.errors import RunError, UserError
 
@@ -41,7 +42,9 @@ def parse_arguments() -> argparse.Namespace:
     )
 
     def refuse(message: str) -> NoReturn:
-        hint = "quote a prompt of several words, and put -- before one that starts with -" if "unrec" in message else ""
+        hint = suggest_flag(message, parser._option_string_actions)
+        if not hint and "unrecognized" in message:
+            hint = "quote a prompt of several words, and put -- before one that starts with -"
         raise UserError(f"{message}; {hint or 'see --help'}")
 
     parser.error = refuse  # type: ignore[method-assign]
@@ -71,6 +74,8 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_intermixed_args()
     if arguments.max_tokens < -1:
         raise UserError(f"--max-tokens must be at least 0, or -1 for no limit, got {arguments.max_tokens}")
+    if not 0 < arguments.top_p <= 1:
+        raise UserError(f"--top-p must be above 0 and at most 1, got {arguments.top_p:g}")
     if not 1 <= arguments.samples <= MAX_SAMPLES:
         raise UserError(f"--samples must be from 1 to {MAX_SAMPLES:,}, got {arguments.samples}")
     if arguments.samples > 1 and arguments.state_out:

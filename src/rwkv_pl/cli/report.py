@@ -13,7 +13,7 @@ def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(
         prog="rwkv-report",
-        description="Prints a table of the runs below the folders, and writes sweep.csv and sweep.png.",
+        description="Prints a table of the runs below the folders, and writes sweep.csv and sweep.png into the folder.",
         epilog="example: rwkv-report multirun/2026-01-31/12-00-00",
     )
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="a run, a sweep, or any folder above them")

@@ -21,13 +21,11 @@ from rwkv_pl.config import CORPORA
 from rwkv_pl.data.documents import exists
 from rwkv_pl.errors import UserError, one_line
 from rwkv_pl.files import require_own_files
-from rwkv_pl.runs.folder import create_run_dir, has_started, locked
+from rwkv_pl.runs.folder import MULTIRUN, create_run_dir, has_started, locked
 from rwkv_pl.sweeps.jobs import expand_grid, merge_params
 from rwkv_pl.sweeps.pool import run_job
 from rwkv_pl.sweeps.report import print_report
-from rwkv_pl.terminal import FAILED, quote_override
-
-MULTIRUN = "multirun.yaml"
+from rwkv_pl.terminal import FAILED, quote_override, resume_command
 
 # Set in the environment of a resumed sweep's jobs: their settings come from its folder and are not trusted.
 RESUMED_ENV = "RWKV_PL_RESUMED_SWEEP"
@@ -111,7 +109,7 @@ def _run_sweep(sweep: Path, argv: Sequence[str], launcher: DictConfig) -> None:
         finally:
             done = print_report([sweep], sweep)
             if not done:
-                print(f"to retry the missing jobs: rwkv-train -m resume={sweep}")
+                print(f"to finish the sweep: {resume_command(sweep, '-m')}")
     if not done:
         sys.exit(FAILED)
 

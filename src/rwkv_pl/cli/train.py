@@ -13,16 +13,17 @@ from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf
 
 from rwkv_pl.cli import sweep
-from rwkv_pl.cli.arguments import parse_arguments, print_hydra_info
-from rwkv_pl.cli.entry import cli_entry_point
+from rwkv_pl.cli.arguments import expand_home, parse_arguments, print_hydra_info
+from rwkv_pl.cli.entry import cli_entry_point, default_sigint
 from rwkv_pl.cli.explain import print_settings
 from rwkv_pl.compose import check_config, compose, parse_overrides
+from rwkv_pl.config import Data
 from rwkv_pl.errors import UserError
 from rwkv_pl.files import require_own_files
 from rwkv_pl.runs import ranks
-from rwkv_pl.runs.folder import SWEEP_JOB_ENV, find_latest_run
+from rwkv_pl.runs.folder import find_latest_run
 from rwkv_pl.runs.stored import StoredRun, require_inside_run_folder, require_no_download
-from rwkv_pl.terminal import IgnoreBrokenPipe, quote_override
+from rwkv_pl.terminal import STOPPED_AT_START, SWEEP_JOB_ENV, IgnoreBrokenPipe, exit_at_once, quote_override
 
 
 @cli_entry_point
@@ -30,7 +31,7 @@ def main() -> None:
     """The command. Exit codes: 0 trained, 1 failed while training, 2 bad input."""
     if SWEEP_JOB_ENV in os.environ:
         sys.stdout, sys.stderr = IgnoreBrokenPipe(sys.stdout), IgnoreBrokenPipe(sys.stderr)
-    argv = sys.argv[1:]
+    argv = sys.argv[1:] = expand_home(sys.argv[1:])
     args = parse_arguments(argv)
     overrides = parse_overrides(args.overrides, sweep=args.multirun)
     resumed = next((o.value() for o in overrides if o.key_or_group == "resume"), None)
@@ -48,19 +49,34 @@ def main() -> None:
             sweep.resume_sweep(Path(str(resumed)).absolute(), others, args.config_dir)
         else:
             sweep.start_sweep(argv, overrides, args.config_dir)
-    elif resumed is not None:
-        _resume(resumed, others, args.config_dir)
     else:
-        _start(overrides, args.config_dir)
+        try:
+            if resumed is not None:
+                _resume(resumed, others, args.config_dir)
+            else:
+                _start(overrides, args.config_dir)
+        except KeyboardInterrupt as error:  # during the training, StopOnSignal handles Ctrl-C
+            raise KeyboardInterrupt(*(error.args or [STOPPED_AT_START])) from error
 
 
 def _start(overrides: list[Override], config_dir: str | None) -> None:
     composed = compose([str(o.input_line) for o in overrides], config_dir)
     config = check_config(composed, overrides, config_dir)
+    _require_text(config.data, {o.key_or_group for o in overrides})
     if sweep.RESUMED_ENV in os.environ:
         require_inside_run_folder(config, Path(composed.hydra.run.dir))
         require_no_download(config.data, Path.cwd())
     _load_training().start(config, composed, typed=any(o.key_or_group == "hydra.run.dir" for o in overrides))
+
+
+def _require_text(data: Data, typed: set[str]) -> None:
+    """Raise UserError for a path that was probably meant as the user's own text: enwik8 would be downloaded there."""
+    is_typed = "data.path" in typed and not typed & {"data", "experiment"}
+    if is_typed and data.name == "enwik8" and not Path(str(data.path)).exists():
+        raise UserError(
+            f"data.path={data.path} does not exist: for your own text, add data=text; to download enwik8 into that "
+            "folder, add data=enwik8"
+        )
 
 
 def _resume(resumed: Any, later: list[Override], config_dir: str | None) -> None:
@@ -90,7 +106,8 @@ def _find_run_folder(resumed: Any) -> Path:
 def _load_training() -> ModuleType:
     if sys.stderr.isatty():
         print("loading torch and lightning ...", file=sys.stderr, flush=True)
-    from rwkv_pl.runs import train
+    with default_sigint(lambda *_: exit_at_once(STOPPED_AT_START, 130)):
+        from rwkv_pl.runs import train
 
     return train
 

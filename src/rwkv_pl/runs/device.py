@@ -7,7 +7,7 @@ from rwkv_pl.errors import UserError, one_line
 from rwkv_pl.ops.backend import use_kernel
 from rwkv_pl.ops.wkv4 import wkv4
 from rwkv_pl.runs.ranks import decide_on_first_rank
-from rwkv_pl.training.precision import describe_speedup, measure_product_rates
+from rwkv_pl.training.precision import SIMILAR, describe_speedup, measure_product_rates
 
 
 def choose_accelerator(config: Train) -> None:
@@ -41,7 +41,7 @@ def choose_precision(config: Train, stored: str | None) -> str | None:
     if asked == "auto":
         trainer["precision"] = "bf16-mixed" if speedup > 1 else "32-true"
         return f"precision {trainer['precision']}: {comparison} (trainer.precision=auto)"
-    return f"precision {asked}: {comparison}; 32-true would be faster" if speedup < 1 else None
+    return f"precision {asked}: {comparison}; 32-true would be faster" if speedup < 1 / SIMILAR else None
 
 
 def choose_matmul_precision(config: Train, device: torch.device) -> None:

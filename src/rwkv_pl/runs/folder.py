@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from rwkv_pl.errors import UserError
 from rwkv_pl.files import PARTIAL_SUFFIX, atomic_write, describe_os_error, remove_on_failure, require_own_files
-from rwkv_pl.runs.outcome import RESULT_FILE
+from rwkv_pl.runs.outcome import DONE_STATUSES, RESULT_FILE, read_result
 from rwkv_pl.runs.ranks import decide_on_first_rank, is_first_process
 
 LOCK = ".lock"
@@ -21,11 +21,11 @@ LOCK = ".lock"
 # Written when the training starts: a folder with this file is a run that has started.
 OVERRIDES = Path(".hydra", "overrides.yaml")
 
+# Hydra's settings of a sweep, in its folder.
+MULTIRUN = "multirun.yaml"
+
 # Files that a sweep writes into the folder of a job before it starts and after it has failed.
 JOB_FILES = ("trial.json", "error.txt", RESULT_FILE)
-
-# Set in the environment of a sweep's job, which writes its sample of text only to its folder.
-SWEEP_JOB_ENV = "RWKV_PL_OF_A_SWEEP"
 
 EVENT_FILES = "events.out.tfevents.*"
 
@@ -224,13 +224,16 @@ def find_latest_run(outputs: Path) -> Path:
     found = [path.parent.parent for path in outputs.glob("**/" + OVERRIDES.as_posix())]
     started = [folder for folder in found if has_started(folder)]
     for folder in sorted(started, key=lambda folder: (folder / OVERRIDES).stat().st_mtime_ns, reverse=True):
+        if read_result(folder).get("status") in DONE_STATUSES:
+            continue
         with suppress(UserError):
             metadata = read_checkpoint(folder / "checkpoints" / "last.ckpt", checked=False).get(KEY)
             if isinstance(metadata, dict) and metadata.get("finished"):
                 continue
         with suppress(UserError), locked(folder):
             return folder
-    raise UserError(
-        f"resume=latest: none of {len(started)} runs in {outputs} is unfinished and not in use; name another run with "
-        "resume=FOLDER"
-    )
+    if not started:
+        raise UserError(f"resume=latest: no runs in {outputs}; name one elsewhere with resume=FOLDER")
+    count = f"all {len(started)} runs" if len(started) > 1 else "the only run"
+    be = "are" if len(started) > 1 else "is"
+    raise UserError(f"resume=latest: {count} in {outputs} {be} finished or in use; name one with resume=FOLDER")

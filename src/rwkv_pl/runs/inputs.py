@@ -17,6 +17,7 @@ from rwkv_pl.errors import CorruptFileError, UserError, one_line
 from rwkv_pl.model import MODELS
 from rwkv_pl.runs.checkpoint import check_loadable, check_same_run, load_resume_checkpoint
 from rwkv_pl.runs.device import choose_accelerator, choose_precision
+from rwkv_pl.runs.outcome import DONE_STATUSES, read_result
 from rwkv_pl.runs.stored import StoredRun
 from rwkv_pl.targets import find_targets, load_class
 from rwkv_pl.training.module import LitRWKV
@@ -79,6 +80,11 @@ def open_stored(config: Train, stored: StoredRun) -> Inputs:
     names = ("last.ckpt", "last.prev.ckpt", "best.ckpt")
     checkpoints = [path for name in names if os.path.lexists(path := stored.folder / "checkpoints" / name)]
     if not checkpoints:
+        if read_result(stored.folder).get("status") in DONE_STATUSES:
+            raise UserError(
+                f"{stored.folder} is finished and has no checkpoint to resume from: start a new run with default among "
+                "its callbacks"
+            )
         inputs = open_inputs(config, stored.cwd)
         inputs.remarks.append(f"{stored.folder} has no checkpoint yet: it starts at step 0")
         return inputs
@@ -130,7 +136,8 @@ def open_inputs(config: Train, cwd: Path, resume_from: Path | None = None) -> In
             f"the run is already at step {done_steps:,}, past its new end at step {max_steps:,}: give a larger "
             "trainer.max_steps"
         )
-    check_schedule(config.schedule, max_steps)
+    if not 0 < max_steps <= done_steps:  # else no step is left, whatever the schedule
+        check_schedule(config.schedule, max_steps)
     for where, target in find_targets(asdict(config)):
         load_class(where, target)
 

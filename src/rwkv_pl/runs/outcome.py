@@ -22,7 +22,7 @@ DONE_STATUSES = ("finished", "pruned")
 
 
 def write_result(folder: Path, **figures: Any) -> None:
-    """Write result.json: the status (waiting, finished, pruned, stopped, failed), and the figures or the error."""
+    """Write result.json: the status (not started, finished, pruned, stopped, failed), and the figures or the error."""
     plain = {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in figures.items()}
     with atomic_write(folder / RESULT_FILE) as file:
         file.write(json.dumps(plain, indent=1).encode())

@@ -68,8 +68,8 @@ class Start(Callback):
             f"optim   {config.optim._target_.rpartition('.')[2]}, lr {config.optim.lr:g}, {config.schedule.name}",
             f"memory  about {format_si(estimate.bytes(rows * config.data.ctx_len))} for weights, optimizer and a "
             f"micro-batch of {windows}, of {format_si(free_memory(device))} free",
-            f"machine {each}{format_si(peak, 'FLOP/s')} in {str(dtype).removeprefix('torch.')} products, measured: "
-            "100% MFU (model FLOPs utilisation)",
+            f"machine {each}{format_si(peak, 'FLOP/s')} in {str(dtype).removeprefix('torch.')} matrix products, "
+            "measured: MFU (model FLOPs utilisation) is the share of it",
             f"length  {self.inputs.describe_length()}",
             f"code    {describe_code()}",
         ):

@@ -16,7 +16,7 @@ from rwkv_pl.config import Data, Train, split_own_arguments
 from rwkv_pl.data.documents import exists
 from rwkv_pl.errors import UserError, one_line
 from rwkv_pl.files import atomic_write, is_outside
-from rwkv_pl.runs.folder import has_started
+from rwkv_pl.runs.folder import MULTIRUN, has_started
 
 # Settings that a resume cannot change. data.path and data.val_path can: the corpus is identified by its content.
 FIXED_KEYS = (
@@ -42,7 +42,7 @@ class StoredRun:
         self.folder = folder
         if folder.is_file():
             raise UserError(f"resume={folder} is a file: give the run's folder")
-        if (folder / "multirun.yaml").is_file():
+        if (folder / MULTIRUN).is_file():
             raise UserError(f"resume={folder} is a sweep: to resume it, rwkv-train -m resume={folder}")
         if not (folder / ".hydra" / "config.yaml").is_file():
             raise UserError(f"resume={folder} is not a run folder: it has no .hydra/config.yaml")

@@ -26,11 +26,12 @@ from rwkv_pl.limits import limit_threads
 from rwkv_pl.ops.heap import keep_freed_memory
 from rwkv_pl.runs import build, ranks
 from rwkv_pl.runs.device import choose_kernel, choose_matmul_precision
-from rwkv_pl.runs.folder import SWEEP_JOB_ENV, lock_for_all_ranks, run_folder, write_config, write_overrides
+from rwkv_pl.runs.folder import lock_for_all_ranks, run_folder, write_config, write_overrides
 from rwkv_pl.runs.inputs import Inputs, open_inputs, open_stored
 from rwkv_pl.runs.outcome import Record, to_run_error, write_result
 from rwkv_pl.runs.start import Start
 from rwkv_pl.runs.stored import StoredRun
+from rwkv_pl.terminal import SWEEP_JOB_ENV
 from rwkv_pl.training.callbacks.metrics import MetricsRecorder
 from rwkv_pl.training.callbacks.pending_validation import PendingValidation
 from rwkv_pl.training.callbacks.progress import TrainingProgress, format_duration
@@ -78,6 +79,9 @@ def run(inputs: Inputs, folder: Path, record: Record, resumed: bool = False) -> 
     trial = [PruneTrial(folder)] if (folder / "trial.json").exists() else []
     first = [Start(inputs, metrics, record), metrics, *progress, *trial]
     callbacks = [*first, *build.build_callbacks(config, folder), StopOnSignal(), PendingValidation(metrics)]
+    if not any(isinstance(callback, ModelCheckpoint) for callback in callbacks):
+        names = ",".join(["default", *config.callbacks])
+        inputs.remarks.append(f"warning: this run saves no checkpoint: add default, as in 'callbacks=[{names}]'")
     loggers = build.build_loggers(config, folder, max(inputs.done_steps, 1) if resumed else None)
     trainer = build.build_trainer(inputs, folder, callbacks, loggers)
 
@@ -106,7 +110,10 @@ def run(inputs: Inputs, folder: Path, record: Record, resumed: bool = False) -> 
                 raise UserError(f"{inputs.resume_from} does not fit this run ({reason}): it is corrupt") from error
             raise to_run_error(error, folder, record.has_started) from error
         if trainer.is_global_zero:
-            conclude(trainer, inputs, metrics, folder, time.perf_counter() - started)
+            try:
+                conclude(trainer, inputs, metrics, folder, time.perf_counter() - started)
+            except KeyboardInterrupt as error:
+                raise KeyboardInterrupt("stopped after the last step: the checkpoints are complete") from error
 
 
 def conclude(trainer: Trainer, inputs: Inputs, metrics: MetricsRecorder, folder: Path, seconds: float) -> None:

@@ -81,7 +81,7 @@ def write_pending_result(job: Job) -> None:
     """Write a job's settings into its folder, so that the report lists a job that never starts."""
     if not has_started(job.folder) and not read_result(job.folder):
         job.folder.mkdir(parents=True, exist_ok=True)
-        write_result(job.folder, status="waiting", overrides=job.settings)
+        write_result(job.folder, status="not started", overrides=job.settings)
 
 
 def compose_job(loader: ConfigLoader, config: DictConfig, overrides: list[str], number: int) -> tuple[Job, DictConfig]:

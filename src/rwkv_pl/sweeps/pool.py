@@ -21,10 +21,10 @@ from omegaconf import DictConfig
 
 from rwkv_pl.compose import typed_config_dir
 from rwkv_pl.limits import THREAD_VARIABLES, usable_cores
-from rwkv_pl.runs.folder import SWEEP_JOB_ENV, has_started, is_in_use
+from rwkv_pl.runs.folder import has_started, is_in_use
 from rwkv_pl.runs.outcome import DONE_STATUSES, read_result
 from rwkv_pl.sweeps.jobs import Job, record_failure
-from rwkv_pl.terminal import quote_override
+from rwkv_pl.terminal import SWEEP_JOB_ENV, quote_override
 
 
 def run_job(config: DictConfig) -> float:

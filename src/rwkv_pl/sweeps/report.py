@@ -5,6 +5,7 @@ import io
 import math
 import statistics
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rwkv_pl.errors import UserError, one_line
 from rwkv_pl.files import atomic_write, describe_os_error
-from rwkv_pl.runs.folder import OVERRIDES, has_started, is_in_use
+from rwkv_pl.runs.folder import MULTIRUN, OVERRIDES, has_started, is_in_use
 from rwkv_pl.runs.outcome import DONE_STATUSES, RESULT_FILE, read_result
 from rwkv_pl.runs.stored import flatten
 from rwkv_pl.terminal import console
@@ -28,16 +29,20 @@ if TYPE_CHECKING:
 READ_ERRORS = (OSError, LookupError, TypeError, ValueError, AttributeError)
 
 # Settings that do not count as differences between runs.
-UNCOMPARED_KEYS = ("resume", "logger.", "trainer.enable_")
+UNCOMPARED_KEYS = ("resume", "logger", "trainer.enable_")
 
 
 @dataclass
 class Run:
-    """A run, read from its folder. settings: dotted key to value. rows: of metrics.csv. result: of result.json."""
+    """A run, read from its folder. rows: of metrics.csv. result: of result.json.
+
+    settings: dotted key to value. overrides: key to value, as typed at the start and at each resume.
+    """
 
     folder: Path
     result: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
+    overrides: dict[str, str] = field(default_factory=dict)
     rows: list[dict[str, float]] = field(default_factory=list)
     status: str = ""
     error: str = ""
@@ -77,7 +82,7 @@ def print_report(paths: Sequence[Path], out: Path) -> bool:
     if not runs:
         return False
     names = _short_names([run.folder for run in runs])
-    keys = find_differing_settings(runs)
+    keys = find_swept_settings(runs) or find_differing_settings(runs)
     # The files come first, because printing fails if the reader of the table has gone.
     try:
         with atomic_write(out / "sweep.csv") as file:
@@ -116,13 +121,14 @@ def read_run(folder: Path) -> Run:
     try:
         if has_started(folder):
             run.settings = flatten(_read_yaml(folder / ".hydra" / "config.yaml"))
+            run.overrides = _split_overrides(yaml.safe_load((folder / OVERRIDES).read_text(encoding="utf-8")))
             later = folder / ".hydra" / "resumes.yaml"
             for entry in _read_yaml(later) if later.exists() else []:
                 run.settings |= flatten(entry["set"])
+                run.overrides |= _split_overrides(entry.get("overrides"))
         else:
-            overrides = result.get("overrides")
-            pairs = [str(text).partition("=") for text in (overrides if isinstance(overrides, list) else [])]
-            run.settings = {key: yaml.safe_load(value) for key, _, value in pairs}
+            run.overrides = _split_overrides(result.get("overrides"))
+            run.settings = {key: yaml.safe_load(value) for key, value in run.overrides.items()}
         run.rows = read_rows(folder / "metrics.csv", up_to=10**18)
     except (UserError, OmegaConfBaseException, yaml.YAMLError, *READ_ERRORS) as error:
         run.status, run.error = "damaged", one_line(error)
@@ -131,6 +137,23 @@ def read_run(folder: Path) -> Run:
     if not run.status:
         run.status = "running" if is_in_use(folder) else "broken off"
     return run
+
+
+def find_swept_settings(runs: Sequence[Run]) -> list[str]:
+    """Return the overrides that differ between the jobs of a sweep, and add them to the settings of each job.
+
+    [] if the runs are not of one sweep. A choice such as optim=adamw is one override, though it changes many settings,
+    and a job that failed at its start has its overrides too.
+    """
+    sweeps = {next((f for f in run.folder.absolute().parents if (f / MULTIRUN).is_file()), None) for run in runs}
+    if len(sweeps) != 1 or None in sweeps:
+        return []
+    intact = [run for run in runs if run.status != "damaged"]
+    keys = dict.fromkeys(key for run in intact for key in run.overrides)
+    swept = [key for key in keys if len({run.overrides.get(key) for run in intact}) > 1]
+    for run in runs:
+        run.settings |= {key: _to_plain(run.overrides[key]) for key in swept if key in run.overrides}
+    return swept
 
 
 def find_differing_settings(runs: Sequence[Run]) -> list[str]:
@@ -177,8 +200,8 @@ def _print_table(runs: Sequence[Run], names: Sequence[str], keys: Sequence[str])
     _print_seeds(screen, runs, keys)
     if best is not None and len(runs) > 1:
         winner, name = next((run, name) for run, name in zip(runs, names, strict=True) if run.best == best)
-        how = ", ".join(f"{key}={_format_value(winner.settings.get(key))}" for key in keys)
-        line = f"best: {name}, {best:.4f} bits per byte" + (f": {how}" if how else "")
+        how = ", ".join(f"{key}={_format_value(winner.settings[key])}" for key in keys if key in winner.settings)
+        line = f"best: run {name}, {best:.4f} bits per byte" + (f": {how}" if how else "")
         screen.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -193,8 +216,11 @@ def _print_seeds(screen: "Console", runs: Sequence[Run], keys: Sequence[str]) ->
     groups: dict[str, tuple[list[Any], dict[Any, float]]] = {}
     for run in runs:
         if run.best is not None and run.status == "finished":
+            # All settings, not only the swept ones: a sweep's files may have been changed before it was resumed.
+            equal = [item for item in run.settings.items() if not item[0].startswith(("seed", *UNCOMPARED_KEYS))]
             settings = [run.settings.get(key, "") for key in others]
-            groups.setdefault(repr(settings), (settings, {}))[1][run.settings.get("seed")] = run.best
+            group = groups.setdefault(repr((settings, sorted(equal))), (settings, {}))
+            group[1][run.settings.get("seed")] = run.best
     if not any(len(scores) > 1 for _, scores in groups.values()):
         return
     table = Table(header_style="bold")
@@ -235,6 +261,20 @@ def _read_yaml(path: Path) -> Any:
         return OmegaConf.to_container(OmegaConf.create(text), resolve=True)
     # libyaml is ten times as fast, if PyYAML was built with it.
     return yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+
+
+def _split_overrides(texts: Any) -> dict[str, str]:
+    """The values of key=value texts by key. Later ones take precedence."""
+    pairs = (str(text).partition("=") for text in (texts if isinstance(texts, list) else []))
+    return {key: value for key, _, value in pairs}
+
+
+def _to_plain(text: str) -> Any:
+    """The number that an override's value is, or else the value as typed."""
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    return text
 
 
 def _to_number(value: Any) -> float | None:

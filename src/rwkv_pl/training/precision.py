@@ -14,6 +14,8 @@ from rwkv_pl.ops.linear import gradient_of_input, gradient_of_weight, product
 
 # If bfloat16 is slower than this share of float32 on a small product, that decides: a large one would take seconds.
 HOPELESS = 0.25
+# Ratios closer to 1 than this are printed as equal.
+SIMILAR = 1.1
 SMALL_TOKENS, SMALL_EMBD = 64, 128
 MOST_TOKENS = 1024
 CALLS = 3
@@ -68,5 +70,7 @@ def _time_product(x: Tensor, weight: Tensor, gradient: Tensor) -> float:
 
 
 def describe_speedup(speedup: float) -> str:
-    """Formats a speed ratio as "2.1 times as fast as" or "15 times slower than"."""
+    """Formats a speed ratio as "2.1 times as fast as", "about as fast as" or "15 times slower than"."""
+    if 1 / SIMILAR < speedup < SIMILAR:
+        return "about as fast as"
     return f"{speedup:.1f} times as fast as" if speedup >= 1 else f"{1 / speedup:.2g} times slower than"

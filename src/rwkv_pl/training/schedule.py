@@ -44,8 +44,8 @@ def check_schedule(schedule: Schedule, max_steps: int) -> None:
         )
     if schedule.decay_steps is None and max_steps <= schedule.warmup_steps:
         raise UserError(
-            f"schedule.warmup_steps ({schedule.warmup_steps}) leaves no room for schedule={schedule.name} "
-            f"in a run of {max_steps} steps; shorten the warm-up or set schedule.decay_steps"
+            f"schedule.warmup_steps={schedule.warmup_steps} must be below the run's {max_steps:,} steps: "
+            f"set schedule.warmup_steps={max_steps // 10}"
         )
     end = schedule.decay_steps or max_steps
     if decay_start(schedule, end) < schedule.warmup_steps:

@@ -1,28 +1,34 @@
 """The progress of a run, in a terminal and elsewhere."""
 
+import contextlib
 import io
 import logging
+import os
 import re
+import signal
+import sys
 
 import pytest
 import rich
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from rich.console import Console
 
 from rwkv_pl import RWKV4, CorpusDataModule, LitRWKV, RWKV4Config
 from rwkv_pl.training.callbacks import progress
 from rwkv_pl.training.callbacks.metrics import MetricsRecorder
 from rwkv_pl.training.callbacks.progress import ConsoleHandler, TrainingProgress, format_duration
+from rwkv_pl.training.callbacks.signals import StopOnSignal
 
 
-def run_training(tmp_path, monkeypatch, terminal: bool) -> str:
+def run_training(tmp_path, monkeypatch, terminal: bool, *more: Callback) -> str:
     (tmp_path / "corpus.txt").write_bytes(b"The quick brown fox jumps over the lazy dog. " * 100)
-    screen = Console(file=io.StringIO(), force_terminal=terminal, width=140)
+    screen = Console(file=io.StringIO(), force_terminal=terminal, color_system="256" if terminal else None, width=140)
     monkeypatch.setattr(rich, "_console", screen)
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0)
     handler = ConsoleHandler()
-    progress.log.addHandler(handler)
-    progress.log.setLevel(logging.INFO)
+    log = logging.getLogger("rwkv_pl")
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
     history = MetricsRecorder(tmp_path, tokens_per_step=32, flops_per_token=6000, peak=1e9)
     trainer = Trainer(
         accelerator="cpu",
@@ -35,12 +41,12 @@ def run_training(tmp_path, monkeypatch, terminal: bool) -> str:
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
-        callbacks=[history, TrainingProgress(history)],
+        callbacks=[history, TrainingProgress(history), *more],
     )
-    trainer.fit(
-        LitRWKV(RWKV4(RWKV4Config(256, 1, 8))), CorpusDataModule(tmp_path / "corpus.txt", batch_size=2, ctx_len=16)
-    )
-    progress.log.removeHandler(handler)
+    data = CorpusDataModule(tmp_path / "corpus.txt", batch_size=2, ctx_len=16)
+    with contextlib.suppress(SystemExit):
+        trainer.fit(LitRWKV(RWKV4(RWKV4Config(256, 1, 8))), data)
+    log.removeHandler(handler)
     return screen.file.getvalue()
 
 
@@ -48,16 +54,37 @@ FIGURES = r"loss \d+\.\d+  \d+\.\d+ bits/byte  [\d,]+ tokens/s  \d+% MFU"
 
 
 def test_progress_without_a_terminal_is_plain_lines(tmp_path, monkeypatch):
-    shown = run_training(tmp_path, monkeypatch, terminal=False)
+    shown = run_training(tmp_path, monkeypatch, False)
     assert re.search(rf"^step 3/4  {FIGURES}  \d+ s left$", shown, flags=re.MULTILINE), shown
     assert re.search(r"^step 4/4  validation \d+\.\d{4} bits per byte$", shown, flags=re.MULTILINE)
     assert "\r" not in shown and "\x1b" not in shown
 
 
+class Interrupt(Callback):
+    """Ctrl-C in the third step."""
+
+    def on_train_batch_start(self, trainer: Trainer, *_: object) -> None:
+        if trainer.global_step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT to one process")
+def test_message_of_ctrl_c_is_below_the_bar(tmp_path, monkeypatch):
+    shown = remove_escapes(run_training(tmp_path, monkeypatch, True, StopOnSignal(), Interrupt()))
+    bar, _, message = shown.rpartition("stopped by SIGINT after step 3")
+    assert "3/4" in bar.splitlines()[-1] and "━" not in message, shown
+
+
+def remove_escapes(text: str) -> str:
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
+
+
 def test_progress_in_a_terminal_is_a_bar(tmp_path, monkeypatch):
-    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", run_training(tmp_path, monkeypatch, terminal=True))
+    colored = run_training(tmp_path, monkeypatch, True)
+    assert re.findall(r"\x1b\[([0-9;]+)m━", colored)[-1] == "38;5;197"  # a full bar has the color of a growing one
+    shown = remove_escapes(colored)
     assert re.search(FIGURES, shown), shown
-    assert "4/4" in shown and "left" in shown
+    assert "4/4" in shown and re.search(r"% MFU  ?[\d:-]+ left", shown), shown
     assert "step 4/4  validation" in shown
 
 

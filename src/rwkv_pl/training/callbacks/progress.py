@@ -61,11 +61,11 @@ class TrainingProgress(ProgressBar):
         if console.is_terminal and trainer.is_global_zero:
             self._bar = Progress(
                 # All columns together fit into 80 characters.
-                BarColumn(bar_width=None),
+                BarColumn(bar_width=None, finished_style="bar.complete"),
                 MofNCompleteColumn(),
                 TextColumn("{task.description}{task.fields[figures]}"),
-                TextColumn("left"),
                 TimeRemainingColumn(compact=True),
+                TextColumn("left"),
                 console=console,
                 auto_refresh=False,  # rich's refresh thread would block the training while it draws
             )
@@ -105,21 +105,21 @@ class TrainingProgress(ProgressBar):
         log.info(f"step {self._format_step(trainer)}  validation {bits:.4f} bits per byte")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._bar:
-            self._show(completed=trainer.global_step, figures=self._format_figures())
-        self._stop()
+        self.stop(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._stop()
+        self.stop(trainer)
+
+    def stop(self, trainer: Trainer) -> None:
+        """Show the current step and end the bar, so that a message printed next is below it."""
+        if self._bar:
+            self._show(completed=trainer.global_step, description="", figures=self._format_figures())
+            self._bar.stop()
+            self._bar = None
 
     def _show(self, **changes: Any) -> None:
         if self._bar:
             self._bar.update(self._task, refresh=True, **changes)
-
-    def _stop(self) -> None:
-        if self._bar:
-            self._bar.stop()
-            self._bar = None
 
     def _format_step(self, trainer: Trainer) -> str:
         return f"{trainer.global_step:,}" + (f"/{trainer.max_steps:,}" if trainer.max_steps > 0 else "")

@@ -15,8 +15,9 @@ from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 
-from rwkv_pl.terminal import resume_command
+from rwkv_pl.terminal import STOPPED_AT_START, SWEEP_JOB_ENV, exit_at_once, resume_command
 from rwkv_pl.training.callbacks.checkpoints import LastCheckpoint, validation_is_due
+from rwkv_pl.training.callbacks.progress import TrainingProgress
 from rwkv_pl.training.checkpoint_io import DurableCheckpointIO
 
 log = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ class StopOnSignal(Callback):
             environment.auto_requeue = False
             if environment.requeue_signal:
                 self._codes[environment.requeue_signal] = 0
-        self._set_handlers(self._end_at_once)
+        self._set_handlers(self._end_at_start if trainer.is_global_zero else self._end_at_once)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.world_size > 1:
@@ -105,6 +106,10 @@ class StopOnSignal(Callback):
         self._received = number
 
     @staticmethod
+    def _end_at_start(number: int, frame: FrameType | None) -> None:
+        exit_at_once(STOPPED_AT_START, EXIT_CODES.get(number, 128 + number))
+
+    @staticmethod
     def _end_at_once(number: int, frame: FrameType | None) -> None:
         os._exit(EXIT_CODES.get(number, 128 + number))
 
@@ -124,10 +129,14 @@ class StopOnSignal(Callback):
         trainer.strategy.checkpoint_io.teardown()  # waits until the checkpoint is on disk
         trainer.strategy.barrier()
         requeued = self._codes.get(number) == 0 and trainer.is_global_zero and _requeue()
+        if isinstance(trainer.progress_bar_callback, TrainingProgress):
+            trainer.progress_bar_callback.stop(trainer)
         if trainer.is_global_zero:
             message = f"stopped by {signal.Signals(number).name} after step {trainer.global_step:,}"
-            goes_on = f"; to resume: {resume_command(Path(trainer.default_root_dir))}" if last else ""
-            log.info(message + goes_on + ("; the job was requeued" if requeued else ""))
+            # A sweep prints the command that resumes all its jobs.
+            can_resume = last and SWEEP_JOB_ENV not in os.environ
+            hint = f"; to resume: {resume_command(Path(trainer.default_root_dir))}" if can_resume else ""
+            log.info(message + hint + ("; the job was requeued" if requeued else ""))
         raise SystemExit(self._codes.get(number, 128 + number))
 
 
