@@ -71,8 +71,8 @@ class Interrupt(Callback):
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT to one process")
 def test_message_of_ctrl_c_is_below_the_bar(tmp_path, monkeypatch):
     shown = remove_escapes(run_training(tmp_path, monkeypatch, True, StopOnSignal(), Interrupt()))
-    bar, _, message = shown.rpartition("stopped by SIGINT after step 3")
-    assert "3/4" in bar.splitlines()[-1] and "━" not in message, shown
+    bar, _, after = shown.partition("stopped by SIGINT after step 3")
+    assert "3/4" in bar.splitlines()[-1] and "━" not in after, shown
 
 
 def remove_escapes(text: str) -> str:
