@@ -27,6 +27,8 @@ def test_command_has_its_path_if_the_environment_is_not_active(programs, tmp_pat
     monkeypatch.setenv("PATH", str(programs))
     assert resume_command(Path("/a/run")) == "rwkv-train resume=/a/run"
     assert resume_command(Path("/a/run"), "-m") == "rwkv-train -m resume=/a/run"
+    monkeypatch.setattr(sys, "argv", ["rwkv-train", "seed=1", "plugins=[mine]"])
+    assert resume_command(Path("/a/run")) == "rwkv-train resume=/a/run 'plugins=[mine]'"
 
 
 @pytest.mark.parametrize("name", ["a b", "a,b", "it's", "x=1", "$HOME", "(c)", "ä"])

@@ -47,7 +47,7 @@ def quote_override(value: str | Path) -> str:
 def resume_command(folder: Path, *flags: str) -> str:
     """The command that resumes a run, or with -m a sweep, to be typed in this shell.
 
-    It has the program's path if the shell would not find it.
+    It has the program's path if the shell would not find it, and the plug-ins that were typed.
     """
     program = shutil.which("rwkv-train")
     own = Path(sys.executable).with_name("rwkv-train.exe" if os.name == "nt" else "rwkv-train")
@@ -56,7 +56,8 @@ def resume_command(folder: Path, *flags: str) -> str:
     else:
         program = "rwkv-train"
     plain = re.fullmatch(r"[\w./:\\-]+", str(folder), re.ASCII)
-    words = (program, *flags, f"resume={folder if plain else quote_override(folder)}")
+    plugins = [word for word in sys.argv[1:] if word.startswith("plugins=")]
+    words = (program, *flags, f"resume={folder if plain else quote_override(folder)}", *plugins)
     if os.name == "nt":
         return " ".join(f'"{word}"' if " " in word else word for word in words)
     return shlex.join(words)
