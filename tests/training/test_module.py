@@ -1,17 +1,24 @@
 """LitRWKV in a plain Trainer, as a Python user runs it."""
 
+import csv
 import math
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from torch.utils.data import DataLoader
 
 from rwkv_pl import RWKV4, CorpusDataModule, LitRWKV, RWKV4Config
-from rwkv_pl.errors import RunError
+from rwkv_pl.config import Optim, Schedule
+from rwkv_pl.errors import RunError, UserError
 from rwkv_pl.ops.cross_entropy import head_cross_entropy
 from rwkv_pl.training.callbacks.metrics import MetricsRecorder
 from rwkv_pl.training.loss import split_tokens
+from rwkv_pl.training.schedule import learning_rate
 
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 ENDLESS = {
@@ -66,8 +73,123 @@ def test_validation_averages_over_every_byte(data):
 def test_test_split_reports_the_same_metrics(data):
     trainer, module = train(data, max_steps=2)
     (figures,) = trainer.test(module, data, verbose=False)
-    assert not figures  # read from callback_metrics, like the validation's
-    assert 0 < float(trainer.callback_metrics["test/bits_per_byte"]) < 10
+    assert figures.keys() == {"test/loss", "test/bits_per_byte"}
+    assert 0 < figures["test/bits_per_byte"] < 10
+
+
+def read_rows(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def rows(vocab_size=256, n=12, ctx_len=16):
+    """A plain DataLoader of batches (2, T+1)."""
+    tokens = torch.randint(vocab_size, (n, ctx_len + 1), generator=torch.Generator().manual_seed(0))
+    return DataLoader(list(tokens), batch_size=2)
+
+
+class Rates(Callback):
+    def __init__(self):
+        self.values = []
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.values.append(pl_module.last_lr)
+
+
+def test_schedule_takes_its_length_from_the_epochs():
+    module = LitRWKV(RWKV4(RWKV4Config(256, 1, 8)), Optim(lr=1.0), Schedule("cosine", warmup_steps=3))
+    Trainer(accelerator="cpu", max_epochs=2, callbacks=[rates := Rates()], **QUIET).fit(module, rows())
+    expected = [learning_rate(n, module.optim, module.schedule, 12) for n in range(12)]
+    assert rates.values == expected
+    assert min(rates.values[:-1]) > 0 and rates.values[-1] == 0
+
+
+@pytest.mark.parametrize(
+    ("length", "message"),
+    [
+        ({"max_epochs": -1}, "schedule=cosine needs a length: set schedule.decay_steps, trainer.max_steps or"),
+        ({"max_steps": 3}, r"schedule.warmup_steps"),
+    ],
+)
+def test_schedule_without_room_is_an_error(length, message):
+    module = LitRWKV(RWKV4(RWKV4Config(256, 1, 8)), schedule=Schedule("cosine", warmup_steps=3))
+    with pytest.raises(UserError, match=message):
+        Trainer(accelerator="cpu", **QUIET, **length).fit(module, rows())
+
+
+def test_bits_per_byte_count_the_bytes_of_the_data_modules_vocabulary(tmp_path):
+    (tmp_path / "corpus.txt").write_text("Öl für die Mühle, süße Äpfel. " * 300)
+    data = CorpusDataModule(tmp_path / "corpus.txt", vocab="char", batch_size=4, ctx_len=32)
+    data.setup()
+    module = LitRWKV(RWKV4(RWKV4Config(data.vocabulary.size, 1, 16)))
+    (figures,) = Trainer(accelerator="cpu", **QUIET).validate(module, data, verbose=False)
+    lo, hi = data.token_file.splits.val
+    n_bytes = data.vocabulary.bytes_per_token[data.token_file.tokens[lo:hi]].sum()
+    assert figures["val/bits_per_byte"] == pytest.approx(
+        figures["val/loss"] * (hi - lo) / n_bytes / math.log(2), rel=1e-5
+    )
+    assert module.vocabulary == data.vocabulary.to_dict()
+    small = LitRWKV(RWKV4(RWKV4Config(256, 1, 16)))
+    with pytest.raises(UserError, match=f"the vocabulary has {data.vocabulary.size} tokens and the model 256"):
+        Trainer(accelerator="cpu", **QUIET).validate(small, data, verbose=False)
+
+
+@pytest.mark.parametrize("given", [[2] * 300, np.full(300, 2), torch.full((300,), 2)], ids=["list", "array", "tensor"])
+def test_bytes_per_token_are_given_in_any_form(given):
+    module = LitRWKV(RWKV4(RWKV4Config(300, 1, 8)), bytes_per_token=given)
+    (figures,) = Trainer(accelerator="cpu", **QUIET).validate(module, rows(300), verbose=False)
+    assert figures["val/bits_per_byte"] == pytest.approx(figures["val/loss"] / math.log(2) / 2)
+
+
+def test_tokens_of_unknown_bytes_are_scored_per_token():
+    module = LitRWKV(RWKV4(RWKV4Config(300, 1, 8)))
+    (figures,) = Trainer(accelerator="cpu", **QUIET).validate(module, rows(300), verbose=False)
+    assert figures["val/bits_per_token"] == pytest.approx(figures["val/loss"] / math.log(2))
+    assert "val/bits_per_byte" not in figures
+    stopping = EarlyStopping("val/bits_per_byte")
+    with pytest.raises(
+        UserError, match="EarlyStopping monitors val/bits_per_byte, but the bytes of each token are unknown"
+    ):
+        Trainer(accelerator="cpu", max_steps=2, callbacks=[stopping], **QUIET).fit(module, rows(300), rows(300))
+
+
+def test_metrics_reach_lightnings_loggers_and_callbacks(tmp_path):
+    module = LitRWKV(
+        RWKV4(
+            RWKV4Config(256, 1, 8),
+        ),
+        Optim(lr=1e-3),
+    )
+    monitor, best = LearningRateMonitor(), ModelCheckpoint(tmp_path, monitor="train/loss", every_n_train_steps=2)
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=6,
+        accumulate_grad_batches=2,
+        log_every_n_steps=2,
+        logger=CSVLogger(tmp_path),
+        callbacks=[monitor, best],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    seen = []
+    module.loss = lambda *tokens: seen.append(found := LitRWKV.loss(module, *tokens)) or found
+    trainer.fit(module, rows(n=24), rows())
+    found = read_rows(tmp_path / "lightning_logs" / "version_0" / "metrics.csv")
+    columns = {"train/loss", "train/l2wrap", "train/grad_norm", "lr", "val/loss", "val/bits_per_byte"}
+    assert columns <= {name for row in found for name in row}
+    assert len(monitor.lrs) == len(trainer.optimizers[0].param_groups)
+    assert "train/loss" in trainer.progress_bar_metrics
+    # Of the whole optimizer step: the mean over its micro-batches.
+    logged = [float(row["train/loss"]) for row in found if row.get("train/loss")]
+    steps = [float(a[1] + b[1]) / 2 for a, b in zip(seen[0:12:2], seen[1:12:2], strict=True)]
+    assert logged == pytest.approx(steps[1::2], rel=1e-5)
+    assert float(best.best_model_score) == pytest.approx(min(steps[1::2]), rel=1e-5)
+
+
+def test_loaded_model_trains_with_dropout():
+    model = RWKV4(RWKV4Config(256, 1, 8, dropout=0.5)).eval()
+    Trainer(accelerator="cpu", max_steps=1, **QUIET).fit(LitRWKV(model), rows())
+    assert model.training and model.blocks[0].dropout.training
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])

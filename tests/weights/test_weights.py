@@ -124,6 +124,7 @@ def test_vocabulary_is_stored_with_the_weights(tmp_path, vocabulary):
     model, there = load_weights(tmp_path / "x.ckpt")
     assert there == vocabulary
     assert model.config == weights.config
+    assert not model.training
     assert write_weights(weights, tmp_path / "x.pth").vocabulary is None
 
 

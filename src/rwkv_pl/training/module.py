@@ -11,21 +11,27 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import Timer, WeightAveraging
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rwkv_pl.config import Optim, Schedule
+from rwkv_pl.errors import UserError
 from rwkv_pl.inference.evaluate import bits_per_byte
 from rwkv_pl.inference.sampling import derive_seed
 from rwkv_pl.model import MODELS
 from rwkv_pl.ops.cross_entropy import head_cross_entropy
 from rwkv_pl.targets import load_class
+from rwkv_pl.training.callbacks.metrics import MetricsRecorder
 from rwkv_pl.training.loss import IGNORE_INDEX, count_bytes, l2wrap, split_tokens
 from rwkv_pl.training.muon import MuonAdamW
 from rwkv_pl.training.nonfinite import NonfiniteGuard
 from rwkv_pl.training.optimizer import build_optimizer, parameter_groups, set_hyperparameters
-from rwkv_pl.training.schedule import learning_rate
+from rwkv_pl.training.schedule import check_schedule, learning_rate
 from rwkv_pl.weights.metadata import KEY, Metadata
+
+# A length from which on a run counts as endless.
+ENDLESS = 2**40
 
 
 class LitRWKV(LightningModule):
@@ -37,10 +43,16 @@ class LitRWKV(LightningModule):
         optim, schedule: the settings (see conf/optim and conf/schedule); the default is Adam at a constant rate.
         seed: seeds the random numbers before each micro-batch, so that a resumed run draws the same ones.
         vocabulary: plain JSON types, saved in every checkpoint.
-        bytes_per_token: (V,) int64, for bits per byte; None: each token is one byte.
+        bytes_per_token: (V,) whole numbers, for bits per byte: a tensor, an array or a list.
         past: plain JSON types, saved in every checkpoint: the run's identity, which must match on resume.
         loss_chunk_len: tokens whose logits are in memory at once, which pays with a large vocabulary; None: all.
         skip_nonfinite: how many batches with a NaN or Inf loss or gradient a run may skip; the next raises RunError.
+
+    If vocabulary and bytes_per_token are not given, they come from the Trainer's data module, from its attribute
+    `vocabulary`, which those of this package have. If the bytes are unknown, exactly 256 tokens count as bytes, and any
+    other number is scored in `bits_per_token` instead of `bits_per_byte`.
+
+    Unless a MetricsRecorder records the run, the metrics are logged with `self.log`.
 
     After each optimizer step, `grad_norm` is the gradient's norm before clipping, as a tensor on its device (converting
     it to `float` waits for a GPU), and `last_lr` is the learning rate of the step.
@@ -54,7 +66,7 @@ class LitRWKV(LightningModule):
         *,
         seed: int = 42,
         vocabulary: dict[str, Any] | None = None,
-        bytes_per_token: Tensor | None = None,
+        bytes_per_token: Any = None,
         past: dict[str, Any] | None = None,
         loss_chunk_len: int | None = None,
         skip_nonfinite: int = 0,
@@ -66,14 +78,19 @@ class LitRWKV(LightningModule):
         self.schedule = schedule or Schedule()
         self.seed = seed
         self.vocabulary = vocabulary
+        self._is_vocabulary_given = vocabulary is not None or bytes_per_token is not None
         self.past = past or {}
         self.loss_chunk_len = loss_chunk_len
         self._guard = NonfiniteGuard(skip_nonfinite)
         self.grad_norm: Tensor | float = math.nan
         self.last_lr = math.nan
         self._loss: Tensor | float = 0.0
+        self._is_recorded = False
+        self._micro_batches: list[Tensor] = []
+        self._n_steps: int | None = None
         self.bytes_per_token: Tensor | None
-        self.register_buffer("bytes_per_token", bytes_per_token, persistent=False)
+        sizes = None if bytes_per_token is None else torch.as_tensor(bytes_per_token, dtype=torch.int64)
+        self.register_buffer("bytes_per_token", sizes, persistent=False)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "_current_fx_name":
@@ -95,6 +112,27 @@ class LitRWKV(LightningModule):
                 torch.set_default_dtype(before)
             self._build = None  # frees the initial weights that it may hold
 
+    def setup(self, stage: str) -> None:
+        self._is_recorded = any(isinstance(callback, MetricsRecorder) for callback in self._callbacks)
+        vocabulary: Any = getattr(self.trainer.datamodule, "vocabulary", None)  # type: ignore[attr-defined]
+        if hasattr(vocabulary, "bytes_per_token") and not self._is_vocabulary_given:
+            self.vocabulary = vocabulary.to_dict()
+            self.bytes_per_token = torch.as_tensor(vocabulary.bytes_per_token, dtype=torch.int64)
+        if self.model is not None and self.bytes_per_token is not None:
+            self._check_vocabulary_size(len(self.bytes_per_token))
+
+    def _check_vocabulary_size(self, n_tokens: int) -> None:
+        size = self.model.config.vocab_size
+        if size < n_tokens:
+            raise UserError(
+                f"the vocabulary has {n_tokens} tokens and the model {size}: build the model with vocab_size={n_tokens}"
+            )
+
+    @property
+    def counts_bytes(self) -> bool:
+        """Is the number of bytes of each token known?"""
+        return self.bytes_per_token is not None or self.model.config.vocab_size == 256
+
     def forward(self, tokens: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         """tokens (B, T) -> logits (B, T, V) and the state after them; calls the model."""
         return self.model(tokens, state)
@@ -102,11 +140,31 @@ class LitRWKV(LightningModule):
     def training_step(self, batch: Tensor, batch_idx: int) -> dict[str, Tensor]:
         """batch: tokens (B, T+1). Returns scalars: the loss, and its two parts in nats per token.
 
-        MetricsRecorder logs them: a call of self.log would cost 0.45 ms in every step, logged or not.
+        MetricsRecorder records them: a call of self.log would cost 0.45 ms in every step, logged or not.
         """
         loss, nats, penalty = self.loss(*split_tokens(batch))
         self._loss = self._loss + loss.detach()
+        if self._trainer and not self._is_recorded:
+            # The mean over the micro-batches so far: at the last one, the mean of the whole step.
+            self._micro_batches.append(torch.stack([nats.detach(), penalty.detach()]))
+            mean_nats, mean_penalty = torch.stack(self._micro_batches).mean(0)
+            sync = self.trainer.world_size > 1
+            self.log("train/loss", mean_nats, prog_bar=True, sync_dist=sync)
+            if self._is_logging_step:
+                self.log("train/l2wrap", mean_penalty, sync_dist=sync)
         return {"loss": loss, "nats": nats.detach(), "l2wrap": penalty.detach()}
+
+    @property
+    def _is_logging_step(self) -> bool:
+        """Does Lightning pass the metrics of this step to the loggers? A call of self.log costs 0.45 ms."""
+        return (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+
+    def on_train_batch_end(self, outputs: Any, batch: Tensor, batch_idx: int) -> None:
+        if self._is_recorded or self.trainer.fit_loop.epoch_loop._should_accumulate():
+            return
+        self._micro_batches.clear()
+        if self.trainer.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            self.log_dict({"train/grad_norm": self.grad_norm, "lr": self.last_lr})
 
     def loss(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """inputs, targets (B, T) -> scalars: the loss, and its parts, the nats per token and L2Wrap."""
@@ -152,12 +210,13 @@ class LitRWKV(LightningModule):
         if self.trainer.world_size > 1:
             sums = self.trainer.strategy.reduce(sums.to(self.device), reduce_op="sum")
         nats, n_targets, n_bytes = sums.tolist()
-        figures = {
-            f"{split}/loss": nats / max(n_targets, 1),
-            f"{split}/bits_per_byte": bits_per_byte(nats, n_bytes),
-        }
-        # Reduced over all processes already. For callbacks that monitor it; MetricsRecorder writes it to the loggers.
-        self.log_dict(figures, logger=False)
+        figures = {f"{split}/loss": nats / max(n_targets, 1)}
+        if self.counts_bytes:
+            figures[f"{split}/bits_per_byte"] = bits_per_byte(nats, n_bytes)
+        else:
+            figures[f"{split}/bits_per_token"] = bits_per_byte(nats, n_targets)
+        # Reduced over all processes already. A MetricsRecorder passes them to the loggers itself.
+        self.log_dict(figures, logger=not self._is_recorded, prog_bar=not self._is_recorded)
 
     # The optimizer
 
@@ -166,7 +225,22 @@ class LitRWKV(LightningModule):
         groups = parameter_groups(self.model, self.lr_scale, split_blocks=target is MuonAdamW)
         return build_optimizer(target, groups, self.optim)
 
+    def on_fit_start(self) -> None:
+        if not self.model.training:  # as load_weights returns it: Lightning would train without dropout
+            self.model.train()
+        for callback in self._callbacks:
+            monitored = str(getattr(callback, "monitor", None))
+            if "bits_per_byte" in monitored and not self.counts_bytes:
+                other = monitored.replace("bits_per_byte", "bits_per_token")
+                raise UserError(
+                    f"{type(callback).__name__} monitors {monitored}, but the bytes of each token are unknown: "
+                    f"give LitRWKV bytes_per_token=, or monitor {other}"
+                )
+
     def on_train_start(self) -> None:
+        if self.schedule.name != "constant":
+            self._n_steps = self._count_steps()
+            check_schedule(self.schedule, self._n_steps)
         for optimizer in self.trainer.optimizers:
             set_hyperparameters(optimizer, self.optim, self.lr_scale)
 
@@ -182,7 +256,15 @@ class LitRWKV(LightningModule):
 
     def lr_at(self, step: int) -> float:
         """The learning rate of optimizer step `step`, counted from 0."""
-        return learning_rate(step, self.optim, self.schedule, self.trainer.max_steps)
+        return learning_rate(step, self.optim, self.schedule, self._n_steps or self.trainer.max_steps)
+
+    def _count_steps(self) -> int:
+        """The optimizer steps of the fit, from the Trainer's max_steps and max_epochs; -1 if it has no length."""
+        try:
+            n_steps = self.trainer.estimated_stepping_batches
+        except MisconfigurationException:  # the accumulation changes from epoch to epoch
+            n_steps = self.trainer.max_steps
+        return int(n_steps) if n_steps < ENDLESS else -1
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         self.last_lr = self.current_lr

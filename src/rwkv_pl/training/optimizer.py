@@ -39,7 +39,9 @@ def parameter_groups(model: nn.Module, lr_scale: dict[str, float], split_blocks:
         )
     split: dict[str, Any] = {"muon": True} if split_blocks else {}
     return [
-        {"params": members, "name": name, "decays": decays} | (split if in_block else {})
+        # Lightning's LearningRateMonitor needs different names.
+        {"params": members, "name": name + ".decayed" * decays + ".blocks" * in_block, "decays": decays}
+        | (split if in_block else {})
         for (name, decays, in_block), members in groups.items()
     ]
 
@@ -85,5 +87,5 @@ def set_hyperparameters(optimizer: Optimizer, optim: Optim, lr_scale: dict[str, 
     numbers = {key: value for key, value in optimizer.defaults.items() if key != "lr"}
     for group in optimizer.param_groups:
         group.update(numbers)
-        group["lr_scale"] = lr_scale.get(group["name"], 1.0)
+        group["lr_scale"] = lr_scale.get(group["name"].partition(".")[0], 1.0)
         group["weight_decay"] = optim.weight_decay if group["decays"] else 0.0

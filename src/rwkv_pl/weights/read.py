@@ -15,14 +15,14 @@ from rwkv_pl.weights.tensors import Weights, detect_version, validate_tensors
 
 
 def load_weights(source: str | Path) -> tuple[nn.Module, Vocabulary | None]:
-    """Loads the model of `source`, on the CPU in float32 and in training mode, and its vocabulary.
+    """Loads the model of `source`, on the CPU in float32 and in eval mode (no dropout), and its vocabulary.
 
     source: as for `read_weights`. The vocabulary is None if it is not known: a `.pth` has none.
 
     Raises UserError, with a one-line message, if there are no weights or they cannot be read.
     """
     weights = read_weights(source)
-    return weights.model(), weights.vocabulary
+    return weights.model().eval(), weights.vocabulary
 
 
 def read_weights(source: str | Path) -> Weights:
