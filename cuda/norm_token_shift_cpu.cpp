@@ -41,7 +41,9 @@ struct Plan {
   int64_t batch, steps, channels, tasks;
 
   explicit Plan(const Tensor& x)
-      : batch(x.size(0)), steps(x.size(1)), channels(x.size(2)), tasks((steps + STEPS - 1) / STEPS) {}
+      : batch(x.size(0)), steps(x.size(1)), channels(x.size(2)), tasks((steps + STEPS - 1) / STEPS) {
+    STD_TORCH_CHECK(steps >= 1 && channels >= 1, "norm_token_shift: x has ", steps, " steps, ", channels, " channels");
+  }
 
   // Calls f(task, sequence, first step, end) for all tasks.
   template <typename F>

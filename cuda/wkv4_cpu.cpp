@@ -80,6 +80,7 @@ struct Plan {
 
   Plan(const Tensor& key, int64_t tile_steps)
       : batch(key.size(0)), steps(key.size(1)), channels(key.size(2)), tile(tile_steps) {
+    STD_TORCH_CHECK(steps >= 1 && channels >= 1, "wkv4: key has ", steps, " steps and ", channels, " channels");
     STD_TORCH_CHECK(tile >= 1 && tile <= LONGEST_TILE, "wkv4: tile must be 1 to ", LONGEST_TILE, ", not ", tile);
     blocks = (channels + LANES - 1) / LANES;
     tiles = (steps + tile - 1) / tile;

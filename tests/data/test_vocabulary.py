@@ -118,3 +118,22 @@ def test_corrupt_vocabulary_gives_one_line_error(stored: object) -> None:
 def test_unknown_vocabulary_lists_the_known_ones() -> None:
     with pytest.raises(UserError, match=r"vocab=word is not available.*byte, char, 20b"):
         Vocabulary("word")
+
+
+@pytest.mark.parametrize(
+    ("ids", "error", "message"),
+    [
+        ([300], IndexError, "token ids must be from 0 to 255, got 300"),
+        ([1, -1], IndexError, "token ids must be from 0 to 255, got -1"),
+        ([1.5], TypeError, "token ids must be integers, not float64"),
+    ],
+)
+def test_ids_outside_of_the_vocabulary_are_refused(ids, error, message):
+    with pytest.raises(error, match=message):
+        Vocabulary().decode(ids)
+
+
+def test_text_that_is_not_bytes_is_refused():
+    with pytest.raises(TypeError, match=r"encode takes bytes, not str: use text.encode\(\)"):
+        Vocabulary().encode("text")
+    assert Vocabulary().decode([]) == b""

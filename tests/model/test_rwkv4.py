@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 
 import numpy as np
 import pytest
@@ -365,3 +366,33 @@ def test_step_applies_dropout_in_training(count_compiled_calls):
     assert not torch.equal(model.step(tokens)[0], model.step(tokens)[0]) and not count_compiled_calls
     model.eval()
     assert torch.equal(model.step(tokens)[0], model.step(tokens)[0]) and count_compiled_calls
+
+
+@pytest.mark.parametrize("kernel", ["auto", "scan"])
+@pytest.mark.parametrize(
+    ("tokens", "error", "message"),
+    [
+        (torch.tensor([1, 2, 3]), ValueError, r"tokens must be (B, T) with T at least 1, not (3,)"),
+        (torch.zeros(2, 0, dtype=torch.int64), ValueError, r"tokens must be (B, T) with T at least 1, not (2, 0)"),
+        (torch.rand(1, 3), TypeError, "tokens must be an int64 tensor, not torch.float32"),
+        ([[1, 2]], TypeError, "tokens must be an int64 tensor, not list"),
+        (torch.tensor([[1, 11]]), IndexError, "tokens must be from 0 to 10, got 11"),
+        (torch.tensor([[-1, 2]]), IndexError, "tokens must be from 0 to 10, got -1"),
+        (torch.zeros(1, 2, dtype=torch.int64, device="meta"), ValueError, "tokens are on meta and the model on cpu"),
+    ],
+)
+def test_bad_tokens_are_named(kernel, tokens, error, message):
+    model = RWKV4(RWKV4Config(11, 1, 8))
+    with use_kernel(kernel), pytest.raises(error, match=re.escape(message)):
+        model(tokens)
+
+
+@pytest.mark.parametrize("kernel", ["auto", "scan"])
+def test_state_of_another_size_is_named(kernel):
+    model, tokens = RWKV4(RWKV4Config(11, 2, 8)), torch.zeros(2, 3, dtype=torch.int64)
+    with use_kernel(kernel):
+        _, state = model(tokens)
+        with pytest.raises(ValueError, match="2 layers and 2 rows; the model has 2 layers, and tokens 1 rows"):
+            model(tokens[:1], state)
+        with pytest.raises(ValueError, match="the state has 1 layers and 2 rows"):
+            model(tokens, state[:1])

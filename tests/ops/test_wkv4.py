@@ -494,6 +494,15 @@ def test_device_without_the_compiled_operator_uses_the_scan():
         wkv4(*arguments)
 
 
+@pytest.mark.parametrize("shape", [(1, 0, 4), (1, 4, 0)])
+def test_compiled_operators_refuse_no_steps_and_no_channels(shape):
+    x, channels = torch.zeros(shape), torch.zeros(shape[2])
+    with pytest.raises(RuntimeError, match=f"key has {shape[1]} steps and {shape[2]} channels"):
+        torch.ops.rwkv_pl.wkv4_forward(channels, channels, x, x, None, 32)
+    with pytest.raises(RuntimeError, match=f"x has {shape[1]} steps, {shape[2]} channels"):
+        torch.ops.rwkv_pl.norm_token_shift(x, channels, channels, [channels] * 3, None, 1e-5, False)
+
+
 def test_operators_can_be_loaded_before_their_modules():
     code = "from rwkv_pl.ops.backend import load; load('cpu'); import rwkv_pl.ops.wkv4, rwkv_pl.ops.rwkv4_step"
     subprocess.run([sys.executable, "-c", code], check=True)

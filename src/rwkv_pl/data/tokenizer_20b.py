@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from rwkv_pl.data.vocabulary import BYTE_BY_CHARACTER, EncodingError, Tokens, Vocabulary
+from rwkv_pl.data.vocabulary import BYTE_BY_CHARACTER, EncodingError, Tokens, Vocabulary, check_ids
 from rwkv_pl.errors import UserError, one_line
 
 # Versions before 0.23.1 warn at every fork after the library has used its threads. The processes forked here, the data
@@ -89,6 +89,8 @@ class Vocabulary20B(Vocabulary):
             ) from error
 
     def encode(self, text: bytes | npt.NDArray[np.uint8]) -> Tokens:
+        if isinstance(text, str):
+            raise TypeError("encode takes bytes, not str: use text.encode()")
         return self.encode_documents(text, ())
 
     def encode_documents(self, text: bytes | npt.NDArray[np.uint8], ends: Iterable[int]) -> Tokens:
@@ -123,7 +125,7 @@ class Vocabulary20B(Vocabulary):
         return lo
 
     def decode(self, ids: npt.ArrayLike) -> bytes:
-        return b"".join([self._token_bytes[i] for i in np.asarray(ids, np.int64).tolist()])
+        return b"".join([self._token_bytes[i] for i in check_ids(ids, self.size).tolist()])
 
     def to_dict(self) -> dict[str, str]:
         return {"kind": self.kind, "tokenizer": self._json}

@@ -33,6 +33,17 @@ class EncodingError(UserError):
         self.offset, self.reason = offset, reason
 
 
+def check_ids(ids: npt.ArrayLike, size: int) -> npt.NDArray[np.int64]:
+    """``ids`` as int64. Raises TypeError unless they are integers, IndexError unless they are in [0, size)."""
+    index = np.asarray(ids)
+    if index.size and index.dtype.kind not in "iu":
+        raise TypeError(f"token ids must be integers, not {index.dtype}")
+    if index.size and not 0 <= index.min() <= index.max() < size:
+        wrong = index.min() if index.min() < 0 else index.max()
+        raise IndexError(f"token ids must be from 0 to {size - 1}, got {wrong}")
+    return index.astype(np.int64)
+
+
 class Vocabulary:
     """A lossless mapping from any byte string to token ids: decode(encode(text)) == text.
 
@@ -73,6 +84,8 @@ class Vocabulary:
 
     def encode(self, text: bytes | npt.NDArray[np.uint8]) -> Tokens:
         """Encodes ``text``: ids (n,) of the smallest unsigned dtype that can hold ``size - 1``."""
+        if isinstance(text, str):
+            raise TypeError("encode takes bytes, not str: use text.encode()")
         data = np.frombuffer(text, np.uint8)
         ids = data.astype(self.dtype)
         if not self.characters:
@@ -110,7 +123,7 @@ class Vocabulary:
 
     def decode(self, ids: npt.ArrayLike) -> bytes:
         """Decodes ``ids`` (n,), any integers in [0, size). The result can start or end inside a UTF-8 character."""
-        index = np.asarray(ids, np.int64)
+        index = check_ids(ids, self.size)
         spelled = np.arange(4) < self.bytes_per_token[index][:, None]
         return self._spelling[index][spelled].tobytes()
 

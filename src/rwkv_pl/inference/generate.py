@@ -41,6 +41,8 @@ def generate(
     """
     chosen = Sampling(**sampling)
     prompts = list(tokens)
+    if any(prompt.dim() != 1 for prompt in prompts):
+        raise ValueError("the prompts must be (B, T), or a list of (T_i,): for one prompt, pass tokens[None]")
     logits, state = read_prompts(model, prompts, state)
     return Generation(model, logits, state, chosen, RowRandom(seed, len(prompts)), prompts)
 

@@ -193,6 +193,8 @@ class RWKV4(nn.Module):
 
     def hidden(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """tokens (B, T) int64, T >= 1 -> the head's input (B, T, C), and the state after the last token."""
+        if not torch.compiler.is_compiling():
+            check_inputs(tokens, state, self.emb.weight, len(self.blocks))
         x = self.emb(tokens)
         after = []
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
@@ -229,6 +231,26 @@ class RWKV4(nn.Module):
         V, C = self.config.vocab_size, self.config.n_embd
         nn.init.uniform_(self.emb.weight, -1e-4, 1e-4)
         nn.init.orthogonal_(self.head.weight, gain=0.5 * math.sqrt(max(V / C, 1)))
+
+
+def check_inputs(tokens: Tensor, state: State | None, embedding: Tensor, n_layer: int) -> None:
+    """Raises TypeError, ValueError or IndexError unless tokens (B, T) and the state suit a model of this size."""
+    if not isinstance(tokens, Tensor) or tokens.dtype not in (torch.int64, torch.int32):
+        given = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise TypeError(f"tokens must be an int64 tensor, not {given}")
+    if tokens.dim() != 2 or tokens.shape[1] == 0:
+        raise ValueError(f"tokens must be (B, T) with T at least 1, not {tuple(tokens.shape)}")
+    if tokens.device != embedding.device:
+        raise ValueError(f"tokens are on {tokens.device} and the model on {embedding.device}: move them to one device")
+    if tokens.device.type == "cpu" and tokens.numel():  # on a GPU, reading them would wait for it
+        lowest, highest = (int(token) for token in tokens.aminmax())
+        if lowest < 0 or highest >= len(embedding):
+            raise IndexError(f"tokens must be from 0 to {len(embedding) - 1}, got {lowest if lowest < 0 else highest}")
+    if state is not None and (len(state) != n_layer or len(state[0].att_shift) != len(tokens)):
+        raise ValueError(
+            f"the state has {len(state)} layers and {len(state[0].att_shift) if state else 0} rows; "
+            f"the model has {n_layer} layers, and tokens {len(tokens)} rows"
+        )
 
 
 def token_shift(x: Tensor, shift: Tensor | None) -> Tensor:

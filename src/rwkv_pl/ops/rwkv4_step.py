@@ -73,12 +73,16 @@ def rwkv4_step(
         Logits (B, V), and the state after the tokens, a triple per layer. All are float32, and so is the arithmetic.
         A row's bits do not depend on the other rows or on the number of threads.
 
-    It has no gradient. Raises IndexError for a token outside of the vocabulary.
+    It has no gradient. Raises ValueError for tokens of another shape or dtype, IndexError for a token outside of the
+    vocabulary.
     """
+    if tokens.dim() != 1 or tokens.dtype != torch.int64:
+        raise ValueError(f"tokens must be (B,) int64, not {tuple(tokens.shape)} {tokens.dtype}")
     ids = tokens.tolist()
     vocabulary = len(parameters[0])
     if ids and not 0 <= min(ids) <= max(ids) < vocabulary:
-        raise IndexError(f"rwkv4_step: tokens from {min(ids)} to {max(ids)} do not fit a vocabulary of {vocabulary}")
+        wrong = min(ids) if min(ids) < 0 else max(ids)
+        raise IndexError(f"tokens must be from 0 to {vocabulary - 1}, got {wrong}")
     logits, shifts, wkv = torch.ops.rwkv_pl.rwkv4_step(parameters, tokens, [x.float() for x in state])
     shift = shifts.unbind()
     return logits, tuple(zip(shift[0::2], wkv.unbind(), shift[1::2], strict=True))
