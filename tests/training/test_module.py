@@ -10,14 +10,14 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from rwkv_pl import RWKV4, CorpusDataModule, LitRWKV, RWKV4Config
 from rwkv_pl.config import Optim, Schedule
 from rwkv_pl.errors import RunError, UserError
 from rwkv_pl.ops.cross_entropy import head_cross_entropy
 from rwkv_pl.training.callbacks.metrics import MetricsRecorder
-from rwkv_pl.training.loss import split_tokens
+from rwkv_pl.training.loss import split_batch, split_tokens
 from rwkv_pl.training.schedule import learning_rate
 
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
@@ -86,6 +86,44 @@ def rows(vocab_size=256, n=12, ctx_len=16):
     """A plain DataLoader of batches (2, T+1)."""
     tokens = torch.randint(vocab_size, (n, ctx_len + 1), generator=torch.Generator().manual_seed(0))
     return DataLoader(list(tokens), batch_size=2)
+
+
+def test_batches_of_other_forms_train_alike():
+    tokens = torch.randint(256, (6, 17), generator=torch.Generator().manual_seed(0))
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    forms = [
+        DataLoader(list(tokens), 2),
+        DataLoader(TensorDataset(tokens), 2),
+        DataLoader(TensorDataset(inputs, targets), 2),
+    ]
+    weights = []
+    for loader in forms:
+        torch.manual_seed(0)
+        module = LitRWKV(RWKV4(RWKV4Config(256, 1, 8)), Optim(lr=1e-2))
+        Trainer(accelerator="cpu", max_epochs=1, **QUIET).fit(module, loader, loader)
+        weights.append(module.model.head.weight)
+    assert torch.equal(weights[0], weights[1]) and torch.equal(weights[0], weights[2])
+
+
+def test_padding_is_not_counted_in_the_loss():
+    module = LitRWKV(RWKV4(RWKV4Config(256, 1, 8)))
+    tokens = torch.randint(256, (1, 17), generator=torch.Generator().manual_seed(0))
+    padded = torch.cat([tokens, torch.full((1, 9), -1)], dim=1)
+    whole, with_padding = module.loss(*split_batch(tokens))[1], module.loss(*split_batch(padded))[1]
+    torch.testing.assert_close(whole, with_padding, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ({"input_ids": torch.zeros(1, 2)}, r"a batch must be tokens \(B, T\+1\), or a pair .*, not dict"),
+        (torch.zeros(5, dtype=torch.int64), r"not \[\(5,\)\]"),
+        ((torch.zeros(1, 2), torch.zeros(1, 3)), r"inputs \(1, 2\) and targets \(1, 3\) must have one shape"),
+    ],
+)
+def test_batch_of_another_form_is_an_error(batch, message):
+    with pytest.raises(TypeError, match=message):
+        split_batch(batch)
 
 
 class Rates(Callback):
@@ -272,6 +310,7 @@ def test_step_without_logging_has_at_most_one_device_sync(data, tmp_path, monkey
     for name in ("tolist", "item", "cpu", "numpy", "__float__", "__int__", "__bool__", "__index__"):
         count_calls(name, getattr(torch.Tensor, name))
     monkeypatch.setattr(LitRWKV, "skips_nonfinite_on_device", lambda self, optimizer: optimizer.defaults["fused"])
+    monkeypatch.setattr("rwkv_pl.model.rwkv4.check_inputs", lambda *_: None)  # reads the tokens only on a CPU
     monkeypatch.setattr(LitRWKV, "log", lambda self, *_, **__: logged.update([step]))
     callbacks = [MetricsRecorder(tmp_path, 4 * 32), Steps()]
     train(data, max_steps=8, val_check_interval=100, limit_val_batches=0, log_every_n_steps=5, callbacks=callbacks)

@@ -3,6 +3,8 @@
 B  batch    T  time    V  vocab_size
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,24 @@ L2WRAP = 0.5e-4
 def split_tokens(tokens: Tensor) -> tuple[Tensor, Tensor]:
     """tokens (B, T+1) -> inputs (B, T), and targets (B, T) one step later. Padding (-1) becomes 0 in the inputs."""
     return tokens[:, :-1].clamp(min=0), tokens[:, 1:]
+
+
+def split_batch(batch: Any) -> tuple[Tensor, Tensor]:
+    """A batch -> inputs and targets, both (B, T). Raises TypeError for another kind of batch.
+
+    A batch is tokens (B, T+1), a list or tuple of one such tensor, as a TensorDataset gives it, or a pair of inputs and
+    targets, which are not shifted again. Targets of -1 are not counted.
+    """
+    parts = [batch] if isinstance(batch, Tensor) else list(batch) if isinstance(batch, list | tuple) else []
+    if not 1 <= len(parts) <= 2 or not all(isinstance(part, Tensor) and part.dim() == 2 for part in parts):
+        given = [tuple(getattr(part, "shape", ())) for part in parts] or type(batch).__name__
+        raise TypeError(f"a batch must be tokens (B, T+1), or a pair of inputs and targets (B, T), not {given}")
+    if len(parts) == 1:
+        return split_tokens(parts[0])
+    inputs, targets = parts
+    if inputs.shape != targets.shape:
+        raise TypeError(f"inputs {tuple(inputs.shape)} and targets {tuple(targets.shape)} must have one shape, (B, T)")
+    return inputs.clamp(min=0), targets
 
 
 def l2wrap(largest: Tensor) -> Tensor:

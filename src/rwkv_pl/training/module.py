@@ -23,7 +23,7 @@ from rwkv_pl.model import MODELS
 from rwkv_pl.ops.cross_entropy import head_cross_entropy
 from rwkv_pl.targets import load_class
 from rwkv_pl.training.callbacks.metrics import MetricsRecorder
-from rwkv_pl.training.loss import IGNORE_INDEX, count_bytes, l2wrap, split_tokens
+from rwkv_pl.training.loss import IGNORE_INDEX, count_bytes, l2wrap, split_batch
 from rwkv_pl.training.muon import MuonAdamW
 from rwkv_pl.training.nonfinite import NonfiniteGuard
 from rwkv_pl.training.optimizer import build_optimizer, parameter_groups, set_hyperparameters
@@ -137,12 +137,12 @@ class LitRWKV(LightningModule):
         """tokens (B, T) -> logits (B, T, V) and the state after them; calls the model."""
         return self.model(tokens, state)
 
-    def training_step(self, batch: Tensor, batch_idx: int) -> dict[str, Tensor]:
-        """batch: tokens (B, T+1). Returns scalars: the loss, and its two parts in nats per token.
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        """batch: see `split_batch`. Returns scalars: the loss, and its two parts in nats per token.
 
         MetricsRecorder records them: a call of self.log would cost 0.45 ms in every step, logged or not.
         """
-        loss, nats, penalty = self.loss(*split_tokens(batch))
+        loss, nats, penalty = self.loss(*split_batch(batch))
         self._loss = self._loss + loss.detach()
         if self._trainer and not self._is_recorded:
             # The mean over the micro-batches so far: at the last one, the mean of the whole step.
@@ -167,10 +167,11 @@ class LitRWKV(LightningModule):
             self.log_dict({"train/grad_norm": self.grad_norm, "lr": self.last_lr})
 
     def loss(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """inputs, targets (B, T) -> scalars: the loss, and its parts, the nats per token and L2Wrap."""
+        """inputs, targets (B, T) -> scalars: the loss, and its parts, the nats per counted target and L2Wrap."""
         hidden, _ = self.model.hidden(inputs)
         nats, largest = head_cross_entropy(self.model.head, hidden, targets, self.loss_chunk_len)
-        mean, penalty = nats.mean(), l2wrap(largest)
+        counted = (targets != IGNORE_INDEX).sum().clamp(min=1)
+        mean, penalty = nats.mean() * (targets.numel() / counted), l2wrap(largest)
         return mean + penalty, mean, penalty
 
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
@@ -187,9 +188,9 @@ class LitRWKV(LightningModule):
 
     on_test_epoch_start = on_validation_epoch_start
 
-    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        """batch: tokens (B, T+1), targets padded with -1. Adds up nats, targets and bytes."""
-        inputs, targets = split_tokens(batch)
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """batch: see `split_batch`. Adds up nats, targets and bytes."""
+        inputs, targets = split_batch(batch)
         hidden, _ = self.model.hidden(inputs)
         nats, _ = head_cross_entropy(self.model.head, hidden, targets, self.loss_chunk_len)
         n_targets = (targets != IGNORE_INDEX).sum()
