@@ -32,10 +32,9 @@ def main() -> int:
     )
     args = parser.parse_args()
     pages = list_pages(args.pages)
-    if not pages:
-        parser.error(
-            f"no page starts with {' or '.join(args.pages)}; choose from 01 to 09"
-        )
+    for number in args.pages:
+        if not list_pages([number]):
+            parser.error(f"no page starts with {number}; choose from 01 to 09")
     if args.notebook:
         args.notebook.mkdir(parents=True, exist_ok=True)
         for page in pages:
@@ -75,8 +74,8 @@ def main() -> int:
                 ),
                 sep="\n",
             )
-        failed += bool(report.faults)
-    return int(bool(failed) and not args.write)
+        failed += len(report.faults) > (report.outdated if args.write else 0)
+    return int(failed > 0)
 
 
 if __name__ == "__main__":

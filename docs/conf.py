@@ -62,7 +62,8 @@ def adapt_to_site(app: Any, name: str, source: list[str]) -> None:
         path = (FOLDER / name).parent / found[2]
         if path.resolve().is_relative_to(FOLDER):
             return found[0]
-        return f"{{download}}`{found[1]} <{found[2]}>`" if path.is_file() else found[1]
+        label = found[1].replace("`", "")
+        return f"{{download}}`{label} <{found[2]}>`" if path.is_file() else found[1]
 
     source[0] = OUTSIDE.sub(link, PICTURE.sub(SHADES, source[0]))
 

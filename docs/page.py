@@ -29,6 +29,7 @@ from pathlib import Path
 FOLDER = Path(__file__).parent
 PICTURES = FOLDER / "pictures"
 NEEDS_KERNEL = "<!-- needs the compiled kernel -->"
+SHADES = ("light", "dark")
 # The site cuts off longer lines of code.
 WIDTH = 88
 
@@ -37,10 +38,13 @@ FENCE = re.compile(
 )
 NUMBER = re.compile(r"(?<![\w.])-?\d+(?:,\d{3})*(?:\.\d+)?(?:e[-+]?\d+)?(?!\w)")
 NOT_PROSE = re.compile(
-    r"```.*?^```|\$[^$\n]+\$|`[^`]*`|\]\([^)]*\)|<[^>]+>|arXiv [\d.]+",
+    r"```.*?^```|\$[^$\n]+\$|`[^`]*`|\]\([^)]*\)|</?[a-z][^<>]*>|<!--.*?-->",
     flags=re.MULTILINE | re.DOTALL,
 )
-PICTURE = re.compile(r"\s*(?:</details>\s*)?<picture>.*?</picture>", flags=re.DOTALL)
+PICTURE = re.compile(r"\s*</details>\s*<picture>.*?</picture>", flags=re.DOTALL)
+LANGUAGES = ("python", "text", "math", "bash", "console", "yaml", "cpp")
+# A fence in a form that FENCE does not know: its code would never run.
+STRAY_FENCE = re.compile(r"^\s*(```|~~~).*$", flags=re.MULTILINE)
 # GitHub's Markdown removes a backslash before punctuation, also inside $...$.
 FRAGILE_FORMULA = re.compile(r"(?<!\$)\$[^$\n]*(\\[^a-zA-Z\s])[^$\n]*\$")
 
@@ -59,10 +63,11 @@ class Fence:
 
 @dataclass
 class Report:
-    """faults: each as `file:line: problem`; text: the page with the printed output; seconds: (line, seconds) of each
-    fence that ran."""
+    """faults: each as `file:line: problem`; outdated: the number of these that the new text corrects; text: the page
+    with the printed output; seconds: (line, seconds) of each fence that ran."""
 
     faults: list[str] = field(default_factory=list)
+    outdated: int = 0
     text: str = ""
     seconds: list[tuple[int, float]] = field(default_factory=list)
 
@@ -125,7 +130,7 @@ def run(path: Path, pictures: Path | None = None) -> Report:
                 if fence.option
                 else _print(code, session)
             )
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             lines = [
                 f.lineno
                 for f in traceback.extract_tb(error.__traceback__)
@@ -144,6 +149,7 @@ def run(path: Path, pictures: Path | None = None) -> Report:
             and not text[fence.end : after.start].strip()
         ):
             if difference := find_difference(after.body, printed, after.option):
+                report.outdated += 1
                 report.faults.append(
                     f"{name}:{after.line + difference[0]}: {difference[1]}"
                 )
@@ -152,6 +158,7 @@ def run(path: Path, pictures: Path | None = None) -> Report:
                     (after.start, after.end, f"{header}\n{printed.strip(chr(10))}\n```")
                 )
         elif printed.strip():
+            report.outdated += 1
             report.faults.append(
                 f"{name}:{fence.line}: prints {printed.splitlines()[0]!r}, but no text fence follows"
             )
@@ -194,7 +201,7 @@ def _is_close(shown: str, printed: str, option: str) -> bool:
         return a == b
     if option.startswith("rel="):
         return abs(a - b) <= float(option.removeprefix("rel=")) * abs(a)
-    return abs(a - b) <= 1.001 * max(_unit(shown), _unit(printed))
+    return abs(a - b) <= 1.001 * min(_unit(shown), _unit(printed))
 
 
 def _unit(number: str) -> float:
@@ -205,6 +212,11 @@ def _unit(number: str) -> float:
 
 def _check_layout(text: str) -> Iterator[tuple[int, str]]:
     """Lines, and what is wrong in them apart from the output."""
+    for found in STRAY_FENCE.finditer(_blank(FENCE, text)):
+        yield (
+            line_at(text, found.start(1)),
+            f"{found[0].strip()} is not a fence that runs, nor the end of one",
+        )
     for found in FRAGILE_FORMULA.finditer(_blank(FENCE, text)):
         yield (
             line_at(text, found.start()),
@@ -212,6 +224,11 @@ def _check_layout(text: str) -> Iterator[tuple[int, str]]:
         )
     before = None
     for fence in parse_fences(text):
+        if fence.language not in LANGUAGES:
+            yield (
+                fence.line - 1,
+                f"unknown language {fence.language!r} of a fence; known: {', '.join(LANGUAGES)}",
+            )
         if fence.language == "python":
             for i, code in enumerate(fence.body.splitlines()):
                 if len(code) > WIDTH:
@@ -220,14 +237,11 @@ def _check_layout(text: str) -> Iterator[tuple[int, str]]:
                         f"more than {WIDTH} characters of code, which the site cuts off",
                     )
             picture = PICTURE.match(text, fence.end)
-            if fence.option and (
-                not picture
-                or picture[0].count(fence.option.removeprefix("picture=")) < 2
-            ):
-                yield (
-                    fence.line - 1,
-                    f"no <picture> with both shades follows {fence.option}",
-                )
+            name = fence.option.removeprefix("picture=")
+            files = [f"{name}_{shade}.png" for shade in SHADES]
+            if name and not (picture and all(file in picture[0] for file in files)):
+                problem = f"no </details> and <picture> with both shades follow {name}"
+                yield fence.line - 1, problem
         elif fence.language == "text":
             if (
                 not before
@@ -259,18 +273,21 @@ def _draw(
     from PIL import Image
 
     printed = ""
-    for shade in ("light", "dark"):
+    for shade in SHADES:
         with pyplot.style.context(FOLDER / f"{shade}.mplstyle"):
             printed = _print(code, session)
+            if not pyplot.get_fignums():
+                raise RuntimeError("the code draws no picture")
             pyplot.gcf().savefig(drawn := io.BytesIO())
             pyplot.close("all")
+        file = f"{option.removeprefix('picture=')}_{shade}.png"
+        if not folder and not (PICTURES / file).exists():
+            raise FileNotFoundError(f"pictures/{file} is missing: --write draws it")
         if folder:  # 64 colours make the file three times smaller
             picture = Image.open(drawn).quantize(
                 64, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE
             )
-            picture.save(
-                folder / f"{option.removeprefix('picture=')}_{shade}.png", optimize=True
-            )
+            picture.save(folder / file, optimize=True)
     return printed
 
 

@@ -16,7 +16,8 @@ from docs.page import FOLDER, NEEDS_KERNEL, PICTURES, find_difference, list_page
 
 from rwkv_pl.ops.backend import current_kernel, load
 
-SHOWN = '<picture>\n<source srcset="pictures/a_dark.png"><img src="pictures/a_light.png">\n</picture>'
+SHOWN = '\n</details>\n\n<picture>\n<source srcset="pictures/a_dark.png"><img src="pictures/a_light.png">\n</picture>'
+DRAW = "```python picture=a\nfrom matplotlib import pyplot\n"
 
 
 def test_tour_has_nine_chapters():
@@ -72,7 +73,18 @@ def test_chapter_ends_with_exercises_and_answers(page):
         ("```python\nprint(2500)\n```\n\n```text\n2500\n```\n\nIt is 2,501.\n", 9, "2,501 in the prose"),
         ("```python\n" + "x = 1  # " + "-" * 90 + "\n```\n", 2, "more than 88 characters"),
         ("A formula $a\\,b$.\n", 1, "GitHub removes the backslash of \\,"),
-        ("```python picture=a\nfrom matplotlib import pyplot\n```\n", 1, "no <picture> with both shades"),
+        (DRAW + "```\n", 1, "no </details> and <picture> with both shades"),
+        (DRAW + "```\n" + SHOWN, 2, "the code draws no picture"),
+        (DRAW + "\npyplot.plot()\n```\n" + SHOWN, 2, "a_light.png is missing"),
+        ("```python\nraise SystemExit\n```\n", 2, "SystemExit"),
+        ("```py\n1 / 0\n```\n", 1, "unknown language 'py'"),
+        ("```\n1\n```\n", 1, "unknown language ''"),
+        ("````python\n1 / 0\n````\n", 1, "````python is not a fence that runs"),
+        ("~~~python\n1 / 0\n~~~\n", 1, "~~~python is not a fence that runs"),
+        ("  ```python\n  1 / 0\n  ```\n", 1, "```python is not a fence that runs"),
+        ("```python\n1 / 0\n", 1, "```python is not a fence that runs"),
+        ("```python picture=a text\n1 / 0\n```\n", 1, "is not a fence that runs"),
+        ("If x < 3 it is 77.7, and y > 2.\n", 1, "77.7 in the prose"),
         ("```python\nprint(1)\n```\n\n```text some\n1\n```\n", 5, "unknown option some"),
         ("```python\nimport inspect\nfrom docs import page\n\nprint(inspect.getsource(page.line_at))\n```\n\n"
          "```text\ndef line_at(text):\n```\n", 9, "shown    def line_at(text):"),
@@ -96,7 +108,7 @@ def test_output_and_pictures_are_written(tmp_path):
     light, dark = (tmp_path / f"a_{shade}.png" for shade in ("light", "dark"))
     assert light.read_bytes() != dark.read_bytes()
     path.write_text(report.text)
-    assert run(path).faults == []
+    assert run(path, tmp_path).faults == []
 
 
 @pytest.mark.parametrize(
@@ -105,6 +117,9 @@ def test_output_and_pictures_are_written(tmp_path):
         ("loss 0.35", "loss 0.36", "", True),
         ("loss 0.35", "loss 0.37", "", False),
         ("loss 0.3500", "loss 0.3502", "", False),
+        ("loss 0.3", "loss 0.39", "", False),
+        ("loss 1", "loss 1.9", "", False),
+        ("1e-05", "2e-05", "", True),
         ("1,024 steps", "1,025 steps", "", False),
         ("1e-05 and nan", "1.1e-05 and nan", "", True),
         ("1e-05", "nan", "", False),
@@ -144,3 +159,10 @@ def test_command_writes_notebooks_and_refuses_unknown_numbers(tmp_path):
     assert run.stdout.split() == [str(tmp_path / "01_gradient_step.ipynb")]
     run = subprocess.run([*command, "12"], cwd=FOLDER.parent, capture_output=True, text=True)
     assert (run.returncode, "no page starts with 12" in run.stderr) == (2, True)
+
+
+def test_new_output_is_counted_apart_from_other_faults(tmp_path):
+    path = tmp_path / "page.md"
+    path.write_text("```python\nprint(1)\n```\n\n```text\n2\n```\n\n```python\n1 / 0\n```\n")
+    report = run(path)
+    assert (len(report.faults), report.outdated) == (2, 1)
