@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,9 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.connectors.data_connector import _DataConnector, _resolve_overfit_batches
+from lightning.pytorch.trainer.states import RunningStage
+from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
 
 from rwkv_pl.config import CORPORA, Data
@@ -45,7 +49,8 @@ def attach_trainer(
         global_rank=rank,
         accumulate_grad_batches=accumulate,
         strategy=SimpleNamespace(root_device=torch.device("cpu")),
-        _accelerator_connector=SimpleNamespace(use_distributed_sampler=False),
+        callbacks=[],
+        overfit_batches=0,
     )
     data.trainer = trainer  # type: ignore[assignment]
 
@@ -65,7 +70,7 @@ def make_data_module(path: Path, **settings: Any) -> CorpusDataModule:
 @pytest.mark.parametrize("together", [1, 24, 60, 1024])
 def test_batch_follows_the_contract(path: Path, monkeypatch: pytest.MonkeyPatch, together: int) -> None:
     monkeypatch.setattr(datamodule, "ROWS_PER_BLOCK", together)
-    data = make_data_module(path, seed=7)
+    data = make_data_module(path, seed=7, endless=True)
     train = np.frombuffer(NOISE, np.uint8)[: data.corpus.splits.train[1]]
     assert np.array_equal(data.train_tokens, train)
     assert data.steps_per_pass == math.ceil(len(train) // 16 / 12)
@@ -195,13 +200,26 @@ def test_batch_size_must_divide_by_the_number_of_devices(path: Path) -> None:
         data.train_dataloader()
 
 
-def test_lightning_distributed_sampler_is_refused(path: Path) -> None:
+@pytest.mark.parametrize("stage", ["train", "val", "test"])
+def test_lightning_keeps_the_order(path: Path, stage: str) -> None:
     data = make_data_module(path)
-    attach_trainer(data, devices=2)
-    data.trainer._accelerator_connector.use_distributed_sampler = True  # type: ignore[union-attr]
-    for ask in (data.train_dataloader, data.val_dataloader, data.test_dataloader):
-        with pytest.raises(UserError, match="use_distributed_sampler"):
-            ask()
+    loader = getattr(data, f"{stage}_dataloader")()
+    trainer = SimpleNamespace(_accelerator_connector=SimpleNamespace(use_distributed_sampler=True, is_distributed=True))
+    kept = _DataConnector(trainer)._prepare_dataloader(loader, shuffle=stage == "train", mode=RunningStage.TRAINING)
+    assert kept is loader
+    _resolve_overfit_batches(combined := CombinedLoader([loader]), RunningStage.TRAINING)
+    assert combined.flattened == [loader]
+
+
+def test_an_epoch_is_one_pass(path: Path) -> None:
+    data = make_data_module(path, batch_size=7)
+    loader = data.train_dataloader()
+    windows = (data.train_tokens.size // 16) // 7 * 7
+    assert len(loader) == len(list(loader)) == data.steps_per_pass
+    targets = torch.cat(list(loader))[:windows, 1:].flatten().tolist()
+    assert Counter(targets) <= Counter(data.train_tokens.tolist())  # no token twice
+    data.batch_size = 3
+    assert data.steps_per_pass == len(data.train_dataloader()) == math.ceil(data.train_tokens.size // 16 / 3)
 
 
 def test_setup_opens_the_corpus_once_and_is_required(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

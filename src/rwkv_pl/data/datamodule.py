@@ -1,18 +1,21 @@
 """Corpora as Lightning data modules.
 
 A batch is one tensor of tokens (rows, T+1) int64, T = ctx_len: the inputs are the first T, the targets the last T.
-Training is one endless epoch. Its first batch follows from the trainer's step, so checkpoints hold no data position.
+An epoch is one pass over the training split, except in the command, whose run is one endless epoch. The first batch
+follows from the trainer's step, so checkpoints hold no data position.
 """
 
 import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, SequentialSampler
 
 from rwkv_pl.data import order
 from rwkv_pl.data.corpus import Corpus
@@ -95,6 +98,34 @@ class EvalBatches(Dataset[Tensor]):
         return torch.from_numpy(windows)
 
 
+class OrderedSampler(SequentialSampler, DistributedSampler[int]):
+    """The indices from `first()` on; `first` is called at the start of each epoch. `length`: the indices of an epoch.
+
+    Lightning replaces a sampler that is not a SequentialSampler (for overfit_batches) or not a DistributedSampler (with
+    several devices). The order needs neither, so this class is both.
+    """
+
+    def __init__(self, length: int, first: Callable[[], int] = lambda: 0, endless: bool = False) -> None:
+        self.length, self.first, self.endless = length, first, endless
+
+    def __iter__(self) -> Iterator[int]:
+        first = self.first()
+        return iter(range(first, ENDLESS if self.endless else first + self.length))
+
+    def __len__(self) -> int:
+        return self.length
+
+
+class ResumableLoader(DataLoader[Tensor]):
+    """A loader that continues from the trainer's step. Lightning takes a loader with these methods as resumable."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
 def _ignore_signals(worker: int) -> None:
     """Makes a worker ignore Ctrl-C and signals to the process group: the run ends its workers after it has saved."""
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
@@ -110,15 +141,17 @@ class DataModule(LightningDataModule):
     "20b"; "20b" is read from the JSON file ``vocab_path``. ``vocabulary``: one from a checkpoint; if given, it replaces
     ``vocab``.
 
-    ``setup`` sets ``corpus``, ``vocabulary``, ``token_file``, ``train_tokens`` and ``steps_per_pass``. Without a
-    trainer, the loaders are those of one device from step 0.
+    ``setup`` sets ``corpus``, ``vocabulary``, ``token_file`` and ``train_tokens``. Without a trainer, the loaders are
+    those of one device from step 0. ``predict_dataloader`` reads the validation split.
 
-    The trainer needs ``max_steps``, since an epoch never ends, and with several devices
-    ``use_distributed_sampler=False``.
+    ``endless``: one epoch never ends, so the trainer needs ``max_steps``. Else it is one pass.
 
     ``prepare_data`` and ``setup`` raise UserError if the corpus is missing, wrong or too short, ``train_dataloader`` if
     the batch size cannot be divided among the devices.
     """
+
+    batch_is_a_step = True
+    """A batch is read in parts if gradients are accumulated, so micro-batches count differently then."""
 
     def __init__(
         self,
@@ -132,6 +165,7 @@ class DataModule(LightningDataModule):
         num_workers: int = 0,
         eval_batch_size: int = 8,
         vocabulary: Vocabulary | None = None,
+        endless: bool = False,
     ) -> None:
         super().__init__()
         self.source = source
@@ -139,6 +173,7 @@ class DataModule(LightningDataModule):
         self.vocab = vocab
         self.vocab_path = Path(vocab_path) if vocab_path is not None else None
         self.num_workers, self.eval_batch_size = num_workers, eval_batch_size
+        self.endless = endless
         self._given_vocabulary = vocabulary
         self._file: TokenFile | None = None
 
@@ -153,7 +188,7 @@ class DataModule(LightningDataModule):
             self.corpus, self.vocabulary, self._file = self._open()
         splits = self._file.splits
         if stage in (None, "fit"):
-            self.steps_per_pass = order.steps_per_pass(splits.train[1], self.ctx_len, self.batch_size)
+            self.steps_per_pass  # noqa: B018  raises UserError if the split is too short
         for name, stages in {"val": (None, "fit", "validate"), "test": (None, "test")}.items():
             lo, hi = getattr(splits, name)
             if name == "test" and not self.source.has_test_split:
@@ -164,6 +199,11 @@ class DataModule(LightningDataModule):
                     f"the {name} split of {self.corpus.path} has {hi - lo} tokens, nothing to predict: "
                     "use a larger corpus or another data.split"
                 )
+
+    @property
+    def steps_per_pass(self) -> int:
+        """Optimizer steps of one pass over the training split."""
+        return order.steps_per_pass(self.token_file.splits.train[1], self.ctx_len, self.batch_size)
 
     @property
     def train_tokens(self) -> Tokens:
@@ -191,9 +231,16 @@ class DataModule(LightningDataModule):
             rank=rank,
             accumulate=accumulate,
         )
-        # Lightning asks for the loader after it has restored its loops, so a resumed run continues from this step.
-        start = self.trainer.global_step * accumulate if self.trainer else 0
-        return self._loader(batches, sampler=range(start, ENDLESS))
+        length = ENDLESS if self.endless else self.steps_per_pass * accumulate
+        if not (trainer := self.trainer):
+            return self._loader(batches, OrderedSampler(length))
+        refuse_accumulation_schedule(trainer)
+
+        def first() -> int:
+            # Lightning has restored its loops by now, so a resumed run continues from this step.
+            return 0 if trainer.overfit_batches else trainer.global_step * accumulate  # type: ignore[attr-defined]
+
+        return self._loader(batches, OrderedSampler(length, first, endless=True))
 
     def val_dataloader(self) -> DataLoader[Tensor]:
         return self._eval_loader(self.token_file.splits.val)
@@ -201,15 +248,17 @@ class DataModule(LightningDataModule):
     def test_dataloader(self) -> DataLoader[Tensor]:
         return self._eval_loader(self.token_file.splits.test)
 
+    predict_dataloader = val_dataloader
+
     def _eval_loader(self, split: tuple[int, int]) -> DataLoader[Tensor]:
         world_size, rank = self._process_rank()
         batches = EvalBatches(
             self.token_file, split, ctx_len=self.ctx_len, rows=self.eval_batch_size, world_size=world_size, rank=rank
         )
-        return self._loader(batches, sampler=range(len(batches)))
+        return self._loader(batches, OrderedSampler(len(batches)))
 
-    def _loader(self, batches: Dataset[Tensor], sampler: range) -> DataLoader[Tensor]:
-        return DataLoader(
+    def _loader(self, batches: Dataset[Tensor], sampler: OrderedSampler) -> DataLoader[Tensor]:
+        return ResumableLoader(
             batches,
             batch_size=None,
             sampler=sampler,
@@ -230,8 +279,6 @@ class DataModule(LightningDataModule):
         """The number of processes and the rank of this one."""
         if not self.trainer:
             return 1, 0
-        if self.trainer.world_size > 1 and self.trainer._accelerator_connector.use_distributed_sampler:
-            raise UserError("use_distributed_sampler=True would change the order of batches: set it to False")
         return self.trainer.world_size, self.trainer.global_rank
 
     @property
@@ -240,6 +287,16 @@ class DataModule(LightningDataModule):
         if self._file is None:
             raise RuntimeError("call setup() first: the corpus is not open yet")
         return self._file
+
+
+def refuse_accumulation_schedule(trainer: Trainer) -> None:
+    """Raises UserError for GradientAccumulationScheduler, which would only divide a step of the same size."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    if any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks):
+        raise UserError(
+            "GradientAccumulationScheduler would not change the steps: batch_size counts the sequences of one "
+            "optimizer step, however it is divided; use accumulate_grad_batches, or a loader of your own"
+        )
 
 
 class CorpusDataModule(DataModule):
@@ -294,4 +351,5 @@ def open_data(data: Any, seed: int, cwd: Path, vocabulary: Vocabulary | None) ->
         num_workers=data.num_workers,
         eval_batch_size=data.eval_batch_size,
         vocabulary=vocabulary,
+        endless=True,
     )

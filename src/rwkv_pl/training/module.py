@@ -5,7 +5,8 @@ B  batch, the rows of a micro-batch    T  time, ctx_len    V  vocab_size
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,10 +29,9 @@ from rwkv_pl.training.muon import MuonAdamW
 from rwkv_pl.training.nonfinite import NonfiniteGuard
 from rwkv_pl.training.optimizer import build_optimizer, parameter_groups, set_hyperparameters
 from rwkv_pl.training.schedule import check_schedule, learning_rate
+from rwkv_pl.weights.checkpoint import read_checkpoint
 from rwkv_pl.weights.metadata import KEY, Metadata
-
-# A length from which on a run counts as endless.
-ENDLESS = 2**40
+from rwkv_pl.weights.read import read_weights
 
 
 class LitRWKV(LightningModule):
@@ -99,6 +99,36 @@ class LitRWKV(LightningModule):
         else:
             super().__setattr__(name, value)
 
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls, checkpoint_path: str | Path, map_location: Any = None, *, model: nn.Module | None = None, **settings: Any
+    ) -> "LitRWKV":
+        """Restores a module from a checkpoint alone: model, vocabulary, optim and schedule. Executes no code from it.
+
+        The model is in eval mode; a fit puts it into training mode. model: an instance to load the weights into, needed
+        if its class is not one of this package. settings: other arguments of LitRWKV, instead of the stored ones.
+        Raises UserError for an unknown model, CorruptFileError for a corrupt file.
+        """
+        path = Path(checkpoint_path)
+        content = read_checkpoint(path, checked=model is not None)
+        stored = content.get(KEY, {})
+        if model is None:
+            if stored and stored["model"] not in MODELS:
+                raise UserError(f"{path} holds a {stored['model']}: give one with model=")
+            weights = read_weights(path)
+            model = weights.model()
+            if weights.vocabulary:
+                settings.setdefault("bytes_per_token", weights.vocabulary.bytes_per_token)
+                settings.setdefault("vocabulary", weights.vocabulary.to_dict())
+        else:
+            prefix = "model."
+            state = content["state_dict"].items()
+            model.load_state_dict({key.removeprefix(prefix): value for key, value in state if key.startswith(prefix)})
+        for name, kind in (("optim", Optim), ("schedule", Schedule)):
+            if stored.get(name):
+                settings.setdefault(name, kind(**stored[name]))
+        return cls(model.eval(), **settings).to(map_location)
+
     def configure_model(self) -> None:
         """Builds the model once, on the CPU in float32, so that its initial weights never depend on the device or the
         precision."""
@@ -150,20 +180,20 @@ class LitRWKV(LightningModule):
             mean_nats, mean_penalty = torch.stack(self._micro_batches).mean(0)
             sync = self.trainer.world_size > 1
             self.log("train/loss", mean_nats, prog_bar=True, sync_dist=sync)
-            if self._is_logging_step:
+            if self._is_logging_step(self.trainer.global_step + 1):
                 self.log("train/l2wrap", mean_penalty, sync_dist=sync)
         return {"loss": loss, "nats": nats.detach(), "l2wrap": penalty.detach()}
 
-    @property
-    def _is_logging_step(self) -> bool:
-        """Does Lightning pass the metrics of this step to the loggers? A call of self.log costs 0.45 ms."""
-        return (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+    def _is_logging_step(self, step: int) -> bool:
+        """Does Lightning pass the metrics of optimizer step `step` to the loggers? A call of self.log costs 0.45 ms."""
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return every > 0 and step % every == 0
 
     def on_train_batch_end(self, outputs: Any, batch: Tensor, batch_idx: int) -> None:
         if self._is_recorded or self.trainer.fit_loop.epoch_loop._should_accumulate():
             return
         self._micro_batches.clear()
-        if self.trainer.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        if self._is_logging_step(self.trainer.global_step):
             self.log_dict({"train/grad_norm": self.grad_norm, "lr": self.last_lr})
 
     def loss(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -176,10 +206,13 @@ class LitRWKV(LightningModule):
 
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
         # Dropout's masks are a function of the seed and the position in the run, so no generator state is saved.
-        seed = derive_seed(self.seed, self.trainer.fit_loop.epoch_loop.total_batch_idx, self.trainer.global_rank)
+        loop = self.trainer.fit_loop.epoch_loop
+        seed = derive_seed(self.seed, loop.total_batch_idx, self.trainer.global_rank)
         torch.default_generator.manual_seed(seed)
         if self.device.type == "cuda":
             torch.cuda.default_generators[self.device.index].manual_seed(seed)
+        # The loggers' step, one too high in Lightning after a resume at a step with a validation or an epoch's end.
+        loop._batches_that_stepped = self.trainer.global_step
 
     # Validation and test add up everything, so the score does not depend on the batch size.
 
@@ -199,6 +232,12 @@ class LitRWKV(LightningModule):
         self._sums += sums.cpu()
 
     test_step = validation_step
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """batch: see `split_batch`. Returns the nats of each target (B, T), 0 for padding."""
+        inputs, targets = split_batch(batch)
+        hidden, _ = self.model.hidden(inputs)
+        return head_cross_entropy(self.model.head, hidden, targets, self.loss_chunk_len)[0]
 
     def on_validation_epoch_end(self) -> None:
         self._report("val")
@@ -246,6 +285,15 @@ class LitRWKV(LightningModule):
             set_hyperparameters(optimizer, self.optim, self.lr_scale)
 
     @property
+    def lr(self) -> float:
+        """optim.lr, under the name that Lightning's learning rate finder reads and sets."""
+        return self.optim.lr
+
+    @lr.setter
+    def lr(self, rate: float) -> None:
+        self.optim = replace(self.optim, lr=rate)
+
+    @property
     def lr_scale(self) -> dict[str, float]:
         """The factors of the learning rate, by the last part of a parameter's name."""
         return self.model.lr_scale if self.optim.lr_scale == "version" else self.optim.lr_scale or {}
@@ -265,12 +313,16 @@ class LitRWKV(LightningModule):
             n_steps = self.trainer.estimated_stepping_batches
         except MisconfigurationException:  # the accumulation changes from epoch to epoch
             n_steps = self.trainer.max_steps
-        return int(n_steps) if n_steps < ENDLESS else -1
+        return int(n_steps) if math.isfinite(n_steps) else -1
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-        self.last_lr = self.current_lr
-        for group in optimizer.param_groups:
-            group["lr"] = self.last_lr * group["lr_scale"]
+        groups = optimizer.param_groups
+        if self.trainer.lr_scheduler_configs:  # StochasticWeightAveraging and lr_find set the rates themselves
+            self.last_lr = groups[0]["lr"]
+        else:
+            self.last_lr = self.current_lr
+            for group in groups:
+                group["lr"] = self.last_lr * group["lr_scale"]
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         if self.trainer.global_step + 1 == self.trainer.max_steps:
             # Lightning counts this step after the hook returns. It validates before the end if should_stop is set, but
@@ -320,16 +372,21 @@ class LitRWKV(LightningModule):
 
     def on_train_end(self) -> None:
         self.check_finite()
+        if self.finish_reason() == "length":
+            self.trainer.should_stop = False  # a further fit, such as after BatchSizeFinder, would end at once
 
     # Checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.check_finite()
         interval, accumulate = self.trainer.val_check_interval, self.trainer.accumulate_grad_batches
+        names = [name for name, (cls, _) in MODELS.items() if isinstance(self.model, cls)]
         checkpoint[KEY] = Metadata(
-            model=next(name for name, (cls, _) in MODELS.items() if isinstance(self.model, cls)),
-            config=asdict(self.model.config),
+            model=names[0] if names else type(self.model).__qualname__,
+            config=asdict(self.model.config) if is_dataclass(self.model.config) else {},  # type: ignore[arg-type]
             vocabulary=self.vocabulary,
+            optim=asdict(self.optim),
+            schedule=asdict(self.schedule),
             finished=self.finish_reason(),
             past=self.past,
             skipped=self._guard.skipped,
@@ -338,14 +395,15 @@ class LitRWKV(LightningModule):
             val_check_interval=interval // accumulate if isinstance(interval, int) else None,
             threads=torch.get_num_threads(),
         ).to_dict()
-        self._rewind(checkpoint)
+        if "loops" in checkpoint:
+            self._rewind(checkpoint)
 
     def finish_reason(self) -> str | None:
         """Why the run has ended: length, time (trainer.max_time), pruned or early stop (by a callback); else None."""
-        if not self.trainer.should_stop:
-            return None
         if self.trainer.global_step == self.trainer.max_steps:
             return "length"
+        if not self.trainer.should_stop:
+            return None
         if any(getattr(callback, "pruned", False) for callback in self._callbacks):
             return "pruned"
         left = [callback.time_remaining() for callback in self._callbacks if isinstance(callback, Timer)]
@@ -361,17 +419,36 @@ class LitRWKV(LightningModule):
         if "current_model_state" in checkpoint and not averaged:
             # Weight averaging was removed: continue from the trained weights, not from their average.
             checkpoint["state_dict"] = checkpoint["current_model_state"]
-        self._rewind(checkpoint)
+        if "loops" in checkpoint and getattr(self.trainer.datamodule, "batch_is_a_step", False):  # type: ignore[attr-defined]
+            self._rescale(checkpoint)
 
     def _rewind(self, checkpoint: dict[str, Any]) -> None:
         """Sets the batch counters of a checkpoint to the end of the last optimizer step.
 
         Inside an accumulation window, weights and optimizer do not change. So a checkpoint saved there has the state of
-        the last step, and the micro-batches of the window are read again. The resumed run may accumulate differently.
+        the last step, and the micro-batches of the window are read again.
         """
-        if "loops" not in checkpoint:
-            return
-        done = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
-        for count in ("total", "current"):
-            progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"][count]
-            progress.update(ready=done, started=done, processed=done, completed=done)
+        loops = checkpoint["loops"]["fit_loop"]
+        counts = [loops["epoch_loop.batch_progress"][name] for name in ("total", "current")]
+        earlier = counts[0]["ready"] - counts[1]["ready"]  # batches of the epochs before this one
+        accumulate, per_epoch = self.trainer.accumulate_grad_batches, self.trainer.num_training_batches
+        if isinstance(per_epoch, int):
+            # Lightning makes a step at the end of an epoch, even if the window is incomplete.
+            steps = checkpoint["global_step"] - earlier // per_epoch * math.ceil(per_epoch / accumulate)
+            done = min(steps * accumulate, per_epoch)
+        else:
+            done = counts[1]["processed"] // accumulate * accumulate
+        _set_batches(loops, earlier, done)
+
+    def _rescale(self, checkpoint: dict[str, Any]) -> None:
+        """Counts the batches of a checkpoint in micro-batches of this run, which may accumulate differently."""
+        loops = checkpoint["loops"]["fit_loop"]
+        total, current = (loops["epoch_loop.batch_progress"][name]["ready"] for name in ("total", "current"))
+        before, now = max(total // max(checkpoint["global_step"], 1), 1), self.trainer.accumulate_grad_batches
+        _set_batches(loops, (total - current) // before * now, current // before * now)
+
+
+def _set_batches(loops: dict[str, Any], earlier: int, done: int) -> None:
+    """Sets the counters of batches: those of `earlier` epochs, and those `done` in the current one."""
+    for name, count in (("total", earlier + done), ("current", done)):
+        loops["epoch_loop.batch_progress"][name].update(ready=count, started=count, processed=count, completed=count)

@@ -20,6 +20,8 @@ _OPTIONAL_KINDS = {
     "precision": str,
     "val_check_interval": int,
     "threads": int,
+    "optim": dict,
+    "schedule": dict,
 }
 
 
@@ -37,6 +39,7 @@ class Metadata:
     precision:  Lightning's name of the precision.
     val_check_interval: optimizer steps between validations.
     threads:    torch's threads for CPU operators.
+    optim, schedule: the fields of config.Optim and config.Schedule.
     """
 
     model: str
@@ -49,6 +52,8 @@ class Metadata:
     precision: str | None = None
     val_check_interval: int | None = None
     threads: int | None = None
+    optim: dict[str, Any] | None = None
+    schedule: dict[str, Any] | None = None
 
     @classmethod
     def from_checkpoint(cls, checkpoint: dict[str, Any], path: Path) -> "Metadata":
