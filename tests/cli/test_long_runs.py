@@ -1,5 +1,6 @@
 """Problems of long runs: non-finite losses, a corpus that changes, a second start, untrusted files."""
 
+import codecs
 import errno
 import os
 import shutil
@@ -16,6 +17,7 @@ from test_train import load_checkpoint, read_column, read_metrics
 
 from rwkv_pl.errors import UserError
 from rwkv_pl.runs.folder import locked
+from rwkv_pl.sweeps.report import read_run
 from rwkv_pl.targets import MOVED
 from rwkv_pl.terminal import resume_command
 from rwkv_pl.training import checkpoint_io, module
@@ -424,6 +426,16 @@ def test_metrics_rows_have_no_gaps_after_resume(train, tmp_path):
     assert train(*SMALL, *EVERY, "trainer.max_steps=4", "hydra.run.dir=run").code == 0
     assert train("resume=run", "trainer.max_steps=8").code == 0
     assert [int(row["step"]) for row in read_metrics(tmp_path / "run")] == [1, 2, 3, 4, 4, 5, 6, 7, 8, 8]
+
+
+def test_files_of_a_run_may_have_other_line_endings(train, run, tmp_path):
+    names = ("metrics.csv", ".hydra/overrides.yaml", ".hydra/config.yaml")
+    for path in (run / name for name in names):
+        path.write_bytes(path.read_bytes().replace(b"\r\n", b"\n").replace(b"\n", b"\r").rstrip(b"\r"))
+    (run / "result.json").write_bytes(codecs.BOM_UTF8 + (run / "result.json").read_bytes())
+    assert read_run(run).status == "finished"
+    assert train("resume=run", "trainer.max_steps=9").code == 0
+    assert [int(row["step"]) for row in read_metrics(run)] == [*range(1, 9), 8, 9, 9]
 
 
 def test_checkpoints_written_by_a_thread_are_the_same(train, tmp_path, monkeypatch):

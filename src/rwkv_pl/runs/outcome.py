@@ -33,7 +33,7 @@ def read_result(folder: Path) -> dict[str, Any]:
     if not (folder / RESULT_FILE).is_file():
         return {}
     try:
-        content = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
+        content = json.loads((folder / RESULT_FILE).read_bytes())
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
