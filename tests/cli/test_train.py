@@ -357,6 +357,18 @@ def test_weights_of_a_run_initialise_another(train, run, tmp_path):
             torch.testing.assert_close(here["state_dict"][name], value, rtol=2**-8, atol=1e-6)
 
 
+def test_weights_with_the_names_of_other_programs_are_loaded_and_named(train, run, tmp_path):
+    state_dict = load_weights(run)[0].state_dict()
+    torch.save({"model": {f"module.{name}": value for name, value in state_dict.items()}}, "w.pth")
+    result = train(*SMALL, "weights=w.pth", "hydra.run.dir=wrapped")
+    assert result.code == 0, result.err
+    assert "official .pth, its entry model, names without module., rwkv4 2 x 16" in result.out
+    torch.save(state_dict, "plain.pth")
+    assert train(*SMALL, "weights=plain.pth", "hydra.run.dir=plain").code == 0
+    loss, plain = (read_column(tmp_path / name, "train/loss") for name in ("wrapped", "plain"))
+    assert loss == plain
+
+
 def test_character_vocabulary(train, tmp_path):
     (tmp_path / "corpus.txt").write_text("Fünf größere Bären äßen Öl. " * 2000, encoding="utf-8")
     assert train(*SMALL, "data.vocab=char", "hydra.run.dir=run").code == 0
