@@ -6,7 +6,7 @@
 rwkv_pl, transformers' Rwkv and a GPT of torch's own layers train from scratch on the same batches, in float32, with
 Adam and clipped gradients, in turns of some seconds; validations do not count. All are 6 x 256, 5 million parameters.
 The learning rate rises over the first twentieth of the time, then stays constant. gzip and xz compress the whole
-validation part; the models are scored on windows spread evenly over it. Writes race.json, and draws docs/race.png.
+validation split; the models are scored on windows spread evenly over it. Writes race.json, and draws docs/race.png.
 """
 
 import gzip

@@ -132,7 +132,7 @@ def conclude(trainer: Trainer, inputs: Inputs, metrics: MetricsRecorder, folder:
     if "val/bits_per_byte" in metrics.latest:
         figures = {"this model": metrics.latest["val/bits_per_byte"], **metrics.baselines}
         scores = ", ".join(f"{name} {bits:.4f}" for name, bits in figures.items())
-        log.info(f"result  bits per byte of {data.corpus}, validation part:\n        {scores}")
+        log.info(f"result  bits per byte of {data.corpus}, validation split:\n        {scores}")
     for title, path in (("curve", "loss.png"), ("weights", "checkpoints"), ("profile", "fit-profile.txt")):
         if (folder / path).exists():
             log.info(f"{title:7} {folder / path}")
