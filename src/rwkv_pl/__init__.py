@@ -10,6 +10,8 @@ _HOMES = {
     "RWKV4": "rwkv_pl.model.rwkv4",
     "RWKV4Config": "rwkv_pl.config",
     "LitRWKV": "rwkv_pl.training.module",
+    "Optim": "rwkv_pl.config",
+    "Schedule": "rwkv_pl.config",
     "CorpusDataModule": "rwkv_pl.data.datamodule",
     "Enwik8DataModule": "rwkv_pl.data.datamodule",
     "TokensDataModule": "rwkv_pl.data.datamodule",

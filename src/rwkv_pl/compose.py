@@ -23,15 +23,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rwkv_pl.checks import KIND_NAMES, check_kind, check_kinds, suggest_key
-from rwkv_pl.config import GROUPS, Train, check_trainer, split_own_arguments
+from rwkv_pl.config import CONFIG_MODULE, GROUPS, Train, check_trainer, read_conf, split_own_arguments
 from rwkv_pl.errors import UserError, one_line
 from rwkv_pl.targets import MOVED, check_target, find_targets, trusted_modules
 from rwkv_pl.terminal import quote_override
 
 # For a number in a config that depends on another: ${divide:1.5,${model.n_embd}}
 OmegaConf.register_new_resolver("divide", lambda a, b: a / b, replace=True)
-
-CONFIG_MODULE = "rwkv_pl.conf"
 
 # For a file inside conf/, wherever it is installed: ${conf:experiment/debug.txt}
 OmegaConf.register_new_resolver("conf", lambda name: str(resources.files(CONFIG_MODULE) / name), replace=True)
@@ -180,8 +178,7 @@ def is_group_choice(override: Override) -> bool:
 
 def trainer_defaults() -> dict[str, Any]:
     """Read conf/trainer/default.yaml."""
-    text = resources.files(CONFIG_MODULE).joinpath("trainer/default.yaml").read_text(encoding="utf-8")
-    return OmegaConf.to_container(OmegaConf.create(text))  # type: ignore[return-value]
+    return read_conf("trainer/default.yaml")
 
 
 def check_config(config: DictConfig, overrides: Sequence[Override] = (), config_dir: str | None = None) -> Train:

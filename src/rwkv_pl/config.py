@@ -3,6 +3,8 @@
 The classes mirror the groups of conf/: `data`, `model`, `optim` and `schedule` field by field. `trainer`, `callbacks`
 and `logger` hold the arguments of Lightning's classes, which are not repeated here: a value must have the type that it
 has in its YAML file. Only the standard library is imported, so that a mistake is reported at once.
+
+`Optim` and `Schedule` are public: a Python program gives them to LitRWKV.
 """
 
 import re
@@ -12,6 +14,8 @@ from typing import Any
 
 from rwkv_pl.checks import check_above, check_at_least, check_between, check_kind, check_one_of, suggest_key
 from rwkv_pl.errors import UserError
+
+CONFIG_MODULE = "rwkv_pl.conf"
 
 KERNELS = ("auto", "compiled", "scan", "recurrence")
 VOCABULARIES = ("byte", "char", "20b")
@@ -113,22 +117,45 @@ class Model:
         MODEL_CONFIGS[self.name](vocab_size=1, n_layer=self.n_layer, n_embd=self.n_embd, dropout=self.dropout)
 
 
+class _FromFile:
+    """The default of an argument whose value is read from a file of conf/."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __repr__(self) -> str:
+        return f"<conf/{self.name}>"
+
+
+RWKV_OPTIM: Any = _FromFile("optim/rwkv.yaml")
+
+
 @dataclass
 class Optim:
     """The optimizer class and its arguments.
 
+    Optim() is the official RWKV optimizer: all its values are those of conf/optim/rwkv.yaml, `rwkv-train optim=rwkv`.
+    Optim(lr=1e-3) changes one of them. These values apply only to the class in that file, torch.optim.AdamW:
+
+        Optim("torch.optim.SGD", lr=0.3, own={"momentum": 0.9})
+
+    has no betas, eps, weight decay or lr_scale except those given, and must be given lr; else it raises UserError.
+
+    _target_: module and name of the class, a subclass of torch.optim.Optimizer.
+    lr: the highest learning rate; the Schedule sets the rate of each step.
     betas, eps: None for the defaults of the class, or if it has no such argument (torch.optim.SGD).
+    weight_decay: only for two-dimensional parameters named `*.weight`.
     lr_scale: factors of the learning rate, by the last part of a parameter's name. None for no factors, `version` for
     the model version's own table.
     own: arguments that only this class has, such as {"momentum": 0.9}. In YAML they are further keys of optim.
     """
 
-    _target_: str = "torch.optim.Adam"
-    lr: float = 1e-5
-    betas: list[float] | None = None
-    eps: float | None = None
-    weight_decay: float = 0.0
-    lr_scale: Any = None
+    _target_: str = RWKV_OPTIM
+    lr: float = RWKV_OPTIM
+    betas: list[float] | None = RWKV_OPTIM
+    eps: float | None = RWKV_OPTIM
+    weight_decay: float = RWKV_OPTIM
+    lr_scale: Any = RWKV_OPTIM
     own: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -138,7 +165,24 @@ class Optim:
         given = {key: value for key, value in common.items() if value is not None} | self.own
         return {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
 
+    def _read_unset(self) -> None:
+        """Set the arguments that were not given."""
+        unset = [of.name for of in fields(self) if getattr(self, of.name) is RWKV_OPTIM]
+        if not unset:
+            return
+        values = read_conf(RWKV_OPTIM.name)
+        if "_target_" not in unset and self._target_ != values["_target_"]:
+            if "lr" in unset:
+                raise UserError(
+                    f"Optim(_target_={self._target_!r}) needs lr=: the learning rate in conf/{RWKV_OPTIM.name} is for "
+                    f"{values['_target_']}"
+                )
+            values = {"betas": None, "eps": None, "weight_decay": 0.0, "lr_scale": None}
+        for name in unset:
+            setattr(self, name, values[name])
+
     def __post_init__(self) -> None:
+        self._read_unset()
         check_above("optim.lr", self.lr, 0)
         if self.betas is not None and not (self.betas and all(0 <= beta < 1 for beta in self.betas)):
             raise UserError(f"optim.betas must be numbers from 0 to below 1, got {self.betas}")
@@ -152,6 +196,28 @@ class Optim:
                 check_above(f"optim.lr_scale.{name}", factor, 0)
 
 
+@dataclass
+class OptimGroup(Optim):
+    """The group `optim` of a command's config. A key that its YAML file leaves out does not come from rwkv.yaml."""
+
+    _target_: str = "torch.optim.Adam"
+    lr: float = 1e-5
+    betas: list[float] | None = None
+    eps: float | None = None
+    weight_decay: float = 0.0
+    lr_scale: Any = None
+
+
+def read_conf(name: str) -> dict[str, Any]:
+    """Read a file of conf/, such as optim/rwkv.yaml, without its defaults list."""
+    from importlib import resources
+
+    from omegaconf import OmegaConf
+
+    text = resources.files(CONFIG_MODULE).joinpath(name).read_text(encoding="utf-8")
+    return OmegaConf.to_container(OmegaConf.create(text))  # type: ignore[return-value]
+
+
 def split_own_arguments(optim: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Split the optim group of a config into the keys of every optimizer, and those that only its class has."""
     known = {of.name for of in fields(Optim)} - {"own"}
@@ -162,6 +228,9 @@ def split_own_arguments(optim: Mapping[str, Any]) -> tuple[dict[str, Any], dict[
 @dataclass
 class Schedule:
     """The learning rate as a function of the optimizer step.
+
+    Schedule() is constant, without a warm-up: conf/schedule/constant.yaml. Schedule("cosine", warmup_steps=100) needs a
+    Trainer with a length, max_steps or max_epochs, or decay_steps.
 
     It rises from 0 to optim.lr over `warmup_steps`, then falls along the curve `name` and reaches `final_lr` at step
     `decay_steps` (None: the run's last step).
@@ -202,7 +271,7 @@ class Train:
 
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
-    optim: Optim = field(default_factory=Optim)
+    optim: Optim = field(default_factory=OptimGroup)
     schedule: Schedule = field(default_factory=Schedule)
     trainer: dict[str, Any] = field(default_factory=dict)
     callbacks: dict[str, Any] = field(default_factory=dict)

@@ -12,8 +12,7 @@ from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, Mode
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader, TensorDataset
 
-from rwkv_pl import RWKV4, CorpusDataModule, LitRWKV, RWKV4Config
-from rwkv_pl.config import Optim, Schedule
+from rwkv_pl import RWKV4, CorpusDataModule, LitRWKV, Optim, RWKV4Config, Schedule
 from rwkv_pl.errors import RunError, UserError
 from rwkv_pl.ops.cross_entropy import head_cross_entropy
 from rwkv_pl.training.callbacks.metrics import MetricsRecorder
@@ -52,6 +51,16 @@ def test_training_reduces_the_loss_and_ends_with_a_validation(data):
     assert trainer.global_step == 30
     # Forty-five characters, repeated: far below the 8 bits of a model that knows nothing.
     assert float(trainer.callback_metrics["val/bits_per_byte"]) < 3
+
+
+def test_module_without_settings_learns():
+    torch.manual_seed(0)
+    loader = rows(n=2)
+    module = LitRWKV(RWKV4(RWKV4Config(256, 2, 32)))
+    (batch,) = loader
+    first = module.loss(*split_batch(batch))[1].item()
+    Trainer(accelerator="cpu", max_steps=30, **QUIET).fit(module, loader)
+    assert module.loss(*split_batch(batch))[1].item() < 0.9 * first
 
 
 def test_validation_averages_over_every_byte(data):
