@@ -117,20 +117,10 @@ class Model:
         MODEL_CONFIGS[self.name](vocab_size=1, n_layer=self.n_layer, n_embd=self.n_embd, dropout=self.dropout)
 
 
-class _FromFile:
-    """The default of an argument whose value is read from a file of conf/."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __repr__(self) -> str:
-        return f"<conf/{self.name}>"
+OFFICIAL_OPTIM = "optim/rwkv.yaml"
 
 
-RWKV_OPTIM: Any = _FromFile("optim/rwkv.yaml")
-
-
-@dataclass
+@dataclass(init=False)
 class Optim:
     """The optimizer class and its arguments.
 
@@ -143,20 +133,45 @@ class Optim:
 
     _target_: module and name of the class, a subclass of torch.optim.Optimizer.
     lr: the highest learning rate; the Schedule sets the rate of each step.
-    betas, eps: None for the defaults of the class, or if it has no such argument (torch.optim.SGD).
+    betas, eps: None for the defaults of another class, or if it has no such argument (torch.optim.SGD).
     weight_decay: only for two-dimensional parameters named `*.weight`.
-    lr_scale: factors of the learning rate, by the last part of a parameter's name. None for no factors, `version` for
+    lr_scale: factors of the learning rate, by the last part of a parameter's name. {} for no factors, `version` for
     the model version's own table.
     own: arguments that only this class has, such as {"momentum": 0.9}. In YAML they are further keys of optim.
     """
 
-    _target_: str = RWKV_OPTIM
-    lr: float = RWKV_OPTIM
-    betas: list[float] | None = RWKV_OPTIM
-    eps: float | None = RWKV_OPTIM
-    weight_decay: float = RWKV_OPTIM
-    lr_scale: Any = RWKV_OPTIM
-    own: dict[str, Any] = field(default_factory=dict)
+    _target_: str
+    lr: float
+    betas: list[float] | None
+    eps: float | None
+    weight_decay: float
+    lr_scale: Any
+    own: dict[str, Any]
+
+    def __init__(
+        self,
+        _target_: str | None = None,
+        lr: float | None = None,
+        betas: list[float] | None = None,
+        eps: float | None = None,
+        weight_decay: float | None = None,
+        lr_scale: Any = None,
+        own: dict[str, Any] | None = None,
+    ) -> None:
+        values = read_conf(OFFICIAL_OPTIM)
+        if _target_ not in (None, values["_target_"]):
+            if lr is None:
+                raise UserError(
+                    f"Optim(_target_={_target_!r}) needs lr=: the learning rate in conf/{OFFICIAL_OPTIM} is for "
+                    f"{values['_target_']}"
+                )
+            values = {"betas": None, "eps": None, "weight_decay": 0.0, "lr_scale": None}
+        given = {"_target_": _target_, "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        given["lr_scale"] = lr_scale
+        for name, value in (values | {key: value for key, value in given.items() if value is not None}).items():
+            setattr(self, name, value)
+        self.own = own or {}
+        self.__post_init__()
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -165,24 +180,7 @@ class Optim:
         given = {key: value for key, value in common.items() if value is not None} | self.own
         return {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
 
-    def _read_unset(self) -> None:
-        """Set the arguments that were not given."""
-        unset = [of.name for of in fields(self) if getattr(self, of.name) is RWKV_OPTIM]
-        if not unset:
-            return
-        values = read_conf(RWKV_OPTIM.name)
-        if "_target_" not in unset and self._target_ != values["_target_"]:
-            if "lr" in unset:
-                raise UserError(
-                    f"Optim(_target_={self._target_!r}) needs lr=: the learning rate in conf/{RWKV_OPTIM.name} is for "
-                    f"{values['_target_']}"
-                )
-            values = {"betas": None, "eps": None, "weight_decay": 0.0, "lr_scale": None}
-        for name in unset:
-            setattr(self, name, values[name])
-
     def __post_init__(self) -> None:
-        self._read_unset()
         check_above("optim.lr", self.lr, 0)
         if self.betas is not None and not (self.betas and all(0 <= beta < 1 for beta in self.betas)):
             raise UserError(f"optim.betas must be numbers from 0 to below 1, got {self.betas}")
@@ -206,6 +204,7 @@ class OptimGroup(Optim):
     eps: float | None = None
     weight_decay: float = 0.0
     lr_scale: Any = None
+    own: dict[str, Any] = field(default_factory=dict)
 
 
 def read_conf(name: str) -> dict[str, Any]:
