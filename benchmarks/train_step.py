@@ -38,7 +38,7 @@ from benchmarks.common import (
     summary_cells,
     take_turns,
 )
-from rwkv_pl import RWKV4, LitRWKV, RWKV4Config
+from rwkv_pl import RWKV4, LitRWKV, Optim, RWKV4Config
 from rwkv_pl.ops.cross_entropy import cross_entropy
 from rwkv_pl.ops.heap import keep_freed_memory
 from rwkv_pl.ops.linear import linear
@@ -84,7 +84,8 @@ def autocast(precision: str, device: str = "cpu") -> AbstractContextManager[Any]
 def make_our_module(setting: Setting) -> LitRWKV:
     """With the allocator set up as by rwkv-train."""
     keep_freed_memory()
-    return LitRWKV(RWKV4(RWKV4Config(VOCAB, setting.n_layer, setting.n_embd)))
+    model = RWKV4(RWKV4Config(VOCAB, setting.n_layer, setting.n_embd))
+    return LitRWKV(model, Optim("torch.optim.Adam", lr=1e-5))  # as for the peers
 
 
 def make_our_step(
