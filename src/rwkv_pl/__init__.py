@@ -15,6 +15,7 @@ _HOMES = {
     "CorpusDataModule": "rwkv_pl.data.datamodule",
     "Enwik8DataModule": "rwkv_pl.data.datamodule",
     "TokensDataModule": "rwkv_pl.data.datamodule",
+    "tune_allocator": "rwkv_pl.ops.heap",
     "wkv4": "rwkv_pl.ops.wkv4",
     "use_kernel": "rwkv_pl.ops.backend",
     "generate": "rwkv_pl.inference.generate",
