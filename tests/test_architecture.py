@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "weights": {"model", "data"},
     "inference": {"model", "ops", "weights"},
     "training": {"targets", "ops", "model", "inference", "weights"},
-    "runs": {"compose", "targets", "data", "ops", "model", "weights", "training"},
+    "runs": {"compose", "targets", "data", "ops", "model", "weights", "inference", "training"},
     "sweeps": {"compose", "data", "runs", "training"},
     "hydra_plugins": {"runs", "sweeps"},
     "cli": {"compose", "data", "ops", "model", "weights", "inference", "training", "runs", "sweeps", "hydra_plugins"},
