@@ -20,6 +20,8 @@ _HOMES = {
     "use_kernel": "rwkv_pl.ops.backend",
     "generate": "rwkv_pl.inference.generate",
     "load_weights": "rwkv_pl.weights.read",
+    "train": "rwkv_pl.runs.python_call",
+    "Run": "rwkv_pl.runs.run",
 }
 __all__ = sorted(_HOMES)
 

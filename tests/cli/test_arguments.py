@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from hydra._internal.utils import get_args_parser
 
-from rwkv_pl.cli.arguments import HydraParser, expand_home, parse_arguments
-from rwkv_pl.compose import parse_overrides
+from rwkv_pl.cli.arguments import HydraParser, parse_arguments
+from rwkv_pl.compose import expand_home, parse_overrides
 from rwkv_pl.errors import UserError
 
 
