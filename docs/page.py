@@ -1,4 +1,4 @@
-"""Run a page of the tour: Markdown whose Python runs from top to bottom in one session and prints what the page shows.
+"""Run a page of the tour or a guide: Markdown whose Python runs from top to bottom in one session and prints what the page shows.
 
     ```python                 runs; a text fence after it shows all that it prints
     ```python picture=NAME    draws with matplotlib, without savefig; runs twice, for pictures/NAME_light.png and
@@ -30,6 +30,8 @@ FOLDER = Path(__file__).parent
 PICTURES = FOLDER / "pictures"
 NEEDS_KERNEL = "<!-- needs the compiled kernel -->"
 SHADES = ("light", "dark")
+# The guides whose code runs, besides the chapters.
+GUIDES = ("library", "notebook")
 # The site cuts off longer lines of code.
 WIDTH = 88
 
@@ -72,13 +74,11 @@ class Report:
     seconds: list[tuple[int, float]] = field(default_factory=list)
 
 
-def list_pages(numbers: list[str]) -> list[Path]:
-    """The pages whose names start with one of the numbers, or all pages, in order."""
-    return [
-        page
-        for page in sorted(FOLDER.glob("[0-9][0-9]_*.md"))
-        if page.name.startswith(tuple(numbers) or "")
-    ]
+def list_pages(names: list[str] | None = None) -> list[Path]:
+    """The pages whose names start with one of `names`, or all: the chapters by number, then the guides."""
+    guides = [FOLDER / "guides" / f"{name}.md" for name in GUIDES]
+    pages = [*sorted(FOLDER.glob("[0-9][0-9]_*.md")), *guides]
+    return [page for page in pages if page.name.startswith(tuple(names or [""]))]
 
 
 def parse_fences(text: str) -> list[Fence]:

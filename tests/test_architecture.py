@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[1] / "src"
-LEAVES = {"errors", "files", "checks", "config", "limits", "terminal"}
+LEAVES = {"errors", "files", "checks", "config", "limits", "terminal", "environment"}
 MAY_IMPORT = {
     **{leaf: {"errors", "checks"} for leaf in LEAVES},
     "targets": set(),
@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "weights": {"model", "data"},
     "inference": {"model", "ops", "weights"},
     "training": {"targets", "ops", "model", "inference", "weights"},
-    "runs": {"compose", "targets", "data", "ops", "model", "weights", "training"},
+    "runs": {"compose", "targets", "data", "ops", "model", "weights", "inference", "training"},
     "sweeps": {"compose", "data", "runs", "training"},
     "hydra_plugins": {"runs", "sweeps"},
     "cli": {"compose", "data", "ops", "model", "weights", "inference", "training", "runs", "sweeps", "hydra_plugins"},

@@ -23,15 +23,21 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rwkv_pl.checks import KIND_NAMES, check_kind, check_kinds, suggest_key
-from rwkv_pl.config import GROUPS, Train, check_trainer, split_own_arguments
+from rwkv_pl.config import (
+    CONFIG_MODULE,
+    DATA_PATHS,
+    GROUPS,
+    Train,
+    check_trainer,
+    read_conf,
+    split_own_arguments,
+)
 from rwkv_pl.errors import UserError, one_line
 from rwkv_pl.targets import MOVED, check_target, find_targets, trusted_modules
 from rwkv_pl.terminal import quote_override
 
 # For a number in a config that depends on another: ${divide:1.5,${model.n_embd}}
 OmegaConf.register_new_resolver("divide", lambda a, b: a / b, replace=True)
-
-CONFIG_MODULE = "rwkv_pl.conf"
 
 # For a file inside conf/, wherever it is installed: ${conf:experiment/debug.txt}
 OmegaConf.register_new_resolver("conf", lambda name: str(resources.files(CONFIG_MODULE) / name), replace=True)
@@ -42,6 +48,9 @@ OWN_ARGUMENT_HINT = (
     "another argument of the optimizer needs your own file with that key, mine/optim/NAME.yaml: "
     "--config-dir mine optim=NAME"
 )
+
+# The settings that are a path.
+PATH_KEYS = (*(f"data.{name}" for name in DATA_PATHS), "weights", "resume", "out", "hydra.run.dir", "hydra.sweep.dir")
 
 # Loggers whose packages are optional extras. The extra, the package and the module have the same name.
 EXTRA_LOGGERS = ("wandb", "mlflow")
@@ -92,6 +101,22 @@ def parse_overrides(overrides: Sequence[str], sweep: bool = False) -> list[Overr
                 )
         parsed.append(override)
     return parsed
+
+
+def expand_home(argv: Sequence[str]) -> list[str]:
+    """Replace ~ at the start of a path by the home folder: a shell does so only where a word starts with it.
+
+    With several values, or in another setting, ~ stays, and the parser refuses it.
+    """
+
+    def expand(text: str) -> str:
+        key, _, value = text.partition("=")
+        path = value.strip("'\"")
+        if key not in PATH_KEYS or not re.match(r"~([/\\]|$)", path) or ("," in value and path == value):
+            return text
+        return f"{key}={quote_override(Path(path).expanduser())}"
+
+    return [expand(text) for text in argv]
 
 
 def suggest_list(override: Override) -> str:
@@ -180,8 +205,7 @@ def is_group_choice(override: Override) -> bool:
 
 def trainer_defaults() -> dict[str, Any]:
     """Read conf/trainer/default.yaml."""
-    text = resources.files(CONFIG_MODULE).joinpath("trainer/default.yaml").read_text(encoding="utf-8")
-    return OmegaConf.to_container(OmegaConf.create(text))  # type: ignore[return-value]
+    return read_conf("trainer/default.yaml")
 
 
 def check_config(config: DictConfig, overrides: Sequence[Override] = (), config_dir: str | None = None) -> Train:

@@ -3,6 +3,8 @@
 The classes mirror the groups of conf/: `data`, `model`, `optim` and `schedule` field by field. `trainer`, `callbacks`
 and `logger` hold the arguments of Lightning's classes, which are not repeated here: a value must have the type that it
 has in its YAML file. Only the standard library is imported, so that a mistake is reported at once.
+
+`Optim` and `Schedule` are public: a Python program gives them to LitRWKV.
 """
 
 import re
@@ -12,6 +14,8 @@ from typing import Any
 
 from rwkv_pl.checks import check_above, check_at_least, check_between, check_kind, check_one_of, suggest_key
 from rwkv_pl.errors import UserError
+
+CONFIG_MODULE = "rwkv_pl.conf"
 
 KERNELS = ("auto", "compiled", "scan", "recurrence")
 VOCABULARIES = ("byte", "char", "20b")
@@ -113,23 +117,61 @@ class Model:
         MODEL_CONFIGS[self.name](vocab_size=1, n_layer=self.n_layer, n_embd=self.n_embd, dropout=self.dropout)
 
 
-@dataclass
+OFFICIAL_OPTIM = "optim/rwkv.yaml"
+
+
+@dataclass(init=False)
 class Optim:
     """The optimizer class and its arguments.
 
-    betas, eps: None for the defaults of the class, or if it has no such argument (torch.optim.SGD).
-    lr_scale: factors of the learning rate, by the last part of a parameter's name. None for no factors, `version` for
+    Optim() is the official RWKV optimizer: all its values are those of conf/optim/rwkv.yaml, `rwkv-train optim=rwkv`.
+    Optim(lr=1e-3) changes one of them. These values apply only to the class in that file, torch.optim.AdamW:
+
+        Optim("torch.optim.SGD", lr=0.3, own={"momentum": 0.9})
+
+    has no betas, eps, weight decay or lr_scale except those given, and must be given lr; else it raises UserError.
+
+    _target_: module and name of the class, a subclass of torch.optim.Optimizer.
+    lr: the highest learning rate; the Schedule sets the rate of each step.
+    betas, eps: None for the defaults of another class, or if it has no such argument (torch.optim.SGD).
+    weight_decay: only for two-dimensional parameters named `*.weight`.
+    lr_scale: factors of the learning rate, by the last part of a parameter's name. {} for no factors, `version` for
     the model version's own table.
     own: arguments that only this class has, such as {"momentum": 0.9}. In YAML they are further keys of optim.
     """
 
-    _target_: str = "torch.optim.Adam"
-    lr: float = 1e-5
-    betas: list[float] | None = None
-    eps: float | None = None
-    weight_decay: float = 0.0
-    lr_scale: Any = None
-    own: dict[str, Any] = field(default_factory=dict)
+    _target_: str
+    lr: float
+    betas: list[float] | None
+    eps: float | None
+    weight_decay: float
+    lr_scale: Any
+    own: dict[str, Any]
+
+    def __init__(
+        self,
+        _target_: str | None = None,
+        lr: float | None = None,
+        betas: list[float] | None = None,
+        eps: float | None = None,
+        weight_decay: float | None = None,
+        lr_scale: Any = None,
+        own: dict[str, Any] | None = None,
+    ) -> None:
+        values = read_conf(OFFICIAL_OPTIM)
+        if _target_ not in (None, values["_target_"]):
+            if lr is None:
+                raise UserError(
+                    f"Optim(_target_={_target_!r}) needs lr=: the learning rate in conf/{OFFICIAL_OPTIM} is for "
+                    f"{values['_target_']}"
+                )
+            values = {"betas": None, "eps": None, "weight_decay": 0.0, "lr_scale": None}
+        given = {"_target_": _target_, "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        given["lr_scale"] = lr_scale
+        for name, value in (values | {key: value for key, value in given.items() if value is not None}).items():
+            setattr(self, name, value)
+        self.own = own or {}
+        self.__post_init__()
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -152,6 +194,29 @@ class Optim:
                 check_above(f"optim.lr_scale.{name}", factor, 0)
 
 
+@dataclass
+class OptimGroup(Optim):
+    """The group `optim` of a command's config. A key that its YAML file leaves out does not come from rwkv.yaml."""
+
+    _target_: str = "torch.optim.Adam"
+    lr: float = 1e-5
+    betas: list[float] | None = None
+    eps: float | None = None
+    weight_decay: float = 0.0
+    lr_scale: Any = None
+    own: dict[str, Any] = field(default_factory=dict)
+
+
+def read_conf(name: str) -> dict[str, Any]:
+    """Read a file of conf/, such as optim/rwkv.yaml, without its defaults list."""
+    from importlib import resources
+
+    from omegaconf import OmegaConf
+
+    text = resources.files(CONFIG_MODULE).joinpath(name).read_text(encoding="utf-8")
+    return OmegaConf.to_container(OmegaConf.create(text))  # type: ignore[return-value]
+
+
 def split_own_arguments(optim: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Split the optim group of a config into the keys of every optimizer, and those that only its class has."""
     known = {of.name for of in fields(Optim)} - {"own"}
@@ -162,6 +227,9 @@ def split_own_arguments(optim: Mapping[str, Any]) -> tuple[dict[str, Any], dict[
 @dataclass
 class Schedule:
     """The learning rate as a function of the optimizer step.
+
+    Schedule() is constant, without a warm-up: conf/schedule/constant.yaml. Schedule("cosine", warmup_steps=100) needs a
+    Trainer with a length, max_steps or max_epochs, or decay_steps.
 
     It rises from 0 to optim.lr over `warmup_steps`, then falls along the curve `name` and reaches `final_lr` at step
     `decay_steps` (None: the run's last step).
@@ -202,7 +270,7 @@ class Train:
 
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
-    optim: Optim = field(default_factory=Optim)
+    optim: Optim = field(default_factory=OptimGroup)
     schedule: Schedule = field(default_factory=Schedule)
     trainer: dict[str, Any] = field(default_factory=dict)
     callbacks: dict[str, Any] = field(default_factory=dict)

@@ -54,7 +54,7 @@ def test_run_folder_has_all_files(train, tmp_path):
     assert machine.endswith(
         "FLOP/s in float32 matrix products, measured: MFU (model FLOPs utilisation) is the share of it"
     )
-    for shown in ("corpus.txt", "validation part:", "this model", "gzip -9", "xz -9", str(run)):
+    for shown in ("corpus.txt", "validation split:", "this model", "gzip -9", "xz -9", str(run)):
         assert shown in result.out
 
 

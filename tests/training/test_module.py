@@ -12,8 +12,7 @@ from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, Mode
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader, TensorDataset
 
-from rwkv_pl import RWKV4, CorpusDataModule, LitRWKV, RWKV4Config
-from rwkv_pl.config import Optim, Schedule
+from rwkv_pl import RWKV4, CorpusDataModule, LitRWKV, Optim, RWKV4Config, Schedule, TokensDataModule
 from rwkv_pl.errors import RunError, UserError
 from rwkv_pl.ops.cross_entropy import head_cross_entropy
 from rwkv_pl.training.callbacks.metrics import MetricsRecorder
@@ -52,6 +51,16 @@ def test_training_reduces_the_loss_and_ends_with_a_validation(data):
     assert trainer.global_step == 30
     # Forty-five characters, repeated: far below the 8 bits of a model that knows nothing.
     assert float(trainer.callback_metrics["val/bits_per_byte"]) < 3
+
+
+def test_module_without_settings_learns():
+    torch.manual_seed(0)
+    loader = rows(n=2)
+    module = LitRWKV(RWKV4(RWKV4Config(256, 2, 32)))
+    (batch,) = loader
+    first = module.loss(*split_batch(batch))[1].item()
+    Trainer(accelerator="cpu", max_steps=30, **QUIET).fit(module, loader)
+    assert module.loss(*split_batch(batch))[1].item() < 0.9 * first
 
 
 def test_validation_averages_over_every_byte(data):
@@ -189,6 +198,19 @@ def test_tokens_of_unknown_bytes_are_scored_per_token():
         UserError, match="EarlyStopping monitors val/bits_per_byte, but the bytes of each token are unknown"
     ):
         Trainer(accelerator="cpu", max_steps=2, callbacks=[stopping], **QUIET).fit(module, rows(300), rows(300))
+
+
+@pytest.mark.parametrize(("size", "score"), [(300, "bits_per_token"), (256, "bits_per_byte")])
+def test_ids_in_memory_are_scored_per_token_unless_they_are_bytes(tmp_path, monkeypatch, size, score):
+    module = LitRWKV(RWKV4(RWKV4Config(size, 1, 16)))  # loads the kernel from the user's cache
+    module.model(torch.zeros(1, 2, dtype=torch.int64))
+    monkeypatch.setenv("RWKV_PL_CACHE", str(tmp_path))
+    data = TokensDataModule([*range(40)] * 50, vocab_size=size, batch_size=4, ctx_len=32)
+    trainer = Trainer(accelerator="cpu", max_steps=20, **QUIET | ENDLESS)
+    trainer.fit(module, data)
+    assert trainer.callback_metrics.keys() >= {"val/loss", f"val/{score}"}
+    assert float(trainer.callback_metrics[f"val/{score}"]) < 0.9 * math.log2(size)
+    assert module.vocabulary is None
 
 
 def test_metrics_reach_lightnings_loggers_and_callbacks(tmp_path):

@@ -13,11 +13,19 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf
 
-from rwkv_pl.cli.arguments import expand_home, parse_arguments, print_hydra_info
+from rwkv_pl.cli.arguments import parse_arguments, print_hydra_info
 from rwkv_pl.cli.entry import cli_entry_point, default_sigint
 from rwkv_pl.cli.eval_report import print_report, write_report
 from rwkv_pl.cli.explain import print_settings
-from rwkv_pl.compose import compose, is_group_choice, parse_overrides, suggest_list, to_dataclass, to_plain_dict
+from rwkv_pl.compose import (
+    compose,
+    expand_home,
+    is_group_choice,
+    parse_overrides,
+    suggest_list,
+    to_dataclass,
+    to_plain_dict,
+)
 from rwkv_pl.config import CORPORA, DATA_PATHS, Data, Eval
 from rwkv_pl.errors import RunError, UserError, one_line
 from rwkv_pl.files import as_user_error, remove_on_failure

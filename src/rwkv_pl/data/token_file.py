@@ -21,7 +21,8 @@ from rwkv_pl.files import as_user_error, atomic_write, cache_folder, json_digest
 class TokenFile:
     """A file of token ids without a header, and the ranges of its splits, in tokens.
 
-    digest: the ``file_digest`` of the file. n_bytes: the bytes of text in each split.
+    digest: the ``file_digest`` of the file. n_bytes: the bytes of text in each split, 0 if the vocabulary does not know
+    them.
     """
 
     def __init__(

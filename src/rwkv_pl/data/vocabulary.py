@@ -171,6 +171,25 @@ class Vocabulary:
         return f"Vocabulary({self.kind!r}, size={self.size})"
 
 
+class UnknownVocabulary(Vocabulary):
+    """``size`` token ids whose text is not known: without ``bytes_per_token``, it cannot encode or decode."""
+
+    def __init__(self, size: int) -> None:
+        if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1:
+            raise UserError(f"vocab_size must be a whole number of at least 1, got {size!r}")
+        self.kind, self.characters, self.size = "unknown", "", int(size)
+        self.dtype = np.min_scalar_type(self.size - 1)
+
+    def encode(self, text: bytes | npt.NDArray[np.uint8]) -> Tokens:
+        raise UserError("the vocabulary of these token ids is not known, only its size: give vocabulary=")
+
+    def decode(self, ids: npt.ArrayLike) -> bytes:
+        raise UserError("the vocabulary of these token ids is not known, only its size: give vocabulary=")
+
+    def to_dict(self) -> dict[str, str]:
+        return {"kind": self.kind, "size": str(self.size)}
+
+
 def build_vocabulary(kind: str, corpus: Corpus, vocab_path: Path | None = None) -> Vocabulary:
     """Builds the vocabulary of a corpus.
 
@@ -180,11 +199,6 @@ def build_vocabulary(kind: str, corpus: Corpus, vocab_path: Path | None = None) 
     Raises UserError for an unknown kind, or if the JSON file is missing.
     """
     if kind == "20b":
-        if vocab_path is None:
-            raise UserError(
-                "data.vocab=20b needs the tokenizer's JSON file: set data.vocab_path=20B_tokenizer.json (it is part of "
-                "the official RWKV-4 code, and of GPT-NeoX-20B as tokenizer.json)"
-            )
         return read_vocabulary(vocab_path)
     if kind != "char":
         return Vocabulary(kind)
@@ -199,8 +213,13 @@ def build_vocabulary(kind: str, corpus: Corpus, vocab_path: Path | None = None) 
     return Vocabulary.from_dict(cached_json(f"char-{json_digest(corpus.cache_key)[:16]}.json", find_characters))
 
 
-def read_vocabulary(path: Path) -> Vocabulary:
-    """Reads the vocabulary ``20b`` from its JSON file. Raises UserError if ``path`` is not one."""
+def read_vocabulary(path: Path | None) -> Vocabulary:
+    """Reads the vocabulary ``20b`` from its JSON file. Raises UserError if ``path`` is None or not such a file."""
+    if path is None:
+        raise UserError(
+            "data.vocab=20b needs the tokenizer's JSON file: set data.vocab_path=20B_tokenizer.json (it is part of "
+            "the official RWKV-4 code, and of GPT-NeoX-20B as tokenizer.json)"
+        )
     from rwkv_pl.data.tokenizer_20b import Vocabulary20B  # imports the tokenizers library only when needed
 
     return Vocabulary20B.read(path)

@@ -2,13 +2,17 @@
 
 import contextlib
 import csv
+import io
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rwkv_pl.errors import UserError
 from rwkv_pl.files import atomic_write
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 COLUMNS = (
     "step",
@@ -67,10 +71,25 @@ def default_style() -> Iterator[None]:
         yield
 
 
-@default_style()
 def draw_curve(rows: list[dict[str, float]], path: Path, baselines: dict[str, float]) -> None:
-    """Draws bits per byte against tokens (logged steps, running mean, validations, baselines) and the learning rate."""
+    """Writes the picture of `plot_curve` to a PNG file."""
+    with atomic_write(path) as file:
+        file.write(render_png(plot_curve(rows, baselines)))
+
+
+@default_style()
+def render_png(figure: "Figure") -> bytes:
+    """Renders a figure as PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    picture = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(picture)
+    return picture.getvalue()
+
+
+@default_style()
+def plot_curve(rows: list[dict[str, float]], baselines: dict[str, float]) -> "Figure":
+    """Plots bits per byte against tokens (logged steps, running mean, validations, baselines) and the learning rate."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 6), dpi=120, layout="constrained")
@@ -97,8 +116,7 @@ def draw_curve(rows: list[dict[str, float]], path: Path, baselines: dict[str, fl
         each.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
         axes.legend()
-    with atomic_write(path) as file:
-        FigureCanvasAgg(figure).print_png(file)
+    return figure
 
 
 @default_style()

@@ -128,7 +128,7 @@ def test_ids_are_checked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     prefix = write(tmp_path / "corpus", SENTENCES)
     before = open_binidx(prefix, SMALL).n_bytes
     with monkeypatch.context() as patched:
-        patched.setattr(binidx, "_count_bytes", lambda *_: pytest.fail("counted again"))
+        patched.setattr(binidx, "count_bytes", lambda *_: pytest.fail("counted again"))
         assert open_binidx(prefix, SMALL).n_bytes == before
     write(tmp_path / "corpus", SENTENCES[::-1])
     assert open_binidx(prefix, SMALL).n_bytes != before
