@@ -25,7 +25,6 @@ from omegaconf.errors import OmegaConfBaseException
 from rwkv_pl.checks import KIND_NAMES, check_kind, check_kinds, suggest_key
 from rwkv_pl.config import (
     CONFIG_MODULE,
-    DATA_PATHS,
     GROUPS,
     Train,
     check_trainer,
@@ -35,6 +34,7 @@ from rwkv_pl.config import (
 from rwkv_pl.errors import UserError, one_line
 from rwkv_pl.targets import MOVED, check_target, find_targets, trusted_modules
 from rwkv_pl.terminal import quote_override
+from rwkv_pl.texts import yaml_texts_as_written
 
 # For a number in a config that depends on another: ${divide:1.5,${model.n_embd}}
 OmegaConf.register_new_resolver("divide", lambda a, b: a / b, replace=True)
@@ -48,9 +48,6 @@ OWN_ARGUMENT_HINT = (
     "another argument of the optimizer needs your own file with that key, mine/optim/NAME.yaml: "
     "--config-dir mine optim=NAME"
 )
-
-# The settings that are a path.
-PATH_KEYS = (*(f"data.{name}" for name in DATA_PATHS), "weights", "resume", "out", "hydra.run.dir", "hydra.sweep.dir")
 
 # Loggers whose packages are optional extras. The extra, the package and the module have the same name.
 EXTRA_LOGGERS = ("wandb", "mlflow")
@@ -103,22 +100,6 @@ def parse_overrides(overrides: Sequence[str], sweep: bool = False) -> list[Overr
     return parsed
 
 
-def expand_home(argv: Sequence[str]) -> list[str]:
-    """Replace ~ at the start of a path by the home folder: a shell does so only where a word starts with it.
-
-    With several values, or in another setting, ~ stays, and the parser refuses it.
-    """
-
-    def expand(text: str) -> str:
-        key, _, value = text.partition("=")
-        path = value.strip("'\"")
-        if key not in PATH_KEYS or not re.match(r"~([/\\]|$)", path) or ("," in value and path == value):
-            return text
-        return f"{key}={quote_override(Path(path).expanduser())}"
-
-    return [expand(text) for text in argv]
-
-
 def suggest_list(override: Override) -> str:
     """Return ", or write ..." with the values of a sweep as a list, if they are typed as a,b."""
     value = override.get_value_string()
@@ -140,7 +121,7 @@ def compose(overrides: Sequence[str], config_dir: str | None = None, name: str =
         raise UserError("--config-dir and hydra.searchpath= exclude each other: give one of them")
     extra = [f"hydra.searchpath=[{quote_override('file://' + config_dir)}]"] if config_dir else []
     require_global_package(parse_overrides(overrides, sweep=True), config_dir)
-    with initialize_config_module(CONFIG_MODULE, version_base="1.3", job_name=name):
+    with initialize_config_module(CONFIG_MODULE, version_base="1.3", job_name=name), yaml_texts_as_written():
         try:
             return hydra_compose(name, overrides=[*overrides, *extra], return_hydra_config=True)
         except MissingConfigException as error:

@@ -100,6 +100,17 @@ def test_grid_with_a_failing_job_finishes_the_others(folder):
     assert (job / "metrics.csv").stat().st_mtime_ns == before
 
 
+def test_swept_paths_are_taken_as_typed(folder):
+    names = ("1e5", "语料.txt")
+    for name in names:
+        (folder / name).write_bytes(TEXT)
+    process = start(folder, *SMALL, f"data.path={','.join(names)}", "trainer.max_steps=1", "hydra.sweep.dir=2_0")
+    code, out = wait_for_end(process)
+    assert code == 0, out
+    (folder / "2_0").rename(folder / "sweep")
+    assert [row["data.path"] for row in read_table(folder).values()] == list(names)
+
+
 def test_killed_job_does_not_affect_the_others(folder):
     process = start(folder, *QUICK, "trainer.max_steps=500", "trainer.val_check_interval=500", "model.n_embd=16,8",
                     "optim.lr=1e-2", "hydra.launcher.jobs=2", "callbacks.last.every_n_train_steps=100")  # fmt: skip

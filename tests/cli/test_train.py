@@ -17,6 +17,7 @@ from rwkv_pl import load_weights
 from rwkv_pl.config import Train
 from rwkv_pl.runs.folder import create_run_dir
 from rwkv_pl.runs.inputs import choose_val_check_interval
+from rwkv_pl.runs.stored import StoredRun
 from rwkv_pl.training import memory
 from rwkv_pl.weights.metadata import Metadata
 
@@ -419,6 +420,34 @@ def test_folder_names_with_special_characters(train, tmp_path):
     assert load_checkpoint(run)["global_step"] == 4
     assert train(f"resume='{quoted}'", "trainer.max_steps=5").code == 0
     assert load_checkpoint(run)["global_step"] == 5
+
+
+def test_paths_and_names_that_read_as_numbers_or_are_not_ascii(train, evaluate, tmp_path):
+    for name in ("1e5", "语料.txt"):
+        (tmp_path / name).write_bytes((tmp_path / "corpus.txt").read_bytes())
+    result = train(*SMALL, "data.path=1e5", "hydra.run.dir=2025_02_03")
+    assert result.code == 0, result.err
+    for steps, path in ((5, "语料.txt"), (6, "1e5")):
+        assert train("resume=2025_02_03", f"trainer.max_steps={steps}", f"data.path={path}", "data.field=1e5").code == 0
+        assert load_checkpoint(tmp_path / "2025_02_03")["global_step"] == steps
+    data = StoredRun(tmp_path / "2025_02_03").config().data
+    assert (data.path, data.field) == (str(tmp_path / "1e5"), "1e5")
+    assert evaluate("weights=2025_02_03", "out=1_0", "protocol=windows").code == 0
+    assert list((tmp_path / "1_0").glob("*.json"))
+
+
+def test_names_in_a_config_folder_are_taken_as_written(train, tmp_path):
+    experiment = tmp_path / "mine" / "experiment" / "2025_02.yaml"
+    experiment.parent.mkdir(parents=True)
+    experiment.write_text(
+        "# @package _global_\ndata: {path: 1_0}\nhydra: {run: {dir: 1_1}}\ntrainer: {max_steps: 1_1}\n"
+    )
+    (tmp_path / "corpus.txt").rename(tmp_path / "1_0")
+    settings = [text for text in SMALL if not text.startswith(("data.path", "trainer.max_steps"))]
+    result = train("--config-dir=mine", "experiment=2025_02", *settings)
+    assert result.code == 0, result.err
+    assert load_checkpoint(tmp_path / "1_1")["global_step"] == 11
+    assert train("resume=1_1", "trainer.max_steps=12", "schedule=cosine").code == 0
 
 
 @pytest.mark.slow
