@@ -64,6 +64,8 @@ def parse_overrides(overrides: Sequence[str], sweep: bool = False) -> list[Overr
         key = override.key_or_group
         if override.is_add() or override.is_force_add():
             raise UserError(f"{text}: cannot add a key, {_explain_added_key(key)}")
+        if key == "hydra.searchpath":  # a resume, or a sweep's job, would not have it
+            raise UserError(f"{key} is not used: give your folder as --config-dir FOLDER")
         if key == "hydra":
             raise UserError(f"{text}: set Hydra's own settings one by one, as in hydra.run.dir=FOLDER")
         if override.is_delete():
@@ -111,8 +113,6 @@ def _explain_added_key(key: str) -> str:
 
 def compose(overrides: Sequence[str], config_dir: str | None = None, name: str = "train") -> DictConfig:
     """Compose conf/NAME.yaml with the overrides, including Hydra's own part. Raises UserError."""
-    if config_dir and any(text.startswith("hydra.searchpath=") for text in overrides):
-        raise UserError("--config-dir and hydra.searchpath= exclude each other: give one of them")
     extra = [f"hydra.searchpath=[{quote_override('file://' + config_dir)}]"] if config_dir else []
     require_global_package(parse_overrides(overrides, sweep=True), config_dir)
     with initialize_config_module(CONFIG_MODULE, version_base="1.3", job_name=name):
@@ -228,27 +228,17 @@ def check_config(config: DictConfig, overrides: Sequence[Override] = (), config_
     return to_dataclass(plain | {"optim": common | {"own": own}}, Train)
 
 
-def explain_missing_package(error: Exception, overrides: Sequence[str], config_dir: str | None) -> None:
-    """Raise UserError if Hydra's error is about an experiment's file that lacks `# @package _global_`."""
-    if re.search("experiment/|@experiment|@package", str(error)):
-        require_global_package(parse_overrides(overrides, sweep=True), config_dir)
-
-
 def require_global_package(overrides: Sequence[Override], config_dir: str | None) -> None:
-    """Raise UserError if a chosen experiment is a file of the user's without `# @package _global_` in its header.
+    """Raise UserError if a chosen experiment is a file in --config-dir without `# @package _global_` in its header.
 
-    The files of the user are in --config-dir or hydra.searchpath. Hydra's header is the lines before the first one that
-    does not start with `# @`. Without the package, Hydra puts the file's settings below the key `experiment`, where
-    nothing reads them.
+    Hydra's header is the lines before the first one that does not start with `# @`. Without the package, Hydra puts the
+    file's settings below the key `experiment`, where nothing reads them.
     """
     values = {override.key_or_group: override.value() for override in overrides}
     names = values.get("experiment")
-    typed = values.get("hydra.searchpath")
-    searchpath = [str(getattr(entry, "text", entry)) for entry in typed] if isinstance(typed, list) else []
-    folders = [config_dir] if config_dir else [entry.removeprefix("file://") for entry in searchpath]
     for name in names if isinstance(names, list) else [names]:
-        files = (Path(folder, "experiment", f"{str(name).removesuffix('.yaml')}.yaml") for folder in folders)
-        if isinstance(name, str) and (file := next((file for file in files if file.is_file()), None)):
+        file = Path(config_dir or "", "experiment", f"{str(name).removesuffix('.yaml')}.yaml")
+        if config_dir and isinstance(name, str) and file.is_file():
             lines = file.read_text(encoding="utf-8-sig", errors="replace").splitlines()
             header = takewhile(re.compile(r"\s*(#\s*@|$)").match, lines)
             if not any(re.fullmatch(r"\s*#\s*@package\s+_global_\s*", line) for line in header):

@@ -120,6 +120,8 @@ CASES = {
     "--bogus": "--bogus",
     "--config-dir=nosuch": "nosuch is not a folder",
     "--config-name=x": "--config-dir",
+    "hydra.searchpath=[file://hollow]": "hydra.searchpath is not used: give your folder as --config-dir FOLDER",
+    "--config-dir=hollow hydra.searchpath=[hollow] --cfg job": "hydra.searchpath is not used",
     # choices and files
     "data=nosuch": "data=nosuch does not exist; available: binidx, enwik8, stdlib, text",
     "experiment=nosuch": "experiment=nosuch does not exist",
