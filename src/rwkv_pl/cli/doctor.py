@@ -131,7 +131,7 @@ def _check_cache() -> Finding:
 
 def _verify_kernel(device: str) -> bool:
     """Build, verify and time the kernel of a device, and print the kernel that kernel=auto will use there."""
-    from rwkv_pl.ops.backend import use_kernel
+    from rwkv_pl.ops.backend import KernelError, use_kernel
     from rwkv_pl.ops.build import RETRY_ADVICE
 
     try:
@@ -142,8 +142,7 @@ def _verify_kernel(device: str) -> bool:
             error = _measure_error(device)
             compiled = _measure_milliseconds(device, calls=20)
     except RuntimeError as failure:
-        reason = str(failure).removeprefix("wkv4: no compiled operator: ")
-        reason = reason.removesuffix("; or choose use_kernel('auto')").removesuffix(RETRY_ADVICE)
+        reason = failure.reason.removesuffix(RETRY_ADVICE) if isinstance(failure, KernelError) else str(failure)
         print(f"{device}: kernel=auto uses the scan in plain torch: {reason}")
         return False
     if not error <= MAX_ERROR:

@@ -243,16 +243,12 @@ def count_scored_bytes(file: "TokenFile", split: str, vocabulary: "Vocabulary") 
 def _choose_device(accelerator: str) -> "torch.device":
     import torch
 
-    if accelerator == "auto":
-        accelerator = "cuda" if torch.cuda.is_available() else "cpu"
-    there = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if accelerator == "cpu":
-        return torch.device("cpu")
-    if there is None or accelerator not in ("gpu", there.type):
-        raise UserError(
-            f"accelerator={accelerator} is not available: torch finds {there.type if there else 'only the CPU'}"
-        )
-    return there
+    from rwkv_pl.runs.device import choose_accelerator
+
+    name = choose_accelerator("accelerator", accelerator)
+    if name == "gpu":
+        name = "cuda" if torch.cuda.is_available() else "mps"
+    return torch.device(name)
 
 
 def _to_run_error(error: Exception) -> Exception:

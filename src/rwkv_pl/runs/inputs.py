@@ -178,7 +178,7 @@ def open_inputs(config: Train, cwd: Path, resume_from: Path | None = None) -> In
         return model
 
     remarks = [f"weights {loaded.path}:\n        {loaded}"] if loaded else []
-    choose_accelerator(config)
+    config.trainer["accelerator"] = choose_accelerator("trainer.accelerator", config.trainer["accelerator"])
     if comparison := choose_precision(config, resumed.precision if resumed else None):
         remarks.append(comparison)
     threads = torch.get_num_threads()
