@@ -38,10 +38,8 @@ OmegaConf.register_new_resolver("conf", lambda name: str(resources.files(CONFIG_
 
 Schema = TypeVar("Schema")
 
-OWN_ARGUMENT_HINT = (
-    "another argument of the optimizer needs your own file with that key, mine/optim/NAME.yaml: "
-    "--config-dir mine optim=NAME"
-)
+# The groups of which several files can be chosen, and the file that conf/train.yaml chooses.
+FIRST_FILE = {"callbacks": "default", "logger": "tensorboard"}
 
 # Loggers whose packages are optional extras. The extra, the package and the module have the same name.
 EXTRA_LOGGERS = ("wandb", "mlflow")
@@ -63,7 +61,8 @@ def parse_overrides(overrides: Sequence[str], sweep: bool = False) -> list[Overr
             raise UserError(f"{text!r} can't be parsed as key=value ({reason}): quote special characters") from error
         key = override.key_or_group
         if override.is_add() or override.is_force_add():
-            raise UserError(f"{text}: cannot add a key, {_explain_added_key(key)}")
+            is_resume = any(other.startswith("resume=") for other in overrides)
+            raise UserError(f"{text}: cannot add a key, {_explain_added_key(override, is_resume)}")
         if key == "hydra.searchpath":  # a resume, or a sweep's job, would not have it
             raise UserError(f"{key} is not used: give your folder as --config-dir FOLDER")
         if key == "hydra":
@@ -103,12 +102,25 @@ def suggest_list(override: Override) -> str:
     return f", or for a list write '{override.key_or_group}=[{value}]'" if is_list else ""
 
 
-def _explain_added_key(key: str) -> str:
+def _explain_added_key(override: Override, is_resume: bool) -> str:
     """The fix for `+key=value`: the key exists, or it is an argument that only the optimizer's class has."""
-    group, _, name = key.partition(".")
+    group, _, name = override.key_or_group.partition(".")
+    sign = "++" if override.is_force_add() else "+"
+    if not name and group in FIRST_FILE:
+        return f"to add one, list them all: '{group}=[{FIRST_FILE[group]},{override.get_value_string()}]'"
     if group == "optim" and split_own_arguments({name: None})[1]:
-        return f"drop the + if it exists; {OWN_ARGUMENT_HINT}"
-    return "every setting already exists: drop the +"
+        return f"drop the {sign} if it exists; {_explain_new_argument(group, is_resume)}"
+    return f"every setting already exists: drop the {sign}"
+
+
+def _explain_new_argument(group: str, is_resume: bool) -> str:
+    """Say how to set an argument of a class of the group that is not a key of its file."""
+    if is_resume:  # which has no --config-dir
+        return "another argument of its class needs a new run"
+    return (
+        f"another argument of its class needs your own file with that key, mine/{group}/NAME.yaml: "
+        f"--config-dir mine {group}=NAME"
+    )
 
 
 def compose(overrides: Sequence[str], config_dir: str | None = None, name: str = "train") -> DictConfig:
@@ -155,8 +167,11 @@ def explain_unknown_key(overrides: Sequence[str], config_dir: str | None, name: 
             require_key(override.key_or_group, base)
 
 
-def require_key(key: str, config: Any) -> None:
-    """Raise UserError if the dotted `key` is not in `config`; the message names the nearest key."""
+def require_key(key: str, config: Any, is_resume: bool = False) -> None:
+    """Raise UserError if the dotted `key` is not in `config`; the message names the nearest key.
+
+    is_resume: whether `config` is that of a run to resume.
+    """
     node, seen = config, ""
     for part in key.split("."):
         if not isinstance(node, dict | DictConfig) or part not in node:
@@ -164,13 +179,20 @@ def require_key(key: str, config: Any) -> None:
                 check_trainer({part: None}, trainer_defaults())
             names = [name for name in node if name != "hydra"] if isinstance(node, dict | DictConfig) else []
             hint = suggest_key(part, names) if names else f"; {seen.rstrip('.')} is a value"
-            if seen == "optim.":
-                hint += f"; {OWN_ARGUMENT_HINT}"
+            group, *inside = seen.rstrip(".").split(".")
+            if group in FIRST_FILE and not inside and _is_file(group, part):
+                hint = f"; choose its file too: '{group}=[{','.join([*names, part])}]'"
+            if names and ((group == "optim" and not inside) or (group in FIRST_FILE and inside)):
+                hint += f"; {_explain_new_argument(group, is_resume)}"
             groups = [group for group in GROUPS if isinstance(config.get(group), dict | DictConfig)]
             if key == part and (group := next((group for group in groups if part in config[group]), None)):
                 hint = f"; did you mean {group}.{part}?"
             raise UserError(f"{key} is not a setting{hint}")
         node, seen = node[part], f"{seen}{part}."
+
+
+def _is_file(group: str, name: str) -> bool:
+    return resources.files(CONFIG_MODULE).joinpath(group, f"{name}.yaml").is_file()
 
 
 def is_group_choice(override: Override) -> bool:

@@ -31,6 +31,10 @@ CASES = {
     "optim=sgd optim.betas=[0.9,0.99]": "optim.betas is not a setting",
     "optim.own={momentum:0.9}": "optim.own is not a setting",
     "callbacks.last.every=3": "callbacks.last.every is not a setting",
+    "callbacks.ema.decay=0.5": "is not a setting; choose its file too: 'callbacks=[best,last,ema]'",
+    "logger.wandb.project=x": "is not a setting; choose its file too: 'logger=[tensorboard,wandb]'",
+    "logger.tensorboard.comment=x": "another argument of its class needs your own file with that key, "
+    "mine/logger/NAME.yaml: --config-dir mine logger=NAME",
     "model.n_layer.x=3": "model.n_layer is a value",
     # types
     "optim.lr=fast": "optim.lr must be a number, got 'fast'",
@@ -112,8 +116,11 @@ CASES = {
     # syntax
     "+foo=1": "cannot add a key",
     "+model.foo=1": "cannot add a key",
-    "++optim.lr=1": "drop the +",
+    "++optim.lr=1": "drop the ++",
     "+optim.momentum=0.9": "your own file with that key, mine/optim/NAME.yaml: --config-dir mine optim=NAME",
+    "+optim.momentum=0.9 resume=run": "drop the + if it exists; another argument of its class needs a new run",
+    "+callbacks=ema": "to add one, list them all: 'callbacks=[default,ema]'",
+    "+logger=wandb": "to add one, list them all: 'logger=[tensorboard,wandb]'",
     "~trainer.max_steps": "cannot remove a key",
     "~model": "cannot remove a key",
     "data.path='unclosed": "can't be parsed as key=value",
