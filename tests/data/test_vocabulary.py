@@ -123,9 +123,9 @@ def test_unknown_vocabulary_lists_the_known_ones() -> None:
 @pytest.mark.parametrize(
     ("ids", "error", "message"),
     [
-        ([300], IndexError, "token ids must be from 0 to 255, got 300"),
-        ([1, -1], IndexError, "token ids must be from 0 to 255, got -1"),
-        ([1.5], TypeError, "token ids must be integers, not float64"),
+        ([300], IndexError, "tokens must be from 0 to 255, got 300"),
+        ([1, -1], IndexError, "tokens must be from 0 to 255, got -1"),
+        ([1.5], TypeError, "tokens must be integers, not float64"),
     ],
 )
 def test_ids_outside_of_the_vocabulary_are_refused(ids, error, message):

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from rwkv_pl.checks import check_tokens
 from rwkv_pl.config import VOCABULARIES
 from rwkv_pl.data.cache import cached_json
 from rwkv_pl.data.corpus import Corpus, find_character_start
@@ -37,10 +38,9 @@ def check_ids(ids: npt.ArrayLike, size: int) -> npt.NDArray[np.int64]:
     """``ids`` as int64. Raises TypeError unless they are integers, IndexError unless they are in [0, size)."""
     index = np.asarray(ids)
     if index.size and index.dtype.kind not in "iu":
-        raise TypeError(f"token ids must be integers, not {index.dtype}")
-    if index.size and not 0 <= index.min() <= index.max() < size:
-        wrong = index.min() if index.min() < 0 else index.max()
-        raise IndexError(f"token ids must be from 0 to {size - 1}, got {wrong}")
+        raise TypeError(f"tokens must be integers, not {index.dtype}")
+    if index.size:
+        check_tokens(index.min(), index.max(), size)
     return index.astype(np.int64)
 
 
