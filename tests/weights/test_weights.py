@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from small_20b import small_20b
 
 from rwkv_pl import RWKV4, RWKV4Config, load_weights
-from rwkv_pl.data.vocabulary import Vocabulary
+from rwkv_pl.data.vocabulary import Vocabulary, vocabulary_from_dict
 from rwkv_pl.errors import CorruptFileError, UserError
 from rwkv_pl.weights.huggingface import LAYOUTS
 from rwkv_pl.weights.read import read_weights
@@ -130,7 +130,7 @@ def test_vocabulary_is_stored_with_the_weights(tmp_path, vocabulary):
 
 def test_20b_folder_works_with_transformers_tokenizer(tmp_path):
     transformers = pytest.importorskip("transformers")
-    vocabulary = Vocabulary.from_dict({"kind": "20b", "tokenizer": small_20b()})
+    vocabulary = vocabulary_from_dict({"kind": "20b", "tokenizer": small_20b()})
     weights = random_weights(RWKV4Config(vocab_size=vocabulary.size, n_layer=1, n_embd=8))
     write_weights(replace(weights, vocabulary=vocabulary), tmp_path / "there")
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "there" / "tokenizer.json"))

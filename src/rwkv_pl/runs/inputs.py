@@ -12,7 +12,7 @@ from torch import nn
 
 from rwkv_pl.config import Train
 from rwkv_pl.data.datamodule import DataModule, EvalBatches, open_data
-from rwkv_pl.data.vocabulary import Vocabulary, read_vocabulary
+from rwkv_pl.data.vocabulary import Vocabulary, read_vocabulary, vocabulary_from_dict
 from rwkv_pl.errors import CorruptFileError, UserError, one_line
 from rwkv_pl.model import MODELS
 from rwkv_pl.runs.checkpoint import check_loadable, check_same_run, load_resume_checkpoint
@@ -110,7 +110,7 @@ def open_inputs(config: Train, cwd: Path, resume_from: Path | None = None) -> In
     content, resumed = load_resume_checkpoint(resume_from) if resume_from else (None, None)
     loaded = read_weights(cwd / config.weights) if config.weights and not content else None
     if resumed:
-        vocabulary: Vocabulary | None = Vocabulary.from_dict(resumed.vocabulary or {})
+        vocabulary: Vocabulary | None = vocabulary_from_dict(resumed.vocabulary or {})
     else:
         vocabulary = _choose_vocabulary(loaded, config, cwd)
     data = open_data(config.data, config.seed, cwd, vocabulary)

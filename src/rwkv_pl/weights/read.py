@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from rwkv_pl.data.vocabulary import Vocabulary, read_vocabulary
+from rwkv_pl.data.vocabulary import Vocabulary, read_vocabulary, vocabulary_from_dict
 from rwkv_pl.errors import CorruptFileError, UserError
 from rwkv_pl.weights import huggingface
 from rwkv_pl.weights.checkpoint import first_sentence, read_checkpoint
@@ -49,7 +49,7 @@ def _read_file(path: Path) -> Weights:
     if KEY not in content:
         return validate_tensors(content, detect_version(content, path), path, "official .pth")
     run = Metadata.from_checkpoint(content, path)
-    vocabulary = Vocabulary.from_dict(run.vocabulary) if run.vocabulary else None
+    vocabulary = vocabulary_from_dict(run.vocabulary) if run.vocabulary else None
     weights = validate_tensors(
         _select_model_tensors(content["state_dict"]), run.model, path, "checkpoint of rwkv_pl", run.config, vocabulary
     )
@@ -65,7 +65,7 @@ def _read_folder(folder: Path) -> Weights:
         tensors |= huggingface.read_tensors(path) if safe else read_checkpoint(path)
     tensors = layout.to_official(tensors, config, folder)
     stored, tokenizer = folder / huggingface.VOCABULARY, folder / huggingface.TOKENIZER
-    vocabulary = Vocabulary.from_dict(huggingface.read_json(stored)) if stored.exists() else None
+    vocabulary = vocabulary_from_dict(huggingface.read_json(stored)) if stored.exists() else None
     if vocabulary is None and tokenizer.exists():
         # The 20B tokenizer is recognised. Any other is ignored: the weights can be used without it.
         with contextlib.suppress(UserError):
