@@ -88,7 +88,7 @@ class Vocabulary:
         self._points = points
 
     def encode(self, text: bytes | npt.NDArray[np.uint8]) -> Tokens:
-        """Encodes ``text``: ids (n,) of the smallest unsigned dtype that can hold ``size - 1``."""
+        """Encode ``text``: ids (n,) of the smallest unsigned dtype that can hold ``size - 1``."""
         return self.encode_documents(text, ())
 
     def encode_documents(self, text: bytes | npt.NDArray[np.uint8], ends: Iterable[int]) -> Tokens:
@@ -118,14 +118,14 @@ class Vocabulary:
         return find_character_start(data, at)
 
     def chunks(self, data: npt.NDArray[np.uint8], lo: int, hi: int) -> list[tuple[int, int]]:
-        """Splits [lo, hi) into ranges of about CHUNK bytes, longer if no cut is possible, to encode separately."""
+        """Split [lo, hi) into ranges of about CHUNK bytes, longer if no cut is possible, to encode separately."""
         edges = [lo]
         for at in range(lo + CHUNK, hi, CHUNK):
             edges.append(self.split_point(data, edges[-1], at))
         return [(begin, end) for begin, end in itertools.pairwise([*edges, hi]) if begin < end]
 
     def decode(self, ids: npt.ArrayLike) -> bytes:
-        """Decodes ``ids`` (n,), any integers in [0, size). The result can start or end inside a UTF-8 character."""
+        """Decode ``ids`` (n,), any integers in [0, size). The result can start or end inside a UTF-8 character."""
         index = check_ids(ids, self.size)
         spelled = np.arange(4) < self.bytes_per_token[index][:, None]
         return self._spelling[index][spelled].tobytes()

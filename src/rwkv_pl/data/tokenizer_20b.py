@@ -75,7 +75,7 @@ class Vocabulary20B(Vocabulary):
 
     @classmethod
     def read(cls, path: Path) -> "Vocabulary20B":
-        """Reads the tokenizer from the JSON file ``path``. Raises UserError if it is not the 20B tokenizer."""
+        """Read the tokenizer from the JSON file ``path``. Raises UserError if it is not the 20B tokenizer."""
         try:
             # Serialised again, so that equal tokenizers have equal digests whatever wrote the file.
             described = json.loads(path.read_bytes())

@@ -15,7 +15,7 @@ __all__ = ["EncodingError", "Tokens", "Vocabulary", "build_vocabulary", "read_vo
 
 
 def build_vocabulary(kind: str, corpus: Corpus, vocab_path: Path | None = None) -> Vocabulary:
-    """Builds the vocabulary of a corpus.
+    """Build the vocabulary of a corpus.
 
     For ``char``, it has the characters of the training split, which are collected once and cached. For ``20b``, it is
     read from the JSON file ``vocab_path``.
@@ -43,7 +43,7 @@ def build_vocabulary(kind: str, corpus: Corpus, vocab_path: Path | None = None) 
 
 
 def read_vocabulary(path: Path) -> Vocabulary:
-    """Reads the vocabulary ``20b`` from its JSON file. Raises UserError if ``path`` is not one."""
+    """Read the vocabulary ``20b`` from its JSON file. Raises UserError if ``path`` is not one."""
     from rwkv_pl.data.tokenizer_20b import Vocabulary20B  # imports the tokenizers library only when needed
 
     return Vocabulary20B.read(path)

@@ -261,7 +261,7 @@ def check_inputs(tokens: Tensor, state: State | None, embedding: Tensor, n_layer
 
 
 def token_shift(x: Tensor, shift: Tensor | None) -> Tensor:
-    """Delays x (B, T, C) by one token: the result at t is x at t - 1.
+    """Delay x (B, T, C) by one token: the result at t is x at t - 1.
 
     At t = 0 it is shift (B, C), the last token of the piece before, or zeros at the start of a text (shift None).
     """
@@ -287,7 +287,7 @@ def _list_parameters(module: Any) -> list[Tensor]:
 
 
 def _unsqueeze_time_mix(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Reshapes time_mix parameters to (1, 1, C) on loading: some official files have them as (C,)."""
+    """Reshape time_mix parameters to (1, 1, C) on loading: some official files have them as (C,)."""
     for name in ("time_mix_k", "time_mix_v", "time_mix_r"):
         if (mix := state_dict.get(prefix + name)) is not None:
             state_dict[prefix + name] = mix.reshape(1, 1, -1)

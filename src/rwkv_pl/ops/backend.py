@@ -107,7 +107,7 @@ def _is_available(device: str, required: bool) -> bool:
 
 
 def load(device: str) -> str:
-    """Loads the compiled operators for a device type, and builds them if needed. Returns why it failed, or ""."""
+    """Load the compiled operators for a device type, and build them if needed. Returns why it failed, or ""."""
     # The CPU library declares the operators for both.
     failure = load("cpu") if device == "cuda" else ""
     with _loading:
@@ -126,7 +126,7 @@ def load(device: str) -> str:
 
 
 def when_loaded(register: Callable[[], None]) -> Callable[[], None]:
-    """Decorates a function that registers gradients or fake kernels; it is called after the operators are loaded."""
+    """Decorate a function that registers gradients or fake kernels; it is called after the operators are loaded."""
     with _loading:
         _registrations.append(register)
         if _failures.get("cpu") == "":

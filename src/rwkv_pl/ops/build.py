@@ -96,7 +96,7 @@ class LibrarySpec:
 
 
 def load_cpu_library() -> None:
-    """Registers the CPU operators ``torch.ops.rwkv_pl.*``; on a cache miss, builds them (about 15 s).
+    """Register the CPU operators ``torch.ops.rwkv_pl.*``; on a cache miss, build them (about 15 s).
 
     Raises BuildError if there is no compiler, the build fails, or the cache folder cannot be written.
     """
@@ -107,7 +107,7 @@ def load_cpu_library() -> None:
 
 
 def load_cuda_library() -> None:
-    """Registers the CUDA operators, built for this machine's GPUs (about 15 s). Load the CPU library first.
+    """Register the CUDA operators, built for this machine's GPUs (about 15 s). Load the CPU library first.
 
     Raises BuildError as `load_cpu_library` does, and if nvcc is missing or its CUDA version is not torch's.
     """

@@ -8,7 +8,7 @@ from rwkv_pl.limits import free_memory
 
 
 def keep_freed_memory() -> None:
-    """Lets a training step reuse the memory of the step before, in huge pages if Linux has them.
+    """Let a training step reuse the memory of the step before, in huge pages if Linux has them.
 
     By default glibc returns large freed blocks to the system, which clears them page by page for the next step: up to a
     third of the time of a classic step on a CPU. With 4 KB pages, address translation takes about 4% more. The setting

@@ -38,7 +38,7 @@ def supports_step(parameters: Sequence[Tensor]) -> bool:
 
 
 def move_to_huge_pages(module: nn.Module) -> None:
-    """Moves the parameters into one block of memory in huge pages; does nothing on systems other than Linux.
+    """Move the parameters into one block of memory in huge pages; do nothing on systems other than Linux.
 
     A token reads all parameters. With 4 KB pages, address translation takes a sixth of its time.
     """

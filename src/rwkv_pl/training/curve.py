@@ -28,7 +28,7 @@ COLUMNS = (
 
 
 def read_rows(path: Path, up_to: int) -> list[dict[str, float]]:
-    """Reads the rows of a metrics.csv up to step `up_to`, without an incomplete last line; [] if there is no file.
+    """Read the rows of a metrics.csv up to step `up_to`, without an incomplete last line; [] if there is no file.
 
     Raises UserError if the file is corrupt.
     """
@@ -51,7 +51,7 @@ def read_rows(path: Path, up_to: int) -> list[dict[str, float]]:
 
 @contextlib.contextmanager
 def default_style() -> Iterator[None]:
-    """Draws with matplotlib's built-in defaults.
+    """Draw with matplotlib's built-in defaults.
 
     matplotlib reads a matplotlibrc in the current folder. An untrusted one could run LaTeX, with text.usetex.
     """
@@ -64,7 +64,7 @@ def default_style() -> Iterator[None]:
 
 @default_style()
 def draw_curve(rows: list[dict[str, float]], path: Path, baselines: dict[str, float]) -> None:
-    """Draws bits per byte against tokens (logged steps, running mean, validations, baselines) and the learning rate."""
+    """Draw bits per byte against tokens (logged steps, running mean, validations, baselines) and the learning rate."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -100,7 +100,7 @@ def draw_curve(rows: list[dict[str, float]], path: Path, baselines: dict[str, fl
 def draw_sweep(
     curves: dict[str, list[dict[str, float]]], best: dict[str, float], swept: dict[str, dict[str, Any]], path: Path
 ) -> None:
-    """Draws the curves of all runs in one panel, and the best score against each swept setting in further panels.
+    """Draw the curves of all runs in one panel, and the best score against each swept setting in further panels.
 
     curves: run name -> rows. best: run name -> bits per byte of the best validation. swept: setting -> run name ->
     value.

@@ -15,7 +15,7 @@ from rwkv_pl.weights.tensors import Weights, detect_version, validate_tensors
 
 
 def load_weights(source: str | Path) -> tuple[nn.Module, Vocabulary | None]:
-    """Loads the model of `source`, on the CPU in float32 and in eval mode (no dropout), and its vocabulary.
+    """Load the model of `source`, on the CPU in float32 and in eval mode (no dropout), and its vocabulary.
 
     source: as for `read_weights`. The vocabulary is None if it is not known: a `.pth` has none.
 
@@ -26,7 +26,7 @@ def load_weights(source: str | Path) -> tuple[nn.Module, Vocabulary | None]:
 
 
 def read_weights(source: str | Path) -> Weights:
-    """Reads the weights of `source` and validates every tensor.
+    """Read the weights of `source` and validate every tensor.
 
     source: a run folder (its best.ckpt, else last.ckpt), a `.ckpt` of rwkv_pl, an official RWKV-4 `.pth`, or a Hugging
     Face folder. The format is detected from the content, the model's version and size from the tensors.
@@ -79,7 +79,7 @@ def _select_model_tensors(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def weights_path(source: Path) -> Path:
-    """Resolves `source`: a run folder to its best.ckpt, else last.ckpt; a file or Hugging Face folder to itself."""
+    """Resolve `source`: a run folder to its best.ckpt, else last.ckpt; a file or Hugging Face folder to itself."""
     if source.is_file():
         return source
     if not source.exists():
