@@ -41,8 +41,8 @@ def test_run_continues_without_compile_if_it_fails(train, tmp_path, monkeypatch)
         then.setattr(torch, "compile", refuse)
         result = train(*SMALL, "compile=true", "trainer.max_steps=1", "hydra.run.dir=run")
     assert (result.code, result.err) == (0, "")
-    for told in (result.out, (tmp_path / "run" / "train.log").read_text()):
-        assert told.count("compile off: no compiler is here\n") == 1
+    for text in (result.out, (tmp_path / "run" / "train.log").read_text()):
+        assert text.count("compile off: no compiler is here\n") == 1
 
 
 @pytest.mark.slow

@@ -428,7 +428,7 @@ MISFITS = {
 
 @pytest.mark.parametrize("case", MISFITS)
 def test_mismatched_weights_give_one_line_error(tmp_path, case):
-    change, told = MISFITS[case]
+    change, message = MISFITS[case]
     tensors = change(random_weights().tensors)
     torch.save(tensors, tmp_path / "x.pth")
     about = {"format": 1, "model": "rwkv4", "config": vars(SIZE), "vocabulary": None, "finished": None}
@@ -441,7 +441,7 @@ def test_mismatched_weights_give_one_line_error(tmp_path, case):
         assert "\n" not in str(error.value)
         assert len(str(error.value)) < 500
         if path.suffix == ".pth":
-            assert told in str(error.value)
+            assert message in str(error.value)
 
 
 def test_checkpoint_with_a_wrong_config_size_is_corrupt(tmp_path):
@@ -583,7 +583,7 @@ BAD_FOLDERS = {
 
 @pytest.mark.parametrize("case", BAD_FOLDERS)
 def test_folder_without_weights_gives_one_line_error(tmp_path, case):
-    files, told = BAD_FOLDERS[case]
+    files, message = BAD_FOLDERS[case]
     save_file(their_tensors(random_weights()), tmp_path / "outside.safetensors")
     folder = tmp_path / "folder"
     write_config(folder)
@@ -596,7 +596,7 @@ def test_folder_without_weights_gives_one_line_error(tmp_path, case):
             (folder / name).write_text(content)
     with pytest.raises(UserError) as error:
         load_weights(folder)
-    assert told in str(error.value)
+    assert message in str(error.value)
     assert str(folder) in str(error.value)
 
 
