@@ -245,7 +245,7 @@ CASES = {
     "weights=RUN data.vocab=char": "was trained with data.vocab=byte",
     "weights=RUN data.path=nosuch.txt": "nosuch.txt",
     "weights=RUN data.path=short.txt": "the val split of",
-    "weights=RUN out=corpus.txt": "cannot write in",
+    "weights=RUN out=corpus.txt": "corpus.txt: give another folder with out=FOLDER",
     "weights=nosuch": "there are no weights at nosuch",
     "weights=corpus.txt data=text data.path=corpus.txt": "is not a checkpoint that can be read safely",
     "weights=. data=text data.path=corpus.txt": "is not a run folder",

@@ -174,7 +174,7 @@ def test_state_of_other_weights_is_refused(model, run):
         (["model.pth", "--samples", "1" + 30 * "0"], "--samples must be from 1 to 1,000"),
         (["model.pth", "--state-out", "killed"], "killed.partial exists"),
         (["model.pth", "--stop", ""], "--stop is empty and would end every text at once"),
-        (["model.pth", "--state-in", "nowhere"], "there is no state nowhere"),
+        (["model.pth", "--state-in", "nowhere"], "nowhere is missing: --state-out writes a state"),
         (["model.pth", "--state-in", "model.pth"], "not a state file of rwkv-generate"),
         (["model.pth", "--state-out", "model.pth"], "it was not changed"),
         (["model.pth", "--state-out", "no/where"], "no folder no"),

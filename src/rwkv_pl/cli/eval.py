@@ -69,7 +69,7 @@ def main() -> None:
         )
     out, name = choose_output(config, run, given)
     with remove_on_failure(out):
-        with as_user_error(out):
+        with as_user_error(out, ": give another folder with out=FOLDER"):
             if not os.access(out, os.W_OK):
                 raise UserError(f"{out} is not writable: give another folder with out=FOLDER")
         if sys.stderr.isatty():

@@ -78,7 +78,7 @@ def split_by_fractions(path: Path, fractions: tuple[float, float, float], ends_p
     """
     # The condition is negated as a whole so that a NaN is rejected too.
     if not (len(fractions) == 3 and min(fractions) >= 0 and abs(sum(fractions) - 1) < 1e-6):
-        raise UserError(f"data.split={list(fractions)} must be three fractions >= 0 (train, val, test) that sum to 1")
+        raise UserError(f"data.split must be three fractions (train, val, test) with the sum 1, got {list(fractions)}")
     data = np.memmap(path, np.uint8, mode="r")
     n = len(data)
     document_ends, reach = _map_offsets(ends_path), min(fractions) * n / 10

@@ -124,7 +124,7 @@ def compute_metrics(nats: float, n_tokens: int, n_bytes: int) -> dict[str, float
 
 def _first_target(lo: int, hi: int) -> int:
     if hi <= max(lo, 1):
-        raise ValueError(f"[{lo}, {hi}) has no target")
+        raise ValueError(f"the range [{lo}, {hi}) has no target: it needs a token that has one before it")
     return max(lo, 1)
 
 

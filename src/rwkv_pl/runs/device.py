@@ -61,8 +61,9 @@ def choose_precision(config: Train, stored: str | None) -> str | None:
 
 def choose_matmul_precision(config: Train, device: torch.device) -> None:
     """Set the precision of float32 matrix products on a GPU. Raises UserError if a CPU lacks trainer.precision."""
-    if device.type == "cpu" and str(config.trainer["precision"]) in ("16-mixed", "16"):
-        raise UserError("trainer.precision=16-mixed needs a GPU; use trainer.precision=auto on a CPU")
+    precision = config.trainer["precision"]
+    if device.type == "cpu" and str(precision) in ("16-mixed", "16"):
+        raise UserError(f"trainer.precision={precision} needs a GPU; use trainer.precision=auto on a CPU")
     if device.type == "cuda":
         # Not on a CPU, where oneDNN would round to bfloat16 or tf32.
         torch.set_float32_matmul_precision("high" if config.tf32 else "highest")

@@ -82,8 +82,8 @@ def open_stored(config: Train, stored: StoredRun) -> Inputs:
     if not checkpoints:
         if read_result(stored.folder).get("status") in DONE_STATUSES:
             raise UserError(
-                f"{stored.folder} is finished and has no checkpoint to resume from: start a new run with default among "
-                "its callbacks"
+                f"{stored.folder} is finished and has no checkpoint to resume from: start a new run with "
+                "callbacks=[default], or with default in the list"
             )
         inputs = open_inputs(config, stored.cwd)
         inputs.remarks.append(f"{stored.folder} has no checkpoint yet: it starts at step 0")
