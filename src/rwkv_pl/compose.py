@@ -177,16 +177,16 @@ def require_key(key: str, config: Any, is_resume: bool = False) -> None:
         if not isinstance(node, dict | DictConfig) or part not in node:
             if seen.startswith("trainer."):
                 check_trainer({part: None}, trainer_defaults())
-            names = [name for name in node if name != "hydra"] if isinstance(node, dict | DictConfig) else []
+            names = [str(name) for name in node if name != "hydra"] if isinstance(node, dict | DictConfig) else []
             hint = suggest_key(part, names) if names else f"; {seen.rstrip('.')} is a value"
             group, *inside = seen.rstrip(".").split(".")
             if group in FIRST_FILE and not inside and _is_file(group, part):
                 hint = f"; choose its file too: '{group}=[{','.join([*names, part])}]'"
             if names and ((group == "optim" and not inside) or (group in FIRST_FILE and inside)):
                 hint += f"; {_explain_new_argument(group, is_resume)}"
-            groups = [group for group in GROUPS if isinstance(config.get(group), dict | DictConfig)]
-            if key == part and (group := next((group for group in groups if part in config[group]), None)):
-                hint = f"; did you mean {group}.{part}?"
+            groups = [name for name in GROUPS if isinstance(config.get(name), dict | DictConfig)]
+            if key == part and (owner := next((name for name in groups if part in config[name]), None)):
+                hint = f"; did you mean {owner}.{part}?"
             raise UserError(f"{key} is not a setting{hint}")
         node, seen = node[part], f"{seen}{part}."
 

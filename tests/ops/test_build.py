@@ -151,7 +151,8 @@ def test_empty_path_falls_back_to_the_scan(tmp_path):
 def test_unavailable_compiled_kernel_is_an_error(tmp_path):
     last = finish(start(COMPILED, tmp_path, CXX="/nowhere/c++"), code=1).splitlines()[-1]
     assert last.startswith(
-        "RuntimeError: wkv4: no compiled operator: no C++ compiler (CXX=/nowhere/c++ was not found); "
+        "rwkv_pl.ops.backend.KernelError: wkv4: no compiled operator: "
+        "no C++ compiler (CXX=/nowhere/c++ was not found); "
     )
 
 
