@@ -42,7 +42,3 @@ def tune_allocator() -> bool:
         libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(heap + size - begin), mmap.MADV_HUGEPAGE)
         libc.free(ctypes.c_void_p(heap))
     return True
-
-
-# The former name.
-keep_freed_memory = tune_allocator

@@ -142,7 +142,7 @@ class TrainingProgress(ProgressBar):
 
 
 def format_duration(seconds: float) -> str:
-    """Formats a duration with one or two units: 12 s, 3 min 20 s, 5 h 10 min, 2 days 3 h."""
+    """Format a duration with one or two units: 12 s, 3 min 20 s, 5 h 10 min, 2 days 3 h."""
     minutes, hours, days = seconds / 60, seconds / 3600, seconds / 86400
     if days >= 1:
         return f"{int(days)} day{'s' if days >= 2 else ''} {int(hours % 24)} h"

@@ -155,7 +155,7 @@ class StopOnSignal(Callback):
 
 
 def _requeue() -> bool:
-    """Requeues this SLURM job. Returns whether that succeeded; if not, logs a warning."""
+    """Requeue this SLURM job. Returns whether that succeeded; if not, logs a warning."""
     job = os.environ["SLURM_JOB_ID"]
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
