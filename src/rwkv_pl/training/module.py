@@ -22,6 +22,7 @@ from rwkv_pl.inference.evaluate import bits_per_byte
 from rwkv_pl.inference.sampling import derive_seed
 from rwkv_pl.model import MODELS
 from rwkv_pl.ops.cross_entropy import head_cross_entropy
+from rwkv_pl.ops.heap import tune_allocator
 from rwkv_pl.targets import load_class
 from rwkv_pl.training.batch_counters import rescale, rewind
 from rwkv_pl.training.callbacks.metrics import MetricsRecorder
@@ -41,7 +42,8 @@ class LitRWKV(LightningModule):
     Args:
         model: RWKV4(RWKV4Config(vocab_size=256, n_layer=12, n_embd=512)), or a function that builds it; the function is
             called when a Trainer needs the model.
-        optim, schedule: the settings (see conf/optim and conf/schedule); the default is Adam at a constant rate.
+        optim, schedule: the settings, see conf/optim and conf/schedule; the default is the official RWKV optimizer at
+            a constant rate.
         seed: seeds the random numbers before each micro-batch, so that a resumed run draws the same ones.
         vocabulary: plain JSON types, saved in every checkpoint.
         bytes_per_token: (V,) whole numbers, for bits per byte: a tensor, an array or a list.
@@ -149,14 +151,12 @@ class LitRWKV(LightningModule):
         if hasattr(vocabulary, "bytes_per_token") and not self._is_vocabulary_given:
             self.vocabulary = vocabulary.to_dict()
             self.bytes_per_token = torch.as_tensor(vocabulary.bytes_per_token, dtype=torch.int64)
-        if self.model is not None and self.bytes_per_token is not None:
-            self._check_vocabulary_size(len(self.bytes_per_token))
-
-    def _check_vocabulary_size(self, n_tokens: int) -> None:
-        size = self.model.config.vocab_size
-        if size < n_tokens:
+        sizes = [len(self.bytes_per_token)] if self.bytes_per_token is not None else []
+        needed = max([*sizes, getattr(vocabulary, "size", 0)])
+        if self.model is not None and self.model.config.vocab_size < needed:
             raise UserError(
-                f"the vocabulary has {n_tokens} tokens and the model {size}: build the model with vocab_size={n_tokens}"
+                f"the vocabulary has {needed} tokens and the model {self.model.config.vocab_size}: "
+                f"build the model with vocab_size={needed}"
             )
 
     @property
@@ -267,6 +267,8 @@ class LitRWKV(LightningModule):
         return build_optimizer(target, groups, self.optim)
 
     def on_fit_start(self) -> None:
+        if self.device.type == "cpu":
+            tune_allocator()
         if not self.model.training:  # as load_weights returns it: Lightning would train without dropout
             self.model.train()
         for callback in self._callbacks:
