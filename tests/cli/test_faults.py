@@ -120,7 +120,7 @@ LONG = pytest.mark.slow  # a moment close to one that is always tested
 @pytest.mark.parametrize(
     ("strike", "then"),
     [
-        pytest.param(Strike("rwkv_pl.data.vocabulary:Vocabulary.encode", 2, kill), AGAIN, id="tokenising"),
+        pytest.param(Strike("rwkv_pl.data.vocabulary:Vocabulary.encode_documents", 2, kill), AGAIN, id="tokenising"),
         pytest.param(Strike("rwkv_pl.runs.folder:create_run_dir", 1, kill, after=True), AGAIN, id="folder-made"),
         pytest.param(Strike("rwkv_pl.runs.folder:atomic_write", 2, kill), AGAIN, id="settings-half-written"),
         pytest.param(
