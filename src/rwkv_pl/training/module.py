@@ -319,12 +319,11 @@ class LitRWKV(LightningModule):
         return int(n_steps) if math.isfinite(n_steps) else -1
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-        groups = optimizer.param_groups
         if self.trainer.lr_scheduler_configs:  # StochasticWeightAveraging and lr_find set the rates themselves
-            self.last_lr = groups[0]["lr"]
+            self.last_lr = optimizer.param_groups[0]["lr"]
         else:
             self.last_lr = self.current_lr
-            for group in groups:
+            for group in optimizer.param_groups:
                 group["lr"] = self.last_lr * group["lr_scale"]
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         if self.trainer.global_step + 1 == self.trainer.max_steps:
