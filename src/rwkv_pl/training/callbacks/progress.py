@@ -25,8 +25,12 @@ class ConsoleHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if record.exc_info:
             return
+        console = rich.get_console()
         with contextlib.suppress(OSError):  # a closed terminal must not end the run
-            rich.get_console().print(self.format(record), markup=False, highlight=False, soft_wrap=True)
+            if console.is_jupyter:  # rich would make an output of its own of each line
+                print(self.format(record), flush=True)
+            else:
+                console.print(self.format(record), markup=False, highlight=False, soft_wrap=True)
 
 
 class LogFile(logging.FileHandler):
