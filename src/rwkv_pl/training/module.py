@@ -257,7 +257,8 @@ class LitRWKV(LightningModule):
         else:
             figures[f"{split}/bits_per_token"] = bits_per_byte(nats, n_targets)
         # Reduced over all processes already. A MetricsRecorder passes them to the loggers itself.
-        self.log_dict(figures, logger=not self._is_recorded, prog_bar=not self._is_recorded)
+        logger = bool(self.trainer.loggers) and not self._is_recorded
+        self.log_dict(figures, logger=logger, prog_bar=not self._is_recorded)
 
     # The optimizer
 
