@@ -183,9 +183,11 @@ def test_bad_input_raises_user_error_in_one_line(folder, overrides, message):
     assert not (folder / "outputs").exists()
 
 
-@pytest.mark.parametrize("config_dir", ["missing", 3])
-def test_wrong_config_dir_raises_user_error(config_dir):
-    with pytest.raises(UserError, match="config_dir"):
+@pytest.mark.parametrize(
+    ("config_dir", "message"), [("missing", "missing is not a folder$"), (3, "must be a folder's path, got 3$")]
+)
+def test_wrong_config_dir_raises_user_error(config_dir, message):
+    with pytest.raises(UserError, match=f"^config_dir.*{message}"):
         rwkv_pl.train(config_dir=config_dir)
 
 
