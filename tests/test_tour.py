@@ -9,10 +9,12 @@ import warnings
 from pathlib import Path
 
 import lightning.pytorch  # noqa: F401  (sets a variable of the environment and filters of warnings)
+import nbformat
 import pytest
 import torch
 from docs.notebook import to_notebook
-from docs.page import FOLDER, NEEDS_KERNEL, PICTURES, find_difference, list_pages, run
+from docs.page import FOLDER, GUIDES, NEEDS_KERNEL, PICTURES, find_difference, list_pages, run
+from nbclient import NotebookClient
 
 from rwkv_pl.ops.backend import current_kernel, load
 
@@ -130,6 +132,9 @@ def test_output_and_pictures_are_written(tmp_path):
         ("3.1 ms", "88.0 ms", "any", True),
         ("3.1 ms", "3.1 s", "any", False),
         ("True", "False", "any", False),
+        ("loss 1\ndone", "head\nloss 2\nmore\ndone", "part", True),
+        ("done\nloss 1", "loss 2\ndone", "part", False),
+        ("gain 1", "loss 1", "part", False),
         ("a\nb", "a", "", False),
         ("x = -14.0", "x = 14.0", "", False),
         ("tensor([0.1966])", "tensor([0.1967])", "", True),
@@ -150,6 +155,17 @@ def test_notebook_has_the_code_and_its_output():
         assert len({cell["id"] for cell in notebook["cells"]}) == len(notebook["cells"])
         source = "".join(line for cell in notebook["cells"] for line in cell["source"])
         assert not re.search(r"<details>|<picture>|```math", source)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", GUIDES)
+def test_notebook_of_a_guide_runs_in_jupyter(name, tmp_path):
+    text = (FOLDER / "guides" / f"{name}.md").read_text(encoding="utf-8")
+    notebook = nbformat.reads(to_notebook(text), 4)
+    client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}})
+    client.execute(env=os.environ | {"OMP_NUM_THREADS": "1"})
+    shown = {kind for cell in notebook.cells for output in cell.get("outputs", []) for kind in output.get("data", [])}
+    assert shown >= ({"image/png", "text/html"} if name == "notebook" else {"image/png"})
 
 
 def test_command_writes_notebooks_and_refuses_unknown_numbers(tmp_path):

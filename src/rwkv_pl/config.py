@@ -18,6 +18,10 @@ from rwkv_pl.errors import UserError
 CONFIG_MODULE = "rwkv_pl.conf"
 
 KERNELS = ("auto", "compiled", "scan", "recurrence")
+ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
+PRECISIONS = ("auto", "32-true", "64-true", "bf16-mixed", "bf16-true", "16-mixed")
+# Lightning's other names of these, and its precisions that are untested here.
+OTHER_PRECISIONS = ("32", "64", "bf16", "16", "transformer-engine", "transformer-engine-float16")
 VOCABULARIES = ("byte", "char", "20b")
 
 # The paths among the settings of `data`.
@@ -332,7 +336,7 @@ class Eval:
         check_at_least("chunk_len", self.chunk_len, 1)
         if self.stride is not None:
             check_between("stride", self.stride, 1, self.data.ctx_len, inclusive=True)
-        check_one_of("accelerator", self.accelerator, ("auto", "cpu", "gpu", "cuda", "mps"))
+        check_one_of("accelerator", self.accelerator, ACCELERATORS)
         check_one_of("precision", self.precision, ("32-true", "64-true", "bf16-mixed", "16-mixed"))
         check_one_of("kernel", self.kernel, KERNELS)
 
@@ -371,6 +375,14 @@ TRAINER_OWNED = {
 }
 
 
+def _is_duration(length: Any) -> bool:
+    """Whether Lightning takes `length` as max_time: days:hours:minutes:seconds, or a mapping of units to numbers."""
+    if isinstance(length, dict):
+        units = ("weeks", "days", "hours", "minutes", "seconds")
+        return all(unit in units and type(number) in (int, float) for unit, number in length.items())
+    return isinstance(length, str) and bool(re.fullmatch(r"\d+:\d\d:\d\d:\d\d", length))
+
+
 def check_trainer(trainer: dict[str, Any], defaults: dict[str, Any]) -> None:
     """Check keys and types of `trainer` against conf/trainer/default.yaml, and the ranges. Raises UserError."""
     for key, value in trainer.items():
@@ -381,12 +393,11 @@ def check_trainer(trainer: dict[str, Any], defaults: dict[str, Any]) -> None:
         kinds = TRAINER_KINDS.get(key) or (type(defaults[key]),)
         if value is None and (defaults[key] is None or key in TRAINER_NULLABLE):
             continue
+        if key == "max_time" and not _is_duration(value):
+            raise UserError(
+                f"trainer.{key} must be days:hours:minutes:seconds, as in 00:08:00:00 for eight hours, got {value!r}"
+            )
         check_kind(f"trainer.{key}", value, kinds)
-    length = trainer.get("max_time")
-    if isinstance(length, str) and not re.fullmatch(r"\d+:\d\d:\d\d:\d\d", length):
-        raise UserError(
-            f"trainer.max_time must be days:hours:minutes:seconds, as in 00:08:00:00 for eight hours, got {length!r}"
-        )
     trainer = defaults | trainer
     for key in ("accumulate_grad_batches", "val_check_interval"):
         if isinstance(trainer[key], str):
@@ -402,10 +413,13 @@ def check_trainer(trainer: dict[str, Any], defaults: dict[str, Any]) -> None:
         if isinstance(limit, float) and limit > 1:
             raise UserError(f"trainer.{key} must be a fraction from 0.0 to 1.0 or a whole number, got {limit}")
         check_at_least(f"trainer.{key}", limit, 0)
+    check_one_of("trainer.accelerator", trainer["accelerator"], ACCELERATORS)
     if trainer["precision"] == "16-true":
         raise UserError(
             "trainer.precision=16-true is not supported, small gradients underflow to 0 and the loss becomes NaN: use "
             "16-mixed, which scales the loss, or bf16-true"
         )
+    if trainer["precision"] is not None and str(trainer["precision"]) not in OTHER_PRECISIONS:
+        check_one_of("trainer.precision", trainer["precision"], PRECISIONS)
     if trainer["gradient_clip_val"] is not None:
         check_at_least("trainer.gradient_clip_val", trainer["gradient_clip_val"], 0)

@@ -289,7 +289,7 @@ def test_resume_refuses_settings_that_contradict_the_checkpoint(train, run, tmp_
 
 
 def test_resume_refuses_another_optimizer_and_unknown_keys(train, run, tmp_path):
-    for change, told in {
+    for change, message in {
         "optim=adam": "optim._target_=torch.optim.Adam contradicts the past",
         "optim.lrr=1": "did you mean lr?",
         "trainer.max_steps=abc": "must be a whole number",
@@ -297,7 +297,7 @@ def test_resume_refuses_another_optimizer_and_unknown_keys(train, run, tmp_path)
     }.items():
         result = train("resume=run", change)
         assert (result.code, result.err.count("\n")) == (2, 1), change
-        assert told in result.err
+        assert message in result.err
 
 
 def test_resume_takes_a_config_dir(train, run, tmp_path):

@@ -26,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 import rwkv_pl
 from rwkv_pl.errors import RunError, StoppedBySignal, UserError
 from rwkv_pl.ops.backend import current_kernel
-from rwkv_pl.runs import launch, python_call
+from rwkv_pl.runs import launch, python_call, restore
 from rwkv_pl.runs.restore import deferred_sigint
 from rwkv_pl.training.module import LitRWKV
 
@@ -93,7 +93,6 @@ def test_first_and_second_call_have_the_bits_of_the_command(folder):
 import brief, rwkv_pl, torch
 brief.shorten_run_end()
 torch.manual_seed(7)
-torch.set_float32_matmul_precision("medium")
 for name in ("first", "second"):
     rwkv_pl.train(*{settings!r}, f"hydra.run.dir={{name}}")
     torch.rand(3)
@@ -184,9 +183,11 @@ def test_bad_input_raises_user_error_in_one_line(folder, overrides, message):
     assert not (folder / "outputs").exists()
 
 
-@pytest.mark.parametrize("config_dir", ["missing", 3])
-def test_wrong_config_dir_raises_user_error(config_dir):
-    with pytest.raises(UserError, match="config_dir"):
+@pytest.mark.parametrize(
+    ("config_dir", "message"), [("missing", "missing is not a folder$"), (3, "must be a folder's path, got 3$")]
+)
+def test_wrong_config_dir_raises_user_error(config_dir, message):
+    with pytest.raises(UserError, match=f"^config_dir.*{message}"):
         rwkv_pl.train(config_dir=config_dir)
 
 
@@ -270,9 +271,10 @@ def test_resume_call_has_the_plugins_that_were_given(folder, monkeypatch):
 
 def test_second_ctrl_c_raises_at_once(folder, monkeypatch):
     call_in_training_step(monkeypatch, 1, lambda: (interrupt(), interrupt()))
-    with pytest.raises(KeyboardInterrupt, match="second signal, without saving"):
+    with pytest.raises(KeyboardInterrupt, match=r"second signal, without saving; to resume: rwkv_pl\.train") as caught:
         rwkv_pl.train(*TINY, "hydra.run.dir=run")
     assert not (folder / "run" / "checkpoints").exists()
+    assert eval(str(caught.value).partition("to resume: ")[2], {"rwkv_pl": rwkv_pl}).metrics["step"][-1] == 3
 
 
 @pytest.mark.parametrize(
@@ -358,7 +360,11 @@ def describe_process() -> dict[str, object]:
         "resolver": OmegaConf.create({"a": "${now:%Y}"}).a,
         "kernel": current_kernel(),
         "dtype": torch.get_default_dtype(),
-        "deterministic": (torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic),
+        "deterministic": (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+            torch.backends.cudnn.deterministic,
+        ),
         "benchmark": torch.backends.cudnn.benchmark,
         "precision": (torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.fp32_precision),
         "tf32": (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32),
@@ -431,6 +437,18 @@ def test_process_is_afterwards_as_before(unusual_process, folder, monkeypatch, e
     assert (folder / "own.log").read_text() == "still written\n"
 
 
+def test_run_starts_with_the_defaults_of_torch(unusual_process, monkeypatch):
+    """Another precision, dtype or mode of the caller would change the bits, or fail."""
+    seen = []
+    call_in_training_step(
+        monkeypatch, 1, lambda: seen.extend([torch.get_float32_matmul_precision(), torch.get_default_dtype()])
+    )
+    with torch.inference_mode():
+        rwkv_pl.train(*TINY)
+        assert torch.is_inference_mode_enabled()
+    assert seen == ["highest", torch.float32]
+
+
 def test_first_call_in_a_process_checks_the_config_before_torch_and_leaves_the_environment_as_before(folder):
     """Importing torch and Lightning changes the environment and the warnings."""
     code = f"""
@@ -478,3 +496,19 @@ for steps in (2, 3):
     assert [result.code for result in results] == [0, 0], results[0].err + results[1].err
     folders = [[line for line in result.out.splitlines() if line.startswith(str(folder))] for result in results]
     assert folders[0] == folders[1] and len(set(folders[0])) == 2
+
+
+def test_filters_of_imports_apply_in_each_call_only(monkeypatch):
+    """Importing Lightning adds some; the second call does not import it again."""
+    monkeypatch.setattr(restore, "_filters_of_imports", [])
+    with warnings.catch_warnings():
+        before = list(warnings.filters)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="of an import")
+            restore.keep_filters_of_imports(before)
+            restore.keep_filters_of_imports(before)
+        (added,) = restore._filters_of_imports
+        seen = []
+        call_in_training_step(monkeypatch, 1, lambda: seen.extend(warnings.filters))
+        rwkv_pl.train(*TINY)
+        assert added in seen and added not in warnings.filters

@@ -332,7 +332,6 @@ def test_step_without_logging_has_at_most_one_device_sync(data, tmp_path, monkey
     for name in ("tolist", "item", "cpu", "numpy", "__float__", "__int__", "__bool__", "__index__"):
         count_calls(name, getattr(torch.Tensor, name))
     monkeypatch.setattr(LitRWKV, "skips_nonfinite_on_device", lambda self, optimizer: optimizer.defaults["fused"])
-    monkeypatch.setattr("rwkv_pl.model.rwkv4.check_inputs", lambda *_: None)  # reads the tokens only on a CPU
     monkeypatch.setattr(LitRWKV, "log", lambda self, *_, **__: logged.update([step]))
     callbacks = [MetricsRecorder(tmp_path, 4 * 32), Steps()]
     train(data, max_steps=8, val_check_interval=100, limit_val_batches=0, log_every_n_steps=5, callbacks=callbacks)
@@ -342,3 +341,16 @@ def test_step_without_logging_has_at_most_one_device_sync(data, tmp_path, monkey
     }
     assert asked[5] <= 4
     assert not logged
+
+
+def test_model_smaller_than_the_ids_is_an_error():
+    data = TokensDataModule(list(range(300)) * 4, vocab_size=300, ctx_len=8)
+    with pytest.raises(UserError, match="the vocabulary has 300 tokens and the model 256: build the model with"):
+        Trainer(accelerator="cpu", max_steps=1, **QUIET).fit(LitRWKV(RWKV4(RWKV4Config(256, 1, 8))), data)
+
+
+def test_fit_on_a_cpu_tunes_the_allocator(monkeypatch):
+    calls = []
+    monkeypatch.setattr("rwkv_pl.training.module.tune_allocator", lambda: calls.append(1))
+    Trainer(accelerator="cpu", max_steps=1, **QUIET).fit(LitRWKV(RWKV4(RWKV4Config(256, 1, 8))), rows())
+    assert calls == [1]

@@ -173,7 +173,7 @@ def test_invalid_optimizer_argument_gives_one_line_error(target, optim, message)
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        ("builtins.dict", "optim._target_=builtins.dict is not a torch.optim.Optimizer"),
+        ("builtins.dict", "optim._target_=builtins.dict is not a torch.optim.Optimizer: name a class derived from it"),
         ("torch.optim.Adm", "optim._target_=torch.optim.Adm is not a class of torch.optim; did you mean Adam?"),
     ],
 )

@@ -94,7 +94,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     if args.config_dir:
         args.config_dir = str(Path(args.config_dir).absolute())
         if not Path(args.config_dir).is_dir():
-            raise UserError(f"--config-dir {args.config_dir} is not a folder")
+            raise UserError(f"--config-dir {args.config_dir} is not a folder: give the one with your own files")
     return args
 
 

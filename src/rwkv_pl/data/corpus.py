@@ -113,7 +113,7 @@ def split_at_documents(
 def _check_fractions(fractions: tuple[float, float, float]) -> None:
     # The condition is negated as a whole so that a NaN is rejected too.
     if not (len(fractions) == 3 and min(fractions) >= 0 and abs(sum(fractions) - 1) < 1e-6):
-        raise UserError(f"data.split={list(fractions)} must be three fractions >= 0 (train, val, test) that sum to 1")
+        raise UserError(f"data.split must be three fractions (train, val, test) with the sum 1, got {list(fractions)}")
 
 
 def find_character_start(data: npt.NDArray[np.uint8], at: int) -> int:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, SequentialSampler
 
 from rwkv_pl.data import order
+from rwkv_pl.data.byte_vocabulary import UnknownVocabulary
 from rwkv_pl.data.corpus import Corpus
 from rwkv_pl.data.sources import Source, build_source
 from rwkv_pl.data.sources.binidx import Binidx
@@ -25,7 +26,7 @@ from rwkv_pl.data.sources.enwik8 import ENWIK8_URL, Enwik8
 from rwkv_pl.data.sources.ids import Ids
 from rwkv_pl.data.sources.text import Text
 from rwkv_pl.data.token_file import TokenFile
-from rwkv_pl.data.vocabulary import Tokens, UnknownVocabulary, Vocabulary, build_vocabulary, read_vocabulary
+from rwkv_pl.data.vocabulary import Tokens, Vocabulary, build_vocabulary, read_vocabulary
 from rwkv_pl.errors import UserError
 
 # More batches than any run reads, and few enough for Lightning's float arithmetic on lengths to stay exact.

@@ -54,7 +54,7 @@ def is_plain_text(path: Path) -> bool:
 
 
 def find_files(path: Path, key: str) -> list[SourceFile]:
-    """Lists the files of ``path``, sorted by POSIX path: one file, all files below a folder, or all matches of a glob.
+    """List the files of ``path``, sorted by POSIX path: one file, all files below a folder, or all matches of a glob.
 
     In a glob, ``**`` matches any folders. Names that start with a dot are skipped below the folder, or below the part
     of the glob before its first wildcard. A link to a folder is followed only if a glob names it (``*/*``).
@@ -87,7 +87,7 @@ def find_files(path: Path, key: str) -> list[SourceFile]:
 def join_documents(
     parts: dict[str, list[SourceFile]], field: str, text: IO[bytes], document_ends: IO[bytes]
 ) -> JoinResult:
-    """Writes the documents of all parts to ``text``, and the offset of each document end to ``document_ends``.
+    """Write the documents of all parts to ``text``, and the offset of each document end to ``document_ends``.
 
     parts: the source files by the setting that names them. field: the field of a JSON row that contains the text.
     Offsets are int64, little endian. Memory use is one block, or one row. In a terminal, a bar shows the progress.
@@ -121,7 +121,7 @@ def join_documents(
 
 
 def _read_blocks(path: Path, raw: IO[bytes], field: str) -> Iterator[tuple[bool, bytes]]:
-    """Yields the documents of a file in non-empty blocks: (is it the first block of its document?, block)."""
+    """Yield the documents of a file in non-empty blocks: (is it the first block of its document?, block)."""
     with _as_user_error(path):
         file: IO[bytes] = gzip.GzipFile(fileobj=raw, mode="rb") if _is_gzip(path) else raw  # type: ignore[assignment]
         if _is_jsonl(path):
@@ -161,7 +161,7 @@ def _read_rows(path: Path, file: IO[bytes], field: str) -> Iterator[bytes]:
 
 @contextlib.contextmanager
 def _as_user_error(path: Path) -> Iterator[None]:
-    """Turns an error from reading ``path`` into a one-line UserError."""
+    """Turn an error from reading ``path`` into a one-line UserError."""
     try:
         yield
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -187,7 +187,7 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 
 def _split_at_wildcard(path: Path) -> tuple[Path, str]:
-    """Splits a path into its longest existing folder, even if that has wildcard characters, and the rest, a glob."""
+    """Split a path into its longest existing folder, even if that has wildcard characters, and the rest, a glob."""
     root = next((folder for folder in path.parents if folder.is_dir()), Path(path.anchor))
     return root, path.relative_to(root).as_posix()
 

@@ -23,7 +23,7 @@ class TextStream:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def feed(self, data: bytes) -> bytes:
-        """Adds `data` and returns the bytes that can be printed now; nothing after the text has stopped."""
+        """Add `data` and return the bytes that can be printed now; nothing after the text has stopped."""
         if self.stopped:
             return b""
         self._held += data
@@ -43,7 +43,7 @@ class TextStream:
         return self._decoder.getstate()[0] + self._held
 
     def close(self) -> bytes:
-        """Returns the bytes that were held back, at the end of the stream."""
+        """Return the bytes that were held back, at the end of the stream."""
         shown, self._held = self._held, b""
         return self._decoder.decode(shown, final=True).encode()
 

@@ -14,9 +14,9 @@ def tune_allocator() -> bool:
     By default glibc returns large freed blocks to the system, which clears them page by page for the next step: up to a
     third of the time of a classic step. With 4 KB pages, address translation takes about 4% more.
 
-    Call it once, before the first training step. It also works later, for the steps after it. It changes the whole
-    process, whose freed memory then stays with it until it ends, so a program has to ask for it; the commands do. A
-    second call does nothing.
+    The commands and LitRWKV call it. In a loop of your own, call it before the first step; it also works later, for the
+    steps after it. It changes the whole process, whose freed memory then stays with it until it ends. A second call
+    does nothing.
 
     Returns whether it took effect: False if the process does not use glibc's allocator, as on macOS, on Windows, on
     Alpine, or with jemalloc.
@@ -42,7 +42,3 @@ def tune_allocator() -> bool:
         libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(heap + size - begin), mmap.MADV_HUGEPAGE)
         libc.free(ctypes.c_void_p(heap))
     return True
-
-
-# The former name.
-keep_freed_memory = tune_allocator

@@ -124,6 +124,7 @@ def _absolute_config_dir(config_dir: str | Path | None) -> str | None:
 @contextlib.contextmanager
 def _load_training() -> Iterator[ModuleType]:
     print_loading()
+    warnings.filterwarnings("ignore", message="IProgress not found")  # of tqdm, in a notebook without ipywidgets
     filters = list(warnings.filters)
     with restore.deferred_sigint():
         from rwkv_pl.runs import train

@@ -139,10 +139,8 @@ def _restored_hydra() -> Iterator[None]:
 
 
 def _apply_filters_of_imports() -> None:
-    global _filters_of_imports
     missing = [entry for entry in _filters_of_imports if entry not in warnings.filters]
     warnings.filters[:0] = missing  # type: ignore[index]
-    warnings._filters_mutated()  # type: ignore[attr-defined]
 
 
 def keep_filters_of_imports(before: list[Any]) -> None:

@@ -111,7 +111,7 @@ class StoredRun:
                     Path(path).absolute()
                 )  # relative to the folder of this command, not of the run's start
         for key in values:
-            require_key(key, config)
+            require_key(key, config, is_resume=True)
         _apply(config, {"remove": [], "set": values})
         entry["set"] |= values
         for key in FIXED_KEYS:

@@ -24,7 +24,7 @@ from rwkv_pl.data.order import micro_batch_rows
 from rwkv_pl.errors import StoppedBySignal, UserError, one_line
 from rwkv_pl.files import atomic_write, json_digest, with_path
 from rwkv_pl.limits import limit_threads
-from rwkv_pl.ops.heap import keep_freed_memory
+from rwkv_pl.ops.heap import tune_allocator
 from rwkv_pl.runs import build, ranks
 from rwkv_pl.runs.device import choose_kernel, choose_matmul_precision
 from rwkv_pl.runs.folder import lock_for_all_ranks, run_folder, write_config, write_overrides
@@ -181,7 +181,7 @@ def start_loggers(trainer: Trainer, config: Train, folder: Path, resumed: bool) 
 def prepare_process(config: Train) -> None:
     """Set up the process: memory allocation, threads, Lightning's messages. Checks the number of processes."""
     build.silence_lightning()
-    keep_freed_memory()
+    tune_allocator()
     devices = config.trainer["devices"]
     known = isinstance(devices, int) and devices > 0
     if known:  # before the run folder: rank 0 would remove it while another rank opens its log there

@@ -32,7 +32,7 @@ COLUMNS = (
 
 
 def read_rows(path: Path, up_to: int) -> list[dict[str, float]]:
-    """Reads the rows of a metrics.csv up to step `up_to`, without an incomplete last line; [] if there is no file.
+    """Read the rows of a metrics.csv up to step `up_to`, without an incomplete last line; [] if there is no file.
 
     Lines may end as on any system, and a byte order mark is skipped. Raises UserError if the file is corrupt.
     """
@@ -60,7 +60,7 @@ def read_rows(path: Path, up_to: int) -> list[dict[str, float]]:
 
 @contextlib.contextmanager
 def default_style() -> Iterator[None]:
-    """Draws with matplotlib's built-in defaults.
+    """Draw with matplotlib's built-in defaults.
 
     matplotlib reads a matplotlibrc in the current folder. An untrusted one could run LaTeX, with text.usetex.
     """
@@ -72,14 +72,14 @@ def default_style() -> Iterator[None]:
 
 
 def draw_curve(rows: list[dict[str, float]], path: Path, baselines: dict[str, float]) -> None:
-    """Writes the picture of `plot_curve` to a PNG file."""
+    """Write the picture of `plot_curve` to a PNG file."""
     with atomic_write(path) as file:
         file.write(render_png(plot_curve(rows, baselines)))
 
 
 @default_style()
 def render_png(figure: "Figure") -> bytes:
-    """Renders a figure as PNG."""
+    """Render a figure as PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     picture = io.BytesIO()
@@ -89,7 +89,7 @@ def render_png(figure: "Figure") -> bytes:
 
 @default_style()
 def plot_curve(rows: list[dict[str, float]], baselines: dict[str, float]) -> "Figure":
-    """Plots bits per byte against tokens (logged steps, running mean, validations, baselines) and the learning rate."""
+    """Plot bits per byte against tokens (logged steps, running mean, validations, baselines) and the learning rate."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 6), dpi=120, layout="constrained")
@@ -123,7 +123,7 @@ def plot_curve(rows: list[dict[str, float]], baselines: dict[str, float]) -> "Fi
 def draw_sweep(
     curves: dict[str, list[dict[str, float]]], best: dict[str, float], swept: dict[str, dict[str, Any]], path: Path
 ) -> None:
-    """Draws the curves of all runs in one panel, and the best score against each swept setting in further panels.
+    """Draw the curves of all runs in one panel, and the best score against each swept setting in further panels.
 
     curves: run name -> rows. best: run name -> bits per byte of the best validation. swept: setting -> run name ->
     value.

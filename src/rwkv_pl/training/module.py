@@ -22,6 +22,7 @@ from rwkv_pl.inference.evaluate import bits_per_byte
 from rwkv_pl.inference.sampling import derive_seed
 from rwkv_pl.model import MODELS
 from rwkv_pl.ops.cross_entropy import head_cross_entropy
+from rwkv_pl.ops.heap import tune_allocator
 from rwkv_pl.targets import load_class
 from rwkv_pl.training.batch_counters import rescale, rewind
 from rwkv_pl.training.callbacks.metrics import MetricsRecorder
@@ -41,7 +42,8 @@ class LitRWKV(LightningModule):
     Args:
         model: RWKV4(RWKV4Config(vocab_size=256, n_layer=12, n_embd=512)), or a function that builds it; the function is
             called when a Trainer needs the model.
-        optim, schedule: the settings (see conf/optim and conf/schedule); the default is Adam at a constant rate.
+        optim, schedule: the settings, see conf/optim and conf/schedule; the default is the official RWKV optimizer at
+            a constant rate.
         seed: seeds the random numbers before each micro-batch, so that a resumed run draws the same ones.
         vocabulary: plain JSON types, saved in every checkpoint.
         bytes_per_token: (V,) whole numbers, for bits per byte: a tensor, an array or a list.
@@ -149,14 +151,12 @@ class LitRWKV(LightningModule):
         if hasattr(vocabulary, "bytes_per_token") and not self._is_vocabulary_given:
             self.vocabulary = vocabulary.to_dict()
             self.bytes_per_token = torch.as_tensor(vocabulary.bytes_per_token, dtype=torch.int64)
-        if self.model is not None and self.bytes_per_token is not None:
-            self._check_vocabulary_size(len(self.bytes_per_token))
-
-    def _check_vocabulary_size(self, n_tokens: int) -> None:
-        size = self.model.config.vocab_size
-        if size < n_tokens:
+        sizes = [len(self.bytes_per_token)] if self.bytes_per_token is not None else []
+        needed = max([*sizes, getattr(vocabulary, "size", 0)])
+        if self.model is not None and self.model.config.vocab_size < needed:
             raise UserError(
-                f"the vocabulary has {n_tokens} tokens and the model {size}: build the model with vocab_size={n_tokens}"
+                f"the vocabulary has {needed} tokens and the model {self.model.config.vocab_size}: "
+                f"build the model with vocab_size={needed}"
             )
 
     @property
@@ -257,7 +257,8 @@ class LitRWKV(LightningModule):
         else:
             figures[f"{split}/bits_per_token"] = bits_per_byte(nats, n_targets)
         # Reduced over all processes already. A MetricsRecorder passes them to the loggers itself.
-        self.log_dict(figures, logger=not self._is_recorded, prog_bar=not self._is_recorded)
+        logger = bool(self.trainer.loggers) and not self._is_recorded
+        self.log_dict(figures, logger=logger, prog_bar=not self._is_recorded)
 
     # The optimizer
 
@@ -267,6 +268,8 @@ class LitRWKV(LightningModule):
         return build_optimizer(target, groups, self.optim)
 
     def on_fit_start(self) -> None:
+        if self.device.type == "cpu":
+            tune_allocator()
         if not self.model.training:  # as load_weights returns it: Lightning would train without dropout
             self.model.train()
         for callback in self._callbacks:
@@ -317,12 +320,11 @@ class LitRWKV(LightningModule):
         return int(n_steps) if math.isfinite(n_steps) else -1
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-        groups = optimizer.param_groups
         if self.trainer.lr_scheduler_configs:  # StochasticWeightAveraging and lr_find set the rates themselves
-            self.last_lr = groups[0]["lr"]
+            self.last_lr = optimizer.param_groups[0]["lr"]
         else:
             self.last_lr = self.current_lr
-            for group in groups:
+            for group in optimizer.param_groups:
                 group["lr"] = self.last_lr * group["lr_scale"]
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         if self.trainer.global_step + 1 == self.trainer.max_steps:

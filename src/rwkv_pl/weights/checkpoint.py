@@ -12,7 +12,7 @@ from rwkv_pl.errors import CorruptFileError, UserError, one_line
 
 
 def read_checkpoint(path: Path, checked: bool = True) -> dict[str, Any]:
-    """Loads a checkpoint with weights_only=True. Its tensors are memory-mapped and read when used.
+    """Load a checkpoint with weights_only=True. Its tensors are memory-mapped and read when used.
 
     checked: first verify every byte against the checksums in the file; False is enough to read only small values.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rwkv_pl.data.vocabulary import Vocabulary, read_vocabulary
+from rwkv_pl.data.vocabulary import Vocabulary, read_vocabulary, vocabulary_from_dict
 from rwkv_pl.errors import CorruptFileError, UserError
 from rwkv_pl.weights import huggingface
 from rwkv_pl.weights.checkpoint import first_sentence, read_checkpoint
@@ -23,7 +23,7 @@ COMPILED = "_orig_mod."
 
 
 def load_weights(source: str | Path) -> tuple[nn.Module, Vocabulary | None]:
-    """Loads the model of `source`, on the CPU in float32 and in eval mode (no dropout), and its vocabulary.
+    """Load the model of `source`, on the CPU in float32 and in eval mode (no dropout), and its vocabulary.
 
     source: as for `read_weights`. The vocabulary is None if it is not known: a `.pth` has none.
 
@@ -34,7 +34,7 @@ def load_weights(source: str | Path) -> tuple[nn.Module, Vocabulary | None]:
 
 
 def read_weights(source: str | Path) -> Weights:
-    """Reads the weights of `source` and validates every tensor.
+    """Read the weights of `source` and validate every tensor.
 
     source: a run folder (its best.ckpt, else last.ckpt), a `.ckpt` of rwkv_pl, an official RWKV-4 `.pth`, or a Hugging
     Face folder. The format is detected from the content, the model's version and size from the tensors.
@@ -58,7 +58,7 @@ def _read_file(path: Path) -> Weights:
         tensors, note = _unwrap(content, path)
         return validate_tensors(tensors, detect_version(tensors, path), path, f"official .pth{note}")
     run = Metadata.from_checkpoint(content, path)
-    vocabulary = Vocabulary.from_dict(run.vocabulary) if run.vocabulary else None
+    vocabulary = vocabulary_from_dict(run.vocabulary) if run.vocabulary else None
     tensors, note = _unwrap(_select_model_tensors(content["state_dict"]), path)
     weights = validate_tensors(tensors, run.model, path, f"checkpoint of rwkv_pl{note}", run.config, vocabulary)
     return replace(weights, step=content.get("global_step"), trained_on=(run.past or {}).get("corpus"))
@@ -74,7 +74,7 @@ def _read_folder(folder: Path) -> Weights:
     tensors, note = _unwrap(tensors, folder)
     tensors = layout.to_official(tensors, config, folder)
     stored, tokenizer = folder / huggingface.VOCABULARY, folder / huggingface.TOKENIZER
-    vocabulary = Vocabulary.from_dict(huggingface.read_json(stored)) if stored.exists() else None
+    vocabulary = vocabulary_from_dict(huggingface.read_json(stored)) if stored.exists() else None
     if vocabulary is None and tokenizer.exists():
         # The 20B tokenizer is recognised. Any other is ignored: the weights can be used without it.
         with contextlib.suppress(UserError):
@@ -112,7 +112,7 @@ def _select_model_tensors(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def weights_path(source: Path) -> Path:
-    """Resolves `source`: a run folder to its best.ckpt, else last.ckpt; a file or Hugging Face folder to itself."""
+    """Resolve `source`: a run folder to its best.ckpt, else last.ckpt; a file or Hugging Face folder to itself."""
     if source.is_file():
         return source
     if not source.exists():

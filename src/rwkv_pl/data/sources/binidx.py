@@ -159,7 +159,9 @@ def _read_index(prefix: str, given: Path) -> Index:
     for lo in range(0, n_documents, BLOCK):
         some = documents[max(lo - 1, 0) : lo + BLOCK]
         if some[0] < 0 or some[-1] > n_sequences or np.any(np.diff(some) < 0):
-            raise UserError(f"{path}: its documents are not in order within its {n_sequences:,} sequences")
+            raise UserError(
+                f"{path}: its documents are not in order within its {n_sequences:,} sequences: create the corpus again"
+            )
     return Index(data, dtype, n_data // dtype.itemsize, starts, documents)
 
 

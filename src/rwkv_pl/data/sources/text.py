@@ -72,7 +72,7 @@ class Text(Source):
 
 
 def _join_parts(parts: dict[str, list[SourceFile]], field: str) -> tuple[Path, Path | None, dict[str, Any]]:
-    """Joins the parts into one file in the cache folder, unless it is there already.
+    """Join the parts into one file in the cache folder, unless it is there already.
 
     Returns the file, the file of its document ends (None if it has fewer than two documents), and the JoinResult as a
     dictionary, with the digests of both files.

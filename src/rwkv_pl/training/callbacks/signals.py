@@ -64,6 +64,7 @@ class StopOnSignal(Callback):
             self._set_handlers(self._end_at_start if trainer.is_global_zero else self._end_at_once)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._folder = Path(trainer.default_root_dir)
         if trainer.world_size > 1:
             backend = torch.distributed.get_backend()
             self._group = None if backend == "gloo" else torch.distributed.new_group(backend="gloo")
@@ -114,7 +115,8 @@ class StopOnSignal(Callback):
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._received:
             if is_called_from_python():
-                raise StoppedBySignal(number, self._codes[number], "stopped by a second signal, without saving")
+                message = f"stopped by a second signal, without saving; to resume: {resume_command(self._folder)}"
+                raise StoppedBySignal(number, self._codes[number], message)
             self._end_at_once(number, frame)
         self._received = number
 
@@ -155,7 +157,7 @@ class StopOnSignal(Callback):
 
 
 def _requeue() -> bool:
-    """Requeues this SLURM job. Returns whether that succeeded; if not, logs a warning."""
+    """Requeue this SLURM job. Returns whether that succeeded; if not, logs a warning."""
     job = os.environ["SLURM_JOB_ID"]
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
