@@ -73,6 +73,10 @@ class StoredRun:
         config = cast(DictConfig, OmegaConf.create(defaults | self.first_config))
         for entry in self.resumes:
             _apply(config, entry)
+        for arguments in (config.get("callbacks") or {}).values():
+            # Earlier versions took any name; best.ckpt is written now, whatever the name.
+            if str(arguments.get("_target_")).endswith(".BestCheckpoint") and "{step" not in str(arguments.filename):
+                arguments.filename = "best"
         config.plugins = []  # they must be typed at each resume
         return config
 
