@@ -134,7 +134,7 @@ CASES = {
     "data.path=empty.txt": "empty.txt",
     "data.path=hollow": "hollow is a folder without files",
     "data.path='*.md'": "no file matches",
-    "data.path=broken.txt.gz": "broken.txt.gz is a corrupt or truncated gzip file",
+    "data.path=broken.txt.gz": "broken.txt.gz is corrupt or truncated",
     "data.path=rows.jsonl": "rows.jsonl, line 2 has no field text (its fields: words)",
     "data.path=rows.jsonl data.field=words": "rows.jsonl, line 3 is not JSON",
     "data.field=null": "data.field",

@@ -206,6 +206,25 @@ def read_vocabulary(path: Path) -> Vocabulary:
     return Vocabulary20B.read(path)
 
 
+def describe_strange_bytes(path: Path, kind: str) -> str | None:
+    """A sentence if a file is probably not text for the vocabulary `kind`: NUL bytes, or bytes that are not UTF-8.
+
+    From 16 MiB on, it reads 1,024 evenly spaced blocks.
+    """
+    data, size = np.memmap(path, np.uint8, mode="r"), 1 << 14
+    starts = range(0, len(data), size) if len(data) < size << 10 else np.linspace(0, len(data) - size, 1024, dtype=int)
+    n = nul = invalid = 0
+    for start in starts:
+        block = np.asarray(data[start : start + size])
+        n, nul = n + len(block), nul + int(np.count_nonzero(block == 0))
+        invalid += int(np.count_nonzero(block >= 0x80)) - int(_find_multibyte_characters(block)[1].sum())
+    if nul > 0.01 * n:
+        return f"{nul / n:.0%} of {path} are NUL bytes: convert UTF-16 to UTF-8, leave out what is not text"
+    if kind != "byte" and invalid > 0.1 * n:
+        return f"{invalid / n:.0%} of {path} is not UTF-8: convert it, or use data.vocab=byte"
+    return None
+
+
 def _find_multibyte_characters(
     data: npt.NDArray[np.uint8],
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
