@@ -80,6 +80,33 @@ def test_glob_is_the_files_it_matches_in_order(
     assert find_names(Path(pattern), Path()) == expected
 
 
+@pytest.mark.parametrize("pattern", ["", "**/*", "*/*", "*"])
+def test_files_that_the_commands_write_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str
+) -> None:
+    texts = ["a.txt", "books/b.txt", "eval-notes.txt", "sweep.txt", "x/lightning/c"]
+    outputs = [
+        *("outputs/run/.hydra/config.yaml", "outputs/run/train.log", "outputs/run/checkpoints/x/best", "run/.hydra/c"),
+        *("run/metrics.csv", "sweep/multirun.yaml", "sweep/0/result.json", "sweep/0/samples/1.txt", "hf/config.json"),
+        *("hf/model.safetensors", "eval-run-val.json", "eval-test.png", "sweep.csv", "sweep.png", "books/w.pth"),
+        *(
+            "books/last.ckpt",
+            "books/out.csv.partial",
+            "lightning_logs/version_0/metrics.csv",
+            "here/corpora/text-1.txt",
+        ),
+    ]
+    write(tmp_path, *texts, *outputs)
+    monkeypatch.setenv("RWKV_PL_CACHE", str(tmp_path / "here"))
+    found = find_names(tmp_path / pattern, tmp_path)
+    assert set(found) <= set(texts) and found
+    assert found == texts or pattern.startswith("*")
+    old = [file.path for file in find_files(tmp_path / pattern, "data.path", old_rule=True)]
+    assert {path.relative_to(tmp_path).as_posix() for path in old} > set(found)
+    # A folder that is named is read.
+    assert find_names(tmp_path / "sweep" / "0" / "samples" / "*.txt", tmp_path) == ["sweep/0/samples/1.txt"]
+
+
 def test_existing_name_with_a_wildcard_character_is_literal(tmp_path: Path) -> None:
     write(tmp_path, "a[1].txt", "a1.txt", "*/1", "x/1")
     assert find_names(tmp_path / "a[1].txt", tmp_path) == ["a[1].txt"]

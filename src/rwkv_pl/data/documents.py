@@ -6,6 +6,7 @@ separates two documents. Nothing else is added, so a single document keeps exact
 
 import bz2
 import contextlib
+import functools
 import gzip
 import io
 import json
@@ -14,13 +15,14 @@ import os
 import re
 import struct
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from itertools import count
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
 from rwkv_pl.data.progress import make_bytes_progress
 from rwkv_pl.errors import UserError
+from rwkv_pl.files import cache_folder
 
 DOCUMENT_END = b"\n"
 
@@ -54,6 +56,12 @@ CONTAINERS = {
     "compress": rb"\x1f[\x9d\xa0]",
 }
 """Patterns of the first bytes of binary files that contain text but are not read."""
+
+
+OUTPUT_FILES = re.compile(
+    r"sweep\.(csv|png)|eval-.*\b(train|val|test)\.(json|png)|.*\.(ckpt|pth|safetensors|partial)|events\.out\.tfevents\..*"
+)
+"""Names of the files that the commands, or Lightning, write outside of run folders."""
 
 
 class SourceFile(NamedTuple):
@@ -95,11 +103,12 @@ def is_plain_text(path: Path, old_rule: bool = False) -> bool:
     return True
 
 
-def find_files(path: Path, key: str) -> list[SourceFile]:
+def find_files(path: Path, key: str, old_rule: bool = False) -> list[SourceFile]:
     """Lists the files of ``path``, sorted by POSIX path: one file, all files below a folder, or all matches of a glob.
 
-    In a glob, ``**`` matches any folders. Names that start with a dot are skipped below the folder, or below the part
-    of the glob before its first wildcard. A link to a folder is followed only if a glob names it (``*/*``).
+    In a glob, ``**`` matches any folders. Names that start with a dot and the files of runs, sweeps and other commands
+    are skipped below the folder, or below the part of the glob before its first wildcard. A link to a folder is
+    followed only if a glob names it (``*/*``). old_rule: finds files of runs too, as the first versions did.
 
     Raises UserError, which names the setting ``key``, if there is no file or a folder cannot be read.
     """
@@ -107,13 +116,17 @@ def find_files(path: Path, key: str) -> list[SourceFile]:
         if path.is_file():
             return [_stat(path)]
         if path.is_dir():
-            root, found = path, list(_walk(path))
-            message = f"{key}={path} is a folder without files: give a folder that contains text"
+            root, found = path, list(_walk(path, old_rule))
+            message = (
+                f"{key}={path} is a folder without files: give a folder that contains text; files of runs are left out"
+            )
         else:
             root, pattern = _split_at_wildcard(path)
             found = [match for match in _match_glob(root, pattern) if not match.is_dir()]
+            if not old_rule:
+                found = list(_leave_out_outputs(root, found))
             if _has_wildcard(pattern):
-                message = f"{key}={path}: no file matches in {root.absolute()}"
+                message = f"{key}={path}: no file matches in {root.absolute()}, except those of runs"
             else:
                 where = "" if path.is_absolute() else f" (looked for {path.absolute()})"
                 message = f"{key}={path}: no such file{where}; if it was moved, set {key}= to its new path"
@@ -292,14 +305,28 @@ def _stat(path: Path) -> SourceFile:
         return SourceFile(path, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
-def _walk(folder: Path) -> Iterator[Path]:
+def _walk(folder: Path, old_rule: bool) -> Iterator[Path]:
     def refuse(error: OSError) -> None:
         raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
 
     for place, names, files in os.walk(folder, onerror=refuse):
         # Edited in place, so that os.walk does not enter the other folders.
-        names[:] = [name for name in names if not name.startswith(".")]
-        yield from (Path(place, file) for file in files)
+        names[:] = [n for n in names if not n.startswith(".") and (old_rule or not _is_output_folder(Path(place, n)))]
+        yield from (Path(place, file) for file in files if old_rule or not OUTPUT_FILES.fullmatch(file))
+
+
+def _leave_out_outputs(root: Path, found: Iterable[Path]) -> Iterator[Path]:
+    is_output_folder = functools.cache(_is_output_folder)
+    for path in found:
+        folders = (folder for folder in path.parents if folder != root and folder.is_relative_to(root))
+        if not OUTPUT_FILES.fullmatch(path.name) and not any(map(is_output_folder, folders)):
+            yield path
+
+
+def _is_output_folder(path: Path) -> bool:
+    """Is the folder a run, a sweep, converted weights, the cache, or Lightning's logs?"""
+    marks = (path / ".hydra", path / "multirun.yaml", path / "model.safetensors")
+    return path.name == "lightning_logs" or any(map(os.path.exists, marks)) or path.absolute() == cache_folder()
 
 
 def _split_at_wildcard(path: Path) -> tuple[Path, str]:

@@ -26,7 +26,7 @@ class Text(Source):
     If ``val_path`` is set (a file, folder or glob too), all of ``path`` is train, all of ``val_path`` is val, and there
     is no test split. A file in both is used for validation only.
 
-    ``old_rule``: read the files as the first versions did, for their runs: see ``documents.join_documents``.
+    ``old_rule``: find and read the files as the first versions did, for their runs: see ``documents``.
 
     ``open`` raises UserError if the text is missing, unreadable or empty, or if the fractions are invalid.
     """
@@ -51,7 +51,7 @@ class Text(Source):
 
     def open(self) -> Corpus:
         path = Path(self.path)
-        parts = {"data.path": find_files(path, "data.path")}
+        parts = {"data.path": find_files(path, "data.path", self.old_rule)}
         if self.val_path is None and is_plain_text(path, self.old_rule):
             if path.stat().st_size == 0:
                 raise UserError(f"data.path={path} is empty: give a file that contains text")
@@ -62,7 +62,7 @@ class Text(Source):
             return Corpus(path.name, path.absolute(), splits, digest, str(path))
         described = str(path)
         if self.val_path is not None:
-            parts["data.val_path"] = find_files(Path(self.val_path), "data.val_path")
+            parts["data.val_path"] = find_files(Path(self.val_path), "data.val_path", self.old_rule)
             held_back = {source.path.resolve() for source in parts["data.val_path"]}
             parts["data.path"] = [source for source in parts["data.path"] if source.path.resolve() not in held_back]
             if not parts["data.path"]:
@@ -71,6 +71,8 @@ class Text(Source):
                 )
             described += f", validated on {self.val_path}"
         joined, ends_path, joining = _join_parts(parts, self.field, self.old_rule)
+        if (count := sum(map(len, parts.values()))) > 1 or not path.is_file():
+            described += f", {count:,} file" + "s" * (count > 1)
         if ends_path:
             described += f", {joining['documents']:,} documents"
         if self.val_path is None:
