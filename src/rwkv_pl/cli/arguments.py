@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from rwkv_pl.checks import suggest_flag
-from rwkv_pl.compose import CONFIG_MODULE, compose, parse_overrides, require_global_package
+from rwkv_pl.compose import CONFIG_MODULE, compose, parse_overrides, prefer_user_files, require_global_package
 from rwkv_pl.config import DATA_PATHS
 from rwkv_pl.errors import UserError
 from rwkv_pl.terminal import quote_override
@@ -133,7 +133,7 @@ def run_with_hydra(task: Callable[[DictConfig], Any], argv: Sequence[str], name:
     """Do the work of hydra.main with our own parser: Python 3.14 rejects Hydra's."""
     parser = HydraParser()
     hydra_version.setbase("1.3")
-    with use_our_parser_for_completion():
+    with use_our_parser_for_completion(), prefer_user_files():
         hydra_utils._run_hydra(
             args=parser.parse_intermixed_args(argv),
             args_parser=parser,
