@@ -75,7 +75,7 @@ class StoredRun:
             _apply(config, entry)
         for arguments in (config.get("callbacks") or {}).values():
             # Earlier versions took any name; best.ckpt is written now, whatever the name.
-            if str(arguments.get("_target_")).endswith(".BestCheckpoint") and "{step" not in str(arguments.filename):
+            if str(arguments.get("_target_")).endswith(".BestCheckpoint") and str(arguments.filename).isidentifier():
                 arguments.filename = "best"
         config.plugins = []  # they must be typed at each resume
         return config
