@@ -1,5 +1,5 @@
-# make train   installs into .venv, trains for a minute or two, saves a loss curve and prints a sample
-# make test    installs into .venv, runs the tests
+# make train   installs into .venv, trains for about two minutes, saves a loss curve and prints a sample
+# make test    installs into .venv, runs the quick tests
 # make lint    ruff and mypy
 # make wheel   builds a wheel for this platform in dist/, with the compiled kernels
 # make docs    runs the tour and builds the site in build/site

@@ -1,12 +1,13 @@
-"""rwkv-train's steady state compared with a bare loop of the same model, in turns.
+"""The steady state of rwkv-train and of a plain Trainer, compared with a bare loop of the same model, in turns.
 
     python -m benchmarks loop [--rounds 15] [--settings classic small]
 
 One process runs the command itself and pauses between blocks of steps, in the hook that Lightning calls before each
-batch. The other runs a plain loop with the same config's model, optimizer and batches: training_step, backward,
-clipping and the optimizer step, on batches that are read beforehand. One block of each forms a pair; the ratio of their
-tokens per second is computed per pair. Start-up, checkpoints and validations are excluded, so the difference is the
-cost of every step: data loading, progress, metrics.csv and TensorBoard.
+batch. A second does the same with a script of a library user: LitRWKV and the data module in a Trainer with a CSVLogger
+and Lightning's progress bar. The third runs a plain loop with the same config's model, optimizer and batches:
+training_step, backward, clipping and the optimizer step, on batches that are read beforehand. A block of each forms a
+round; the ratios of their tokens per second are computed per round. Start-up, checkpoints and validations are excluded,
+so the difference is the cost of every step: data loading, progress, metrics.csv and TensorBoard.
 """
 
 import os
@@ -39,9 +40,8 @@ SETTINGS: dict[str, tuple[list[str], int]] = {
 WARM_UP_BLOCKS = 2  # blocks
 
 
-def run_command(overrides: list[str], steps: int, blocks: int, pipe: Any) -> None:
-    """Run rwkv-train; each block starts when the pipe says so."""
-    from rwkv_pl.cli.train import main
+def pause_between_blocks(steps: int, pipe: Any) -> None:
+    """Make each block of steps start when the pipe says so. What is printed goes nowhere, as into a log."""
     from rwkv_pl.training.module import LitRWKV
 
     before_each = LitRWKV.on_train_batch_start
@@ -56,13 +56,46 @@ def run_command(overrides: list[str], steps: int, blocks: int, pipe: Any) -> Non
         before_each(self, batch, batch_idx)
 
     LitRWKV.on_train_batch_start = on_train_batch_start  # type: ignore[method-assign]
-    with tempfile.TemporaryDirectory() as folder, Path(os.devnull).open("w") as nowhere:
-        os.chdir(folder)
-        sys.argv = ["rwkv-train", *overrides, f"trainer.max_steps={steps * (blocks + 2)}"]
-        # The progress is written as into a log, and nobody reads it.
+    with Path(os.devnull).open("w") as nowhere:
         os.dup2(nowhere.fileno(), 1)
         os.dup2(nowhere.fileno(), 2)
+
+
+def run_command(overrides: list[str], steps: int, blocks: int, pipe: Any) -> None:
+    """rwkv-train itself."""
+    from rwkv_pl.cli.train import main
+
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        sys.argv = ["rwkv-train", *overrides, f"trainer.max_steps={steps * (blocks + 2)}"]
+        pause_between_blocks(steps, pipe)
         main()
+
+
+def run_plain_trainer(overrides: list[str], steps: int, blocks: int, pipe: Any) -> None:
+    """LitRWKV and the data module with the same settings, as a script uses them."""
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.loggers import CSVLogger
+
+    from rwkv_pl.compose import check_config, compose
+    from rwkv_pl.limits import limit_threads
+    from rwkv_pl.runs.inputs import open_inputs
+
+    config = check_config(compose(overrides))
+    limit_threads(1)
+    inputs = open_inputs(config, Path.cwd())
+    inputs.data.endless = False
+    shared = ("accelerator", "precision", "gradient_clip_val", "log_every_n_steps")
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(
+            **{name: inputs.config.trainer[name] for name in shared},
+            max_steps=steps * (blocks + 2),
+            limit_val_batches=0,
+            logger=CSVLogger(folder),
+            enable_checkpointing=False,
+        )
+        pause_between_blocks(steps, pipe)
+        trainer.fit(inputs.module, inputs.data)
 
 
 def run_bare_loop(overrides: list[str], steps: int, pipe: Any) -> None:
@@ -100,6 +133,7 @@ def measure(overrides: list[str], steps: int, rounds: int) -> dict[str, list[flo
     blocks = WARM_UP_BLOCKS + rounds
     contestants = {
         "rwkv-train": Contestant(partial(run_command, overrides, steps, blocks)),
+        "plain Trainer": Contestant(partial(run_plain_trainer, overrides, steps, blocks)),
         "bare loop": Contestant(partial(run_bare_loop, overrides, steps)),
     }
     try:
@@ -116,25 +150,27 @@ def main() -> None:
     parser = make_parser("loop", __doc__, rounds=15)
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=["classic", "small"])
     options = parser.parse_args()
-    title = "rwkv-train's steady state compared with a bare loop"
+    title = "The steady state of rwkv-train and of a plain Trainer, compared with a bare loop"
     begin_benchmark(title, options.threads)
-    found, lines = {}, []
+    found: dict[str, Any] = {}
+    lines = []
     for setting in options.settings:
         overrides, steps = SETTINGS[setting]
         seconds = measure(overrides, steps, options.rounds)
-        ratios = [bare / ours for bare, ours in zip(seconds["bare loop"], seconds["rwkv-train"], strict=True)]
         rows = {name: summarize([taken / steps for taken in each]) for name, each in seconds.items()}
-        found[setting] = {
-            "overrides": overrides,
-            "steps_a_block": steps,
-            "seconds_a_step": rows,
-            "share_of_the_bare_loop": summarize(ratios),
-            "share_over_all_blocks": sum(seconds["bare loop"]) / sum(seconds["rwkv-train"]),
-        }
+        found[setting] = {"overrides": overrides, "steps_a_block": steps, "seconds_a_step": rows, "shares": {}}
         for name, row in rows.items():
             lines.append([setting, f"{name}, ms per step", *summary_cells(row, 1e3), ""])
-        whole = f"{found[setting]['share_over_all_blocks']:.1%}"
-        lines.append([setting, "% of the bare loop's tokens/s", *summary_cells(summarize(ratios), 100, 1), whole])
+        for name, base in (
+            ("rwkv-train", "bare loop"),
+            ("plain Trainer", "bare loop"),
+            ("plain Trainer", "rwkv-train"),
+        ):
+            ratios = [other / ours for other, ours in zip(seconds[base], seconds[name], strict=True)]
+            over_all = sum(seconds[base]) / sum(seconds[name])
+            found[setting]["shares"][f"{name} / {base}"] = summarize(ratios) | {"all_blocks": over_all}
+            label = f"{name}, % of the tokens/s of {base}"
+            lines.append([setting, label, *summary_cells(summarize(ratios), 100, 1), f"{over_all:.1%}"])
     print_table(["", "", "median", "quartiles", "all blocks"], lines)
     save_results(options.results, "loop", title, rounds=options.rounds, settings=found)
 

@@ -1,4 +1,4 @@
-"""Run the tour and compare what it prints with the pages: python -m docs [01 02 ...]"""
+"""Run the tour and the guides, and compare what they print with the pages: python -m docs [01 02 library ...]"""
 
 import argparse
 import os
@@ -14,7 +14,10 @@ from docs.page import NEEDS_KERNEL, PICTURES, list_pages, run
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m docs", description=__doc__)
     parser.add_argument(
-        "pages", nargs="*", metavar="NUMBER", help="01, 02, ...; default: all pages"
+        "pages",
+        nargs="*",
+        metavar="PAGE",
+        help="01, 02, ..., library, notebook; default: all",
     )
     parser.add_argument(
         "--write",
@@ -32,9 +35,10 @@ def main() -> int:
     )
     args = parser.parse_args()
     pages = list_pages(args.pages)
-    for number in args.pages:
-        if not list_pages([number]):
-            parser.error(f"no page starts with {number}; choose from 01 to 09")
+    for name in args.pages:
+        if not list_pages([name]):
+            known = ", ".join(page.stem.partition("_")[0] for page in list_pages())
+            parser.error(f"no page starts with {name}; choose from {known}")
     if args.notebook:
         args.notebook.mkdir(parents=True, exist_ok=True)
         for page in pages:

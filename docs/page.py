@@ -1,4 +1,4 @@
-"""Run a page of the tour: Markdown whose Python runs from top to bottom in one session and prints what the page shows.
+"""Run a page of the tour or a guide: Markdown whose Python runs from top to bottom in one session and prints what the page shows.
 
     ```python                 runs; a text fence after it shows all that it prints
     ```python picture=NAME    draws with matplotlib, without savefig; runs twice, for pictures/NAME_light.png and
@@ -7,12 +7,15 @@
                               to one unit of its last printed digit
     ```text rel=0.1           numbers with a point or an exponent match to 10%
     ```text any               only the words match, because the numbers are times
+    ```text part              these lines are among those that it prints, in this order; only their words match
+    ```python picture=NAME    may also end with an object that Jupyter shows as a picture
 
 Other fences are only shown. A number in the prose with a point or a thousands comma has to be one that the page prints,
 rounded; numbers in `code`, formulas and links are free. A page with the line NEEDS_KERNEL runs only with the compiled
 kernel.
 """
 
+import ast
 import contextlib
 import io
 import itertools
@@ -30,6 +33,8 @@ FOLDER = Path(__file__).parent
 PICTURES = FOLDER / "pictures"
 NEEDS_KERNEL = "<!-- needs the compiled kernel -->"
 SHADES = ("light", "dark")
+# The guides whose code runs, besides the chapters.
+GUIDES = ("library", "notebook")
 # The site cuts off longer lines of code.
 WIDTH = 88
 
@@ -72,13 +77,11 @@ class Report:
     seconds: list[tuple[int, float]] = field(default_factory=list)
 
 
-def list_pages(numbers: list[str]) -> list[Path]:
-    """The pages whose names start with one of the numbers, or all pages, in order."""
-    return [
-        page
-        for page in sorted(FOLDER.glob("[0-9][0-9]_*.md"))
-        if page.name.startswith(tuple(numbers) or "")
-    ]
+def list_pages(names: list[str] | None = None) -> list[Path]:
+    """The pages whose names start with one of `names`, or all: the chapters by number, then the guides."""
+    guides = [FOLDER / "guides" / f"{name}.md" for name in GUIDES]
+    pages = [*sorted(FOLDER.glob("[0-9][0-9]_*.md")), *guides]
+    return [page for page in pages if page.name.startswith(tuple(names or [""]))]
 
 
 def parse_fences(text: str) -> list[Fence]:
@@ -124,7 +127,7 @@ def run(path: Path, pictures: Path | None = None) -> Report:
         since = time.perf_counter()
         try:
             # The empty lines give every traceback the page's own line numbers.
-            code = compile("\n" * (fence.line - 1) + fence.body, str(path), "exec")
+            code = _compile("\n" * (fence.line - 1) + fence.body, str(path))
             printed = (
                 _draw(code, session, fence.option, pictures)
                 if fence.option
@@ -180,6 +183,8 @@ def find_difference(
     shown: str, printed: str, option: str = ""
 ) -> tuple[int, str] | None:
     """The first line, from 0, in which the shown output differs from the printed one, and how. option: see above."""
+    if option == "part":
+        return _find_missing_line(shown, printed)
     lines = [text.strip("\n").split("\n") for text in (shown, printed)]
     for i in range(max(map(len, lines))):
         a, b = (text[i].rstrip() if i < len(text) else "" for text in lines)
@@ -192,6 +197,15 @@ def find_difference(
                 i,
                 f"the page shows a different output\n    shown    {a}\n    printed  {b}",
             )
+    return None
+
+
+def _find_missing_line(shown: str, printed: str) -> tuple[int, str] | None:
+    """The first shown line, from 0, that is not printed after the lines before it."""
+    rest = iter([NUMBER.sub("#", line).split() for line in printed.splitlines()])
+    for i, line in enumerate(shown.splitlines()):
+        if NUMBER.sub("#", line).split() not in rest:
+            return i, f"the page shows a line that is not printed\n    {line}"
     return None
 
 
@@ -252,9 +266,18 @@ def _check_layout(text: str) -> Iterator[tuple[int, str]]:
                     fence.line - 1,
                     "a text fence has to follow the code that prints it",
                 )
-            if not re.fullmatch(r"|any|rel=0\.\d+", fence.option):
+            if not re.fullmatch(r"|any|part|rel=0\.\d+", fence.option):
                 yield fence.line - 1, f"unknown option {fence.option} of a text fence"
         before = fence
+
+
+def _compile(source: str, file: str) -> types.CodeType:
+    """The code of a fence, which keeps the value of an expression at its end as `_`, as Python's prompt does."""
+    tree = ast.parse(source, file)
+    if tree.body and isinstance(last := tree.body[-1], ast.Expr):
+        name = ast.copy_location(ast.Name("_", ast.Store()), last)
+        tree.body[-1] = ast.copy_location(ast.Assign([name], last.value), last)
+    return compile(tree, file, "exec")
 
 
 def _print(code: types.CodeType, session: types.ModuleType) -> str:
@@ -276,9 +299,13 @@ def _draw(
     for shade in SHADES:
         with pyplot.style.context(FOLDER / f"{shade}.mplstyle"):
             printed = _print(code, session)
-            if not pyplot.get_fignums():
+            drawn = io.BytesIO()
+            if hasattr(value := session.__dict__.pop("_", None), "_repr_png_"):
+                drawn = io.BytesIO(value._repr_png_())
+            elif pyplot.get_fignums():
+                pyplot.gcf().savefig(drawn)
+            else:
                 raise RuntimeError("the code draws no picture")
-            pyplot.gcf().savefig(drawn := io.BytesIO())
             pyplot.close("all")
         file = f"{option.removeprefix('picture=')}_{shade}.png"
         if not folder and not (PICTURES / file).exists():

@@ -32,7 +32,15 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rwkv_pl.checks import KIND_NAMES, check_kind, check_kinds, suggest_key
-from rwkv_pl.config import GROUPS, Train, check_trainer, split_own_arguments
+from rwkv_pl.config import (
+    CONFIG_MODULE,
+    DATA_PATHS,
+    GROUPS,
+    Train,
+    check_trainer,
+    read_conf,
+    split_own_arguments,
+)
 from rwkv_pl.errors import UserError, one_line
 from rwkv_pl.targets import MOVED, check_target, find_targets, trusted_modules
 from rwkv_pl.terminal import SWEEP_JOB_ENV, quote_override
@@ -40,9 +48,7 @@ from rwkv_pl.terminal import SWEEP_JOB_ENV, quote_override
 # For a number in a config that depends on another: ${divide:1.5,${model.n_embd}}
 OmegaConf.register_new_resolver("divide", lambda a, b: a / b, replace=True)
 
-CONFIG_MODULE = "rwkv_pl.conf"
-
-# Hydra's names of the sources of the user's files: --config-dir, and hydra.searchpath.
+# Hydra's names of the source of the user's files: --config-dir, and hydra.searchpath, with which old runs stored it.
 USER_PROVIDERS = ("command-line", "hydra.searchpath in command-line")
 
 # For a file inside conf/, wherever it is installed: ${conf:experiment/debug.txt}
@@ -50,10 +56,11 @@ OmegaConf.register_new_resolver("conf", lambda name: str(resources.files(CONFIG_
 
 Schema = TypeVar("Schema")
 
-OWN_ARGUMENT_HINT = (
-    "another argument of the optimizer needs your own file with that key, mine/optim/NAME.yaml: "
-    "--config-dir mine optim=NAME"
-)
+# The groups of which several files can be chosen, and the file that conf/train.yaml chooses.
+FIRST_FILE = {"callbacks": "default", "logger": "tensorboard"}
+
+# The settings that are a path.
+PATH_KEYS = (*(f"data.{name}" for name in DATA_PATHS), "weights", "resume", "out", "hydra.run.dir", "hydra.sweep.dir")
 
 # Loggers whose packages are optional extras. The extra, the package and the module have the same name.
 EXTRA_LOGGERS = ("wandb", "mlflow")
@@ -75,7 +82,10 @@ def parse_overrides(overrides: Sequence[str], sweep: bool = False) -> list[Overr
             raise UserError(f"{text!r} can't be parsed as key=value ({reason}): quote special characters") from error
         key = override.key_or_group
         if override.is_add() or override.is_force_add():
-            raise UserError(f"{text}: cannot add a key, {_explain_added_key(key)}")
+            is_resume = any(other.startswith("resume=") for other in overrides)
+            raise UserError(f"{text}: cannot add a key, {_explain_added_key(override, is_resume)}")
+        if key == "hydra.searchpath":  # a resume, or a sweep's job, would not have it
+            raise UserError(f"{key} is not used: give your folder as --config-dir FOLDER")
         if key == "hydra":
             raise UserError(f"{text}: set Hydra's own settings one by one, as in hydra.run.dir=FOLDER")
         if override.is_delete():
@@ -106,6 +116,22 @@ def parse_overrides(overrides: Sequence[str], sweep: bool = False) -> list[Overr
     return parsed
 
 
+def expand_home(argv: Sequence[str]) -> list[str]:
+    """Replace ~ at the start of a path by the home folder: a shell does so only where a word starts with it.
+
+    With several values, or in another setting, ~ stays, and the parser refuses it.
+    """
+
+    def expand(text: str) -> str:
+        key, _, value = text.partition("=")
+        path = value.strip("'\"")
+        if key not in PATH_KEYS or not re.match(r"~([/\\]|$)", path) or ("," in value and path == value):
+            return text
+        return f"{key}={quote_override(Path(path).expanduser())}"
+
+    return [expand(text) for text in argv]
+
+
 def suggest_list(override: Override) -> str:
     """Return ", or write ..." with the values of a sweep as a list, if they are typed as a,b."""
     value = override.get_value_string()
@@ -113,18 +139,29 @@ def suggest_list(override: Override) -> str:
     return f", or for a list write '{override.key_or_group}=[{value}]'" if is_list else ""
 
 
-def _explain_added_key(key: str) -> str:
+def _explain_added_key(override: Override, is_resume: bool) -> str:
     """The fix for `+key=value`: the key exists, or it is an argument that only the optimizer's class has."""
-    group, _, name = key.partition(".")
+    group, _, name = override.key_or_group.partition(".")
+    sign = "++" if override.is_force_add() else "+"
+    if not name and group in FIRST_FILE:
+        return f"to add one, list them all: '{group}=[{FIRST_FILE[group]},{override.get_value_string()}]'"
     if group == "optim" and split_own_arguments({name: None})[1]:
-        return f"drop the + if it exists; {OWN_ARGUMENT_HINT}"
-    return "every setting already exists: drop the +"
+        return f"drop the {sign} if it exists; {_explain_new_argument(group, is_resume)}"
+    return f"every setting already exists: drop the {sign}"
+
+
+def _explain_new_argument(group: str, is_resume: bool) -> str:
+    """Say how to set an argument of a class of the group that is not a key of its file."""
+    if is_resume:  # which has no --config-dir
+        return "another argument of its class needs a new run"
+    return (
+        f"another argument of its class needs your own file with that key, mine/{group}/NAME.yaml: "
+        f"--config-dir mine {group}=NAME"
+    )
 
 
 def compose(overrides: Sequence[str], config_dir: str | None = None, name: str = "train") -> DictConfig:
     """Compose conf/NAME.yaml with the overrides, including Hydra's own part. Raises UserError."""
-    if config_dir and any(text.startswith("hydra.searchpath=") for text in overrides):
-        raise UserError("--config-dir and hydra.searchpath= exclude each other: give one of them")
     require_global_package(parse_overrides(overrides, sweep=True), config_dir)
     with prefer_user_files(), initialize_config_module(CONFIG_MODULE, version_base="1.3", job_name=name):
         try:
@@ -215,22 +252,32 @@ def explain_unknown_key(overrides: Sequence[str], config_dir: str | None, name: 
             require_key(override.key_or_group, base)
 
 
-def require_key(key: str, config: Any) -> None:
-    """Raise UserError if the dotted `key` is not in `config`; the message names the nearest key."""
+def require_key(key: str, config: Any, is_resume: bool = False) -> None:
+    """Raise UserError if the dotted `key` is not in `config`; the message names the nearest key.
+
+    is_resume: whether `config` is that of a run to resume.
+    """
     node, seen = config, ""
     for part in key.split("."):
         if not isinstance(node, dict | DictConfig) or part not in node:
             if seen.startswith("trainer."):
                 check_trainer({part: None}, trainer_defaults())
-            names = [name for name in node if name != "hydra"] if isinstance(node, dict | DictConfig) else []
+            names = [str(name) for name in node if name != "hydra"] if isinstance(node, dict | DictConfig) else []
             hint = suggest_key(part, names) if names else f"; {seen.rstrip('.')} is a value"
-            if seen == "optim.":
-                hint += f"; {OWN_ARGUMENT_HINT}"
-            groups = [group for group in GROUPS if isinstance(config.get(group), dict | DictConfig)]
-            if key == part and (group := next((group for group in groups if part in config[group]), None)):
-                hint = f"; did you mean {group}.{part}?"
+            group, *inside = seen.rstrip(".").split(".")
+            if group in FIRST_FILE and not inside and _is_file(group, part):
+                hint = f"; choose its file too: '{group}=[{','.join([*names, part])}]'"
+            if names and ((group == "optim" and not inside) or (group in FIRST_FILE and inside)):
+                hint += f"; {_explain_new_argument(group, is_resume)}"
+            groups = [name for name in GROUPS if isinstance(config.get(name), dict | DictConfig)]
+            if key == part and (owner := next((name for name in groups if part in config[name]), None)):
+                hint = f"; did you mean {owner}.{part}?"
             raise UserError(f"{key} is not a setting{hint}")
         node, seen = node[part], f"{seen}{part}."
+
+
+def _is_file(group: str, name: str) -> bool:
+    return resources.files(CONFIG_MODULE).joinpath(group, f"{name}.yaml").is_file()
 
 
 def is_group_choice(override: Override) -> bool:
@@ -240,8 +287,7 @@ def is_group_choice(override: Override) -> bool:
 
 def trainer_defaults() -> dict[str, Any]:
     """Read conf/trainer/default.yaml."""
-    text = resources.files(CONFIG_MODULE).joinpath("trainer/default.yaml").read_text(encoding="utf-8")
-    return OmegaConf.to_container(OmegaConf.create(text))  # type: ignore[return-value]
+    return read_conf("trainer/default.yaml")
 
 
 def check_config(config: DictConfig, overrides: Sequence[Override] = (), config_dir: str | None = None) -> Train:
@@ -288,27 +334,17 @@ def check_config(config: DictConfig, overrides: Sequence[Override] = (), config_
     return to_dataclass(plain | {"optim": common | {"own": own}}, Train)
 
 
-def explain_missing_package(error: Exception, overrides: Sequence[str], config_dir: str | None) -> None:
-    """Raise UserError if Hydra's error is about an experiment's file that lacks `# @package _global_`."""
-    if re.search("experiment/|@experiment|@package", str(error)):
-        require_global_package(parse_overrides(overrides, sweep=True), config_dir)
-
-
 def require_global_package(overrides: Sequence[Override], config_dir: str | None) -> None:
-    """Raise UserError if a chosen experiment is a file of the user's without `# @package _global_` in its header.
+    """Raise UserError if a chosen experiment is a file in --config-dir without `# @package _global_` in its header.
 
-    The files of the user are in --config-dir or hydra.searchpath. Hydra's header is the lines before the first one that
-    does not start with `# @`. Without the package, Hydra puts the file's settings below the key `experiment`, where
-    nothing reads them.
+    Hydra's header is the lines before the first one that does not start with `# @`. Without the package, Hydra puts the
+    file's settings below the key `experiment`, where nothing reads them.
     """
     values = {override.key_or_group: override.value() for override in overrides}
     names = values.get("experiment")
-    typed = values.get("hydra.searchpath")
-    searchpath = [str(getattr(entry, "text", entry)) for entry in typed] if isinstance(typed, list) else []
-    folders = [config_dir] if config_dir else [entry.removeprefix("file://") for entry in searchpath]
     for name in names if isinstance(names, list) else [names]:
-        files = (Path(folder, "experiment", f"{str(name).removesuffix('.yaml')}.yaml") for folder in folders)
-        if isinstance(name, str) and (file := next((file for file in files if file.is_file()), None)):
+        file = Path(config_dir or "", "experiment", f"{str(name).removesuffix('.yaml')}.yaml")
+        if config_dir and isinstance(name, str) and file.is_file():
             lines = file.read_text(encoding="utf-8-sig", errors="replace").splitlines()
             header = takewhile(re.compile(r"\s*(#\s*@|$)").match, lines)
             if not any(re.fullmatch(r"\s*#\s*@package\s+_global_\s*", line) for line in header):

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from hydra._internal.utils import get_args_parser
 
-from rwkv_pl.cli.arguments import HydraParser, expand_home, parse_arguments
-from rwkv_pl.compose import parse_overrides
+from rwkv_pl.cli.arguments import HydraParser, parse_arguments
+from rwkv_pl.compose import expand_home, parse_overrides
 from rwkv_pl.errors import UserError
 
 
@@ -119,6 +119,14 @@ def test_explain_takes_a_group_a_choice_a_key_and_other_settings(train):
     assert "relative to the folder where the run first starts" in " ".join(train("--explain", "data=text").out.split())
 
 
+def test_explain_experiment_shows_its_group_choices(train):
+    shown = rows(train("--explain", "experiment"))
+    assert "data=stdlib model=rwkv4 optim=rwkv schedule=cosine" in shown["experiment=quickstart"]
+    shown = rows(train("--explain", "experiment=search"))
+    assert (shown["data"], shown["optim"], shown["trainer.max_steps"]) == ("stdlib", "rwkv", "300")
+    assert shown["hydra.sweeper.params.model.n_embd"] == "128,192,256"
+
+
 def test_explain_has_each_command_on_its_own_line_and_no_blanks_at_line_ends(train):
     lines = train("--explain", "experiment=debug").out.splitlines()
     assert "    rwkv-train experiment=debug" in lines
@@ -177,4 +185,5 @@ def test_settings_page_is_up_to_date():
     from rwkv_pl.cli.explain import markdown
 
     page = Path(__file__).parents[2] / "docs" / "guides" / "settings.md"
+    assert "```text\ndata=stdlib\nmodel=rwkv4\noptim=rwkv\nschedule=cosine\n" in markdown()
     assert page.read_text(encoding="utf-8") == markdown(), "python -m rwkv_pl.cli.explain > docs/guides/settings.md"

@@ -174,7 +174,7 @@ def test_state_of_other_weights_is_refused(model, run):
         (["model.pth", "--samples", "1" + 30 * "0"], "--samples must be from 1 to 1,000"),
         (["model.pth", "--state-out", "killed"], "killed.partial exists"),
         (["model.pth", "--stop", ""], "--stop is empty and would end every text at once"),
-        (["model.pth", "--state-in", "nowhere"], "there is no state nowhere"),
+        (["model.pth", "--state-in", "nowhere"], "nowhere is missing: --state-out writes a state"),
         (["model.pth", "--state-in", "model.pth"], "not a state file of rwkv-generate"),
         (["model.pth", "--state-out", "model.pth"], "it was not changed"),
         (["model.pth", "--state-out", "no/where"], "no folder no"),
@@ -268,15 +268,15 @@ def test_ctrl_c_ends_cleanly_and_saves_the_state(tmp_path):
         command("model.pth", "abc", "--max-tokens", "-1", "--state-out", "memory"),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0, env=environment,
     )  # fmt: skip
-    begun = process.stdout.read(20)
+    first_bytes = process.stdout.read(20)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=600)
     assert process.returncode == 130
-    (begun + out).decode()
+    (first_bytes + out).decode()
     assert out.endswith(b"\n") and b"Traceback" not in err and b"tokens/s" in err
     assert (tmp_path / "memory").is_file()
     written = torch.load("memory", weights_only=True)["recent"][3:].tolist()
-    assert (begun + out)[:-1] == bytes(written).decode(errors="replace").encode()[-len(begun + out) + 1 :]
+    assert (first_bytes + out)[:-1] == bytes(written).decode(errors="replace").encode()[-len(first_bytes + out) + 1 :]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no pipes of this kind")
@@ -309,5 +309,5 @@ def test_ctrl_c_while_importing_torch_exits_at_once():
 def test_help_imports_no_torch():
     asked = "import sys; sys.argv[1:] = ['--help']\nfrom rwkv_pl.cli.generate import main\ntry: main()\n"
     asked += "except SystemExit: assert 'torch' not in sys.modules"
-    told = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True).stdout
-    assert "starts with - follows --" in told
+    output = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True).stdout
+    assert "starts with - follows --" in output

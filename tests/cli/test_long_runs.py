@@ -66,8 +66,8 @@ def test_nonfinite_loss_or_gradient_stops_the_run_before_the_step(train, tmp_pat
     more = ("optim.lr=1e-2", f"trainer.accumulate_grad_batches={accumulate}", "hydra.run.dir=run")
     result = train(*SMALL, *EVERY, *more)
     assert (result.code, result.err.count("\n")) == (1, 1), result.err
-    for told in ("of batch 4 is not finite", "loss ", "gradient norm ", "learning rate 0.01", "optimizer step 5"):
-        assert told in result.err
+    for part in ("of batch 4 is not finite", "loss ", "gradient norm ", "learning rate 0.01", "optimizer step 5"):
+        assert part in result.err
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
     assert f"the last checkpoint is {last} at step 4; to resume: {resume_command(tmp_path / 'run')}" in result.err
     assert all(value.isfinite().all() for value in load_checkpoint(tmp_path / "run")["state_dict"].values())

@@ -62,7 +62,7 @@ def read_table(folder: Path) -> dict[str, dict[str, str]]:
 def wait_for(what, seconds: float = 600) -> None:
     end = time.monotonic() + seconds
     while not what():
-        assert time.monotonic() < end, "in vain"
+        assert time.monotonic() < end, "timed out"
         time.sleep(0.05)
 
 
@@ -114,7 +114,7 @@ def test_killed_job_does_not_affect_the_others(folder):
     assert code == 0, out
     assert [row["status"] for row in read_table(folder).values()] == ["finished", "finished"]
     assert not (jobs[0] / "error.txt").exists()
-    assert "of which" in out, "it began anew"
+    assert "of which" in out, "it started again at step 0"
 
 
 def test_signal_stops_the_jobs_and_prints_the_table(folder):
@@ -273,8 +273,8 @@ def test_bad_trial_is_pruned(train, tmp_path):
         trial.report(bits, step=2)
         study.tell(trial, bits)
     trial = study.ask()
-    told = {"number": trial.number, "id": trial._trial_id, "pruner": "median"}
-    (sweep / "3" / "trial.json").write_text(json.dumps(told))
+    trial_info = {"number": trial.number, "id": trial._trial_id, "pruner": "median"}
+    (sweep / "3" / "trial.json").write_text(json.dumps(trial_info))
     result = train(*SMALL, "trainer.max_steps=8", "trainer.val_check_interval=2", "hydra.run.dir=sweep/3")
     assert result.code == 0, result.err
     ended = read_result(sweep / "3")
@@ -381,15 +381,15 @@ def test_finished_job_is_recognised_with_other_quotes(run):
 
 
 def test_jobs_are_the_product_of_swept_values():
-    told = parse_overrides(["a=1,2", "b='x,y'", "c=choice(3,4)", "d=range(0,2)"], sweep=True)
-    jobs = list(expand_grid(told))
+    overrides = parse_overrides(["a=1,2", "b='x,y'", "c=choice(3,4)", "d=range(0,2)"], sweep=True)
+    jobs = list(expand_grid(overrides))
     assert len(jobs) == 8
     assert jobs[1] == ["a=1", "b='x,y'", "c=3", "d=1"]
 
 
 def test_typed_values_replace_swept_values_of_a_file():
-    told = merge_params({"a": "1,2", "b": "3,4"}, ["b=5"])
-    assert list(expand_grid(told)) == [["a=1", "b=5"], ["a=2", "b=5"]]
+    overrides = merge_params({"a": "1,2", "b": "3,4"}, ["b=5"])
+    assert list(expand_grid(overrides)) == [["a=1", "b=5"], ["a=2", "b=5"]]
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def test_run_folder_has_all_files(train, tmp_path):
     assert machine.endswith(
         "FLOP/s in float32 matrix products, measured: MFU (model FLOPs utilisation) is the share of it"
     )
-    for shown in ("corpus.txt", "validation part:", "this model", "gzip -9", "xz -9", str(run)):
+    for shown in ("corpus.txt", "validation split:", "this model", "gzip -9", "xz -9", str(run)):
         assert shown in result.out
 
 
@@ -284,7 +284,7 @@ def test_resume_refuses_settings_that_contradict_the_checkpoint(train, run, tmp_
 
 
 def test_resume_refuses_another_optimizer_and_unknown_keys(train, run, tmp_path):
-    for change, told in {
+    for change, message in {
         "optim=adam": "optim._target_=torch.optim.Adam contradicts the past",
         "optim.lrr=1": "did you mean lr?",
         "trainer.max_steps=abc": "must be a whole number",
@@ -292,7 +292,7 @@ def test_resume_refuses_another_optimizer_and_unknown_keys(train, run, tmp_path)
     }.items():
         result = train("resume=run", change)
         assert (result.code, result.err.count("\n")) == (2, 1), change
-        assert told in result.err
+        assert message in result.err
 
 
 def test_resume_takes_a_config_dir(train, run, tmp_path):

@@ -48,10 +48,7 @@ def test_file_of_the_user_is_checked(train, mine, more):
     assert "schedule.warmup_steps must be at least 0" in result.err
 
 
-def test_file_in_the_search_path_replaces_the_built_in_one(train, mine, evaluate):
-    mine("model/rwkv4_tiny", MODEL)
-    result = train("hydra.searchpath=[file://mine]", "model=rwkv4_tiny", "--cfg", "job")
-    assert yaml.safe_load(result.out)["model"]["n_layer"] == 3
+def test_file_of_the_user_replaces_the_built_in_one_in_an_evaluation(evaluate, mine):
     line = mine("data/text", "name: text\npath: book.txt\nctx_len: 7\n")
     result = evaluate("--config-dir", "mine", "weights=x", "data=text", "--cfg", "job")
     assert (yaml.safe_load(result.out)["data"]["ctx_len"], result.err) == (7, line)

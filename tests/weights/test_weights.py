@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from small_20b import small_20b
 
 from rwkv_pl import RWKV4, RWKV4Config, load_weights
-from rwkv_pl.data.vocabulary import Vocabulary
+from rwkv_pl.data.vocabulary import Vocabulary, vocabulary_from_dict
 from rwkv_pl.errors import CorruptFileError, UserError
 from rwkv_pl.weights.huggingface import LAYOUTS
 from rwkv_pl.weights.read import read_weights
@@ -130,7 +130,7 @@ def test_vocabulary_is_stored_with_the_weights(tmp_path, vocabulary):
 
 def test_20b_folder_works_with_transformers_tokenizer(tmp_path):
     transformers = pytest.importorskip("transformers")
-    vocabulary = Vocabulary.from_dict({"kind": "20b", "tokenizer": small_20b()})
+    vocabulary = vocabulary_from_dict({"kind": "20b", "tokenizer": small_20b()})
     weights = random_weights(RWKV4Config(vocab_size=vocabulary.size, n_layer=1, n_embd=8))
     write_weights(replace(weights, vocabulary=vocabulary), tmp_path / "there")
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "there" / "tokenizer.json"))
@@ -428,7 +428,7 @@ MISFITS = {
 
 @pytest.mark.parametrize("case", MISFITS)
 def test_mismatched_weights_give_one_line_error(tmp_path, case):
-    change, told = MISFITS[case]
+    change, message = MISFITS[case]
     tensors = change(random_weights().tensors)
     torch.save(tensors, tmp_path / "x.pth")
     about = {"format": 1, "model": "rwkv4", "config": vars(SIZE), "vocabulary": None, "finished": None}
@@ -441,7 +441,7 @@ def test_mismatched_weights_give_one_line_error(tmp_path, case):
         assert "\n" not in str(error.value)
         assert len(str(error.value)) < 500
         if path.suffix == ".pth":
-            assert told in str(error.value)
+            assert message in str(error.value)
 
 
 def test_checkpoint_with_a_wrong_config_size_is_corrupt(tmp_path):
@@ -583,7 +583,7 @@ BAD_FOLDERS = {
 
 @pytest.mark.parametrize("case", BAD_FOLDERS)
 def test_folder_without_weights_gives_one_line_error(tmp_path, case):
-    files, told = BAD_FOLDERS[case]
+    files, message = BAD_FOLDERS[case]
     save_file(their_tensors(random_weights()), tmp_path / "outside.safetensors")
     folder = tmp_path / "folder"
     write_config(folder)
@@ -596,7 +596,7 @@ def test_folder_without_weights_gives_one_line_error(tmp_path, case):
             (folder / name).write_text(content)
     with pytest.raises(UserError) as error:
         load_weights(folder)
-    assert told in str(error.value)
+    assert message in str(error.value)
     assert str(folder) in str(error.value)
 
 

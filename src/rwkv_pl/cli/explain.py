@@ -20,6 +20,7 @@ from rwkv_pl.checks import KIND_NAMES
 from rwkv_pl.compose import CONFIG_MODULE, compose, require_key, to_plain_dict
 from rwkv_pl.config import GROUPS, TRAINER_KINDS, TRAINER_NULLABLE, Data, Eval, Model, Optim, Schedule, Train
 from rwkv_pl.errors import UserError, one_line
+from rwkv_pl.runs.stored import flatten
 from rwkv_pl.terminal import console
 
 # Groups of a sweep's own settings.
@@ -29,8 +30,7 @@ SCHEMAS = {"data": Data, "model": Model, "optim": Optim, "schedule": Schedule}
 NAMED_GROUPS = ("callbacks", "logger")
 
 
-@dataclass(frozen=True)
-class Setting:
+class Setting(typing.NamedTuple):
     """key: dotted, as typed. value: as YAML. kind: in words."""
 
     key: str
@@ -43,17 +43,23 @@ class Setting:
 class ConfigFile:
     """A file of a group. head: the comment at its top, one line per paragraph; the commands in it are indented.
     comments: by dotted key, those of its defaults included. values: those that the file sets itself.
+    choices: the files that it chooses, by group: the `override` lines of its defaults.
     """
 
     name: str
     head: str
     comments: dict[str, str]
     values: dict[str, Any]
+    choices: dict[str, Any]
 
     @property
     def summary(self) -> str:
         """The first sentence of the head."""
         return re.split(r"(?<=[.?!])\s|\n", self.head, maxsplit=1)[0]
+
+    @property
+    def choices_line(self) -> str:
+        return " ".join(f"{group}={to_yaml(name)}" for group, name in self.choices.items())
 
 
 def print_settings(topic: str, overrides: Sequence[str], config_dir: str | None, name: str = "train") -> None:
@@ -68,10 +74,10 @@ def print_settings(topic: str, overrides: Sequence[str], config_dir: str | None,
         if "." not in topic and topic not in config:
             require_key(topic, {key: config.get(key) for key in dict.fromkeys([*config, *groups])})
         settings.pop("experiment", None)
-        found = [_row(s) for each in settings.values() for s in each if _is_below(s.key, topic)]
+        found: list[tuple[str, ...]] = [s for each in settings.values() for s in each if _is_below(s.key, topic)]
         if not found:  # a key of files that are not chosen
             found = [
-                (f"{group}={file.name}", *_row(setting))
+                (f"{group}={file.name}", *setting)
                 for group, files in groups.items()
                 for file in files.values()
                 for setting in _describe(group, file.values, file.comments, name)
@@ -88,20 +94,16 @@ def print_settings(topic: str, overrides: Sequence[str], config_dir: str | None,
         if group:
             head = files[choice].head.replace("\n", "\n  ") if choice in files else ""
             print(f"\n{group}={choice or 'NAME'}  {head}".rstrip())
-        _print_table([_row(setting) for setting in settings[group]])
+        _print_table(settings[group])
         if topic or group == "experiment":
             print("  files:")
-            _print_table([(f"{group}={file.name}", file.summary) for file in files.values()])
+            _print_table([(f"{group}={name}", file.summary, file.choices_line) for name, file in files.items()])
     if not topic:
         print("\n--explain GROUP lists the files of a group, --explain GROUP=FILE the settings of a file.")
 
 
 def _is_below(key: str, topic: str) -> bool:
     return f"{key}.".startswith(f"{topic}.")
-
-
-def _row(setting: Setting) -> tuple[str, ...]:
-    return setting.key, setting.value, setting.kind, setting.comment
 
 
 def _print_table(rows: Sequence[Sequence[str]]) -> None:
@@ -133,8 +135,7 @@ def list_settings(
     """The settings of a group as composed; group "": those that are in no group. plain: the config in plain types."""
     choice = _choice(config, group)
     if group == "experiment":
-        values = files[choice].values if choice in files else {}
-        return [Setting(key, to_yaml(value), "", "") for key, value in _flatten(values, depth=2)]
+        return _list_experiment(files[choice]) if choice in files else []
     if group == "":
         comments = read_file([resources.files(CONFIG_MODULE)], "", name).comments
         return _describe(group, {key: value for key, value in plain.items() if key not in GROUPS}, comments, name)
@@ -149,20 +150,16 @@ def list_settings(
 def _describe(group: str, values: dict[str, Any], comments: dict[str, str], name: str = "train") -> list[Setting]:
     prefix = group.replace("/", ".")
     settings = []
-    for key, value in _flatten(values, depth=2 if group in NAMED_GROUPS else 1):
+    for key, value in (flatten(values) if group in NAMED_GROUPS else values).items():
         if not key.endswith("_target_") or group == "optim":
             kind = describe_kind(group, key, value, name)
             settings.append(Setting(f"{prefix}.{key}".lstrip("."), to_yaml(value), kind, comments.get(key, "")))
     return settings
 
 
-def _flatten(plain: dict[str, Any], depth: int) -> Iterator[tuple[str, Any]]:
-    for key, value in plain.items():
-        if depth > 1 and isinstance(value, dict):
-            for inner, inner_value in _flatten(value, depth - 1):
-                yield f"{key}.{inner}", inner_value
-        else:
-            yield key, value
+def _list_experiment(file: ConfigFile) -> list[Setting]:
+    values = file.choices | flatten(file.values) | flatten(file.values.get("hydra") or {}, "hydra.")
+    return [Setting(key, to_yaml(value), "", "") for key, value in values.items()]
 
 
 def to_yaml(value: Any) -> str:
@@ -211,13 +208,16 @@ def read_file(folders: Sequence[Any], group: str, name: str) -> ConfigFile:
             raise UserError(f"{path} must be a mapping of settings, got {one_line(values)[:80]}")
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not YAML: {one_line(error)}") from error
-    for default in values.pop("defaults", []) if group else ():
-        if isinstance(default, str) and _find_file(folders, group, default):  # of the same group, and not _self_
+    choices: dict[str, Any] = {}
+    for default in (values.pop("defaults", None) or []) if group else ():
+        if isinstance(default, dict):
+            choices |= {key.split()[-1].lstrip("/"): name for key, name in default.items()}
+        elif _find_file(folders, group, default):  # of the same group, and not _self_
             comments |= read_file(folders, group, default).comments
     if isinstance(root := yaml.compose(text), yaml.MappingNode):
         comments |= dict(_comments_of(root, lines))
     head = [line for line in itertools.takewhile(lambda line: line.startswith("#"), lines) if "@package" not in line]
-    return ConfigFile(name, _join_lines(head), comments, values)
+    return ConfigFile(name, _join_lines(head), comments, values, choices)
 
 
 def _find_file(folders: Sequence[Any], group: str, name: str) -> Any:
@@ -260,7 +260,8 @@ def _comments_of(node: yaml.MappingNode, lines: list[str], prefix: str = "") -> 
 HEAD = """# Settings
 
 Generated by `python -m rwkv_pl.cli.explain` from the files in [conf/](../../conf). `rwkv-train --explain` prints the
-same for the settings that you type. A setting is typed as `key=value`, a file of a group as `group=file`.
+same for the settings that you type. A setting is typed as `key=value`, a file of a group as `group=file`. An experiment
+is listed with the files that it chooses, then its settings.
 """
 
 
@@ -273,11 +274,9 @@ def markdown() -> str:
         for name, file in read_group([conf], group).items():
             text += _paragraphs(f"**`{group}={name}`**: ", file.head)
             if group == "experiment":
-                values = {key: value for key, value in file.values.items() if key != "hydra"}
-                rows = [f"{key}={to_yaml(value)}" for key, value in _flatten(values, depth=2)]
-                text += ["```yaml", *rows, "```\n"] if rows else []
-                continue
-            text += _rows(_describe(group, file.values, file.comments))
+                text += ["```text", *(f"{s.key}={s.value}" for s in _list_experiment(file)), "```\n"]
+            else:
+                text += _rows(_describe(group, file.values, file.comments))
     return "\n".join(text).rstrip("\n") + "\n"
 
 

@@ -24,13 +24,11 @@ from rwkv_pl.data.documents import exists
 from rwkv_pl.errors import UserError, one_line
 from rwkv_pl.files import require_own_files
 from rwkv_pl.runs.folder import MULTIRUN, create_run_dir, has_started, locked
+from rwkv_pl.runs.launch import RESUMED_ENV
 from rwkv_pl.sweeps.jobs import Job, expand_grid, merge_params, require_distinct_folders
 from rwkv_pl.sweeps.pool import run_job
 from rwkv_pl.sweeps.report import print_report
 from rwkv_pl.terminal import FAILED, quote_override, resume_command
-
-# Set in the environment of a resumed sweep's jobs: their settings come from its folder and are not trusted.
-RESUMED_ENV = "RWKV_PL_RESUMED_SWEEP"
 
 # The stored settings of Hydra itself that a resumed sweep uses again. Others could start an untrusted program.
 STORED_KEYS = (

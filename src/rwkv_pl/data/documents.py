@@ -104,7 +104,7 @@ def is_plain_text(path: Path, old_rule: bool = False) -> bool:
 
 
 def find_files(path: Path, key: str, old_rule: bool = False) -> list[SourceFile]:
-    """Lists the files of ``path``, sorted by POSIX path: one file, all files below a folder, or all matches of a glob.
+    """List the files of ``path``, sorted by POSIX path: one file, all files below a folder, or all matches of a glob.
 
     In a glob, ``**`` matches any folders. Names that start with a dot and the files of runs, sweeps and other commands
     are skipped below the folder, or below the part of the glob before its first wildcard. A link to a folder is
@@ -142,7 +142,7 @@ def find_files(path: Path, key: str, old_rule: bool = False) -> list[SourceFile]
 def join_documents(
     parts: dict[str, list[SourceFile]], field: str, text: IO[bytes], document_ends: IO[bytes], old_rule: bool = False
 ) -> JoinResult:
-    """Writes the documents of all parts to ``text``, and the offset of each document end to ``document_ends``.
+    """Write the documents of all parts to ``text``, and the offset of each document end to ``document_ends``.
 
     parts: the source files by the setting that names them. field: the field of a JSON row that contains the text.
     old_rule: read as the first versions did, which unpacked only ``.gz`` and took any other file for text.
@@ -180,7 +180,7 @@ def join_documents(
 
 
 def _read_blocks(path: Path, raw: io.BufferedReader, field: str, old_rule: bool) -> Iterator[tuple[bool, bytes]]:
-    """Yields the documents of a file in non-empty blocks: (is it the first block of its document?, block)."""
+    """Yield the documents of a file in non-empty blocks: (is it the first block of its document?, block)."""
     with _as_user_error(path):
         file = _unpack(path, raw, _find_compression(path, raw.peek(), old_rule))
         if not old_rule:
@@ -195,7 +195,7 @@ def _read_blocks(path: Path, raw: io.BufferedReader, field: str, old_rule: bool)
 
 
 def _find_compression(path: Path, head: bytes, old_rule: bool) -> str:
-    """The compression by the first bytes, else by the name: a suffix in COMPRESSIONS, or "" for none."""
+    """Find the compression by the first bytes, else by the name: a suffix in COMPRESSIONS, or "" for none."""
     suffix = path.suffix.lower()
     if old_rule:
         return suffix if suffix == ".gz" else ""
@@ -253,7 +253,7 @@ class _ZstdFile(io.RawIOBase):
 
 
 def _refuse_container(path: Path, head: bytes) -> None:
-    """Raises UserError if the unpacked file is not text, by its first bytes, or by its name if these do not tell."""
+    """Raise UserError if the unpacked file is not text, by its first bytes, or by its name if these do not tell."""
     if kind := next((name for name, pattern in CONTAINERS.items() if re.match(pattern, head)), ""):
         raise UserError(f"{path} is not text but a container ({kind}): extract plain text or .jsonl from it")
     if _inner_suffix(path) == ".json":
@@ -290,7 +290,7 @@ def _read_rows(path: Path, file: IO[bytes], field: str) -> Iterator[bytes]:
 
 @contextlib.contextmanager
 def _as_user_error(path: Path) -> Iterator[None]:
-    """Turns an error from reading ``path`` into a one-line UserError."""
+    """Turn an error from reading ``path`` into a one-line UserError."""
     try:
         yield
     except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError) as error:
@@ -330,7 +330,7 @@ def _is_output_folder(path: Path) -> bool:
 
 
 def _split_at_wildcard(path: Path) -> tuple[Path, str]:
-    """Splits a path into its longest existing folder, even if that has wildcard characters, and the rest, a glob."""
+    """Split a path into its longest existing folder, even if that has wildcard characters, and the rest, a glob."""
     root = next((folder for folder in path.parents if folder.is_dir()), Path(path.anchor))
     return root, path.relative_to(root).as_posix()
 
@@ -350,7 +350,7 @@ def _has_wildcard(pattern: str) -> bool:
 
 
 def _inner_suffix(path: Path, compressions: Collection[str] = COMPRESSIONS) -> str:
-    """The suffix of the name without that of a compression."""
+    """Return the suffix of the name without that of a compression."""
     return (path.with_suffix("") if path.suffix.lower() in compressions else path).suffix.lower()
 
 

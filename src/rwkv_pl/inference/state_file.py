@@ -26,7 +26,7 @@ class GenerationState(NamedTuple):
 
 
 def save_state(path: Path, generation_state: GenerationState, digest: str) -> None:
-    """Writes the file atomically. digest: identifies the weights and the vocabulary."""
+    """Write the file atomically. digest: identifies the weights and the vocabulary."""
     content = {
         "rwkv_pl_memory": FORMAT,
         "digest": digest,
@@ -44,10 +44,10 @@ def _copy(part: Tensor) -> Tensor:
 
 
 def load_state(path: Path, model: Any, digest: str) -> GenerationState:
-    """Reads a file of `save_state`. Raises UserError, one line, if it is corrupt or for other weights or vocabulary."""
+    """Read a file of `save_state`. Raises UserError, one line, if it is corrupt or for other weights or vocabulary."""
     content = _read(path)
     if content.get("digest") != digest:
-        raise UserError(f"{path} is the state of other weights or another vocabulary: these weights cannot use it")
+        raise UserError(f"{path} is the state of other weights or another vocabulary: give the weights that wrote it")
     device = next(model.parameters()).device
     like, like_state = read_tokens(model, torch.zeros(1, 1, dtype=torch.int64, device=device))
     try:
@@ -67,7 +67,7 @@ def load_state(path: Path, model: Any, digest: str) -> GenerationState:
 
 
 def check_replaceable(path: Path) -> None:
-    """Raises UserError if `path` cannot be written, or exists and is not a generation state."""
+    """Raise UserError if `path` cannot be written, or exists and is not a generation state."""
     if not path.parent.is_dir():
         raise UserError(f"{path}: there is no folder {path.parent}")
     if os.path.lexists(partial := path.with_name(path.name + PARTIAL_SUFFIX)):
@@ -78,7 +78,8 @@ def check_replaceable(path: Path) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise UserError(f"{path} is a folder" if path.is_dir() else f"there is no state {path}: --state-out writes one")
+        reason = "a folder: give a file" if path.is_dir() else "missing: --state-out writes a state"
+        raise UserError(f"{path} is {reason}")
     try:
         content = read_checkpoint(path)
         known = content.get("rwkv_pl_memory") == FORMAT

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import re
 import subprocess
 import threading
 import warnings
@@ -76,7 +77,12 @@ def build_trainer(inputs: Inputs, folder: Path, callbacks: list[Callback], logge
             enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
         )
     except Exception as error:
-        raise UserError(f"Lightning's Trainer refuses its settings: {one_line(error)}") from error
+        message = one_line(error)
+        # The first setting that the message names is the one that it is about.
+        found = [(match.start(), key) for key in arguments if (match := re.search(rf"\b{key}\b", message))]
+        key = min(found)[1] if found else ""
+        where = f"trainer.{key}={arguments[key]}: Lightning" if key else "Lightning's Trainer"
+        raise UserError(f"{where} refuses {'it' if key else 'its settings'}: {message}") from error
 
 
 def build_callbacks(config: Train, folder: Path) -> list[Callback]:

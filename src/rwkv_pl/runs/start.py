@@ -15,7 +15,7 @@ from rwkv_pl.data.order import micro_batch_rows
 from rwkv_pl.errors import UserError
 from rwkv_pl.runs.build import describe_code
 from rwkv_pl.runs.inputs import Inputs, count_validation_batches
-from rwkv_pl.runs.outcome import Record
+from rwkv_pl.runs.outcome import Record, write_baselines
 from rwkv_pl.training.callbacks.metrics import MetricsRecorder
 from rwkv_pl.training.compile import compile_blocks
 from rwkv_pl.training.memory import MemoryEstimate, estimate_memory, find_accumulation, format_si, free_memory
@@ -55,6 +55,7 @@ class Start(Callback):
         if not trainer.is_global_zero:
             return
         self.metrics.baselines = measure_baselines(config, self.inputs.data)
+        write_baselines(self.metrics.folder, self.metrics.baselines)
         peak = load_or_measure_peak(device, dtype)
         self.metrics.peak = peak * trainer.world_size
         each = f"{trainer.world_size} x " if trainer.world_size > 1 else ""

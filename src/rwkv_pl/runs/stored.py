@@ -75,7 +75,8 @@ class StoredRun:
             _apply(config, entry)
         for arguments in (config.get("callbacks") or {}).values():
             # Earlier versions took any name; best.ckpt is written now, whatever the name.
-            if str(arguments.get("_target_")).endswith(".BestCheckpoint") and str(arguments.filename).isidentifier():
+            name, is_best = str(arguments.get("filename")), str(arguments.get("_target_")).endswith(".BestCheckpoint")
+            if is_best and "{step" not in name and not is_outside(name, self.folder):
                 arguments.filename = "best"
         config.plugins = []  # they must be typed at each resume
         return config
@@ -113,7 +114,7 @@ class StoredRun:
                     Path(path).absolute()
                 )  # relative to the folder of this command, not of the run's start
         for key in values:
-            require_key(key, config)
+            require_key(key, config, is_resume=True)
         _apply(config, {"remove": [], "set": values})
         entry["set"] |= values
         for key in FIXED_KEYS:

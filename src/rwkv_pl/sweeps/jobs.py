@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.config_loader import ConfigLoader
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import Override
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import HydraException
@@ -23,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rwkv_pl.compose import (
     check_config,
-    explain_missing_package,
+    compose,
     parse_overrides,
     typed_config_dir,
 )
@@ -127,8 +128,13 @@ def compose_job(loader: ConfigLoader, config: DictConfig, overrides: list[str], 
     config_dir = typed_config_dir(config.hydra.runtime.config_sources)
     try:
         composed = loader.load_sweep_config(config, overrides)
-    except HydraException as error:
-        explain_missing_package(error, overrides, config_dir)
+    except (HydraException, OmegaConfBaseException):
+        state = GlobalHydra.instance()
+        running, state.hydra = state.hydra, None  # Hydra composes this sweep, and refuses a second one
+        try:
+            compose(overrides, config_dir)  # raises the error as one line
+        finally:
+            GlobalHydra.instance().hydra = running
         raise
     with open_dict(composed):
         composed.hydra.job.num = composed.hydra.job.id = number

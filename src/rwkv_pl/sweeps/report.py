@@ -206,7 +206,7 @@ def _print_table(runs: Sequence[Run], names: Sequence[str], keys: Sequence[str])
 
 
 def _print_seeds(screen: "Console", runs: Sequence[Run], keys: Sequence[str]) -> None:
-    """Prints the mean and the sample standard deviation of finished runs that differ in the seed alone."""
+    """Print the mean and the sample standard deviation of finished runs that differ in the seed alone."""
     from rich.markup import escape
     from rich.table import Table
 

@@ -13,7 +13,7 @@ from rwkv_pl.errors import CorruptFileError, UserError, one_line
 
 
 def read_checkpoint(path: Path, checked: bool = True) -> dict[str, Any]:
-    """Loads a checkpoint with weights_only=True. Its tensors are memory-mapped and read when used.
+    """Load a checkpoint with weights_only=True. Its tensors are memory-mapped and read when used.
 
     checked: first verify every byte against the checksums in the file; False is enough to read only small values.
 
@@ -44,7 +44,7 @@ def read_checkpoint(path: Path, checked: bool = True) -> dict[str, Any]:
 
 
 def find_best(folder: Path) -> Path | None:
-    """The checkpoint with the best validation score in a folder, None if no checkpoint has a score.
+    """Return the checkpoint with the best validation score in a folder, None if no checkpoint has a score.
 
     It is best.ckpt, except in runs of earlier versions: they could give it another name, or overwrite it.
     """

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from rwkv_pl.data.vocabulary import Vocabulary, read_vocabulary
+from rwkv_pl.data.vocabulary import Vocabulary, read_vocabulary, vocabulary_from_dict
 from rwkv_pl.errors import CorruptFileError, UserError
 from rwkv_pl.weights import huggingface
 from rwkv_pl.weights.checkpoint import find_best, first_sentence, read_checkpoint
@@ -15,7 +15,7 @@ from rwkv_pl.weights.tensors import Weights, detect_version, validate_tensors
 
 
 def load_weights(source: str | Path) -> tuple[nn.Module, Vocabulary | None]:
-    """Loads the model of `source`, on the CPU in float32 and in eval mode (no dropout), and its vocabulary.
+    """Load the model of `source`, on the CPU in float32 and in eval mode (no dropout), and its vocabulary.
 
     source: as for `read_weights`. The vocabulary is None if it is not known: a `.pth` has none.
 
@@ -26,7 +26,7 @@ def load_weights(source: str | Path) -> tuple[nn.Module, Vocabulary | None]:
 
 
 def read_weights(source: str | Path) -> Weights:
-    """Reads the weights of `source` and validates every tensor.
+    """Read the weights of `source` and validate every tensor.
 
     source: a run folder (its best.ckpt, else last.ckpt), a `.ckpt` of rwkv_pl, an official RWKV-4 `.pth`, or a Hugging
     Face folder. The format is detected from the content, the model's version and size from the tensors.
@@ -49,7 +49,7 @@ def _read_file(path: Path) -> Weights:
     if KEY not in content:
         return validate_tensors(content, detect_version(content, path), path, "official .pth")
     run = Metadata.from_checkpoint(content, path)
-    vocabulary = Vocabulary.from_dict(run.vocabulary) if run.vocabulary else None
+    vocabulary = vocabulary_from_dict(run.vocabulary) if run.vocabulary else None
     weights = validate_tensors(
         _select_model_tensors(content["state_dict"]), run.model, path, "checkpoint of rwkv_pl", run.config, vocabulary
     )
@@ -65,7 +65,7 @@ def _read_folder(folder: Path) -> Weights:
         tensors |= huggingface.read_tensors(path) if safe else read_checkpoint(path)
     tensors = layout.to_official(tensors, config, folder)
     stored, tokenizer = folder / huggingface.VOCABULARY, folder / huggingface.TOKENIZER
-    vocabulary = Vocabulary.from_dict(huggingface.read_json(stored)) if stored.exists() else None
+    vocabulary = vocabulary_from_dict(huggingface.read_json(stored)) if stored.exists() else None
     if vocabulary is None and tokenizer.exists():
         # The 20B tokenizer is recognised. Any other is ignored: the weights can be used without it.
         with contextlib.suppress(UserError):
@@ -79,7 +79,7 @@ def _select_model_tensors(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def weights_path(source: Path) -> Path:
-    """The best checkpoint of a run folder, else its last.ckpt; a file or Hugging Face folder is returned as it is."""
+    """Return the best checkpoint of a run folder, else its last.ckpt; a file or Hugging Face folder as it is."""
     if source.is_file():
         return source
     if not source.exists():

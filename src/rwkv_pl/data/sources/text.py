@@ -42,7 +42,7 @@ class Text(Source):
         return self.val_path is None
 
     def matching(self, digest: str) -> "Text":
-        """This text, or if only that has the digest, the text as the first versions read it."""
+        """Return this text, or if only that has the digest, the text as the first versions read it."""
         for text in (self, replace(self, old_rule=True)):
             with contextlib.suppress(UserError):
                 if text.open().digest == digest:
@@ -88,7 +88,7 @@ class Text(Source):
 def _join_parts(
     parts: dict[str, list[SourceFile]], field: str, old_rule: bool
 ) -> tuple[Path, Path | None, dict[str, Any]]:
-    """Joins the parts into one file in the cache folder, unless it is there already.
+    """Join the parts into one file in the cache folder, unless it is there already.
 
     Returns the file, the file of its document ends (None if it has fewer than two documents), and the JoinResult as a
     dictionary, with the digests of both files.

@@ -161,7 +161,7 @@ class LastCheckpoint(ModelCheckpoint):
         pass
 
     def save_now(self, trainer: Trainer) -> None:
-        """Writes last.ckpt, unless it was already written for this step with the same should_stop."""
+        """Write last.ckpt, unless it was already written for this step with the same should_stop."""
         if self._saved != (trainer.global_step, trainer.should_stop):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
             self._saved = trainer.global_step, trainer.should_stop
