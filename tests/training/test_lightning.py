@@ -252,6 +252,33 @@ def test_resumed_fit_gives_the_same_bits(data, tmp_path, accumulate, workers):
         assert later == rows[step:]
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"limit_train_batches": 4},
+        {"limit_train_batches": 3, "accumulate_grad_batches": 2},  # two steps, of 2 and of 1 micro-batches
+        {"overfit_batches": 3},
+        {"overfit_batches": 3, "accumulate_grad_batches": 2},
+    ],
+    ids=str,
+)
+def test_resumed_fit_without_validation_gives_the_same_bits(data, tmp_path, arguments):
+    def fit(resume_from=None):
+        every = callbacks.ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+        quiet = QUIET | {"logger": False, "max_epochs": 3, "limit_val_batches": 0}
+        trainer = Trainer(**quiet, **arguments, callbacks=[every])
+        module = build(dropout=0.2)
+        trainer.fit(module, data, ckpt_path=resume_from, weights_only=True)
+        return module, trainer.global_step
+
+    whole, n_steps = fit()
+    checkpoints = [tmp_path / f"step={step}.ckpt" for step in range(1, n_steps + 1)]
+    for checkpoint in [path.rename(tmp_path / f"whole-{path.name}") for path in checkpoints]:
+        resumed, end = fit(checkpoint)
+        assert end == n_steps
+        assert all(map(torch.equal, whole.parameters(), resumed.parameters())), checkpoint
+
+
 def test_resumed_fit_may_accumulate_differently(data, tmp_path):
     fit_with_checkpoints(data, tmp_path, accumulate=2)
     batches = Batches()

@@ -240,7 +240,11 @@ class DataModule(LightningDataModule):
 
         def first() -> int:
             # Lightning has restored its loops by now, so a resumed run continues from this step.
-            return 0 if trainer.overfit_batches else trainer.global_step * accumulate  # type: ignore[attr-defined]
+            limit: int | float = trainer.overfit_batches  # type: ignore[attr-defined]
+            if limit:  # each epoch starts with batch 0 again
+                done: int = trainer.fit_loop.epoch_loop.batch_progress.current.processed
+                return done % (min(limit, length) if isinstance(limit, int) else int(limit * length))
+            return trainer.global_step * accumulate
 
         return self._loader(batches, OrderedSampler(length, first, endless=True))
 

@@ -416,10 +416,11 @@ class LitRWKV(LightningModule):
         return self.trainer.callbacks  # type: ignore[attr-defined]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._guard.skipped = checkpoint.get(KEY, {}).get("skipped", 0)
+        stored = checkpoint.get(KEY, {})
+        self._guard.skipped = stored.get("skipped", 0)
         averaged = any(isinstance(callback, WeightAveraging) for callback in self._callbacks)
         if "current_model_state" in checkpoint and not averaged:
             # Weight averaging was removed: continue from the trained weights, not from their average.
             checkpoint["state_dict"] = checkpoint["current_model_state"]
         if "loops" in checkpoint and getattr(self.trainer.datamodule, "batch_is_a_step", False):  # type: ignore[attr-defined]
-            rescale(checkpoint, self.trainer.accumulate_grad_batches)
+            rescale(checkpoint, stored.get("accumulate"), self.trainer.accumulate_grad_batches)
