@@ -3,8 +3,12 @@
 Only Hydra and the standard library are imported here, so that a mistake is reported before anything heavy is loaded.
 """
 
+import contextlib
+import functools
+import os
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from importlib import resources
 from importlib.util import find_spec
@@ -16,9 +20,14 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_module
+from hydra._internal import config_loader_impl
+from hydra._internal.config_repository import ConfigRepository
+from hydra.core.config_search_path import ConfigSearchPath, SearchPathQuery
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Glob, Override
 from hydra.errors import HydraException, MissingConfigException
+from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -33,11 +42,14 @@ from rwkv_pl.config import (
 )
 from rwkv_pl.errors import UserError, one_line
 from rwkv_pl.targets import MOVED, check_target, find_targets, trusted_modules
-from rwkv_pl.terminal import quote_override
+from rwkv_pl.terminal import SWEEP_JOB_ENV, quote_override
 from rwkv_pl.texts import yaml_texts_as_written
 
 # For a number in a config that depends on another: ${divide:1.5,${model.n_embd}}
 OmegaConf.register_new_resolver("divide", lambda a, b: a / b, replace=True)
+
+# Hydra's names of the source of the user's files: --config-dir, and hydra.searchpath, with which old runs stored it.
+USER_PROVIDERS = ("command-line", "hydra.searchpath in command-line")
 
 # For a file inside conf/, wherever it is installed: ${conf:experiment/debug.txt}
 OmegaConf.register_new_resolver("conf", lambda name: str(resources.files(CONFIG_MODULE) / name), replace=True)
@@ -131,11 +143,16 @@ def _explain_new_argument(group: str, is_resume: bool) -> str:
 
 def compose(overrides: Sequence[str], config_dir: str | None = None, name: str = "train") -> DictConfig:
     """Compose conf/NAME.yaml with the overrides, including Hydra's own part. Raises UserError."""
-    extra = [f"hydra.searchpath=[{quote_override('file://' + config_dir)}]"] if config_dir else []
     require_global_package(parse_overrides(overrides, sweep=True), config_dir)
-    with initialize_config_module(CONFIG_MODULE, version_base="1.3", job_name=name), yaml_texts_as_written():
+    start = initialize_config_module(CONFIG_MODULE, version_base="1.3", job_name=name)
+    with prefer_user_files(), start, yaml_texts_as_written():
         try:
-            return hydra_compose(name, overrides=[*overrides, *extra], return_hydra_config=True)
+            if config_dir:
+                loader: Any = GlobalHydra.instance().config_loader()
+                schema = SearchPathQuery(provider="schema", path=None)
+                loader.config_search_path.prepend("command-line", f"file://{config_dir}", anchor=schema)
+                loader.repository.initialize_sources(loader.config_search_path)
+            return hydra_compose(name, overrides=[*overrides], return_hydra_config=True)
         except MissingConfigException as error:
             group, _, name = (error.missing_cfg_file or "").rpartition("/")
             # Hydra lists the options for a single choice, but not for a list of choices.
@@ -156,9 +173,53 @@ def compose(overrides: Sequence[str], config_dir: str | None = None, name: str =
 
 def typed_config_dir(sources: Any) -> str | None:
     """Return the --config-dir among Hydra's `runtime.config_sources`."""
-    providers = ("command-line", "hydra.searchpath in command-line")
     files = (source for source in sources if source["schema"] == "file")
-    return next((str(source["path"]) for source in files if source["provider"] in providers), None)
+    return next((str(source["path"]) for source in files if source["provider"] in USER_PROVIDERS), None)
+
+
+class UserFilesFirst(ConfigRepository):
+    """Finds a file in the user's folders before the built-in one of the same name; Hydra itself does the opposite.
+
+    Except train.yaml and eval.yaml: such a file could name further search paths, and a stored run its folder.
+    """
+
+    def initialize_sources(self, config_search_path: ConfigSearchPath) -> None:
+        super().initialize_sources(config_search_path)
+        self.sources.sort(key=lambda source: source.provider not in USER_PROVIDERS)
+
+    def load_config(self, config_path: str) -> ConfigResult | None:
+        sources, is_main = self.sources, config_path in ("train", "eval")
+        found = [source for source in sources if source.is_config(config_path)]
+        if found and found[0].provider in USER_PROVIDERS and found[-1].provider not in USER_PROVIDERS:
+            file = f"{found[0].path}/{config_path.removesuffix('.yaml')}.yaml"
+            _print_once(
+                f"{file} is not read: write its settings into an experiment"
+                if is_main
+                else f"{file} replaces the built-in file of that name"
+            )
+        if is_main:
+            self.sources = [source for source in sources if source.provider not in USER_PROVIDERS]
+        try:
+            return super().load_config(config_path)
+        finally:
+            self.sources = sources
+
+
+@functools.cache
+def _print_once(line: str) -> None:
+    if not {"COMP_LINE", SWEEP_JOB_ENV} & os.environ.keys():  # neither while a shell completes, nor for each job again
+        print(line, file=sys.stderr)
+
+
+@contextlib.contextmanager
+def prefer_user_files() -> Iterator[None]:
+    """Make Hydra's loaders find the user's files first."""
+    before = config_loader_impl.ConfigRepository
+    config_loader_impl.ConfigRepository = UserFilesFirst  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        config_loader_impl.ConfigRepository = before  # type: ignore[misc]
 
 
 def explain_unknown_key(overrides: Sequence[str], config_dir: str | None, name: str = "train") -> None:

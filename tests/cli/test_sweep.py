@@ -23,7 +23,7 @@ from rwkv_pl.compose import compose, parse_overrides
 from rwkv_pl.errors import UserError
 from rwkv_pl.runs.folder import has_started
 from rwkv_pl.runs.outcome import read_result
-from rwkv_pl.sweeps.jobs import expand_grid, merge_params
+from rwkv_pl.sweeps.jobs import Job, expand_grid, merge_params, record_failure, require_own_run
 from rwkv_pl.terminal import SWEEP_JOB_ENV
 
 QUICK = (*SMALL, "trainer.max_steps=6", "trainer.val_check_interval=3", "hydra.sweep.dir=sweep")
@@ -347,6 +347,63 @@ def test_setting_invalid_in_every_job_rejects_the_sweep(train, tmp_path, argumen
     assert (result.code, result.err.count("\n")) == (2, 1), result.err
     assert message in result.err
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("hydra.sweep.subdir=L${model.n_layer}", "model.n_layer=1", "seed=1,2"),
+        (
+            "hydra.sweep.subdir='${hydra.job.override_dirname}'",
+            "hydra.job.config.override_dirname.exclude_keys=[seed]",
+            "model.n_layer=1,2",
+            "seed=1,2",
+        ),
+        ("hydra.sweep.subdir=all", "optim.lr=1e-3", "seed=1,2"),
+        ("hydra.sweep.subdir='${model.n_layer}/../x'", "model.n_layer=1,2", "seed=1,2"),
+    ],
+)
+def test_two_jobs_with_one_folder_reject_the_sweep(train, tmp_path, arguments):
+    before = sorted(tmp_path.rglob("*"))
+    result = train("-m", *SMALL, "hydra.sweep.dir=sweep", *arguments)
+    assert (result.code, result.err.count("\n")) == (2, 1), result.err
+    assert "seed=1, one with" in result.err and "seed=2: add the settings that differ to hydra.sweep" in result.err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def write_sweep(folder: Path, *task: str, own: Sequence[str] = ()) -> None:
+    """Write multirun.yaml into folder/sweep."""
+    (folder / "sweep").mkdir(exist_ok=True)
+    stored = {
+        "overrides": {"task": list(task), "hydra": list(own)},
+        "runtime": {"cwd": str(folder), "config_sources": []},
+    }
+    (folder / "sweep" / "multirun.yaml").write_text(yaml.safe_dump({"hydra": stored}))
+
+
+@pytest.mark.parametrize("own", [(), ("hydra/sweeper=optuna", "hydra.sweeper.n_trials=1")])
+def test_run_of_other_settings_is_not_taken_for_a_job(train, run, tmp_path, own):
+    """The fixture's run has finished, with other settings than the sweep's first job."""
+    write_sweep(tmp_path, *SMALL, "seed=1,2", own=own)
+    run.rename(tmp_path / "sweep" / "0")
+    before = read_result(tmp_path / "sweep" / "0")
+    result = train("-m", "resume=sweep")
+    assert result.code == 2
+    assert f"{tmp_path / 'sweep' / '0'} holds another run, which differs in seed: move" in result.err
+    assert read_result(tmp_path / "sweep" / "0") == before
+    assert not (tmp_path / "sweep" / "1").exists()
+
+
+def test_failure_of_a_job_is_not_written_into_the_folder_of_another(run, tmp_path):
+    record_failure(Job([*SMALL, "seed=3"], run), "model.n_embd must be at least 1, got 0")
+    assert read_result(run)["status"] == "finished" and not (run / "error.txt").exists()
+    record_failure(Job(list(SMALL), run), "killed")
+    assert read_result(run)["status"] == "failed"
+
+
+def test_finished_job_is_recognised_with_other_quotes(run):
+    require_own_run(Job(["data.path='corpus.txt'" if "data.path" in text else text for text in SMALL], run))
+    require_own_run(Job([*SMALL, "plugins=[json]", "hydra.sweep.subdir=0"], run))
 
 
 def test_jobs_are_the_product_of_swept_values():

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from command import SMALL
+from command import SMALL, load_checkpoint
 
 from rwkv_pl import load_weights
 from rwkv_pl.config import Train
@@ -29,10 +29,6 @@ def read_metrics(run: Path) -> list[dict[str, str]]:
 
 def read_column(run: Path, name: str) -> list[tuple[int, str]]:
     return [(int(row["step"]), row[name]) for row in read_metrics(run) if row[name]]
-
-
-def load_checkpoint(run: Path, name: str = "last.ckpt"):
-    return torch.load(run / "checkpoints" / name, weights_only=True)
 
 
 def test_run_folder_has_all_files(train, tmp_path):

@@ -150,7 +150,8 @@ def _evaluate(config: Eval, run: Path | None, given: set[str]) -> dict[str, Any]
     vocabulary = weights.vocabulary
     if vocabulary and "data.vocab" in given and vocabulary.kind != config.data.vocab:
         raise UserError(f"weights={source} was trained with data.vocab={vocabulary.kind}: leave out data.vocab")
-    data = open_data(config.data, 0, Path.cwd(), vocabulary)
+    own_text = run is not None and "data" not in given
+    data = open_data(config.data, 0, Path.cwd(), vocabulary, weights.trained_on if own_text else None)
     data.prepare_data()
     data.setup({"val": "validate", "test": "test"}.get(config.split, "predict"))
     corpus, vocabulary, tokens = data.corpus, data.vocabulary, data.token_file
@@ -166,8 +167,10 @@ def _evaluate(config: Eval, run: Path | None, given: set[str]) -> dict[str, Any]
             f"the {config.split} split of {corpus.path} has {hi - lo} tokens, too few to predict any: "
             "use a larger corpus or another data.split"
         )
-    if run and "data" not in given and weights.trained_on not in (None, corpus.digest):
+    if own_text and weights.trained_on not in (None, corpus.digest):
         print(f"warning: {corpus.description} is not the text that the run was trained on", file=sys.stderr)
+    if warning := data.text_warning():
+        print(f"warning: {warning}", file=sys.stderr)
     device = _choose_device(config.accelerator)
     choose_kernel(config.kernel, device)
 

@@ -6,6 +6,7 @@ follows from the trainer's step, so checkpoints hold no data position.
 """
 
 import signal
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from rwkv_pl.data.sources.enwik8 import ENWIK8_URL, Enwik8
 from rwkv_pl.data.sources.ids import Ids
 from rwkv_pl.data.sources.text import Text
 from rwkv_pl.data.token_file import TokenFile
-from rwkv_pl.data.vocabulary import Tokens, Vocabulary, build_vocabulary, read_vocabulary
+from rwkv_pl.data.vocabulary import Tokens, Vocabulary, build_vocabulary, describe_strange_bytes, read_vocabulary
 from rwkv_pl.errors import UserError
 
 # More batches than any run reads, and few enough for Lightning's float arithmetic on lengths to stay exact.
@@ -188,6 +189,8 @@ class DataModule(LightningDataModule):
         """Opens the corpus at the first call, then checks that the splits of ``stage`` (None: all) are long enough."""
         if self._file is None:
             self.corpus, self.vocabulary, self._file = self._open()
+            if not self.endless and (warning := self.text_warning()):  # the commands print it themselves
+                warnings.warn(warning, stacklevel=2)
         splits = self._file.splits
         if stage in (None, "fit"):
             self.steps_per_pass  # noqa: B018  raises UserError if the split is too short
@@ -220,6 +223,11 @@ class DataModule(LightningDataModule):
             f"{train} / {val} / {test} tokens to train / validate / test, "
             f"vocabulary {self.vocabulary.kind} ({self.vocabulary.size})"
         )
+
+    def text_warning(self) -> str | None:
+        """Describe the user's text if it does not look like text, else return None."""
+        is_text = isinstance(self.source, Text)
+        return describe_strange_bytes(self.corpus.path, self.vocabulary.kind) if is_text else None
 
     def train_dataloader(self) -> DataLoader[Tensor]:
         world_size, rank = self._process_rank()
@@ -386,13 +394,14 @@ class TokensDataModule(DataModule):
         )
 
 
-def open_data(data: Any, seed: int, cwd: Path, vocabulary: Vocabulary | None) -> DataModule:
+def open_data(data: Any, seed: int, cwd: Path, vocabulary: Vocabulary | None, digest: str | None = None) -> DataModule:
     """Builds the data module for `data`, a `config.Data`. Relative paths are relative to `cwd`.
 
-    vocabulary: the checkpoint's, if the run continues from one.
+    vocabulary, digest: of the checkpoint and of its text, if there is one.
     """
+    source = build_source(data, cwd)
     return DataModule(
-        build_source(data, cwd),
+        source.matching(digest) if digest and isinstance(source, Text) else source,
         batch_size=data.batch_size,
         ctx_len=data.ctx_len,
         vocab=data.vocab,

@@ -11,7 +11,15 @@ from rwkv_pl.data.corpus import Corpus
 from rwkv_pl.errors import UserError
 from rwkv_pl.files import json_digest
 
-__all__ = ["EncodingError", "Tokens", "Vocabulary", "build_vocabulary", "read_vocabulary", "vocabulary_from_dict"]
+__all__ = [
+    "EncodingError",
+    "Tokens",
+    "Vocabulary",
+    "build_vocabulary",
+    "describe_strange_bytes",
+    "read_vocabulary",
+    "vocabulary_from_dict",
+]
 
 
 def build_vocabulary(kind: str, corpus: Corpus, vocab_path: Path | None = None) -> Vocabulary:
@@ -47,6 +55,25 @@ def read_vocabulary(path: Path | None) -> Vocabulary:
     from rwkv_pl.data.tokenizer_20b import Vocabulary20B  # imports the tokenizers library only when needed
 
     return Vocabulary20B.read(path)
+
+
+def describe_strange_bytes(path: Path, kind: str) -> str | None:
+    """Describe a file that is probably not text for the vocabulary `kind`: NUL bytes, or not UTF-8. None for text.
+
+    From 16 MiB on, it reads 1,024 evenly spaced blocks.
+    """
+    data, size = np.memmap(path, np.uint8, mode="r"), 1 << 14
+    starts = range(0, len(data), size) if len(data) < size << 10 else np.linspace(0, len(data) - size, 1024, dtype=int)
+    n = nul = invalid = 0
+    for start in starts:
+        block = np.asarray(data[start : start + size])
+        n, nul = n + len(block), nul + int(np.count_nonzero(block == 0))
+        invalid += int(np.count_nonzero(block >= 0x80)) - int(find_multibyte_characters(block)[1].sum())
+    if nul > 0.01 * n:
+        return f"{nul / n:.0%} of {path} are NUL bytes: convert UTF-16 to UTF-8, leave out what is not text"
+    if kind != "byte" and invalid > 0.1 * n:
+        return f"{invalid / n:.0%} of {path} is not UTF-8: convert it, or use data.vocab=byte"
+    return None
 
 
 def vocabulary_from_dict(stored: dict[str, Any]) -> Vocabulary:

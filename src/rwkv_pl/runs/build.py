@@ -92,6 +92,10 @@ def build_callbacks(config: Train, folder: Path) -> list[Callback]:
     for name, callback in zip(config.callbacks, callbacks, strict=True):
         if getattr(callback, "monitor", None) not in (None, *MONITORED):
             raise UserError(f"callbacks.{name}.monitor must be one of {', '.join(MONITORED)}, got {callback.monitor}")
+        if getattr(callback, "monitor", None) and getattr(callback, "mode", "min") != "min":
+            raise UserError(
+                f"callbacks.{name}.mode must be min, got {callback.mode}: {callback.monitor} is better lower"
+            )
         if not isinstance(callback, BestCheckpoint | LastCheckpoint):
             continue
         if Path(str(callback.dirpath)).resolve() != (folder / "checkpoints").resolve():

@@ -113,7 +113,8 @@ def open_inputs(config: Train, cwd: Path, resume_from: Path | None = None) -> In
         vocabulary: Vocabulary | None = vocabulary_from_dict(resumed.vocabulary or {})
     else:
         vocabulary = _choose_vocabulary(loaded, config, cwd)
-    data = open_data(config.data, config.seed, cwd, vocabulary)
+    digest = (resumed.past or {}).get("corpus") if resumed else None
+    data = open_data(config.data, config.seed, cwd, vocabulary, digest)
     data.prepare_data()
     data.setup("fit")
     run_identity = {
@@ -178,6 +179,8 @@ def open_inputs(config: Train, cwd: Path, resume_from: Path | None = None) -> In
         return model
 
     remarks = [f"weights {loaded.path}:\n        {loaded}"] if loaded else []
+    if warning := data.text_warning():
+        remarks.append(f"warning: {warning}")
     config.trainer["accelerator"] = choose_accelerator("trainer.accelerator", config.trainer["accelerator"])
     if comparison := choose_precision(config, resumed.precision if resumed else None):
         remarks.append(comparison)

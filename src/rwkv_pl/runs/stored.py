@@ -75,6 +75,11 @@ class StoredRun:
         config = cast(DictConfig, OmegaConf.create(defaults | self.first_config))
         for entry in self.resumes:
             _apply(config, entry)
+        for arguments in (config.get("callbacks") or {}).values():
+            # Earlier versions took any name; best.ckpt is written now, whatever the name.
+            name, is_best = str(arguments.get("filename")), str(arguments.get("_target_")).endswith(".BestCheckpoint")
+            if is_best and "{step" not in name and not is_outside(name, self.folder):
+                arguments.filename = "best"
         config.plugins = []  # they must be typed at each resume
         return config
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -149,12 +150,14 @@ def conclude(trainer: Trainer, inputs: Inputs, metrics: MetricsRecorder, folder:
         if (folder / path).exists():
             log.info(f"{title:7} {folder / path}")
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    best = [c.best_model_score for c in callbacks if isinstance(c, ModelCheckpoint) and c.best_model_score is not None]
+    # From the rows, since a callback can keep other scores. In float32, as Lightning's scores: the file has 9 digits.
+    bits = [row["val/bits_per_byte"] for row in metrics.rows if "val/bits_per_byte" in row]
+    best = torch.tensor(bits).nan_to_num(nan=math.inf, posinf=math.inf).min().item() if bits else math.nan
     write_result(
         folder,
         status="pruned" if any(getattr(callback, "pruned", False) for callback in callbacks) else "finished",
         ended=module.finish_reason(),
-        objective=float(best[0]) if best else float("nan"),
+        objective=best,
         step=trainer.global_step,
         seconds=metrics.latest.get("seconds"),
     )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rwkv_pl.data.vocabulary import Vocabulary, read_vocabulary, vocabulary_from_dict
 from rwkv_pl.errors import CorruptFileError, UserError
 from rwkv_pl.weights import huggingface
-from rwkv_pl.weights.checkpoint import first_sentence, read_checkpoint
+from rwkv_pl.weights.checkpoint import find_best, first_sentence, read_checkpoint
 from rwkv_pl.weights.metadata import KEY, Metadata
 from rwkv_pl.weights.tensors import Weights, detect_version, validate_tensors
 
@@ -112,15 +112,16 @@ def _select_model_tensors(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def weights_path(source: Path) -> Path:
-    """Resolve `source`: a run folder to its best.ckpt, else last.ckpt; a file or Hugging Face folder to itself."""
+    """Return the best checkpoint of a run folder, else its last.ckpt; a file or Hugging Face folder as it is."""
     if source.is_file():
         return source
     if not source.exists():
         raise UserError(f"there are no weights at {source}: give a run folder, .ckpt, .pth or Hugging Face folder")
     for folder in (source / "checkpoints", source):
-        for name in ("best.ckpt", "last.ckpt"):
-            if (path := folder / name).is_file():
-                return path
+        if best := find_best(folder):
+            return best
+        if (folder / "last.ckpt").is_file():
+            return folder / "last.ckpt"
     if (source / huggingface.CONFIG).is_file():
         return source
     raise UserError(
