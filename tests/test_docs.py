@@ -231,10 +231,9 @@ def python_block(part: str) -> str:
 
 def test_readme_python_runs(mine, capsys):
     Path("text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 40)
-    brief = (
-        '"data=text", "data.path=text.txt", "data.ctx_len=16", "model.n_layer=1", "model.n_embd=8", "schedule=constant"'
-    )
-    code = python_block("rwkv_pl.train(").replace('"experiment=quickstart"', f'{brief}, "trainer.max_steps=2"')
+    brief = ["data=text", "data.path=text.txt", "data.ctx_len=16", "model.n_layer=1", "model.n_embd=8"]
+    brief += ["trainer.max_steps=2", "trainer.accelerator=cpu"]
+    code = python_block("load_weights(run.folder)").replace('"experiment=quickstart"', f"*{brief}")
     exec(compile(code, "README.md", "exec"), {})
     assert "step 2/2  validation" in (printed := capsys.readouterr().out)
     assert "\ndef " in printed
