@@ -162,7 +162,7 @@ def test_argument_of_another_kind_is_an_error(arguments, message):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: Optim(1e-3), "optim._target_, the name of a class, must be a string, got 0.001"),
+        (lambda: Optim(torch.optim.SGD, lr=1), "optim._target_, the name of a class, must be a string, got <class"),
         (lambda: Optim(lr="1e-3"), "optim.lr must be a number, got '1e-3'"),
         (lambda: Optim(betas=0.9), "optim.betas must be numbers from 0 to below 1, got 0.9"),
         (lambda: Schedule("cosine", warmup_steps=2.5), "schedule.warmup_steps must be a whole number, got 2.5"),

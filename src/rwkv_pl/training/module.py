@@ -273,8 +273,12 @@ class LitRWKV(LightningModule):
             figures[f"{split}/bits_per_byte"] = bits_per_byte(nats, n_bytes)
         else:
             figures[f"{split}/bits_per_token"] = bits_per_byte(nats, n_targets)
-        # Reduced over all processes already. A MetricsRecorder passes them to the loggers itself.
-        self.log_dict(figures, logger=not self._is_recorded, prog_bar=not self._is_recorded)
+        # A MetricsRecorder passes them to the loggers itself. Every process has the same values; without sync_dist,
+        # Lightning would warn that it has not.
+        is_logged = not self._is_recorded
+        self.log_dict(
+            figures, logger=is_logged, prog_bar=is_logged, sync_dist=is_logged and self.trainer.world_size > 1
+        )
 
     # The optimizer
 
@@ -306,6 +310,11 @@ class LitRWKV(LightningModule):
                 check_schedule(self.schedule, self._n_steps)
         for optimizer in self.trainer.optimizers:
             set_hyperparameters(optimizer, self.optim, self.lr_scale)
+            if self.schedule != Schedule() and not any("lr_scale" in group for group in optimizer.param_groups):
+                raise UserError(
+                    "schedule= is only for the optimizer that LitRWKV builds: leave it out, and return a scheduler "
+                    "from your own configure_optimizers"
+                )
 
     @property
     def lr(self) -> float:
@@ -339,11 +348,13 @@ class LitRWKV(LightningModule):
         return int(n_steps) if math.isfinite(n_steps) else -1
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-        if self.trainer.lr_scheduler_configs:  # StochasticWeightAveraging and lr_find set the rates themselves
+        # Groups without lr_scale come from another optimizer, or were added by a callback such as BaseFinetuning.
+        groups = [group for group in optimizer.param_groups if "lr_scale" in group]
+        if self.trainer.lr_scheduler_configs or not groups:  # StochasticWeightAveraging and lr_find set the rates
             self.last_lr = optimizer.param_groups[0]["lr"]
         else:
             self.last_lr = self.current_lr
-            for group in optimizer.param_groups:
+            for group in groups:
                 group["lr"] = self.last_lr * group["lr_scale"]
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         if self.trainer.global_step + 1 == self.trainer.max_steps:
