@@ -406,6 +406,8 @@ def test_model_smaller_than_the_ids_is_an_error():
     data = TokensDataModule(list(range(300)) * 4, vocab_size=300, ctx_len=8)
     with pytest.raises(UserError, match="the vocabulary has 300 tokens and the model 256: build the model with"):
         Trainer(accelerator="cpu", max_steps=1, **QUIET).fit(LitRWKV(RWKV4(RWKV4Config(256, 1, 8))), data)
+    with pytest.raises(UserError, match="the vocabulary has 300 tokens and the model 256: build the model with"):
+        Trainer(accelerator="cpu", max_steps=1, **QUIET).fit(LitRWKV(lambda: RWKV4(RWKV4Config(256, 1, 8))), data)
 
 
 def test_fit_on_a_cpu_tunes_the_allocator(monkeypatch):

@@ -103,6 +103,7 @@ class LitRWKV(LightningModule):
         self._n_steps: int | None = None
         self._max_steps: int | None = None
         self._n_ids: int | None = None
+        self._n_needed = 0
         self.bytes_per_token: Tensor | None
         sizes = None if bytes_per_token is None else check_byte_counts(bytes_per_token)
         self.register_buffer("bytes_per_token", sizes, persistent=False)
@@ -156,6 +157,7 @@ class LitRWKV(LightningModule):
             finally:
                 torch.set_default_dtype(before)
             self._build = None  # frees the initial weights that it may hold
+            self._check_vocab_size()
 
     def setup(self, stage: str) -> None:
         self._is_recorded = any(isinstance(callback, MetricsRecorder) for callback in self._callbacks)
@@ -169,8 +171,13 @@ class LitRWKV(LightningModule):
             self.bytes_per_token = check_byte_counts(vocabulary.bytes_per_token) if is_known else None
             self._n_ids = n_ids
         sizes = [len(self.bytes_per_token)] if self.bytes_per_token is not None else []
-        needed = max([*sizes, n_ids if isinstance(n_ids, int) else 0])
-        if self.model is not None and self.model.config.vocab_size < needed:
+        self._n_needed = max([*sizes, n_ids if isinstance(n_ids, int) else 0])
+        if self.model is not None:
+            self._check_vocab_size()
+
+    def _check_vocab_size(self) -> None:
+        needed = self._n_needed
+        if self.model.config.vocab_size < needed:
             raise UserError(
                 f"the vocabulary has {needed} tokens and the model {self.model.config.vocab_size}: "
                 f"build the model with vocab_size={needed}"
