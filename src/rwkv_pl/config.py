@@ -175,8 +175,6 @@ class Optim:
         lr_scale: Any = None,
         own: dict[str, Any] | None = None,
     ) -> None:
-        if _target_ is not None:
-            check_kind("optim._target_, the name of a class,", _target_, (str,))
         values = read_conf(OFFICIAL_OPTIM)
         if _target_ not in (None, values["_target_"]):
             if lr is None:
@@ -201,6 +199,7 @@ class Optim:
 
     def __post_init__(self) -> None:
         make_plain(self)
+        check_kind("optim._target_, the name of a class,", self._target_, (str,))
         check_kind("optim.lr", self.lr, (float,))
         check_above("optim.lr", self.lr, 0)
         if self.betas is not None and not (

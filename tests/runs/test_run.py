@@ -157,6 +157,8 @@ def test_new_checkpoint_is_used(run):
         ({"stop": ""}, "a stop must have at least one byte"),
         ({"prompt": "\ud800"}, "surrogates not allowed"),
         ({"temperature": "hot"}, "generate: "),
+        ({"stop": 3}, "generate takes texts to stop at, of type str, got stop=3"),
+        ({"stop": [b"x"]}, "of type str, got stop="),
     ],
 )
 def test_wrong_option_raises_user_error_in_one_line(run, options, message):

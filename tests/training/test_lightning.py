@@ -334,6 +334,20 @@ class Recurrent(torch.nn.Module):
         return self.gru(self.emb(tokens), state)
 
 
+def test_optimizer_of_a_subclass_keeps_its_rates(data):
+    class Mine(LitRWKV):
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD([*self.parameters()], lr=0.1)
+            return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)]
+
+    trainer = Trainer(max_epochs=3, limit_train_batches=1, callbacks=[rates := Rates()], **QUIET, **BARE)
+    trainer.fit(Mine(RWKV4(RWKV4Config(256, 1, 16))), data)
+    assert rates.rates == [0.1, 0.05, 0.025]
+    module = Mine(RWKV4(RWKV4Config(256, 1, 16)), schedule=Schedule("cosine", warmup_steps=1))
+    with pytest.raises(UserError, match="schedule= is only for the optimizer that LitRWKV builds: leave it out"):
+        Trainer(max_epochs=3, **QUIET, **BARE).fit(module, data)
+
+
 def test_checkpoint_of_numpy_numbers_is_restored(data, tmp_path):
     sizes = RWKV4Config(np.arange(300).max() - 43, n_layer=np.int32(1), n_embd=torch.tensor(16))
     module = LitRWKV(RWKV4(sizes), Optim(lr=np.logspace(-3, -2, 3)[1]), Schedule(warmup_steps=np.int64(1)))
@@ -358,6 +372,7 @@ def test_model_of_ones_own_is_trained_and_restored(data, tmp_path):
 SCRIPT = """
 import subprocess
 import sys
+import warnings
 import torch
 from lightning.pytorch import Trainer
 from rwkv_pl import RWKV4, CorpusDataModule, LitRWKV, RWKV4Config
@@ -366,6 +381,7 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     module, data = LitRWKV(RWKV4(RWKV4Config(256, 1, 16))), CorpusDataModule(sys.argv[1], batch_size=4, ctx_len=32)
     module.lr = 1e-2
+    warnings.filterwarnings("error", ".*sync_dist.*")
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = Trainer(accelerator="cpu", devices=int(sys.argv[2]), max_epochs=2, limit_train_batches=3, **quiet)
     trainer.fit(module, data)

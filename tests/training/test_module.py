@@ -162,7 +162,7 @@ def test_argument_of_another_kind_is_an_error(arguments, message):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: Optim(1e-3), "optim._target_, the name of a class, must be a string, got 0.001"),
+        (lambda: Optim(torch.optim.SGD, lr=1), "optim._target_, the name of a class, must be a string, got <class"),
         (lambda: Optim(lr="1e-3"), "optim.lr must be a number, got '1e-3'"),
         (lambda: Optim(betas=0.9), "optim.betas must be numbers from 0 to below 1, got 0.9"),
         (lambda: Schedule("cosine", warmup_steps=2.5), "schedule.warmup_steps must be a whole number, got 2.5"),
@@ -406,6 +406,8 @@ def test_model_smaller_than_the_ids_is_an_error():
     data = TokensDataModule(list(range(300)) * 4, vocab_size=300, ctx_len=8)
     with pytest.raises(UserError, match="the vocabulary has 300 tokens and the model 256: build the model with"):
         Trainer(accelerator="cpu", max_steps=1, **QUIET).fit(LitRWKV(RWKV4(RWKV4Config(256, 1, 8))), data)
+    with pytest.raises(UserError, match="the vocabulary has 300 tokens and the model 256: build the model with"):
+        Trainer(accelerator="cpu", max_steps=1, **QUIET).fit(LitRWKV(lambda: RWKV4(RWKV4Config(256, 1, 8))), data)
 
 
 def test_fit_on_a_cpu_tunes_the_allocator(monkeypatch):

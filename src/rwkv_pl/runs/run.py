@@ -102,7 +102,9 @@ class Run:
         model, vocabulary = self._load()
         sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "repetition": repetition}
         seed = int.from_bytes(os.urandom(4), "big") if seed is None else seed
-        stops = [stop] if isinstance(stop, str) else list(stop)
+        stops = [stop] if isinstance(stop, str) else stop
+        if not isinstance(stops, list | tuple) or not all(isinstance(text, str) for text in stops):
+            raise UserError(f"generate takes texts to stop at, of type str, got stop={stop!r}")
         try:
             return prompt + continue_text(
                 model, vocabulary, prompt, max_tokens, seed=seed, stops=stops, window=window, **sampling

@@ -103,6 +103,7 @@ class LitRWKV(LightningModule):
         self._n_steps: int | None = None
         self._max_steps: int | None = None
         self._n_ids: int | None = None
+        self._n_needed = 0
         self.bytes_per_token: Tensor | None
         sizes = None if bytes_per_token is None else check_byte_counts(bytes_per_token)
         self.register_buffer("bytes_per_token", sizes, persistent=False)
@@ -156,6 +157,7 @@ class LitRWKV(LightningModule):
             finally:
                 torch.set_default_dtype(before)
             self._build = None  # frees the initial weights that it may hold
+            self._check_vocab_size()
 
     def setup(self, stage: str) -> None:
         self._is_recorded = any(isinstance(callback, MetricsRecorder) for callback in self._callbacks)
@@ -169,8 +171,13 @@ class LitRWKV(LightningModule):
             self.bytes_per_token = check_byte_counts(vocabulary.bytes_per_token) if is_known else None
             self._n_ids = n_ids
         sizes = [len(self.bytes_per_token)] if self.bytes_per_token is not None else []
-        needed = max([*sizes, n_ids if isinstance(n_ids, int) else 0])
-        if self.model is not None and self.model.config.vocab_size < needed:
+        self._n_needed = max([*sizes, n_ids if isinstance(n_ids, int) else 0])
+        if self.model is not None:
+            self._check_vocab_size()
+
+    def _check_vocab_size(self) -> None:
+        needed = self._n_needed
+        if self.model.config.vocab_size < needed:
             raise UserError(
                 f"the vocabulary has {needed} tokens and the model {self.model.config.vocab_size}: "
                 f"build the model with vocab_size={needed}"
@@ -273,9 +280,10 @@ class LitRWKV(LightningModule):
             figures[f"{split}/bits_per_byte"] = bits_per_byte(nats, n_bytes)
         else:
             figures[f"{split}/bits_per_token"] = bits_per_byte(nats, n_targets)
-        # Reduced over all processes already. A MetricsRecorder passes them to the loggers itself.
-        logger = bool(self.trainer.loggers) and not self._is_recorded
-        self.log_dict(figures, logger=logger, prog_bar=not self._is_recorded)
+        # A MetricsRecorder passes them to the loggers itself. Every process has the same values; without sync_dist,
+        # Lightning would warn that it has not.
+        shown, sync = not self._is_recorded, not self._is_recorded and self.trainer.world_size > 1
+        self.log_dict(figures, logger=shown and bool(self.trainer.loggers), prog_bar=shown, sync_dist=sync)
 
     # The optimizer
 
@@ -307,6 +315,11 @@ class LitRWKV(LightningModule):
                 check_schedule(self.schedule, self._n_steps)
         for optimizer in self.trainer.optimizers:
             set_hyperparameters(optimizer, self.optim, self.lr_scale)
+            if self.schedule != Schedule() and not any("lr_scale" in group for group in optimizer.param_groups):
+                raise UserError(
+                    "schedule= is only for the optimizer that LitRWKV builds: leave it out, and return a scheduler "
+                    "from your own configure_optimizers"
+                )
 
     @property
     def lr(self) -> float:
@@ -340,11 +353,13 @@ class LitRWKV(LightningModule):
         return int(n_steps) if math.isfinite(n_steps) else -1
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-        if self.trainer.lr_scheduler_configs:  # StochasticWeightAveraging and lr_find set the rates themselves
+        # Groups without lr_scale come from another optimizer, or were added by a callback such as BaseFinetuning.
+        groups = [group for group in optimizer.param_groups if "lr_scale" in group]
+        if self.trainer.lr_scheduler_configs or not groups:  # StochasticWeightAveraging and lr_find set the rates
             self.last_lr = optimizer.param_groups[0]["lr"]
         else:
             self.last_lr = self.current_lr
-            for group in optimizer.param_groups:
+            for group in groups:
                 group["lr"] = self.last_lr * group["lr_scale"]
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         if self.trainer.global_step + 1 == self.trainer.max_steps:

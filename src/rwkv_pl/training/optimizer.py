@@ -82,10 +82,12 @@ def set_hyperparameters(optimizer: Optimizer, optim: Optim, lr_scale: dict[str, 
     """Set the config's hyperparameters in all groups, replacing those restored from a checkpoint.
 
     They come from `optimizer.defaults`: the arguments of the constructor and its defaults. The learning rate is set
-    before each step instead.
+    before each step instead. Groups that `parameter_groups` did not build are left alone.
     """
     numbers = {key: value for key, value in optimizer.defaults.items() if key != "lr"}
     for group in optimizer.param_groups:
+        if "decays" not in group:
+            continue
         group.update(numbers)
         group["lr_scale"] = lr_scale.get(group["name"].partition(".")[0], 1.0)
         group["weight_decay"] = optim.weight_decay if group["decays"] else 0.0
