@@ -3,6 +3,7 @@
 Only Hydra and the standard library are imported here, so that a mistake is reported before anything heavy is loaded.
 """
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import fields
@@ -19,7 +20,7 @@ from hydra import initialize_config_module
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Glob, Override
 from hydra.errors import HydraException, MissingConfigException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rwkv_pl.checks import KIND_NAMES, check_kind, check_kinds, suggest_key
@@ -42,6 +43,15 @@ OWN_ARGUMENT_HINT = (
     "another argument of the optimizer needs your own file with that key, mine/optim/NAME.yaml: "
     "--config-dir mine optim=NAME"
 )
+
+# Hydra's own settings with a value that runs rely on: the value, and the reason.
+HYDRA_FIXED: dict[str, tuple[Any, str]] = {
+    "mode": (None, "-m starts a sweep"),
+    "output_subdir": (".hydra", "resume= reads the settings of a run there"),
+    "job.name": ("train", "the log of a run is train.log"),
+    "job.chdir": (False, "relative paths count from the folder of the command"),
+    "callbacks": ({}, "callbacks= takes Lightning's"),
+}
 
 # Loggers whose packages are optional extras. The extra, the package and the module have the same name.
 EXTRA_LOGGERS = ("wandb", "mlflow")
@@ -117,7 +127,12 @@ def compose(overrides: Sequence[str], config_dir: str | None = None, name: str =
     require_global_package(parse_overrides(overrides, sweep=True), config_dir)
     with initialize_config_module(CONFIG_MODULE, version_base="1.3", job_name=name):
         try:
-            return hydra_compose(name, overrides=[*overrides, *extra], return_hydra_config=True)
+            composed = hydra_compose(name, overrides=[*overrides, *extra], return_hydra_config=True)
+            if name == "train":
+                _check_hydra(composed.hydra, len(overrides) + len(extra))
+            return composed
+        except KeyError as error:
+            raise UserError(f"hydra.job.env_copy names {error}, an environment variable that is not set") from error
         except MissingConfigException as error:
             group, _, name = (error.missing_cfg_file or "").rpartition("/")
             # Hydra lists the options for a single choice, but not for a list of choices.
@@ -134,6 +149,19 @@ def compose(overrides: Sequence[str], config_dir: str | None = None, name: str =
     cause = f" ({one_line(reason.__cause__)})" if reason.__cause__ else ""
     # Hydra advises to write +key, which parse_overrides rejects.
     raise UserError(re.sub(r" To append to your config use \S+", "", one_line(reason) + cause)) from reason
+
+
+def _check_hydra(hydra: DictConfig, n_overrides: int) -> None:
+    """Raise UserError for a setting of Hydra itself that a command line or a file must not change."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # Lightning sets some for the processes that it starts
+        for key, (value, reason) in HYDRA_FIXED.items():
+            given = OmegaConf.select(hydra, key)
+            if given != value:
+                raise UserError(f"hydra.{key}={getattr(given, 'name', given)} is not supported, {reason}: leave it out")
+    if not isinstance(hydra.verbose, bool | str | ListConfig):
+        raise UserError(f"hydra.verbose must be true, false or a list of loggers, got {hydra.verbose}")
+    if len(hydra.overrides.task) + len(hydra.overrides.hydra) != n_overrides:
+        raise UserError("hydra.overrides cannot be set, Hydra writes the typed settings there: leave it out")
 
 
 def typed_config_dir(sources: Any) -> str | None:

@@ -146,6 +146,15 @@ CASES = {
     "weights=hollow.ckpt": "is not a whole checkpoint",
     "hydra.run.dir=${nosuch}": "nosuch",
     "hydra/job_logging=nosuch": "hydra/job_logging=nosuch does not exist",
+    "hydra.mode=MULTIRUN": "hydra.mode=MULTIRUN is not supported, -m starts a sweep: leave it out",
+    "hydra.output_subdir=null": "hydra.output_subdir=None is not supported",
+    "hydra.job.chdir=true": "hydra.job.chdir=True is not supported",
+    "hydra.job.name=mine": "the log of a run is train.log",
+    "hydra.job.env_copy=[NOSUCH]": "hydra.job.env_copy names 'NOSUCH', an environment variable that is not set",
+    "hydra.job_logging.root.level=LOUD": "hydra.job_logging is invalid: Unknown level: 'LOUD'",
+    "hydra.verbose=3": "hydra.verbose must be true, false or a list of loggers, got 3",
+    "hydra.overrides.task=['seed=1']": "hydra.overrides cannot be set",
+    "hydra.sweep.dir=there": "hydra.sweep.dir=there has no effect without -m: a run's is hydra.run.dir=FOLDER",
     "weights=corpus.txt": "is not a checkpoint that can be read safely",
     "weights=empty.txt": "empty.txt",
     "weights=.": "is not a run folder with weights",
@@ -326,3 +335,32 @@ def test_hostile_checkpoint_executes_no_code(train, tmp_path):
     result = train(*SMALL, "weights=hostile.pth")
     assert (result.code, result.err.count("\n")) == (2, 1)
     assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("mode: MULTIRUN", "hydra.mode=MULTIRUN is not supported"),
+        ("callbacks: {x: {_target_: os.mkdir, path: executed}}", "hydra.callbacks={'x': {'_target_': 'os.mkdir'"),
+        ("output_subdir: null", "hydra.output_subdir=None is not supported"),
+        ("overrides: {task: [seed=1]}", "hydra.overrides cannot be set"),
+    ],
+)
+@pytest.mark.parametrize("flags", [(), ("-m",)])
+def test_setting_of_hydra_in_an_experiment_is_rejected(train, tmp_path, settings, message, flags):
+    (tmp_path / "mine" / "experiment").mkdir(parents=True)
+    (tmp_path / "mine" / "experiment" / "x.yaml").write_text(f"# @package _global_\nhydra:\n  {settings}\n")
+    before = sorted(tmp_path.rglob("*"))
+    result = train(*flags, *SMALL, "--config-dir", "mine", "experiment=x")
+    assert (result.code, result.err.count("\n")) == (2, 1), result.err
+    assert message in result.err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("setting", ["hydra.run.dir=there", "hydra/job_logging=stdout", "hydra.mode=MULTIRUN"])
+def test_setting_of_hydra_without_effect_in_a_sweep_is_rejected(train, tmp_path, setting):
+    before = sorted(tmp_path.rglob("*"))
+    result = train("-m", *SMALL, "seed=1,2", setting)
+    assert (result.code, result.err.count("\n")) == (2, 1), result.err
+    assert setting in result.err
+    assert sorted(tmp_path.rglob("*")) == before

@@ -13,7 +13,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf
 
 from rwkv_pl.cli import sweep
-from rwkv_pl.cli.arguments import expand_home, parse_arguments, print_hydra_info
+from rwkv_pl.cli.arguments import expand_home, parse_arguments, print_hydra_info, require_used
 from rwkv_pl.cli.entry import cli_entry_point, default_sigint
 from rwkv_pl.cli.explain import print_settings
 from rwkv_pl.compose import check_config, compose, parse_overrides
@@ -45,11 +45,13 @@ def main() -> None:
         print_hydra_info(argv, [] if args.shell_completion else plain, args.config_dir)
     elif args.multirun:
         ranks.refuse_sweep()
+        require_used(overrides, multirun=True)
         if resumed is not None:
             sweep.resume_sweep(Path(str(resumed)).absolute(), others, args.config_dir)
         else:
             sweep.start_sweep(argv, overrides, args.config_dir)
     else:
+        require_used(overrides, multirun=False)
         try:
             if resumed is not None:
                 _resume(resumed, others, args.config_dir)

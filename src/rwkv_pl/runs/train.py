@@ -189,7 +189,10 @@ def run_in(folder: Path, composed: DictConfig, task: Callable[[], None], describ
     context = HydraContext(config_loader=None, callbacks=Callbacks(composed))  # type: ignore[arg-type]
     try:
         with with_path(folder):
-            ended = run_job(lambda _: task(), composed, "hydra.run.dir", None, context)
+            try:
+                ended = run_job(lambda _: task(), composed, "hydra.run.dir", None, context)
+            except ValueError as error:  # not from the task, whose errors run_job returns
+                raise UserError(f"hydra.job_logging is invalid: {one_line(error.__cause__ or error)}") from error
             if isinstance(ended._return_value, Exception):
                 raise ended._return_value
     finally:
