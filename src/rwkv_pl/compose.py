@@ -14,6 +14,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
+import omegaconf
 import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_module
@@ -37,6 +38,19 @@ CONFIG_MODULE = "rwkv_pl.conf"
 # For a file inside conf/, wherever it is installed: ${conf:experiment/debug.txt}
 OmegaConf.register_new_resolver("conf", lambda name: str(resources.files(CONFIG_MODULE) / name), replace=True)
 
+_omegaconf_loader = omegaconf._utils.get_yaml_loader
+
+
+def _yaml_loader() -> Any:
+    """OmegaConf's YAML loader without numbers in base 60: 12:00:00:00, as for trainer.max_time, is a text."""
+    loader = _omegaconf_loader()
+    text = ("tag:yaml.org,2002:str", re.compile(r"[-+]?[0-9_]+(:[0-9.]+)+$"))
+    loader.yaml_implicit_resolvers = {key: [text, *tags] for key, tags in loader.yaml_implicit_resolvers.items()}
+    return loader
+
+
+omegaconf._utils.get_yaml_loader = _yaml_loader
+
 Schema = TypeVar("Schema")
 
 OWN_ARGUMENT_HINT = (
@@ -52,6 +66,9 @@ HYDRA_FIXED: dict[str, tuple[Any, str]] = {
     "job.chdir": (False, "relative paths count from the folder of the command"),
     "callbacks": ({}, "callbacks= takes Lightning's"),
 }
+
+# Lightning's callbacks that only write to loggers.
+NEED_LOGGER = tuple(f"lightning.pytorch.callbacks.{name}" for name in ("DeviceStatsMonitor", "LearningRateMonitor"))
 
 # Loggers whose packages are optional extras. The extra, the package and the module have the same name.
 EXTRA_LOGGERS = ("wandb", "mlflow")
@@ -239,6 +256,8 @@ def check_config(config: DictConfig, overrides: Sequence[Override] = (), config_
             if not isinstance(arguments, dict) or "_target_" not in arguments:
                 raise UserError(f"{group}.{name} must be a mapping with its class as _target_, got {arguments}")
             arguments["_target_"] = MOVED.get(str(arguments["_target_"]), arguments["_target_"])
+            if arguments["_target_"] in NEED_LOGGER and not plain["logger"]:
+                raise UserError(f"{group}.{name} needs a logger: leave out logger=none, or {group}.{name}")
     given = next((override for override in overrides if override.key_or_group == "plugins"), None)
     if plain.get("plugins") and given is None:
         raise UserError("a config file cannot set plugins, which run code: type plugins=[...] on the command line")

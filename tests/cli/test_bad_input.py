@@ -11,6 +11,8 @@ import torch
 from command import SMALL
 
 from rwkv_pl import RWKV4, RWKV4Config
+from rwkv_pl.compose import check_config, compose
+from rwkv_pl.errors import UserError
 
 CASES = {
     # unknown keys, with the closest match
@@ -146,6 +148,11 @@ CASES = {
     "weights=hollow.ckpt": "is not a whole checkpoint",
     "hydra.run.dir=${nosuch}": "nosuch",
     "hydra/job_logging=nosuch": "hydra/job_logging=nosuch does not exist",
+    "trainer.strategy=ddp_spawn trainer.devices=2": "trainer.strategy=ddp_spawn is not supported",
+    "trainer.strategy=ddp_fork": "use ddp",
+    "trainer.strategy=ddp_notebook_find_unused_parameters_true": "use ddp",
+    "trainer.deterministic=yes": "trainer.deterministic, if neither true nor false, must be one of warn, got 'yes'",
+    "callbacks=[default,device_stats] logger=none": "callbacks.device_stats needs a logger: leave out logger=none",
     "hydra.mode=MULTIRUN": "hydra.mode=MULTIRUN is not supported, -m starts a sweep: leave it out",
     "hydra.output_subdir=null": "hydra.output_subdir=None is not supported",
     "hydra.job.chdir=true": "hydra.job.chdir=True is not supported",
@@ -364,3 +371,20 @@ def test_setting_of_hydra_without_effect_in_a_sweep_is_rejected(train, tmp_path,
     assert (result.code, result.err.count("\n")) == (2, 1), result.err
     assert setting in result.err
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("12:00:00:00", "12:00:00:00"), ("1:30:00:00", "1:30:00:00"), ("'00:08:00:00'", "00:08:00:00"), ("300000", None)],
+)
+@pytest.mark.parametrize("group", ["experiment", "trainer"])
+def test_max_time_in_a_file_is_days_hours_minutes_seconds(train, tmp_path, text, expected, group):
+    head = {"experiment": "# @package _global_\ntrainer:\n  ", "trainer": "defaults: [default]\n"}[group]
+    (tmp_path / "mine" / group).mkdir(parents=True)
+    (tmp_path / "mine" / group / "long.yaml").write_text(f"{head}max_time: {text}\n")
+    composed = compose([f"{group}=long"], str(tmp_path / "mine"))
+    if expected is None:
+        with pytest.raises(UserError, match=r"trainer\.max_time must be a string or a mapping, got 300000"):
+            check_config(composed)
+    else:
+        assert check_config(composed).trainer["max_time"] == expected
