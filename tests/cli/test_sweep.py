@@ -3,7 +3,9 @@
 import csv
 import json
 import os
+import shutil
 import signal
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ import yaml
 from command import SMALL, TEXT
 from forked_jobs import FORK_THE_JOBS
 from forks import Strike
+from omegaconf import OmegaConf
 
 from hydra_plugins.rwkv_pl.study import StudySweeper, _is_drawn_from, to_distribution
 from rwkv_pl.compose import compose, parse_overrides
@@ -259,7 +262,7 @@ def test_study_survives_a_killed_sweeper_and_a_partial_journal_line(folder):
     assert read_table(folder)["1"]["optim.lr"] == tried
 
 
-def test_bad_trial_is_pruned(train, tmp_path):
+def test_bad_trial_is_pruned(train, tmp_path, monkeypatch):
     """After three good trials, a bad one ends at its first validation; resuming reports that it was pruned."""
     import optuna
     from optuna.storages.journal import JournalFileBackend
@@ -275,6 +278,7 @@ def test_bad_trial_is_pruned(train, tmp_path):
     trial = study.ask()
     told = {"number": trial.number, "id": trial._trial_id, "pruner": "median"}
     (sweep / "3" / "trial.json").write_text(json.dumps(told))
+    monkeypatch.setenv(SWEEP_JOB_ENV, "1")
     result = train(*SMALL, "trainer.max_steps=8", "trainer.val_check_interval=2", "hydra.run.dir=sweep/3")
     assert result.code == 0, result.err
     ended = read_result(sweep / "3")
@@ -283,6 +287,30 @@ def test_bad_trial_is_pruned(train, tmp_path):
     assert study.get_trials()[3].state.name == "RUNNING"  # only the sweeper prints it
     result = train("resume=sweep/3")
     assert (result.code, "is finished, pruned" in result.out) == (0, True), result.out
+
+
+@pytest.mark.parametrize("place", ["sweep/0", "copy/0", "copy"])
+@pytest.mark.parametrize("has_optuna", [True, False])
+def test_trial_resumed_by_its_user_is_an_ordinary_run(train, tmp_path, monkeypatch, place, has_optuna):
+    """Longer training of a trial, in its sweep or in a copy, leaves the study as it is and does not need optuna."""
+    study, journal = StudySweeper(n_trials=1, pruner="median"), tmp_path / "sweep" / "study.journal"
+    study.config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path / "sweep")}}})
+    journal.parent.mkdir()
+    study.launch = lambda jobs, first: train(*SMALL, "hydra.run.dir=sweep/0")  # type: ignore[method-assign]
+    study.write_multirun_yaml = lambda: None  # type: ignore[method-assign]
+    study.launcher = None  # type: ignore[assignment]
+    study.sweep(["optim.lr=1e-2,1e-3"])
+    told = journal.read_bytes()
+    assert b"trial_id" in told and (tmp_path / "sweep" / "0" / "trial.json").exists()
+    if place != "sweep/0":
+        shutil.copytree(tmp_path / "sweep" / "0", tmp_path / place)
+    if not has_optuna:
+        monkeypatch.setitem(sys.modules, "optuna", None)
+    result = train(f"resume={place}", "trainer.max_steps=8")
+    assert result.code == 0, result.err
+    ended = read_result(tmp_path / place)
+    assert (ended["status"], ended["step"]) == ("finished", 8)
+    assert [path.read_bytes() for path in tmp_path.rglob("study.journal")] == [told]
 
 
 @pytest.mark.parametrize("launcher", ["basic", pytest.param("submitit_local", marks=pytest.mark.slow)])

@@ -76,7 +76,8 @@ def run(inputs: Inputs, folder: Path, record: Record, resumed: bool = False) -> 
     config, data = inputs.config, inputs.data
     metrics = MetricsRecorder(folder, config.data.batch_size * config.data.ctx_len)
     progress = [TrainingProgress(metrics)] if config.trainer["enable_progress_bar"] else []
-    trial = [PruneTrial(folder)] if (folder / "trial.json").exists() else []
+    # A trial that its user resumes is an ordinary run: the study keeps the figure of the sweep's job.
+    trial = [PruneTrial(folder)] if SWEEP_JOB_ENV in os.environ and (folder / "trial.json").exists() else []
     first = [Start(inputs, metrics, record), metrics, *progress, *trial]
     callbacks = [*first, *build.build_callbacks(config, folder), StopOnSignal(), PendingValidation(metrics)]
     if not any(isinstance(callback, ModelCheckpoint) for callback in callbacks):
