@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import SimpleNamespace
 
 import forks
 import pytest
@@ -18,10 +19,13 @@ import yaml
 from command import SMALL, TEXT
 from forked_jobs import FORK_THE_JOBS
 from forks import Strike
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.utils import create_config_search_path
+from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from hydra_plugins.rwkv_pl.study import StudySweeper, _is_drawn_from, to_distribution
-from rwkv_pl.compose import compose, parse_overrides
+from rwkv_pl.compose import CONFIG_MODULE, parse_overrides
 from rwkv_pl.errors import UserError
 from rwkv_pl.runs.folder import has_started
 from rwkv_pl.runs.outcome import read_result
@@ -196,13 +200,26 @@ def test_study_continues_after_a_stop(folder):
         (("optim.weight_decay=tag(log,interval(0.01,1.0))",), None),
         (("optim.weight_decay=0.1,x",), None),
         (("optim.lr=interval(0.1,0.2)",), None),
+        (("model.dropout=0,0.1", "compile=true,false"), {"model.dropout": "0", "compile": "False"}),
+        (("tf32=1,true", "loss_chunk_len=64,null"), {"tf32": "True", "loss_chunk_len": "null"}),
+        (("schedule=constant,cosine", "logger=[none],tensorboard"), {"schedule": "cosine", "logger": "tensorboard"}),
+        (("callbacks=[default,ema],[default]", "optim=adam,rwkv"), {"callbacks": "[default]", "optim": "rwkv"}),
+        (("optim=adam,sgd",), None),
+        (("seed=range(1,5)", "model.n_layer=range(0,13,4)"), {"seed": 2, "model.n_layer": 12}),
+        (("schedule.final_lr=range(0.00002,0.0002,0.00002)",), {"schedule.final_lr": "0.0001"}),
+        (("schedule.final_lr=range(1e-5,3e-4,3e-5)",), {"schedule.final_lr": "0.0001"}),
+        (("optim.lr=tag(log,interval(1e-2,1))", "model.n_layer=tag(log,int(interval(1,20)))"),
+         {"optim.lr": 0.01, "model.n_layer": 12}),
     ],
 )  # fmt: skip
 def test_first_trial_uses_the_config_values(space, expected):
+    fixed = ["optim=rwkv", "schedule=cosine", "optim.lr=1e-2", "seed=2", "schedule.final_lr=1e-4"]
     sweeper = StudySweeper(n_trials=1, sampler="tpe", pruner="none", seed=1)
-    sweeper.config = compose(["optim=rwkv", "schedule=cosine", "optim.lr=1e-2", "seed=2", "schedule.final_lr=1e-4"])
+    loader = ConfigLoaderImpl(create_config_search_path(f"pkg://{CONFIG_MODULE}"))
+    sweeper.hydra_context = SimpleNamespace(config_loader=loader)  # type: ignore[assignment]
+    sweeper.config = loader.load_configuration("train", [*fixed, *space], RunMode.MULTIRUN)
     distributions = {o.key_or_group: to_distribution(o) for o in parse_overrides(space, sweep=True)}
-    assert sweeper._default_params(distributions) == expected
+    assert sweeper._default_params(distributions, fixed) == expected
 
 
 @pytest.mark.parametrize(

@@ -11,15 +11,18 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from hydra_plugins.rwkv_pl._jobs import JobSweeper
 from rwkv_pl.checks import check_at_least, check_one_of
+from rwkv_pl.compose import is_group_choice, parse_overrides
 from rwkv_pl.errors import UserError
 from rwkv_pl.files import atomic_write
 from rwkv_pl.runs.outcome import read_result
+from rwkv_pl.runs.stored import flatten, normalize_value
 from rwkv_pl.sweeps.jobs import merge_params
 
 if TYPE_CHECKING:
@@ -81,7 +84,7 @@ class StudySweeper(JobSweeper):
                 where = f"trial {trial.number} of {self.folder / JOURNAL_FILE}"
                 raise UserError(f"{where} is from another search, it has {trial.params}: start a new sweep")
         if not study.trials:
-            if default_params := self._default_params(space):
+            if default_params := self._default_params(space, fixed):
                 study.enqueue_trial(default_params)
             else:
                 print("the config's own values are outside the search space: trial 0 is drawn too", flush=True)
@@ -130,18 +133,29 @@ class StudySweeper(JobSweeper):
             elif result.get("status") == "pruned":
                 study.tell(trial.number, state=TrialState.PRUNED)
 
-    def _default_params(self, space: "dict[str, BaseDistribution]") -> dict[str, Any] | None:
-        """Return the config's own values if all of them are in the search space, else None."""
+    def _default_params(self, space: "dict[str, BaseDistribution]", fixed: list[str]) -> dict[str, Any] | None:
+        """Return the config's own values if all of them are in the search space, else None. fixed: other overrides."""
         values = {}
         for key, where in space.items():
             value = OmegaConf.select(self.config, key)
             choices = getattr(where, "choices", None)
             if choices is not None:
-                value = next((choice for choice in choices if _parse_choice(choice) == value), None)
+                value = next((choice for choice in choices if self._is_in_config(key, choice, fixed)), None)
             if value is None or not _contains(where, value):
                 return None
             values[key] = value
         return values
+
+    def _is_in_config(self, key: str, choice: str, fixed: list[str]) -> bool:
+        """Whether the config has this choice of a file or of a value."""
+        (override,) = parse_overrides([f"{key}={choice}"])
+        if is_group_choice(override):
+            try:
+                job = self.hydra_context.config_loader.load_sweep_config(self.config, [*fixed, f"{key}={choice}"])
+            except (HydraException, OmegaConfBaseException):  # a setting that this file does not have
+                return False
+            return flatten(job) == flatten(self.config)
+        return normalize_value(override.value()) == normalize_value(OmegaConf.select(self.config, key))
 
 
 def _is_drawn_from(space: "dict[str, BaseDistribution]", params: dict[str, Any]) -> bool:
@@ -154,12 +168,6 @@ def _contains(where: "BaseDistribution", value: Any) -> bool:
         return where._contains(where.to_internal_repr(value))
     except (ValueError, TypeError):  # for example 0 on a log scale, or a text among numbers
         return False
-
-
-def _parse_choice(choice: str) -> Any:
-    """Parse a choice as it would be on the command line, so that 1e-4 equals 0.0001."""
-    value = OverridesParser.create().parse_override(f"key={choice}").value()
-    return getattr(value, "text", value)
 
 
 def _drop_partial_line(journal: Path) -> None:

@@ -18,7 +18,7 @@ from rwkv_pl.errors import UserError, one_line
 from rwkv_pl.files import atomic_write, describe_os_error
 from rwkv_pl.runs.folder import MULTIRUN, OVERRIDES, has_started, is_in_use
 from rwkv_pl.runs.outcome import DONE_STATUSES, RESULT_FILE, read_result
-from rwkv_pl.runs.stored import flatten
+from rwkv_pl.runs.stored import flatten, normalize_value
 from rwkv_pl.terminal import console
 from rwkv_pl.training.curve import draw_sweep, read_rows
 
@@ -163,7 +163,9 @@ def find_differing_settings(runs: Sequence[Run]) -> list[str]:
     for key in dict.fromkeys(key for run in intact or runs for key in run.settings):
         # A job that never started has only the settings that were typed.
         compared = [run for run in runs if run in intact or key in run.settings]
-        if len({repr(run.settings.get(key)) for run in compared}) > 1 and not key.startswith(UNCOMPARED_KEYS):
+        if len({repr(normalize_value(run.settings.get(key))) for run in compared}) > 1 and not key.startswith(
+            UNCOMPARED_KEYS
+        ):
             found.append(key)
     return found
 
@@ -217,9 +219,9 @@ def _print_seeds(screen: "Console", runs: Sequence[Run], keys: Sequence[str]) ->
     for run in runs:
         if run.best is not None and run.status == "finished":
             # All settings, not only the swept ones: a sweep's files may have been changed before it was resumed.
-            equal = [item for item in run.settings.items() if not item[0].startswith(("seed", *UNCOMPARED_KEYS))]
+            equal = {k: v for k, v in run.settings.items() if not k.startswith(("seed", *UNCOMPARED_KEYS))}
             settings = [run.settings.get(key, "") for key in others]
-            group = groups.setdefault(repr((settings, sorted(equal))), (settings, {}))
+            group = groups.setdefault(repr(sorted(normalize_value(equal).items())), (settings, {}))
             group[1][run.settings.get("seed")] = run.best
     if not any(len(scores) > 1 for _, scores in groups.values()):
         return
