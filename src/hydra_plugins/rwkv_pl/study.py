@@ -12,18 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from hydra_plugins.rwkv_pl._jobs import JobSweeper
 from rwkv_pl.checks import check_at_least, check_one_of
-from rwkv_pl.compose import is_group_choice, parse_overrides
 from rwkv_pl.errors import UserError
 from rwkv_pl.files import atomic_write
 from rwkv_pl.runs.outcome import read_result
-from rwkv_pl.runs.stored import flatten, normalize_value
-from rwkv_pl.sweeps.jobs import merge_params
+from rwkv_pl.sweeps.jobs import is_in_config, merge_params
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -135,27 +131,18 @@ class StudySweeper(JobSweeper):
 
     def _default_params(self, space: "dict[str, BaseDistribution]", fixed: list[str]) -> dict[str, Any] | None:
         """Return the config's own values if all of them are in the search space, else None. fixed: other overrides."""
-        values = {}
+        values, loader = {}, self.hydra_context.config_loader
         for key, where in space.items():
             value = OmegaConf.select(self.config, key)
             choices = getattr(where, "choices", None)
             if choices is not None:
-                value = next((choice for choice in choices if self._is_in_config(key, choice, fixed)), None)
+                value = next(
+                    (choice for choice in choices if is_in_config(loader, self.config, key, choice, fixed)), None
+                )
             if value is None or not _contains(where, value):
                 return None
             values[key] = value
         return values
-
-    def _is_in_config(self, key: str, choice: str, fixed: list[str]) -> bool:
-        """Whether the config has this choice of a file or of a value."""
-        (override,) = parse_overrides([f"{key}={choice}"])
-        if is_group_choice(override):
-            try:
-                job = self.hydra_context.config_loader.load_sweep_config(self.config, [*fixed, f"{key}={choice}"])
-            except (HydraException, OmegaConfBaseException):  # a setting that this file does not have
-                return False
-            return flatten(job) == flatten(self.config)
-        return normalize_value(override.value()) == normalize_value(OmegaConf.select(self.config, key))
 
 
 def _is_drawn_from(space: "dict[str, BaseDistribution]", params: dict[str, Any]) -> bool:

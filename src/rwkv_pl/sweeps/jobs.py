@@ -16,12 +16,13 @@ from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.types import Override
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import HydraException
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from rwkv_pl.compose import (
     check_config,
     explain_missing_package,
+    is_group_choice,
     parse_overrides,
     typed_config_dir,
 )
@@ -29,6 +30,7 @@ from rwkv_pl.errors import RunError, UserError, one_line
 from rwkv_pl.files import atomic_write
 from rwkv_pl.runs.folder import has_started, locked
 from rwkv_pl.runs.outcome import read_result, write_result
+from rwkv_pl.runs.stored import flatten, normalize_value
 from rwkv_pl.terminal import quote_override
 
 
@@ -75,6 +77,18 @@ def expand_grid(overrides: Sequence[Override]) -> Iterator[list[str]]:
         if not o.is_interval_sweep()
     ]
     return (list(job) for job in itertools.product(*choices))
+
+
+def is_in_config(loader: ConfigLoader, config: DictConfig, key: str, choice: str, fixed: Sequence[str]) -> bool:
+    """Whether a sweep's config has this choice of a file or of a value. fixed: the overrides of every job."""
+    (override,) = parse_overrides([f"{key}={choice}"])
+    if not is_group_choice(override):
+        return normalize_value(override.value()) == normalize_value(OmegaConf.select(config, key))
+    try:
+        job = loader.load_sweep_config(config, [*fixed, f"{key}={choice}"])
+    except (HydraException, OmegaConfBaseException):  # a setting that this file does not have
+        return False
+    return flatten(job) == flatten(config)
 
 
 def write_pending_result(job: Job) -> None:
