@@ -23,14 +23,14 @@ from rwkv_pl.files import require_own_files
 from rwkv_pl.runs import ranks
 from rwkv_pl.runs.folder import find_latest_run
 from rwkv_pl.runs.stored import StoredRun, require_inside_run_folder, require_no_download
-from rwkv_pl.terminal import STOPPED_AT_START, SWEEP_JOB_ENV, IgnoreBrokenPipe, exit_at_once, quote_override
+from rwkv_pl.terminal import STOPPED_AT_START, SWEEP_JOB_ENV, exit_at_once, ignore_unwritable_screen, quote_override
 
 
 @cli_entry_point
 def main() -> None:
     """The command. Exit codes: 0 trained, 1 failed while training, 2 bad input."""
     if SWEEP_JOB_ENV in os.environ:
-        sys.stdout, sys.stderr = IgnoreBrokenPipe(sys.stdout), IgnoreBrokenPipe(sys.stderr)
+        ignore_unwritable_screen()
     argv = sys.argv[1:] = expand_home(sys.argv[1:])
     args = parse_arguments(argv)
     overrides = parse_overrides(args.overrides, sweep=args.multirun)
@@ -44,6 +44,7 @@ def main() -> None:
         plain = [str(o.input_line) for o in overrides if not o.is_sweep_override()]
         print_hydra_info(argv, [] if args.shell_completion else plain, args.config_dir)
     elif args.multirun:
+        ignore_unwritable_screen()
         ranks.refuse_sweep()
         require_used(overrides, multirun=True)
         if resumed is not None:
@@ -51,6 +52,7 @@ def main() -> None:
         else:
             sweep.start_sweep(argv, overrides, args.config_dir)
     else:
+        ignore_unwritable_screen()
         require_used(overrides, multirun=False)
         try:
             if resumed is not None:

@@ -25,8 +25,10 @@ class ConsoleHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if record.exc_info:
             return
+        console = rich.get_console()
+        text = self.format(record).encode(console.encoding, "replace").decode(console.encoding)
         with contextlib.suppress(OSError):  # a closed terminal must not end the run
-            rich.get_console().print(self.format(record), markup=False, highlight=False, soft_wrap=True)
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 class LogFile(logging.FileHandler):
