@@ -39,7 +39,7 @@ from rwkv_pl.data.sources.stdlib import Stdlib
 from rwkv_pl.data.sources.text import Text
 from rwkv_pl.errors import UserError
 from rwkv_pl.inference.evaluate import bits_per_byte
-from rwkv_pl.ops.heap import keep_freed_memory
+from rwkv_pl.ops.heap import tune_allocator
 
 SIZE = Setting(n_layer=6, n_embd=256, rows=4, steps=512)
 TINY = Setting(n_layer=2, n_embd=32, rows=2, steps=32)
@@ -84,7 +84,7 @@ def nats(logits: Tensor, tokens: Tensor) -> Tensor:
 def build_contestant(name: str, setting: Setting) -> tuple[nn.Module, Any, Any]:
     """The model, its training loss, and its cross-entropy in validation, both on tokens (B, T+1)."""
     torch.manual_seed(0)
-    keep_freed_memory()  # for all
+    tune_allocator()  # for all
     if name == "rwkv_pl":
         module = make_our_module(setting)
         return module, lambda x: module.training_step(x, 0)["loss"], lambda x: nats(module(x[:, :-1])[0], x)

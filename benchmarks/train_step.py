@@ -38,9 +38,9 @@ from benchmarks.common import (
     summary_cells,
     take_turns,
 )
-from rwkv_pl import RWKV4, LitRWKV, RWKV4Config
+from rwkv_pl import RWKV4, LitRWKV, Optim, RWKV4Config
 from rwkv_pl.ops.cross_entropy import cross_entropy
-from rwkv_pl.ops.heap import keep_freed_memory
+from rwkv_pl.ops.heap import tune_allocator
 from rwkv_pl.ops.linear import linear
 
 VOCAB = 256
@@ -83,8 +83,9 @@ def autocast(precision: str, device: str = "cpu") -> AbstractContextManager[Any]
 
 def make_our_module(setting: Setting) -> LitRWKV:
     """With the allocator set up as by rwkv-train."""
-    keep_freed_memory()
-    return LitRWKV(RWKV4(RWKV4Config(VOCAB, setting.n_layer, setting.n_embd)))
+    tune_allocator()
+    model = RWKV4(RWKV4Config(VOCAB, setting.n_layer, setting.n_embd))
+    return LitRWKV(model, Optim("torch.optim.Adam", lr=1e-5))  # as for the peers
 
 
 def make_our_step(
@@ -153,7 +154,7 @@ def make_transformers_step(setting: Setting, precision: str, device: str = "cpu"
 
 def make_products(setting: Setting, precision: str) -> Call:
     """Only the matrix products of a step."""
-    keep_freed_memory()
+    tune_allocator()
     C, dtype = setting.n_embd, torch.float32 if precision == "float32" else torch.bfloat16
     shapes = [(C, C)] * 5 + [(C, 4 * C), (4 * C, C)]
     weights = [torch.randn(out, into).to(dtype) for out, into in shapes * setting.n_layer + [(VOCAB, C)]]

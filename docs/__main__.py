@@ -14,7 +14,10 @@ from docs.page import NEEDS_KERNEL, PICTURES, list_pages, run
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m docs", description=__doc__)
     parser.add_argument(
-        "pages", nargs="*", metavar="PAGE", help="01, 02, ..., library, notebook; default: all"
+        "pages",
+        nargs="*",
+        metavar="PAGE",
+        help="01, 02, ..., library, notebook; default: all",
     )
     parser.add_argument(
         "--write",

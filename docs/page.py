@@ -7,12 +7,15 @@
                               to one unit of its last printed digit
     ```text rel=0.1           numbers with a point or an exponent match to 10%
     ```text any               only the words match, because the numbers are times
+    ```text part              these lines are among those that it prints, in this order; only their words match
+    ```python picture=NAME    may also end with an object that Jupyter shows as a picture
 
 Other fences are only shown. A number in the prose with a point or a thousands comma has to be one that the page prints,
 rounded; numbers in `code`, formulas and links are free. A page with the line NEEDS_KERNEL runs only with the compiled
 kernel.
 """
 
+import ast
 import contextlib
 import io
 import itertools
@@ -43,7 +46,7 @@ NOT_PROSE = re.compile(
     r"```.*?^```|\$[^$\n]+\$|`[^`]*`|\]\([^)]*\)|</?[a-z][^<>]*>|<!--.*?-->",
     flags=re.MULTILINE | re.DOTALL,
 )
-PICTURE = re.compile(r"\s*</details>\s*<picture>.*?</picture>", flags=re.DOTALL)
+PICTURE = re.compile(r"\s*(?:</details>\s*)?<picture>.*?</picture>", flags=re.DOTALL)
 LANGUAGES = ("python", "text", "math", "bash", "console", "yaml", "cpp")
 # A fence in a form that FENCE does not know: its code would never run.
 STRAY_FENCE = re.compile(r"^\s*(```|~~~).*$", flags=re.MULTILINE)
@@ -124,7 +127,7 @@ def run(path: Path, pictures: Path | None = None) -> Report:
         since = time.perf_counter()
         try:
             # The empty lines give every traceback the page's own line numbers.
-            code = compile("\n" * (fence.line - 1) + fence.body, str(path), "exec")
+            code = _compile("\n" * (fence.line - 1) + fence.body, str(path))
             printed = (
                 _draw(code, session, fence.option, pictures)
                 if fence.option
@@ -180,6 +183,8 @@ def find_difference(
     shown: str, printed: str, option: str = ""
 ) -> tuple[int, str] | None:
     """The first line, from 0, in which the shown output differs from the printed one, and how. option: see above."""
+    if option == "part":
+        return _find_missing_line(shown, printed)
     lines = [text.strip("\n").split("\n") for text in (shown, printed)]
     for i in range(max(map(len, lines))):
         a, b = (text[i].rstrip() if i < len(text) else "" for text in lines)
@@ -192,6 +197,15 @@ def find_difference(
                 i,
                 f"the page shows a different output\n    shown    {a}\n    printed  {b}",
             )
+    return None
+
+
+def _find_missing_line(shown: str, printed: str) -> tuple[int, str] | None:
+    """The first shown line, from 0, that is not printed after the lines before it."""
+    rest = iter([NUMBER.sub("#", line).split() for line in printed.splitlines()])
+    for i, line in enumerate(shown.splitlines()):
+        if NUMBER.sub("#", line).split() not in rest:
+            return i, f"the page shows a line that is not printed\n    {line}"
     return None
 
 
@@ -240,7 +254,7 @@ def _check_layout(text: str) -> Iterator[tuple[int, str]]:
             name = fence.option.removeprefix("picture=")
             files = [f"{name}_{shade}.png" for shade in SHADES]
             if name and not (picture and all(file in picture[0] for file in files)):
-                problem = f"no </details> and <picture> with both shades follow {name}"
+                problem = f"no <picture> with both shades follows {name}"
                 yield fence.line - 1, problem
         elif fence.language == "text":
             if (
@@ -252,9 +266,18 @@ def _check_layout(text: str) -> Iterator[tuple[int, str]]:
                     fence.line - 1,
                     "a text fence has to follow the code that prints it",
                 )
-            if not re.fullmatch(r"|any|rel=0\.\d+", fence.option):
+            if not re.fullmatch(r"|any|part|rel=0\.\d+", fence.option):
                 yield fence.line - 1, f"unknown option {fence.option} of a text fence"
         before = fence
+
+
+def _compile(source: str, file: str) -> types.CodeType:
+    """The code of a fence, which keeps the value of an expression at its end as `_`, as Python's prompt does."""
+    tree = ast.parse(source, file)
+    if tree.body and isinstance(last := tree.body[-1], ast.Expr):
+        name = ast.copy_location(ast.Name("_", ast.Store()), last)
+        tree.body[-1] = ast.copy_location(ast.Assign([name], last.value), last)
+    return compile(tree, file, "exec")
 
 
 def _print(code: types.CodeType, session: types.ModuleType) -> str:
@@ -276,9 +299,13 @@ def _draw(
     for shade in SHADES:
         with pyplot.style.context(FOLDER / f"{shade}.mplstyle"):
             printed = _print(code, session)
-            if not pyplot.get_fignums():
+            drawn = io.BytesIO()
+            if hasattr(value := session.__dict__.pop("_", None), "_repr_png_"):
+                drawn = io.BytesIO(value._repr_png_())
+            elif pyplot.get_fignums():
+                pyplot.gcf().savefig(drawn)
+            else:
                 raise RuntimeError("the code draws no picture")
-            pyplot.gcf().savefig(drawn := io.BytesIO())
             pyplot.close("all")
         file = f"{option.removeprefix('picture=')}_{shade}.png"
         if not folder and not (PICTURES / file).exists():

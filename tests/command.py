@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from brief import shorten_run_end
 
 TEXT = Path(__file__).with_name("cli").joinpath("test_train.py").read_bytes()[:8000] * 6
@@ -59,6 +60,10 @@ def make_run(folder: Path, *overrides: str, text: bytes = TEXT) -> Path:
         patch.setattr(sys, "argv", ["rwkv-train", *SMALL, *overrides, "hydra.run.dir=run"])
         main()
     return folder / "run"
+
+
+def load_checkpoint(run: Path, name: str = "last.ckpt") -> dict[str, Any]:
+    return torch.load(run / "checkpoints" / name, weights_only=True)
 
 
 def copy_run(run: Path, folder: Path) -> Path:

@@ -6,21 +6,34 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[1] / "src"
-LEAVES = {"errors", "files", "checks", "config", "limits", "terminal"}
+LEAVES = {"errors", "files", "checks", "config", "limits", "terminal", "environment"}
 MAY_IMPORT = {
     **{leaf: {"errors", "checks"} for leaf in LEAVES},
     "targets": set(),
-    "compose": {"targets"},
+    "texts": set(),
+    "compose": {"targets", "texts"},
     "ops": set(),
     "model": {"ops"},
     "data": set(),
     "weights": {"model", "data"},
     "inference": {"model", "ops", "weights"},
     "training": {"targets", "ops", "model", "inference", "weights"},
-    "runs": {"compose", "targets", "data", "ops", "model", "weights", "training"},
-    "sweeps": {"compose", "data", "runs", "training"},
+    "runs": {"compose", "targets", "texts", "data", "ops", "model", "weights", "inference", "training"},
+    "sweeps": {"compose", "texts", "data", "runs", "training"},
     "hydra_plugins": {"runs", "sweeps"},
-    "cli": {"compose", "data", "ops", "model", "weights", "inference", "training", "runs", "sweeps", "hydra_plugins"},
+    "cli": {
+        "compose",
+        "texts",
+        "data",
+        "ops",
+        "model",
+        "weights",
+        "inference",
+        "training",
+        "runs",
+        "sweeps",
+        "hydra_plugins",
+    },
 }
 FILES = sorted(SOURCE.rglob("*.py"))
 
@@ -49,3 +62,18 @@ def test_packages_import_only_allowed_packages(file):
                 assert package_of(module) in allowed, f"{file}:{node.lineno} imports {module}"
                 if (here, package_of(module)) == ("weights", "data"):
                     assert module.startswith("rwkv_pl.data.vocabulary."), f"{file}:{node.lineno} imports {module}"
+
+
+def test_no_module_imports_one_that_imports_it():
+    """Also inside functions: a circle of imports is two files that can only be read together."""
+    names = {".".join(file.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__"): file for file in FILES}
+    imports: dict[str, set[str]] = {}
+    for name, file in names.items():
+        nodes = [node for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if type(node) is ast.ImportFrom]
+        found = [(str(node.module), f"{node.module}.{alias.name}") for node in nodes for alias in node.names]
+        imports[name] = {inside if inside in names else module for module, inside in found} & names.keys()
+    left = dict(imports)
+    while free := [name for name, needs in left.items() if not needs & left.keys()]:
+        for name in free:
+            del left[name]
+    assert not left, f"imports in a circle, or of one: {sorted(left)}"

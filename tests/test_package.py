@@ -16,7 +16,10 @@ CONF = Path(__file__).parents[1] / "conf"
 
 
 def test_import_alone_loads_no_torch():
-    code = "import sys, rwkv_pl; sys.exit('torch' in sys.modules or 'lightning' in sys.modules)"
+    code = (
+        "import sys, rwkv_pl; rwkv_pl.Optim, rwkv_pl.Schedule;"
+        "sys.exit('torch' in sys.modules or 'lightning' in sys.modules or 'omegaconf' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

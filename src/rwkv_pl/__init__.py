@@ -10,13 +10,18 @@ _HOMES = {
     "RWKV4": "rwkv_pl.model.rwkv4",
     "RWKV4Config": "rwkv_pl.config",
     "LitRWKV": "rwkv_pl.training.module",
+    "Optim": "rwkv_pl.config",
+    "Schedule": "rwkv_pl.config",
     "CorpusDataModule": "rwkv_pl.data.datamodule",
     "Enwik8DataModule": "rwkv_pl.data.datamodule",
     "TokensDataModule": "rwkv_pl.data.datamodule",
+    "tune_allocator": "rwkv_pl.ops.heap",
     "wkv4": "rwkv_pl.ops.wkv4",
     "use_kernel": "rwkv_pl.ops.backend",
     "generate": "rwkv_pl.inference.generate",
     "load_weights": "rwkv_pl.weights.read",
+    "train": "rwkv_pl.runs.python_call",
+    "Run": "rwkv_pl.runs.run",
 }
 __all__ = sorted(_HOMES)
 

@@ -1,4 +1,4 @@
-"""Checks of one setting. Each raises UserError with one line that names the key and the value."""
+"""Checks of one value. Those of a setting raise UserError with one line that names the key and the value."""
 
 import math
 from collections.abc import Iterable
@@ -75,6 +75,12 @@ def check_above(name: str, value: float, bound: float) -> None:
     """Raise UserError if `value` is not above `bound`, or not finite."""
     if not (math.isfinite(value) and value > bound):
         raise UserError(f"{name} must be a finite number above {bound}, got {value}")
+
+
+def check_tokens(lowest: int, highest: int, size: int) -> None:
+    """Raise IndexError unless the tokens from `lowest` to `highest` are in [0, size)."""
+    if lowest < 0 or highest >= size:
+        raise IndexError(f"tokens must be from 0 to {size - 1}, got {lowest if lowest < 0 else highest}")
 
 
 def check_between(name: str, value: float, lowest: float, bound: float, inclusive: bool = False) -> None:

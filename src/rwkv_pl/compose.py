@@ -3,9 +3,12 @@
 Only Hydra and the standard library are imported here, so that a mistake is reported before anything heavy is loaded.
 """
 
+import contextlib
+import functools
 import os
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from importlib import resources
 from importlib.util import find_spec
@@ -14,49 +17,47 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-import omegaconf
 import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_module
+from hydra._internal import config_loader_impl
+from hydra._internal.config_repository import ConfigRepository
+from hydra.core.config_search_path import ConfigSearchPath, SearchPathQuery
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Glob, Override
 from hydra.errors import HydraException, MissingConfigException
+from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rwkv_pl.checks import KIND_NAMES, check_kind, check_kinds, suggest_key
-from rwkv_pl.config import GROUPS, Train, check_trainer, split_own_arguments
+from rwkv_pl.config import (
+    CONFIG_MODULE,
+    GROUPS,
+    Train,
+    check_trainer,
+    read_conf,
+    split_own_arguments,
+)
 from rwkv_pl.errors import UserError, one_line
 from rwkv_pl.targets import MOVED, check_target, find_targets, trusted_modules
-from rwkv_pl.terminal import quote_override
+from rwkv_pl.terminal import SWEEP_JOB_ENV, quote_override
+from rwkv_pl.texts import yaml_texts_as_written
 
 # For a number in a config that depends on another: ${divide:1.5,${model.n_embd}}
 OmegaConf.register_new_resolver("divide", lambda a, b: a / b, replace=True)
 
-CONFIG_MODULE = "rwkv_pl.conf"
+# Hydra's names of the source of the user's files: --config-dir, and hydra.searchpath, with which old runs stored it.
+USER_PROVIDERS = ("command-line", "hydra.searchpath in command-line")
 
 # For a file inside conf/, wherever it is installed: ${conf:experiment/debug.txt}
 OmegaConf.register_new_resolver("conf", lambda name: str(resources.files(CONFIG_MODULE) / name), replace=True)
 
-_omegaconf_loader = omegaconf._utils.get_yaml_loader
-
-
-def _yaml_loader() -> Any:
-    """OmegaConf's YAML loader without numbers in base 60: 12:00:00:00, as for trainer.max_time, is a text."""
-    loader = _omegaconf_loader()
-    text = ("tag:yaml.org,2002:str", re.compile(r"[-+]?[0-9_]+(:[0-9.]+)+$"))
-    loader.yaml_implicit_resolvers = {key: [text, *tags] for key, tags in loader.yaml_implicit_resolvers.items()}
-    return loader
-
-
-omegaconf._utils.get_yaml_loader = _yaml_loader
-
 Schema = TypeVar("Schema")
 
-OWN_ARGUMENT_HINT = (
-    "another argument of the optimizer needs your own file with that key, mine/optim/NAME.yaml: "
-    "--config-dir mine optim=NAME"
-)
+# The groups of which several files can be chosen, and the file that conf/train.yaml chooses.
+FIRST_FILE = {"callbacks": "default", "logger": "tensorboard"}
 
 # Hydra's own settings with a value that runs rely on: the value, and the reason.
 HYDRA_FIXED: dict[str, tuple[Any, str]] = {
@@ -90,7 +91,10 @@ def parse_overrides(overrides: Sequence[str], sweep: bool = False) -> list[Overr
             raise UserError(f"{text!r} can't be parsed as key=value ({reason}): quote special characters") from error
         key = override.key_or_group
         if override.is_add() or override.is_force_add():
-            raise UserError(f"{text}: cannot add a key, {_explain_added_key(key)}")
+            is_resume = any(other.startswith("resume=") for other in overrides)
+            raise UserError(f"{text}: cannot add a key, {_explain_added_key(override, is_resume)}")
+        if key == "hydra.searchpath":  # a resume, or a sweep's job, would not have it
+            raise UserError(f"{key} is not used: give your folder as --config-dir FOLDER")
         if key == "hydra":
             raise UserError(f"{text}: set Hydra's own settings one by one, as in hydra.run.dir=FOLDER")
         if override.is_delete():
@@ -128,25 +132,41 @@ def suggest_list(override: Override) -> str:
     return f", or for a list write '{override.key_or_group}=[{value}]'" if is_list else ""
 
 
-def _explain_added_key(key: str) -> str:
+def _explain_added_key(override: Override, is_resume: bool) -> str:
     """The fix for `+key=value`: the key exists, or it is an argument that only the optimizer's class has."""
-    group, _, name = key.partition(".")
+    group, _, name = override.key_or_group.partition(".")
+    sign = "++" if override.is_force_add() else "+"
+    if not name and group in FIRST_FILE:
+        return f"to add one, list them all: '{group}=[{FIRST_FILE[group]},{override.get_value_string()}]'"
     if group == "optim" and split_own_arguments({name: None})[1]:
-        return f"drop the + if it exists; {OWN_ARGUMENT_HINT}"
-    return "every setting already exists: drop the +"
+        return f"drop the {sign} if it exists; {_explain_new_argument(group, is_resume)}"
+    return f"every setting already exists: drop the {sign}"
+
+
+def _explain_new_argument(group: str, is_resume: bool) -> str:
+    """Say how to set an argument of a class of the group that is not a key of its file."""
+    if is_resume:  # which has no --config-dir
+        return "another argument of its class needs a new run"
+    return (
+        f"another argument of its class needs your own file with that key, mine/{group}/NAME.yaml: "
+        f"--config-dir mine {group}=NAME"
+    )
 
 
 def compose(overrides: Sequence[str], config_dir: str | None = None, name: str = "train") -> DictConfig:
     """Compose conf/NAME.yaml with the overrides, including Hydra's own part. Raises UserError."""
-    if config_dir and any(text.startswith("hydra.searchpath=") for text in overrides):
-        raise UserError("--config-dir and hydra.searchpath= exclude each other: give one of them")
-    extra = [f"hydra.searchpath=[{quote_override('file://' + config_dir)}]"] if config_dir else []
     require_global_package(parse_overrides(overrides, sweep=True), config_dir)
-    with initialize_config_module(CONFIG_MODULE, version_base="1.3", job_name=name):
+    start = initialize_config_module(CONFIG_MODULE, version_base="1.3", job_name=name)
+    with prefer_user_files(), start, yaml_texts_as_written():
         try:
-            composed = hydra_compose(name, overrides=[*overrides, *extra], return_hydra_config=True)
+            if config_dir:
+                loader: Any = GlobalHydra.instance().config_loader()
+                schema = SearchPathQuery(provider="schema", path=None)
+                loader.config_search_path.prepend("command-line", f"file://{config_dir}", anchor=schema)
+                loader.repository.initialize_sources(loader.config_search_path)
+            composed = hydra_compose(name, overrides=[*overrides], return_hydra_config=True)
             if name == "train":
-                _check_hydra(composed.hydra, len(overrides) + len(extra))
+                _check_hydra(composed.hydra, len(overrides))
             return composed
         except KeyError as error:
             raise UserError(f"hydra.job.env_copy names {error}, an environment variable that is not set") from error
@@ -183,9 +203,53 @@ def _check_hydra(hydra: DictConfig, n_overrides: int) -> None:
 
 def typed_config_dir(sources: Any) -> str | None:
     """Return the --config-dir among Hydra's `runtime.config_sources`."""
-    providers = ("command-line", "hydra.searchpath in command-line")
     files = (source for source in sources if source["schema"] == "file")
-    return next((str(source["path"]) for source in files if source["provider"] in providers), None)
+    return next((str(source["path"]) for source in files if source["provider"] in USER_PROVIDERS), None)
+
+
+class UserFilesFirst(ConfigRepository):
+    """Finds a file in the user's folders before the built-in one of the same name; Hydra itself does the opposite.
+
+    Except train.yaml and eval.yaml: such a file could name further search paths, and a stored run its folder.
+    """
+
+    def initialize_sources(self, config_search_path: ConfigSearchPath) -> None:
+        super().initialize_sources(config_search_path)
+        self.sources.sort(key=lambda source: source.provider not in USER_PROVIDERS)
+
+    def load_config(self, config_path: str) -> ConfigResult | None:
+        sources, is_main = self.sources, config_path in ("train", "eval")
+        found = [source for source in sources if source.is_config(config_path)]
+        if found and found[0].provider in USER_PROVIDERS and found[-1].provider not in USER_PROVIDERS:
+            file = f"{found[0].path}/{config_path.removesuffix('.yaml')}.yaml"
+            _print_once(
+                f"{file} is not read: write its settings into an experiment"
+                if is_main
+                else f"{file} replaces the built-in file of that name"
+            )
+        if is_main:
+            self.sources = [source for source in sources if source.provider not in USER_PROVIDERS]
+        try:
+            return super().load_config(config_path)
+        finally:
+            self.sources = sources
+
+
+@functools.cache
+def _print_once(line: str) -> None:
+    if not {"COMP_LINE", SWEEP_JOB_ENV} & os.environ.keys():  # neither while a shell completes, nor for each job again
+        print(line, file=sys.stderr)
+
+
+@contextlib.contextmanager
+def prefer_user_files() -> Iterator[None]:
+    """Make Hydra's loaders find the user's files first."""
+    before = config_loader_impl.ConfigRepository
+    config_loader_impl.ConfigRepository = UserFilesFirst  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        config_loader_impl.ConfigRepository = before  # type: ignore[misc]
 
 
 def explain_unknown_key(overrides: Sequence[str], config_dir: str | None, name: str = "train") -> None:
@@ -200,22 +264,32 @@ def explain_unknown_key(overrides: Sequence[str], config_dir: str | None, name: 
             require_key(override.key_or_group, base)
 
 
-def require_key(key: str, config: Any) -> None:
-    """Raise UserError if the dotted `key` is not in `config`; the message names the nearest key."""
+def require_key(key: str, config: Any, is_resume: bool = False) -> None:
+    """Raise UserError if the dotted `key` is not in `config`; the message names the nearest key.
+
+    is_resume: whether `config` is that of a run to resume.
+    """
     node, seen = config, ""
     for part in key.split("."):
         if not isinstance(node, dict | DictConfig) or part not in node:
             if seen.startswith("trainer."):
                 check_trainer({part: None}, trainer_defaults())
-            names = [name for name in node if name != "hydra"] if isinstance(node, dict | DictConfig) else []
+            names = [str(name) for name in node if name != "hydra"] if isinstance(node, dict | DictConfig) else []
             hint = suggest_key(part, names) if names else f"; {seen.rstrip('.')} is a value"
-            if seen == "optim.":
-                hint += f"; {OWN_ARGUMENT_HINT}"
-            groups = [group for group in GROUPS if isinstance(config.get(group), dict | DictConfig)]
-            if key == part and (group := next((group for group in groups if part in config[group]), None)):
-                hint = f"; did you mean {group}.{part}?"
+            group, *inside = seen.rstrip(".").split(".")
+            if group in FIRST_FILE and not inside and _is_file(group, part):
+                hint = f"; choose its file too: '{group}=[{','.join([*names, part])}]'"
+            if names and ((group == "optim" and not inside) or (group in FIRST_FILE and inside)):
+                hint += f"; {_explain_new_argument(group, is_resume)}"
+            groups = [name for name in GROUPS if isinstance(config.get(name), dict | DictConfig)]
+            if key == part and (owner := next((name for name in groups if part in config[name]), None)):
+                hint = f"; did you mean {owner}.{part}?"
             raise UserError(f"{key} is not a setting{hint}")
         node, seen = node[part], f"{seen}{part}."
+
+
+def _is_file(group: str, name: str) -> bool:
+    return resources.files(CONFIG_MODULE).joinpath(group, f"{name}.yaml").is_file()
 
 
 def is_group_choice(override: Override) -> bool:
@@ -225,8 +299,7 @@ def is_group_choice(override: Override) -> bool:
 
 def trainer_defaults() -> dict[str, Any]:
     """Read conf/trainer/default.yaml."""
-    text = resources.files(CONFIG_MODULE).joinpath("trainer/default.yaml").read_text(encoding="utf-8")
-    return OmegaConf.to_container(OmegaConf.create(text))  # type: ignore[return-value]
+    return read_conf("trainer/default.yaml")
 
 
 def check_config(config: DictConfig, overrides: Sequence[Override] = (), config_dir: str | None = None) -> Train:
@@ -275,27 +348,17 @@ def check_config(config: DictConfig, overrides: Sequence[Override] = (), config_
     return to_dataclass(plain | {"optim": common | {"own": own}}, Train)
 
 
-def explain_missing_package(error: Exception, overrides: Sequence[str], config_dir: str | None) -> None:
-    """Raise UserError if Hydra's error is about an experiment's file that lacks `# @package _global_`."""
-    if re.search("experiment/|@experiment|@package", str(error)):
-        require_global_package(parse_overrides(overrides, sweep=True), config_dir)
-
-
 def require_global_package(overrides: Sequence[Override], config_dir: str | None) -> None:
-    """Raise UserError if a chosen experiment is a file of the user's without `# @package _global_` in its header.
+    """Raise UserError if a chosen experiment is a file in --config-dir without `# @package _global_` in its header.
 
-    The files of the user are in --config-dir or hydra.searchpath. Hydra's header is the lines before the first one that
-    does not start with `# @`. Without the package, Hydra puts the file's settings below the key `experiment`, where
-    nothing reads them.
+    Hydra's header is the lines before the first one that does not start with `# @`. Without the package, Hydra puts the
+    file's settings below the key `experiment`, where nothing reads them.
     """
     values = {override.key_or_group: override.value() for override in overrides}
     names = values.get("experiment")
-    typed = values.get("hydra.searchpath")
-    searchpath = [str(getattr(entry, "text", entry)) for entry in typed] if isinstance(typed, list) else []
-    folders = [config_dir] if config_dir else [entry.removeprefix("file://") for entry in searchpath]
     for name in names if isinstance(names, list) else [names]:
-        files = (Path(folder, "experiment", f"{str(name).removesuffix('.yaml')}.yaml") for folder in folders)
-        if isinstance(name, str) and (file := next((file for file in files if file.is_file()), None)):
+        file = Path(config_dir or "", "experiment", f"{str(name).removesuffix('.yaml')}.yaml")
+        if config_dir and isinstance(name, str) and file.is_file():
             lines = file.read_text(encoding="utf-8-sig", errors="replace").splitlines()
             header = takewhile(re.compile(r"\s*(#\s*@|$)").match, lines)
             if not any(re.fullmatch(r"\s*#\s*@package\s+_global_\s*", line) for line in header):

@@ -3,6 +3,8 @@
 The classes mirror the groups of conf/: `data`, `model`, `optim` and `schedule` field by field. `trainer`, `callbacks`
 and `logger` hold the arguments of Lightning's classes, which are not repeated here: a value must have the type that it
 has in its YAML file. Only the standard library is imported, so that a mistake is reported at once.
+
+`Optim` and `Schedule` are public: a Python program gives them to LitRWKV.
 """
 
 import re
@@ -13,7 +15,13 @@ from typing import Any
 from rwkv_pl.checks import check_above, check_at_least, check_between, check_kind, check_one_of, suggest_key
 from rwkv_pl.errors import UserError
 
+CONFIG_MODULE = "rwkv_pl.conf"
+
 KERNELS = ("auto", "compiled", "scan", "recurrence")
+ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
+PRECISIONS = ("auto", "32-true", "64-true", "bf16-mixed", "bf16-true", "16-mixed")
+# Lightning's other names of these, and its precisions that are untested here.
+OTHER_PRECISIONS = ("32", "64", "bf16", "16", "transformer-engine", "transformer-engine-float16")
 VOCABULARIES = ("byte", "char", "20b")
 
 # The paths among the settings of `data`.
@@ -113,23 +121,61 @@ class Model:
         MODEL_CONFIGS[self.name](vocab_size=1, n_layer=self.n_layer, n_embd=self.n_embd, dropout=self.dropout)
 
 
-@dataclass
+OFFICIAL_OPTIM = "optim/rwkv.yaml"
+
+
+@dataclass(init=False)
 class Optim:
     """The optimizer class and its arguments.
 
-    betas, eps: None for the defaults of the class, or if it has no such argument (torch.optim.SGD).
-    lr_scale: factors of the learning rate, by the last part of a parameter's name. None for no factors, `version` for
+    Optim() is the official RWKV optimizer: all its values are those of conf/optim/rwkv.yaml, `rwkv-train optim=rwkv`.
+    Optim(lr=1e-3) changes one of them. These values apply only to the class in that file, torch.optim.AdamW:
+
+        Optim("torch.optim.SGD", lr=0.3, own={"momentum": 0.9})
+
+    has no betas, eps, weight decay or lr_scale except those given, and must be given lr; else it raises UserError.
+
+    _target_: module and name of the class, a subclass of torch.optim.Optimizer.
+    lr: the highest learning rate; the Schedule sets the rate of each step.
+    betas, eps: None for the defaults of another class, or if it has no such argument (torch.optim.SGD).
+    weight_decay: only for two-dimensional parameters named `*.weight`.
+    lr_scale: factors of the learning rate, by the last part of a parameter's name. {} for no factors, `version` for
     the model version's own table.
     own: arguments that only this class has, such as {"momentum": 0.9}. In YAML they are further keys of optim.
     """
 
-    _target_: str = "torch.optim.Adam"
-    lr: float = 1e-5
-    betas: list[float] | None = None
-    eps: float | None = None
-    weight_decay: float = 0.0
-    lr_scale: Any = None
-    own: dict[str, Any] = field(default_factory=dict)
+    _target_: str
+    lr: float
+    betas: list[float] | None
+    eps: float | None
+    weight_decay: float
+    lr_scale: Any
+    own: dict[str, Any]
+
+    def __init__(
+        self,
+        _target_: str | None = None,
+        lr: float | None = None,
+        betas: list[float] | None = None,
+        eps: float | None = None,
+        weight_decay: float | None = None,
+        lr_scale: Any = None,
+        own: dict[str, Any] | None = None,
+    ) -> None:
+        values = read_conf(OFFICIAL_OPTIM)
+        if _target_ not in (None, values["_target_"]):
+            if lr is None:
+                raise UserError(
+                    f"Optim(_target_={_target_!r}) needs lr=: the learning rate in conf/{OFFICIAL_OPTIM} is for "
+                    f"{values['_target_']}"
+                )
+            values = {"betas": None, "eps": None, "weight_decay": 0.0, "lr_scale": None}
+        given = {"_target_": _target_, "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        given["lr_scale"] = lr_scale
+        for name, value in (values | {key: value for key, value in given.items() if value is not None}).items():
+            setattr(self, name, value)
+        self.own = own or {}
+        self.__post_init__()
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -152,6 +198,29 @@ class Optim:
                 check_above(f"optim.lr_scale.{name}", factor, 0)
 
 
+@dataclass
+class OptimGroup(Optim):
+    """The group `optim` of a command's config. A key that its YAML file leaves out does not come from rwkv.yaml."""
+
+    _target_: str = "torch.optim.Adam"
+    lr: float = 1e-5
+    betas: list[float] | None = None
+    eps: float | None = None
+    weight_decay: float = 0.0
+    lr_scale: Any = None
+    own: dict[str, Any] = field(default_factory=dict)
+
+
+def read_conf(name: str) -> dict[str, Any]:
+    """Read a file of conf/, such as optim/rwkv.yaml, without its defaults list."""
+    from importlib import resources
+
+    from omegaconf import OmegaConf
+
+    text = resources.files(CONFIG_MODULE).joinpath(name).read_text(encoding="utf-8")
+    return OmegaConf.to_container(OmegaConf.create(text))  # type: ignore[return-value]
+
+
 def split_own_arguments(optim: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Split the optim group of a config into the keys of every optimizer, and those that only its class has."""
     known = {of.name for of in fields(Optim)} - {"own"}
@@ -162,6 +231,9 @@ def split_own_arguments(optim: Mapping[str, Any]) -> tuple[dict[str, Any], dict[
 @dataclass
 class Schedule:
     """The learning rate as a function of the optimizer step.
+
+    Schedule() is constant, without a warm-up: conf/schedule/constant.yaml. Schedule("cosine", warmup_steps=100) needs a
+    Trainer with a length, max_steps or max_epochs, or decay_steps.
 
     It rises from 0 to optim.lr over `warmup_steps`, then falls along the curve `name` and reaches `final_lr` at step
     `decay_steps` (None: the run's last step).
@@ -202,7 +274,7 @@ class Train:
 
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
-    optim: Optim = field(default_factory=Optim)
+    optim: Optim = field(default_factory=OptimGroup)
     schedule: Schedule = field(default_factory=Schedule)
     trainer: dict[str, Any] = field(default_factory=dict)
     callbacks: dict[str, Any] = field(default_factory=dict)
@@ -264,7 +336,7 @@ class Eval:
         check_at_least("chunk_len", self.chunk_len, 1)
         if self.stride is not None:
             check_between("stride", self.stride, 1, self.data.ctx_len, inclusive=True)
-        check_one_of("accelerator", self.accelerator, ("auto", "cpu", "gpu", "cuda", "mps"))
+        check_one_of("accelerator", self.accelerator, ACCELERATORS)
         check_one_of("precision", self.precision, ("32-true", "64-true", "bf16-mixed", "16-mixed"))
         check_one_of("kernel", self.kernel, KERNELS)
 
@@ -303,6 +375,14 @@ TRAINER_OWNED = {
 }
 
 
+def _is_duration(length: Any) -> bool:
+    """Whether Lightning takes `length` as max_time: days:hours:minutes:seconds, or a mapping of units to numbers."""
+    if isinstance(length, dict):
+        units = ("weeks", "days", "hours", "minutes", "seconds")
+        return all(unit in units and type(number) in (int, float) for unit, number in length.items())
+    return isinstance(length, str) and bool(re.fullmatch(r"\d+:\d\d:\d\d:\d\d", length))
+
+
 def check_trainer(trainer: dict[str, Any], defaults: dict[str, Any]) -> None:
     """Check keys and types of `trainer` against conf/trainer/default.yaml, and the ranges. Raises UserError."""
     for key, value in trainer.items():
@@ -313,12 +393,11 @@ def check_trainer(trainer: dict[str, Any], defaults: dict[str, Any]) -> None:
         kinds = TRAINER_KINDS.get(key) or (type(defaults[key]),)
         if value is None and (defaults[key] is None or key in TRAINER_NULLABLE):
             continue
+        if key == "max_time" and not _is_duration(value):
+            raise UserError(
+                f"trainer.{key} must be days:hours:minutes:seconds, as in 00:08:00:00 for eight hours, got {value!r}"
+            )
         check_kind(f"trainer.{key}", value, kinds)
-    length = trainer.get("max_time")
-    if isinstance(length, str) and not re.fullmatch(r"\d+:\d\d:\d\d:\d\d", length):
-        raise UserError(
-            f"trainer.max_time must be days:hours:minutes:seconds, as in 00:08:00:00 for eight hours, got {length!r}"
-        )
     trainer = defaults | trainer
     for key in ("accumulate_grad_batches", "val_check_interval"):
         if isinstance(trainer[key], str):
@@ -334,6 +413,7 @@ def check_trainer(trainer: dict[str, Any], defaults: dict[str, Any]) -> None:
         if isinstance(limit, float) and limit > 1:
             raise UserError(f"trainer.{key} must be a fraction from 0.0 to 1.0 or a whole number, got {limit}")
         check_at_least(f"trainer.{key}", limit, 0)
+    check_one_of("trainer.accelerator", trainer["accelerator"], ACCELERATORS)
     if isinstance(trainer["deterministic"], str):
         check_one_of("trainer.deterministic, if neither true nor false,", trainer["deterministic"], ("warn",))
     if re.match("ddp_(spawn|fork|notebook)", trainer["strategy"]):
@@ -346,5 +426,7 @@ def check_trainer(trainer: dict[str, Any], defaults: dict[str, Any]) -> None:
             "trainer.precision=16-true is not supported, small gradients underflow to 0 and the loss becomes NaN: use "
             "16-mixed, which scales the loss, or bf16-true"
         )
+    if trainer["precision"] is not None and str(trainer["precision"]) not in OTHER_PRECISIONS:
+        check_one_of("trainer.precision", trainer["precision"], PRECISIONS)
     if trainer["gradient_clip_val"] is not None:
         check_at_least("trainer.gradient_clip_val", trainer["gradient_clip_val"], 0)

@@ -1,4 +1,4 @@
-"""The errors that a command prints as one line."""
+"""The errors that a command prints as one line, and the exception with which a signal ends a run."""
 
 
 class UserError(Exception):
@@ -11,6 +11,14 @@ class CorruptFileError(UserError):
 
 class RunError(UserError):
     """An error that ended a run after its start."""
+
+
+class StoppedBySignal(SystemExit):
+    """A signal ended a run. A command exits with `code`; `rwkv_pl.train` raises another exception with `message`."""
+
+    def __init__(self, number: int, code: int, message: str = "") -> None:
+        super().__init__(code)
+        self.number, self.message = number, message
 
 
 def one_line(error: BaseException | str) -> str:

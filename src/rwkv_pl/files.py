@@ -191,10 +191,12 @@ def require_own_files(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def as_user_error(folder: Path) -> Iterator[None]:
-    """Make the folder, and turn an OSError inside the block into a UserError."""
+def as_user_error(folder: Path, fix: str = "") -> Iterator[None]:
+    """Make the folder, and turn an OSError inside the block into a UserError, with the fix."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
-        raise UserError(f"cannot write in {folder}: {describe_os_error(error)}") from error
+        if folder.is_relative_to(cache_folder()):
+            fix = ": set RWKV_PL_CACHE to another folder"
+        raise UserError(f"cannot write in {folder}: {describe_os_error(error)}{fix}") from error

@@ -115,5 +115,5 @@ def load_class(where: str, target: str) -> type:
             f"{where}._target_={target} is not a class of {module}{suggest_key(name, there) if there else ''}"
         )
     if not issubclass(found, base):
-        raise UserError(f"{where}._target_={target} is not a {base_module}.{base_name}")
+        raise UserError(f"{where}._target_={target} is not a {base_module}.{base_name}: name a class derived from it")
     return found

@@ -1,12 +1,14 @@
 """Printing of one-line errors and tables."""
 
 import io
+import json
 import os
 import re
 import shlex
 import shutil
 import sys
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -28,8 +30,36 @@ def print_error(error: BaseException | str, code: int = BAD_INPUT) -> int:
     return code
 
 
-# The message of a signal while a run starts.
+# The messages of a signal while a run starts, and after its training.
 STOPPED_AT_START = "stopped before the first step: nothing to save"
+STOPPED_AT_END = "stopped after the last step: the checkpoints are complete"
+
+_overrides_from_python: Sequence[str] | None = None
+
+
+@contextmanager
+def called_from_python(overrides: Sequence[str]) -> Iterator[None]:
+    """Mark this process as one that trains in a call of `rwkv_pl.train`, with these overrides, and not as a command.
+
+    A signal then raises an exception, and messages name a call of `rwkv_pl.train` instead of a command.
+    """
+    global _overrides_from_python
+    _overrides_from_python = overrides
+    try:
+        yield
+    finally:
+        _overrides_from_python = None
+
+
+def is_called_from_python() -> bool:
+    """Whether `rwkv_pl.train` is running in this process."""
+    return _overrides_from_python is not None
+
+
+def print_loading() -> None:
+    """Print in a terminal that torch is being loaded, which takes seconds."""
+    if sys.stderr.isatty() and "lightning" not in sys.modules:
+        print("loading torch and lightning ...", file=sys.stderr, flush=True)
 
 
 def exit_at_once(message: str, code: int) -> NoReturn:
@@ -41,26 +71,42 @@ def exit_at_once(message: str, code: int) -> NoReturn:
 
 def quote_override(value: str | Path) -> str:
     """A text as the value of a Hydra override, whatever characters it has."""
-    return "'" + str(value).replace("\\", "\\\\").replace("'", "\\'") + "'"
+    # A backslash is doubled only before a quote: elsewhere, Hydra keeps both.
+    return "'" + re.sub(r"(\\*)('|$)", lambda end: 2 * end[1] + ("\\'" if end[2] else ""), str(value)) + "'"
 
 
 def resume_command(folder: Path, *flags: str) -> str:
-    """The command that resumes a run, or with -m a sweep, to be typed in this shell.
+    """The command that resumes a run, or with -m a sweep, to be typed in this shell, or the call in Python.
 
     It has the program's path if the shell would not find it, and the plug-ins that were typed.
     """
+    if _overrides_from_python is not None:
+        return resume_call(folder, _overrides_from_python)
     program = shutil.which("rwkv-train")
     own = Path(sys.executable).with_name("rwkv-train.exe" if os.name == "nt" else "rwkv-train")
     if own.exists() and not (program and own.samefile(program)):
         program = str(own.relative_to(Path.cwd()) if own.is_relative_to(Path.cwd()) else own)
     else:
         program = "rwkv-train"
-    plain = re.fullmatch(r"[\w./:\\-]+", str(folder), re.ASCII)
-    plugins = [word for word in sys.argv[1:] if word.startswith("plugins=")]
-    words = (program, *flags, f"resume={folder if plain else quote_override(folder)}", *plugins)
+    words = (program, *flags, _resume_override(folder), *_plugins(sys.argv[1:]))
     if os.name == "nt":
         return " ".join(f'"{word}"' if " " in word else word for word in words)
     return shlex.join(words)
+
+
+def resume_call(folder: Path, overrides: Sequence[str]) -> str:
+    """The call that resumes a run from Python, with the plug-ins among `overrides`."""
+    words = (_resume_override(folder), *_plugins(overrides))
+    return f"rwkv_pl.train({', '.join(json.dumps(word, ensure_ascii=False) for word in words)})"
+
+
+def _resume_override(folder: Path) -> str:
+    plain = re.fullmatch(r"[\w./:\\-]+", str(folder), re.ASCII)
+    return f"resume={folder if plain else quote_override(folder)}"
+
+
+def _plugins(words: Sequence[str]) -> list[str]:
+    return [word for word in words if word.startswith("plugins=")]
 
 
 def console() -> "Console":

@@ -33,6 +33,10 @@ CASES = {
     "optim=sgd optim.betas=[0.9,0.99]": "optim.betas is not a setting",
     "optim.own={momentum:0.9}": "optim.own is not a setting",
     "callbacks.last.every=3": "callbacks.last.every is not a setting",
+    "callbacks.ema.decay=0.5": "is not a setting; choose its file too: 'callbacks=[best,last,ema]'",
+    "logger.wandb.project=x": "is not a setting; choose its file too: 'logger=[tensorboard,wandb]'",
+    "logger.tensorboard.comment=x": "another argument of its class needs your own file with that key, "
+    "mine/logger/NAME.yaml: --config-dir mine logger=NAME",
     "model.n_layer.x=3": "model.n_layer is a value",
     # types
     "optim.lr=fast": "optim.lr must be a number, got 'fast'",
@@ -47,14 +51,17 @@ CASES = {
     "trainer.max_steps=true": "trainer.max_steps must be a whole number, got True",
     "trainer.val_check_interval=0.5": "trainer.val_check_interval must be a whole number",
     "trainer.deterministic=3": "trainer.deterministic must be true or false",
-    "trainer.max_time=3": "trainer.max_time must be a string",
+    "trainer.max_time=3": "trainer.max_time must be days:hours:minutes:seconds, as in 00:08:00:00 for eight "
+    "hours, got '3'",
+    "trainer.max_time={hour:8}": "trainer.max_time must be days:hours:minutes:seconds",
+    "trainer.max_time={hours:x}": "trainer.max_time must be days:hours:minutes:seconds",
     "trainer.max_time=8h": "days:hours:minutes:seconds, as in 00:08:00:00 for eight hours, got '8h'",
     "trainer={a:1}": "trainer",
     "callbacks.last.every_n_train_steps=abc": "callbacks.last.every_n_train_steps must be a whole number, got 'abc'",
     "callbacks.best.mode=3": "callbacks.best.mode must be a string",
     "logger.tensorboard.name=3": "logger.tensorboard.name must be a string",
     "seed=x": "seed",
-    "data=3": "data takes the name of a file",
+    "data=3": "data=3 does not exist; available: ",
     # ranges
     "optim.lr=nan": "optim.lr must be a finite number above 0, got nan",
     "optim.lr=0": "optim.lr must be a finite number above 0, got 0.0",
@@ -70,6 +77,7 @@ CASES = {
     "tf32=0.5": "tf32 must be true or false, got 0.5",
     "loss_chunk_len=0": "loss_chunk_len must be at least 1, got 0",
     "loss_chunk_len=half": "loss_chunk_len must be a whole number, got 'half'",
+    "trainer.precision=16": "trainer.precision=16 needs a GPU; use trainer.precision=auto on a CPU",
     "trainer.precision=16-mixed": "trainer.precision=16-mixed needs a GPU; use trainer.precision=auto on a CPU",
     "trainer.precision=16-true": "trainer.precision=16-true is not supported",
     "callbacks.last.dirpath=elsewhere": "callbacks.last.dirpath must be checkpoints",
@@ -88,9 +96,18 @@ CASES = {
     "trainer.val_check_interval=0": "trainer.val_check_interval must be at least 1",
     "trainer.accumulate_grad_batches=0": "trainer.accumulate_grad_batches must be at least 1",
     "trainer.gradient_clip_val=nan": "trainer.gradient_clip_val must be a finite number",
-    "trainer.precision=13": "Lightning's Trainer refuses its settings",
-    "trainer.accelerator=abacus": "Lightning's Trainer refuses its settings",
+    "trainer.precision=13": "trainer.precision must be one of auto, 32-true, 64-true, bf16-mixed, bf16-true, 16-mixed, "
+    "got 13",
+    "trainer.precision=8-bit": "trainer.precision must be one of auto, 32-true",
+    "trainer.accelerator=abacus": "trainer.accelerator must be one of auto, cpu, gpu, cuda, mps, got 'abacus'",
+    "trainer.strategy=dpp": "trainer.strategy=dpp: Lightning refuses it: You selected an invalid strategy name",
+    "trainer.devices=0": "trainer.devices=0: Lightning refuses it: ",
+    "trainer.gradient_clip_algorithm=x": "trainer.gradient_clip_algorithm=x: Lightning refuses it: ",
     "callbacks.best.mode=avg": "callbacks.best refuses its settings",
+    "callbacks.best.mode=max": "callbacks.best.mode must be min, got max",
+    "callbacks=[default,early_stopping] callbacks.early_stopping.mode=max": "early_stopping.mode must be min, got max",
+    "callbacks.best.filename=lowest": "filename=lowest must contain {step}",
+    "callbacks.best.save_top_k=0": "save_top_k that is not 0",
     "kernel=magic": "kernel must be one of auto, compiled, scan, recurrence, got 'magic'",
     "seed=-1": "seed must be from 0",
     "trainer.limit_val_batches=5.0": "trainer.limit_val_batches must be a fraction from 0.0 to 1.0",
@@ -108,8 +125,11 @@ CASES = {
     # syntax
     "+foo=1": "cannot add a key",
     "+model.foo=1": "cannot add a key",
-    "++optim.lr=1": "drop the +",
+    "++optim.lr=1": "drop the ++",
     "+optim.momentum=0.9": "your own file with that key, mine/optim/NAME.yaml: --config-dir mine optim=NAME",
+    "+optim.momentum=0.9 resume=run": "drop the + if it exists; another argument of its class needs a new run",
+    "+callbacks=ema": "to add one, list them all: 'callbacks=[default,ema]'",
+    "+logger=wandb": "to add one, list them all: 'logger=[tensorboard,wandb]'",
     "~trainer.max_steps": "cannot remove a key",
     "~model": "cannot remove a key",
     "data.path='unclosed": "can't be parsed as key=value",
@@ -122,6 +142,8 @@ CASES = {
     "--bogus": "--bogus",
     "--config-dir=nosuch": "nosuch is not a folder",
     "--config-name=x": "--config-dir",
+    "hydra.searchpath=[file://hollow]": "hydra.searchpath is not used: give your folder as --config-dir FOLDER",
+    "--config-dir=hollow hydra.searchpath=[hollow] --cfg job": "hydra.searchpath is not used",
     # choices and files
     "data=nosuch": "data=nosuch does not exist; available: binidx, enwik8, stdlib, text",
     "experiment=nosuch": "experiment=nosuch does not exist",
@@ -132,7 +154,7 @@ CASES = {
     "data.path=empty.txt": "empty.txt",
     "data.path=hollow": "hollow is a folder without files",
     "data.path='*.md'": "no file matches",
-    "data.path=broken.txt.gz": "broken.txt.gz is a corrupt or truncated gzip file",
+    "data.path=broken.txt.gz": "broken.txt.gz is corrupt or truncated",
     "data.path=rows.jsonl": "rows.jsonl, line 2 has no field text (its fields: words)",
     "data.path=rows.jsonl data.field=words": "rows.jsonl, line 3 is not JSON",
     "data.field=null": "data.field",
@@ -384,7 +406,7 @@ def test_max_time_in_a_file_is_days_hours_minutes_seconds(train, tmp_path, text,
     (tmp_path / "mine" / group / "long.yaml").write_text(f"{head}max_time: {text}\n")
     composed = compose([f"{group}=long"], str(tmp_path / "mine"))
     if expected is None:
-        with pytest.raises(UserError, match=r"trainer\.max_time must be a string or a mapping, got 300000"):
+        with pytest.raises(UserError, match=r"must be days:hours:minutes:seconds, .* got '300000'"):
             check_config(composed)
     else:
         assert check_config(composed).trainer["max_time"] == expected

@@ -83,10 +83,10 @@ def test_trained_model_converts_to_other_formats_and_back(train, convert, tmp_pa
 def test_conversion_reports_rounding_and_format(convert, official, tmp_path):
     result = convert("official.pth", "half", "--dtype", "bfloat16")
     assert result.code == 0, result.err
-    told = "rwkv4 2 x 16, 42 tensors, "
-    assert f"read    official.pth\n        official .pth, {told}" in result.out
+    summary = "rwkv4 2 x 16, 42 tensors, "
+    assert f"read    official.pth\n        official .pth, {summary}" in result.out
     assert "float32, 256 tokens (vocabulary not known)" in result.out
-    assert f"        Hugging Face folder, {told}" in result.out
+    assert f"        Hugging Face folder, {summary}" in result.out
     assert "checked by reading it back, every tensor bit for bit; digest " in result.out
     values = [value.flatten() for value in torch.load(official, weights_only=True).values()]
     changed = int((torch.cat(values).bfloat16().float() != torch.cat(values)).sum())
@@ -116,9 +116,9 @@ def test_converted_weights_start_a_run_but_cannot_be_resumed(train, convert, off
     assert convert("official.pth", "folder").code == 0
     result = train(*SMALL, "weights=folder", "hydra.run.dir=run", "optim.lr=1e-9", "trainer.max_steps=1")
     assert result.code == 0, result.err
-    told = "Hugging Face folder, rwkv4 2 x 16, 42 tensors, 15,264 parameters, float32, 256 tokens"
-    told += " (vocabulary not known)"
-    assert told in (tmp_path / "run" / "train.log").read_text()
+    summary = "Hugging Face folder, rwkv4 2 x 16, 42 tensors, 15,264 parameters, float32, 256 tokens"
+    summary += " (vocabulary not known)"
+    assert summary in (tmp_path / "run" / "train.log").read_text()
     here = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     for name, value in torch.load(official, weights_only=True).items():
         torch.testing.assert_close(here[f"model.{name}"], value, rtol=0, atol=1e-6)

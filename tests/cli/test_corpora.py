@@ -43,7 +43,7 @@ def load_weights_of(run: Path) -> dict[str, torch.Tensor]:
 
 
 def test_run_with_20b_tokenizer_needs_its_json_only_at_the_start(train, tokenizer, tmp_path):
-    result = train(*SMALL_20B, "trainer.max_steps=6", "hydra.run.dir=unbroken")
+    result = train(*SMALL_20B, "trainer.max_steps=6", "hydra.run.dir=uninterrupted")
     assert result.code == 0, result.err
     assert f"vocabulary 20b ({VOCABULARY.size})" in result.out
     for shown in (f"{len(TEXT):,} bytes", "gzip -9", "this model"):
@@ -53,7 +53,7 @@ def test_run_with_20b_tokenizer_needs_its_json_only_at_the_start(train, tokenize
     shutil.move(tmp_path / "run", tmp_path / "moved")
     result = train("resume=moved", "trainer.max_steps=6")
     assert result.code == 0, result.err
-    ours, theirs = load_weights_of(tmp_path / "moved"), load_weights_of(tmp_path / "unbroken")
+    ours, theirs = load_weights_of(tmp_path / "moved"), load_weights_of(tmp_path / "uninterrupted")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert json.loads((tmp_path / "moved" / "vocab.json").read_text()) == VOCABULARY.to_dict()
     model, vocabulary = load_weights(tmp_path / "moved")
@@ -72,7 +72,7 @@ def test_run_with_20b_tokenizer_needs_its_json_only_at_the_start(train, tokenize
 
 def test_run_on_megatron_files_resumes_after_they_are_moved(train, tokenizer, megatron, tmp_path):
     settings = (*SMALL[2:], "data=binidx", "data.path=corpus", "data.vocab_path=tokenizer.json")
-    result = train(*settings, "hydra.run.dir=unbroken", "trainer.max_steps=6")
+    result = train(*settings, "hydra.run.dir=uninterrupted", "trainer.max_steps=6")
     assert result.code == 0, result.err
     for shown in (f"{len(TEXT):,} bytes", f"vocabulary 20b ({VOCABULARY.size})", "gzip -9", "this model"):
         assert shown in result.out
@@ -85,7 +85,7 @@ def test_run_on_megatron_files_resumes_after_they_are_moved(train, tokenizer, me
     assert "there is no" in result.err
     result = train("resume=run", "trainer.max_steps=6", "data.path=elsewhere")
     assert result.code == 0, result.err
-    ours, theirs = load_weights_of(tmp_path / "run"), load_weights_of(tmp_path / "unbroken")
+    ours, theirs = load_weights_of(tmp_path / "run"), load_weights_of(tmp_path / "uninterrupted")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     content = (tmp_path / "elsewhere.bin").read_bytes()
     (tmp_path / "elsewhere.bin").write_bytes(content[2:] + content[:2])

@@ -73,9 +73,8 @@ def test_refused_write_is_reported(tmp_path, finished_run, place, call, where):
 def test_unwritable_tokens_or_run_folder_is_reported(tmp_path):
     (tmp_path / "corpus.txt").write_bytes(CORPUS)
     cache = {"RWKV_PL_CACHE": str(tmp_path / "cache")}
-    result = forks.run(
-        tmp_path, *RUN, strikes=[Strike("rwkv_pl.data.vocabulary:Vocabulary.encode", 3, raise_disk_full)], **cache
-    )
+    strike = Strike("rwkv_pl.data.vocabulary:Vocabulary.encode_documents", 3, raise_disk_full)
+    result = forks.run(tmp_path, *RUN, strikes=[strike], **cache)
     assert_reported(result, 2, "cache/tokens")
     assert not (tmp_path / "run").exists()
     assert not list((tmp_path / "cache").rglob("*.partial"))

@@ -75,21 +75,20 @@ def test_an_experiment_without_its_package_line_is_named(train, tmp_path, text, 
         ("--config-dir=conf", "experiment=mine", "--cfg", "job"),
         ("--config-dir=conf", "experiment=mine", "--explain"),
         ("--config-dir=conf", "experiment=[mine]"),
-        ("hydra.searchpath=[file://conf]", "experiment=mine"),
-        ("hydra.searchpath=[file://conf]", "experiment=mine", "--cfg", "job"),
-        ("hydra.searchpath=['file://conf']", "experiment=mine", "-m", "seed=1,2"),
+        ("--config-dir=conf", "experiment=mine", "--cfg", "all"),
+        ("--config-dir=conf", "experiment=mine", "-m", "seed=1,2"),
     ],
 )
 @pytest.mark.parametrize("text", ["seed: 3\n", "defaults:\n  - override /data: stdlib\n"])
 def test_a_missing_package_line_is_named_in_every_form(train, tmp_path, text, more):
     (tmp_path / "conf" / "experiment").mkdir(parents=True)
     (tmp_path / "conf" / "experiment" / "mine.yaml").write_text(text)
-    result = train(*SMALL, *(word.replace("//conf", f"//{tmp_path}/conf") for word in more))
+    result = train(*SMALL, *more)
     assert (result.code, result.err.count("\n")) == (2, 1), result.err
     assert "experiment=mine: the first line of its file must be '# @package _global_'" in result.err
 
 
-def test_an_experiment_without_its_package_line_fails_alone_in_a_sweep(train, tmp_path, monkeypatch):
+def test_an_invalid_job_of_a_sweep_fails_alone_with_the_error_of_a_single_run(train, tmp_path, monkeypatch):
     launched = []
 
     def run_jobs(jobs, **_):
@@ -104,6 +103,16 @@ def test_an_experiment_without_its_package_line_fails_alone_in_a_sweep(train, tm
     result = train("--config-dir=conf", *SMALL, "-m", "experiment=bad,good", "hydra.sweep.dir=sweep")
     assert (result.code, launched) == (1, ["job 1"]), result.err
     assert "experiment=bad: the first line of its file" in (tmp_path / "sweep" / "0" / "error.txt").read_text()
+    bad = {
+        "optim=rwkv,sgd optim.momentum=0.5,0.9": "optim.momentum is not a setting",
+        "data=stdlib,text data.path=corpus.txt,corpus.txt": "data.path is not a setting",
+        "schedule=nosuch,constant": "schedule=nosuch does not exist; available: constant, cosine",
+    }
+    for arguments, message in bad.items():
+        folder = tmp_path / f"sweep {arguments.partition('=')[0]}"
+        result = train(*SMALL, "-m", *arguments.split(), f"hydra.sweep.dir='{folder}'")
+        assert (result.code, "config use +" in result.out) == (1, False), result.err
+        assert (folder / "0" / "error.txt").read_text().startswith(message)
 
 
 def test_help_lists_every_file_of_every_group(train):
@@ -225,8 +234,16 @@ def test_mlflow_in_a_file_continues_on_resume(train, tmp_path, monkeypatch):
     assert result.code == 0, result.err
     known = sqlite3.connect(tmp_path / "run" / "mlflow.db")
     (run,) = known.execute("select run_uuid from runs").fetchall()
-    assert (tmp_path / "run" / "mlflow_run").read_text() == run[0]
+    assert (tmp_path / "run" / "mlflow_run").read_text().splitlines()[0] == run[0]
     assert ("model/n_embd", "16") in known.execute("select key, value from params").fetchall()
     steps = {step for key, step in known.execute("select key, step from metrics").fetchall() if key == "train/loss"}
     assert steps == {1} | ({6} & steps) and known.execute("select 1 from metrics where step = 6").fetchall()
     assert json.loads((tmp_path / "run" / "result.json").read_text())["step"] == 6
+    # Other settings start another run of MLflow, which the next resume continues, as it does the run of an early file.
+    for steps, more in ((7, ["logger.mlflow.run_name=second"]), (8, []), (9, [])):
+        assert train("resume=run", f"trainer.max_steps={steps}", *more).code == 0
+        if steps == 8:
+            (tmp_path / "run" / "mlflow_run").write_text((tmp_path / "run" / "mlflow_run").read_text().split()[0])
+    second = "select distinct step from metrics join runs using (run_uuid) where name = 'second' order by step"
+    assert known.execute(second).fetchall() == [(7,), (8,), (9,)]
+    assert known.execute("select count(*) from runs").fetchone() == (2,)

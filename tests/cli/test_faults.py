@@ -120,7 +120,7 @@ LONG = pytest.mark.slow  # a moment close to one that is always tested
 @pytest.mark.parametrize(
     ("strike", "then"),
     [
-        pytest.param(Strike("rwkv_pl.data.vocabulary:Vocabulary.encode", 2, kill), AGAIN, id="tokenising"),
+        pytest.param(Strike("rwkv_pl.data.vocabulary:Vocabulary.encode_documents", 2, kill), AGAIN, id="tokenising"),
         pytest.param(Strike("rwkv_pl.runs.folder:create_run_dir", 1, kill, after=True), AGAIN, id="folder-made"),
         pytest.param(Strike("rwkv_pl.runs.folder:atomic_write", 2, kill), AGAIN, id="settings-half-written"),
         pytest.param(
@@ -128,7 +128,7 @@ LONG = pytest.mark.slow  # a moment close to one that is always tested
         ),
         pytest.param(Strike(TRAINING_STEP, nth_training_step(2, 2), kill), RESUME, id="before-the-first-checkpoint"),
         pytest.param(Strike(TRAINING_STEP, nth_training_step(5, 3), kill), RESUME, id="stepping"),
-        pytest.param(Strike("torch:save", 3, kill), RESUME, id="checkpoint-begun", marks=LONG),
+        pytest.param(Strike("torch:save", 3, kill), RESUME, id="checkpoint-started", marks=LONG),
         pytest.param(Strike("torch:save", 2, kill, after=True), RESUME, id="checkpoint-not-renamed"),
         pytest.param(Strike("rwkv_pl.training.checkpoint_io:_link", 2, kill), RESUME, id="between-best-and-last"),
         pytest.param(Strike(VALIDATION_STEP, 15, kill), RESUME, id="validating", marks=LONG),

@@ -138,6 +138,62 @@ def test_saved_state_continues_exactly(model, run):
     assert said.out == generate_expected(model, heard, 9, temperature=0)
 
 
+@pytest.fixture
+def continue_text(run):
+    """continue_text((3, "prompt", ...), (5,), ...) -> the text of each call, which continues from the one before.
+
+    Each call has its number of tokens and further arguments. The model repeats the bytes of a text without end.
+    """
+    text = "中文😀".encode()
+    model = RWKV4(RWKV4Config(vocab_size=256, n_layer=1, n_embd=16)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("output.weight", "value.weight", "emb.weight", "head.weight")):
+                parameter.zero_()
+        for i, token in enumerate(text):
+            model.emb.weight[token, i] = model.head.weight[text[(i + 1) % len(text)], i] = 1
+    torch.save(model.state_dict(), "chinese.pth")
+
+    def texts(*calls: tuple) -> list[str]:
+        shown = []
+        for tokens, *arguments in calls:
+            state = ["--state-in", "memory"] if shown else []
+            where = ("--temperature", "0", "--max-tokens", str(tokens), *state, "--state-out", "memory")
+            result = run("chinese.pth", *arguments, *where)
+            assert result.code == 0, result.err
+            shown.append(result.out.removesuffix("\n"))
+        return shown
+
+    return texts
+
+
+LAST = "\udc80"  # the last byte of the text, as an argument of a command
+
+
+def test_character_cut_by_the_token_limit_is_completed_by_the_next_call(continue_text):
+    assert continue_text((23, LAST), (23,)) == ["中文😀中文😀中", "文😀中文😀中文"]
+    for cut in range(1, 10):
+        assert "".join(continue_text((cut, LAST), (1,), (0,), (19 - cut,))) == "中文😀中文😀"
+
+
+def test_stop_is_found_across_two_calls(continue_text):
+    stop = ("--stop", "文😀")
+    assert continue_text((7, LAST, *stop), (50, *stop)) == ["中", ""]
+    assert continue_text((7, LAST, *stop), (4, "--stop", "x")) == ["中", "文😀"]
+    assert continue_text((7, LAST, *stop), (50, "--stop", "文")) == ["中", ""]
+
+
+def test_prompt_after_an_unfinished_character_starts_anew(continue_text):
+    assert continue_text((2, LAST), (6, LAST)) == ["", "\ufffd中文"]
+    assert continue_text((6, LAST, "--stop", "文中"), (10, LAST, "--stop", "文中")) == ["中", "文中文😀"]
+
+
+def test_every_sample_begins_with_the_unfinished_character(continue_text, run):
+    continue_text((2, LAST))
+    result = run("chinese.pth", "--temperature", "0", "--max-tokens", "4", "--state-in", "memory", "--samples", "2")
+    assert result.out == "--- 1 of 2 ---\n中文\n--- 2 of 2 ---\n中文\n"
+
+
 def test_state_can_be_overwritten_and_saved_without_new_text(run):
     for _ in range(2):
         kept = run("model.pth", "abc", "--max-tokens", "0", "--state-out", "memory", "--seed", "1")
@@ -174,7 +230,7 @@ def test_state_of_other_weights_is_refused(model, run):
         (["model.pth", "--samples", "1" + 30 * "0"], "--samples must be from 1 to 1,000"),
         (["model.pth", "--state-out", "killed"], "killed.partial exists"),
         (["model.pth", "--stop", ""], "--stop is empty and would end every text at once"),
-        (["model.pth", "--state-in", "nowhere"], "there is no state nowhere"),
+        (["model.pth", "--state-in", "nowhere"], "nowhere is missing: --state-out writes a state"),
         (["model.pth", "--state-in", "model.pth"], "not a state file of rwkv-generate"),
         (["model.pth", "--state-out", "model.pth"], "it was not changed"),
         (["model.pth", "--state-out", "no/where"], "no folder no"),
@@ -268,15 +324,16 @@ def test_ctrl_c_ends_cleanly_and_saves_the_state(tmp_path):
         command("model.pth", "abc", "--max-tokens", "-1", "--state-out", "memory"),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0, env=environment,
     )  # fmt: skip
-    begun = process.stdout.read(20)
+    first_bytes = process.stdout.read(20)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=600)
     assert process.returncode == 130
-    (begun + out).decode()
+    (first_bytes + out).decode()
     assert out.endswith(b"\n") and b"Traceback" not in err and b"tokens/s" in err
     assert (tmp_path / "memory").is_file()
-    written = torch.load("memory", weights_only=True)["recent"][3:].tolist()
-    assert (begun + out)[:-1] == bytes(written).decode(errors="replace").encode()[-len(begun + out) + 1 :]
+    saved = torch.load("memory", weights_only=True)
+    written = bytes(saved["recent"][3:].tolist()).removesuffix(bytes(saved["unfinished"]))
+    assert (first_bytes + out)[:-1] == written.decode(errors="replace").encode()[-len(first_bytes + out) + 1 :]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no pipes of this kind")
@@ -309,5 +366,5 @@ def test_ctrl_c_while_importing_torch_exits_at_once():
 def test_help_imports_no_torch():
     asked = "import sys; sys.argv[1:] = ['--help']\nfrom rwkv_pl.cli.generate import main\ntry: main()\n"
     asked += "except SystemExit: assert 'torch' not in sys.modules"
-    told = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True).stdout
-    assert "starts with - follows --" in told
+    output = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True).stdout
+    assert "starts with - follows --" in output

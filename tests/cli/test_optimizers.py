@@ -117,3 +117,20 @@ def test_optimizer_settings_that_cannot_change_on_resume_are_refused(train, tmp_
     assert (result.code, result.err.count("\n")) == (2, 1), result.err
     assert "optim can't change to these settings in a resume (KeyError: 'max_exp_avg_sq')" in result.err
     assert train("resume=run", "trainer.max_steps=4").code == 0
+
+
+def test_advice_for_a_missing_argument_works_when_typed(train, run, tmp_path):
+    result = train(*SMALL, "optim.momentum=0.5")
+    assert "mine/optim/NAME.yaml: --config-dir mine optim=NAME" in result.err
+    (tmp_path / "mine" / "optim").mkdir(parents=True)
+    (tmp_path / "mine" / "optim" / "own.yaml").write_text("defaults: [sgd]\ndampening: 0.1\n")
+    mine = (*(text for text in SMALL if not text.startswith("optim=")), "--config-dir=mine", "optim=own")
+    result = train(*mine, "optim.dampening=0.2", "trainer.max_steps=1", "hydra.run.dir=own")
+    assert result.code == 0, result.err
+    result = train("resume=run", "optim.momentum=0.5")
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert result.err.endswith("; another argument of its class needs a new run\n")
+    listed = "callbacks=[best,last,ema]"
+    assert f"choose its file too: '{listed}'" in train("resume=run", "callbacks.ema.decay=0.5").err
+    result = train("resume=run", listed, "callbacks.ema.decay=0.5", "trainer.max_steps=5")
+    assert result.code == 0, result.err

@@ -10,6 +10,7 @@ from test_train import load_checkpoint
 
 from rwkv_pl.cli.entry import cli_entry_point
 from rwkv_pl.config import Train
+from rwkv_pl.ops import backend
 from rwkv_pl.runs import device
 from rwkv_pl.runs.device import choose_accelerator, choose_matmul_precision
 
@@ -40,8 +41,8 @@ def test_run_continues_without_compile_if_it_fails(train, tmp_path, monkeypatch)
         then.setattr(torch, "compile", refuse)
         result = train(*SMALL, "compile=true", "trainer.max_steps=1", "hydra.run.dir=run")
     assert (result.code, result.err) == (0, "")
-    for told in (result.out, (tmp_path / "run" / "train.log").read_text()):
-        assert told.count("compile off: no compiler is here\n") == 1
+    for text in (result.out, (tmp_path / "run" / "train.log").read_text()):
+        assert text.count("compile off: no compiler is here\n") == 1
 
 
 @pytest.mark.slow
@@ -118,12 +119,42 @@ def test_auto_accelerator_is_cuda_or_cpu(monkeypatch):
     """Lightning's auto would choose a Mac's MPS."""
     for there, chosen in ((False, "cpu"), (True, "cuda")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
-        config = Train(trainer={"accelerator": "auto"})
-        choose_accelerator(config)
-        assert config.trainer["accelerator"] == chosen
-    config = Train(trainer={"accelerator": "mps"})
-    choose_accelerator(config)
-    assert config.trainer["accelerator"] == "mps"
+        assert choose_accelerator("accelerator", "auto") == chosen
+
+
+@pytest.mark.parametrize("name", ["cuda", "gpu", "mps"])
+@pytest.mark.parametrize("is_built", [False, True])
+def test_missing_gpu_is_an_error_with_its_fix(train, monkeypatch, name, is_built):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    for kind in (torch.backends.cuda, torch.backends.mps):
+        monkeypatch.setattr(kind, "is_built", lambda: is_built)
+    result = train(*SMALL, f"trainer.accelerator={name}")
+    cause = {
+        ("mps", False): "this torch is built without MPS: install torch from pytorch.org on a Mac",
+        ("mps", True): "torch finds no GPU of a Mac",
+        ("cuda", False): "this torch is built without CUDA: install a CUDA build from pytorch.org",
+        ("cuda", True): "torch finds no GPU: check nvidia-smi and CUDA_VISIBLE_DEVICES",
+    }[name if name == "mps" else "cuda", is_built]
+    line = f"rwkv-train: trainer.accelerator={name} is not available, {cause}, or use trainer.accelerator=cpu\n"
+    assert (result.code, result.err) == (2, line)
+
+
+def test_mps_is_used_if_typed(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    for name in ("mps", "gpu"):
+        assert choose_accelerator("accelerator", name) == name
+
+
+@pytest.mark.parametrize("main", ["train", "evaluate"])
+def test_unavailable_compiled_kernel_is_an_error_that_names_the_setting(request, run, monkeypatch, main):
+    monkeypatch.setitem(backend._failures, "cpu", "no C++ compiler; install g++")
+    command = request.getfixturevalue(main)
+    name = f"rwkv-{'train' if main == 'train' else 'eval'}"
+    arguments = (*SMALL, "hydra.run.dir=other") if main == "train" else (f"weights={run}",)
+    result = command(*arguments, "kernel=compiled")
+    line = f"{name}: kernel=compiled is not available: no C++ compiler; install g++; or use kernel=auto\n"
+    assert (result.code, result.err) == (2, line)
 
 
 def test_thread_spin_is_short_unless_the_user_sets_it(monkeypatch):

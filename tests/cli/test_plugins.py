@@ -218,11 +218,11 @@ def run_sweep(folder: Path, *arguments: str):
 
 def test_sweep_passes_plugins_to_its_jobs(plugin_folder):
     (plugin_folder / "corpus.txt").write_bytes(TEXT)
-    begun = (*SMALL, *NOTE, "trainer.max_steps=2", "seed=1,2", "hydra.sweep.dir=sweep")
-    result = run_sweep(plugin_folder, *begun)
+    arguments = (*SMALL, *NOTE, "trainer.max_steps=2", "seed=1,2", "hydra.sweep.dir=sweep")
+    result = run_sweep(plugin_folder, *arguments)
     assert (result.code, "plugins=[mypkg]" in result.err) == (2, True), result.err
     assert not (plugin_folder / "sweep").exists()
-    result = run_sweep(plugin_folder, *begun, "plugins=[mypkg]")
+    result = run_sweep(plugin_folder, *arguments, "plugins=[mypkg]")
     assert result.code == 0, result.out + result.err
     notes = [plugin_folder / "sweep" / name / "note.txt" for name in "01"]
     assert [note.read_text() for note in notes] == ["hello at step 2"] * 2

@@ -1,5 +1,6 @@
 """rwkv-train -m: its jobs in separate processes, and their files."""
 
+import codecs
 import csv
 import json
 import os
@@ -24,12 +25,12 @@ from hydra._internal.utils import create_config_search_path
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from hydra_plugins.rwkv_pl.study import StudySweeper, _is_drawn_from, to_distribution
+from hydra_plugins.rwkv_pl.study import StudySweeper, _is_drawn_from, _repair_lines, to_distribution
 from rwkv_pl.compose import CONFIG_MODULE, parse_overrides
 from rwkv_pl.errors import UserError
 from rwkv_pl.runs.folder import has_started
 from rwkv_pl.runs.outcome import read_result
-from rwkv_pl.sweeps.jobs import expand_grid, merge_params
+from rwkv_pl.sweeps.jobs import Job, expand_grid, merge_params, record_failure, require_own_run
 from rwkv_pl.terminal import SWEEP_JOB_ENV
 
 QUICK = (*SMALL, "trainer.max_steps=6", "trainer.val_check_interval=3", "hydra.sweep.dir=sweep")
@@ -69,7 +70,7 @@ def read_table(folder: Path) -> dict[str, dict[str, str]]:
 def wait_for(what, seconds: float = 600) -> None:
     end = time.monotonic() + seconds
     while not what():
-        assert time.monotonic() < end, "in vain"
+        assert time.monotonic() < end, "timed out"
         time.sleep(0.05)
 
 
@@ -106,6 +107,17 @@ def test_grid_with_a_failing_job_finishes_the_others(folder):
     assert (job / "metrics.csv").stat().st_mtime_ns == before
 
 
+def test_swept_paths_are_taken_as_typed(folder):
+    names = ("1e5", "语料.txt")
+    for name in names:
+        (folder / name).write_bytes(TEXT)
+    process = start(folder, *SMALL, f"data.path={','.join(names)}", "trainer.max_steps=1", "hydra.sweep.dir=2_0")
+    code, out = wait_for_end(process)
+    assert code == 0, out
+    (folder / "2_0").rename(folder / "sweep")
+    assert [row["data.path"] for row in read_table(folder).values()] == list(names)
+
+
 def test_killed_job_does_not_affect_the_others(folder):
     process = start(folder, *QUICK, "trainer.max_steps=500", "trainer.val_check_interval=500", "model.n_embd=16,8",
                     "optim.lr=1e-2", "hydra.launcher.jobs=2", "callbacks.last.every_n_train_steps=100")  # fmt: skip
@@ -121,7 +133,7 @@ def test_killed_job_does_not_affect_the_others(folder):
     assert code == 0, out
     assert [row["status"] for row in read_table(folder).values()] == ["finished", "finished"]
     assert not (jobs[0] / "error.txt").exists()
-    assert "of which" in out, "it began anew"
+    assert "of which" in out, "it started again at step 0"
 
 
 def test_signal_stops_the_jobs_and_prints_the_table(folder):
@@ -254,6 +266,20 @@ def test_job_survives_a_closed_stdout(folder):
     assert read_result(folder / "run")["status"] == "finished"
 
 
+@pytest.mark.parametrize("change", [
+    lambda text: text.replace(b"\n", b"\r"),
+    lambda text: codecs.BOM_UTF8 + text.replace(b"\n", b"\r\r\n"),
+    lambda text: text.rstrip(b"\n"),
+    lambda text: text + b'{"op_code": 4, "user_attr": {}',
+], ids=["CR", "BOM", "last line", "cut"])  # fmt: skip
+def test_study_with_other_line_endings_is_kept(tmp_path, change):
+    text = b'{"op_code": 0, "study_name": "sweep"}\n{"op_code": 4}\n'
+    journal = tmp_path / "study.journal"
+    journal.write_bytes(change(text))
+    _repair_lines(journal)
+    assert journal.read_bytes() == text
+
+
 def test_study_survives_a_killed_sweeper_and_a_partial_journal_line(folder):
     """The sweep waits for a job that the killed sweeper left running, and retries a killed trial."""
     process = start(folder, *QUICK, "hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", "trainer.max_steps=400",
@@ -293,8 +319,8 @@ def test_bad_trial_is_pruned(train, tmp_path, monkeypatch):
         trial.report(bits, step=2)
         study.tell(trial, bits)
     trial = study.ask()
-    told = {"number": trial.number, "id": trial._trial_id, "pruner": "median"}
-    (sweep / "3" / "trial.json").write_text(json.dumps(told))
+    trial_info = {"number": trial.number, "id": trial._trial_id, "pruner": "median"}
+    (sweep / "3" / "trial.json").write_text(json.dumps(trial_info))
     monkeypatch.setenv(SWEEP_JOB_ENV, "1")
     result = train(*SMALL, "trainer.max_steps=8", "trainer.val_check_interval=2", "hydra.run.dir=sweep/3")
     assert result.code == 0, result.err
@@ -316,6 +342,7 @@ def test_trial_resumed_by_its_user_is_an_ordinary_run(train, tmp_path, monkeypat
     study.launch = lambda jobs, first: train(*SMALL, "hydra.run.dir=sweep/0")  # type: ignore[method-assign]
     study.write_multirun_yaml = lambda: None  # type: ignore[method-assign]
     study.launcher = None  # type: ignore[assignment]
+    study.hydra_context = SimpleNamespace(config_loader=None)  # type: ignore[assignment]
     study.sweep(["optim.lr=1e-2,1e-3"])
     told = journal.read_bytes()
     assert b"trial_id" in told and (tmp_path / "sweep" / "0" / "trial.json").exists()
@@ -368,16 +395,73 @@ def test_setting_invalid_in_every_job_rejects_the_sweep(train, tmp_path, argumen
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("hydra.sweep.subdir=L${model.n_layer}", "model.n_layer=1", "seed=1,2"),
+        (
+            "hydra.sweep.subdir='${hydra.job.override_dirname}'",
+            "hydra.job.config.override_dirname.exclude_keys=[seed]",
+            "model.n_layer=1,2",
+            "seed=1,2",
+        ),
+        ("hydra.sweep.subdir=all", "optim.lr=1e-3", "seed=1,2"),
+        ("hydra.sweep.subdir='${model.n_layer}/../x'", "model.n_layer=1,2", "seed=1,2"),
+    ],
+)
+def test_two_jobs_with_one_folder_reject_the_sweep(train, tmp_path, arguments):
+    before = sorted(tmp_path.rglob("*"))
+    result = train("-m", *SMALL, "hydra.sweep.dir=sweep", *arguments)
+    assert (result.code, result.err.count("\n")) == (2, 1), result.err
+    assert "seed=1, one with" in result.err and "seed=2: add the settings that differ to hydra.sweep" in result.err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def write_sweep(folder: Path, *task: str, own: Sequence[str] = ()) -> None:
+    """Write multirun.yaml into folder/sweep."""
+    (folder / "sweep").mkdir(exist_ok=True)
+    stored = {
+        "overrides": {"task": list(task), "hydra": list(own)},
+        "runtime": {"cwd": str(folder), "config_sources": []},
+    }
+    (folder / "sweep" / "multirun.yaml").write_text(yaml.safe_dump({"hydra": stored}))
+
+
+@pytest.mark.parametrize("own", [(), ("hydra/sweeper=optuna", "hydra.sweeper.n_trials=1")])
+def test_run_of_other_settings_is_not_taken_for_a_job(train, run, tmp_path, own):
+    """The fixture's run has finished, with other settings than the sweep's first job."""
+    write_sweep(tmp_path, *SMALL, "seed=1,2", own=own)
+    run.rename(tmp_path / "sweep" / "0")
+    before = read_result(tmp_path / "sweep" / "0")
+    result = train("-m", "resume=sweep")
+    assert result.code == 2
+    assert f"{tmp_path / 'sweep' / '0'} holds another run, which differs in seed: move" in result.err
+    assert read_result(tmp_path / "sweep" / "0") == before
+    assert not (tmp_path / "sweep" / "1").exists()
+
+
+def test_failure_of_a_job_is_not_written_into_the_folder_of_another(run, tmp_path):
+    record_failure(Job([*SMALL, "seed=3"], run), "model.n_embd must be at least 1, got 0")
+    assert read_result(run)["status"] == "finished" and not (run / "error.txt").exists()
+    record_failure(Job(list(SMALL), run), "killed")
+    assert read_result(run)["status"] == "failed"
+
+
+def test_finished_job_is_recognised_with_other_quotes(run):
+    require_own_run(Job(["data.path='corpus.txt'" if "data.path" in text else text for text in SMALL], run))
+    require_own_run(Job([*SMALL, "plugins=[json]", "hydra.sweep.subdir=0"], run))
+
+
 def test_jobs_are_the_product_of_swept_values():
-    told = parse_overrides(["a=1,2", "b='x,y'", "c=choice(3,4)", "d=range(0,2)"], sweep=True)
-    jobs = list(expand_grid(told))
+    overrides = parse_overrides(["a=1,2", "b='x,y'", "c=choice(3,4)", "d=range(0,2)"], sweep=True)
+    jobs = list(expand_grid(overrides))
     assert len(jobs) == 8
     assert jobs[1] == ["a=1", "b='x,y'", "c=3", "d=1"]
 
 
 def test_typed_values_replace_swept_values_of_a_file():
-    told = merge_params({"a": "1,2", "b": "3,4"}, ["b=5"])
-    assert list(expand_grid(told)) == [["a=1", "b=5"], ["a=2", "b=5"]]
+    overrides = merge_params({"a": "1,2", "b": "3,4"}, ["b=5"])
+    assert list(expand_grid(overrides)) == [["a=1", "b=5"], ["a=2", "b=5"]]
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ import yaml
 from command import SMALL, TEXT
 from forked_jobs import FORK_THE_JOBS
 
-from rwkv_pl.cli.entry import safe_import_path
 from rwkv_pl.compose import parse_overrides
+from rwkv_pl.environment import safe_import_path
 from rwkv_pl.errors import UserError
 from rwkv_pl.files import atomic_write, require_own_files
 from rwkv_pl.runs import build
@@ -386,7 +386,7 @@ def test_entry_points_below_the_current_folder_are_ignored(tmp_path):
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: evil\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[torch.backends]\nx = antigravity:fly\n")
     code = (
-        "import os, sys; from rwkv_pl.cli.entry import safe_import_path\n"
+        "import os, sys; from rwkv_pl.environment import safe_import_path\n"
         "with safe_import_path():\n import torch, antigravity"
     )
     (tmp_path / "antigravity.py").write_text("def fly(): open('executed', 'w')")

@@ -86,12 +86,12 @@ def test_batches_are_the_same_on_any_hardware_from_any_step(
     path: Path, devices: int, accumulate: int, step: int
 ) -> None:
     data = make_data_module(path)
-    unbroken = take(data.train_dataloader(), step + 4)[step:]
+    uninterrupted = take(data.train_dataloader(), step + 4)[step:]
     parts = []
     for rank in range(devices):
         attach_trainer(data, step=step, devices=devices, rank=rank, accumulate=accumulate)
         parts.append(take(data.train_dataloader(), 4 * accumulate))
-    for n, batch in enumerate(unbroken):
+    for n, batch in enumerate(uninterrupted):
         pieces = [parts[d][n * accumulate + a] for a in range(accumulate) for d in range(devices)]
         assert torch.equal(torch.cat(pieces), batch)
 
@@ -307,9 +307,9 @@ def test_trainer_resumes_with_the_next_batch(path: Path, tmp_path: Path, workers
         trainer.fit(recorder, CorpusDataModule(path, ctx_len=16, batch_size=6, num_workers=workers), ckpt_path=resume)
         return recorder, trainer
 
-    unbroken, _ = fit(6, 1)
+    uninterrupted, _ = fit(6, 1)
     _, trainer = fit(3, 1)
     trainer.save_checkpoint(tmp_path / "stopped.ckpt")
     resumed, _ = fit(6, 3, tmp_path / "stopped.ckpt")
-    assert torch.equal(torch.cat(resumed.read), torch.cat(unbroken.read[3:]))
-    assert len(unbroken.validated) == 3 * math.ceil(math.ceil(200 / 16) / 8)
+    assert torch.equal(torch.cat(resumed.read), torch.cat(uninterrupted.read[3:]))
+    assert len(uninterrupted.validated) == 3 * math.ceil(math.ceil(200 / 16) / 8)

@@ -1,9 +1,11 @@
 """Text sources: a path as a list of files, joined into one file, document by document."""
 
+import bz2
 import gzip
 import io
 import itertools
 import json
+import lzma
 import os
 import sys
 import tempfile
@@ -16,7 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rwkv_pl.data import documents
-from rwkv_pl.data.documents import exists, find_files, join_documents
+from rwkv_pl.data.documents import exists, find_files, is_plain_text, join_documents
+from rwkv_pl.data.sources.text import Text
 from rwkv_pl.errors import UserError
 
 
@@ -75,6 +78,33 @@ def test_glob_is_the_files_it_matches_in_order(
     assert exists(folder / pattern)
     monkeypatch.chdir(folder)
     assert find_names(Path(pattern), Path()) == expected
+
+
+@pytest.mark.parametrize("pattern", ["", "**/*", "*/*", "*"])
+def test_files_that_the_commands_write_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str
+) -> None:
+    texts = ["a.txt", "books/b.txt", "eval-notes.txt", "sweep.txt", "x/lightning/c"]
+    outputs = [
+        *("outputs/run/.hydra/config.yaml", "outputs/run/train.log", "outputs/run/checkpoints/x/best", "run/.hydra/c"),
+        *("run/metrics.csv", "sweep/multirun.yaml", "sweep/0/result.json", "sweep/0/samples/1.txt", "hf/config.json"),
+        *("hf/model.safetensors", "eval-run-val.json", "eval-test.png", "sweep.csv", "sweep.png", "books/w.pth"),
+        *(
+            "books/last.ckpt",
+            "books/out.csv.partial",
+            "lightning_logs/version_0/metrics.csv",
+            "here/corpora/text-1.txt",
+        ),
+    ]
+    write(tmp_path, *texts, *outputs)
+    monkeypatch.setenv("RWKV_PL_CACHE", str(tmp_path / "here"))
+    found = find_names(tmp_path / pattern, tmp_path)
+    assert set(found) <= set(texts) and found
+    assert found == texts or pattern.startswith("*")
+    old = [file.path for file in find_files(tmp_path / pattern, "data.path", old_rule=True)]
+    assert {path.relative_to(tmp_path).as_posix() for path in old} > set(found)
+    # A folder that is named is read.
+    assert find_names(tmp_path / "sweep" / "0" / "samples" / "*.txt", tmp_path) == ["sweep/0/samples/1.txt"]
 
 
 def test_existing_name_with_a_wildcard_character_is_literal(tmp_path: Path) -> None:
@@ -225,12 +255,86 @@ def test_corrupt_gzip_gives_one_line_error(tmp_path: Path, damage: str) -> None:
     }
     path = tmp_path / "text.gz"
     path.write_bytes(broken[damage])
-    with pytest.raises(UserError, match=f"{path} is a corrupt or truncated gzip file") as caught:
+    with pytest.raises(UserError, match=f"{path} is corrupt or truncated") as caught:
         join_paths(path)
     assert "\n" not in str(caught.value)
     # Concatenated gzip members are one file, as in gzip itself.
     path.write_bytes(gzip.compress(b"a") + gzip.compress(b"b"))
     assert join_paths(path)[0] == b"ab"
+
+
+def compress_zstd(content: bytes) -> bytes:
+    zstandard = pytest.importorskip("zstandard")
+    half = len(content) // 2
+    return b"".join(zstandard.ZstdCompressor().compress(part) for part in (content[:half], content[half:]))
+
+
+COMPRESS = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": compress_zstd}
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_compressed_files_are_unpacked(tmp_path: Path, suffix: str) -> None:
+    rows = b'{"text": "one"}\n{"text": "two"}'
+    for name, content in {"1.txt": CONTENT, "2.jsonl": rows, "3.NDJSON": rows, "4.csv": b""}.items():
+        (tmp_path / f"{name}{suffix}").write_bytes(COMPRESS[suffix](content))
+    (tmp_path / "5").write_bytes(COMPRESS[suffix](b"by content"))
+    assert join_paths(tmp_path)[0] == CONTENT + b"\none\ntwo\none\ntwo\nby content"
+    assert not any(is_plain_text(path) for path in tmp_path.iterdir())
+    # The first versions knew only .gz.
+    one = {"data.path": find_files(tmp_path / f"1.txt{suffix}", "data.path")}
+    text = io.BytesIO()
+    join_documents(one, "text", text, io.BytesIO(), old_rule=True)
+    assert text.getvalue() == (CONTENT if suffix == ".gz" else COMPRESS[suffix](CONTENT))
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+@pytest.mark.parametrize("damage", ["cut", "noise", "flip"])
+def test_corrupt_compressed_file_gives_one_line_error(tmp_path: Path, suffix: str, damage: str) -> None:
+    packed = bytearray(COMPRESS[suffix](CONTENT))
+    if damage == "flip":
+        packed[len(packed) // 2] ^= 255
+    damaged = {"cut": packed[:-10], "noise": NOISE, "flip": packed}[damage]
+    (tmp_path / f"a.jsonl{suffix}").write_bytes(damaged)
+    with pytest.raises(UserError, match=rf"a\.jsonl{suffix}") as caught:
+        join_paths(tmp_path / f"a.jsonl{suffix}")
+    assert "\n" not in str(caught.value)
+
+
+CONTENT = "".join(f"line {i * i % 251}\n" for i in range(50_000)).encode()
+NOISE = np.random.default_rng(1).bytes(40_000)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.zip", b"PK\x03\x04" + NOISE, r"is not text but a container \(zip\): extract"),
+        ("a.txt", b"PAR1" + NOISE, r"is not text but a container \(parquet\)"),
+        ("a.pdf", b"%PDF-1.7\n" + NOISE, r"is not text but a container \(pdf\)"),
+        ("a.7z", b"7z\xbc\xaf\x27\x1c" + NOISE, r"is not text but a container \(7z\)"),
+        ("a.lz4", b"\x04\x22\x4d\x18" + NOISE, r"is not text but a container \(lz4\)"),
+        (
+            "a.tar.gz",
+            gzip.compress(b"a.txt".ljust(257, b"\0") + b"ustar\0" + bytes(250)),
+            r"is not text but a container \(tar\)",
+        ),
+        ("a.br", NOISE, "is compressed with brotli"),
+        ("a.json", b'[{"text": "a"}]', "is not read: write its documents as one object a line, into a .jsonl"),
+        ("a.json.bz2", bz2.compress(b'{"text": "a"}'), "is not read: write its documents"),
+    ],
+)
+def test_other_containers_are_refused(tmp_path: Path, name: str, content: bytes, says: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=says):
+        join_paths(tmp_path)
+    with pytest.raises(UserError, match=says):
+        Text(tmp_path / name).open()
+
+
+def test_zstd_file_without_the_package_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    (tmp_path / "a.txt.zst").write_bytes(b"\x28\xb5\x2f\xfd")
+    with pytest.raises(UserError, match=r"a\.txt\.zst needs .*: pip install 'rwkv_pl\[zstd\]', or unpack it"):
+        join_paths(tmp_path)
 
 
 @pytest.mark.parametrize("change", ["grown", "touched", "gone"])
@@ -247,9 +351,10 @@ def test_file_that_changes_while_read_is_reported(tmp_path: Path, change: str) -
         join_documents({"data.path": found}, "text", io.BytesIO(), io.BytesIO())
 
 
-def test_joining_half_a_gigabyte_uses_little_memory(tmp_path: Path) -> None:
-    path = tmp_path / "zeros.gz"
-    path.write_bytes(gzip.compress(bytes(1 << 20)) * 512)
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_joining_half_a_gigabyte_uses_little_memory(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"zeros{suffix}"
+    path.write_bytes(COMPRESS[suffix](bytes(1 << 20)) * 512)
     with Path(os.devnull).open("wb") as nowhere:
         tracemalloc.start()
         outcome = join_documents({"data.path": find_files(path, "data.path")}, "text", nowhere, nowhere)

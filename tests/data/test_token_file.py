@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rwkv_pl.data import vocabulary as vocabulary_module
+from rwkv_pl.data import byte_vocabulary
 from rwkv_pl.data.corpus import Corpus, Splits, file_digest
 from rwkv_pl.data.sources.text import Text
 from rwkv_pl.data.token_file import TokenFile, open_tokens
@@ -27,7 +27,7 @@ def test_token_file_is_independent_of_the_piece_size(
     path = tmp_path / "text"
     path.write_bytes(TEXT)
     corpus = Text(path).open()
-    monkeypatch.setattr(vocabulary_module, "CHUNK", chunk)
+    monkeypatch.setattr(byte_vocabulary, "CHUNK", chunk)
     vocabulary = build_vocabulary("char", corpus)
     lo, hi = corpus.splits.train
     assert vocabulary.characters == "".join(sorted({c for c in TEXT[lo:hi].decode() if c > "\x7f"}))
@@ -101,7 +101,7 @@ def test_interrupted_encoding_leaves_no_files(tmp_path: Path, cache: Path, monke
     corpus = Text(path).open()
     vocabulary = build_vocabulary("char", corpus)
     with monkeypatch.context() as patched:
-        patched.setattr(Vocabulary, "encode", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(Vocabulary, "encode_documents", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             open_tokens(corpus, vocabulary)
     assert [file for file in (cache / "tokens").iterdir() if "char-" not in file.name and file.suffix != ".lock"] == []
@@ -112,7 +112,7 @@ def test_unwritable_cache_gives_one_line_error(tmp_path: Path, monkeypatch: pyte
     path = tmp_path / "text"
     path.write_bytes(TEXT)
     monkeypatch.setenv("RWKV_PL_CACHE", str(path))
-    with pytest.raises(UserError, match=r"cannot write in .*tokens"):
+    with pytest.raises(UserError, match=r"cannot write in .*tokens.*: set RWKV_PL_CACHE to another folder"):
         build_vocabulary("char", Text(path).open())
 
 

@@ -17,15 +17,15 @@ from hypothesis import strategies as st
 from small_20b import MARKS, WHITE_SPACE, small_20b
 from tokenizers import Tokenizer
 
+from rwkv_pl.data import byte_vocabulary
 from rwkv_pl.data import tokenizer_20b as tokenizers_20b
-from rwkv_pl.data import vocabulary as vocabulary_module
 from rwkv_pl.data.corpus import Corpus, Splits, file_digest
 from rwkv_pl.data.datamodule import CorpusDataModule
 from rwkv_pl.data.sources.stdlib import Stdlib
 from rwkv_pl.data.sources.text import Text
 from rwkv_pl.data.token_file import open_tokens
 from rwkv_pl.data.tokenizer_20b import Vocabulary20B
-from rwkv_pl.data.vocabulary import EncodingError, Vocabulary, build_vocabulary
+from rwkv_pl.data.vocabulary import EncodingError, Vocabulary, build_vocabulary, vocabulary_from_dict
 from rwkv_pl.errors import UserError
 
 SMALL = Vocabulary20B(small_20b())
@@ -165,7 +165,7 @@ def test_token_file_is_independent_of_the_piece_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
     corpus = make_corpus(tmp_path, TEXT)
-    monkeypatch.setattr(vocabulary_module, "CHUNK", chunk)
+    monkeypatch.setattr(byte_vocabulary, "CHUNK", chunk)
     file = open_tokens(corpus, SMALL)
     assert file.tokens.dtype == np.uint16
     for name in Splits._fields:
@@ -179,7 +179,7 @@ def test_token_file_is_independent_of_the_piece_size(
 
 
 def test_large_text_is_encoded_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vocabulary_module, "CHUNK", 1 << 12)
+    monkeypatch.setattr(byte_vocabulary, "CHUNK", 1 << 12)
     sizes = []
     encode = Vocabulary20B.encode_documents
 
@@ -196,7 +196,7 @@ def test_large_text_is_encoded_in_chunks(tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("chunk", [3, 64, 1 << 20])
 def test_document_ends_match_the_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    monkeypatch.setattr(vocabulary_module, "CHUNK", chunk)
+    monkeypatch.setattr(byte_vocabulary, "CHUNK", chunk)
     lines = TEXT.splitlines(keepends=True)
     ends = (np.cumsum([len(line) for line in lines]) - 1).tolist()
     corpus = make_corpus(tmp_path, TEXT, ends)
@@ -215,7 +215,7 @@ def test_document_ends_match_the_corpus(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_invalid_utf8_is_reported_by_file_offset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
-    monkeypatch.setattr(vocabulary_module, "CHUNK", 64)
+    monkeypatch.setattr(byte_vocabulary, "CHUNK", 64)
     at = len(TEXT) * 97 // 100
     while TEXT[at] >= 0x80:
         at += 1
@@ -237,7 +237,7 @@ def test_split_bytes_of_every_vocabulary(tmp_path: Path) -> None:
 
 def test_vocabulary_round_trips_through_json_and_is_identified_by_content(tmp_path: Path) -> None:
     stored = json.loads(json.dumps(SMALL.to_dict()))
-    again = Vocabulary.from_dict(stored)
+    again = vocabulary_from_dict(stored)
     assert isinstance(again, Vocabulary20B)
     assert again == SMALL
     assert hash(again) == hash(SMALL)
@@ -298,7 +298,7 @@ def test_unsupported_tokenizer_json_gives_one_line_error(tmp_path: Path, text: s
     assert WRONG[text] in str(caught.value)
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="stored vocabulary is corrupt"):
-        Vocabulary.from_dict({"kind": "20b", "tokenizer": text})
+        vocabulary_from_dict({"kind": "20b", "tokenizer": text})
 
 
 def test_missing_tokenizer_json_gives_one_line_error(tmp_path: Path) -> None:
@@ -309,7 +309,7 @@ def test_missing_tokenizer_json_gives_one_line_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data.vocab=20b needs the tokenizer's JSON file: set data.vocab_path="):
         build_vocabulary("20b", make_corpus(tmp_path, TEXT))
     with pytest.raises(UserError, match="stored vocabulary is corrupt"):
-        Vocabulary.from_dict({"kind": "20b"})
+        vocabulary_from_dict({"kind": "20b"})
 
 
 def test_data_module_with_20b_vocabulary(tmp_path: Path) -> None:

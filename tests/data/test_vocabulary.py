@@ -1,6 +1,7 @@
 """Vocabulary: every byte string round-trips."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from rwkv_pl.data.corpus import find_character_start
-from rwkv_pl.data.vocabulary import Vocabulary
+from rwkv_pl.data.vocabulary import Vocabulary, describe_strange_bytes, vocabulary_from_dict
 from rwkv_pl.errors import UserError
 
 CHARACTERS = "".join(sorted("éßЖ漢字😀\u0080\u07ff\u0800\uffff\U00010000\U0010ffff"))
@@ -98,7 +99,7 @@ def test_ids_have_the_smallest_unsigned_dtype() -> None:
 def test_vocabulary_round_trips_through_json() -> None:
     for vocabulary in (Vocabulary(), CHAR):
         stored = json.loads(json.dumps(vocabulary.to_dict()))
-        again = Vocabulary.from_dict(stored)
+        again = vocabulary_from_dict(stored)
         assert again == vocabulary
         assert again.digest == vocabulary.digest
         assert again.encode("é漢".encode()).tolist() == vocabulary.encode("é漢".encode()).tolist()
@@ -111,7 +112,7 @@ def test_vocabulary_round_trips_through_json() -> None:
 )
 def test_corrupt_vocabulary_gives_one_line_error(stored: object) -> None:
     with pytest.raises(UserError, match="stored vocabulary is corrupt") as caught:
-        Vocabulary.from_dict(stored)  # type: ignore[arg-type]
+        vocabulary_from_dict(stored)  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
 
 
@@ -123,9 +124,9 @@ def test_unknown_vocabulary_lists_the_known_ones() -> None:
 @pytest.mark.parametrize(
     ("ids", "error", "message"),
     [
-        ([300], IndexError, "token ids must be from 0 to 255, got 300"),
-        ([1, -1], IndexError, "token ids must be from 0 to 255, got -1"),
-        ([1.5], TypeError, "token ids must be integers, not float64"),
+        ([300], IndexError, "tokens must be from 0 to 255, got 300"),
+        ([1, -1], IndexError, "tokens must be from 0 to 255, got -1"),
+        ([1.5], TypeError, "tokens must be integers, not float64"),
     ],
 )
 def test_ids_outside_of_the_vocabulary_are_refused(ids, error, message):
@@ -137,3 +138,22 @@ def test_text_that_is_not_bytes_is_refused():
     with pytest.raises(TypeError, match=r"encode takes bytes, not str: use text.encode\(\)"):
         Vocabulary().encode("text")
     assert Vocabulary().decode([]) == b""
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "says"),
+    [
+        (b"plain text" * 9, "char", None),
+        ("Grüße 漢字 😀 ".encode() * 9, "char", None),
+        ("Grüße".encode("utf-16-le") * 9, "byte", "50% of .* are NUL bytes: convert UTF-16 to UTF-8"),
+        (b"\0" + b"x" * 99, "byte", None),
+        (b"\0\0" + b"x" * 98, "char", "2% of .* are NUL"),
+        ("Grüße ".encode("latin-1") * 9, "char", "33% of .* is not UTF-8: convert it, or use data.vocab=byte"),
+        ("Grüße ".encode("latin-1") * 9, "byte", None),
+        (b"x" * (1 << 24) + bytes(1 << 24), "byte", "50% of .* are NUL"),
+    ],
+)
+def test_text_that_is_not_text_is_described(tmp_path, content, kind, says):
+    (tmp_path / "a").write_bytes(content)
+    found = describe_strange_bytes(tmp_path / "a", kind)
+    assert found is None if says is None else re.match(says, found or "")

@@ -1,10 +1,15 @@
 """Streamed text is valid UTF-8 at every step, and does not depend on the pieces of bytes."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
+import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from rwkv_pl.inference.text import TextStream
+from rwkv_pl.inference import generate as generation
+from rwkv_pl.inference.text import TextStream, continue_text
 
 PIECES = st.lists(st.one_of(st.binary(max_size=3), st.text(max_size=2).map(str.encode), st.sampled_from([b"a", b"b"])))
 
@@ -42,6 +47,17 @@ def test_stop_ends_the_text_and_is_not_shown(pieces, stops):
     assert stream.feed(b"more") == b"" or not stopped
 
 
+@given(PIECES, PIECES, st.lists(st.text(alphabet="abü", min_size=1, max_size=4).map(str.encode), max_size=3))
+def test_unfinished_bytes_continue_in_another_stream(before, after, stops):
+    whole, first, second = (TextStream(stops) for _ in range(3))
+    expected = b"".join(whole.feed(piece) for piece in before + after)
+    shown = b"".join(first.feed(piece) for piece in before)
+    if not first.stopped:
+        shown += second.feed(first.unfinished) + b"".join(second.feed(piece) for piece in after)
+    assert shown == expected
+    assert first.unfinished == b"" or not first.stopped
+
+
 def test_start_of_a_stop_is_held_back():
     stream = TextStream([b"\n\n"])
     assert stream.feed(b"one\n") == b"one"
@@ -53,3 +69,14 @@ def test_start_of_a_stop_is_held_back():
 def test_empty_stop_is_refused():
     with pytest.raises(ValueError, match="at least one byte"):
         TextStream([b""])
+
+
+def test_continuation_ends_at_a_token_without_bytes(monkeypatch):
+    """As the document end of vocabulary 20b."""
+    monkeypatch.setattr(generation, "generate", lambda *_, **__: (torch.tensor([token]) for token in (2, 1, 0, 2)))
+    vocabulary = SimpleNamespace(
+        encode=lambda text: np.frombuffer(text, np.uint8), decode=lambda ids: b"".join(bytes(i) for i in ids)
+    )
+    model = torch.nn.Linear(1, 1)
+    assert continue_text(model, vocabulary, "a", 9, seed=0) == "\0\0\0"
+    assert continue_text(model, vocabulary, "a", 1, seed=0) == "\0\0"

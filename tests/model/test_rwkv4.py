@@ -396,3 +396,13 @@ def test_state_of_another_size_is_named(kernel):
             model(tokens[:1], state)
         with pytest.raises(ValueError, match="the state has 1 layers and 2 rows"):
             model(tokens, state[:1])
+
+
+def test_tokens_are_read_only_to_explain_an_error(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("a pass over the tokens in each step, which a GPU would wait for")
+
+    model, tokens = RWKV4(RWKV4Config(11, 1, 8)), torch.zeros(2, 3, dtype=torch.int64)
+    for name in ("aminmax", "min", "max", "tolist", "item"):
+        monkeypatch.setattr(torch.Tensor, name, refuse)
+    model(tokens)

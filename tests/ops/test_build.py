@@ -19,7 +19,16 @@ import rwkv_pl.cuda
 from quick_compiler import quick_compiler
 
 from rwkv_pl.files import cache_folder
-from rwkv_pl.ops.build import CPU_SOURCES, LibrarySpec, _compile_cpu, _spec_digest, _try_load, cpu_flags
+from rwkv_pl.ops.build import (
+    CPU_SOURCES,
+    CUDA_SOURCES,
+    LibrarySpec,
+    _compile_cpu,
+    _compile_cuda,
+    _spec_digest,
+    _try_load,
+    cpu_flags,
+)
 from rwkv_pl.ops.toolchain import Compiler
 
 CALL = """
@@ -142,7 +151,8 @@ def test_empty_path_falls_back_to_the_scan(tmp_path):
 def test_unavailable_compiled_kernel_is_an_error(tmp_path):
     last = finish(start(COMPILED, tmp_path, CXX="/nowhere/c++"), code=1).splitlines()[-1]
     assert last.startswith(
-        "RuntimeError: wkv4: no compiled operator: no C++ compiler (CXX=/nowhere/c++ was not found); "
+        "rwkv_pl.ops.backend.KernelError: wkv4: no compiled operator: "
+        "no C++ compiler (CXX=/nowhere/c++ was not found); "
     )
 
 
@@ -152,6 +162,41 @@ def test_first_compiler_error_is_shown(tmp_path):
     assert said.count("RuntimeWarning") == 1
     assert "fake-c++ failed: a.cpp:3:4: error: first; its full output is in " in said and "second" not in said
     assert not list(tmp_path.glob("kernels/building-*"))
+
+
+def test_failed_build_is_not_repeated_at_every_start(compiler, tmp_path):
+    calls = tmp_path / "calls"
+    broken = fake_compiler(tmp_path, f"echo >>'{calls}'; echo 'a.cpp:3:4: error: first'; exit 1")
+    first, second = (finish(start(AUTO, tmp_path, CXX=broken)) for _ in range(2))
+    assert "a.cpp:3:4: error: first" in first and "building" in first and "run rwkv-doctor to build again" in first
+    assert "a.cpp:3:4: error: first" in second and "building" not in second and second.count("RuntimeWarning") == 1
+    n_calls = calls.read_text().count("\n")
+    assert finish(start(COMPILED, tmp_path, CXX=compiler)).count("building") == 1, "the failure of another compiler"
+    assert finish(
+        start("from rwkv_pl.ops.build import forget_failures\nforget_failures()\n" + AUTO, tmp_path, CXX=broken)
+    )
+    assert calls.read_text().count("\n") == 2 * n_calls
+
+
+@pytest.mark.parametrize("command", ["env '{}'", "'{}'", "env A='b c' '{}' -DX"])
+def test_compiler_variable_with_arguments(compiler, tmp_path, command):
+    named = shutil.copy(compiler, tmp_path / "a g++")
+    said = finish(start(COMPILED, tmp_path, CXX=command.format(named)))
+    assert "WARNING" not in said and "building" in said
+
+
+@pytest.mark.parametrize("command", ["env g++ -DX", "g++"])
+def test_nvcc_gets_the_host_compiler_as_one_program(monkeypatch, tmp_path, command):
+    monkeypatch.setenv("CXX", command)
+    commands = []
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: commands.append(command) or 1 / 0)
+    host = Compiler(command, shutil.which(command.split()[0]), "12.2")
+    nvcc = Compiler("nvcc", "/cuda/bin/nvcc", "13.0")
+    with pytest.raises(ZeroDivisionError):
+        _compile_cuda(tmp_path, LibrarySpec("wkv4_cuda", "sm_90", CUDA_SOURCES, nvcc, [], 15, _compile_cuda, host))
+    program = commands[0][commands[0].index("-ccbin") + 1]
+    monkeypatch.undo()
+    assert "g++" in subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout
 
 
 def test_unusable_cache_folder_falls_back_to_the_scan(tmp_path):

@@ -12,8 +12,7 @@ from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, Mode
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader, TensorDataset
 
-from rwkv_pl import RWKV4, CorpusDataModule, LitRWKV, RWKV4Config
-from rwkv_pl.config import Optim, Schedule
+from rwkv_pl import RWKV4, CorpusDataModule, LitRWKV, Optim, RWKV4Config, Schedule, TokensDataModule
 from rwkv_pl.errors import RunError, UserError
 from rwkv_pl.ops.cross_entropy import head_cross_entropy
 from rwkv_pl.training.callbacks.metrics import MetricsRecorder
@@ -52,6 +51,16 @@ def test_training_reduces_the_loss_and_ends_with_a_validation(data):
     assert trainer.global_step == 30
     # Forty-five characters, repeated: far below the 8 bits of a model that knows nothing.
     assert float(trainer.callback_metrics["val/bits_per_byte"]) < 3
+
+
+def test_module_without_settings_learns():
+    torch.manual_seed(0)
+    loader = rows(n=2)
+    module = LitRWKV(RWKV4(RWKV4Config(256, 2, 32)))
+    (batch,) = loader
+    first = module.loss(*split_batch(batch))[1].item()
+    Trainer(accelerator="cpu", max_steps=30, **QUIET).fit(module, loader)
+    assert module.loss(*split_batch(batch))[1].item() < 0.9 * first
 
 
 def test_validation_averages_over_every_byte(data):
@@ -191,6 +200,19 @@ def test_tokens_of_unknown_bytes_are_scored_per_token():
         Trainer(accelerator="cpu", max_steps=2, callbacks=[stopping], **QUIET).fit(module, rows(300), rows(300))
 
 
+@pytest.mark.parametrize(("size", "score"), [(300, "bits_per_token"), (256, "bits_per_byte")])
+def test_ids_in_memory_are_scored_per_token_unless_they_are_bytes(tmp_path, monkeypatch, size, score):
+    module = LitRWKV(RWKV4(RWKV4Config(size, 1, 16)))  # loads the kernel from the user's cache
+    module.model(torch.zeros(1, 2, dtype=torch.int64))
+    monkeypatch.setenv("RWKV_PL_CACHE", str(tmp_path))
+    data = TokensDataModule([*range(40)] * 50, vocab_size=size, batch_size=4, ctx_len=32)
+    trainer = Trainer(accelerator="cpu", max_steps=20, **QUIET | ENDLESS)
+    trainer.fit(module, data)
+    assert trainer.callback_metrics.keys() >= {"val/loss", f"val/{score}"}
+    assert float(trainer.callback_metrics[f"val/{score}"]) < 0.9 * math.log2(size)
+    assert module.vocabulary is None
+
+
 def test_metrics_reach_lightnings_loggers_and_callbacks(tmp_path):
     module = LitRWKV(
         RWKV4(
@@ -310,7 +332,6 @@ def test_step_without_logging_has_at_most_one_device_sync(data, tmp_path, monkey
     for name in ("tolist", "item", "cpu", "numpy", "__float__", "__int__", "__bool__", "__index__"):
         count_calls(name, getattr(torch.Tensor, name))
     monkeypatch.setattr(LitRWKV, "skips_nonfinite_on_device", lambda self, optimizer: optimizer.defaults["fused"])
-    monkeypatch.setattr("rwkv_pl.model.rwkv4.check_inputs", lambda *_: None)  # reads the tokens only on a CPU
     monkeypatch.setattr(LitRWKV, "log", lambda self, *_, **__: logged.update([step]))
     callbacks = [MetricsRecorder(tmp_path, 4 * 32), Steps()]
     train(data, max_steps=8, val_check_interval=100, limit_val_batches=0, log_every_n_steps=5, callbacks=callbacks)
@@ -320,3 +341,16 @@ def test_step_without_logging_has_at_most_one_device_sync(data, tmp_path, monkey
     }
     assert asked[5] <= 4
     assert not logged
+
+
+def test_model_smaller_than_the_ids_is_an_error():
+    data = TokensDataModule(list(range(300)) * 4, vocab_size=300, ctx_len=8)
+    with pytest.raises(UserError, match="the vocabulary has 300 tokens and the model 256: build the model with"):
+        Trainer(accelerator="cpu", max_steps=1, **QUIET).fit(LitRWKV(RWKV4(RWKV4Config(256, 1, 8))), data)
+
+
+def test_fit_on_a_cpu_tunes_the_allocator(monkeypatch):
+    calls = []
+    monkeypatch.setattr("rwkv_pl.training.module.tune_allocator", lambda: calls.append(1))
+    Trainer(accelerator="cpu", max_steps=1, **QUIET).fit(LitRWKV(RWKV4(RWKV4Config(256, 1, 8))), rows())
+    assert calls == [1]

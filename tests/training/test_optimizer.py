@@ -1,17 +1,21 @@
 """Parameter groups and learning rates, against tables a reader can check."""
 
 import copy
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
-from rwkv_pl import RWKV4, LitRWKV, RWKV4Config
-from rwkv_pl.config import Optim, Schedule, Train
+from rwkv_pl import RWKV4, LitRWKV, Optim, RWKV4Config, Schedule
+from rwkv_pl.config import OptimGroup, Train
 from rwkv_pl.errors import UserError
 from rwkv_pl.training.muon import MuonAdamW
 from rwkv_pl.training.optimizer import build_optimizer, parameter_groups, set_hyperparameters
 from rwkv_pl.training.schedule import check_schedule, learning_rate
 
+CONF = Path(__file__).parents[2] / "conf"
 MODEL = RWKV4(RWKV4Config(vocab_size=11, n_layer=2, n_embd=8))
 
 
@@ -57,8 +61,8 @@ def test_hyperparameters_come_from_the_config_not_the_checkpoint():
 
 
 def test_optimizer_specific_arguments_come_from_the_config():
-    old = Optim("torch.optim.SGD", own={"momentum": 0.5, "nesterov": True})
-    new = Optim("torch.optim.SGD", own={"momentum": 0.8})
+    old = Optim("torch.optim.SGD", lr=0.1, own={"momentum": 0.5, "nesterov": True})
+    new = Optim("torch.optim.SGD", lr=0.1, own={"momentum": 0.8})
     optimizer = build_optimizer(torch.optim.SGD, parameter_groups(MODEL, {}), new)
     optimizer.load_state_dict(build_optimizer(torch.optim.SGD, parameter_groups(MODEL, {}), old).state_dict())
     assert optimizer.param_groups[0]["momentum"] == 0.5
@@ -69,12 +73,49 @@ def test_optimizer_specific_arguments_come_from_the_config():
     assert all("betas" not in group and "eps" not in group for group in optimizer.param_groups)
 
 
-def test_default_optimizer_is_adam_with_its_settings():
-    optimizer = LitRWKV(MODEL, Optim()).configure_optimizers()
-    assert type(optimizer) is torch.optim.Adam
+def test_default_optimizer_is_the_official_one():
+    assert asdict(Optim()) == OmegaConf.to_container(OmegaConf.load(CONF / "optim" / "rwkv.yaml")) | {"own": {}}
+    constant = OmegaConf.to_container(OmegaConf.load(CONF / "schedule" / "constant.yaml"))
+    assert asdict(Schedule()) == {"decay_steps": None, "final_lr": 0.0, "decay_share": None} | constant
+    changed = asdict(Optim(lr=1e-3))
+    assert changed.pop("lr") == 1e-3
+    assert changed == {key: value for key, value in asdict(Optim()).items() if key != "lr"}
+    module = LitRWKV(copy.deepcopy(MODEL))
+    optimizer = module.configure_optimizers()
+    set_hyperparameters(optimizer, module.optim, module.lr_scale)
+    assert type(optimizer) is torch.optim.AdamW
     assert {(g["lr"], g["betas"], g["eps"], g["weight_decay"]) for g in optimizer.param_groups} == {
-        (1e-5, (0.9, 0.999), 1e-8, 0.0)
+        (6e-4, (0.9, 0.99), 1e-8, 0.0)
     }
+    assert {g["name"]: g["lr_scale"] for g in optimizer.param_groups if g["lr_scale"] != 1} == RWKV4.lr_scale
+    Optim().betas.clear()
+    assert Optim().betas == [0.9, 0.99]
+
+
+def test_another_class_has_its_own_defaults():
+    optim = Optim("torch.optim.SGD", lr=0.3, own={"momentum": 0.9})
+    assert optim.arguments == {"lr": 0.3, "weight_decay": 0.0, "momentum": 0.9}
+    assert LitRWKV(MODEL, optim).lr_scale == {}
+    optimizer = LitRWKV(MODEL, Optim("torch.optim.Adam", lr=0.1, betas=[0.5, 0.6])).configure_optimizers()
+    assert {(g["lr"], g["betas"], g["eps"]) for g in optimizer.param_groups} == {(0.1, (0.5, 0.6), 1e-8)}
+    mine = Optim(f"{__name__}.TakesAnything", lr=0.2)
+    assert type(LitRWKV(MODEL, mine).configure_optimizers()) is TakesAnything
+    for target in ("torch.optim.SGD", 1e-3):
+        with pytest.raises(UserError, match=r"^Optim\(_target_=.*\) needs lr=: .* is for torch.optim.AdamW$"):
+            Optim(target)
+
+
+def test_commands_do_not_take_the_defaults_of_a_program():
+    assert asdict(Train().optim) == {
+        "_target_": "torch.optim.Adam",
+        "lr": 1e-5,
+        "betas": None,
+        "eps": None,
+        "weight_decay": 0.0,
+        "lr_scale": None,
+        "own": {},
+    }
+    assert asdict(OptimGroup("torch.optim.SGD", lr=0.3)) == asdict(Optim("torch.optim.SGD", lr=0.3))
 
 
 class TakesAnything(torch.optim.SGD):
@@ -87,20 +128,40 @@ class TakesAnything(torch.optim.SGD):
     [
         (
             torch.optim.SGD,
-            Optim("SGD", betas=[0.9, 0.99]),
+            Optim("SGD", lr=0.1, betas=[0.9, 0.99]),
             "optim.betas: SGD has no argument betas: set optim.betas=null",
         ),
-        (torch.optim.SGD, Optim("SGD", own={"momentun": 0.9}), "has no argument momentun; did you mean momentum?"),
-        (torch.optim.SGD, Optim("SGD", own={"params": 3}), "optim.params: SGD has no argument params"),
-        (torch.optim.SGD, Optim("SGD", own={"momentum": -1.0}), "optim refuses its settings: Invalid momentum"),
-        (torch.optim.SGD, Optim("SGD", own={"momentum": "fast"}), "optim refuses its settings: '<' not supported"),
-        (torch.optim.Adam, Optim(betas=[0.9]), "optim.betas must be 2 numbers for torch.optim.Adam, got [0.9]"),
-        (torch.optim.Rprop, Optim("Rprop", weight_decay=0.1), "has no argument weight_decay: set optim.weight_decay=0"),
-        (torch.optim.LBFGS, Optim("LBFGS"), "optim refuses its settings: LBFGS doesn't support per-parameter"),
-        (torch.optim.Muon, Optim("Muon"), "optim refuses its settings: Muon only supports 2D parameters"),
-        (torch.optim.Optimizer, Optim("Optimizer"), "optim.lr: Optimizer has no argument lr; available: defaults"),
-        (TakesAnything, Optim("Mine", own={"momentun": 0.9}), "optim refuses its settings: "),
-        (MuonAdamW, Optim("MuonAdamW", own={"adjust_lr_fn": "x"}), "optim refuses its settings: Adjust learning rate"),
+        (
+            torch.optim.SGD,
+            Optim("SGD", lr=0.1, own={"momentun": 0.9}),
+            "has no argument momentun; did you mean momentum?",
+        ),
+        (torch.optim.SGD, Optim("SGD", lr=0.1, own={"params": 3}), "optim.params: SGD has no argument params"),
+        (torch.optim.SGD, Optim("SGD", lr=0.1, own={"momentum": -1.0}), "optim refuses its settings: Invalid momentum"),
+        (
+            torch.optim.SGD,
+            Optim("SGD", lr=0.1, own={"momentum": "fast"}),
+            "optim refuses its settings: '<' not supported",
+        ),
+        (torch.optim.AdamW, Optim(betas=[0.9]), "optim.betas must be 2 numbers for torch.optim.AdamW, got [0.9]"),
+        (
+            torch.optim.Rprop,
+            Optim("Rprop", lr=0.1, weight_decay=0.1),
+            "has no argument weight_decay: set optim.weight_decay=0",
+        ),
+        (torch.optim.LBFGS, Optim("LBFGS", lr=0.1), "optim refuses its settings: LBFGS doesn't support per-parameter"),
+        (torch.optim.Muon, Optim("Muon", lr=0.1), "optim refuses its settings: Muon only supports 2D parameters"),
+        (
+            torch.optim.Optimizer,
+            Optim("Optimizer", lr=0.1),
+            "optim.lr: Optimizer has no argument lr; available: defaults",
+        ),
+        (TakesAnything, Optim("Mine", lr=0.1, own={"momentun": 0.9}), "optim refuses its settings: "),
+        (
+            MuonAdamW,
+            Optim("MuonAdamW", lr=0.1, own={"adjust_lr_fn": "x"}),
+            "optim refuses its settings: Adjust learning rate",
+        ),
     ],
 )
 def test_invalid_optimizer_argument_gives_one_line_error(target, optim, message):
@@ -112,13 +173,13 @@ def test_invalid_optimizer_argument_gives_one_line_error(target, optim, message)
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        ("builtins.dict", "optim._target_=builtins.dict is not a torch.optim.Optimizer"),
+        ("builtins.dict", "optim._target_=builtins.dict is not a torch.optim.Optimizer: name a class derived from it"),
         ("torch.optim.Adm", "optim._target_=torch.optim.Adm is not a class of torch.optim; did you mean Adam?"),
     ],
 )
 def test_target_that_is_not_an_optimizer_gives_one_line_error(target, message):
     with pytest.raises(UserError) as raised:
-        LitRWKV(MODEL, Optim(target)).configure_optimizers()
+        LitRWKV(MODEL, Optim(target, lr=0.1)).configure_optimizers()
     assert str(raised.value) == message
 
 

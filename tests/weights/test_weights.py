@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import struct
 import zipfile
 from dataclasses import replace
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from small_20b import small_20b
 
 from rwkv_pl import RWKV4, RWKV4Config, load_weights
-from rwkv_pl.data.vocabulary import Vocabulary
+from rwkv_pl.data.vocabulary import Vocabulary, vocabulary_from_dict
 from rwkv_pl.errors import CorruptFileError, UserError
 from rwkv_pl.weights.huggingface import LAYOUTS
 from rwkv_pl.weights.read import read_weights
@@ -130,7 +131,7 @@ def test_vocabulary_is_stored_with_the_weights(tmp_path, vocabulary):
 
 def test_20b_folder_works_with_transformers_tokenizer(tmp_path):
     transformers = pytest.importorskip("transformers")
-    vocabulary = Vocabulary.from_dict({"kind": "20b", "tokenizer": small_20b()})
+    vocabulary = vocabulary_from_dict({"kind": "20b", "tokenizer": small_20b()})
     weights = random_weights(RWKV4Config(vocab_size=vocabulary.size, n_layer=1, n_embd=8))
     write_weights(replace(weights, vocabulary=vocabulary), tmp_path / "there")
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "there" / "tokenizer.json"))
@@ -352,6 +353,79 @@ def test_later_checkpoint_format_is_named_in_the_error(tmp_path):
         load_weights(tmp_path / "new.ckpt")
 
 
+# Names and entries of other programs
+
+
+def add_prefix(prefix):
+    return lambda tensors: {prefix + name: value for name, value in tensors.items()}
+
+
+WRAPPED = {
+    "compiled": (add_prefix("_orig_mod."), ", names without _orig_mod."),
+    "DDP": (add_prefix("module."), ", names without module."),
+    "Lightning": (
+        lambda tensors: {"state_dict": add_prefix("model.")(tensors), "epoch": 3, "loops": {}},
+        ", its entry state_dict, names without model.",
+    ),
+    "nested": (
+        lambda tensors: {"model": add_prefix("module._orig_mod.")(tensors), "optimizer": {"state": {}}},
+        ", its entry model, names without _orig_mod., names without module.",
+    ),
+    "compiled blocks": (
+        lambda tensors: {re.sub(r"(blocks.\d.)", r"\1_orig_mod.", name): value for name, value in tensors.items()},
+        ", names without _orig_mod.",
+    ),
+    "plain": (lambda tensors: tensors, ""),
+}
+
+
+@pytest.mark.parametrize("case", WRAPPED)
+def test_names_and_entries_of_other_programs_are_read_and_named(tmp_path, case):
+    change, note = WRAPPED[case]
+    whole = random_weights()
+    torch.save(change(whole.tensors), tmp_path / "x.pth")
+    read = read_weights(tmp_path / "x.pth")
+    assert_same_bits(read, whole)
+    assert read.form == "official .pth" + note and str(read).startswith(read.form)
+
+
+def test_prefix_is_removed_in_folders_and_in_own_checkpoints(tmp_path):
+    whole = random_weights()
+    write_weights(whole, tmp_path / "folder")
+    tensors = load_file(tmp_path / "folder" / "model.safetensors")
+    save_file(add_prefix("_orig_mod.")(tensors), tmp_path / "folder" / "model.safetensors")
+    write_weights(whole, tmp_path / "x.ckpt")
+    content = torch.load(tmp_path / "x.ckpt", weights_only=True)
+    content["state_dict"] = add_prefix("model._orig_mod.")(whole.tensors)
+    torch.save(content, tmp_path / "x.ckpt")
+    for name in ("folder", "x.ckpt"):
+        read = read_weights(tmp_path / name)
+        assert_same_bits(read, whole)
+        assert read.form.endswith(", names without _orig_mod.")
+
+
+def test_names_that_differ_only_in_the_prefix_are_not_merged(tmp_path):
+    tensors = random_weights().tensors
+    torch.save(tensors | {"_orig_mod.emb.weight": torch.zeros(30, 12)}, tmp_path / "x.pth")
+    with pytest.raises(UserError, match=r"rwkv4 has no _orig_mod\.emb\.weight"):
+        load_weights(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["blocks.0.att.key.lora_A", "blocks.0.att.key.lora_B", "blocks.0.att.time_first"],
+        ["base_model.model.rwkv.blocks.0.attention.key.lora_A.weight"],
+        ["module.blocks.0.att.key.lora_a"],
+    ],
+)
+def test_file_of_lora_matrices_alone_is_named(tmp_path, names):
+    torch.save({name: torch.zeros(2, 2) for name in names}, tmp_path / "lora.pth")
+    with pytest.raises(UserError, match=r"lora\.pth holds only LoRA matrices, such as .*: merge them") as error:
+        load_weights(tmp_path / "lora.pth")
+    assert "\n" not in str(error.value)
+
+
 # Mismatches
 
 
@@ -428,7 +502,7 @@ MISFITS = {
 
 @pytest.mark.parametrize("case", MISFITS)
 def test_mismatched_weights_give_one_line_error(tmp_path, case):
-    change, told = MISFITS[case]
+    change, message = MISFITS[case]
     tensors = change(random_weights().tensors)
     torch.save(tensors, tmp_path / "x.pth")
     about = {"format": 1, "model": "rwkv4", "config": vars(SIZE), "vocabulary": None, "finished": None}
@@ -441,7 +515,7 @@ def test_mismatched_weights_give_one_line_error(tmp_path, case):
         assert "\n" not in str(error.value)
         assert len(str(error.value)) < 500
         if path.suffix == ".pth":
-            assert told in str(error.value)
+            assert message in str(error.value)
 
 
 def test_checkpoint_with_a_wrong_config_size_is_corrupt(tmp_path):
@@ -500,6 +574,8 @@ def make_non_weights(folder: Path, name: str) -> dict[str, bytes]:
     flipped = bytearray(content)
     flipped[len(content) // 2] ^= 1
     found = {"flipped": bytes(flipped)}
+    itself: dict[str, object] = {}
+    itself["model"] = itself
     for about, value in {
         "a list": [torch.zeros(2)],
         "a tensor": torch.zeros(2),
@@ -507,7 +583,8 @@ def make_non_weights(folder: Path, name: str) -> dict[str, bytes]:
         "a module": torch.nn.Linear(2, 2),
         "numbers for names": dict(enumerate(random_weights().tensors.values())),
         "nothing": {},
-        "a state_dict inside": {"state_dict": random_weights().tensors},
+        "words inside": {"state_dict": {"emb.weight": "words"}},
+        "itself inside": itself,
     }.items():
         torch.save(value, whole)
         found[about] = whole.read_bytes()
@@ -583,7 +660,7 @@ BAD_FOLDERS = {
 
 @pytest.mark.parametrize("case", BAD_FOLDERS)
 def test_folder_without_weights_gives_one_line_error(tmp_path, case):
-    files, told = BAD_FOLDERS[case]
+    files, message = BAD_FOLDERS[case]
     save_file(their_tensors(random_weights()), tmp_path / "outside.safetensors")
     folder = tmp_path / "folder"
     write_config(folder)
@@ -596,7 +673,7 @@ def test_folder_without_weights_gives_one_line_error(tmp_path, case):
             (folder / name).write_text(content)
     with pytest.raises(UserError) as error:
         load_weights(folder)
-    assert told in str(error.value)
+    assert message in str(error.value)
     assert str(folder) in str(error.value)
 
 

@@ -12,7 +12,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from rwkv_pl.runs.folder import MULTIRUN
-from rwkv_pl.sweeps.jobs import Job, validate_job, write_pending_result
+from rwkv_pl.sweeps.jobs import Job, require_distinct_folders, require_own_run, validate_job, write_pending_result
 
 
 class JobSweeper(Sweeper):
@@ -44,6 +44,9 @@ class JobSweeper(Sweeper):
             for i, job in enumerate(jobs)
         ]
         good = [outcome for outcome in outcomes if isinstance(outcome, Job)]
+        require_distinct_folders(good)
+        for job in good:
+            require_own_run(job)
         for job in good:
             write_pending_result(job)
         ended = iter(self.launcher.launch([job.overrides for job in good], initial_job_idx=first) if good else [])

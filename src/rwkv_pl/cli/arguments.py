@@ -20,14 +20,11 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from rwkv_pl.checks import suggest_flag
-from rwkv_pl.compose import CONFIG_MODULE, compose, parse_overrides, require_global_package
-from rwkv_pl.config import DATA_PATHS
+from rwkv_pl.compose import CONFIG_MODULE, compose, parse_overrides, prefer_user_files, require_global_package
 from rwkv_pl.errors import UserError
-from rwkv_pl.terminal import quote_override
+from rwkv_pl.texts import yaml_texts_as_written
 
 SHELL_COMMAND_PATTERN = "(install|uninstall|query)=(bash|fish|zsh)"
-# The settings that are a path.
-PATH_KEYS = (*(f"data.{name}" for name in DATA_PATHS), "weights", "resume", "out", "hydra.run.dir", "hydra.sweep.dir")
 INFO_TOPICS = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 
 
@@ -98,7 +95,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     if args.config_dir:
         args.config_dir = str(Path(args.config_dir).absolute())
         if not Path(args.config_dir).is_dir():
-            raise UserError(f"--config-dir {args.config_dir} is not a folder")
+            raise UserError(f"--config-dir {args.config_dir} is not a folder: give the one with your own files")
     return args
 
 
@@ -112,22 +109,6 @@ def require_used(overrides: Sequence[Override], multirun: bool) -> None:
         for name, fix in fixes.items():
             if name in override.key_or_group:
                 raise UserError(f"{override.input_line} has no effect {'with' if multirun else 'without'} -m: {fix}")
-
-
-def expand_home(argv: Sequence[str]) -> list[str]:
-    """Replace ~ at the start of a path by the home folder: a shell does so only where a word starts with it.
-
-    With several values, or in another setting, ~ stays, and the parser refuses it.
-    """
-
-    def expand(text: str) -> str:
-        key, _, value = text.partition("=")
-        path = value.strip("'\"")
-        if key not in PATH_KEYS or not re.match(r"~([/\\]|$)", path) or ("," in value and path == value):
-            return text
-        return f"{key}={quote_override(Path(path).expanduser())}"
-
-    return [expand(text) for text in argv]
 
 
 def print_hydra_info(
@@ -146,7 +127,7 @@ def run_with_hydra(task: Callable[[DictConfig], Any], argv: Sequence[str], name:
     """Do the work of hydra.main with our own parser: Python 3.14 rejects Hydra's."""
     parser = HydraParser()
     hydra_version.setbase("1.3")
-    with use_our_parser_for_completion():
+    with use_our_parser_for_completion(), prefer_user_files(), yaml_texts_as_written():
         hydra_utils._run_hydra(
             args=parser.parse_intermixed_args(argv),
             args_parser=parser,

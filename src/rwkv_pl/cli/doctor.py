@@ -45,6 +45,8 @@ def main() -> None:
     from rich.markup import escape
     from rich.table import Table
 
+    from rwkv_pl.ops.build import forget_failures
+
     table = Table(header_style="bold", show_lines=False)
     for title in ("", "found", "fix"):
         table.add_column(title, overflow="fold")
@@ -55,6 +57,7 @@ def main() -> None:
     console().print(table)
 
     limit_threads()
+    forget_failures()
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     for device in devices:
         print(_describe_products(device))
@@ -128,7 +131,8 @@ def _check_cache() -> Finding:
 
 def _verify_kernel(device: str) -> bool:
     """Build, verify and time the kernel of a device, and print the kernel that kernel=auto will use there."""
-    from rwkv_pl.ops.backend import use_kernel
+    from rwkv_pl.ops.backend import KernelError, use_kernel
+    from rwkv_pl.ops.build import RETRY_ADVICE
 
     try:
         with use_kernel("compiled"):
@@ -138,9 +142,7 @@ def _verify_kernel(device: str) -> bool:
             error = _measure_error(device)
             compiled = _measure_milliseconds(device, calls=20)
     except RuntimeError as failure:
-        reason = (
-            str(failure).removeprefix("wkv4: no compiled operator: ").removesuffix("; or choose use_kernel('auto')")
-        )
+        reason = failure.reason.removesuffix(RETRY_ADVICE) if isinstance(failure, KernelError) else str(failure)
         print(f"{device}: kernel=auto uses the scan in plain torch: {reason}")
         return False
     if not error <= MAX_ERROR:

@@ -1,4 +1,4 @@
-"""The frame of every command: an environment that imports no untrusted code, and errors in one line.
+"""The frame of every command: its environment, and errors in one line.
 
 Only Hydra and the standard library are imported here, so that a mistake is reported before anything heavy is loaded.
 """
@@ -9,12 +9,12 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
+from rwkv_pl.environment import safe_import_path, shorten_openmp_spin
 from rwkv_pl.errors import RunError, UserError
 from rwkv_pl.files import describe_os_error, with_path
 from rwkv_pl.terminal import FAILED, print_error
@@ -26,14 +26,13 @@ def cli_entry_point(main: Callable[[], None]) -> Callable[[], None]:
     def command() -> None:
         # Hydra then raises its errors instead of printing them over several lines.
         os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-        if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
-            # OpenMP threads spin while they wait for each other. By default they spin so long that training is ten
-            # times slower or worse if other jobs share the cores. torch reads this when it is loaded.
-            os.environ["GOMP_SPINCOUNT"] = "10000"
+        shorten_openmp_spin()
         if isinstance(sys.stdout, io.TextIOWrapper):
             with contextlib.suppress(OSError):  # it flushes too
                 sys.stdout.reconfigure(errors="replace")  # an encoding without a character prints ? for it
         try:
+            import hydra_plugins.rwkv_pl  # noqa: F401  an editable install finds it through a relative entry of sys.path
+
             with safe_import_path():
                 try:
                     main()
@@ -71,40 +70,6 @@ def _discard_unwritable_stdout() -> None:
         _flush_stdout()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-# Environment variables that name folders. A relative path counts from the folder where the command was typed.
-FOLDER_VARIABLES = ("RWKV_PL_CACHE", "RWKV_PL_CONFIG")
-
-
-@contextlib.contextmanager
-def safe_import_path() -> Iterator[None]:
-    """Keep this process and its child Python processes from importing anything from their current folder.
-
-    That folder may be untrusted: the jobs of a resumed sweep start in the folder that its multirun.yaml names. Relative
-    and empty entries of PYTHONPATH become absolute, so they mean the same in child processes.
-
-    Relative entries are removed from this process's sys.path too: an editable install leaves one there, and torch and
-    Lightning would look for the entry points of plug-ins below it.
-    """
-    import hydra_plugins.rwkv_pl  # noqa: F401  an editable install finds it through the relative entry
-
-    path = list(sys.path)
-    sys.path[:] = [entry for entry in path if Path(entry).is_absolute()]
-    before = {name: os.environ.get(name) for name in ("PYTHONSAFEPATH", "PYTHONPATH", *FOLDER_VARIABLES)}
-    os.environ["PYTHONSAFEPATH"] = "1"
-    for name in ("PYTHONPATH", *FOLDER_VARIABLES):
-        if before[name]:
-            entries = str(before[name]).split(os.pathsep) if name == "PYTHONPATH" else [str(before[name])]
-            os.environ[name] = os.pathsep.join(str(Path(entry).absolute()) for entry in entries)
-    try:
-        yield
-    finally:
-        sys.path[:] = path
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
 
 
 @contextlib.contextmanager

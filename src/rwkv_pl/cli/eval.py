@@ -13,15 +13,23 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf
 
-from rwkv_pl.cli.arguments import expand_home, parse_arguments, print_hydra_info
+from rwkv_pl.cli.arguments import parse_arguments, print_hydra_info
 from rwkv_pl.cli.entry import cli_entry_point, default_sigint
 from rwkv_pl.cli.eval_report import print_report, write_report
 from rwkv_pl.cli.explain import print_settings
-from rwkv_pl.compose import compose, is_group_choice, parse_overrides, suggest_list, to_dataclass, to_plain_dict
+from rwkv_pl.compose import (
+    compose,
+    is_group_choice,
+    parse_overrides,
+    suggest_list,
+    to_dataclass,
+    to_plain_dict,
+)
 from rwkv_pl.config import CORPORA, DATA_PATHS, Data, Eval
 from rwkv_pl.errors import RunError, UserError, one_line
 from rwkv_pl.files import as_user_error, remove_on_failure
 from rwkv_pl.runs.stored import StoredRun, require_no_download
+from rwkv_pl.texts import take_as_typed
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +41,7 @@ if TYPE_CHECKING:
 @cli_entry_point
 def main() -> None:
     """The command. Exit codes: 0 evaluated, 1 failed while evaluating, 2 bad input."""
-    argv = sys.argv[1:] = expand_home(sys.argv[1:])
+    argv = sys.argv[1:] = take_as_typed(sys.argv[1:])
     args = parse_arguments(argv)
     if args.multirun:
         raise UserError("rwkv-eval evaluates one model: leave out -m")
@@ -69,7 +77,7 @@ def main() -> None:
         )
     out, name = choose_output(config, run, given)
     with remove_on_failure(out):
-        with as_user_error(out):
+        with as_user_error(out, ": give another folder with out=FOLDER"):
             if not os.access(out, os.W_OK):
                 raise UserError(f"{out} is not writable: give another folder with out=FOLDER")
         if sys.stderr.isatty():
@@ -131,18 +139,19 @@ def _evaluate(config: Eval, run: Path | None, given: set[str]) -> dict[str, Any]
         from rwkv_pl.data.datamodule import open_data
         from rwkv_pl.inference.evaluate import compute_metrics, evaluate_stream, evaluate_windows
         from rwkv_pl.limits import limit_threads
-        from rwkv_pl.ops.heap import keep_freed_memory
+        from rwkv_pl.ops.heap import tune_allocator
         from rwkv_pl.runs.device import choose_kernel
         from rwkv_pl.weights.read import read_weights
 
-    keep_freed_memory()
+    tune_allocator()
     limit_threads()
     source = Path(str(config.weights))
     weights = read_weights(source)
     vocabulary = weights.vocabulary
     if vocabulary and "data.vocab" in given and vocabulary.kind != config.data.vocab:
         raise UserError(f"weights={source} was trained with data.vocab={vocabulary.kind}: leave out data.vocab")
-    data = open_data(config.data, 0, Path.cwd(), vocabulary)
+    own_text = run is not None and "data" not in given
+    data = open_data(config.data, 0, Path.cwd(), vocabulary, weights.trained_on if own_text else None)
     data.prepare_data()
     data.setup({"val": "validate", "test": "test"}.get(config.split, "predict"))
     corpus, vocabulary, tokens = data.corpus, data.vocabulary, data.token_file
@@ -158,8 +167,10 @@ def _evaluate(config: Eval, run: Path | None, given: set[str]) -> dict[str, Any]
             f"the {config.split} split of {corpus.path} has {hi - lo} tokens, too few to predict any: "
             "use a larger corpus or another data.split"
         )
-    if run and "data" not in given and weights.trained_on not in (None, corpus.digest):
+    if own_text and weights.trained_on not in (None, corpus.digest):
         print(f"warning: {corpus.description} is not the text that the run was trained on", file=sys.stderr)
+    if warning := data.text_warning():
+        print(f"warning: {warning}", file=sys.stderr)
     device = _choose_device(config.accelerator)
     choose_kernel(config.kernel, device)
 
@@ -243,16 +254,12 @@ def count_scored_bytes(file: "TokenFile", split: str, vocabulary: "Vocabulary") 
 def _choose_device(accelerator: str) -> "torch.device":
     import torch
 
-    if accelerator == "auto":
-        accelerator = "cuda" if torch.cuda.is_available() else "cpu"
-    there = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if accelerator == "cpu":
-        return torch.device("cpu")
-    if there is None or accelerator not in ("gpu", there.type):
-        raise UserError(
-            f"accelerator={accelerator} is not available: torch finds {there.type if there else 'only the CPU'}"
-        )
-    return there
+    from rwkv_pl.runs.device import choose_accelerator
+
+    name = choose_accelerator("accelerator", accelerator)
+    if name == "gpu":
+        name = "cuda" if torch.cuda.is_available() else "mps"
+    return torch.device(name)
 
 
 def _to_run_error(error: Exception) -> Exception:

@@ -24,10 +24,10 @@ def main() -> None:
     paths: list[Path] = arguments.paths
     for path in paths:
         if not path.is_dir():
-            raise UserError(f"{path} is not a folder")
+            raise UserError(f"{path} is not a folder: give a run, or a folder of runs")
     out = arguments.out or (paths[0] if len(paths) == 1 else Path.cwd())
     if not find_runs(paths):
-        raise UserError(f"there is no run below {', '.join(map(str, paths))}")
+        raise UserError(f"there is no run below {', '.join(map(str, paths))}: give a run, or a folder of runs")
     out.mkdir(parents=True, exist_ok=True)
     print_report(paths, out)
 

@@ -4,13 +4,15 @@ import os
 import secrets
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
 from hydra_plugins.rwkv_pl.grid import GridSweeper
 from hydra_plugins.rwkv_pl.launcher import ProcessLauncher
@@ -22,16 +24,20 @@ from rwkv_pl.data.documents import exists
 from rwkv_pl.errors import UserError, one_line
 from rwkv_pl.files import require_own_files
 from rwkv_pl.runs.folder import MULTIRUN, create_run_dir, has_started, locked
-from rwkv_pl.sweeps.jobs import expand_grid, merge_params
+from rwkv_pl.runs.launch import RESUMED_ENV
+from rwkv_pl.sweeps.jobs import Job, expand_grid, merge_params, require_distinct_folders
 from rwkv_pl.sweeps.pool import run_job
 from rwkv_pl.sweeps.report import print_report
 from rwkv_pl.terminal import FAILED, quote_override, resume_command
 
-# Set in the environment of a resumed sweep's jobs: their settings come from its folder and are not trusted.
-RESUMED_ENV = "RWKV_PL_RESUMED_SWEEP"
-
 # The stored settings of Hydra itself that a resumed sweep uses again. Others could start an untrusted program.
-STORED_KEYS = ("hydra/sweeper", "hydra.sweeper.", "hydra.sweep.subdir", "hydra.launcher.jobs=")
+STORED_KEYS = (
+    "hydra/sweeper",
+    "hydra.sweeper.",
+    "hydra.sweep.subdir",
+    "hydra.job.config.override_dirname.",
+    "hydra.launcher.jobs=",
+)
 
 # Our launcher and sweepers, by their `_target_`.
 OWN_PLUGINS: dict[str, Any] = {
@@ -46,8 +52,11 @@ def start_sweep(argv: Sequence[str], overrides: list[Override], config_dir: str 
     merged = merge_params(
         composed.hydra.sweeper.get("params") or {}, [str(o.input_line) for o in overrides if not o.is_hydra_override()]
     )
-    _require_valid_job([str(o.input_line) for o in fixed if o.is_hydra_override()], merged, config_dir)
+    own = [str(o.input_line) for o in fixed if o.is_hydra_override()]
+    _require_valid_job(own, merged, config_dir)
     _check_plugins(composed, merged)
+    if "hydra.job.num" not in str(OmegaConf.to_container(composed.hydra.sweep)) and not _is_study(composed):
+        _require_distinct_folders(own, merged, config_dir)
     typed = any(o.key_or_group == "hydra.sweep.dir" for o in overrides)
     _run_sweep(create_run_dir(Path(composed.hydra.sweep.dir).absolute(), typed), argv, composed.hydra.launcher)
 
@@ -125,6 +134,22 @@ def _check_plugins(composed: DictConfig, overrides: Sequence[Override]) -> None:
                 raise UserError(f"hydra.{part} refuses its settings: {one_line(error)}") from error
             if part == "sweeper":
                 made.check(overrides)
+
+
+def _is_study(composed: DictConfig) -> bool:
+    return OWN_PLUGINS.get(composed.hydra.sweeper["_target_"]) is StudySweeper  # it numbers the folders
+
+
+def _require_distinct_folders(own: list[str], overrides: Sequence[Override], config_dir: str | None) -> None:
+    """Raise UserError if two jobs of a grid would have the same folder."""
+    jobs = []
+    for number, job in enumerate(expand_grid(overrides)):
+        with suppress(UserError, OmegaConfBaseException):  # the sweep records this job as failed
+            composed = compose([*own, *job], config_dir)
+            with open_dict(composed):
+                composed.hydra.job.num = composed.hydra.job.id = number
+            jobs.append(Job(job, Path(composed.hydra.sweep.dir, str(composed.hydra.sweep.subdir))))
+    require_distinct_folders(jobs)
 
 
 def _require_valid_job(own: list[str], overrides: Sequence[Override], config_dir: str | None) -> None:

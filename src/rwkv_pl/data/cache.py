@@ -9,7 +9,7 @@ from rwkv_pl.files import as_user_error, cache_folder, read_record, write_record
 
 
 def cached_json(name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Returns the cached result ``name``; on a cache miss, calls ``make`` and stores its result as JSON."""
+    """Return the cached result ``name``; on a cache miss, call ``make`` and store its result as JSON."""
     path = cache_folder() / "tokens" / name
     with as_user_error(path.parent), FileLock(path.with_suffix(".lock")):
         stored = read_record(path)

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -76,9 +77,7 @@ def split_by_fractions(path: Path, fractions: tuple[float, float, float], ends_p
 
     Raises UserError unless the fractions are three numbers >= 0 that sum to 1.
     """
-    # The condition is negated as a whole so that a NaN is rejected too.
-    if not (len(fractions) == 3 and min(fractions) >= 0 and abs(sum(fractions) - 1) < 1e-6):
-        raise UserError(f"data.split={list(fractions)} must be three fractions >= 0 (train, val, test) that sum to 1")
+    _check_fractions(fractions)
     data = np.memmap(path, np.uint8, mode="r")
     n = len(data)
     document_ends, reach = _map_offsets(ends_path), min(fractions) * n / 10
@@ -91,6 +90,30 @@ def split_by_fractions(path: Path, fractions: tuple[float, float, float], ends_p
 
     train, val = move_edge(round(n * fractions[0])), move_edge(round(n * (fractions[0] + fractions[1])))
     return Splits((0, train), (train, val), (val, n))
+
+
+def split_at_documents(
+    n_tokens: int, fractions: tuple[float, float, float], document_start: Callable[[int], int]
+) -> Splits:
+    """Token ranges for the fractions (train, val, test).
+
+    A boundary moves back to the start of the document that it would cut, unless a split would be left empty.
+    ``document_start``: the first token of the document that contains a token.
+
+    Raises UserError unless the fractions are three numbers >= 0 that sum to 1.
+    """
+    _check_fractions(fractions)
+    cuts = round(n_tokens * fractions[0]), round(n_tokens * (fractions[0] + fractions[1]))
+    train, val = map(document_start, cuts)
+    if not 0 < train < val < n_tokens:
+        train, val = cuts
+    return Splits((0, train), (train, val), (val, n_tokens))
+
+
+def _check_fractions(fractions: tuple[float, float, float]) -> None:
+    # The condition is negated as a whole so that a NaN is rejected too.
+    if not (len(fractions) == 3 and min(fractions) >= 0 and abs(sum(fractions) - 1) < 1e-6):
+        raise UserError(f"data.split must be three fractions (train, val, test) with the sum 1, got {list(fractions)}")
 
 
 def find_character_start(data: npt.NDArray[np.uint8], at: int) -> int:

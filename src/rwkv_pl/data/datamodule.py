@@ -6,6 +6,7 @@ follows from the trainer's step, so checkpoints hold no data position.
 """
 
 import signal
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, SequentialSampler
 
 from rwkv_pl.data import order
+from rwkv_pl.data.byte_vocabulary import UnknownVocabulary
 from rwkv_pl.data.corpus import Corpus
 from rwkv_pl.data.sources import Source, build_source
 from rwkv_pl.data.sources.binidx import Binidx
 from rwkv_pl.data.sources.enwik8 import ENWIK8_URL, Enwik8
+from rwkv_pl.data.sources.ids import Ids
 from rwkv_pl.data.sources.text import Text
 from rwkv_pl.data.token_file import TokenFile
-from rwkv_pl.data.vocabulary import Tokens, Vocabulary, build_vocabulary
+from rwkv_pl.data.vocabulary import Tokens, Vocabulary, build_vocabulary, describe_strange_bytes, read_vocabulary
 from rwkv_pl.errors import UserError
 
 # More batches than any run reads, and few enough for Lightning's float arithmetic on lengths to stay exact.
@@ -186,6 +189,8 @@ class DataModule(LightningDataModule):
         """Opens the corpus at the first call, then checks that the splits of ``stage`` (None: all) are long enough."""
         if self._file is None:
             self.corpus, self.vocabulary, self._file = self._open()
+            if not self.endless and (warning := self.text_warning()):  # the commands print it themselves
+                warnings.warn(warning, stacklevel=2)
         splits = self._file.splits
         if stage in (None, "fit"):
             self.steps_per_pass  # noqa: B018  raises UserError if the split is too short
@@ -218,6 +223,11 @@ class DataModule(LightningDataModule):
             f"{train} / {val} / {test} tokens to train / validate / test, "
             f"vocabulary {self.vocabulary.kind} ({self.vocabulary.size})"
         )
+
+    def text_warning(self) -> str | None:
+        """Describe the user's text if it does not look like text, else return None."""
+        is_text = isinstance(self.source, Text)
+        return describe_strange_bytes(self.corpus.path, self.vocabulary.kind) if is_text else None
 
     def train_dataloader(self) -> DataLoader[Tensor]:
         world_size, rank = self._process_rank()
@@ -325,24 +335,73 @@ class Enwik8DataModule(DataModule):
 
 
 class TokensDataModule(DataModule):
-    """Token ids in Megatron's format, ``path``.bin and ``path``.idx, split by fractions at document boundaries.
+    """Token ids in memory, or in Megatron's format in the files ``ids``.bin and ``ids``.idx if ``ids`` is a path.
 
-    ``vocab`` is the vocabulary of the ids, "byte" or "20b". ``settings`` are the arguments of DataModule.
+    ``ids`` in memory is one sequence of integers: a list, a one-dimensional tensor or array, memory-mapped or not. Or
+    it is a list of such sequences, the documents; so is a column of a Hugging Face dataset. Documents are joined
+    without a token in between: if your model needs one, end each document with it. ``prepare_data`` writes the ids to
+    the cache folder, where the same ids are found again.
+
+    ``vocab_size``: the number of different token ids, for ids whose text is not known. LitRWKV then scores bits per
+    token; only exactly 256 ids count as bytes. Else give their vocabulary, for bits per byte: ``vocab`` ("byte", or
+    "20b" with ``vocab_path``) or ``vocabulary``. Files have vocabulary "byte" if none of these is given.
+
+    ``split``: the fractions of the ids (train, val, test). A boundary moves back to the start of a document.
+    ``settings``: the other arguments of DataModule.
+
+    Raises UserError if ``ids`` is not a sequence or its vocabulary is missing. ``prepare_data`` and ``setup`` raise it
+    for an id that is not an integer from 0 to vocab_size - 1, with its position.
     """
 
     def __init__(
-        self, path: str | Path, *, split: tuple[float, float, float] = (0.9, 0.05, 0.05), **settings: Any
+        self,
+        ids: Any,
+        *,
+        split: tuple[float, float, float] = (0.9, 0.05, 0.05),
+        vocab_size: int | None = None,
+        vocab: str | None = None,
+        vocab_path: str | Path | None = None,
+        vocabulary: Vocabulary | None = None,
+        **settings: Any,
     ) -> None:
-        super().__init__(Binidx(path, split), **settings)
+        if sum(given is not None for given in (vocab_size, vocab, vocabulary)) > 1:
+            raise UserError("vocab_size, vocab and vocabulary exclude each other: give one of them")
+        if vocab not in (None, "byte", "20b"):
+            raise UserError(f"token ids take vocab=byte or vocab=20b, got {vocab!r}; for others, give vocab_size=")
+        if vocab_size is not None:
+            vocabulary = UnknownVocabulary(vocab_size)
+        source: Source
+        if isinstance(ids, str | Path):
+            source = Binidx(ids, split)
+        else:
+            if vocab is not None:
+                path = Path(vocab_path) if vocab_path is not None else None
+                vocabulary = read_vocabulary(path) if vocab == "20b" else Vocabulary()
+            if vocabulary is None:
+                raise UserError(
+                    "token ids need vocab_size=, their number, or a vocabulary (vocab=byte, vocab=20b or vocabulary=)"
+                )
+            source = Ids(ids, vocabulary, split)
+        super().__init__(source, vocab=vocab or "byte", vocab_path=vocab_path, vocabulary=vocabulary, **settings)
+
+    def description(self) -> str:
+        if not isinstance(self.vocabulary, UnknownVocabulary):
+            return super().description()
+        train, val, test = (f"{hi - lo:,}" for lo, hi in self.token_file.splits)
+        return (
+            f"{self.corpus}: {train} / {val} / {test} tokens to train / validate / test, "
+            f"vocabulary unknown ({self.vocabulary.size})"
+        )
 
 
-def open_data(data: Any, seed: int, cwd: Path, vocabulary: Vocabulary | None) -> DataModule:
+def open_data(data: Any, seed: int, cwd: Path, vocabulary: Vocabulary | None, digest: str | None = None) -> DataModule:
     """Builds the data module for `data`, a `config.Data`. Relative paths are relative to `cwd`.
 
-    vocabulary: the checkpoint's, if the run continues from one.
+    vocabulary, digest: of the checkpoint and of its text, if there is one.
     """
+    source = build_source(data, cwd)
     return DataModule(
-        build_source(data, cwd),
+        source.matching(digest) if digest and isinstance(source, Text) else source,
         batch_size=data.batch_size,
         ctx_len=data.ctx_len,
         vocab=data.vocab,

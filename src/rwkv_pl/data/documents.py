@@ -1,28 +1,67 @@
-"""Finds text files (a file, a folder, a glob; plain, gzip or JSON lines) and joins them into one plain file.
+"""Finds text files (a file, a folder, a glob; plain, compressed or JSON lines) and joins them into one plain file.
 
-A document is a file, or a row of a ``.jsonl``; empty ones are skipped. One byte 10, the document end, separates two
-documents. Nothing else is added, so a single document keeps exactly its bytes.
+A document is a file, or a row of a ``.jsonl`` or ``.ndjson``; empty ones are skipped. One byte 10, the document end,
+separates two documents. Nothing else is added, so a single document keeps exactly its bytes.
 """
 
+import bz2
 import contextlib
+import functools
 import gzip
 import io
 import json
+import lzma
 import os
+import re
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from itertools import count
 from pathlib import Path
-from typing import IO, NamedTuple, cast
+from typing import IO, Any, NamedTuple, cast
 
 from rwkv_pl.data.progress import make_bytes_progress
 from rwkv_pl.errors import UserError
+from rwkv_pl.files import cache_folder
 
 DOCUMENT_END = b"\n"
 
 BLOCK = 1 << 20
 MAX_ROW_BYTES = 1 << 28
+
+COMPRESSIONS = {
+    ".gz": rb"\x1f\x8b\x08",
+    ".bz2": rb"BZh[1-9](1AY&SY|\x17rE8P\x90)",
+    ".xz": rb"\xfd7zXZ\0",
+    ".zst": rb"\x28\xb5\x2f\xfd",
+}
+"""Patterns of the first bytes of the compressed files that are unpacked, by suffix."""
+
+CONTAINERS = {
+    "zip": rb"PK\x03\x04|PK\x05\x06",
+    "parquet": rb"PAR1",
+    "arrow": rb"ARROW1\0",
+    "avro": rb"Obj\x01",
+    "hdf5": rb"\x89HDF\r\n",
+    "sqlite": rb"SQLite format 3\0",
+    "tar": rb"(?s:.{257})ustar",
+    "pdf": rb"%PDF-",
+    "old Office": rb"\xd0\xcf\x11\xe0\xa1\xb1",
+    "7z": rb"7z\xbc\xaf\x27\x1c",
+    "rar": rb"Rar!\x1a\x07",
+    "lz4": rb"\x04\x22\x4d\x18",
+    "lzip": rb"LZIP\x01",
+    "lzop": rb"\x89LZO\0",
+    "snappy": rb"\xff\x06\0\0sNaPpY",
+    "compress": rb"\x1f[\x9d\xa0]",
+}
+"""Patterns of the first bytes of binary files that contain text but are not read."""
+
+
+OUTPUT_FILES = re.compile(
+    r"sweep\.(csv|png)|eval-.*\b(train|val|test)\.(json|png)|.*\.(ckpt|pth|safetensors|partial)|events\.out\.tfevents\..*"
+)
+"""Names of the files that the commands, or Lightning, write outside of run folders."""
 
 
 class SourceFile(NamedTuple):
@@ -48,16 +87,28 @@ def exists(path: Path) -> bool:
     )
 
 
-def is_plain_text(path: Path) -> bool:
-    """Is ``path`` a single file whose bytes are the text: not gzip, not JSON lines?"""
-    return path.is_file() and not _is_gzip(path) and not _is_jsonl(path)
+def is_plain_text(path: Path, old_rule: bool = False) -> bool:
+    """Is ``path`` a single file whose bytes are the text: not compressed, not JSON lines?
+
+    Raises UserError if it is another container. old_rule: see ``join_documents``.
+    """
+    if not path.is_file():
+        return False
+    with _as_user_error(path), path.open("rb") as file:
+        compression = _find_compression(path, file.peek(), old_rule)
+        if compression or _is_jsonl(path, old_rule):
+            return False
+        if not old_rule:
+            _refuse_container(path, file.peek())
+    return True
 
 
-def find_files(path: Path, key: str) -> list[SourceFile]:
-    """Lists the files of ``path``, sorted by POSIX path: one file, all files below a folder, or all matches of a glob.
+def find_files(path: Path, key: str, old_rule: bool = False) -> list[SourceFile]:
+    """List the files of ``path``, sorted by POSIX path: one file, all files below a folder, or all matches of a glob.
 
-    In a glob, ``**`` matches any folders. Names that start with a dot are skipped below the folder, or below the part
-    of the glob before its first wildcard. A link to a folder is followed only if a glob names it (``*/*``).
+    In a glob, ``**`` matches any folders. Names that start with a dot and the files of runs, sweeps and other commands
+    are skipped below the folder, or below the part of the glob before its first wildcard. A link to a folder is
+    followed only if a glob names it (``*/*``). old_rule: finds files of runs too, as the first versions did.
 
     Raises UserError, which names the setting ``key``, if there is no file or a folder cannot be read.
     """
@@ -65,13 +116,17 @@ def find_files(path: Path, key: str) -> list[SourceFile]:
         if path.is_file():
             return [_stat(path)]
         if path.is_dir():
-            root, found = path, list(_walk(path))
-            message = f"{key}={path} is a folder without files: give a folder that contains text"
+            root, found = path, list(_walk(path, old_rule))
+            message = (
+                f"{key}={path} is a folder without files: give a folder that contains text; files of runs are left out"
+            )
         else:
             root, pattern = _split_at_wildcard(path)
             found = [match for match in _match_glob(root, pattern) if not match.is_dir()]
+            if not old_rule:
+                found = list(_leave_out_outputs(root, found))
             if _has_wildcard(pattern):
-                message = f"{key}={path}: no file matches in {root.absolute()}"
+                message = f"{key}={path}: no file matches in {root.absolute()}, except those of runs"
             else:
                 where = "" if path.is_absolute() else f" (looked for {path.absolute()})"
                 message = f"{key}={path}: no such file{where}; if it was moved, set {key}= to its new path"
@@ -85,14 +140,16 @@ def find_files(path: Path, key: str) -> list[SourceFile]:
 
 
 def join_documents(
-    parts: dict[str, list[SourceFile]], field: str, text: IO[bytes], document_ends: IO[bytes]
+    parts: dict[str, list[SourceFile]], field: str, text: IO[bytes], document_ends: IO[bytes], old_rule: bool = False
 ) -> JoinResult:
-    """Writes the documents of all parts to ``text``, and the offset of each document end to ``document_ends``.
+    """Write the documents of all parts to ``text``, and the offset of each document end to ``document_ends``.
 
     parts: the source files by the setting that names them. field: the field of a JSON row that contains the text.
+    old_rule: read as the first versions did, which unpacked only ``.gz`` and took any other file for text.
     Offsets are int64, little endian. Memory use is one block, or one row. In a terminal, a bar shows the progress.
 
-    Raises UserError if a source cannot be read, is corrupt or changes during the reading, or if a part has no text.
+    Raises UserError if a source cannot be read, is corrupt, is a binary container or changes during the reading, or if
+    a part has no text.
     """
     sources = [source for part in parts.values() for source in part]
     size, documents, ends = 0, 0, []
@@ -105,7 +162,9 @@ def join_documents(
                     raw = source.path.open("rb", buffering=0)
                 with raw:
                     counted = cast(io.RawIOBase, progress.wrap_file(raw, task_id=task))
-                    for is_first, block in _read_blocks(source.path, io.BufferedReader(counted, BLOCK), field):
+                    for is_first, block in _read_blocks(
+                        source.path, io.BufferedReader(counted, BLOCK), field, old_rule
+                    ):
                         if is_first and documents:
                             document_ends.write(struct.pack("<q", size))
                             size += text.write(DOCUMENT_END)
@@ -120,17 +179,87 @@ def join_documents(
     return JoinResult(ends, documents)
 
 
-def _read_blocks(path: Path, raw: IO[bytes], field: str) -> Iterator[tuple[bool, bytes]]:
-    """Yields the documents of a file in non-empty blocks: (is it the first block of its document?, block)."""
+def _read_blocks(path: Path, raw: io.BufferedReader, field: str, old_rule: bool) -> Iterator[tuple[bool, bytes]]:
+    """Yield the documents of a file in non-empty blocks: (is it the first block of its document?, block)."""
     with _as_user_error(path):
-        file: IO[bytes] = gzip.GzipFile(fileobj=raw, mode="rb") if _is_gzip(path) else raw  # type: ignore[assignment]
-        if _is_jsonl(path):
+        file = _unpack(path, raw, _find_compression(path, raw.peek(), old_rule))
+        if not old_rule:
+            _refuse_container(path, file.peek(BLOCK))  # type: ignore[attr-defined]
+        if _is_jsonl(path, old_rule):
             yield from ((True, document) for document in _read_rows(path, file, field))
         else:
             is_first = True
             while block := file.read(BLOCK):
                 yield is_first, block
                 is_first = False
+
+
+def _find_compression(path: Path, head: bytes, old_rule: bool) -> str:
+    """Find the compression by the first bytes, else by the name: a suffix in COMPRESSIONS, or "" for none."""
+    suffix = path.suffix.lower()
+    if old_rule:
+        return suffix if suffix == ".gz" else ""
+    found = (name for name, pattern in COMPRESSIONS.items() if re.match(pattern, head))
+    return next(found, suffix if suffix in COMPRESSIONS else "")
+
+
+def _unpack(path: Path, raw: io.BufferedReader, compression: str) -> IO[bytes]:
+    if compression == ".gz":
+        return gzip.GzipFile(fileobj=raw, mode="rb")  # type: ignore[return-value]
+    if compression == ".bz2":
+        return bz2.BZ2File(raw)
+    if compression == ".xz":
+        return lzma.LZMAFile(raw)
+    return io.BufferedReader(_ZstdFile(path, raw), BLOCK) if compression == ".zst" else raw
+
+
+class _ZstdFile(io.RawIOBase):
+    """The unpacked bytes of a zstd file. The package's own reader takes a truncated file for a complete one."""
+
+    def __init__(self, path: Path, raw: IO[bytes]) -> None:
+        try:
+            import zstandard
+        except ImportError as error:
+            raise UserError(
+                f"{path} needs a package that is not installed: pip install 'rwkv_pl[zstd]', or unpack it"
+            ) from error
+        # The largest window that `zstd --long=31` makes; by default, the package refuses more than 128 MiB.
+        self._make = lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+        self._error = zstandard.ZstdError
+        self._raw, self._frame, self._packed, self._unpacked = raw, self._make(), b"", b""
+        self._has_started = False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._unpacked:
+            # A small block, since all that it unpacks to is in memory.
+            self._packed = self._packed or self._raw.read(1 << 12)
+            if not self._packed:
+                if self._has_started:
+                    raise EOFError("its last frame is incomplete")
+                return 0
+            try:
+                self._unpacked = self._frame.decompress(self._packed)
+            except self._error as error:
+                raise EOFError(str(error)) from error
+            self._has_started, self._packed = not self._frame.eof, self._frame.unused_data
+            if self._frame.eof:
+                self._frame = self._make()
+        count = min(len(buffer), len(self._unpacked))
+        buffer[:count], self._unpacked = self._unpacked[:count], self._unpacked[count:]
+        return count
+
+
+def _refuse_container(path: Path, head: bytes) -> None:
+    """Raise UserError if the unpacked file is not text, by its first bytes, or by its name if these do not tell."""
+    if kind := next((name for name, pattern in CONTAINERS.items() if re.match(pattern, head)), ""):
+        raise UserError(f"{path} is not text but a container ({kind}): extract plain text or .jsonl from it")
+    if _inner_suffix(path) == ".json":
+        raise UserError(f"{path} is not read: write its documents as one object a line, into a .jsonl")
+    if path.suffix.lower() == ".br":
+        raise UserError(f"{path} is compressed with brotli: unpack it")
 
 
 def _read_rows(path: Path, file: IO[bytes], field: str) -> Iterator[bytes]:
@@ -161,11 +290,11 @@ def _read_rows(path: Path, file: IO[bytes], field: str) -> Iterator[bytes]:
 
 @contextlib.contextmanager
 def _as_user_error(path: Path) -> Iterator[None]:
-    """Turns an error from reading ``path`` into a one-line UserError."""
+    """Turn an error from reading ``path`` into a one-line UserError."""
     try:
         yield
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{path} is a corrupt or truncated gzip file ({error}): copy or create it again") from error
+    except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError) as error:
+        raise UserError(f"{path} is corrupt or truncated ({error}): copy or create it again") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 
@@ -176,18 +305,32 @@ def _stat(path: Path) -> SourceFile:
         return SourceFile(path, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
-def _walk(folder: Path) -> Iterator[Path]:
+def _walk(folder: Path, old_rule: bool) -> Iterator[Path]:
     def refuse(error: OSError) -> None:
         raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
 
     for place, names, files in os.walk(folder, onerror=refuse):
         # Edited in place, so that os.walk does not enter the other folders.
-        names[:] = [name for name in names if not name.startswith(".")]
-        yield from (Path(place, file) for file in files)
+        names[:] = [n for n in names if not n.startswith(".") and (old_rule or not _is_output_folder(Path(place, n)))]
+        yield from (Path(place, file) for file in files if old_rule or not OUTPUT_FILES.fullmatch(file))
+
+
+def _leave_out_outputs(root: Path, found: Iterable[Path]) -> Iterator[Path]:
+    is_output_folder = functools.cache(_is_output_folder)
+    for path in found:
+        folders = (folder for folder in path.parents if folder != root and folder.is_relative_to(root))
+        if not OUTPUT_FILES.fullmatch(path.name) and not any(map(is_output_folder, folders)):
+            yield path
+
+
+def _is_output_folder(path: Path) -> bool:
+    """Is the folder a run, a sweep, converted weights, the cache, or Lightning's logs?"""
+    marks = (path / ".hydra", path / "multirun.yaml", path / "model.safetensors")
+    return path.name == "lightning_logs" or any(map(os.path.exists, marks)) or path.absolute() == cache_folder()
 
 
 def _split_at_wildcard(path: Path) -> tuple[Path, str]:
-    """Splits a path into its longest existing folder, even if that has wildcard characters, and the rest, a glob."""
+    """Split a path into its longest existing folder, even if that has wildcard characters, and the rest, a glob."""
     root = next((folder for folder in path.parents if folder.is_dir()), Path(path.anchor))
     return root, path.relative_to(root).as_posix()
 
@@ -206,9 +349,10 @@ def _has_wildcard(pattern: str) -> bool:
     return any(character in pattern for character in "*?[")
 
 
-def _is_gzip(path: Path) -> bool:
-    return path.suffix.lower() == ".gz"
+def _inner_suffix(path: Path, compressions: Collection[str] = COMPRESSIONS) -> str:
+    """Return the suffix of the name without that of a compression."""
+    return (path.with_suffix("") if path.suffix.lower() in compressions else path).suffix.lower()
 
 
-def _is_jsonl(path: Path) -> bool:
-    return (path.with_suffix("") if _is_gzip(path) else path).suffix.lower() == ".jsonl"
+def _is_jsonl(path: Path, old_rule: bool) -> bool:
+    return _inner_suffix(path, [".gz"]) == ".jsonl" if old_rule else _inner_suffix(path) in (".jsonl", ".ndjson")

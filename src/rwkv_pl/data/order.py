@@ -64,7 +64,7 @@ def micro_batch_rows(batch_size: int, *, world_size: int, rank: int, accumulate:
 
 
 def read_windows(tokens: npt.NDArray[np.unsignedinteger], starts: Int64, ctx_len: int) -> Int64:
-    """Reads the windows that begin at ``starts`` (R,) from the ring of ``tokens`` (N,): (R, T+1) int64."""
+    """Read the windows that begin at ``starts`` (R,) from the ring of ``tokens`` (N,): (R, T+1) int64."""
     windows = np.empty((len(starts), ctx_len + 1), np.int64)
     for window, start in zip(windows, starts.tolist(), strict=True):
         # One slice per row is ten times as fast as fancy indexing of all rows at once.
@@ -85,7 +85,7 @@ def eval_window_count(lo: int, hi: int, ctx_len: int) -> int:
 def read_eval_windows(
     tokens: npt.NDArray[np.unsignedinteger], lo: int, hi: int, *, ctx_len: int, first: int, rows: int
 ) -> Int64:
-    """Reads windows ``first, first + 1, ...`` of the split [lo, hi) of ``tokens`` (N,): (rows, T+1) int64.
+    """Read windows ``first, first + 1, ...`` of the split [lo, hi) of ``tokens`` (N,): (rows, T+1) int64.
 
     Windows are consecutive: the last token of one is the first context of the next, and token ``lo - 1`` is the first
     context of window 0. Positions past the end of the split are -1, and the loss ignores negative targets.
@@ -117,7 +117,7 @@ def _mix(x: UInt64) -> UInt64:
 
 
 def _permute(x: UInt64, keys: UInt64, size: int) -> UInt64:
-    """Permutes each element of ``x`` (B,) within [0, size), with the keys in its column of ``keys`` (rounds, B).
+    """Permute each element of ``x`` (B,) within [0, size), with the keys in its column of ``keys`` (rounds, B).
 
     A Feistel network permutes the integers of an even number of bits, at least 6 and enough for ``size``. If an output
     is not below ``size``, the network is applied again until it is (cycle walking). That gives a permutation of any

@@ -18,7 +18,7 @@ def make_bytes_progress() -> "Progress":
 
 
 def progress_bar(pieces: list[tuple[int, int]], what: str) -> Iterable[tuple[int, int]]:
-    """Yields the pieces and shows a bar labelled ``what``."""
+    """Yield the pieces and show a bar labelled ``what``."""
     from rich.console import Console
     from rich.progress import track
 

@@ -21,7 +21,8 @@ from rwkv_pl.files import as_user_error, atomic_write, cache_folder, json_digest
 class TokenFile:
     """A file of token ids without a header, and the ranges of its splits, in tokens.
 
-    digest: the ``file_digest`` of the file. n_bytes: the bytes of text in each split.
+    digest: the ``file_digest`` of the file. n_bytes: the bytes of text in each split, 0 if the vocabulary does not know
+    them.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class TokenFile:
         return self.n_bytes[Splits._fields.index(name)]
 
     def check_unchanged(self) -> None:
-        """Raises UserError if the file has changed since it was opened.
+        """Raise UserError if the file has changed since it was opened.
 
         Compares size and mtime; the content is read only if the mtime alone has changed.
         """
@@ -83,7 +84,7 @@ def _stat_file(path: Path) -> tuple[int, int]:
 
 
 def open_tokens(corpus: Corpus, vocabulary: Vocabulary) -> TokenFile:
-    """Opens the tokens of a corpus, encoding it with ``vocabulary`` at the first use; the cache folder stores them.
+    """Open the tokens of a corpus, encoding it with ``vocabulary`` at the first use; the cache folder stores them.
 
     Except with vocabulary ``byte``, a split boundary inside a character moves back to its start. Raises UserError if
     the vocabulary cannot encode the corpus.

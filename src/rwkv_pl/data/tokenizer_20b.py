@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from rwkv_pl.data.vocabulary import BYTE_BY_CHARACTER, EncodingError, Tokens, Vocabulary, check_ids
+from rwkv_pl.data.byte_vocabulary import BYTE_BY_CHARACTER, EncodingError, Tokens, Vocabulary, as_array, check_ids
 from rwkv_pl.errors import UserError, one_line
 
 # Versions before 0.23.1 warn at every fork after the library has used its threads. The processes forked here, the data
@@ -75,7 +75,7 @@ class Vocabulary20B(Vocabulary):
 
     @classmethod
     def read(cls, path: Path) -> "Vocabulary20B":
-        """Reads the tokenizer from the JSON file ``path``. Raises UserError if it is not the 20B tokenizer."""
+        """Read the tokenizer from the JSON file ``path``. Raises UserError if it is not the 20B tokenizer."""
         try:
             # Serialised again, so that equal tokenizers have equal digests whatever wrote the file.
             described = json.loads(path.read_bytes())
@@ -88,13 +88,8 @@ class Vocabulary20B(Vocabulary):
                 f"{path} is not the JSON file of the 20B tokenizer ({reason}): give 20B_tokenizer.json"
             ) from error
 
-    def encode(self, text: bytes | npt.NDArray[np.uint8]) -> Tokens:
-        if isinstance(text, str):
-            raise TypeError("encode takes bytes, not str: use text.encode()")
-        return self.encode_documents(text, ())
-
     def encode_documents(self, text: bytes | npt.NDArray[np.uint8], ends: Iterable[int]) -> Tokens:
-        data = bytes(text)
+        data = as_array(text).tobytes()
         pieces: list[str] = []
         document_ends: list[int] = []  # in pieces
         at = 0

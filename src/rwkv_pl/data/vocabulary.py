@@ -1,178 +1,29 @@
-"""Vocabularies: encode bytes as token ids, and decode them."""
+"""Build, read and restore a vocabulary of any kind."""
 
-import itertools
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from rwkv_pl.config import VOCABULARIES
+from rwkv_pl.data.byte_vocabulary import EncodingError, Tokens, Vocabulary, find_multibyte_characters
 from rwkv_pl.data.cache import cached_json
-from rwkv_pl.data.corpus import Corpus, find_character_start
+from rwkv_pl.data.corpus import Corpus
 from rwkv_pl.errors import UserError
 from rwkv_pl.files import json_digest
 
-Tokens = npt.NDArray[np.unsignedinteger]
-
-CHUNK = 1 << 22
-
-# GPT-2's alphabet, in which a tokenizer's JSON writes bytes as visible characters. A byte that is visible in Latin-1 is
-# written as itself; the others are U+0100, U+0101, ... in turn.
-_VISIBLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
-_HIDDEN = tuple(sorted(set(range(256)) - set(_VISIBLE)))
-BYTE_BY_CHARACTER = {chr(byte): byte for byte in _VISIBLE} | {chr(0x100 + i): byte for i, byte in enumerate(_HIDDEN)}
-
-
-class EncodingError(UserError):
-    """A vocabulary cannot encode the text from byte ``offset`` on."""
-
-    def __init__(self, offset: int, reason: str, where: str = "the text") -> None:
-        super().__init__(f"byte {offset:,} of {where} {reason}")
-        self.offset, self.reason = offset, reason
-
-
-def check_ids(ids: npt.ArrayLike, size: int) -> npt.NDArray[np.int64]:
-    """``ids`` as int64. Raises TypeError unless they are integers, IndexError unless they are in [0, size)."""
-    index = np.asarray(ids)
-    if index.size and index.dtype.kind not in "iu":
-        raise TypeError(f"token ids must be integers, not {index.dtype}")
-    if index.size and not 0 <= index.min() <= index.max() < size:
-        wrong = index.min() if index.min() < 0 else index.max()
-        raise IndexError(f"token ids must be from 0 to {size - 1}, got {wrong}")
-    return index.astype(np.int64)
-
-
-class Vocabulary:
-    """A lossless mapping from any byte string to token ids: decode(encode(text)) == text.
-
-    ``byte``: 256 tokens, the bytes. ``char``: the 256 bytes, then ``characters``, whose UTF-8 has more than one byte,
-    in the order of their code points. A character that is not among them is encoded as byte tokens, as is anything
-    that is not UTF-8. So bits per byte are exact on any text. (``20b`` is a class with other guarantees:
-    ``tokenizer_20b.Vocabulary20B``.)
-
-    Raises UserError for an unknown kind, ValueError for characters that cannot be tokens.
-    """
-
-    document_end = 10
-    """The token between two documents, and before a text without context: here the newline."""
-
-    def __init__(self, kind: str = "byte", characters: str = "") -> None:
-        if kind not in VOCABULARIES:
-            raise UserError(f"vocab={kind} is not available: choose one of {', '.join(VOCABULARIES)}")
-        if kind == "20b":
-            raise ValueError("vocabulary 20b needs its JSON file: use read_vocabulary")
-        points = np.array([ord(character) for character in characters], np.int64)
-        surrogates = (points >= 0xD800) & (points < 0xE000)
-        if (kind == "byte" and characters) or np.any(np.diff(points, prepend=0x7F) <= 0) or np.any(surrogates):
-            raise ValueError(f"vocabulary {kind}: characters must be sorted, above U+007F and not surrogates")
-        self.kind = kind
-        self.characters = characters
-        self.size = 256 + len(characters)
-        self.dtype: np.dtype[np.unsignedinteger] = np.min_scalar_type(self.size - 1)
-        self.bytes_per_token: npt.NDArray[np.int64] = np.concatenate(
-            [np.ones(256, np.int64), 2 + (points >= 0x800).astype(np.int64) + (points >= 0x10000)]
-        )
-        """(size,) int64: the bytes of text that each token decodes to."""
-        # Row i has the bytes of token i, left-aligned.
-        self._spelling = np.zeros((self.size, 4), np.uint8)
-        self._spelling[:256, 0] = np.arange(256)
-        spelled = np.arange(4) < self.bytes_per_token[256:, None]
-        self._spelling[256:][spelled] = np.frombuffer(characters.encode(), np.uint8)
-        self._points = points
-
-    def encode(self, text: bytes | npt.NDArray[np.uint8]) -> Tokens:
-        """Encodes ``text``: ids (n,) of the smallest unsigned dtype that can hold ``size - 1``."""
-        if isinstance(text, str):
-            raise TypeError("encode takes bytes, not str: use text.encode()")
-        data = np.frombuffer(text, np.uint8)
-        ids = data.astype(self.dtype)
-        if not self.characters:
-            return ids
-        starts, lengths, points = _find_multibyte_characters(data)
-        place = np.minimum(np.searchsorted(self._points, points), len(self._points) - 1)
-        known = self._points[place] == points
-        starts, lengths = starts[known], lengths[known]
-        ids[starts] = (256 + place[known]).astype(self.dtype)
-        keep = np.ones(len(ids), bool)
-        for i in range(1, 4):
-            keep[starts[lengths > i] + i] = False
-        return ids[keep]
-
-    def encode_documents(self, text: bytes | npt.NDArray[np.uint8], ends: Iterable[int]) -> Tokens:
-        """Encodes ``text``, in which a document ends at each of the byte offsets ``ends``, ascending.
-
-        With ``byte`` and ``char``, that byte, a newline, is the document end. ``20b`` encodes it as ``document_end``.
-        """
-        return self.encode(text)
-
-    def split_point(self, data: npt.NDArray[np.uint8], lo: int, at: int) -> int:
-        """The last offset in (lo, at] at which ``data`` (N,) can be cut: the two parts encode to the ids of the whole.
-
-        Returns ``lo``, the start of the text, if there is no such offset.
-        """
-        return find_character_start(data, at)
-
-    def chunks(self, data: npt.NDArray[np.uint8], lo: int, hi: int) -> list[tuple[int, int]]:
-        """Splits [lo, hi) into ranges of about CHUNK bytes, longer if no cut is possible, to encode separately."""
-        edges = [lo]
-        for at in range(lo + CHUNK, hi, CHUNK):
-            edges.append(self.split_point(data, edges[-1], at))
-        return [(begin, end) for begin, end in itertools.pairwise([*edges, hi]) if begin < end]
-
-    def decode(self, ids: npt.ArrayLike) -> bytes:
-        """Decodes ``ids`` (n,), any integers in [0, size). The result can start or end inside a UTF-8 character."""
-        index = check_ids(ids, self.size)
-        spelled = np.arange(4) < self.bytes_per_token[index][:, None]
-        return self._spelling[index][spelled].tobytes()
-
-    def to_dict(self) -> dict[str, str]:
-        """Plain types for JSON and checkpoints; ``from_dict`` restores the same vocabulary."""
-        return {"kind": self.kind, "characters": self.characters}
-
-    def to_tokenizer(self) -> dict[str, Any] | None:
-        """The tokenizer.json of this encoding, for the tokenizers library and transformers; None if it has none."""
-        if self.kind != "byte":
-            return None
-        bytes_alone = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-        return {
-            "version": "1.0",
-            "added_tokens": [],
-            "pre_tokenizer": bytes_alone,
-            "decoder": bytes_alone,
-            "model": {"type": "BPE", "vocab": BYTE_BY_CHARACTER, "merges": []},
-        }
-
-    @classmethod
-    def from_dict(cls, stored: dict[str, Any]) -> "Vocabulary":
-        """Restores a vocabulary from a result of ``to_dict``. Raises UserError if it is corrupt or its kind unknown."""
-        try:
-            if stored["kind"] == "20b":
-                from rwkv_pl.data.tokenizer_20b import Vocabulary20B  # imports the tokenizers library only when needed
-
-                return Vocabulary20B(str(stored["tokenizer"]))
-            return cls(str(stored["kind"]), str(stored.get("characters", "")))
-        except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
-            raise UserError(f"the stored vocabulary is corrupt: {error!r}") from error
-
-    @property
-    def digest(self) -> str:
-        """A digest of 64 hex digits, equal for equal vocabularies."""
-        return json_digest(self.to_dict())
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Vocabulary) and self.to_dict() == other.to_dict()
-
-    def __hash__(self) -> int:
-        return hash(self.digest)
-
-    def __repr__(self) -> str:
-        return f"Vocabulary({self.kind!r}, size={self.size})"
+__all__ = [
+    "EncodingError",
+    "Tokens",
+    "Vocabulary",
+    "build_vocabulary",
+    "describe_strange_bytes",
+    "read_vocabulary",
+    "vocabulary_from_dict",
+]
 
 
 def build_vocabulary(kind: str, corpus: Corpus, vocab_path: Path | None = None) -> Vocabulary:
-    """Builds the vocabulary of a corpus.
+    """Build the vocabulary of a corpus.
 
     For ``char``, it has the characters of the training split, which are collected once and cached. For ``20b``, it is
     read from the JSON file ``vocab_path``.
@@ -180,11 +31,6 @@ def build_vocabulary(kind: str, corpus: Corpus, vocab_path: Path | None = None) 
     Raises UserError for an unknown kind, or if the JSON file is missing.
     """
     if kind == "20b":
-        if vocab_path is None:
-            raise UserError(
-                "data.vocab=20b needs the tokenizer's JSON file: set data.vocab_path=20B_tokenizer.json (it is part of "
-                "the official RWKV-4 code, and of GPT-NeoX-20B as tokenizer.json)"
-            )
         return read_vocabulary(vocab_path)
     if kind != "char":
         return Vocabulary(kind)
@@ -193,38 +39,50 @@ def build_vocabulary(kind: str, corpus: Corpus, vocab_path: Path | None = None) 
         seen = np.zeros(0x110000, bool)
         data = np.memmap(corpus.path, np.uint8, mode="r")
         for lo, hi in Vocabulary("char").chunks(data, *corpus.character_splits().train):
-            seen[_find_multibyte_characters(data[lo:hi])[2]] = True
+            seen[find_multibyte_characters(data[lo:hi])[2]] = True
         return Vocabulary("char", "".join(map(chr, np.flatnonzero(seen)))).to_dict()
 
-    return Vocabulary.from_dict(cached_json(f"char-{json_digest(corpus.cache_key)[:16]}.json", find_characters))
+    return vocabulary_from_dict(cached_json(f"char-{json_digest(corpus.cache_key)[:16]}.json", find_characters))
 
 
-def read_vocabulary(path: Path) -> Vocabulary:
-    """Reads the vocabulary ``20b`` from its JSON file. Raises UserError if ``path`` is not one."""
+def read_vocabulary(path: Path | None) -> Vocabulary:
+    """Read the vocabulary ``20b`` from its JSON file. Raises UserError if ``path`` is None or not such a file."""
+    if path is None:
+        raise UserError(
+            "data.vocab=20b needs the tokenizer's JSON file: set data.vocab_path=20B_tokenizer.json (it is part of "
+            "the official RWKV-4 code, and of GPT-NeoX-20B as tokenizer.json)"
+        )
     from rwkv_pl.data.tokenizer_20b import Vocabulary20B  # imports the tokenizers library only when needed
 
     return Vocabulary20B.read(path)
 
 
-def _find_multibyte_characters(
-    data: npt.NDArray[np.uint8],
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Starts, lengths in bytes (2 to 4) and code points of the well-formed UTF-8 characters above U+007F.
+def describe_strange_bytes(path: Path, kind: str) -> str | None:
+    """Describe a file that is probably not text for the vocabulary `kind`: NUL bytes, or not UTF-8. None for text.
 
-    No byte can be both a lead byte and a continuation byte, so characters never overlap, and each lead byte is checked
-    independently.
+    From 16 MiB on, it reads 1,024 evenly spaced blocks.
     """
-    starts = np.flatnonzero(data >= 0xC2)
-    lead = data[starts].astype(np.int64)
-    lengths = 2 + (lead >= 0xE0).astype(np.int64) + (lead >= 0xF0)
-    points = lead & (0x7F >> lengths)
-    good = (lead < 0xF5) & (starts + lengths <= len(data))
-    for i in range(1, 4):
-        continues = data[np.minimum(starts + i, len(data) - 1)]
-        inside = lengths > i
-        good &= ~inside | (continues & 0xC0 == 0x80)
-        points = np.where(inside, points << 6 | continues & 0x3F, points)
-    # Overlong encodings, surrogates and code points above U+10FFFF are not UTF-8.
-    smallest = np.array([0, 0, 0x80, 0x800, 0x10000])[lengths]
-    good &= (points >= smallest) & ((points < 0xD800) | (points >= 0xE000)) & (points < 0x110000)
-    return starts[good], lengths[good], points[good]
+    data, size = np.memmap(path, np.uint8, mode="r"), 1 << 14
+    starts = range(0, len(data), size) if len(data) < size << 10 else np.linspace(0, len(data) - size, 1024, dtype=int)
+    n = nul = invalid = 0
+    for start in starts:
+        block = np.asarray(data[start : start + size])
+        n, nul = n + len(block), nul + int(np.count_nonzero(block == 0))
+        invalid += int(np.count_nonzero(block >= 0x80)) - int(find_multibyte_characters(block)[1].sum())
+    if nul > 0.01 * n:
+        return f"{nul / n:.0%} of {path} are NUL bytes: convert UTF-16 to UTF-8, leave out what is not text"
+    if kind != "byte" and invalid > 0.1 * n:
+        return f"{invalid / n:.0%} of {path} is not UTF-8: convert it, or use data.vocab=byte"
+    return None
+
+
+def vocabulary_from_dict(stored: dict[str, Any]) -> Vocabulary:
+    """Restore a vocabulary from a result of ``to_dict``. Raises UserError if it is corrupt or its kind unknown."""
+    try:
+        if stored["kind"] == "20b":
+            from rwkv_pl.data.tokenizer_20b import Vocabulary20B  # imports the tokenizers library only when needed
+
+            return Vocabulary20B(str(stored["tokenizer"]))
+        return Vocabulary(str(stored["kind"]), str(stored.get("characters", "")))
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        raise UserError(f"the stored vocabulary is corrupt: {error!r}") from error

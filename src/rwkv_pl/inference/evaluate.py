@@ -38,7 +38,7 @@ def evaluate_stream(
     chunk_len: int = 1024,
     on_progress: Callable[[int, float], None] = lambda n_targets, nats: None,
 ) -> tuple[float, int]:
-    """Reads the split as one text and carries the state from chunk to chunk, as a recurrent model is used.
+    """Read the split as one text and carry the state from chunk to chunk, as a recurrent model is used.
 
     tokens:      (N,); can be a memory map.
     streams:     the number of parts into which the split is cut, to read them in parallel. Above 1 it is faster, and
@@ -74,7 +74,7 @@ def evaluate_windows(
     rows: int = 8,
     on_progress: Callable[[int, float], None] = lambda n_targets, nats: None,
 ) -> tuple[Float64, Int64]:
-    """Reads windows of `ctx_len` targets, each from an empty state, as models with a limited context are evaluated.
+    """Read windows of `ctx_len` targets, each from an empty state, as models with a limited context are evaluated.
 
     tokens:      (N,); can be a memory map.
     stride:      tokens from one window's start to the next. None means ctx_len, which gives the windows of validation
@@ -124,14 +124,14 @@ def compute_metrics(nats: float, n_tokens: int, n_bytes: int) -> dict[str, float
 
 def _first_target(lo: int, hi: int) -> int:
     if hi <= max(lo, 1):
-        raise ValueError(f"[{lo}, {hi}) has no target")
+        raise ValueError(f"the range [{lo}, {hi}) has no target: it needs a token that has one before it")
     return max(lo, 1)
 
 
 def _read(
     model: Any, tokens: Tokens, start: Int64, begin: Int64, end: Int64, chunk_len: int
 ) -> Iterator[tuple[Float64, npt.NDArray[np.bool_]]]:
-    """Reads R rows of text in parallel, each from an empty state.
+    """Read R rows of text in parallel, each from an empty state.
 
     Row r starts at token start[r]; its targets in [begin[r], end[r]) count. start, begin and end are (R,).
 

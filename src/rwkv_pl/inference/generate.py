@@ -24,7 +24,7 @@ def generate(
     seed: int | None = None,
     **sampling: Any,
 ) -> "Generation":
-    """Yields tokens (B,) int64 without end, by default drawn from the model's distribution at temperature 1.
+    """Yield tokens (B,) int64 without end, by default drawn from the model's distribution at temperature 1.
 
     Args:
         model: a module with `hidden`, `head` and `step`.
@@ -75,7 +75,7 @@ class Generation(Iterator[Tensor]):
         return tokens[max(0, len(tokens) - self._sampling.window) :]
 
     def catch_up(self) -> None:
-        """Feeds the last yielded token to the model."""
+        """Feed the last yielded token to the model."""
         if self._unread is not None:
             with eval_mode(self._model):
                 self.logits, self.state = self._model.step(self._unread, self.state)
@@ -83,7 +83,7 @@ class Generation(Iterator[Tensor]):
 
 
 def read_prompts(model: Any, prompts: Sequence[Tensor], state: State | None = None) -> tuple[Tensor, State]:
-    """Reads prompts (T_i,), each with its row of the state -> the logits after them (B, V), and the state.
+    """Read prompts (T_i,), each with its row of the state -> the logits after them (B, V), and the state.
 
     If their lengths differ, they are read one by one: padding would change the state.
     """
@@ -101,7 +101,7 @@ def read_prompts(model: Any, prompts: Sequence[Tensor], state: State | None = No
 
 
 def select_rows(state: State, rows: slice | Tensor) -> State:
-    """Selects rows of a state; `torch.zeros(5, dtype=torch.int64)` repeats the first row five times."""
+    """Select rows of a state; `torch.zeros(5, dtype=torch.int64)` repeats the first row five times."""
     return tuple(BlockState(*(part[rows] for part in block)) for block in state)
 
 
@@ -109,7 +109,7 @@ def select_rows(state: State, rows: slice | Tensor) -> State:
 def read_tokens(
     model: Any, tokens: Tensor, state: State | None = None, progress: Callable[[int], None] = lambda done: None
 ) -> tuple[Tensor, State]:
-    """Reads tokens (B, T), T >= 1 -> the logits after the last one, (B, V) float32, and the state.
+    """Read tokens (B, T), T >= 1 -> the logits after the last one, (B, V) float32, and the state.
 
     Reads in chunks that are parallel in time. progress: called after each chunk with its number of tokens per row.
     """

@@ -48,7 +48,7 @@ class Sampling:
             raise ValueError(f"repetition must be a number above 0 (1 is off), got {self.repetition}")
 
     def choose(self, logits: Tensor, recent: Sequence[Tensor], uniform: Tensor) -> Tensor:
-        """Draws one token for each row of logits (B, V) -> tokens (B,) int64.
+        """Draw one token for each row of logits (B, V) -> tokens (B,) int64.
 
         recent: the preceding tokens (n,) of each row. uniform: numbers in [0, 1), (B,) float64.
 
@@ -102,5 +102,5 @@ class RowRandom:
 
 
 def derive_seed(*numbers: int) -> int:
-    """Hashes several numbers to one 64-bit seed for a generator."""
+    """Hash several numbers to one 64-bit seed for a generator."""
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest(), "big")

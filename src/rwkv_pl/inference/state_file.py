@@ -18,21 +18,26 @@ FORMAT = 1
 
 
 class GenerationState(NamedTuple):
-    """The state of one text: logits (1, V) for the next token, the model's state (one row), the last tokens (n,)."""
+    """The state of one text: logits (1, V) for the next token, the model's state (one row), the last tokens (n,).
+
+    unfinished: the bytes of the text that were not shown yet, see `TextStream`.
+    """
 
     logits: Tensor
     state: State
     recent: Tensor
+    unfinished: bytes = b""
 
 
 def save_state(path: Path, generation_state: GenerationState, digest: str) -> None:
-    """Writes the file atomically. digest: identifies the weights and the vocabulary."""
+    """Write the file atomically. digest: identifies the weights and the vocabulary."""
     content = {
         "rwkv_pl_memory": FORMAT,
         "digest": digest,
         "logits": _copy(generation_state.logits),
         "state": [{name: _copy(part) for name, part in block._asdict().items()} for block in generation_state.state],
         "recent": _copy(generation_state.recent),
+        "unfinished": list(generation_state.unfinished),  # the safe loader refuses bytes
     }
     with atomic_write(path) as file:
         torch.save(content, file)
@@ -44,10 +49,10 @@ def _copy(part: Tensor) -> Tensor:
 
 
 def load_state(path: Path, model: Any, digest: str) -> GenerationState:
-    """Reads a file of `save_state`. Raises UserError, one line, if it is corrupt or for other weights or vocabulary."""
+    """Read a file of `save_state`. Raises UserError, one line, if it is corrupt or for other weights or vocabulary."""
     content = _read(path)
     if content.get("digest") != digest:
-        raise UserError(f"{path} is the state of other weights or another vocabulary: these weights cannot use it")
+        raise UserError(f"{path} is the state of other weights or another vocabulary: give the weights that wrote it")
     device = next(model.parameters()).device
     like, like_state = read_tokens(model, torch.zeros(1, 1, dtype=torch.int64, device=device))
     try:
@@ -61,13 +66,14 @@ def load_state(path: Path, model: Any, digest: str) -> GenerationState:
                 raise ValueError("a tensor has a wrong shape, a wrong dtype or values that are not finite")
         if recent.dim() != 1 or recent.dtype != torch.int64 or bool(((recent < 0) | (recent >= like.shape[1])).any()):
             raise ValueError("a token is outside of the vocabulary")
+        unfinished = bytes(list(content.get("unfinished", [])))  # older files have none
     except Exception as error:  # a hand-made file can fail in any way
         raise CorruptFileError(f"{path} is a corrupt generation state ({error})") from error
-    return GenerationState(logits, state, recent)
+    return GenerationState(logits, state, recent, unfinished)
 
 
 def check_replaceable(path: Path) -> None:
-    """Raises UserError if `path` cannot be written, or exists and is not a generation state."""
+    """Raise UserError if `path` cannot be written, or exists and is not a generation state."""
     if not path.parent.is_dir():
         raise UserError(f"{path}: there is no folder {path.parent}")
     if os.path.lexists(partial := path.with_name(path.name + PARTIAL_SUFFIX)):
@@ -78,7 +84,8 @@ def check_replaceable(path: Path) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise UserError(f"{path} is a folder" if path.is_dir() else f"there is no state {path}: --state-out writes one")
+        reason = "a folder: give a file" if path.is_dir() else "missing: --state-out writes a state"
+        raise UserError(f"{path} is {reason}")
     try:
         content = read_checkpoint(path)
         known = content.get("rwkv_pl_memory") == FORMAT

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from rwkv_pl.checks import check_tokens
 from rwkv_pl.config import RWKV4Config
 from rwkv_pl.model import rwkv4_fused as fused
 from rwkv_pl.model.state import BlockState, State
@@ -193,15 +194,25 @@ class RWKV4(nn.Module):
 
     def hidden(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """tokens (B, T) int64, T >= 1 -> the head's input (B, T, C), and the state after the last token."""
-        if not torch.compiler.is_compiling():
-            check_inputs(tokens, state, self.emb.weight, len(self.blocks))
-        x = self.emb(tokens)
+        x = self._embed(tokens, state)
         after = []
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
         for block, before in zip(self.blocks, state or [None] * len(self.blocks), strict=True):
             x, block_state = checkpoint(block, x, before, use_reentrant=False) if recompute else block(x, before)
             after.append(block_state)
         return self.ln_out(x), tuple(after)
+
+    def _embed(self, tokens: Tensor, state: State | None) -> Tensor:
+        """tokens (B, T) -> (B, T, C). Wrong tokens, and a state of another size, raise an error that names them."""
+        if torch.compiler.is_compiling():
+            return self.emb(tokens)
+        check_inputs(tokens, state, self.emb.weight, len(self.blocks))
+        try:
+            return self.emb(tokens)
+        except IndexError:  # raised on the CPU only; looking for the token before each step would slow it
+            lowest, highest = (int(token) for token in tokens.aminmax())
+            check_tokens(lowest, highest, len(self.emb.weight))
+            raise
 
     def forward(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """tokens (B, T) int64, T >= 1 -> logits (B, T, V), and the state after the last token.
@@ -234,7 +245,7 @@ class RWKV4(nn.Module):
 
 
 def check_inputs(tokens: Tensor, state: State | None, embedding: Tensor, n_layer: int) -> None:
-    """Raises TypeError, ValueError or IndexError unless tokens (B, T) and the state suit a model of this size."""
+    """Raise TypeError or ValueError unless tokens (B, T) and the state suit a model of this size; reads no values."""
     if not isinstance(tokens, Tensor) or tokens.dtype not in (torch.int64, torch.int32):
         given = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
         raise TypeError(f"tokens must be an int64 tensor, not {given}")
@@ -242,10 +253,6 @@ def check_inputs(tokens: Tensor, state: State | None, embedding: Tensor, n_layer
         raise ValueError(f"tokens must be (B, T) with T at least 1, not {tuple(tokens.shape)}")
     if tokens.device != embedding.device:
         raise ValueError(f"tokens are on {tokens.device} and the model on {embedding.device}: move them to one device")
-    if tokens.device.type == "cpu" and tokens.numel():  # on a GPU, reading them would wait for it
-        lowest, highest = (int(token) for token in tokens.aminmax())
-        if lowest < 0 or highest >= len(embedding):
-            raise IndexError(f"tokens must be from 0 to {len(embedding) - 1}, got {lowest if lowest < 0 else highest}")
     if state is not None and (len(state) != n_layer or len(state[0].att_shift) != len(tokens)):
         raise ValueError(
             f"the state has {len(state)} layers and {len(state[0].att_shift) if state else 0} rows; "
@@ -254,7 +261,7 @@ def check_inputs(tokens: Tensor, state: State | None, embedding: Tensor, n_layer
 
 
 def token_shift(x: Tensor, shift: Tensor | None) -> Tensor:
-    """Delays x (B, T, C) by one token: the result at t is x at t - 1.
+    """Delay x (B, T, C) by one token: the result at t is x at t - 1.
 
     At t = 0 it is shift (B, C), the last token of the piece before, or zeros at the start of a text (shift None).
     """
@@ -280,7 +287,7 @@ def _list_parameters(module: Any) -> list[Tensor]:
 
 
 def _unsqueeze_time_mix(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Reshapes time_mix parameters to (1, 1, C) on loading: some official files have them as (C,)."""
+    """Reshape time_mix parameters to (1, 1, C) on loading: some official files have them as (C,)."""
     for name in ("time_mix_k", "time_mix_v", "time_mix_r"):
         if (mix := state_dict.get(prefix + name)) is not None:
             state_dict[prefix + name] = mix.reshape(1, 1, -1)

@@ -10,12 +10,12 @@ from torch import Tensor
 
 
 def disable_autocast() -> AbstractContextManager[Any]:
-    """Turns autocast off during a backward pass, whose tensors already have the forward pass's dtypes."""
+    """Turn autocast off during a backward pass, whose tensors already have the forward pass's dtypes."""
     return torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext()
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorates the backward of an autograd.Function without a second derivative: asking for one raises RuntimeError.
+    """Decorate the backward of an autograd.Function without a second derivative: asking for one raises RuntimeError.
 
     The decorated function is `backward(ctx, saved, *gradients)`. saved is a list of ctx.saved_tensors, which under
     checkpointing can be read only once. Tensors that backward removes from the list can be freed before it returns.

@@ -24,11 +24,19 @@ _warned: set[str] = set()
 _registrations: list[Callable[[], None]] = []
 
 
+class KernelError(RuntimeError):
+    """The compiled operators were required and are not available. reason: why, and the fix."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"wkv4: no compiled operator: {reason}; or choose use_kernel('auto')")
+        self.reason = reason
+
+
 class use_kernel:
     """Selects the implementation of :func:`wkv4` for the whole process; as a context manager, until the block ends.
 
     - ``"auto"``: compiled if that operator can be built for the tensor's device, else scan;
-    - ``"compiled"``: the compiled operator, or a RuntimeError that says why it is not available;
+    - ``"compiled"``: the compiled operator, or a KernelError that says why it is not available;
     - ``"scan"``: parallel in time, in plain torch;
     - ``"recurrence"``: the plain loop over time, the reference for the others.
 
@@ -87,11 +95,11 @@ def supports_elementwise(*tensors: Tensor, io: bool = False) -> bool:
 def _is_available(device: str, required: bool) -> bool:
     """Are the compiled operators available for this device type? The first call builds or loads them.
 
-    If they are not: RuntimeError if they are required, else one warning.
+    If they are not: KernelError if they are required, else one warning.
     """
     failure = load(device) if device in ("cpu", "cuda") else f"not supported on {device}"
     if failure and required:
-        raise RuntimeError(f"wkv4: no compiled operator: {failure}; or choose use_kernel('auto')")
+        raise KernelError(failure)
     if failure and device in _failures and device not in _warned:
         _warned.add(device)
         warnings.warn(f"wkv4 runs in plain torch, slower: {failure}", RuntimeWarning, stacklevel=2)
@@ -99,7 +107,7 @@ def _is_available(device: str, required: bool) -> bool:
 
 
 def load(device: str) -> str:
-    """Loads the compiled operators for a device type, and builds them if needed. Returns why it failed, or ""."""
+    """Load the compiled operators for a device type, and build them if needed. Returns why it failed, or ""."""
     # The CPU library declares the operators for both.
     failure = load("cpu") if device == "cuda" else ""
     with _loading:
@@ -118,7 +126,7 @@ def load(device: str) -> str:
 
 
 def when_loaded(register: Callable[[], None]) -> Callable[[], None]:
-    """Decorates a function that registers gradients or fake kernels; it is called after the operators are loaded."""
+    """Decorate a function that registers gradients or fake kernels; it is called after the operators are loaded."""
     with _loading:
         _registrations.append(register)
         if _failures.get("cpu") == "":

@@ -4,7 +4,7 @@ A wheel can contain them prebuilt (see prebuilt.py); then nothing is built here.
 
 A library's name has a digest of everything that it was built from. It is built in a temporary folder and moved into
 place under a file lock, which the system releases if the process dies. So neither concurrent nor killed processes
-leave a broken library.
+leave a broken library. A failed build is remembered under the same name, so that not every start repeats it.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -36,8 +36,9 @@ from rwkv_pl.ops.toolchain import (
 )
 
 __all__ = [
-    "CPU_SOURCES", "CUDA_FLAGS", "CUDA_SOURCES", "LEVELS", "PREBUILT", "STABLE_ABI", "BuildError", "chip_flags",
-    "cpu_command", "cpu_flags", "cpu_level", "load_cpu_library", "load_cuda_library", "nvcc_command", "prebuilt_name",
+    "CPU_SOURCES", "CUDA_FLAGS", "CUDA_SOURCES", "LEVELS", "PREBUILT", "RETRY_ADVICE", "STABLE_ABI", "BuildError",
+    "chip_flags", "cpu_command", "cpu_flags", "cpu_level", "forget_failures", "load_cpu_library", "load_cuda_library",
+    "nvcc_command", "prebuilt_name",
 ]  # fmt: skip
 
 CPU_SOURCES = (
@@ -72,6 +73,8 @@ class BuildError(RuntimeError):
 
 # The folder of the prebuilt libraries in a platform wheel.
 PREBUILT = Path(__file__).parents[1] / "prebuilt"
+FAILED_SUFFIX = ".failed"
+RETRY_ADVICE = "; run rwkv-doctor to build again"
 SUFFIX = ".pyd" if sys.platform == "win32" else ".so"
 
 
@@ -79,7 +82,7 @@ SUFFIX = ".pyd" if sys.platform == "win32" else ".so"
 class LibrarySpec:
     """The inputs of one library's build. ``compile(folder, spec)`` builds it in the folder of the sources and loads it.
 
-    seconds: the typical duration of the build, to print.
+    seconds: the typical duration of the build, to print. host: the C++ compiler that nvcc calls.
     """
 
     name: str
@@ -89,10 +92,11 @@ class LibrarySpec:
     flags: list[str]
     seconds: int
     compile: Callable[[Path, "LibrarySpec"], Path]
+    host: Compiler | None = None
 
 
 def load_cpu_library() -> None:
-    """Registers the CPU operators ``torch.ops.rwkv_pl.*``; on a cache miss, builds them (about 15 s).
+    """Register the CPU operators ``torch.ops.rwkv_pl.*``; on a cache miss, build them (about 15 s).
 
     Raises BuildError if there is no compiler, the build fails, or the cache folder cannot be written.
     """
@@ -103,7 +107,7 @@ def load_cpu_library() -> None:
 
 
 def load_cuda_library() -> None:
-    """Registers the CUDA operators, built for this machine's GPUs (about 15 s). Load the CPU library first.
+    """Register the CUDA operators, built for this machine's GPUs (about 15 s). Load the CPU library first.
 
     Raises BuildError as `load_cpu_library` does, and if nvcc is missing or its CUDA version is not torch's.
     """
@@ -117,9 +121,9 @@ def load_cuda_library() -> None:
         raise BuildError(problem)
     devices = range(torch.cuda.device_count())
     chips = sorted({"{}{}".format(*torch.cuda.get_device_capability(device)) for device in devices})
-    flags = [*CUDA_FLAGS, *chip_flags(chips), *(["-ccbin", host.path] if sys.platform != "win32" else [])]
     target = "-".join(f"sm_{chip}" for chip in chips)
-    _load_or_build(LibrarySpec("wkv4_cuda", target, CUDA_SOURCES, nvcc, flags, 15, _compile_cuda))
+    flags = [*CUDA_FLAGS, *chip_flags(chips)]
+    _load_or_build(LibrarySpec("wkv4_cuda", target, CUDA_SOURCES, nvcc, flags, 15, _compile_cuda, host))
 
 
 def prebuilt_name(name: str, target: str, sources: tuple[str, ...]) -> str:
@@ -152,12 +156,21 @@ def _load_or_build(spec: LibrarySpec) -> None:
             return
         with FileLock(folder / "lock"):
             if not _try_load(library):
+                if (failure := library.with_suffix(FAILED_SUFFIX)).exists():
+                    raise BuildError(failure.read_text(encoding="utf-8"))
                 _build(library, spec)
     except OSError as error:
         raise BuildError(
             f"the cache folder {folder} cannot be used ({error.strerror or error}); "
             "set RWKV_PL_CACHE to a writable folder"
         ) from error
+
+
+def forget_failures() -> None:
+    """Let the builds that failed before be tried again."""
+    with suppress(OSError):  # if the cache folder cannot be used, the next build says so
+        for failure in (cache_folder() / "kernels").glob(f"*{FAILED_SUFFIX}"):
+            failure.unlink()
 
 
 def cpu_level() -> str:
@@ -180,15 +193,9 @@ def cpu_flags(level: str) -> list[str]:
 
 
 def _spec_digest(spec: LibrarySpec) -> str:
-    compiler = spec.compiler
-    made_from = [
-        compiler.command,
-        compiler.path,
-        compiler.version,
-        *spec.flags,
-        torch.__version__,
-        platform.machine(),
-    ]
+    compilers = [compiler for compiler in (spec.compiler, spec.host) if compiler]
+    programs = [text for compiler in compilers for text in (compiler.command, compiler.path, compiler.version)]
+    made_from = [*programs, *spec.flags, torch.__version__, platform.machine()]
     return _digest(spec.sources, "\0".join(made_from))
 
 
@@ -238,18 +245,37 @@ def _build(library: Path, spec: LibrarySpec) -> None:
         # The checksum last: without it, _try_load treats the library as missing.
         built.replace(library)
         _checksum_path(built).replace(_checksum_path(library))
+    except BuildError as error:
+        # A full disk or a missing package is not remembered: it is found quickly, and fixed outside of the build.
+        if not isinstance(error.__cause__, ImportError | OSError):
+            library.with_suffix(FAILED_SUFFIX).write_text(str(error), encoding="utf-8")
+        raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def _single_program(compiler: Compiler, folder: Path) -> str:
+    """Return the compiler as one program, for torch and nvcc: its path, or a script if its command has arguments."""
+    if sys.platform == "win32":
+        return compiler.command
+    words = shlex.split(compiler.command)
+    if len(words) == 1:
+        return compiler.path
+    script = folder / "c++"
+    script.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n', encoding="utf-8")
+    script.chmod(0o700)
+    return str(script)
+
+
 def _compile_cpu(folder: Path, spec: LibrarySpec) -> Path:
-    name, compiler = spec.name, spec.compiler
+    name = spec.name
     try:
         import ninja
         from torch.utils import cpp_extension
 
         # torch searches for ninja only on PATH, and the folder of pip's ninja is not always on it.
-        with _set_environment(PATH=os.pathsep.join((ninja.BIN_DIR, os.environ.get("PATH", ""))), CXX=compiler.command):
+        path = os.pathsep.join((ninja.BIN_DIR, os.environ.get("PATH", "")))
+        with _set_environment(PATH=path, CXX=_single_program(spec.compiler, folder)):
             cpp_extension.load(
                 name,
                 [str(folder / source) for source in translation_units(spec.sources)],
@@ -300,7 +326,8 @@ def nvcc_command(nvcc: Compiler, flags: list[str], source: Path, library: Path) 
 
 def _compile_cuda(folder: Path, spec: LibrarySpec) -> Path:
     library = folder / f"{spec.name}.so"
-    command = nvcc_command(spec.compiler, spec.flags, folder / spec.sources[0], library)
+    host = ["-ccbin", _single_program(spec.host, folder)] if spec.host and sys.platform != "win32" else []
+    command = nvcc_command(spec.compiler, [*spec.flags, *host], folder / spec.sources[0], library)
     run = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if run.returncode != 0:
         raise _build_error(spec, folder, run.stderr + run.stdout or f"exit status {run.returncode}")
@@ -315,7 +342,9 @@ def _build_error(spec: LibrarySpec, folder: Path, output: str) -> BuildError:
     first = next((line for line in lines if re.search(r"\berror( [A-Z]+\d+)?:", line)), lines[0])
     kept = folder.parent / f"{spec.name}.log"
     kept.write_text(output, encoding="utf-8")
-    return BuildError(f"the build with {spec.compiler.command} failed: {first}; its full output is in {kept}")
+    return BuildError(
+        f"the build with {spec.compiler.command} failed: {first}; its full output is in {kept}{RETRY_ADVICE}"
+    )
 
 
 @contextmanager

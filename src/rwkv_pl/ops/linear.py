@@ -36,7 +36,7 @@ class Linear(nn.Linear):
 
 
 def cast_linear_weights(module: nn.Module, dtype: torch.dtype) -> None:
-    """Casts the weights of all :class:`Linear` layers, and nothing else, to another dtype, in place.
+    """Cast the weights of all :class:`Linear` layers, and nothing else, to another dtype, in place.
 
     Generating a token reads every weight, so bfloat16 takes little more than half of the time of float32.
     """

@@ -34,7 +34,7 @@ CHIPS = (75, 80, 86, 89, 90, 100, 120)
 
 
 def main() -> None:
-    """Parses the command line and builds all libraries."""
+    """Parse the command line and build all libraries."""
     parser = argparse.ArgumentParser(prog="python -m rwkv_pl.ops.prebuilt", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--no-cuda", action="store_true", help="build only the CPU libraries")
     parser.add_argument("--out", type=Path, default=PREBUILT, help="the folder to write to; it is emptied first")

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from rwkv_pl.checks import check_tokens
 from rwkv_pl.ops.backend import uses_compiled, when_loaded
 
 __all__ = ["move_to_huge_pages", "rwkv4_step", "supports_step"]
@@ -37,7 +38,7 @@ def supports_step(parameters: Sequence[Tensor]) -> bool:
 
 
 def move_to_huge_pages(module: nn.Module) -> None:
-    """Moves the parameters into one block of memory in huge pages; does nothing on systems other than Linux.
+    """Move the parameters into one block of memory in huge pages; do nothing on systems other than Linux.
 
     A token reads all parameters. With 4 KB pages, address translation takes a sixth of its time.
     """
@@ -79,10 +80,8 @@ def rwkv4_step(
     if tokens.dim() != 1 or tokens.dtype != torch.int64:
         raise ValueError(f"tokens must be (B,) int64, not {tuple(tokens.shape)} {tokens.dtype}")
     ids = tokens.tolist()
-    vocabulary = len(parameters[0])
-    if ids and not 0 <= min(ids) <= max(ids) < vocabulary:
-        wrong = min(ids) if min(ids) < 0 else max(ids)
-        raise IndexError(f"tokens must be from 0 to {vocabulary - 1}, got {wrong}")
+    if ids:
+        check_tokens(min(ids), max(ids), len(parameters[0]))
     logits, shifts, wkv = torch.ops.rwkv_pl.rwkv4_step(parameters, tokens, [x.float() for x in state])
     shift = shifts.unbind()
     return logits, tuple(zip(shift[0::2], wkv.unbind(), shift[1::2], strict=True))

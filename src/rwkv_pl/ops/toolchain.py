@@ -37,7 +37,7 @@ class Compiler:
 
 
 def find_compiler() -> Compiler | None:
-    """Finds the C++ compiler: ``CXX`` if set, else the system's; None if there is none."""
+    """Find the C++ compiler: ``CXX`` if set, else the system's; None if there is none."""
     if os.environ.get("CXX"):
         candidates = [os.environ["CXX"]]
     else:
@@ -79,7 +79,7 @@ def compiler_advice() -> str:
 
 
 def find_nvcc(cuda: str) -> Compiler | None:
-    """Finds nvcc in ``CUDA_HOME``, on PATH, in this environment (``pip install rwkv_pl[cuda]``) or in /usr/local/cuda.
+    """Find nvcc in ``CUDA_HOME``, on PATH, in this environment (``pip install rwkv_pl[cuda]``) or in /usr/local/cuda.
 
     Returns the first whose major version matches `cuda`, torch's CUDA version; else the first at all, or None.
     """

@@ -4,16 +4,31 @@ import torch
 
 from rwkv_pl.config import Train
 from rwkv_pl.errors import UserError, one_line
-from rwkv_pl.ops.backend import use_kernel
+from rwkv_pl.ops.backend import KernelError, use_kernel
 from rwkv_pl.ops.wkv4 import wkv4
 from rwkv_pl.runs.ranks import decide_on_first_rank
 from rwkv_pl.training.precision import SIMILAR, describe_speedup, measure_product_rates
 
 
-def choose_accelerator(config: Train) -> None:
-    """Resolve `auto` to a CUDA GPU or the CPU. Lightning's own `auto` includes devices that are untested here."""
-    if config.trainer["accelerator"] == "auto":
-        config.trainer["accelerator"] = "cuda" if torch.cuda.is_available() else "cpu"
+def choose_accelerator(key: str, name: str) -> str:
+    """Resolve `auto` to a CUDA GPU or the CPU. Raises UserError if the accelerator is not available.
+
+    Lightning's own `auto` includes devices that are untested here. key: the setting, for the error.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    has_mps = name in ("mps", "gpu") and torch.backends.mps.is_available()
+    if name == "cpu" or has_mps or (name in ("cuda", "gpu") and torch.cuda.is_available()):
+        return name
+    if name == "mps":
+        cause = "torch finds no GPU of a Mac"
+        if not torch.backends.mps.is_built():
+            cause = "this torch is built without MPS: install torch from pytorch.org on a Mac"
+    else:
+        cause = "torch finds no GPU: check nvidia-smi and CUDA_VISIBLE_DEVICES"
+        if not torch.backends.cuda.is_built():
+            cause = "this torch is built without CUDA: install a CUDA build from pytorch.org"
+    raise UserError(f"{key}={name} is not available, {cause}, or use {key}=cpu")
 
 
 def choose_precision(config: Train, stored: str | None) -> str | None:
@@ -46,8 +61,9 @@ def choose_precision(config: Train, stored: str | None) -> str | None:
 
 def choose_matmul_precision(config: Train, device: torch.device) -> None:
     """Set the precision of float32 matrix products on a GPU. Raises UserError if a CPU lacks trainer.precision."""
-    if device.type == "cpu" and str(config.trainer["precision"]) in ("16-mixed", "16"):
-        raise UserError("trainer.precision=16-mixed needs a GPU; use trainer.precision=auto on a CPU")
+    precision = config.trainer["precision"]
+    if device.type == "cpu" and str(precision) in ("16-mixed", "16"):
+        raise UserError(f"trainer.precision={precision} needs a GPU; use trainer.precision=auto on a CPU")
     if device.type == "cuda":
         # Not on a CPU, where oneDNN would round to bfloat16 or tf32.
         torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
@@ -59,5 +75,7 @@ def choose_kernel(name: str, device: torch.device) -> None:
     one = torch.zeros(1, 1, 1, device=device)
     try:
         wkv4(one[0, 0], one[0, 0], one, one)
+    except KernelError as error:
+        raise UserError(f"kernel={name} is not available: {error.reason}; or use kernel=auto") from error
     except RuntimeError as error:
         raise UserError(f"kernel={name}: {one_line(error)}") from error

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from rwkv_pl.errors import UserError
 from rwkv_pl.files import PARTIAL_SUFFIX, atomic_write, describe_os_error, remove_on_failure, require_own_files
-from rwkv_pl.runs.outcome import DONE_STATUSES, RESULT_FILE, read_result
+from rwkv_pl.runs.outcome import BASELINES_FILE, DONE_STATUSES, RESULT_FILE, read_result
 from rwkv_pl.runs.ranks import decide_on_first_rank, is_first_process
 
 LOCK = ".lock"
@@ -35,6 +35,7 @@ START_FILES = {
     ".hydra",
     "train.log",
     "vocab.json",
+    BASELINES_FILE,
     *JOB_FILES,
     "hparams.yaml",
     "wandb",
@@ -149,7 +150,7 @@ def write_overrides(folder: Path, composed: DictConfig) -> None:
 def has_started(folder: Path) -> bool:
     """Whether the training of the run in this folder has started."""
     try:
-        return (folder / OVERRIDES).read_bytes().endswith(b"\n")
+        return bool((folder / OVERRIDES).read_bytes().strip())
     except OSError:
         return False
 
@@ -216,14 +217,20 @@ def is_in_use(folder: Path) -> bool:
     return False
 
 
+def started_runs(outputs: Path) -> list[Path]:
+    """Return the folders of the started runs below `outputs`, the latest first."""
+    found = [path.parent.parent for path in outputs.glob("**/" + OVERRIDES.as_posix())]
+    started = [folder for folder in found if has_started(folder)]
+    return sorted(started, key=lambda folder: (folder / OVERRIDES).stat().st_mtime_ns, reverse=True)
+
+
 def find_latest_run(outputs: Path) -> Path:
     """Return the latest run below `outputs` that is neither finished nor in use. Raises UserError if there is none."""
     from rwkv_pl.weights.checkpoint import read_checkpoint
     from rwkv_pl.weights.metadata import KEY
 
-    found = [path.parent.parent for path in outputs.glob("**/" + OVERRIDES.as_posix())]
-    started = [folder for folder in found if has_started(folder)]
-    for folder in sorted(started, key=lambda folder: (folder / OVERRIDES).stat().st_mtime_ns, reverse=True):
+    started = started_runs(outputs)
+    for folder in started:
         if read_result(folder).get("status") in DONE_STATUSES:
             continue
         with suppress(UserError):

@@ -12,7 +12,7 @@ from torch import nn
 
 from rwkv_pl.config import Train
 from rwkv_pl.data.datamodule import DataModule, EvalBatches, open_data
-from rwkv_pl.data.vocabulary import Vocabulary, read_vocabulary
+from rwkv_pl.data.vocabulary import Vocabulary, read_vocabulary, vocabulary_from_dict
 from rwkv_pl.errors import CorruptFileError, UserError, one_line
 from rwkv_pl.model import MODELS
 from rwkv_pl.runs.checkpoint import check_loadable, check_same_run, load_resume_checkpoint
@@ -82,8 +82,8 @@ def open_stored(config: Train, stored: StoredRun) -> Inputs:
     if not checkpoints:
         if read_result(stored.folder).get("status") in DONE_STATUSES:
             raise UserError(
-                f"{stored.folder} is finished and has no checkpoint to resume from: start a new run with default among "
-                "its callbacks"
+                f"{stored.folder} is finished and has no checkpoint to resume from: start a new run with "
+                "callbacks=[default], or with default in the list"
             )
         inputs = open_inputs(config, stored.cwd)
         inputs.remarks.append(f"{stored.folder} has no checkpoint yet: it starts at step 0")
@@ -110,10 +110,11 @@ def open_inputs(config: Train, cwd: Path, resume_from: Path | None = None) -> In
     content, resumed = load_resume_checkpoint(resume_from) if resume_from else (None, None)
     loaded = read_weights(cwd / config.weights) if config.weights and not content else None
     if resumed:
-        vocabulary: Vocabulary | None = Vocabulary.from_dict(resumed.vocabulary or {})
+        vocabulary: Vocabulary | None = vocabulary_from_dict(resumed.vocabulary or {})
     else:
         vocabulary = _choose_vocabulary(loaded, config, cwd)
-    data = open_data(config.data, config.seed, cwd, vocabulary)
+    digest = (resumed.past or {}).get("corpus") if resumed else None
+    data = open_data(config.data, config.seed, cwd, vocabulary, digest)
     data.prepare_data()
     data.setup("fit")
     run_identity = {
@@ -178,7 +179,9 @@ def open_inputs(config: Train, cwd: Path, resume_from: Path | None = None) -> In
         return model
 
     remarks = [f"weights {loaded.path}:\n        {loaded}"] if loaded else []
-    choose_accelerator(config)
+    if warning := data.text_warning():
+        remarks.append(f"warning: {warning}")
+    config.trainer["accelerator"] = choose_accelerator("trainer.accelerator", config.trainer["accelerator"])
     if comparison := choose_precision(config, resumed.precision if resumed else None):
         remarks.append(comparison)
     threads = torch.get_num_threads()

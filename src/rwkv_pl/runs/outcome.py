@@ -16,6 +16,7 @@ from rwkv_pl.terminal import resume_command
 log = logging.getLogger("rwkv_pl")
 
 RESULT_FILE = "result.json"
+BASELINES_FILE = "baselines.json"
 
 # The statuses of runs with nothing left to do.
 DONE_STATUSES = ("finished", "pruned")
@@ -30,10 +31,26 @@ def write_result(folder: Path, **figures: Any) -> None:
 
 def read_result(folder: Path) -> dict[str, Any]:
     """Read result.json; {} if there is none, as during a run or after it was killed."""
-    if not (folder / RESULT_FILE).is_file():
+    return _read_mapping(folder / RESULT_FILE)
+
+
+def write_baselines(folder: Path, baselines: dict[str, float]) -> None:
+    """Write baselines.json, the bits per byte of other compressors, which a curve shows as lines."""
+    with atomic_write(folder / BASELINES_FILE) as file:
+        file.write(json.dumps(baselines).encode())
+
+
+def read_baselines(folder: Path) -> dict[str, float]:
+    """Read baselines.json; {} if there is none, as in a run of an earlier version."""
+    content = _read_mapping(folder / BASELINES_FILE)
+    return {name: float(value) for name, value in content.items() if isinstance(value, int | float)}
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    if not path.is_file():
         return {}
     try:
-        content = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
+        content = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

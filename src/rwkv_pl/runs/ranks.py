@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, NoReturn
 
 from rwkv_pl.errors import RunError, UserError, one_line
-from rwkv_pl.terminal import BAD_INPUT, print_error
+from rwkv_pl.terminal import BAD_INPUT, is_called_from_python, print_error
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 # Set in the environment of the processes that Lightning starts: the decisions of their parent, such as the run folder.
 ANSWERS_ENV = "RWKV_PL_ANSWERS"
 _answers: dict[str, str] = {}
+
+# The number of runs that this process has begun: the store keeps the answers of each.
+_runs = 0
 
 # Seconds that a process waits for another process.
 TIMEOUT = 120.0
@@ -50,6 +54,13 @@ class Group:
     def may_be_single_process(self) -> bool:
         """A batch script without srun runs one process, although SLURM reports all tasks of the allocation."""
         return self.by_slurm and self.rank == 0
+
+
+def begin_run() -> None:
+    """Forget the decisions of an earlier run in this process. Call it before the first decision of a run."""
+    global _runs
+    _runs += 1
+    _answers.clear()
 
 
 def is_first_process() -> bool:
@@ -141,7 +152,8 @@ def decide_on_first_rank(question: str, decide: Callable[[], str]) -> str:
     try:
         answer = _answers[question] = decide()
     except UserError as error:
-        print_error(error)
+        if not is_called_from_python():
+            print_error(error)
         _open_store(group).set(question, REFUSED)
         _await_others(group, question)
         _exit_refused()
@@ -159,6 +171,30 @@ def check_world_size(world_size: int) -> None:
         )
 
 
+def require_own_processes(devices: int, num_nodes: int) -> None:
+    """Raise UserError if Lightning would start further processes for a call from Python: they would run sys.argv.
+
+    devices: on this machine; below 1 if not known yet.
+    """
+    if not is_called_from_python():
+        return
+    group = current_group()
+    by_launcher = group is not None and (group.by_slurm or "LOCAL_RANK" in os.environ)
+    wrong = [
+        f"trainer.{name}={number}"
+        for name, number, is_launched in (
+            ("devices", devices, by_launcher),
+            ("num_nodes", num_nodes, group is not None),
+        )
+        if number > 1 and not is_launched
+    ]
+    if wrong:
+        raise UserError(
+            f"{' '.join(wrong)} needs several processes, and rwkv_pl.train trains in this one: use the command "
+            "rwkv-train, or start this script with torchrun"
+        )
+
+
 def refuse_sweep() -> None:
     """Raise UserError in a group: a sweep starts the processes of its jobs itself."""
     group = current_group()
@@ -168,7 +204,8 @@ def refuse_sweep() -> None:
 
 def _exit_refused() -> NoReturn:
     """Exit with code 2 in every rank: torchrun sends SIGTERM to the others as soon as one exits."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.exit(BAD_INPUT)
 
 
@@ -205,13 +242,20 @@ def _await_others(group: Group, question: str) -> None:
         time.sleep(0.05)
 
 
-@functools.cache
 def _open_store(group: Group) -> "Store":
-    """Open the store at the group's address, which torch.distributed also uses; rank 0 keeps it until it exits."""
-    from torch.distributed import PrefixStore, TCPStore
+    """Open the store at the group's address, for the answers of this run."""
+    from torch.distributed import PrefixStore
+
+    return PrefixStore(f"rwkv_pl_{_runs}", _connect_store(group))
+
+
+@functools.cache
+def _connect_store(group: Group) -> "Store":
+    """Connect to the store at the group's address, which torch.distributed uses too; rank 0 keeps it until it exits."""
+    from torch.distributed import TCPStore
 
     try:
-        store = TCPStore(
+        return TCPStore(
             group.address,
             group.port,
             # torchrun's own process already runs a server there.
@@ -223,4 +267,3 @@ def _open_store(group: Group) -> "Store":
     except RuntimeError as error:
         where, reason = f"{group.address}:{group.port}", str(error).splitlines()[0]
         raise RunError(f"rank {group.rank} can't open the store at {where} ({reason}): change MASTER_PORT") from error
-    return PrefixStore("rwkv_pl", store)

@@ -8,6 +8,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import EarlyStopping
 
 from rwkv_pl.config import Train
 from rwkv_pl.data.datamodule import DataModule, EvalBatches
@@ -15,7 +16,7 @@ from rwkv_pl.data.order import micro_batch_rows
 from rwkv_pl.errors import UserError
 from rwkv_pl.runs.build import describe_code
 from rwkv_pl.runs.inputs import Inputs, count_validation_batches
-from rwkv_pl.runs.outcome import Record
+from rwkv_pl.runs.outcome import Record, write_baselines
 from rwkv_pl.training.callbacks.metrics import MetricsRecorder
 from rwkv_pl.training.compile import compile_blocks
 from rwkv_pl.training.memory import MemoryEstimate, estimate_memory, find_accumulation, format_si, free_memory
@@ -34,6 +35,12 @@ class Start(Callback):
 
     def __init__(self, inputs: Inputs, metrics: MetricsRecorder, record: Record) -> None:
         self.inputs, self.metrics, self.record = inputs, metrics, record
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            state = checkpoint["callbacks"].get(callback.state_key)
+            if isinstance(callback, EarlyStopping) and state:
+                state["patience"] = callback.patience  # Lightning would restore the one of the checkpoint
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         config, remarks, precision = self.inputs.config, list(self.inputs.remarks), trainer.precision_plugin
@@ -55,6 +62,7 @@ class Start(Callback):
         if not trainer.is_global_zero:
             return
         self.metrics.baselines = measure_baselines(config, self.inputs.data)
+        write_baselines(self.metrics.folder, self.metrics.baselines)
         peak = load_or_measure_peak(device, dtype)
         self.metrics.peak = peak * trainer.world_size
         each = f"{trainer.world_size} x " if trainer.world_size > 1 else ""

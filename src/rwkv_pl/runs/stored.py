@@ -17,6 +17,7 @@ from rwkv_pl.data.documents import exists
 from rwkv_pl.errors import UserError, one_line
 from rwkv_pl.files import atomic_write, is_outside
 from rwkv_pl.runs.folder import MULTIRUN, has_started
+from rwkv_pl.texts import yaml_texts_as_written
 
 # Settings that a resume cannot change. data.path and data.val_path can: the corpus is identified by its content.
 FIXED_KEYS = (
@@ -62,7 +63,8 @@ class StoredRun:
             raise UserError(f"{folder}/.hydra is corrupt: {one_line(error)[:200]}") from error
 
     def _read(self, name: str, kind: type) -> Any:
-        content = OmegaConf.to_container(OmegaConf.load(self.folder / ".hydra" / name))
+        with yaml_texts_as_written():
+            content = OmegaConf.to_container(OmegaConf.load(self.folder / ".hydra" / name))
         if not isinstance(content, kind):
             raise TypeError(f"{name} does not contain a {kind.__name__}")
         return content
@@ -73,6 +75,11 @@ class StoredRun:
         config = cast(DictConfig, OmegaConf.create(defaults | self.first_config))
         for entry in self.resumes:
             _apply(config, entry)
+        for arguments in (config.get("callbacks") or {}).values():
+            # Earlier versions took any name; best.ckpt is written now, whatever the name.
+            name, is_best = str(arguments.get("filename")), str(arguments.get("_target_")).endswith(".BestCheckpoint")
+            if is_best and "{step" not in name and not is_outside(name, self.folder):
+                arguments.filename = "best"
         config.plugins = []  # they must be typed at each resume
         return config
 
@@ -109,7 +116,7 @@ class StoredRun:
                     Path(path).absolute()
                 )  # relative to the folder of this command, not of the run's start
         for key in values:
-            require_key(key, config)
+            require_key(key, config, is_resume=True)
         _apply(config, {"remove": [], "set": values})
         entry["set"] |= values
         for key in FIXED_KEYS:

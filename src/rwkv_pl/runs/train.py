@@ -2,9 +2,11 @@
 
 import json
 import logging
+import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,10 @@ from omegaconf import DictConfig, open_dict
 from rwkv_pl.compose import compose
 from rwkv_pl.config import Train
 from rwkv_pl.data.order import micro_batch_rows
-from rwkv_pl.errors import UserError, one_line
-from rwkv_pl.files import atomic_write, with_path
+from rwkv_pl.errors import StoppedBySignal, UserError, one_line
+from rwkv_pl.files import atomic_write, json_digest, with_path
 from rwkv_pl.limits import limit_threads
-from rwkv_pl.ops.heap import keep_freed_memory
+from rwkv_pl.ops.heap import tune_allocator
 from rwkv_pl.runs import build, ranks
 from rwkv_pl.runs.device import choose_kernel, choose_matmul_precision
 from rwkv_pl.runs.folder import lock_for_all_ranks, run_folder, write_config, write_overrides
@@ -31,7 +33,7 @@ from rwkv_pl.runs.inputs import Inputs, open_inputs, open_stored
 from rwkv_pl.runs.outcome import Record, to_run_error, write_result
 from rwkv_pl.runs.start import Start
 from rwkv_pl.runs.stored import StoredRun
-from rwkv_pl.terminal import SWEEP_JOB_ENV
+from rwkv_pl.terminal import STOPPED_AT_END, STOPPED_AT_START, SWEEP_JOB_ENV
 from rwkv_pl.training.callbacks.metrics import MetricsRecorder
 from rwkv_pl.training.callbacks.pending_validation import PendingValidation
 from rwkv_pl.training.callbacks.progress import TrainingProgress, format_duration
@@ -42,13 +44,14 @@ from rwkv_pl.training.callbacks.signals import StopOnSignal
 log = logging.getLogger("rwkv_pl")
 
 
-def start(config: Train, composed: DictConfig, typed: bool) -> None:
-    """Start a new run. typed: whether the user named its folder."""
+def start(config: Train, composed: DictConfig, typed: bool) -> Path:
+    """Start a new run and return its folder. typed: whether the user named the folder."""
     prepare_process(config)
     inputs = open_inputs(config, Path.cwd())
     with run_folder(Path(composed.hydra.run.dir).absolute(), typed) as folder:
         record = Record(folder, lambda: write_overrides(folder, composed))
         run_in(folder, composed, lambda: run(inputs, folder, record), described=False)
+    return folder
 
 
 def resume(stored: StoredRun, config: Train, entry: dict[str, Any], hydra_overrides: list[str]) -> None:
@@ -90,15 +93,15 @@ def run(inputs: Inputs, folder: Path, record: Record, resumed: bool = False) -> 
     choose_matmul_precision(config, device)
     choose_kernel(config.kernel, device)
     ranks.check_world_size(trainer.world_size)
+    ranks.require_own_processes(trainer.num_devices, trainer.num_nodes)
     micro_batch_rows(
         config.data.batch_size, world_size=trainer.world_size, rank=0, accumulate=accumulate, micro_batch=0
     )
     if trainer.is_global_zero:
         with atomic_write(folder / "vocab.json") as file:
             file.write(json.dumps(data.vocabulary.to_dict()).encode())
-        if not resumed:
-            start_loggers(trainer, config, folder)
-    with record, ranks.share_answers():
+        start_loggers(trainer, config, folder, resumed)
+    with _describe_stop(record), record, ranks.share_answers():
         started = time.perf_counter()
         try:
             trainer.fit(inputs.module, data, ckpt_path=inputs.resume_from, weights_only=True)
@@ -114,7 +117,17 @@ def run(inputs: Inputs, folder: Path, record: Record, resumed: bool = False) -> 
             try:
                 conclude(trainer, inputs, metrics, folder, time.perf_counter() - started)
             except KeyboardInterrupt as error:
-                raise KeyboardInterrupt("stopped after the last step: the checkpoints are complete") from error
+                raise KeyboardInterrupt(STOPPED_AT_END) from error
+
+
+@contextmanager
+def _describe_stop(record: Record) -> Iterator[None]:
+    """Give a signal outside of the training, for which StopOnSignal has no message, its message."""
+    try:
+        yield
+    except StoppedBySignal as stop:
+        stop.message = stop.message or (STOPPED_AT_END if record.has_started else STOPPED_AT_START)
+        raise
 
 
 def conclude(trainer: Trainer, inputs: Inputs, metrics: MetricsRecorder, folder: Path, seconds: float) -> None:
@@ -138,24 +151,29 @@ def conclude(trainer: Trainer, inputs: Inputs, metrics: MetricsRecorder, folder:
         if (folder / path).exists():
             log.info(f"{title:7} {folder / path}")
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    best = [c.best_model_score for c in callbacks if isinstance(c, ModelCheckpoint) and c.best_model_score is not None]
+    # From the rows, since a callback can keep other scores. In float32, as Lightning's scores: the file has 9 digits.
+    bits = [row["val/bits_per_byte"] for row in metrics.rows if "val/bits_per_byte" in row]
+    best = torch.tensor(bits).nan_to_num(nan=math.inf, posinf=math.inf).min().item() if bits else math.nan
     write_result(
         folder,
         status="pruned" if any(getattr(callback, "pruned", False) for callback in callbacks) else "finished",
         ended=module.finish_reason(),
-        objective=float(best[0]) if best else float("nan"),
+        objective=best,
         step=trainer.global_step,
         seconds=metrics.latest.get("seconds"),
     )
 
 
-def start_loggers(trainer: Trainer, config: Train, folder: Path) -> None:
-    """Log the settings. Raises UserError for a logger that can't start, for example without an account or a server."""
-    for logger in trainer.loggers:
+def start_loggers(trainer: Trainer, config: Train, folder: Path, resumed: bool) -> None:
+    """Log the settings, on a resume only to a new run of MLflow. Raises UserError for a logger that can't start, for
+    example without an account or a server."""
+    for logger, arguments in zip(trainer.loggers, config.logger.values(), strict=True):
+        if resumed and not (isinstance(logger, MLFlowLogger) and logger._run_id is None):
+            continue
         try:
             logger.log_hyperparams(config.hyperparameters() | {"code": build.describe_code()})
             if isinstance(logger, MLFlowLogger):
-                (folder / build.MLFLOW_RUN).write_text(str(logger.run_id))
+                (folder / build.MLFLOW_RUN).write_text(f"{logger.run_id}\n{json_digest(arguments)}\n")
         except OSError:
             raise
         except Exception as error:
@@ -167,7 +185,7 @@ def start_loggers(trainer: Trainer, config: Train, folder: Path) -> None:
 def prepare_process(config: Train) -> None:
     """Set up the process: memory allocation, threads, Lightning's messages. Checks the number of processes."""
     build.silence_lightning()
-    keep_freed_memory()
+    tune_allocator()
     devices = config.trainer["devices"]
     known = isinstance(devices, int) and devices > 0
     if known:  # before the run folder: rank 0 would remove it while another rank opens its log there
@@ -187,6 +205,7 @@ def run_in(folder: Path, composed: DictConfig, task: Callable[[], None], describ
         write_config(folder, composed)
     with open_dict(composed):
         composed.hydra.output_subdir = None  # else Hydra writes overrides.yaml now, which marks the run as started
+    before = list(logging.getLogger().handlers)
     context = HydraContext(config_loader=None, callbacks=Callbacks(composed))  # type: ignore[arg-type]
     try:
         with with_path(folder):
@@ -199,6 +218,8 @@ def run_in(folder: Path, composed: DictConfig, task: Callable[[], None], describ
     finally:
         root = logging.getLogger()
         for handler in [handler for handler in root.handlers if isinstance(handler, logging.FileHandler)]:
+            if handler in before:
+                continue
             root.removeHandler(handler)  # a closed handler opens its file again
             handler.close()  # Windows can't remove an open file
 

@@ -6,6 +6,8 @@ workers start the same processes. A job that has started before resumes, and a f
 """
 
 import itertools
+import os
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.config_loader import ConfigLoader
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import Override
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import HydraException
@@ -21,17 +24,18 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rwkv_pl.compose import (
     check_config,
-    explain_missing_package,
+    compose,
     is_group_choice,
     parse_overrides,
     typed_config_dir,
 )
 from rwkv_pl.errors import RunError, UserError, one_line
 from rwkv_pl.files import atomic_write
-from rwkv_pl.runs.folder import has_started, locked
+from rwkv_pl.runs.folder import OVERRIDES, has_started, locked
 from rwkv_pl.runs.outcome import read_result, write_result
 from rwkv_pl.runs.stored import flatten, normalize_value
 from rwkv_pl.terminal import quote_override
+from rwkv_pl.texts import take_as_typed
 
 
 @dataclass
@@ -64,7 +68,7 @@ def merge_params(params: Mapping[Any, Any], overrides: Sequence[str]) -> list[Ov
     typed = parse_overrides(overrides, sweep=True)
     keys = {override.key_or_group for override in typed}
     brought = [f"{key}={value}" for key, value in params.items() if key not in keys]
-    return parse_overrides(brought, sweep=True) + typed
+    return parse_overrides(take_as_typed(brought), sweep=True) + typed
 
 
 def expand_grid(overrides: Sequence[Override]) -> Iterator[list[str]]:
@@ -76,7 +80,43 @@ def expand_grid(overrides: Sequence[Override]) -> Iterator[list[str]]:
         for o in overrides
         if not o.is_interval_sweep()
     ]
-    return (list(job) for job in itertools.product(*choices))
+    return (take_as_typed(job) for job in itertools.product(*choices))
+
+
+def require_distinct_folders(jobs: Sequence[Job]) -> None:
+    """Raise UserError if two jobs have the same folder: the second would be taken for the first."""
+    taken: dict[str, Job] = {}
+    for job in jobs:
+        other = taken.setdefault(os.path.normcase(job.folder.resolve()), job)
+        if other is not job:
+            one, two = (
+                shlex.join(text for text in each.settings if text not in others.settings) or "the same settings"
+                for each, others in ((other, job), (job, other))
+            )
+            raise UserError(
+                f"two jobs have the folder {job.folder}, one with {one}, one with {two}: "
+                "add the settings that differ to hydra.sweep.subdir, or ${hydra.job.num}"
+            )
+
+
+def require_own_run(job: Job) -> None:
+    """Raise UserError if the job's folder holds a run of other settings, which must not be taken for the job's."""
+
+    def values(texts: Sequence[str]) -> dict[str, str]:
+        parsed = parse_overrides([text for text in texts if not text.startswith("plugins=")])
+        return {override.key_or_group: str(override.value()) for override in parsed}
+
+    if has_started(job.folder):
+        try:
+            stored = values([str(text) for text in OmegaConf.load(job.folder / OVERRIDES)])
+        except Exception:  # resume= reports a corrupt file
+            return
+        own = values(job.settings)
+        if differing := sorted(key for key in {*stored, *own} if stored.get(key) != own.get(key)):
+            raise UserError(
+                f"{job.folder} holds another run, which differs in {', '.join(differing)}: "
+                "move that folder away, then resume the sweep"
+            )
 
 
 def is_in_config(loader: ConfigLoader, config: DictConfig, key: str, choice: str, fixed: Sequence[str]) -> bool:
@@ -103,8 +143,13 @@ def compose_job(loader: ConfigLoader, config: DictConfig, overrides: list[str], 
     config_dir = typed_config_dir(config.hydra.runtime.config_sources)
     try:
         composed = loader.load_sweep_config(config, overrides)
-    except HydraException as error:
-        explain_missing_package(error, overrides, config_dir)
+    except (HydraException, OmegaConfBaseException):
+        state = GlobalHydra.instance()
+        running, state.hydra = state.hydra, None  # Hydra composes this sweep, and refuses a second one
+        try:
+            compose(overrides, config_dir)  # raises the error as one line
+        finally:
+            GlobalHydra.instance().hydra = running
         raise
     with open_dict(composed):
         composed.hydra.job.num = composed.hydra.job.id = number
@@ -119,13 +164,14 @@ def compose_job(loader: ConfigLoader, config: DictConfig, overrides: list[str], 
 
 def validate_job(loader: ConfigLoader, config: DictConfig, overrides: list[str], number: int) -> Job | JobReturn:
     """Return a job to launch. If its settings are invalid, record and return its failure."""
+    job = Job(overrides, Path(str(config.hydra.sweep.dir), str(number)))
     try:
+        overrides = take_as_typed(overrides)
         parse_overrides(overrides)
         job, composed = compose_job(loader, config, overrides, number)
         check_config(composed, parse_overrides(job.plugins))
     except (UserError, HydraException, OmegaConfBaseException) as error:
-        reason = one_line(error)
-        return record_failure(Job(overrides, Path(str(config.hydra.sweep.dir), str(number))), reason)
+        return record_failure(job, one_line(error))
     # This gives the job the same folder under every launcher, even if invalid jobs before it are not launched.
     subdir = job.folder.relative_to(str(config.hydra.sweep.dir))
     job.overrides.append(f"hydra.sweep.subdir={quote_override(subdir.as_posix())}")
@@ -135,8 +181,9 @@ def validate_job(loader: ConfigLoader, config: DictConfig, overrides: list[str],
 def record_failure(job: Job, reason: str, status: str = "failed", is_shown: bool = False) -> JobReturn:
     """Print a job's failure and write it into its folder. is_shown: whether the job has printed `reason` itself."""
     print(f"{job.name} {status if is_shown else reason if status in reason else f'{status}: {reason}'}", flush=True)
-    # The lock fails if another process uses the folder, which then stays unchanged.
+    # The folder stays unchanged if another process uses it, or if it holds the run of another job.
     with suppress(UserError, OSError):
+        require_own_run(job)
         job.folder.mkdir(parents=True, exist_ok=True)
         with locked(job.folder):
             with atomic_write(job.folder / "error.txt") as file:

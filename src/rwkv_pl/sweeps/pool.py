@@ -23,7 +23,7 @@ from rwkv_pl.compose import typed_config_dir
 from rwkv_pl.limits import THREAD_VARIABLES, usable_cores
 from rwkv_pl.runs.folder import has_started, is_in_use
 from rwkv_pl.runs.outcome import DONE_STATUSES, read_result
-from rwkv_pl.sweeps.jobs import Job, record_failure
+from rwkv_pl.sweeps.jobs import Job, record_failure, require_own_run
 from rwkv_pl.terminal import SWEEP_JOB_ENV, quote_override
 
 
@@ -65,6 +65,8 @@ def run_jobs(
     A signal is forwarded to the running jobs, which save and exit. No other job starts, and then this process exits
     with 128 + the signal's number.
     """
+    for job in jobs:
+        require_own_run(job)
     outcomes: dict[Path, JobReturn] = {}
     waiting = list(jobs)
     running: list[_Running] = []

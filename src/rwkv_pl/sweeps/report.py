@@ -208,7 +208,7 @@ def _print_table(runs: Sequence[Run], names: Sequence[str], keys: Sequence[str])
 
 
 def _print_seeds(screen: "Console", runs: Sequence[Run], keys: Sequence[str]) -> None:
-    """Prints the mean and the sample standard deviation of finished runs that differ in the seed alone."""
+    """Print the mean and the sample standard deviation of finished runs that differ in the seed alone."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -272,11 +272,11 @@ def _split_overrides(texts: Any) -> dict[str, str]:
 
 
 def _to_plain(text: str) -> Any:
-    """The number that an override's value is, or else the value as typed."""
+    """The number that an override's value is, or else its text without quotes."""
     for kind in (int, float):
         with suppress(ValueError):
             return kind(text)
-    return text
+    return text.removeprefix("'").removesuffix("'")
 
 
 def _to_number(value: Any) -> float | None:

@@ -46,7 +46,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
         self._saved = content, path
 
     def load_checkpoint(self, path: str | Path, *arguments: Any, **options: Any) -> dict[str, Any]:
-        """Loads as Lightning does, but removes paths in other folders: ModelCheckpoint would delete these files."""
+        """Load as Lightning does, but remove paths in other folders: ModelCheckpoint would delete these files."""
         checkpoint: dict[str, Any] = super().load_checkpoint(path, *arguments, **options)
         for state in checkpoint.get("callbacks", {}).values():
             if isinstance(state, dict) and "best_k_models" in state:
@@ -56,12 +56,12 @@ class DurableCheckpointIO(TorchCheckpointIO):
         return checkpoint
 
     def poll(self) -> None:
-        """Raises the error of the background write, if it has failed."""
+        """Raise the error of the background write, if it has failed."""
         if self._writing and self._writing.done():
             self.wait()
 
     def wait(self) -> None:
-        """Waits until the checkpoint is on disk; raises the error of the write."""
+        """Wait until the checkpoint is on disk; raise the error of the write."""
         writing, self._writing = self._writing, None
         if writing:
             try:
@@ -97,7 +97,7 @@ def _keep_previous(path: Path) -> None:
 
 
 def _link(source: Path, target: Path) -> None:
-    """Makes `target` a hard link to `source`, atomically; copies if the file system has no hard links."""
+    """Make `target` a hard link to `source`, atomically; copy if the file system has no hard links."""
     beside = target.with_name(target.name + PARTIAL_SUFFIX)
     beside.unlink(missing_ok=True)
     try:

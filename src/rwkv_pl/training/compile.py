@@ -20,7 +20,7 @@ LONGEST_REASON = 200
 
 
 def compile_blocks(module: Any, rows: int, ctx_len: int, precision: Precision) -> str:
-    """Compiles the blocks of LitRWKV's model and tests them on a step of (rows, ctx_len) tokens, without side effects.
+    """Compile the blocks of LitRWKV's model and test them on a step of (rows, ctx_len) tokens, without side effects.
 
     Returns the result as one line of text. Other shapes, such as those of validation, are compiled when they first
     occur. If that fails, all blocks run eagerly from then on, and a warning says why.
@@ -47,7 +47,7 @@ def compile_blocks(module: Any, rows: int, ctx_len: int, precision: Precision) -
 
 
 def _guard_block(block: Any, blocks: Sequence[nn.Module]) -> None:
-    """Wraps a compiled block: a failed compilation does not end the run, and generation runs eagerly."""
+    """Wrap a compiled block: a failed compilation does not end the run, and generation runs eagerly."""
     from torch._dynamo.exc import TorchDynamoException
 
     compiled, eager = block._compiled_call_impl, block._call_impl

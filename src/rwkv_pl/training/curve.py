@@ -2,13 +2,17 @@
 
 import contextlib
 import csv
+import io
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rwkv_pl.errors import UserError
 from rwkv_pl.files import atomic_write
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 COLUMNS = (
     "step",
@@ -28,16 +32,21 @@ COLUMNS = (
 
 
 def read_rows(path: Path, up_to: int) -> list[dict[str, float]]:
-    """Reads the rows of a metrics.csv up to step `up_to`, without an incomplete last line; [] if there is no file.
+    """Read the rows of a metrics.csv up to step `up_to`, without an incomplete last line; [] if there is no file.
 
-    Raises UserError if the file is corrupt.
+    Lines may end as on any system, and a byte order mark is skipped. Raises UserError if the file is corrupt.
     """
     if not path.is_file():
         return []
-    with path.open(newline="", encoding="utf-8", errors="replace") as file:
-        complete = [line for line in file if line.endswith("\n")]
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        lines = list(file)
+    if lines and not lines[-1].endswith("\n") and lines[-1].count(",") < lines[0].count(","):
+        del lines[-1]
+    reader = csv.DictReader(lines)
     try:
-        rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(complete)]
+        rows = [{name: float(value) for name, value in row.items() if value} for row in reader]
+        if lines and "step" not in (reader.fieldnames or ()):
+            raise ValueError("no column step")
         if not all(math.isfinite(row.get("step", math.nan)) for row in rows):
             raise ValueError("a row without a step")
         if strange := {name for row in rows for name in row} - set(COLUMNS):
@@ -51,7 +60,7 @@ def read_rows(path: Path, up_to: int) -> list[dict[str, float]]:
 
 @contextlib.contextmanager
 def default_style() -> Iterator[None]:
-    """Draws with matplotlib's built-in defaults.
+    """Draw with matplotlib's built-in defaults.
 
     matplotlib reads a matplotlibrc in the current folder. An untrusted one could run LaTeX, with text.usetex.
     """
@@ -62,10 +71,25 @@ def default_style() -> Iterator[None]:
         yield
 
 
-@default_style()
 def draw_curve(rows: list[dict[str, float]], path: Path, baselines: dict[str, float]) -> None:
-    """Draws bits per byte against tokens (logged steps, running mean, validations, baselines) and the learning rate."""
+    """Write the picture of `plot_curve` to a PNG file."""
+    with atomic_write(path) as file:
+        file.write(render_png(plot_curve(rows, baselines)))
+
+
+@default_style()
+def render_png(figure: "Figure") -> bytes:
+    """Render a figure as PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    picture = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(picture)
+    return picture.getvalue()
+
+
+@default_style()
+def plot_curve(rows: list[dict[str, float]], baselines: dict[str, float]) -> "Figure":
+    """Plot bits per byte against tokens (logged steps, running mean, validations, baselines) and the learning rate."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 6), dpi=120, layout="constrained")
@@ -92,15 +116,14 @@ def draw_curve(rows: list[dict[str, float]], path: Path, baselines: dict[str, fl
         each.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
         axes.legend()
-    with atomic_write(path) as file:
-        FigureCanvasAgg(figure).print_png(file)
+    return figure
 
 
 @default_style()
 def draw_sweep(
     curves: dict[str, list[dict[str, float]]], best: dict[str, float], swept: dict[str, dict[str, Any]], path: Path
 ) -> None:
-    """Draws the curves of all runs in one panel, and the best score against each swept setting in further panels.
+    """Draw the curves of all runs in one panel, and the best score against each swept setting in further panels.
 
     curves: run name -> rows. best: run name -> bits per byte of the best validation. swept: setting -> run name ->
     value.

@@ -46,7 +46,7 @@ class MemoryEstimate:
 
 
 def estimate_memory(module: Any, precision: Precision) -> MemoryEstimate:
-    """Estimates the cost of a LitRWKV's model from forward passes over a few tokens, on the model's device."""
+    """Estimate the cost of a LitRWKV's model from forward passes over a few tokens, on the model's device."""
     parameters = list(module.parameters())
     matrices = [p for name, p in module.model.named_parameters() if p.dim() == 2 and not name.startswith("emb.")]
     # Per weight and token, a matrix product takes 2 operations forward and 4 backward.
@@ -155,7 +155,7 @@ def find_accumulation(
 
 
 def fits_in_memory(module: Any, rows: int, ctx_len: int, precision: Precision) -> bool:
-    """Runs a forward and backward pass of one micro-batch on the device: does it fit in memory?"""
+    """Run a forward and backward pass of one micro-batch on the device: does it fit in memory?"""
     tokens = torch.zeros(rows, ctx_len, dtype=torch.int64, device=next(module.parameters()).device)
     try:
         with precision.forward_context():
@@ -169,7 +169,7 @@ def fits_in_memory(module: Any, rows: int, ctx_len: int, precision: Precision) -
 
 
 def format_si(amount: float, unit: str = "B") -> str:
-    """Formats an amount with three digits and an SI prefix: 1.23 GB, 45.6 MFLOPs."""
+    """Format an amount with three digits and an SI prefix: 1.23 GB, 45.6 MFLOPs."""
     for power in ("", "k", "M", "G", "T"):
         if amount < 999.5 or power == "T":
             break

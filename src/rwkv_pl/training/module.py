@@ -5,7 +5,7 @@ B  batch, the rows of a micro-batch    T  time, ctx_len    V  vocab_size
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, is_dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,15 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rwkv_pl.config import Optim, Schedule
+from rwkv_pl.config import Optim, OptimGroup, Schedule
 from rwkv_pl.errors import UserError
 from rwkv_pl.inference.evaluate import bits_per_byte
 from rwkv_pl.inference.sampling import derive_seed
 from rwkv_pl.model import MODELS
 from rwkv_pl.ops.cross_entropy import head_cross_entropy
+from rwkv_pl.ops.heap import tune_allocator
 from rwkv_pl.targets import load_class
+from rwkv_pl.training.batch_counters import rescale, rewind
 from rwkv_pl.training.callbacks.metrics import MetricsRecorder
 from rwkv_pl.training.loss import IGNORE_INDEX, count_bytes, l2wrap, split_batch
 from rwkv_pl.training.muon import MuonAdamW
@@ -40,7 +42,8 @@ class LitRWKV(LightningModule):
     Args:
         model: RWKV4(RWKV4Config(vocab_size=256, n_layer=12, n_embd=512)), or a function that builds it; the function is
             called when a Trainer needs the model.
-        optim, schedule: the settings (see conf/optim and conf/schedule); the default is Adam at a constant rate.
+        optim, schedule: the settings, see conf/optim and conf/schedule; the default is the official RWKV optimizer at
+            a constant rate.
         seed: seeds the random numbers before each micro-batch, so that a resumed run draws the same ones.
         vocabulary: plain JSON types, saved in every checkpoint.
         bytes_per_token: (V,) whole numbers, for bits per byte: a tensor, an array or a list.
@@ -124,7 +127,7 @@ class LitRWKV(LightningModule):
             prefix = "model."
             state = content["state_dict"].items()
             model.load_state_dict({key.removeprefix(prefix): value for key, value in state if key.startswith(prefix)})
-        for name, kind in (("optim", Optim), ("schedule", Schedule)):
+        for name, kind in (("optim", OptimGroup), ("schedule", Schedule)):
             if stored.get(name):
                 settings.setdefault(name, kind(**stored[name]))
         return cls(model.eval(), **settings).to(map_location)
@@ -148,14 +151,12 @@ class LitRWKV(LightningModule):
         if hasattr(vocabulary, "bytes_per_token") and not self._is_vocabulary_given:
             self.vocabulary = vocabulary.to_dict()
             self.bytes_per_token = torch.as_tensor(vocabulary.bytes_per_token, dtype=torch.int64)
-        if self.model is not None and self.bytes_per_token is not None:
-            self._check_vocabulary_size(len(self.bytes_per_token))
-
-    def _check_vocabulary_size(self, n_tokens: int) -> None:
-        size = self.model.config.vocab_size
-        if size < n_tokens:
+        sizes = [len(self.bytes_per_token)] if self.bytes_per_token is not None else []
+        needed = max([*sizes, getattr(vocabulary, "size", 0)])
+        if self.model is not None and self.model.config.vocab_size < needed:
             raise UserError(
-                f"the vocabulary has {n_tokens} tokens and the model {size}: build the model with vocab_size={n_tokens}"
+                f"the vocabulary has {needed} tokens and the model {self.model.config.vocab_size}: "
+                f"build the model with vocab_size={needed}"
             )
 
     @property
@@ -256,7 +257,8 @@ class LitRWKV(LightningModule):
         else:
             figures[f"{split}/bits_per_token"] = bits_per_byte(nats, n_targets)
         # Reduced over all processes already. A MetricsRecorder passes them to the loggers itself.
-        self.log_dict(figures, logger=not self._is_recorded, prog_bar=not self._is_recorded)
+        logger = bool(self.trainer.loggers) and not self._is_recorded
+        self.log_dict(figures, logger=logger, prog_bar=not self._is_recorded)
 
     # The optimizer
 
@@ -266,6 +268,8 @@ class LitRWKV(LightningModule):
         return build_optimizer(target, groups, self.optim)
 
     def on_fit_start(self) -> None:
+        if self.device.type == "cpu":
+            tune_allocator()
         if not self.model.training:  # as load_weights returns it: Lightning would train without dropout
             self.model.train()
         for callback in self._callbacks:
@@ -316,12 +320,11 @@ class LitRWKV(LightningModule):
         return int(n_steps) if math.isfinite(n_steps) else -1
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-        groups = optimizer.param_groups
         if self.trainer.lr_scheduler_configs:  # StochasticWeightAveraging and lr_find set the rates themselves
-            self.last_lr = groups[0]["lr"]
+            self.last_lr = optimizer.param_groups[0]["lr"]
         else:
             self.last_lr = self.current_lr
-            for group in groups:
+            for group in optimizer.param_groups:
                 group["lr"] = self.last_lr * group["lr_scale"]
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         if self.trainer.global_step + 1 == self.trainer.max_steps:
@@ -383,7 +386,7 @@ class LitRWKV(LightningModule):
         names = [name for name, (cls, _) in MODELS.items() if isinstance(self.model, cls)]
         checkpoint[KEY] = Metadata(
             model=names[0] if names else type(self.model).__qualname__,
-            config=asdict(self.model.config) if is_dataclass(self.model.config) else {},  # type: ignore[arg-type]
+            config=asdict(self.model.config) if names else {},
             vocabulary=self.vocabulary,
             optim=asdict(self.optim),
             schedule=asdict(self.schedule),
@@ -396,7 +399,7 @@ class LitRWKV(LightningModule):
             threads=torch.get_num_threads(),
         ).to_dict()
         if "loops" in checkpoint:
-            self._rewind(checkpoint)
+            rewind(checkpoint, accumulate, self.trainer.num_training_batches)
 
     def finish_reason(self) -> str | None:
         """Why the run has ended: length, time (trainer.max_time), pruned or early stop (by a callback); else None."""
@@ -420,35 +423,4 @@ class LitRWKV(LightningModule):
             # Weight averaging was removed: continue from the trained weights, not from their average.
             checkpoint["state_dict"] = checkpoint["current_model_state"]
         if "loops" in checkpoint and getattr(self.trainer.datamodule, "batch_is_a_step", False):  # type: ignore[attr-defined]
-            self._rescale(checkpoint)
-
-    def _rewind(self, checkpoint: dict[str, Any]) -> None:
-        """Sets the batch counters of a checkpoint to the end of the last optimizer step.
-
-        Inside an accumulation window, weights and optimizer do not change. So a checkpoint saved there has the state of
-        the last step, and the micro-batches of the window are read again.
-        """
-        loops = checkpoint["loops"]["fit_loop"]
-        counts = [loops["epoch_loop.batch_progress"][name] for name in ("total", "current")]
-        earlier = counts[0]["ready"] - counts[1]["ready"]  # batches of the epochs before this one
-        accumulate, per_epoch = self.trainer.accumulate_grad_batches, self.trainer.num_training_batches
-        if isinstance(per_epoch, int):
-            # Lightning makes a step at the end of an epoch, even if the window is incomplete.
-            steps = checkpoint["global_step"] - earlier // per_epoch * math.ceil(per_epoch / accumulate)
-            done = min(steps * accumulate, per_epoch)
-        else:
-            done = counts[1]["processed"] // accumulate * accumulate
-        _set_batches(loops, earlier, done)
-
-    def _rescale(self, checkpoint: dict[str, Any]) -> None:
-        """Counts the batches of a checkpoint in micro-batches of this run, which may accumulate differently."""
-        loops = checkpoint["loops"]["fit_loop"]
-        total, current = (loops["epoch_loop.batch_progress"][name]["ready"] for name in ("total", "current"))
-        before, now = max(total // max(checkpoint["global_step"], 1), 1), self.trainer.accumulate_grad_batches
-        _set_batches(loops, (total - current) // before * now, current // before * now)
-
-
-def _set_batches(loops: dict[str, Any], earlier: int, done: int) -> None:
-    """Sets the counters of batches: those of `earlier` epochs, and those `done` in the current one."""
-    for name, count in (("total", earlier + done), ("current", done)):
-        loops["epoch_loop.batch_progress"][name].update(ready=count, started=count, processed=count, completed=count)
+            rescale(checkpoint, self.trainer.accumulate_grad_batches)

@@ -44,12 +44,12 @@ class MuonAdamW(Optimizer):
         self._share()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restores the shared groups and state; load_state_dict calls this after replacing both."""
+        """Restore the shared groups and state; load_state_dict calls this after replacing both."""
         super().__setstate__(state)
         self._share()
 
     def _share(self) -> None:
-        """Builds the two optimizers on this one's groups and state, which their steps then read and write."""
+        """Build the two optimizers on this one's groups and state, which their steps then read and write."""
         muon = [group for group in self.param_groups if group.get("muon")]
         others = [group for group in self.param_groups if not group.get("muon")]
         self._parts: list[Optimizer] = [torch.optim.Muon(muon)] if muon else []
@@ -59,7 +59,7 @@ class MuonAdamW(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Makes one step of both. Returns the result of `closure`, which computes the gradients."""
+        """Make one step of both. Returns the result of `closure`, which computes the gradients."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

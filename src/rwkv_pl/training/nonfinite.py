@@ -34,11 +34,11 @@ class NonfiniteGuard:
         self._unread: _Step | None = None
 
     def look(self, norm: Tensor, loss: Tensor, step: int, lr: float) -> None:
-        """Stores the gradient norm and the loss of a step, both scalars, for `check_finite` to read."""
+        """Store the gradient norm and the loss of a step, both scalars, for `check_finite` to read."""
         self._unread = _Step(step, lr, torch.stack([norm, loss.to(norm.dtype)]), None)
 
     def skip_on_device(self, optimizer: Optimizer) -> None:
-        """Makes the fused optimizer itself skip a non-finite step.
+        """Make the fused optimizer itself skip a non-finite step.
 
         The host then reads the values later, while the device computes the next step.
         """

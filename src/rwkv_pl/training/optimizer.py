@@ -15,7 +15,7 @@ from rwkv_pl.errors import UserError, one_line
 
 
 def parameter_groups(model: nn.Module, lr_scale: dict[str, float], split_blocks: bool = False) -> list[dict[str, Any]]:
-    """Groups the parameters by the last part of their names and by whether weight decay applies.
+    """Group the parameters by the last part of their names and by whether weight decay applies.
 
     Weight decay applies to two-dimensional parameters named `*.weight`, and to nothing else. The groups do not depend
     on any hyperparameter, so a checkpoint fits them after a change of the settings. `set_hyperparameters` sets the
@@ -47,7 +47,7 @@ def parameter_groups(model: nn.Module, lr_scale: dict[str, float], split_blocks:
 
 
 def build_optimizer(target: Any, groups: list[dict[str, Any]], optim: Optim) -> Optimizer:
-    """Builds the optimizer class `target` on the groups, with the arguments of the config.
+    """Build the optimizer class `target` on the groups, with the arguments of the config.
 
     If the class supports fused=True (one pass over memory per step), it is used. Raises UserError for an argument that
     the class does not have, and for values that it rejects.
@@ -79,7 +79,7 @@ def build_optimizer(target: Any, groups: list[dict[str, Any]], optim: Optim) -> 
 
 
 def set_hyperparameters(optimizer: Optimizer, optim: Optim, lr_scale: dict[str, float]) -> None:
-    """Sets the config's hyperparameters in all groups, replacing those restored from a checkpoint.
+    """Set the config's hyperparameters in all groups, replacing those restored from a checkpoint.
 
     They come from `optimizer.defaults`: the arguments of the constructor and its defaults. The learning rate is set
     before each step instead.

@@ -54,7 +54,7 @@ def load_or_measure_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def measure_peak(device: torch.device, dtype: torch.dtype, seconds: float = SECONDS) -> float:
-    """Measures the floating-point operations per second of square products of growing size; returns the fastest."""
+    """Measure the floating-point operations per second of square products of growing size; return the fastest."""
     best, ends, side = 0.0, time.perf_counter() + seconds, 256
     # Random numbers: a GPU multiplies zeros and ones faster, since they take less power.
     numbers = torch.Generator(device).manual_seed(0)

@@ -24,7 +24,7 @@ CLOCK = time.perf_counter if os.name == "nt" else time.thread_time
 
 
 def measure_product_rates(device: torch.device, tokens: int, n_embd: int) -> dict[torch.dtype, float]:
-    """Measures the floating-point operations per second of a product and its two gradients, in float32 and bfloat16.
+    """Measure the floating-point operations per second of a product and its two gradients, in float32 and bfloat16.
 
     On a CPU, the rates are those of one thread. The product is the first one of the channel mixing, (tokens, n_embd)
     by (n_embd, 4 n_embd). The measurement takes a few milliseconds, or a second for a large model.
@@ -70,7 +70,7 @@ def _time_product(x: Tensor, weight: Tensor, gradient: Tensor) -> float:
 
 
 def describe_speedup(speedup: float) -> str:
-    """Formats a speed ratio as "2.1 times as fast as", "about as fast as" or "15 times slower than"."""
+    """Format a speed ratio as "2.1 times as fast as", "about as fast as" or "15 times slower than"."""
     if 1 / SIMILAR < speedup < SIMILAR:
         return "about as fast as"
     return f"{speedup:.1f} times as fast as" if speedup >= 1 else f"{1 / speedup:.2g} times slower than"

@@ -34,7 +34,7 @@ def decay_start(schedule: Schedule, end: int) -> int:
 
 
 def check_schedule(schedule: Schedule, max_steps: int) -> None:
-    """Raises UserError if the schedule needs a length that the run does not have, or if its decay does not fit in."""
+    """Raise UserError if the schedule needs a length that the run does not have, or if its decay does not fit in."""
     if schedule.name == "constant":
         return
     if schedule.decay_steps is None and max_steps < 1:

@@ -1,5 +1,6 @@
 """Reads files of torch.save without executing code from them."""
 
+import math
 import os
 import warnings
 import zipfile
@@ -12,7 +13,7 @@ from rwkv_pl.errors import CorruptFileError, UserError, one_line
 
 
 def read_checkpoint(path: Path, checked: bool = True) -> dict[str, Any]:
-    """Loads a checkpoint with weights_only=True. Its tensors are memory-mapped and read when used.
+    """Load a checkpoint with weights_only=True. Its tensors are memory-mapped and read when used.
 
     checked: first verify every byte against the checksums in the file; False is enough to read only small values.
 
@@ -40,6 +41,30 @@ def read_checkpoint(path: Path, checked: bool = True) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no weights: it is a {type(content).__name__}, not a dictionary of tensors")
     return content
+
+
+def find_best(folder: Path) -> Path | None:
+    """Return the checkpoint with the best validation score in a folder, None if no checkpoint has a score.
+
+    It is best.ckpt, except in runs of earlier versions: they could give it another name, or overwrite it.
+    """
+    best = folder / "best.ckpt"
+    others = [path for path in folder.glob("*.ckpt") if path != best and not path.name.startswith(("last.", "last-v"))]
+    if not others:
+        return best if best.is_file() else None
+
+    def rank(path: Path) -> tuple[float, int]:
+        try:
+            content = read_checkpoint(path, checked=False)
+            states = [state for state in content["callbacks"].values() if isinstance(state, dict)]
+            scores = [float(state["current_score"]) for state in states if state.get("current_score") is not None]
+            return min(scores), content["global_step"]  # a later checkpoint can repeat the score of an earlier one
+        except (UserError, LookupError, TypeError, ValueError, AttributeError):
+            return (-math.inf if path == best else math.inf), 0  # reading best.ckpt then gives the error
+
+    ranks = {path: rank(path) for path in [*([best] if best.is_file() else []), *sorted(others)]}
+    found = min(ranks, key=lambda path: ranks[path])
+    return found if ranks[found][0] < math.inf else None
 
 
 def first_sentence(error: BaseException) -> str:

@@ -49,11 +49,11 @@ class Layout:
         return _rename(theirs, {theirs: official for official, theirs in self.names.items()})
 
     def from_official(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Renames tensors from the official names to those of transformers."""
+        """Rename tensors from the official names to those of transformers."""
         return {self.their_name(name): value for name, value in tensors.items()}
 
     def to_official(self, tensors: dict[str, Any], config: dict[str, Any], folder: Path) -> dict[str, Tensor]:
-        """Renames tensors to the official names. Raises UserError if one is not a parameter of the model type."""
+        """Rename tensors to the official names. Raises UserError if one is not a parameter of the model type."""
         official, unknown = {}, []
         for theirs, value in tensors.items():
             try:
@@ -140,7 +140,7 @@ def _rename(name: str, table: dict[str, str]) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads a file that contains one JSON object. Raises CorruptFileError if it is anything else."""
+    """Read a file that contains one JSON object. Raises CorruptFileError if it is anything else."""
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -172,7 +172,7 @@ def tensor_files(folder: Path) -> list[Path]:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Reads the tensors of a .safetensors file, by its own names, memory-mapped. Raises CorruptFileError."""
+    """Read the tensors of a .safetensors file, by its own names, memory-mapped. Raises CorruptFileError."""
     try:
         return load_file(path)
     except Exception as error:  # an arbitrary file can fail in any way
@@ -181,7 +181,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Writes a .safetensors file and flushes it to disk. Raises OSError."""
+    """Write a .safetensors file and flush it to disk. Raises OSError."""
     path.touch()
     mode = path.stat().st_mode  # the user's default; safetensors makes its files readable by their owner only
     try:

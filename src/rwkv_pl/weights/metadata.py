@@ -57,7 +57,7 @@ class Metadata:
 
     @classmethod
     def from_checkpoint(cls, checkpoint: dict[str, Any], path: Path) -> "Metadata":
-        """Restores the metadata that `to_dict` stored under KEY.
+        """Restore the metadata that `to_dict` stored under KEY.
 
         Raises UserError for a newer format or an unknown model version, CorruptFileError if anything else is wrong.
         """
@@ -80,6 +80,6 @@ class Metadata:
         return cls(**fields)
 
     def to_dict(self) -> dict[str, Any]:
-        """Converts to plain types, for the entry KEY of a checkpoint."""
+        """Convert to plain types, for the entry KEY of a checkpoint."""
         optional = {key for key in _OPTIONAL_KINDS if getattr(self, key) is None}
         return {"format": FORMAT} | {key: value for key, value in asdict(self).items() if key not in optional}

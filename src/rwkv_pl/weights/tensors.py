@@ -49,7 +49,7 @@ class Weights:
     trained_on: str | None = None
 
     def model(self) -> nn.Module:
-        """Builds the model on the CPU in float32 and in training mode, with copies of the tensors."""
+        """Build the model on the CPU in float32 and in training mode, with copies of the tensors."""
         model = meta_model(self.version, self.config)
         copies = {
             name: value.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
@@ -103,7 +103,7 @@ def validate_tensors(
     config: dict[str, Any] | None = None,
     vocabulary: Vocabulary | None = None,
 ) -> Weights:
-    """Checks the names, shapes, dtypes and values of all tensors against the model that they describe.
+    """Check the names, shapes, dtypes and values of all tensors against the model that they describe.
 
     config, vocabulary: as stored with the tensors, if they were; they must match. Raises UserError.
     """
@@ -153,7 +153,7 @@ def validate_tensors(
 
 
 def detect_version(weights: dict[str, Any], path: Path) -> str:
-    """Detects the model version from the names of the parameters. Raises UserError if it is not supported."""
+    """Detect the model version from the names of the parameters. Raises UserError if it is not supported."""
     for version, pattern in VERSION_PATTERNS:
         if any(re.search(pattern, str(key)) for key in weights):
             if version not in MODELS:
@@ -175,7 +175,7 @@ def _infer_size(weights: dict[str, Tensor], version: str, path: Path) -> dict[st
 
 
 def meta_model(version: str, config: Any) -> nn.Module:
-    """Builds the model on the meta device, with names and shapes only: no size takes memory or initialisation time."""
+    """Build the model on the meta device, with names and shapes only: no size takes memory or initialisation time."""
     with torch.device("meta"):
         return MODELS[version][0](config)
 

@@ -17,7 +17,7 @@ from rwkv_pl.weights.tensors import Weights
 
 
 def write_weights(weights: Weights, target: Path) -> Weights:
-    """Writes weights in the format of the target's name: `.pth`, `.ckpt`, else a Hugging Face folder.
+    """Write weights in the format of the target's name: `.pth`, `.ckpt`, else a Hugging Face folder.
 
     Before the file or folder gets its final name, it is read back and compared bit for bit. Returns the weights that
     were read. A `.pth` has no vocabulary. The parent folder of `target` must exist, `target` must not, unless it is an
@@ -76,5 +76,5 @@ def _pack(value: Tensor) -> Tensor:
 
 
 def _view_bits(value: Tensor) -> Tensor:
-    """Views the values as integers, for a comparison that includes the sign of zeros."""
+    """View the values as integers, for a comparison that includes the sign of zeros."""
     return value.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[value.element_size()])

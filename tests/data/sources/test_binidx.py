@@ -128,7 +128,7 @@ def test_ids_are_checked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     prefix = write(tmp_path / "corpus", SENTENCES)
     before = open_binidx(prefix, SMALL).n_bytes
     with monkeypatch.context() as patched:
-        patched.setattr(binidx, "_count_bytes", lambda *_: pytest.fail("counted again"))
+        patched.setattr(binidx, "count_bytes", lambda *_: pytest.fail("counted again"))
         assert open_binidx(prefix, SMALL).n_bytes == before
     write(tmp_path / "corpus", SENTENCES[::-1])
     assert open_binidx(prefix, SMALL).n_bytes != before
@@ -150,8 +150,8 @@ def test_invalid_id_is_reported_with_its_position(
 
 
 def header(**parts: Any) -> bytes:
-    told = {"magic": b"MMIDIDX\0\0", "version": 1, "code": 8, "sequences": 3, "documents": 2} | parts
-    return told["magic"] + struct.pack("<QBQQ", *list(told.values())[1:])
+    header = {"magic": b"MMIDIDX\0\0", "version": 1, "code": 8, "sequences": 3, "documents": 2} | parts
+    return header["magic"] + struct.pack("<QBQQ", *list(header.values())[1:])
 
 
 LENGTHS, PLACES, DOCUMENTS = np.array([2, 0, 3], "<i4"), np.array([0, 4, 4], "<i8"), np.array([0, 3], "<i8")
@@ -228,6 +228,6 @@ def test_data_module_of_binidx(tmp_path: Path) -> None:
     lo, hi = data.corpus.splits.val
     read = np.concatenate([batch[:, 1:].flatten() for batch in data.val_dataloader()])
     assert read[read >= 0].tolist() == ids[lo:hi].tolist()
-    told = data.description()
-    assert f"{len(SMALL.decode(ids)):,} bytes" in told
-    assert f"vocabulary 20b ({SMALL.size})" in told
+    description = data.description()
+    assert f"{len(SMALL.decode(ids)):,} bytes" in description
+    assert f"vocabulary 20b ({SMALL.size})" in description

@@ -101,3 +101,11 @@ def test_progress_in_a_terminal_is_a_bar(tmp_path, monkeypatch):
 )
 def test_duration_is_formatted_in_words(seconds, words):
     assert format_duration(seconds) == words
+
+
+def test_messages_in_a_notebook_are_one_plain_text(monkeypatch, capsys):
+    """rich would display each line as an output of its own."""
+    monkeypatch.setattr(rich, "_console", Console(force_jupyter=True))
+    for message in ("one", "two"):
+        ConsoleHandler().emit(logging.LogRecord("rwkv_pl", logging.INFO, "", 0, message, None, None))
+    assert capsys.readouterr().out == "one\ntwo\n"

@@ -17,16 +17,16 @@ class Source:
     has_test_split = True
 
     def open(self) -> Corpus:
-        """Opens the corpus; the first use downloads or derives it. Raises UserError if it is missing or wrong."""
+        """Open the corpus; the first use downloads or derives it. Raises UserError if it is missing or wrong."""
         raise NotImplementedError
 
     def open_tokens(self, corpus: Corpus, vocabulary: Vocabulary) -> TokenFile:
-        """Opens the tokens of `corpus`, a result of `open`. Raises UserError if `vocabulary` cannot encode it."""
+        """Open the tokens of `corpus`, a result of `open`. Raises UserError if `vocabulary` cannot encode it."""
         return open_tokens(corpus, vocabulary)
 
 
 def build_source(data: Any, cwd: Path) -> Source:
-    """Builds the source of type `data.name` from the settings `data`, a `config.Data`. Paths are relative to `cwd`."""
+    """Build the source of type `data.name` from the settings `data`, a `config.Data`. Paths are relative to `cwd`."""
     module, _, name = CORPORA[data.name].source.partition(":")
     source_class = getattr(import_module(module), name)
     settings = {field.name: getattr(data, field.name, None) for field in fields(source_class)}

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rwkv_pl.data.cache import cached_json
-from rwkv_pl.data.corpus import Corpus, Splits, file_digest
+from rwkv_pl.data.corpus import Corpus, file_digest, split_at_documents
 from rwkv_pl.data.progress import progress_bar
 from rwkv_pl.data.sources import Source
 from rwkv_pl.data.token_file import TokenFile
@@ -66,7 +66,7 @@ class Binidx(Source):
 
     A split boundary moves back to the start of the document that it would cut, unless there are too few documents for
     three splits. The corpus is PREFIX.bin; its ``splits`` are in tokens. The byte counts of a split are those of its
-    decoded tokens.
+    decoded tokens, 0 if the vocabulary does not know them.
 
     ``open`` raises UserError if a file is missing or not in the format, ``open_tokens`` if an id is not in the
     vocabulary. Every id is checked, once per version of the file.
@@ -86,19 +86,14 @@ class Binidx(Source):
             content = file_digest(index.path)
         except OSError as error:
             raise UserError(f"cannot read {error.filename or self.path}: {error.strerror}") from error
-        n = index.n_tokens
-        cuts = round(n * self.split[0]), round(n * (self.split[0] + self.split[1]))
-        train, val = map(index.document_start, cuts)
-        if not 0 < train < val < n:
-            train, val = cuts
-        splits = Splits((0, train), (train, val), (val, n))
+        splits = split_at_documents(index.n_tokens, self.split, index.document_start)
         return Corpus(index.path.stem, index.path.absolute(), splits, content, str(self.path))
 
     def open_tokens(self, corpus: Corpus, vocabulary: Vocabulary) -> TokenFile:
         index = self.index
 
         def counted() -> dict[str, Any]:
-            return {"n_bytes": [_count_bytes(index, vocabulary, *split) for split in corpus.splits]}
+            return {"n_bytes": [count_bytes(index.path, index.dtype, vocabulary, *split) for split in corpus.splits]}
 
         key = [corpus.digest, index.path.stat().st_mtime_ns, index.dtype.str, corpus.splits, vocabulary.digest]
         train, val, test = cached_json(f"binidx-{json_digest(key)[:16]}.json", counted)["n_bytes"]
@@ -164,22 +159,28 @@ def _read_index(prefix: str, given: Path) -> Index:
     for lo in range(0, n_documents, BLOCK):
         some = documents[max(lo - 1, 0) : lo + BLOCK]
         if some[0] < 0 or some[-1] > n_sequences or np.any(np.diff(some) < 0):
-            raise UserError(f"{path}: its documents are not in order within its {n_sequences:,} sequences")
+            raise UserError(
+                f"{path}: its documents are not in order within its {n_sequences:,} sequences: create the corpus again"
+            )
     return Index(data, dtype, n_data // dtype.itemsize, starts, documents)
 
 
-def _count_bytes(index: Index, vocabulary: Vocabulary, lo: int, hi: int) -> int:
-    """The number of bytes that the tokens [lo, hi) decode to."""
-    tokens, n_bytes = np.memmap(index.path, index.dtype, mode="r"), 0
+def count_bytes(path: Path, dtype: np.dtype[np.integer], vocabulary: Vocabulary, lo: int, hi: int) -> int:
+    """The number of bytes that the tokens [lo, hi) of a file decode to, 0 if the vocabulary does not know it.
+
+    Raises UserError if a token is not in the vocabulary.
+    """
+    tokens, n_bytes = np.memmap(path, dtype, mode="r"), 0
+    bytes_per_token = getattr(vocabulary, "bytes_per_token", np.zeros(vocabulary.size, np.int64))
     blocks = [(at, min(at + BLOCK, hi)) for at in range(lo, hi, BLOCK)]
-    for begin, end in progress_bar(blocks, f"counting the bytes of {index.path.name}"):
+    for begin, end in progress_bar(blocks, f"counting the bytes of {path.name}"):
         block = tokens[begin:end]
         unknown = np.flatnonzero((block < 0) | (block >= vocabulary.size))
         if unknown.size:
             at = int(unknown[0])
             raise UserError(
-                f"{index.path}: token {begin + at:,} is {block[at]}, vocabulary {vocabulary.kind} has "
+                f"{path}: token {begin + at:,} is {block[at]}, vocabulary {vocabulary.kind} has "
                 f"{vocabulary.size:,}: set data.vocab to the vocabulary that it was written with"
             )
-        n_bytes += int(np.bincount(block.astype(np.int64), minlength=vocabulary.size) @ vocabulary.bytes_per_token)
+        n_bytes += int(np.bincount(block.astype(np.int64), minlength=vocabulary.size) @ bytes_per_token)
     return n_bytes

@@ -145,7 +145,7 @@ def _download(url: str, target: Path) -> None:
 
 
 def _unpack(archive: Path, path: Path, n_bytes: int, sha1: str, wrong: str, cure: str) -> None:
-    """Extracts the member ``enwik8`` of ``archive`` to ``path``.
+    """Extract the member ``enwik8`` of ``archive`` to ``path``.
 
     Raises UserError if its size or SHA-1 is wrong: ``wrong`` is the start of the message, ``cure`` its end.
     """

@@ -3,6 +3,8 @@
 import functools
 import logging
 import os
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from rwkv_pl.errors import UserError
-from rwkv_pl.weights.checkpoint import read_checkpoint
+from rwkv_pl.files import atomic_write
+from rwkv_pl.weights.checkpoint import find_best, read_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -23,16 +26,43 @@ def validation_is_due(trainer: Trainer) -> bool:
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Lightning's ModelCheckpoint, with the score to beat read from the file best.ckpt itself.
+    """Lightning's ModelCheckpoint, which always writes best.ckpt too, and reads the score to beat from that file.
 
     The score in last.ckpt can be older than best.ckpt, if the run was killed between writing the two, or best.ckpt may
     be corrupt or missing. The run folder may have been moved.
+
+    filename: of the `save_top_k` best checkpoints; it has to contain the step, as in "{step}". With "best", the default
+    name, save_top_k=1 writes only best.ckpt, and other numbers use "best-{step}".
     """
+
+    def __init__(
+        self,
+        dirpath: str | Path | None = None,
+        filename: str | None = "best",
+        monitor: str | None = "val/bits_per_byte",
+        save_top_k: int = 1,
+        **options: Any,
+    ) -> None:
+        self._is_single = filename == "best" and save_top_k == 1
+        if filename == "best" and not self._is_single:
+            filename = "best-{step}"
+        if filename and not self._is_single and not re.search(r"\{step[:}]", filename):
+            raise ValueError(f"filename={filename} must contain {{step}}: it names checkpoints next to best.ckpt")
+        if save_top_k == 0 or not monitor:
+            raise ValueError("the best checkpoint needs a monitor, and a save_top_k that is not 0")
+        super().__init__(dirpath, filename, monitor, save_top_k=save_top_k, **options)
+        if self._every_n_train_steps or self._train_time_interval or self._save_on_train_epoch_end:
+            raise ValueError("the best checkpoint is written after a validation: leave out the other intervals")
+        self._best_score: Tensor | None = None
 
     @functools.cached_property
     def state_key(self) -> str:
         # Cached: Lightning reads it in every hook, and formats the settings each time.
         return super().state_key
+
+    @property
+    def _best_path(self) -> Path:
+        return Path(str(self.dirpath), "best.ckpt")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         def here(path: str) -> str:
@@ -43,20 +73,40 @@ class BestCheckpoint(ModelCheckpoint):
         super().load_state_dict({**state_dict, **moved, "best_k_models": models, "dirpath": self.dirpath})
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.save_top_k != 1 or not self.filename or "{" in self.filename:
-            return
-        path = Path(str(self.dirpath), f"{self.filename}{self.FILE_EXTENSION}")
+        path = self._best_path
         score = None
         if os.path.lexists(path) and not path.is_file():
             raise UserError(f"{path} is not a file, or is a broken link: move it away")
+        if trainer.is_global_zero and (found := find_best(path.parent)) not in (None, path):
+            # The run was killed before it wrote best.ckpt, or is from a version that did not write it.
+            with found.open("rb") as source, atomic_write(path) as file:
+                shutil.copyfileobj(source, file)
+        trainer.strategy.barrier()
         if path.is_file():
             try:
-                score = read_checkpoint(path)["callbacks"][self.state_key]["best_model_score"]
+                score = read_checkpoint(path)["callbacks"][self.state_key]["current_score"]
             except (UserError, LookupError, TypeError):
                 log.warning(f"{path} is corrupt, or has another monitor: the next validation writes it again")
-        self.best_model_score = score if isinstance(score, Tensor) and score.numel() == 1 else None
-        self.best_k_models = {} if self.best_model_score is None else {str(path): self.best_model_score}
-        self.best_model_path = self.kth_best_model_path = next(iter(self.best_k_models), "")
+        self._best_score = score if isinstance(score, Tensor) and score.numel() == 1 else None
+        models = {name: x for name, x in self.best_k_models.items() if Path(name).is_file() and Path(name) != path}
+        if self._is_single:
+            models = {} if self._best_score is None else {str(path): self._best_score}
+        ranked = sorted(models, key=lambda name: float(models[name]))
+        self.best_k_models = {name: models[name] for name in ranked[: None if self.save_top_k < 0 else self.save_top_k]}
+        self.best_model_path, self.kth_best_model_path = (ranked[0], [*self.best_k_models][-1]) if ranked else ("", "")
+        self.best_model_score = self.best_k_models.get(self.best_model_path)
+
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        super()._save_checkpoint(trainer, filepath)
+        assert self.current_score is not None
+        if self._best_score is None or self.current_score < self._best_score:
+            self._best_score = self.current_score
+            if Path(filepath) != self._best_path:
+                super()._save_checkpoint(trainer, str(self._best_path))
+
+    def _format_checkpoint_name(self, *arguments: Any, **options: Any) -> str:
+        # The score's name has a slash, which would make a folder.
+        return super()._format_checkpoint_name(*arguments, **options).replace("/", "_")
 
 
 class LastCheckpoint(ModelCheckpoint):
@@ -111,7 +161,7 @@ class LastCheckpoint(ModelCheckpoint):
         pass
 
     def save_now(self, trainer: Trainer) -> None:
-        """Writes last.ckpt, unless it was already written for this step with the same should_stop."""
+        """Write last.ckpt, unless it was already written for this step with the same should_stop."""
         if self._saved != (trainer.global_step, trainer.should_stop):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
             self._saved = trainer.global_step, trainer.should_stop

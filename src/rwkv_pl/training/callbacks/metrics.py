@@ -115,7 +115,7 @@ class MetricsRecorder(Callback):
             self._paused_at = None
 
     def _pause(self, pl_module: Any) -> None:
-        """Excludes the time until the next micro-batch from the training speed."""
+        """Exclude the time until the next micro-batch from the training speed."""
         if self._paused_at is None:
             if pl_module.device.type == "cuda":
                 torch.cuda.synchronize(pl_module.device)  # pending GPU work is part of the training
@@ -219,7 +219,7 @@ class MetricsRecorder(Callback):
 
 
 def _rewrite_csv(path: Path, rows: list[dict[str, float]]) -> Any:
-    """Writes the remaining rows, and returns the file, open for appending."""
+    """Write the remaining rows, and return the file, open for appending."""
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS)
     writer.writeheader()

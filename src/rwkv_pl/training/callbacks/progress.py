@@ -26,9 +26,13 @@ class ConsoleHandler(logging.Handler):
         if record.exc_info:
             return
         console = rich.get_console()
-        text = self.format(record).encode(console.encoding, "replace").decode(console.encoding)
+        text = self.format(record)
         with contextlib.suppress(OSError):  # a closed terminal must not end the run
-            console.print(text, markup=False, highlight=False, soft_wrap=True)
+            if console.is_jupyter:  # rich would make an output of its own of each line
+                print(text, flush=True)
+            else:
+                text = text.encode(console.encoding, "replace").decode(console.encoding)
+                console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 class LogFile(logging.FileHandler):
@@ -144,7 +148,7 @@ class TrainingProgress(ProgressBar):
 
 
 def format_duration(seconds: float) -> str:
-    """Formats a duration with one or two units: 12 s, 3 min 20 s, 5 h 10 min, 2 days 3 h."""
+    """Format a duration with one or two units: 12 s, 3 min 20 s, 5 h 10 min, 2 days 3 h."""
     minutes, hours, days = seconds / 60, seconds / 3600, seconds / 86400
     if days >= 1:
         return f"{int(days)} day{'s' if days >= 2 else ''} {int(hours % 24)} h"

@@ -13,7 +13,7 @@ from rwkv_pl.inference.generate import generate
 
 
 def sample_tokens(model: nn.Module, prompt: list[int], n_tokens: int, seed: int) -> list[int]:
-    """Generates `n_tokens` tokens after `prompt`; the same weights and seed give the same tokens."""
+    """Generate `n_tokens` tokens after `prompt`; the same weights and seed give the same tokens."""
     tokens = torch.tensor([prompt], device=next(model.parameters()).device)
     return [int(token) for token in islice(generate(model, tokens, seed=seed), n_tokens)]
 

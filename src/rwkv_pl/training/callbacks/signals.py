@@ -15,7 +15,8 @@ from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 
-from rwkv_pl.terminal import STOPPED_AT_START, SWEEP_JOB_ENV, exit_at_once, resume_command
+from rwkv_pl.errors import StoppedBySignal
+from rwkv_pl.terminal import STOPPED_AT_START, SWEEP_JOB_ENV, exit_at_once, is_called_from_python, resume_command
 from rwkv_pl.training.callbacks.checkpoints import LastCheckpoint, validation_is_due
 from rwkv_pl.training.callbacks.progress import TrainingProgress
 from rwkv_pl.training.checkpoint_io import DurableCheckpointIO
@@ -35,6 +36,9 @@ class StopOnSignal(Callback):
 
     The exit codes are 143, 130 and 129. SIGHUP means a closed terminal; under nohup it is ignored. In a SLURM job, the
     requeue signal does the same and requeues the job; the exit code is 0. A second signal ends the process at once.
+
+    In a call of `rwkv_pl.train`, signals do not end the process: the caller's handlers raise StoppedBySignal before and
+    after the training, and so does the second signal.
 
     At the end of each micro-batch, all processes of a run find out whether one of them received a signal. A validation
     that was due or running is run first when the run is resumed (PendingValidation).
@@ -56,9 +60,11 @@ class StopOnSignal(Callback):
             environment.auto_requeue = False
             if environment.requeue_signal:
                 self._codes[environment.requeue_signal] = 0
-        self._set_handlers(self._end_at_start if trainer.is_global_zero else self._end_at_once)
+        if not is_called_from_python():
+            self._set_handlers(self._end_at_start if trainer.is_global_zero else self._end_at_once)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._folder = Path(trainer.default_root_dir)
         if trainer.world_size > 1:
             backend = torch.distributed.get_backend()
             self._group = None if backend == "gloo" else torch.distributed.new_group(backend="gloo")
@@ -86,9 +92,15 @@ class StopOnSignal(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if number := self._received_by_any(trainer):
             self._stop(trainer, number, due=False)
-        self._set_handlers(self._end_at_once)
+        if is_called_from_python():
+            self._restore_handlers()
+        else:
+            self._set_handlers(self._end_at_once)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._restore_handlers()
+
+    def _restore_handlers(self) -> None:
         for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
         self._previous_handlers = {}
@@ -96,12 +108,15 @@ class StopOnSignal(Callback):
     def _set_handlers(self, handler: Callable[[int, FrameType | None], None]) -> None:
         if threading.current_thread() is threading.main_thread():
             # Under nohup, SIGHUP is ignored; keep it ignored.
-            numbers = [number for number in self._codes if signal.getsignal(number) is not signal.SIG_IGN]
+            numbers = [number for number in self._codes if signal.getsignal(number) not in (signal.SIG_IGN, None)]
             before = {number: signal.signal(number, handler) for number in numbers}
             self._previous_handlers = self._previous_handlers or before
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._received:
+            if is_called_from_python():
+                message = f"stopped by a second signal, without saving; to resume: {resume_command(self._folder)}"
+                raise StoppedBySignal(number, self._codes[number], message)
             self._end_at_once(number, frame)
         self._received = number
 
@@ -131,17 +146,18 @@ class StopOnSignal(Callback):
         requeued = self._codes.get(number) == 0 and trainer.is_global_zero and _requeue()
         if isinstance(trainer.progress_bar_callback, TrainingProgress):
             trainer.progress_bar_callback.stop(trainer)
+        message = f"stopped by {signal.Signals(number).name} after step {trainer.global_step:,}"
+        # A sweep prints the command that resumes all its jobs.
+        can_resume = last and SWEEP_JOB_ENV not in os.environ
+        message += f"; to resume: {resume_command(Path(trainer.default_root_dir))}" if can_resume else ""
+        message += "; the job was requeued" if requeued else ""
         if trainer.is_global_zero:
-            message = f"stopped by {signal.Signals(number).name} after step {trainer.global_step:,}"
-            # A sweep prints the command that resumes all its jobs.
-            can_resume = last and SWEEP_JOB_ENV not in os.environ
-            hint = f"; to resume: {resume_command(Path(trainer.default_root_dir))}" if can_resume else ""
-            log.info(message + hint + ("; the job was requeued" if requeued else ""))
-        raise SystemExit(self._codes.get(number, 128 + number))
+            log.info(message)
+        raise StoppedBySignal(number, self._codes.get(number, 128 + number), message)
 
 
 def _requeue() -> bool:
-    """Requeues this SLURM job. Returns whether that succeeded; if not, logs a warning."""
+    """Requeue this SLURM job. Returns whether that succeeded; if not, logs a warning."""
     job = os.environ["SLURM_JOB_ID"]
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
