@@ -138,6 +138,12 @@ def test_equal_numbers_are_not_a_difference(tmp_path):
     assert report.find_differing_settings(runs) == ["optim.fused"]
 
 
+def test_titles_of_columns_are_distinct():
+    keys = ["optim._target_", "callbacks.best._target_", "optim.lr", "seed", "data.seed"]
+    expected = ["optim._target_", "best._target_", "lr", "seed", "data.seed"]
+    assert report._short_titles(keys) == expected
+
+
 def test_interpolated_setting_is_shown_as_a_number(tmp_path):
     folder = make_run_folder(tmp_path / "a", [5.0], optim__lr="${divide:1.5,${model.n_embd}}")
     assert report.read_run(folder).settings["optim.lr"] == 1.5 / 64

@@ -176,8 +176,8 @@ def _print_table(runs: Sequence[Run], names: Sequence[str], keys: Sequence[str])
 
     table = Table(header_style="bold")
     table.add_column("run", overflow="fold")
-    for key in keys:
-        table.add_column(key.rpartition(".")[2], justify="right", overflow="fold")
+    for title in _short_titles(keys):
+        table.add_column(title, justify="right", overflow="fold")
     for title in ("bits/byte", "tokens/s", "steps", "time"):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("status", no_wrap=True)
@@ -226,7 +226,7 @@ def _print_seeds(screen: "Console", runs: Sequence[Run], keys: Sequence[str]) ->
     if not any(len(scores) > 1 for _, scores in groups.values()):
         return
     table = Table(header_style="bold")
-    for title in (*(key.rpartition(".")[2] for key in others), "seeds", "mean bits/byte", "std"):
+    for title in (*_short_titles(others), "seeds", "mean bits/byte", "std"):
         table.add_column(title, justify="right")
     for settings, scores in groups.values():
         values = scores.values()
@@ -246,6 +246,17 @@ def _to_csv(runs: Sequence[Run], names: Sequence[str], keys: Sequence[str]) -> s
         values = [run.settings.get(key) for key in keys]
         writer.writerow([name, *values, run.best, run.speed, run.mfu, *latest, run.status, run.error])
     return text.getvalue()
+
+
+def _short_titles(keys: Sequence[str]) -> list[str]:
+    """Return the shortest end of each dotted key that no other key has."""
+    titles = []
+    for key in keys:
+        parts = key.split(".")
+        ends = [".".join(parts[i:]) for i in range(len(parts) - 1, -1, -1)]
+        taken = [end for end in ends if sum(f".{other}".endswith(f".{end}") for other in keys) > 1]
+        titles.append(ends[min(len(taken), len(ends) - 1)])
+    return titles
 
 
 def _short_names(folders: Sequence[Path]) -> list[str]:
