@@ -28,7 +28,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Glob, Override
 from hydra.errors import HydraException, MissingConfigException
 from hydra.plugins.config_source import ConfigResult
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rwkv_pl.checks import KIND_NAMES, check_kind, check_kinds, suggest_key
@@ -58,6 +58,18 @@ Schema = TypeVar("Schema")
 
 # The groups of which several files can be chosen, and the file that conf/train.yaml chooses.
 FIRST_FILE = {"callbacks": "default", "logger": "tensorboard"}
+
+# Hydra's own settings with a value that runs rely on: the value, and the reason.
+HYDRA_FIXED: dict[str, tuple[Any, str]] = {
+    "mode": (None, "-m starts a sweep"),
+    "output_subdir": (".hydra", "resume= reads the settings of a run there"),
+    "job.name": ("train", "the log of a run is train.log"),
+    "job.chdir": (False, "relative paths count from the folder of the command"),
+    "callbacks": ({}, "callbacks= takes Lightning's"),
+}
+
+# Lightning's callbacks that only write to loggers.
+NEED_LOGGER = tuple(f"lightning.pytorch.callbacks.{name}" for name in ("DeviceStatsMonitor", "LearningRateMonitor"))
 
 # Loggers whose packages are optional extras. The extra, the package and the module have the same name.
 EXTRA_LOGGERS = ("wandb", "mlflow")
@@ -152,7 +164,12 @@ def compose(overrides: Sequence[str], config_dir: str | None = None, name: str =
                 schema = SearchPathQuery(provider="schema", path=None)
                 loader.config_search_path.prepend("command-line", f"file://{config_dir}", anchor=schema)
                 loader.repository.initialize_sources(loader.config_search_path)
-            return hydra_compose(name, overrides=[*overrides], return_hydra_config=True)
+            composed = hydra_compose(name, overrides=[*overrides], return_hydra_config=True)
+            if name == "train":
+                _check_hydra(composed.hydra, len(overrides))
+            return composed
+        except KeyError as error:
+            raise UserError(f"hydra.job.env_copy names {error}, an environment variable that is not set") from error
         except MissingConfigException as error:
             group, _, name = (error.missing_cfg_file or "").rpartition("/")
             # Hydra lists the options for a single choice, but not for a list of choices.
@@ -169,6 +186,19 @@ def compose(overrides: Sequence[str], config_dir: str | None = None, name: str =
     cause = f" ({one_line(reason.__cause__)})" if reason.__cause__ else ""
     # Hydra advises to write +key, which parse_overrides rejects.
     raise UserError(re.sub(r" To append to your config use \S+", "", one_line(reason) + cause)) from reason
+
+
+def _check_hydra(hydra: DictConfig, n_overrides: int) -> None:
+    """Raise UserError for a setting of Hydra itself that a command line or a file must not change."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # Lightning sets some for the processes that it starts
+        for key, (value, reason) in HYDRA_FIXED.items():
+            given = OmegaConf.select(hydra, key)
+            if given != value:
+                raise UserError(f"hydra.{key}={getattr(given, 'name', given)} is not supported, {reason}: leave it out")
+    if not isinstance(hydra.verbose, bool | str | ListConfig):
+        raise UserError(f"hydra.verbose must be true, false or a list of loggers, got {hydra.verbose}")
+    if len(hydra.overrides.task) + len(hydra.overrides.hydra) != n_overrides:
+        raise UserError("hydra.overrides cannot be set, Hydra writes the typed settings there: leave it out")
 
 
 def typed_config_dir(sources: Any) -> str | None:
@@ -299,6 +329,8 @@ def check_config(config: DictConfig, overrides: Sequence[Override] = (), config_
             if not isinstance(arguments, dict) or "_target_" not in arguments:
                 raise UserError(f"{group}.{name} must be a mapping with its class as _target_, got {arguments}")
             arguments["_target_"] = MOVED.get(str(arguments["_target_"]), arguments["_target_"])
+            if arguments["_target_"] in NEED_LOGGER and not plain["logger"]:
+                raise UserError(f"{group}.{name} needs a logger: leave out logger=none, or {group}.{name}")
     given = next((override for override in overrides if override.key_or_group == "plugins"), None)
     if plain.get("plugins") and given is None:
         raise UserError("a config file cannot set plugins, which run code: type plugins=[...] on the command line")

@@ -435,6 +435,13 @@ def check_trainer(trainer: dict[str, Any], defaults: dict[str, Any]) -> None:
             raise UserError(f"trainer.{key} must be a fraction from 0.0 to 1.0 or a whole number, got {limit}")
         check_at_least(f"trainer.{key}", limit, 0)
     check_one_of("trainer.accelerator", trainer["accelerator"], ACCELERATORS)
+    if isinstance(trainer["deterministic"], str):
+        check_one_of("trainer.deterministic, if neither true nor false,", trainer["deterministic"], ("warn",))
+    if re.match("ddp_(spawn|fork|notebook)", trainer["strategy"]):
+        raise UserError(
+            f"trainer.strategy={trainer['strategy']} is not supported, it copies this process: use ddp, which starts "
+            "the command once per device"
+        )
     if trainer["precision"] == "16-true":
         raise UserError(
             "trainer.precision=16-true is not supported, small gradients underflow to 0 and the loss becomes NaN: use "

@@ -118,8 +118,8 @@ def console() -> "Console":
     return there if there.is_terminal else Console(width=200)  # a file or a pipe has no width to fold at
 
 
-class IgnoreBrokenPipe(io.TextIOBase):
-    """stdout or stderr of a sweep's job, so that the job continues if the sweep that reads it was killed."""
+class IgnoreUnwritable(io.TextIOBase):
+    """A stdout or stderr that drops what it can't write."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -141,4 +141,12 @@ class IgnoreBrokenPipe(io.TextIOBase):
 
     @property
     def encoding(self) -> str:  # type: ignore[override]
-        return str(self._stream.encoding)
+        return self._stream.encoding or "utf-8"
+
+
+def ignore_unwritable_screen() -> None:
+    """Let this process continue if its stdout or stderr is closed, its reader has gone, or its disk is full."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or Path(os.devnull).open("w")  # noqa: SIM115
+        if not isinstance(stream, IgnoreUnwritable):
+            setattr(sys, name, IgnoreUnwritable(stream))

@@ -21,7 +21,7 @@ from rwkv_pl.terminal import quote_override
 PATH_KEYS = (*(f"data.{name}" for name in DATA_PATHS), "weights", "resume", "out", "hydra.run.dir", "hydra.sweep.dir")
 
 # Further settings that are a text, and arguments of any callback and logger.
-TEXT_KEYS = (*PATH_KEYS, "data.url", "data.field", "hydra.sweep.subdir")
+TEXT_KEYS = (*PATH_KEYS, "data.url", "data.field", "hydra.sweep.subdir", "trainer.max_time")
 TEXT_NAMES = ("name", "filename", "dirpath", "save_dir", "project", "run_name", "experiment_name", "tracking_uri")
 
 # The parts of a value in Hydra's grammar: quoted texts, starts of functions, separators, plain texts.

@@ -11,6 +11,8 @@ import torch
 from command import SMALL
 
 from rwkv_pl import RWKV4, RWKV4Config
+from rwkv_pl.compose import check_config, compose
+from rwkv_pl.errors import UserError
 
 CASES = {
     # unknown keys, with the closest match
@@ -50,7 +52,7 @@ CASES = {
     "trainer.val_check_interval=0.5": "trainer.val_check_interval must be a whole number",
     "trainer.deterministic=3": "trainer.deterministic must be true or false",
     "trainer.max_time=3": "trainer.max_time must be days:hours:minutes:seconds, as in 00:08:00:00 for eight "
-    "hours, got 3",
+    "hours, got '3'",
     "trainer.max_time={hour:8}": "trainer.max_time must be days:hours:minutes:seconds",
     "trainer.max_time={hours:x}": "trainer.max_time must be days:hours:minutes:seconds",
     "trainer.max_time=8h": "days:hours:minutes:seconds, as in 00:08:00:00 for eight hours, got '8h'",
@@ -168,6 +170,20 @@ CASES = {
     "weights=hollow.ckpt": "is not a whole checkpoint",
     "hydra.run.dir=${nosuch}": "nosuch",
     "hydra/job_logging=nosuch": "hydra/job_logging=nosuch does not exist",
+    "trainer.strategy=ddp_spawn trainer.devices=2": "trainer.strategy=ddp_spawn is not supported",
+    "trainer.strategy=ddp_fork": "use ddp",
+    "trainer.strategy=ddp_notebook_find_unused_parameters_true": "use ddp",
+    "trainer.deterministic=yes": "trainer.deterministic, if neither true nor false, must be one of warn, got 'yes'",
+    "callbacks=[default,device_stats] logger=none": "callbacks.device_stats needs a logger: leave out logger=none",
+    "hydra.mode=MULTIRUN": "hydra.mode=MULTIRUN is not supported, -m starts a sweep: leave it out",
+    "hydra.output_subdir=null": "hydra.output_subdir=None is not supported",
+    "hydra.job.chdir=true": "hydra.job.chdir=True is not supported",
+    "hydra.job.name=mine": "the log of a run is train.log",
+    "hydra.job.env_copy=[NOSUCH]": "hydra.job.env_copy names 'NOSUCH', an environment variable that is not set",
+    "hydra.job_logging.root.level=LOUD": "hydra.job_logging is invalid: Unknown level: 'LOUD'",
+    "hydra.verbose=3": "hydra.verbose must be true, false or a list of loggers, got 3",
+    "hydra.overrides.task=['seed=1']": "hydra.overrides cannot be set",
+    "hydra.sweep.dir=there": "hydra.sweep.dir=there has no effect without -m: a run's is hydra.run.dir=FOLDER",
     "weights=corpus.txt": "is not a checkpoint that can be read safely",
     "weights=empty.txt": "empty.txt",
     "weights=.": "is not a run folder with weights",
@@ -348,3 +364,49 @@ def test_hostile_checkpoint_executes_no_code(train, tmp_path):
     result = train(*SMALL, "weights=hostile.pth")
     assert (result.code, result.err.count("\n")) == (2, 1)
     assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("mode: MULTIRUN", "hydra.mode=MULTIRUN is not supported"),
+        ("callbacks: {x: {_target_: os.mkdir, path: executed}}", "hydra.callbacks={'x': {'_target_': 'os.mkdir'"),
+        ("output_subdir: null", "hydra.output_subdir=None is not supported"),
+        ("overrides: {task: [seed=1]}", "hydra.overrides cannot be set"),
+    ],
+)
+@pytest.mark.parametrize("flags", [(), ("-m",)])
+def test_setting_of_hydra_in_an_experiment_is_rejected(train, tmp_path, settings, message, flags):
+    (tmp_path / "mine" / "experiment").mkdir(parents=True)
+    (tmp_path / "mine" / "experiment" / "x.yaml").write_text(f"# @package _global_\nhydra:\n  {settings}\n")
+    before = sorted(tmp_path.rglob("*"))
+    result = train(*flags, *SMALL, "--config-dir", "mine", "experiment=x")
+    assert (result.code, result.err.count("\n")) == (2, 1), result.err
+    assert message in result.err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("setting", ["hydra.run.dir=there", "hydra/job_logging=stdout", "hydra.mode=MULTIRUN"])
+def test_setting_of_hydra_without_effect_in_a_sweep_is_rejected(train, tmp_path, setting):
+    before = sorted(tmp_path.rglob("*"))
+    result = train("-m", *SMALL, "seed=1,2", setting)
+    assert (result.code, result.err.count("\n")) == (2, 1), result.err
+    assert setting in result.err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("12:00:00:00", "12:00:00:00"), ("1:30:00:00", "1:30:00:00"), ("'00:08:00:00'", "00:08:00:00"), ("300000", None)],
+)
+@pytest.mark.parametrize("group", ["experiment", "trainer"])
+def test_max_time_in_a_file_is_days_hours_minutes_seconds(train, tmp_path, text, expected, group):
+    head = {"experiment": "# @package _global_\ntrainer:\n  ", "trainer": "defaults: [default]\n"}[group]
+    (tmp_path / "mine" / group).mkdir(parents=True)
+    (tmp_path / "mine" / group / "long.yaml").write_text(f"{head}max_time: {text}\n")
+    composed = compose([f"{group}=long"], str(tmp_path / "mine"))
+    if expected is None:
+        with pytest.raises(UserError, match=r"must be days:hours:minutes:seconds, .* got '300000'"):
+            check_config(composed)
+    else:
+        assert check_config(composed).trainer["max_time"] == expected

@@ -167,7 +167,7 @@ def test_learning_rate_follows_the_model_width():
 
 def test_debug_experiment_memorizes_its_text(train, tmp_path):
     result = train("experiment=debug", "hydra.run.dir=run")
-    assert result.code == 0 and "(1 pass is 1 steps)" in result.out, result.err
+    assert result.code == 0 and "(1 pass is 1 step)" in result.out, result.err
     losses = [float(loss) for _, loss in read_column(tmp_path / "run", "train/loss")]
     assert len(losses) == 50 and losses[0] > 5 and max(losses[-10:]) < 0.1, losses
 

@@ -309,10 +309,11 @@ def test_finished_run_says_so_although_its_schedule_does_not_fit(train, run):
     assert (result.code, "is finished, after 8 steps; a larger trainer.max_steps extends it" in result.out) == (0, True)
 
 
-def test_finished_run_without_a_checkpoint_is_not_resumed(train, tmp_path):
-    result = train(*SMALL, "callbacks=[ema]", "hydra.run.dir=outputs/run")
+@pytest.mark.parametrize("callback", ["ema", "early_stopping"])
+def test_finished_run_without_a_checkpoint_is_not_resumed(train, tmp_path, callback):
+    result = train(*SMALL, f"callbacks=[{callback}]", "hydra.run.dir=outputs/run")
     assert result.code == 0, result.err
-    assert "warning: this run saves no checkpoint: add default, as in 'callbacks=[default,ema]'" in result.out
+    assert f"warning: this run saves no checkpoint: add default, as in 'callbacks=[default,{callback}]'" in result.out
     before = (tmp_path / "outputs" / "run" / "metrics.csv").read_bytes()
     result = train("resume=outputs/run")
     assert (result.code, result.err.count("\n")) == (2, 1)

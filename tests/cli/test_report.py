@@ -129,6 +129,21 @@ def test_settings_of_a_resume_replace_earlier_ones(tmp_path):
     assert report.read_run(folder).settings["optim.lr"] == 5e-3
 
 
+def test_equal_numbers_are_not_a_difference(tmp_path):
+    written = (("a", 2, [0, 0.9], True), ("b", 2.0, [0.0, 0.9], True), ("c", 2.0, [0.0, 0.9], 1))
+    for name, layers, betas, value in written:
+        make_run_folder(tmp_path / name, [5.0], model__n_layer=layers, optim__betas=betas, optim__fused=value)
+    runs = [report.read_run(tmp_path / name) for name in "abc"]
+    assert report.find_differing_settings(runs[:2]) == []
+    assert report.find_differing_settings(runs) == ["optim.fused"]
+
+
+def test_titles_of_columns_are_distinct():
+    keys = ["optim._target_", "callbacks.best._target_", "optim.lr", "seed", "data.seed"]
+    expected = ["optim._target_", "best._target_", "lr", "seed", "data.seed"]
+    assert report._short_titles(keys) == expected
+
+
 def test_interpolated_setting_is_shown_as_a_number(tmp_path):
     folder = make_run_folder(tmp_path / "a", [5.0], optim__lr="${divide:1.5,${model.n_embd}}")
     assert report.read_run(folder).settings["optim.lr"] == 1.5 / 64

@@ -4,12 +4,15 @@ import codecs
 import csv
 import json
 import os
+import shutil
 import signal
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import SimpleNamespace
 
 import forks
 import pytest
@@ -17,9 +20,13 @@ import yaml
 from command import SMALL, TEXT
 from forked_jobs import FORK_THE_JOBS
 from forks import Strike
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.utils import create_config_search_path
+from hydra.types import RunMode
+from omegaconf import OmegaConf
 
 from hydra_plugins.rwkv_pl.study import StudySweeper, _is_drawn_from, _repair_lines, to_distribution
-from rwkv_pl.compose import compose, parse_overrides
+from rwkv_pl.compose import CONFIG_MODULE, parse_overrides
 from rwkv_pl.errors import UserError
 from rwkv_pl.runs.folder import has_started
 from rwkv_pl.runs.outcome import read_result
@@ -205,13 +212,26 @@ def test_study_continues_after_a_stop(folder):
         (("optim.weight_decay=tag(log,interval(0.01,1.0))",), None),
         (("optim.weight_decay=0.1,x",), None),
         (("optim.lr=interval(0.1,0.2)",), None),
+        (("model.dropout=0,0.1", "compile=true,false"), {"model.dropout": "0", "compile": "False"}),
+        (("tf32=1,true", "loss_chunk_len=64,null"), {"tf32": "True", "loss_chunk_len": "null"}),
+        (("schedule=constant,cosine", "logger=[none],tensorboard"), {"schedule": "cosine", "logger": "tensorboard"}),
+        (("callbacks=[default,ema],[default]", "optim=adam,rwkv"), {"callbacks": "[default]", "optim": "rwkv"}),
+        (("optim=adam,sgd",), None),
+        (("seed=range(1,5)", "model.n_layer=range(0,13,4)"), {"seed": 2, "model.n_layer": 12}),
+        (("schedule.final_lr=range(0.00002,0.0002,0.00002)",), {"schedule.final_lr": "0.0001"}),
+        (("schedule.final_lr=range(1e-5,3e-4,3e-5)",), {"schedule.final_lr": "0.0001"}),
+        (("optim.lr=tag(log,interval(1e-2,1))", "model.n_layer=tag(log,int(interval(1,20)))"),
+         {"optim.lr": 0.01, "model.n_layer": 12}),
     ],
 )  # fmt: skip
 def test_first_trial_uses_the_config_values(space, expected):
+    fixed = ["optim=rwkv", "schedule=cosine", "optim.lr=1e-2", "seed=2", "schedule.final_lr=1e-4"]
     sweeper = StudySweeper(n_trials=1, sampler="tpe", pruner="none", seed=1)
-    sweeper.config = compose(["optim=rwkv", "schedule=cosine", "optim.lr=1e-2", "seed=2", "schedule.final_lr=1e-4"])
+    loader = ConfigLoaderImpl(create_config_search_path(f"pkg://{CONFIG_MODULE}"))
+    sweeper.hydra_context = SimpleNamespace(config_loader=loader)  # type: ignore[assignment]
+    sweeper.config = loader.load_configuration("train", [*fixed, *space], RunMode.MULTIRUN)
     distributions = {o.key_or_group: to_distribution(o) for o in parse_overrides(space, sweep=True)}
-    assert sweeper._default_params(distributions) == expected
+    assert sweeper._default_params(distributions, fixed) == expected
 
 
 @pytest.mark.parametrize(
@@ -285,7 +305,7 @@ def test_study_survives_a_killed_sweeper_and_a_partial_journal_line(folder):
     assert read_table(folder)["1"]["optim.lr"] == tried
 
 
-def test_bad_trial_is_pruned(train, tmp_path):
+def test_bad_trial_is_pruned(train, tmp_path, monkeypatch):
     """After three good trials, a bad one ends at its first validation; resuming reports that it was pruned."""
     import optuna
     from optuna.storages.journal import JournalFileBackend
@@ -301,6 +321,7 @@ def test_bad_trial_is_pruned(train, tmp_path):
     trial = study.ask()
     trial_info = {"number": trial.number, "id": trial._trial_id, "pruner": "median"}
     (sweep / "3" / "trial.json").write_text(json.dumps(trial_info))
+    monkeypatch.setenv(SWEEP_JOB_ENV, "1")
     result = train(*SMALL, "trainer.max_steps=8", "trainer.val_check_interval=2", "hydra.run.dir=sweep/3")
     assert result.code == 0, result.err
     ended = read_result(sweep / "3")
@@ -309,6 +330,31 @@ def test_bad_trial_is_pruned(train, tmp_path):
     assert study.get_trials()[3].state.name == "RUNNING"  # only the sweeper prints it
     result = train("resume=sweep/3")
     assert (result.code, "is finished, pruned" in result.out) == (0, True), result.out
+
+
+@pytest.mark.parametrize("place", ["sweep/0", "copy/0", "copy"])
+@pytest.mark.parametrize("has_optuna", [True, False])
+def test_trial_resumed_by_its_user_is_an_ordinary_run(train, tmp_path, monkeypatch, place, has_optuna):
+    """Longer training of a trial, in its sweep or in a copy, leaves the study as it is and does not need optuna."""
+    study, journal = StudySweeper(n_trials=1, pruner="median"), tmp_path / "sweep" / "study.journal"
+    study.config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path / "sweep")}}})
+    journal.parent.mkdir()
+    study.launch = lambda jobs, first: train(*SMALL, "hydra.run.dir=sweep/0")  # type: ignore[method-assign]
+    study.write_multirun_yaml = lambda: None  # type: ignore[method-assign]
+    study.launcher = None  # type: ignore[assignment]
+    study.hydra_context = SimpleNamespace(config_loader=None)  # type: ignore[assignment]
+    study.sweep(["optim.lr=1e-2,1e-3"])
+    told = journal.read_bytes()
+    assert b"trial_id" in told and (tmp_path / "sweep" / "0" / "trial.json").exists()
+    if place != "sweep/0":
+        shutil.copytree(tmp_path / "sweep" / "0", tmp_path / place)
+    if not has_optuna:
+        monkeypatch.setitem(sys.modules, "optuna", None)
+    result = train(f"resume={place}", "trainer.max_steps=8")
+    assert result.code == 0, result.err
+    ended = read_result(tmp_path / place)
+    assert (ended["status"], ended["step"]) == ("finished", 8)
+    assert [path.read_bytes() for path in tmp_path.rglob("study.journal")] == [told]
 
 
 @pytest.mark.parametrize("launcher", ["basic", pytest.param("submitit_local", marks=pytest.mark.slow)])

@@ -436,3 +436,13 @@ def test_stored_sweep_cannot_set_a_whole_hydra_group(train, tmp_path, task):
     result = train("-m", f"resume={sweep}")
     assert (result.code, result.err.count("\n"), "one by one" in result.err) == (2, 1, True), result.err
     assert {path.name for path in tmp_path.rglob("*")} == before
+
+
+def test_callbacks_of_hydra_in_a_stored_run_execute_nothing(train, tmp_path, run):
+    path = run / ".hydra" / "hydra.yaml"
+    stored = yaml.safe_load(path.read_text())
+    stored["hydra"]["callbacks"] = {"x": {"_target_": "os.mkdir", "path": str(tmp_path / "executed")}}
+    path.write_text(yaml.safe_dump(stored))
+    result = train("resume=run", "trainer.max_steps=5")
+    assert result.code == 0, result.err
+    assert not (tmp_path / "executed").exists()

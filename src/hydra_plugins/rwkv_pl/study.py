@@ -12,7 +12,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from omegaconf import DictConfig, OmegaConf
 
@@ -21,7 +20,7 @@ from rwkv_pl.checks import check_at_least, check_one_of
 from rwkv_pl.errors import UserError
 from rwkv_pl.files import atomic_write
 from rwkv_pl.runs.outcome import read_result
-from rwkv_pl.sweeps.jobs import merge_params
+from rwkv_pl.sweeps.jobs import is_in_config, merge_params
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -82,7 +81,7 @@ class StudySweeper(JobSweeper):
                 where = f"trial {trial.number} of {self.folder / JOURNAL_FILE}"
                 raise UserError(f"{where} is from another search, it has {trial.params}: start a new sweep")
         if not study.trials:
-            if default_params := self._default_params(space):
+            if default_params := self._default_params(space, fixed):
                 study.enqueue_trial(default_params)
             else:
                 print("the config's own values are outside the search space: trial 0 is drawn too", flush=True)
@@ -131,14 +130,16 @@ class StudySweeper(JobSweeper):
             elif result.get("status") == "pruned":
                 study.tell(trial.number, state=TrialState.PRUNED)
 
-    def _default_params(self, space: "dict[str, BaseDistribution]") -> dict[str, Any] | None:
-        """Return the config's own values if all of them are in the search space, else None."""
-        values = {}
+    def _default_params(self, space: "dict[str, BaseDistribution]", fixed: list[str]) -> dict[str, Any] | None:
+        """Return the config's own values if all of them are in the search space, else None. fixed: other overrides."""
+        values, loader = {}, self.hydra_context.config_loader
         for key, where in space.items():
             value = OmegaConf.select(self.config, key)
             choices = getattr(where, "choices", None)
             if choices is not None:
-                value = next((choice for choice in choices if _parse_choice(choice) == value), None)
+                value = next(
+                    (choice for choice in choices if is_in_config(loader, self.config, key, choice, fixed)), None
+                )
             if value is None or not _contains(where, value):
                 return None
             values[key] = value
@@ -155,12 +156,6 @@ def _contains(where: "BaseDistribution", value: Any) -> bool:
         return where._contains(where.to_internal_repr(value))
     except (ValueError, TypeError):  # for example 0 on a log scale, or a text among numbers
         return False
-
-
-def _parse_choice(choice: str) -> Any:
-    """Parse a choice as it would be on the command line, so that 1e-4 equals 0.0001."""
-    value = OverridesParser.create().parse_override(f"key={choice}").value()
-    return getattr(value, "text", value)
 
 
 def _repair_lines(journal: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from hydra import version as hydra_version
 from hydra._internal import utils as hydra_utils
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -96,6 +97,18 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         if not Path(args.config_dir).is_dir():
             raise UserError(f"--config-dir {args.config_dir} is not a folder: give the one with your own files")
     return args
+
+
+def require_used(overrides: Sequence[Override], multirun: bool) -> None:
+    """Raise UserError for a setting of Hydra that only a sweep reads, or only a run."""
+    fixes = {"hydra.sweep.dir": "a run's is hydra.run.dir=FOLDER; -m starts a sweep"}
+    if multirun:
+        in_file = "set it in a file of --config-dir DIR, DIR/experiment/NAME.yaml"
+        fixes = {"hydra.run.dir": "a sweep's is hydra.sweep.dir=FOLDER", "job_logging": in_file}
+    for override in overrides:
+        for name, fix in fixes.items():
+            if name in override.key_or_group:
+                raise UserError(f"{override.input_line} has no effect {'with' if multirun else 'without'} -m: {fix}")
 
 
 def print_hydra_info(

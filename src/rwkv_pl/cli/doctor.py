@@ -95,7 +95,7 @@ def check_build_tools() -> Iterator[Finding]:
     try:
         import ninja
 
-        yield Finding("ninja", f"{ninja.__version__} ({ninja.BIN_DIR})")
+        yield Finding("ninja", ninja.__version__ + (f" ({ninja.BIN_DIR})" if ninja.BIN_DIR else ""))
     except ImportError:
         yield Finding("ninja", "none", "run `pip install ninja`")
     yield _check_cache()
@@ -126,7 +126,9 @@ def _check_cache() -> Finding:
         return Finding("cache", f"{folder}: {error.strerror}", "set RWKV_PL_CACHE to a writable folder")
     size = sum(path.stat().st_size for path in libraries) / 1e6
     stale = f"; {len(left)} interrupted builds, which the next build removes" if left else ""
-    return Finding("cache", f"{folder}: {len(libraries)} libraries, {size:.1f} MB{stale}")
+    return Finding(
+        "cache", f"{folder}: {len(libraries)} librar{'y' if len(libraries) == 1 else 'ies'}, {size:.1f} MB{stale}"
+    )
 
 
 def _verify_kernel(device: str) -> bool:

@@ -4,6 +4,7 @@ Only Hydra and the standard library are imported here, so that a mistake is repo
 """
 
 import contextlib
+import io
 import os
 import signal
 import sys
@@ -15,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rwkv_pl.environment import safe_import_path, shorten_openmp_spin
 from rwkv_pl.errors import RunError, UserError
-from rwkv_pl.files import describe_os_error
+from rwkv_pl.files import describe_os_error, with_path
 from rwkv_pl.terminal import FAILED, print_error
 
 
@@ -26,26 +27,49 @@ def cli_entry_point(main: Callable[[], None]) -> Callable[[], None]:
         # Hydra then raises its errors instead of printing them over several lines.
         os.environ.setdefault("HYDRA_FULL_ERROR", "1")
         shorten_openmp_spin()
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            with contextlib.suppress(OSError):  # it flushes too
+                sys.stdout.reconfigure(errors="replace")  # an encoding without a character prints ? for it
         try:
             import hydra_plugins.rwkv_pl  # noqa: F401  an editable install finds it through a relative entry of sys.path
 
             with safe_import_path():
-                main()
+                try:
+                    main()
+                except SystemExit:
+                    _flush_stdout()
+                    raise
+                _flush_stdout()
         except RunError as error:
             sys.exit(print_error(error, FAILED))
         except (UserError, HydraException, OmegaConfBaseException) as error:
             sys.exit(print_error(error))
         except BrokenPipeError:
-            # The reader has gone, as with `| head`. Python flushes stdout at exit: the rest goes to the null device.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            # The reader has gone, as with `| head`.
+            _discard_unwritable_stdout()
             sys.exit(FAILED)
         except OSError as error:
             # For example a full disk or a removed folder. Files that were written before are complete.
+            _discard_unwritable_stdout()
             sys.exit(print_error(describe_os_error(error), FAILED))
         except KeyboardInterrupt as error:
             sys.exit(print_error(error, 130) if error.args else 130)
 
     return command
+
+
+def _flush_stdout() -> None:
+    if sys.stdout:
+        with with_path("standard output"):
+            sys.stdout.flush()
+
+
+def _discard_unwritable_stdout() -> None:
+    """Send what stdout can't write to the null device: Python writes it again at exit."""
+    try:
+        _flush_stdout()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager

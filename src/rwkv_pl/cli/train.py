@@ -13,14 +13,14 @@ from types import ModuleType
 from omegaconf import OmegaConf
 
 from rwkv_pl.cli import sweep
-from rwkv_pl.cli.arguments import parse_arguments, print_hydra_info
+from rwkv_pl.cli.arguments import parse_arguments, print_hydra_info, require_used
 from rwkv_pl.cli.entry import cli_entry_point, default_sigint
 from rwkv_pl.cli.explain import print_settings
 from rwkv_pl.compose import parse_overrides
 from rwkv_pl.runs import ranks
 from rwkv_pl.runs.launch import find_run_folder, launch
 from rwkv_pl.runs.stored import StoredRun
-from rwkv_pl.terminal import STOPPED_AT_START, SWEEP_JOB_ENV, IgnoreBrokenPipe, exit_at_once, print_loading
+from rwkv_pl.terminal import STOPPED_AT_START, SWEEP_JOB_ENV, exit_at_once, ignore_unwritable_screen, print_loading
 from rwkv_pl.texts import take_as_typed
 
 
@@ -28,7 +28,7 @@ from rwkv_pl.texts import take_as_typed
 def main() -> None:
     """The command. Exit codes: 0 trained, 1 failed while training, 2 bad input."""
     if SWEEP_JOB_ENV in os.environ:
-        sys.stdout, sys.stderr = IgnoreBrokenPipe(sys.stdout), IgnoreBrokenPipe(sys.stderr)
+        ignore_unwritable_screen()
     argv = sys.argv[1:] = take_as_typed(sys.argv[1:])
     args = parse_arguments(argv)
     overrides = parse_overrides(args.overrides, sweep=args.multirun)
@@ -42,12 +42,16 @@ def main() -> None:
         plain = [str(o.input_line) for o in overrides if not o.is_sweep_override()]
         print_hydra_info(argv, [] if args.shell_completion else plain, args.config_dir)
     elif args.multirun:
+        ignore_unwritable_screen()
         ranks.refuse_sweep()
+        require_used(overrides, multirun=True)
         if resumed is not None:
             sweep.resume_sweep(Path(str(resumed)).absolute(), others, args.config_dir)
         else:
             sweep.start_sweep(argv, overrides, args.config_dir)
     else:
+        ignore_unwritable_screen()
+        require_used(overrides, multirun=False)
         try:
             launch(overrides, args.config_dir, _load_training())
         except KeyboardInterrupt as error:  # during the training, StopOnSignal handles Ctrl-C

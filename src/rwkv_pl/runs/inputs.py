@@ -67,7 +67,7 @@ class Inputs:
 
     def describe_length(self) -> str:
         """Describe the length of the run."""
-        passes = f"1 pass is {self.data.steps_per_pass:,} steps"
+        passes = f"1 pass is {self.data.steps_per_pass:,} step{'s' if self.data.steps_per_pass > 1 else ''}"
         if self.max_steps < 0:
             return f"until trainer.max_time ({passes})"
         tokens = self.max_steps * self.config.data.batch_size * self.config.data.ctx_len

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import yaml
 from hydra.core.override_parser.types import Override
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from rwkv_pl.checks import check_kinds
 from rwkv_pl.compose import check_config, compose, is_group_choice, parse_overrides, require_key, typed_config_dir
@@ -189,6 +189,15 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
         else:
             found[f"{prefix}{key}"] = value
     return found
+
+
+def normalize_value(value: Any) -> Any:
+    """Convert a setting so that equal values compare as equal: 0 and 0.0, or up to rounding, but not 1 and true."""
+    if isinstance(value, list | ListConfig):
+        return [normalize_value(each) for each in value]
+    if isinstance(value, dict | DictConfig):
+        return {key: normalize_value(each) for key, each in value.items()}
+    return repr(value) if isinstance(value, bool) or not isinstance(value, int | float) else f"{value:.15g}"
 
 
 def _apply(config: DictConfig, entry: dict[str, Any]) -> None:

@@ -79,7 +79,8 @@ def run(inputs: Inputs, folder: Path, record: Record, resumed: bool = False) -> 
     config, data = inputs.config, inputs.data
     metrics = MetricsRecorder(folder, config.data.batch_size * config.data.ctx_len)
     progress = [TrainingProgress(metrics)] if config.trainer["enable_progress_bar"] else []
-    trial = [PruneTrial(folder)] if (folder / "trial.json").exists() else []
+    # A trial that its user resumes is an ordinary run: the study keeps the figure of the sweep's job.
+    trial = [PruneTrial(folder)] if SWEEP_JOB_ENV in os.environ and (folder / "trial.json").exists() else []
     first = [Start(inputs, metrics, record), metrics, *progress, *trial]
     callbacks = [*first, *build.build_callbacks(config, folder), StopOnSignal(), PendingValidation(metrics)]
     if not any(isinstance(callback, ModelCheckpoint) for callback in callbacks):
@@ -208,7 +209,10 @@ def run_in(folder: Path, composed: DictConfig, task: Callable[[], None], describ
     context = HydraContext(config_loader=None, callbacks=Callbacks(composed))  # type: ignore[arg-type]
     try:
         with with_path(folder):
-            ended = run_job(lambda _: task(), composed, "hydra.run.dir", None, context)
+            try:
+                ended = run_job(lambda _: task(), composed, "hydra.run.dir", None, context)
+            except ValueError as error:  # not from the task, whose errors run_job returns
+                raise UserError(f"hydra.job_logging is invalid: {one_line(error.__cause__ or error)}") from error
             if isinstance(ended._return_value, Exception):
                 raise ended._return_value
     finally:

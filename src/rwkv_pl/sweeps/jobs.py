@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rwkv_pl.compose import (
     check_config,
     compose,
+    is_group_choice,
     parse_overrides,
     typed_config_dir,
 )
@@ -32,6 +33,7 @@ from rwkv_pl.errors import RunError, UserError, one_line
 from rwkv_pl.files import atomic_write
 from rwkv_pl.runs.folder import OVERRIDES, has_started, locked
 from rwkv_pl.runs.outcome import read_result, write_result
+from rwkv_pl.runs.stored import flatten, normalize_value
 from rwkv_pl.terminal import quote_override
 from rwkv_pl.texts import take_as_typed
 
@@ -116,6 +118,18 @@ def require_own_run(job: Job) -> None:
                 f"{job.folder} holds another run, which differs in {', '.join(differing)}: "
                 "move that folder away, then resume the sweep"
             )
+
+
+def is_in_config(loader: ConfigLoader, config: DictConfig, key: str, choice: str, fixed: Sequence[str]) -> bool:
+    """Whether a sweep's config has this choice of a file or of a value. fixed: the overrides of every job."""
+    (override,) = parse_overrides([f"{key}={choice}"])
+    if not is_group_choice(override):
+        return normalize_value(override.value()) == normalize_value(OmegaConf.select(config, key))
+    try:
+        job = loader.load_sweep_config(config, [*fixed, f"{key}={choice}"])
+    except (HydraException, OmegaConfBaseException):  # a setting that this file does not have
+        return False
+    return flatten(job) == flatten(config)
 
 
 def write_pending_result(job: Job) -> None:

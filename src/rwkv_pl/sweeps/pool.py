@@ -110,6 +110,8 @@ def _start_job(job: Job, at_once: int, more: Mapping[str, str]) -> _Running:
     environment = {**os.environ, SWEEP_JOB_ENV: "1", **more}
     if at_once > 1 and not THREAD_VARIABLES & environment.keys():
         environment["OMP_NUM_THREADS"] = str(max(1, usable_cores() // at_once))
+    if at_once > 1:
+        environment["PYTHONIOENCODING"] = "utf-8"  # this process reads it
     # A terminal sends Ctrl-C to the whole process group. Jobs have their own group, so only this process gets it.
     own_group: dict[str, Any] = (
         {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}  # type: ignore[attr-defined]

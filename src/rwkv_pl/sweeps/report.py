@@ -18,7 +18,7 @@ from rwkv_pl.errors import UserError, one_line
 from rwkv_pl.files import atomic_write, describe_os_error
 from rwkv_pl.runs.folder import MULTIRUN, OVERRIDES, has_started, is_in_use
 from rwkv_pl.runs.outcome import DONE_STATUSES, RESULT_FILE, read_result
-from rwkv_pl.runs.stored import flatten
+from rwkv_pl.runs.stored import flatten, normalize_value
 from rwkv_pl.terminal import console
 from rwkv_pl.training.curve import draw_sweep, read_rows
 
@@ -163,7 +163,9 @@ def find_differing_settings(runs: Sequence[Run]) -> list[str]:
     for key in dict.fromkeys(key for run in intact or runs for key in run.settings):
         # A job that never started has only the settings that were typed.
         compared = [run for run in runs if run in intact or key in run.settings]
-        if len({repr(run.settings.get(key)) for run in compared}) > 1 and not key.startswith(UNCOMPARED_KEYS):
+        if len({repr(normalize_value(run.settings.get(key))) for run in compared}) > 1 and not key.startswith(
+            UNCOMPARED_KEYS
+        ):
             found.append(key)
     return found
 
@@ -174,8 +176,8 @@ def _print_table(runs: Sequence[Run], names: Sequence[str], keys: Sequence[str])
 
     table = Table(header_style="bold")
     table.add_column("run", overflow="fold")
-    for key in keys:
-        table.add_column(key.rpartition(".")[2], justify="right", overflow="fold")
+    for title in _short_titles(keys):
+        table.add_column(title, justify="right", overflow="fold")
     for title in ("bits/byte", "tokens/s", "steps", "time"):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("status", no_wrap=True)
@@ -217,14 +219,14 @@ def _print_seeds(screen: "Console", runs: Sequence[Run], keys: Sequence[str]) ->
     for run in runs:
         if run.best is not None and run.status == "finished":
             # All settings, not only the swept ones: a sweep's files may have been changed before it was resumed.
-            equal = [item for item in run.settings.items() if not item[0].startswith(("seed", *UNCOMPARED_KEYS))]
+            equal = {k: v for k, v in run.settings.items() if not k.startswith(("seed", *UNCOMPARED_KEYS))}
             settings = [run.settings.get(key, "") for key in others]
-            group = groups.setdefault(repr((settings, sorted(equal))), (settings, {}))
+            group = groups.setdefault(repr(sorted(normalize_value(equal).items())), (settings, {}))
             group[1][run.settings.get("seed")] = run.best
     if not any(len(scores) > 1 for _, scores in groups.values()):
         return
     table = Table(header_style="bold")
-    for title in (*(key.rpartition(".")[2] for key in others), "seeds", "mean bits/byte", "std"):
+    for title in (*_short_titles(others), "seeds", "mean bits/byte", "std"):
         table.add_column(title, justify="right")
     for settings, scores in groups.values():
         values = scores.values()
@@ -244,6 +246,17 @@ def _to_csv(runs: Sequence[Run], names: Sequence[str], keys: Sequence[str]) -> s
         values = [run.settings.get(key) for key in keys]
         writer.writerow([name, *values, run.best, run.speed, run.mfu, *latest, run.status, run.error])
     return text.getvalue()
+
+
+def _short_titles(keys: Sequence[str]) -> list[str]:
+    """Return the shortest end of each dotted key that no other key has."""
+    titles = []
+    for key in keys:
+        parts = key.split(".")
+        ends = [".".join(parts[i:]) for i in range(len(parts) - 1, -1, -1)]
+        taken = [end for end in ends if sum(f".{other}".endswith(f".{end}") for other in keys) > 1]
+        titles.append(ends[min(len(taken), len(ends) - 1)])
+    return titles
 
 
 def _short_names(folders: Sequence[Path]) -> list[str]:

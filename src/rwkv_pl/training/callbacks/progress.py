@@ -26,11 +26,13 @@ class ConsoleHandler(logging.Handler):
         if record.exc_info:
             return
         console = rich.get_console()
+        text = self.format(record)
         with contextlib.suppress(OSError):  # a closed terminal must not end the run
             if console.is_jupyter:  # rich would make an output of its own of each line
-                print(self.format(record), flush=True)
+                print(text, flush=True)
             else:
-                console.print(self.format(record), markup=False, highlight=False, soft_wrap=True)
+                text = text.encode(console.encoding, "replace").decode(console.encoding)
+                console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 class LogFile(logging.FileHandler):
