@@ -46,7 +46,7 @@ NOT_PROSE = re.compile(
     r"```.*?^```|\$[^$\n]+\$|`[^`]*`|\]\([^)]*\)|</?[a-z][^<>]*>|<!--.*?-->",
     flags=re.MULTILINE | re.DOTALL,
 )
-PICTURE = re.compile(r"\s*</details>\s*<picture>.*?</picture>", flags=re.DOTALL)
+PICTURE = re.compile(r"\s*(?:</details>\s*)?<picture>.*?</picture>", flags=re.DOTALL)
 LANGUAGES = ("python", "text", "math", "bash", "console", "yaml", "cpp")
 # A fence in a form that FENCE does not know: its code would never run.
 STRAY_FENCE = re.compile(r"^\s*(```|~~~).*$", flags=re.MULTILINE)
@@ -254,7 +254,7 @@ def _check_layout(text: str) -> Iterator[tuple[int, str]]:
             name = fence.option.removeprefix("picture=")
             files = [f"{name}_{shade}.png" for shade in SHADES]
             if name and not (picture and all(file in picture[0] for file in files)):
-                problem = f"no </details> and <picture> with both shades follow {name}"
+                problem = f"no <picture> with both shades follows {name}"
                 yield fence.line - 1, problem
         elif fence.language == "text":
             if (

@@ -76,7 +76,7 @@ def test_chapter_ends_with_exercises_and_answers(page):
         ("```python\nprint(2500)\n```\n\n```text\n2500\n```\n\nIt is 2,501.\n", 9, "2,501 in the prose"),
         ("```python\n" + "x = 1  # " + "-" * 90 + "\n```\n", 2, "more than 88 characters"),
         ("A formula $a\\,b$.\n", 1, "GitHub removes the backslash of \\,"),
-        (DRAW + "```\n", 1, "no </details> and <picture> with both shades"),
+        (DRAW + "```\n", 1, "no <picture> with both shades"),
         (DRAW + "```\n" + SHOWN, 2, "the code draws no picture"),
         (DRAW + "\npyplot.plot()\n```\n" + SHOWN, 2, "a_light.png is missing"),
         ("```python\nraise SystemExit\n```\n", 2, "SystemExit"),

@@ -34,7 +34,6 @@ from omegaconf.errors import OmegaConfBaseException
 from rwkv_pl.checks import KIND_NAMES, check_kind, check_kinds, suggest_key
 from rwkv_pl.config import (
     CONFIG_MODULE,
-    DATA_PATHS,
     GROUPS,
     Train,
     check_trainer,
@@ -44,6 +43,7 @@ from rwkv_pl.config import (
 from rwkv_pl.errors import UserError, one_line
 from rwkv_pl.targets import MOVED, check_target, find_targets, trusted_modules
 from rwkv_pl.terminal import SWEEP_JOB_ENV, quote_override
+from rwkv_pl.texts import yaml_texts_as_written
 
 # For a number in a config that depends on another: ${divide:1.5,${model.n_embd}}
 OmegaConf.register_new_resolver("divide", lambda a, b: a / b, replace=True)
@@ -58,9 +58,6 @@ Schema = TypeVar("Schema")
 
 # The groups of which several files can be chosen, and the file that conf/train.yaml chooses.
 FIRST_FILE = {"callbacks": "default", "logger": "tensorboard"}
-
-# The settings that are a path.
-PATH_KEYS = (*(f"data.{name}" for name in DATA_PATHS), "weights", "resume", "out", "hydra.run.dir", "hydra.sweep.dir")
 
 # Loggers whose packages are optional extras. The extra, the package and the module have the same name.
 EXTRA_LOGGERS = ("wandb", "mlflow")
@@ -116,22 +113,6 @@ def parse_overrides(overrides: Sequence[str], sweep: bool = False) -> list[Overr
     return parsed
 
 
-def expand_home(argv: Sequence[str]) -> list[str]:
-    """Replace ~ at the start of a path by the home folder: a shell does so only where a word starts with it.
-
-    With several values, or in another setting, ~ stays, and the parser refuses it.
-    """
-
-    def expand(text: str) -> str:
-        key, _, value = text.partition("=")
-        path = value.strip("'\"")
-        if key not in PATH_KEYS or not re.match(r"~([/\\]|$)", path) or ("," in value and path == value):
-            return text
-        return f"{key}={quote_override(Path(path).expanduser())}"
-
-    return [expand(text) for text in argv]
-
-
 def suggest_list(override: Override) -> str:
     """Return ", or write ..." with the values of a sweep as a list, if they are typed as a,b."""
     value = override.get_value_string()
@@ -163,7 +144,11 @@ def _explain_new_argument(group: str, is_resume: bool) -> str:
 def compose(overrides: Sequence[str], config_dir: str | None = None, name: str = "train") -> DictConfig:
     """Compose conf/NAME.yaml with the overrides, including Hydra's own part. Raises UserError."""
     require_global_package(parse_overrides(overrides, sweep=True), config_dir)
-    with prefer_user_files(), initialize_config_module(CONFIG_MODULE, version_base="1.3", job_name=name):
+    with (
+        prefer_user_files(),
+        yaml_texts_as_written(),
+        initialize_config_module(CONFIG_MODULE, version_base="1.3", job_name=name),
+    ):
         try:
             if config_dir:
                 loader: Any = GlobalHydra.instance().config_loader()

@@ -71,7 +71,8 @@ def exit_at_once(message: str, code: int) -> NoReturn:
 
 def quote_override(value: str | Path) -> str:
     """A text as the value of a Hydra override, whatever characters it has."""
-    return "'" + str(value).replace("\\", "\\\\").replace("'", "\\'") + "'"
+    # A backslash is doubled only before a quote: elsewhere, Hydra keeps both.
+    return "'" + re.sub(r"(\\*)('|$)", lambda end: 2 * end[1] + ("\\'" if end[2] else ""), str(value)) + "'"
 
 
 def resume_command(folder: Path, *flags: str) -> str:

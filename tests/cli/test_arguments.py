@@ -8,8 +8,9 @@ import pytest
 from hydra._internal.utils import get_args_parser
 
 from rwkv_pl.cli.arguments import HydraParser, parse_arguments
-from rwkv_pl.compose import expand_home, parse_overrides
+from rwkv_pl.compose import parse_overrides
 from rwkv_pl.errors import UserError
+from rwkv_pl.texts import take_as_typed
 
 
 def flags(parser: argparse.ArgumentParser) -> dict[str, tuple]:
@@ -70,13 +71,13 @@ def test_unused_flag_gives_one_line_error(argv, message, monkeypatch):
 def test_home_folder_is_expanded_in_a_path(text, monkeypatch):
     monkeypatch.setenv("HOME", "/h")
     monkeypatch.setenv("USERPROFILE", "/h")
-    (override,) = parse_overrides(expand_home([f"data.path={text}"]))
+    (override,) = parse_overrides(take_as_typed([f"data.path={text}"]))
     assert override.value() == str(Path(text.strip("'").replace("~", "/h")))
 
 
 @pytest.mark.parametrize("text", ["data.path=~/a,~/b", "data.path=a~/b", "data.path=~user/a", "data.field=~/a", "-m"])
 def test_home_folder_is_not_expanded_elsewhere(text):
-    assert expand_home([text]) == [text]
+    assert take_as_typed([text]) == [text]
 
 
 def test_shell_completion_lists_choices(train, monkeypatch):

@@ -59,7 +59,7 @@ CASES = {
     "callbacks.best.mode=3": "callbacks.best.mode must be a string",
     "logger.tensorboard.name=3": "logger.tensorboard.name must be a string",
     "seed=x": "seed",
-    "data=3": "data takes the name of a file",
+    "data=3": "data=3 does not exist; available: ",
     # ranges
     "optim.lr=nan": "optim.lr must be a finite number above 0, got nan",
     "optim.lr=0": "optim.lr must be a finite number above 0, got 0.0",

@@ -234,8 +234,16 @@ def test_mlflow_in_a_file_continues_on_resume(train, tmp_path, monkeypatch):
     assert result.code == 0, result.err
     known = sqlite3.connect(tmp_path / "run" / "mlflow.db")
     (run,) = known.execute("select run_uuid from runs").fetchall()
-    assert (tmp_path / "run" / "mlflow_run").read_text() == run[0]
+    assert (tmp_path / "run" / "mlflow_run").read_text().splitlines()[0] == run[0]
     assert ("model/n_embd", "16") in known.execute("select key, value from params").fetchall()
     steps = {step for key, step in known.execute("select key, step from metrics").fetchall() if key == "train/loss"}
     assert steps == {1} | ({6} & steps) and known.execute("select 1 from metrics where step = 6").fetchall()
     assert json.loads((tmp_path / "run" / "result.json").read_text())["step"] == 6
+    # Other settings start another run of MLflow, which the next resume continues, as it does the run of an early file.
+    for steps, more in ((7, ["logger.mlflow.run_name=second"]), (8, []), (9, [])):
+        assert train("resume=run", f"trainer.max_steps={steps}", *more).code == 0
+        if steps == 8:
+            (tmp_path / "run" / "mlflow_run").write_text((tmp_path / "run" / "mlflow_run").read_text().split()[0])
+    second = "select distinct step from metrics join runs using (run_uuid) where name = 'second' order by step"
+    assert known.execute(second).fetchall() == [(7,), (8,), (9,)]
+    assert known.execute("select count(*) from runs").fetchone() == (2,)

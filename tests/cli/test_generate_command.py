@@ -138,6 +138,62 @@ def test_saved_state_continues_exactly(model, run):
     assert said.out == generate_expected(model, heard, 9, temperature=0)
 
 
+@pytest.fixture
+def continue_text(run):
+    """continue_text((3, "prompt", ...), (5,), ...) -> the text of each call, which continues from the one before.
+
+    Each call has its number of tokens and further arguments. The model repeats the bytes of a text without end.
+    """
+    text = "中文😀".encode()
+    model = RWKV4(RWKV4Config(vocab_size=256, n_layer=1, n_embd=16)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("output.weight", "value.weight", "emb.weight", "head.weight")):
+                parameter.zero_()
+        for i, token in enumerate(text):
+            model.emb.weight[token, i] = model.head.weight[text[(i + 1) % len(text)], i] = 1
+    torch.save(model.state_dict(), "chinese.pth")
+
+    def texts(*calls: tuple) -> list[str]:
+        shown = []
+        for tokens, *arguments in calls:
+            state = ["--state-in", "memory"] if shown else []
+            where = ("--temperature", "0", "--max-tokens", str(tokens), *state, "--state-out", "memory")
+            result = run("chinese.pth", *arguments, *where)
+            assert result.code == 0, result.err
+            shown.append(result.out.removesuffix("\n"))
+        return shown
+
+    return texts
+
+
+LAST = "\udc80"  # the last byte of the text, as an argument of a command
+
+
+def test_character_cut_by_the_token_limit_is_completed_by_the_next_call(continue_text):
+    assert continue_text((23, LAST), (23,)) == ["中文😀中文😀中", "文😀中文😀中文"]
+    for cut in range(1, 10):
+        assert "".join(continue_text((cut, LAST), (1,), (0,), (19 - cut,))) == "中文😀中文😀"
+
+
+def test_stop_is_found_across_two_calls(continue_text):
+    stop = ("--stop", "文😀")
+    assert continue_text((7, LAST, *stop), (50, *stop)) == ["中", ""]
+    assert continue_text((7, LAST, *stop), (4, "--stop", "x")) == ["中", "文😀"]
+    assert continue_text((7, LAST, *stop), (50, "--stop", "文")) == ["中", ""]
+
+
+def test_prompt_after_an_unfinished_character_starts_anew(continue_text):
+    assert continue_text((2, LAST), (6, LAST)) == ["", "\ufffd中文"]
+    assert continue_text((6, LAST, "--stop", "文中"), (10, LAST, "--stop", "文中")) == ["中", "文中文😀"]
+
+
+def test_every_sample_begins_with_the_unfinished_character(continue_text, run):
+    continue_text((2, LAST))
+    result = run("chinese.pth", "--temperature", "0", "--max-tokens", "4", "--state-in", "memory", "--samples", "2")
+    assert result.out == "--- 1 of 2 ---\n中文\n--- 2 of 2 ---\n中文\n"
+
+
 def test_state_can_be_overwritten_and_saved_without_new_text(run):
     for _ in range(2):
         kept = run("model.pth", "abc", "--max-tokens", "0", "--state-out", "memory", "--seed", "1")
@@ -275,8 +331,9 @@ def test_ctrl_c_ends_cleanly_and_saves_the_state(tmp_path):
     (first_bytes + out).decode()
     assert out.endswith(b"\n") and b"Traceback" not in err and b"tokens/s" in err
     assert (tmp_path / "memory").is_file()
-    written = torch.load("memory", weights_only=True)["recent"][3:].tolist()
-    assert (first_bytes + out)[:-1] == bytes(written).decode(errors="replace").encode()[-len(first_bytes + out) + 1 :]
+    saved = torch.load("memory", weights_only=True)
+    written = bytes(saved["recent"][3:].tolist()).removesuffix(bytes(saved["unfinished"]))
+    assert (first_bytes + out)[:-1] == written.decode(errors="replace").encode()[-len(first_bytes + out) + 1 :]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no pipes of this kind")

@@ -1,5 +1,6 @@
 """Problems of long runs: non-finite losses, a corpus that changes, a second start, untrusted files."""
 
+import codecs
 import errno
 import os
 import shutil
@@ -16,9 +17,11 @@ from test_train import load_checkpoint, read_column, read_metrics
 
 from rwkv_pl.errors import UserError
 from rwkv_pl.runs.folder import locked
+from rwkv_pl.sweeps.report import read_run
 from rwkv_pl.targets import MOVED
 from rwkv_pl.terminal import resume_command
 from rwkv_pl.training import checkpoint_io, module
+from rwkv_pl.training.callbacks.pending_validation import PendingValidation
 from rwkv_pl.training.module import LitRWKV
 
 EVERY = ("trainer.log_every_n_steps=1", "trainer.max_steps=8", "callbacks.last.every_n_train_steps=2")
@@ -338,6 +341,59 @@ def test_checkpoint_stores_why_the_run_finished(train, tmp_path, reason):
     assert (result.code, "is finished" in result.out) == (0, True)
 
 
+@pytest.fixture(scope="module")
+def run_stopped_early(tmp_path_factory) -> Path:
+    """No validation improves, so it ends after the first one and `patience` further ones."""
+    early = ("callbacks=[default,early_stopping]", "optim.lr=1e-30", "trainer.val_check_interval=1")
+    patience = "callbacks.early_stopping.patience=2"
+    return make_run(tmp_path_factory.mktemp("early"), *early, patience, "trainer.max_steps=7")
+
+
+@pytest.mark.parametrize(("patience", "steps"), [(4, 5), (50, 7), (1, 4)])
+def test_patience_of_a_resume_counts(train, run_stopped_early, tmp_path, patience, steps):
+    run = copy_run(run_stopped_early, tmp_path)
+    assert load_checkpoint(run)["global_step"] == 3
+    result = train("resume=run", f"callbacks.early_stopping.patience={patience}")
+    assert result.code == 0, result.err
+    assert load_checkpoint(run)["global_step"] == steps
+
+
+def test_patience_of_an_earlier_resume_counts(train, run_stopped_early, tmp_path):
+    """The checkpoint is older than the resume that changed the setting."""
+    run = copy_run(run_stopped_early, tmp_path)
+    before = (run / "checkpoints" / "last.ckpt").read_bytes()
+    assert train("resume=run", "callbacks.early_stopping.patience=3").code == 0
+    (run / "checkpoints" / "last.ckpt").write_bytes(before)
+    assert train("resume=run", "callbacks.early_stopping.min_delta=0.1").code == 0
+    assert load_checkpoint(run)["global_step"] == 4
+
+
+def test_settings_of_every_callback_are_those_of_the_resume(train, tmp_path, monkeypatch):
+    """Lightning could restore any of them from a checkpoint."""
+    callbacks = "callbacks=[best,early_stopping,last,ema,sample_text]"
+    assert train(*SMALL, callbacks, "trainer.max_steps=2", "hydra.run.dir=run").code == 0
+    changed = {
+        "callbacks.early_stopping.patience=9": ("EarlyStopping", "patience", 9),
+        "callbacks.early_stopping.min_delta=0.5": ("EarlyStopping", "min_delta", -0.5),  # the sign is Lightning's
+        "callbacks.best.mode=max": ("BestCheckpoint", "mode", "max"),
+        "callbacks.last.every_n_train_steps=7": ("LastCheckpoint", "_every_n_train_steps", 7),
+        "callbacks.sample_text.n_tokens=4": ("SampleText", "n_tokens", 4),
+    }
+    used, before = {}, load_checkpoint(tmp_path / "run")["state_dict"]
+
+    def keep(self, trainer, *_):
+        used.update({type(callback).__name__: callback for callback in trainer.callbacks})
+
+    monkeypatch.setattr(PendingValidation, "on_train_start", keep)
+    result = train("resume=run", "trainer.max_steps=3", "callbacks.ema.decay=0.25", *changed)
+    assert result.code == 0, result.err
+    for name, attribute, value in changed.values():
+        assert getattr(used[name], attribute) == value, name
+    average, weights = (load_checkpoint(tmp_path / "run")[key] for key in ("state_dict", "current_model_state"))
+    for name, value in average.items():
+        torch.testing.assert_close(value, 0.25 * before[name] + 0.75 * weights[name])
+
+
 def test_best_score_is_read_from_the_checkpoint(train, tmp_path, caplog):
     every = ("trainer.val_check_interval=2", "trainer.max_steps=6", "hydra.run.dir=run")
     assert train(*SMALL, *EVERY, *every).code == 0
@@ -424,6 +480,16 @@ def test_metrics_rows_have_no_gaps_after_resume(train, tmp_path):
     assert train(*SMALL, *EVERY, "trainer.max_steps=4", "hydra.run.dir=run").code == 0
     assert train("resume=run", "trainer.max_steps=8").code == 0
     assert [int(row["step"]) for row in read_metrics(tmp_path / "run")] == [1, 2, 3, 4, 4, 5, 6, 7, 8, 8]
+
+
+def test_files_of_a_run_may_have_other_line_endings(train, run, tmp_path):
+    names = ("metrics.csv", ".hydra/overrides.yaml", ".hydra/config.yaml")
+    for path in (run / name for name in names):
+        path.write_bytes(path.read_bytes().replace(b"\r\n", b"\n").replace(b"\n", b"\r").rstrip(b"\r"))
+    (run / "result.json").write_bytes(codecs.BOM_UTF8 + (run / "result.json").read_bytes())
+    assert read_run(run).status == "finished"
+    assert train("resume=run", "trainer.max_steps=9").code == 0
+    assert [int(row["step"]) for row in read_metrics(run)] == [*range(1, 9), 8, 9, 9]
 
 
 def test_checkpoints_written_by_a_thread_are_the_same(train, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """rwkv-train -m: its jobs in separate processes, and their files."""
 
+import codecs
 import csv
 import json
 import os
@@ -17,7 +18,7 @@ from command import SMALL, TEXT
 from forked_jobs import FORK_THE_JOBS
 from forks import Strike
 
-from hydra_plugins.rwkv_pl.study import StudySweeper, _is_drawn_from, to_distribution
+from hydra_plugins.rwkv_pl.study import StudySweeper, _is_drawn_from, _repair_lines, to_distribution
 from rwkv_pl.compose import compose, parse_overrides
 from rwkv_pl.errors import UserError
 from rwkv_pl.runs.folder import has_started
@@ -97,6 +98,17 @@ def test_grid_with_a_failing_job_finishes_the_others(folder):
     code, out = wait_for_end(start(folder.parent, f"resume={folder / 'sweep'}"))
     assert (code, "job 1 is already finished" in out) == (1, True), out
     assert (job / "metrics.csv").stat().st_mtime_ns == before
+
+
+def test_swept_paths_are_taken_as_typed(folder):
+    names = ("1e5", "语料.txt")
+    for name in names:
+        (folder / name).write_bytes(TEXT)
+    process = start(folder, *SMALL, f"data.path={','.join(names)}", "trainer.max_steps=1", "hydra.sweep.dir=2_0")
+    code, out = wait_for_end(process)
+    assert code == 0, out
+    (folder / "2_0").rename(folder / "sweep")
+    assert [row["data.path"] for row in read_table(folder).values()] == list(names)
 
 
 def test_killed_job_does_not_affect_the_others(folder):
@@ -232,6 +244,20 @@ def test_job_survives_a_closed_stdout(folder):
     result = forks.run(folder, *arguments, strikes=[nobody], **{SWEEP_JOB_ENV: "1"})
     assert (result.code, result.out + result.err) == (0, "")
     assert read_result(folder / "run")["status"] == "finished"
+
+
+@pytest.mark.parametrize("change", [
+    lambda text: text.replace(b"\n", b"\r"),
+    lambda text: codecs.BOM_UTF8 + text.replace(b"\n", b"\r\r\n"),
+    lambda text: text.rstrip(b"\n"),
+    lambda text: text + b'{"op_code": 4, "user_attr": {}',
+], ids=["CR", "BOM", "last line", "cut"])  # fmt: skip
+def test_study_with_other_line_endings_is_kept(tmp_path, change):
+    text = b'{"op_code": 0, "study_name": "sweep"}\n{"op_code": 4}\n'
+    journal = tmp_path / "study.journal"
+    journal.write_bytes(change(text))
+    _repair_lines(journal)
+    assert journal.read_bytes() == text
 
 
 def test_study_survives_a_killed_sweeper_and_a_partial_journal_line(folder):

@@ -17,6 +17,7 @@ from rwkv_pl import load_weights
 from rwkv_pl.config import Train
 from rwkv_pl.runs.folder import create_run_dir
 from rwkv_pl.runs.inputs import choose_val_check_interval
+from rwkv_pl.runs.stored import StoredRun
 from rwkv_pl.training import memory
 from rwkv_pl.weights.metadata import Metadata
 
@@ -353,6 +354,18 @@ def test_weights_of_a_run_initialise_another(train, run, tmp_path):
             torch.testing.assert_close(here["state_dict"][name], value, rtol=2**-8, atol=1e-6)
 
 
+def test_weights_with_the_names_of_other_programs_are_loaded_and_named(train, run, tmp_path):
+    state_dict = load_weights(run)[0].state_dict()
+    torch.save({"model": {f"module.{name}": value for name, value in state_dict.items()}}, "w.pth")
+    result = train(*SMALL, "weights=w.pth", "hydra.run.dir=wrapped")
+    assert result.code == 0, result.err
+    assert "official .pth, its entry model, names without module., rwkv4 2 x 16" in result.out
+    torch.save(state_dict, "plain.pth")
+    assert train(*SMALL, "weights=plain.pth", "hydra.run.dir=plain").code == 0
+    loss, plain = (read_column(tmp_path / name, "train/loss") for name in ("wrapped", "plain"))
+    assert loss == plain
+
+
 def test_character_vocabulary(train, tmp_path):
     (tmp_path / "corpus.txt").write_text("Fünf größere Bären äßen Öl. " * 2000, encoding="utf-8")
     assert train(*SMALL, "data.vocab=char", "hydra.run.dir=run").code == 0
@@ -403,6 +416,34 @@ def test_folder_names_with_special_characters(train, tmp_path):
     assert load_checkpoint(run)["global_step"] == 4
     assert train(f"resume='{quoted}'", "trainer.max_steps=5").code == 0
     assert load_checkpoint(run)["global_step"] == 5
+
+
+def test_paths_and_names_that_read_as_numbers_or_are_not_ascii(train, evaluate, tmp_path):
+    for name in ("1e5", "语料.txt"):
+        (tmp_path / name).write_bytes((tmp_path / "corpus.txt").read_bytes())
+    result = train(*SMALL, "data.path=1e5", "hydra.run.dir=2025_02_03")
+    assert result.code == 0, result.err
+    for steps, path in ((5, "语料.txt"), (6, "1e5")):
+        assert train("resume=2025_02_03", f"trainer.max_steps={steps}", f"data.path={path}", "data.field=1e5").code == 0
+        assert load_checkpoint(tmp_path / "2025_02_03")["global_step"] == steps
+    data = StoredRun(tmp_path / "2025_02_03").config().data
+    assert (data.path, data.field) == (str(tmp_path / "1e5"), "1e5")
+    assert evaluate("weights=2025_02_03", "out=1_0", "protocol=windows").code == 0
+    assert list((tmp_path / "1_0").glob("*.json"))
+
+
+def test_names_in_a_config_folder_are_taken_as_written(train, tmp_path):
+    experiment = tmp_path / "mine" / "experiment" / "2025_02.yaml"
+    experiment.parent.mkdir(parents=True)
+    experiment.write_text(
+        "# @package _global_\ndata: {path: 1_0}\nhydra: {run: {dir: 1_1}}\ntrainer: {max_steps: 1_1}\n"
+    )
+    (tmp_path / "corpus.txt").rename(tmp_path / "1_0")
+    settings = [text for text in SMALL if not text.startswith(("data.path", "trainer.max_steps"))]
+    result = train("--config-dir=mine", "experiment=2025_02", *settings)
+    assert result.code == 0, result.err
+    assert load_checkpoint(tmp_path / "1_1")["global_step"] == 11
+    assert train("resume=1_1", "trainer.max_steps=12", "schedule=cosine").code == 0
 
 
 @pytest.mark.slow

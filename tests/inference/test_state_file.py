@@ -19,7 +19,7 @@ def saved_state(model, tmp_path):
     generation = generate(model, torch.tensor([[1, 2]]), seed=1)
     next(generation)
     generation.catch_up()
-    memory = GenerationState(generation.logits, generation.state, generation.recent[0])
+    memory = GenerationState(generation.logits, generation.state, generation.recent[0], b"\xe4\xb8")
     save_state(tmp_path / "m", memory, "digest")
     return tmp_path / "m", memory
 
@@ -28,6 +28,7 @@ def test_saved_state_is_loaded_unchanged(model, saved_state):
     path, memory = saved_state
     got = load_state(path, model, "digest")
     assert torch.equal(got.logits, memory.logits) and torch.equal(got.recent, memory.recent)
+    assert got.unfinished == memory.unfinished
     for block, before in zip(got.state, memory.state, strict=True):
         assert all(torch.equal(part, was) for part, was in zip(block, before, strict=True))
 
@@ -39,6 +40,14 @@ def test_size_does_not_depend_on_the_prompt(model, tmp_path):
             tmp_path / str(length), GenerationState(generation.logits, generation.state, generation.recent[0][-2:]), "d"
         )
     assert (tmp_path / "20000").stat().st_size == (tmp_path / "2").stat().st_size
+
+
+def test_older_file_has_no_unfinished_text(model, saved_state):
+    path, _ = saved_state
+    content = torch.load(path, weights_only=True)
+    del content["unfinished"]
+    torch.save(content, path)
+    assert load_state(path, model, "digest").unfinished == b""
 
 
 def test_state_of_other_weights_is_refused(model, saved_state):
@@ -58,6 +67,7 @@ CHANGES = {
     "complex numbers": lambda c: c["state"][1].update(wkv=c["state"][1]["wkv"].to(torch.complex64)),
     "a NaN": lambda c: c["state"][0]["ffn_shift"].fill_(float("nan")),
     "sparse logits": lambda c: c.update(logits=c["logits"].to_sparse()),
+    "text that is not bytes": lambda c: c.update(unfinished="\u4e2d"),
     "no state": lambda c: c.pop("state"),
 }
 

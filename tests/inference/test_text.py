@@ -47,6 +47,17 @@ def test_stop_ends_the_text_and_is_not_shown(pieces, stops):
     assert stream.feed(b"more") == b"" or not stopped
 
 
+@given(PIECES, PIECES, st.lists(st.text(alphabet="abü", min_size=1, max_size=4).map(str.encode), max_size=3))
+def test_unfinished_bytes_continue_in_another_stream(before, after, stops):
+    whole, first, second = (TextStream(stops) for _ in range(3))
+    expected = b"".join(whole.feed(piece) for piece in before + after)
+    shown = b"".join(first.feed(piece) for piece in before)
+    if not first.stopped:
+        shown += second.feed(first.unfinished) + b"".join(second.feed(piece) for piece in after)
+    assert shown == expected
+    assert first.unfinished == b"" or not first.stopped
+
+
 def test_start_of_a_stop_is_held_back():
     stream = TextStream([b"\n\n"])
     assert stream.feed(b"one\n") == b"one"

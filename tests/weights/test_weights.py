@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import struct
 import zipfile
 from dataclasses import replace
@@ -352,6 +353,79 @@ def test_later_checkpoint_format_is_named_in_the_error(tmp_path):
         load_weights(tmp_path / "new.ckpt")
 
 
+# Names and entries of other programs
+
+
+def add_prefix(prefix):
+    return lambda tensors: {prefix + name: value for name, value in tensors.items()}
+
+
+WRAPPED = {
+    "compiled": (add_prefix("_orig_mod."), ", names without _orig_mod."),
+    "DDP": (add_prefix("module."), ", names without module."),
+    "Lightning": (
+        lambda tensors: {"state_dict": add_prefix("model.")(tensors), "epoch": 3, "loops": {}},
+        ", its entry state_dict, names without model.",
+    ),
+    "nested": (
+        lambda tensors: {"model": add_prefix("module._orig_mod.")(tensors), "optimizer": {"state": {}}},
+        ", its entry model, names without _orig_mod., names without module.",
+    ),
+    "compiled blocks": (
+        lambda tensors: {re.sub(r"(blocks.\d.)", r"\1_orig_mod.", name): value for name, value in tensors.items()},
+        ", names without _orig_mod.",
+    ),
+    "plain": (lambda tensors: tensors, ""),
+}
+
+
+@pytest.mark.parametrize("case", WRAPPED)
+def test_names_and_entries_of_other_programs_are_read_and_named(tmp_path, case):
+    change, note = WRAPPED[case]
+    whole = random_weights()
+    torch.save(change(whole.tensors), tmp_path / "x.pth")
+    read = read_weights(tmp_path / "x.pth")
+    assert_same_bits(read, whole)
+    assert read.form == "official .pth" + note and str(read).startswith(read.form)
+
+
+def test_prefix_is_removed_in_folders_and_in_own_checkpoints(tmp_path):
+    whole = random_weights()
+    write_weights(whole, tmp_path / "folder")
+    tensors = load_file(tmp_path / "folder" / "model.safetensors")
+    save_file(add_prefix("_orig_mod.")(tensors), tmp_path / "folder" / "model.safetensors")
+    write_weights(whole, tmp_path / "x.ckpt")
+    content = torch.load(tmp_path / "x.ckpt", weights_only=True)
+    content["state_dict"] = add_prefix("model._orig_mod.")(whole.tensors)
+    torch.save(content, tmp_path / "x.ckpt")
+    for name in ("folder", "x.ckpt"):
+        read = read_weights(tmp_path / name)
+        assert_same_bits(read, whole)
+        assert read.form.endswith(", names without _orig_mod.")
+
+
+def test_names_that_differ_only_in_the_prefix_are_not_merged(tmp_path):
+    tensors = random_weights().tensors
+    torch.save(tensors | {"_orig_mod.emb.weight": torch.zeros(30, 12)}, tmp_path / "x.pth")
+    with pytest.raises(UserError, match=r"rwkv4 has no _orig_mod\.emb\.weight"):
+        load_weights(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["blocks.0.att.key.lora_A", "blocks.0.att.key.lora_B", "blocks.0.att.time_first"],
+        ["base_model.model.rwkv.blocks.0.attention.key.lora_A.weight"],
+        ["module.blocks.0.att.key.lora_a"],
+    ],
+)
+def test_file_of_lora_matrices_alone_is_named(tmp_path, names):
+    torch.save({name: torch.zeros(2, 2) for name in names}, tmp_path / "lora.pth")
+    with pytest.raises(UserError, match=r"lora\.pth holds only LoRA matrices, such as .*: merge them") as error:
+        load_weights(tmp_path / "lora.pth")
+    assert "\n" not in str(error.value)
+
+
 # Mismatches
 
 
@@ -500,6 +574,8 @@ def make_non_weights(folder: Path, name: str) -> dict[str, bytes]:
     flipped = bytearray(content)
     flipped[len(content) // 2] ^= 1
     found = {"flipped": bytes(flipped)}
+    itself: dict[str, object] = {}
+    itself["model"] = itself
     for about, value in {
         "a list": [torch.zeros(2)],
         "a tensor": torch.zeros(2),
@@ -507,7 +583,8 @@ def make_non_weights(folder: Path, name: str) -> dict[str, bytes]:
         "a module": torch.nn.Linear(2, 2),
         "numbers for names": dict(enumerate(random_weights().tensors.values())),
         "nothing": {},
-        "a state_dict inside": {"state_dict": random_weights().tensors},
+        "words inside": {"state_dict": {"emb.weight": "words"}},
+        "itself inside": itself,
     }.items():
         torch.save(value, whole)
         found[about] = whole.read_bytes()

@@ -4,6 +4,7 @@ Only the sweeper calls optuna's `ask` and `tell`. A job reads trial.json in its 
 the same journal (see training/callbacks/pruning.py).
 """
 
+import codecs
 import hashlib
 import json
 from collections.abc import Sequence
@@ -66,7 +67,7 @@ class StudySweeper(JobSweeper):
         fixed = [str(o.input_line) for o in overrides if not o.is_sweep_override()]
         space = _search_space(overrides)
         self.write_multirun_yaml()
-        _drop_partial_line(self.folder / JOURNAL_FILE)
+        _repair_lines(self.folder / JOURNAL_FILE)
         journal = str(self.folder / JOURNAL_FILE)
         # optuna's default lock is a symbolic link, which ordinary users can't create on Windows.
         backend = JournalFileBackend(journal, JournalFileOpenLock(journal))
@@ -162,12 +163,20 @@ def _parse_choice(choice: str) -> Any:
     return getattr(value, "text", value)
 
 
-def _drop_partial_line(journal: Path) -> None:
-    """Remove an incomplete last line, left by a full disk or a power cut, because optuna would reject the journal."""
+def _repair_lines(journal: Path) -> None:
+    """Remove an incomplete last line, left by a full disk or a power cut, and end all lines with a newline.
+
+    optuna would reject the journal, or would not see lines that an editor has ended otherwise.
+    """
     content = journal.read_bytes() if journal.exists() else b""
-    complete = content[: content.rfind(b"\n") + 1]
-    if complete != content:
+    lines = [line for line in content.removeprefix(codecs.BOM_UTF8).splitlines() if line.strip()]
+    try:
+        json.loads(lines[-1] if lines else b"{}")
+    except ValueError:
         print(f"{journal}: removed an incomplete last line", flush=True)
+        del lines[-1]
+    complete = b"".join(line + b"\n" for line in lines)
+    if complete != content:
         with atomic_write(journal) as file:
             file.write(complete)
 

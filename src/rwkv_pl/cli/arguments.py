@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rwkv_pl.checks import suggest_flag
 from rwkv_pl.compose import CONFIG_MODULE, compose, parse_overrides, prefer_user_files, require_global_package
 from rwkv_pl.errors import UserError
+from rwkv_pl.texts import yaml_texts_as_written
 
 SHELL_COMMAND_PATTERN = "(install|uninstall|query)=(bash|fish|zsh)"
 INFO_TOPICS = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
@@ -113,7 +114,7 @@ def run_with_hydra(task: Callable[[DictConfig], Any], argv: Sequence[str], name:
     """Do the work of hydra.main with our own parser: Python 3.14 rejects Hydra's."""
     parser = HydraParser()
     hydra_version.setbase("1.3")
-    with use_our_parser_for_completion(), prefer_user_files():
+    with use_our_parser_for_completion(), prefer_user_files(), yaml_texts_as_written():
         hydra_utils._run_hydra(
             args=parser.parse_intermixed_args(argv),
             args_parser=parser,

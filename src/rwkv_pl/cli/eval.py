@@ -19,7 +19,6 @@ from rwkv_pl.cli.eval_report import print_report, write_report
 from rwkv_pl.cli.explain import print_settings
 from rwkv_pl.compose import (
     compose,
-    expand_home,
     is_group_choice,
     parse_overrides,
     suggest_list,
@@ -30,6 +29,7 @@ from rwkv_pl.config import CORPORA, DATA_PATHS, Data, Eval
 from rwkv_pl.errors import RunError, UserError, one_line
 from rwkv_pl.files import as_user_error, remove_on_failure
 from rwkv_pl.runs.stored import StoredRun, require_no_download
+from rwkv_pl.texts import take_as_typed
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 @cli_entry_point
 def main() -> None:
     """The command. Exit codes: 0 evaluated, 1 failed while evaluating, 2 bad input."""
-    argv = sys.argv[1:] = expand_home(sys.argv[1:])
+    argv = sys.argv[1:] = take_as_typed(sys.argv[1:])
     args = parse_arguments(argv)
     if args.multirun:
         raise UserError("rwkv-eval evaluates one model: leave out -m")

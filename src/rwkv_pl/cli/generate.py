@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rwkv_pl.data.vocabulary import Vocabulary
     from rwkv_pl.inference.generate import Generation
     from rwkv_pl.inference.sampling import Sampling
+    from rwkv_pl.inference.text import TextStream
     from rwkv_pl.model.state import State
     from rwkv_pl.weights.tensors import Weights
 
@@ -98,6 +99,7 @@ def main() -> None:
         from rwkv_pl.inference.generate import Generation, select_rows
         from rwkv_pl.inference.sampling import RowRandom
         from rwkv_pl.inference.state_file import GenerationState, check_replaceable, load_state, save_state
+        from rwkv_pl.inference.text import TextStream
         from rwkv_pl.limits import limit_threads
         from rwkv_pl.ops.linear import cast_linear_weights
         from rwkv_pl.ops.rwkv4_step import move_to_huge_pages
@@ -137,12 +139,17 @@ def main() -> None:
         stops = [os.fsencode(stop) for stop in arguments.stop]
         if arguments.seed is None and sampling.temperature > 0 and arguments.max_tokens:
             print(f"seed {seed} (--seed {seed} repeats this text)", file=sys.stderr)
-        interrupted = _print_texts(generation, vocabulary, stops, arguments.samples, arguments.max_tokens)
+        streams = [TextStream(stops) for _ in range(arguments.samples)]
+        unfinished = before.unfinished if before else b""
+        # A prompt comes after an unfinished character, so the generated text can't complete it.
+        begin = [unfinished.decode(errors="replace").encode() if text else s.feed(unfinished) for s in streams]
+        interrupted = _print_texts(
+            generation, vocabulary, streams, begin, arguments.max_tokens, keeps_unfinished=bool(arguments.state_out)
+        )
         if arguments.state_out:
             generation.catch_up()
-            save_state(
-                arguments.state_out, GenerationState(generation.logits, generation.state, generation.recent[0]), digest
-            )
+            last = GenerationState(generation.logits, generation.state, generation.recent[0], streams[0].unfinished)
+            save_state(arguments.state_out, last, digest)
     except FloatingPointError as error:
         raise RunError(f"{arguments.weights}: {error}") from error
     if interrupted:
@@ -238,11 +245,18 @@ class OrderedPrinter:
 
 
 def _print_texts(
-    generation: "Generation", vocabulary: "Vocabulary", stops: Sequence[bytes], samples: int, max_tokens: int
+    generation: "Generation",
+    vocabulary: "Vocabulary",
+    streams: Sequence["TextStream"],
+    begin: Sequence[bytes],
+    max_tokens: int,
+    keeps_unfinished: bool,
 ) -> bool:
-    """Print the texts, and the speed on stderr. Returns whether Ctrl-C ended them."""
-    from rwkv_pl.inference.text import TextStream
+    """Print the texts, and the speed on stderr. Returns whether Ctrl-C ended them.
 
+    begin: the first bytes of each text. keeps_unfinished: whether the bytes that a stream holds back at the token limit
+    are not printed, because the next call begins with them.
+    """
     interrupted = False
 
     def interrupt(*_: Any) -> None:
@@ -250,8 +264,11 @@ def _print_texts(
         interrupted = True
         signal.signal(signal.SIGINT, previous_handler)
 
-    streams = [TextStream(stops) for _ in range(samples)]
-    printer = OrderedPrinter(sys.stdout.buffer, samples)
+    printer = OrderedPrinter(sys.stdout.buffer, len(streams))
+    for i, stream in enumerate(streams):
+        printer.add(i, begin[i])
+        if stream.stopped:
+            printer.end(i)
     steps = written = 0
     started = time.perf_counter()
     previous_handler = signal.signal(signal.SIGINT, interrupt)
@@ -271,7 +288,8 @@ def _print_texts(
         signal.signal(signal.SIGINT, previous_handler)
     seconds = time.perf_counter() - started
     for i in tuple(printer.unfinished):
-        printer.add(i, streams[i].close())
+        if not keeps_unfinished:
+            printer.add(i, streams[i].close())
         printer.end(i)
     if written:
         print(f"{written:,} tokens, {written / seconds:,.0f} tokens/s", file=sys.stderr)

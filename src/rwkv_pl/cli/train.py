@@ -16,11 +16,12 @@ from rwkv_pl.cli import sweep
 from rwkv_pl.cli.arguments import parse_arguments, print_hydra_info
 from rwkv_pl.cli.entry import cli_entry_point, default_sigint
 from rwkv_pl.cli.explain import print_settings
-from rwkv_pl.compose import expand_home, parse_overrides
+from rwkv_pl.compose import parse_overrides
 from rwkv_pl.runs import ranks
 from rwkv_pl.runs.launch import find_run_folder, launch
 from rwkv_pl.runs.stored import StoredRun
 from rwkv_pl.terminal import STOPPED_AT_START, SWEEP_JOB_ENV, IgnoreBrokenPipe, exit_at_once, print_loading
+from rwkv_pl.texts import take_as_typed
 
 
 @cli_entry_point
@@ -28,7 +29,7 @@ def main() -> None:
     """The command. Exit codes: 0 trained, 1 failed while training, 2 bad input."""
     if SWEEP_JOB_ENV in os.environ:
         sys.stdout, sys.stderr = IgnoreBrokenPipe(sys.stdout), IgnoreBrokenPipe(sys.stderr)
-    argv = sys.argv[1:] = expand_home(sys.argv[1:])
+    argv = sys.argv[1:] = take_as_typed(sys.argv[1:])
     args = parse_arguments(argv)
     overrides = parse_overrides(args.overrides, sweep=args.multirun)
     resumed = next((o.value() for o in overrides if o.key_or_group == "resume"), None)

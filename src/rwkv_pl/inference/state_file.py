@@ -18,11 +18,15 @@ FORMAT = 1
 
 
 class GenerationState(NamedTuple):
-    """The state of one text: logits (1, V) for the next token, the model's state (one row), the last tokens (n,)."""
+    """The state of one text: logits (1, V) for the next token, the model's state (one row), the last tokens (n,).
+
+    unfinished: the bytes of the text that were not shown yet, see `TextStream`.
+    """
 
     logits: Tensor
     state: State
     recent: Tensor
+    unfinished: bytes = b""
 
 
 def save_state(path: Path, generation_state: GenerationState, digest: str) -> None:
@@ -33,6 +37,7 @@ def save_state(path: Path, generation_state: GenerationState, digest: str) -> No
         "logits": _copy(generation_state.logits),
         "state": [{name: _copy(part) for name, part in block._asdict().items()} for block in generation_state.state],
         "recent": _copy(generation_state.recent),
+        "unfinished": list(generation_state.unfinished),  # the safe loader refuses bytes
     }
     with atomic_write(path) as file:
         torch.save(content, file)
@@ -61,9 +66,10 @@ def load_state(path: Path, model: Any, digest: str) -> GenerationState:
                 raise ValueError("a tensor has a wrong shape, a wrong dtype or values that are not finite")
         if recent.dim() != 1 or recent.dtype != torch.int64 or bool(((recent < 0) | (recent >= like.shape[1])).any()):
             raise ValueError("a token is outside of the vocabulary")
+        unfinished = bytes(list(content.get("unfinished", [])))  # older files have none
     except Exception as error:  # a hand-made file can fail in any way
         raise CorruptFileError(f"{path} is a corrupt generation state ({error})") from error
-    return GenerationState(logits, state, recent)
+    return GenerationState(logits, state, recent, unfinished)
 
 
 def check_replaceable(path: Path) -> None:

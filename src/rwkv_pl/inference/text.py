@@ -37,6 +37,11 @@ class TextStream:
         shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return self._decoder.decode(shown).encode()
 
+    @property
+    def unfinished(self) -> bytes:
+        """The bytes that are held back: of an incomplete character, and of what may be the start of a stop."""
+        return self._decoder.getstate()[0] + self._held
+
     def close(self) -> bytes:
         """Return the bytes that were held back, at the end of the stream."""
         shown, self._held = self._held, b""

@@ -21,6 +21,7 @@ from lightning.pytorch.profilers import AdvancedProfiler, PassThroughProfiler, P
 
 from rwkv_pl.config import Train
 from rwkv_pl.errors import UserError, one_line
+from rwkv_pl.files import json_digest
 from rwkv_pl.runs.inputs import Inputs
 from rwkv_pl.targets import load_class
 from rwkv_pl.training.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
@@ -41,7 +42,7 @@ class NoProfiler(PassThroughProfiler):
 
 PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
 
-# File with the id of MLflow's run, so that a resume continues it.
+# File with the id of MLflow's run and the digest of the logger's settings: a resume with these settings continues it.
 MLFLOW_RUN = "mlflow_run"
 
 # Lightning's settings that are fixed by the order of batches and by the length in optimizer steps.
@@ -117,11 +118,13 @@ def build_loggers(config: Train, folder: Path, resumed_step: int | None) -> list
             run_id = hashlib.blake2b(described.read_bytes(), digest_size=8).hexdigest()
             arguments = {"id": run_id, "resume": "allow"} | arguments
         if target is MLFlowLogger:
+            if (folder / MLFLOW_RUN).is_file():
+                run_id, *digest = (folder / MLFLOW_RUN).read_text().splitlines()
+                if digest in ([], [json_digest(arguments)]):  # early runs have only the id
+                    arguments = arguments | {"run_id": run_id.strip()}
             if arguments.get("tracking_uri") is None:
                 own = f"sqlite:///{(folder / 'mlflow.db').as_posix()}"
                 arguments = arguments | {"tracking_uri": os.environ.get("MLFLOW_TRACKING_URI", own)}
-            if (folder / MLFLOW_RUN).is_file():
-                arguments = arguments | {"run_id": (folder / MLFLOW_RUN).read_text().strip()}
         loggers.append(_instantiate(f"logger.{name}", arguments, folder))
     return loggers
 

@@ -150,7 +150,7 @@ def write_overrides(folder: Path, composed: DictConfig) -> None:
 def has_started(folder: Path) -> bool:
     """Whether the training of the run in this folder has started."""
     try:
-        return (folder / OVERRIDES).read_bytes().endswith(b"\n")
+        return bool((folder / OVERRIDES).read_bytes().strip())
     except OSError:
         return False
 

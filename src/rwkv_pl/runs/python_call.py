@@ -14,7 +14,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from rwkv_pl.compose import expand_home, parse_overrides, suggest_list
+from rwkv_pl.compose import parse_overrides, suggest_list
 from rwkv_pl.environment import safe_import_path, shorten_openmp_spin
 from rwkv_pl.errors import RunError, StoppedBySignal, UserError, one_line
 from rwkv_pl.files import describe_os_error
@@ -22,6 +22,7 @@ from rwkv_pl.runs import restore
 from rwkv_pl.runs.launch import launch
 from rwkv_pl.runs.run import Run
 from rwkv_pl.terminal import BAD_INPUT, STOPPED_AT_START, called_from_python, print_loading
+from rwkv_pl.texts import take_as_typed
 
 # Flags of the command, and what to do instead.
 MULTIRUN_FLAGS = ("-m", "--multirun")
@@ -99,7 +100,7 @@ def _parse(overrides: Sequence[Any]) -> list[Override]:
             raise UserError(f"{flag} is a flag of the command: write train(..., config_dir=FOLDER)")
         if flag.startswith("-"):
             raise UserError(f'{flag} is a flag of the command: type rwkv-train {flag}; train takes only "key=value"')
-    parsed = parse_overrides(expand_home(overrides), sweep=True)
+    parsed = parse_overrides(take_as_typed(overrides), sweep=True)
     for override in parsed:
         if override.is_sweep_override():
             raise UserError(

@@ -8,6 +8,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import EarlyStopping
 
 from rwkv_pl.config import Train
 from rwkv_pl.data.datamodule import DataModule, EvalBatches
@@ -34,6 +35,12 @@ class Start(Callback):
 
     def __init__(self, inputs: Inputs, metrics: MetricsRecorder, record: Record) -> None:
         self.inputs, self.metrics, self.record = inputs, metrics, record
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            state = checkpoint["callbacks"].get(callback.state_key)
+            if isinstance(callback, EarlyStopping) and state:
+                state["patience"] = callback.patience  # Lightning would restore the one of the checkpoint
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         config, remarks, precision = self.inputs.config, list(self.inputs.remarks), trainer.precision_plugin

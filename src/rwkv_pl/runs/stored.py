@@ -17,6 +17,7 @@ from rwkv_pl.data.documents import exists
 from rwkv_pl.errors import UserError, one_line
 from rwkv_pl.files import atomic_write, is_outside
 from rwkv_pl.runs.folder import MULTIRUN, has_started
+from rwkv_pl.texts import yaml_texts_as_written
 
 # Settings that a resume cannot change. data.path and data.val_path can: the corpus is identified by its content.
 FIXED_KEYS = (
@@ -62,7 +63,8 @@ class StoredRun:
             raise UserError(f"{folder}/.hydra is corrupt: {one_line(error)[:200]}") from error
 
     def _read(self, name: str, kind: type) -> Any:
-        content = OmegaConf.to_container(OmegaConf.load(self.folder / ".hydra" / name))
+        with yaml_texts_as_written():
+            content = OmegaConf.to_container(OmegaConf.load(self.folder / ".hydra" / name))
         if not isinstance(content, kind):
             raise TypeError(f"{name} does not contain a {kind.__name__}")
         return content

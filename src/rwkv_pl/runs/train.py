@@ -23,7 +23,7 @@ from rwkv_pl.compose import compose
 from rwkv_pl.config import Train
 from rwkv_pl.data.order import micro_batch_rows
 from rwkv_pl.errors import StoppedBySignal, UserError, one_line
-from rwkv_pl.files import atomic_write, with_path
+from rwkv_pl.files import atomic_write, json_digest, with_path
 from rwkv_pl.limits import limit_threads
 from rwkv_pl.ops.heap import tune_allocator
 from rwkv_pl.runs import build, ranks
@@ -99,8 +99,7 @@ def run(inputs: Inputs, folder: Path, record: Record, resumed: bool = False) -> 
     if trainer.is_global_zero:
         with atomic_write(folder / "vocab.json") as file:
             file.write(json.dumps(data.vocabulary.to_dict()).encode())
-        if not resumed:
-            start_loggers(trainer, config, folder)
+        start_loggers(trainer, config, folder, resumed)
     with _describe_stop(record), record, ranks.share_answers():
         started = time.perf_counter()
         try:
@@ -164,13 +163,16 @@ def conclude(trainer: Trainer, inputs: Inputs, metrics: MetricsRecorder, folder:
     )
 
 
-def start_loggers(trainer: Trainer, config: Train, folder: Path) -> None:
-    """Log the settings. Raises UserError for a logger that can't start, for example without an account or a server."""
-    for logger in trainer.loggers:
+def start_loggers(trainer: Trainer, config: Train, folder: Path, resumed: bool) -> None:
+    """Log the settings, on a resume only to a new run of MLflow. Raises UserError for a logger that can't start, for
+    example without an account or a server."""
+    for logger, arguments in zip(trainer.loggers, config.logger.values(), strict=True):
+        if resumed and not (isinstance(logger, MLFlowLogger) and logger._run_id is None):
+            continue
         try:
             logger.log_hyperparams(config.hyperparameters() | {"code": build.describe_code()})
             if isinstance(logger, MLFlowLogger):
-                (folder / build.MLFLOW_RUN).write_text(str(logger.run_id))
+                (folder / build.MLFLOW_RUN).write_text(f"{logger.run_id}\n{json_digest(arguments)}\n")
         except OSError:
             raise
         except Exception as error:

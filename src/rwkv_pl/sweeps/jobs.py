@@ -33,6 +33,7 @@ from rwkv_pl.files import atomic_write
 from rwkv_pl.runs.folder import OVERRIDES, has_started, locked
 from rwkv_pl.runs.outcome import read_result, write_result
 from rwkv_pl.terminal import quote_override
+from rwkv_pl.texts import take_as_typed
 
 
 @dataclass
@@ -65,7 +66,7 @@ def merge_params(params: Mapping[Any, Any], overrides: Sequence[str]) -> list[Ov
     typed = parse_overrides(overrides, sweep=True)
     keys = {override.key_or_group for override in typed}
     brought = [f"{key}={value}" for key, value in params.items() if key not in keys]
-    return parse_overrides(brought, sweep=True) + typed
+    return parse_overrides(take_as_typed(brought), sweep=True) + typed
 
 
 def expand_grid(overrides: Sequence[Override]) -> Iterator[list[str]]:
@@ -77,7 +78,7 @@ def expand_grid(overrides: Sequence[Override]) -> Iterator[list[str]]:
         for o in overrides
         if not o.is_interval_sweep()
     ]
-    return (list(job) for job in itertools.product(*choices))
+    return (take_as_typed(job) for job in itertools.product(*choices))
 
 
 def require_distinct_folders(jobs: Sequence[Job]) -> None:
@@ -151,6 +152,7 @@ def validate_job(loader: ConfigLoader, config: DictConfig, overrides: list[str],
     """Return a job to launch. If its settings are invalid, record and return its failure."""
     job = Job(overrides, Path(str(config.hydra.sweep.dir), str(number)))
     try:
+        overrides = take_as_typed(overrides)
         parse_overrides(overrides)
         job, composed = compose_job(loader, config, overrides, number)
         check_config(composed, parse_overrides(job.plugins))

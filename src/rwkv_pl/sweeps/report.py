@@ -270,11 +270,11 @@ def _split_overrides(texts: Any) -> dict[str, str]:
 
 
 def _to_plain(text: str) -> Any:
-    """The number that an override's value is, or else the value as typed."""
+    """The number that an override's value is, or else its text without quotes."""
     for kind in (int, float):
         with suppress(ValueError):
             return kind(text)
-    return text
+    return text.removeprefix("'").removesuffix("'")
 
 
 def _to_number(value: Any) -> float | None:

@@ -34,14 +34,19 @@ COLUMNS = (
 def read_rows(path: Path, up_to: int) -> list[dict[str, float]]:
     """Read the rows of a metrics.csv up to step `up_to`, without an incomplete last line; [] if there is no file.
 
-    Raises UserError if the file is corrupt.
+    Lines may end as on any system, and a byte order mark is skipped. Raises UserError if the file is corrupt.
     """
     if not path.is_file():
         return []
-    with path.open(newline="", encoding="utf-8", errors="replace") as file:
-        complete = [line for line in file if line.endswith("\n")]
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        lines = list(file)
+    if lines and not lines[-1].endswith("\n") and lines[-1].count(",") < lines[0].count(","):
+        del lines[-1]
+    reader = csv.DictReader(lines)
     try:
-        rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(complete)]
+        rows = [{name: float(value) for name, value in row.items() if value} for row in reader]
+        if lines and "step" not in (reader.fieldnames or ()):
+            raise ValueError("no column step")
         if not all(math.isfinite(row.get("step", math.nan)) for row in rows):
             raise ValueError("a row without a step")
         if strange := {name for row in rows for name in row} - set(COLUMNS):

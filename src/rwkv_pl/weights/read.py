@@ -1,8 +1,10 @@
 """Reads weights from a run folder, a `.ckpt` of rwkv_pl, an official RWKV-4 `.pth` or a Hugging Face folder."""
 
 import contextlib
+import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -12,6 +14,12 @@ from rwkv_pl.weights import huggingface
 from rwkv_pl.weights.checkpoint import find_best, first_sentence, read_checkpoint
 from rwkv_pl.weights.metadata import KEY, Metadata
 from rwkv_pl.weights.tensors import Weights, detect_version, validate_tensors
+
+# Entries under which training programs store the weights, and prefixes that torch.compile, DDP and Lightning add to all
+# names; torch.compile of a part adds its own inside a name.
+ENTRIES = ("state_dict", "model_state_dict", "model", "module")
+PREFIXES = ("module.", "model.")
+COMPILED = "_orig_mod."
 
 
 def load_weights(source: str | Path) -> tuple[nn.Module, Vocabulary | None]:
@@ -47,12 +55,12 @@ def read_weights(source: str | Path) -> Weights:
 def _read_file(path: Path) -> Weights:
     content = read_checkpoint(path)
     if KEY not in content:
-        return validate_tensors(content, detect_version(content, path), path, "official .pth")
+        tensors, note = _unwrap(content, path)
+        return validate_tensors(tensors, detect_version(tensors, path), path, f"official .pth{note}")
     run = Metadata.from_checkpoint(content, path)
     vocabulary = vocabulary_from_dict(run.vocabulary) if run.vocabulary else None
-    weights = validate_tensors(
-        _select_model_tensors(content["state_dict"]), run.model, path, "checkpoint of rwkv_pl", run.config, vocabulary
-    )
+    tensors, note = _unwrap(_select_model_tensors(content["state_dict"]), path)
+    weights = validate_tensors(tensors, run.model, path, f"checkpoint of rwkv_pl{note}", run.config, vocabulary)
     return replace(weights, step=content.get("global_step"), trained_on=(run.past or {}).get("corpus"))
 
 
@@ -63,6 +71,7 @@ def _read_folder(folder: Path) -> Weights:
     for path in huggingface.tensor_files(folder):
         safe = path.suffix == ".safetensors"
         tensors |= huggingface.read_tensors(path) if safe else read_checkpoint(path)
+    tensors, note = _unwrap(tensors, folder)
     tensors = layout.to_official(tensors, config, folder)
     stored, tokenizer = folder / huggingface.VOCABULARY, folder / huggingface.TOKENIZER
     vocabulary = vocabulary_from_dict(huggingface.read_json(stored)) if stored.exists() else None
@@ -71,7 +80,31 @@ def _read_folder(folder: Path) -> Weights:
         with contextlib.suppress(UserError):
             known = read_vocabulary(tokenizer)
             vocabulary = known if known.size == len(tensors.get("emb.weight", ())) else None
-    return validate_tensors(tensors, layout.version, folder, "Hugging Face folder", vocabulary=vocabulary)
+    return validate_tensors(tensors, layout.version, folder, f"Hugging Face folder{note}", vocabulary=vocabulary)
+
+
+def _unwrap(content: dict[str, Any], path: Path) -> tuple[dict[str, Any], str]:
+    """Return the weights without the entry and the prefixes of other programs, and a note of what was left out.
+
+    Raises UserError for a file of LoRA matrices alone.
+    """
+    notes = []
+    for _ in range(len(ENTRIES)):  # a corrupt file can contain itself
+        if entry := next((name for name in ENTRIES if isinstance(content.get(name), dict)), None):
+            content = content[entry]
+            notes.append(f"its entry {entry}")
+    if any(COMPILED in str(name) for name in content):
+        plain = {str(name).replace(COMPILED, ""): value for name, value in content.items()}
+        if len(plain) == len(content):
+            content = plain
+            notes.append(f"names without {COMPILED}")
+    while content and (prefix := next((p for p in PREFIXES if all(str(name).startswith(p) for name in content)), None)):
+        content = {str(name).removeprefix(prefix): value for name, value in content.items()}
+        notes.append(f"names without {prefix}")
+    lora = next((name for name in content if re.search(r"lora_(embedding_)?[ab]\b", str(name), re.I)), None)
+    if lora and not any(re.search(r"\bemb(eddings)?\.weight$", str(name)) for name in content):
+        raise UserError(f"{path} holds only LoRA matrices, such as {lora}: merge them with their base weights first")
+    return content, "".join(f", {note}" for note in notes)
 
 
 def _select_model_tensors(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

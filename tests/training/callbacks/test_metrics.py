@@ -6,6 +6,7 @@ import pytest
 from lightning.pytorch import Trainer
 
 from rwkv_pl import RWKV4, CorpusDataModule, LitRWKV, RWKV4Config
+from rwkv_pl.errors import UserError
 from rwkv_pl.training.callbacks import metrics as history
 from rwkv_pl.training.callbacks.checkpoints import LastCheckpoint
 from rwkv_pl.training.callbacks.metrics import COLUMNS, MetricsRecorder, draw_curve, read_rows
@@ -22,6 +23,26 @@ def test_rows_after_the_resumed_step_and_a_partial_last_row_are_dropped(tmp_path
     path.write_text(HEADER + make_row(2) + make_row(4) + make_row(6) + "8,80,1")
     assert [r["step"] for r in read_rows(path, up_to=4)] == [2, 4]
     assert [r["step"] for r in read_rows(path, up_to=99)] == [2, 4, 6]
+
+
+@pytest.mark.parametrize("change", [
+    lambda text: text.replace("\n", "\r"),
+    lambda text: text.replace("\n", "\r\n"),
+    lambda text: text.replace("\n", "\r\r\n"),
+    lambda text: "\ufeff" + text,
+    lambda text: text.rstrip("\n"),
+], ids=["CR", "CRLF", "CRCRLF", "BOM", "last line"])  # fmt: skip
+def test_any_line_ending_keeps_the_rows(tmp_path, change):
+    path = tmp_path / "metrics.csv"
+    path.write_bytes(change(HEADER + make_row(2) + make_row(4)).encode())
+    assert [row["step"] for row in read_rows(path, up_to=9)] == [2, 4]
+
+
+def test_file_with_another_header_is_refused_even_without_rows(tmp_path):
+    path = tmp_path / "metrics.csv"
+    path.write_text("epoch,loss\n")
+    with pytest.raises(UserError, match=r"metrics.csv is corrupt \(no column step\)"):
+        read_rows(path, up_to=9)
 
 
 def test_missing_file_has_no_rows(tmp_path):
