@@ -156,8 +156,11 @@ def _explain_new_argument(group: str, is_resume: bool) -> str:
 def compose(overrides: Sequence[str], config_dir: str | None = None, name: str = "train") -> DictConfig:
     """Compose conf/NAME.yaml with the overrides, including Hydra's own part. Raises UserError."""
     require_global_package(parse_overrides(overrides, sweep=True), config_dir)
-    start = initialize_config_module(CONFIG_MODULE, version_base="1.3", job_name=name)
-    with prefer_user_files(), start, yaml_texts_as_written():
+    with (
+        prefer_user_files(),
+        yaml_texts_as_written(),
+        initialize_config_module(CONFIG_MODULE, version_base="1.3", job_name=name),
+    ):
         try:
             if config_dir:
                 loader: Any = GlobalHydra.instance().config_loader()

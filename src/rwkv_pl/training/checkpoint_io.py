@@ -34,7 +34,8 @@ class DurableCheckpointIO(TorchCheckpointIO):
         self.wait()  # one write at a time, so that there is at most one copy in memory
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        content = checkpoint["global_step"], checkpoint.get("rwkv_pl", {}).get("finished")
+        # A callback's save_weights_only leaves entries out.
+        content = checkpoint["global_step"], checkpoint.get("rwkv_pl", {}).get("finished"), sorted(checkpoint)
         saved, beside = self._saved or (None, path)
         same = beside if saved == content and beside != path and beside.exists() else None
         self._saved = None

@@ -36,6 +36,13 @@ def test_best_and_last_of_the_same_step_share_one_file(tmp_path):
     assert read_steps(tmp_path) == {"best.ckpt": 4, "last.ckpt": 5, "last.prev.ckpt": 4}
 
 
+def test_last_is_no_link_to_a_file_of_only_the_weights(tmp_path):
+    plugin = DurableCheckpointIO()
+    plugin.save_checkpoint(make_checkpoint(4), tmp_path / "best.ckpt")
+    plugin.save_checkpoint(make_checkpoint(4) | {"optimizer_states": []}, tmp_path / "last.ckpt")
+    assert "optimizer_states" in read_checkpoint(tmp_path / "last.ckpt")
+
+
 def test_checkpoints_work_on_a_file_system_without_links(tmp_path, monkeypatch):
     def refuse(*args):
         raise OSError("no links here")
