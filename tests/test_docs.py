@@ -19,7 +19,6 @@ import yaml
 from benchmarks.__main__ import GPU_NAMES, NAMES
 from omegaconf import DictConfig, OmegaConf
 
-from rwkv_pl import RWKV4, RWKV4Config
 from rwkv_pl.cli import convert, doctor, generate, report
 from rwkv_pl.cli.arguments import parse_arguments
 from rwkv_pl.compose import (
@@ -32,7 +31,6 @@ from rwkv_pl.compose import (
     to_plain_dict,
 )  # fmt: skip
 from rwkv_pl.config import GROUPS, Eval
-from rwkv_pl.data.vocabulary import Vocabulary
 from rwkv_pl.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -232,12 +230,13 @@ def python_block(part: str) -> str:
 
 
 def test_readme_python_runs(mine, capsys):
-    model = RWKV4(RWKV4Config(vocab_size=256, n_layer=1, n_embd=8))
-    torch.save(model.state_dict(), "small.pth")
-    code = python_block("load_weights").replace("n_layer=12, n_embd=512", "n_layer=1, n_embd=8")
-    code = code.replace('load_weights("outputs/DATE/TIME")', '(load_weights("small.pth")[0], Vocabulary("byte"))')
-    exec(compile(code, "README.md", "exec"), {"Vocabulary": Vocabulary})
-    assert len(capsys.readouterr().out) > 10
+    Path("text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 40)
+    brief = ["data=text", "data.path=text.txt", "data.ctx_len=16", "model.n_layer=1", "model.n_embd=8"]
+    brief += ["trainer.max_steps=2", "trainer.accelerator=cpu"]
+    code = python_block("load_weights(run.folder)").replace('"experiment=quickstart"', f"*{brief}")
+    exec(compile(code, "README.md", "exec"), {})
+    assert "step 2/2  validation" in (printed := capsys.readouterr().out)
+    assert "\ndef " in printed
 
 
 def test_optimizer_of_the_plugin_guide_reduces_the_loss(mine):

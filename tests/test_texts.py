@@ -6,7 +6,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from rwkv_pl.compose import compose, parse_overrides
-from rwkv_pl.sweeps.jobs import expand_grid
+from rwkv_pl.errors import UserError
+from rwkv_pl.sweeps.jobs import Job, expand_grid, require_own_run
 from rwkv_pl.terminal import quote_override
 from rwkv_pl.texts import take_as_typed, yaml_texts_as_written
 
@@ -93,3 +94,13 @@ def test_file_of_a_group_is_read_as_written(tmp_path):
     (data,) = take_as_typed(["data=2024_01_01"])
     config = compose([data], str(tmp_path))
     assert (config.data.path, config.data.ctx_len) == ("1e5", 16)
+
+
+def test_job_of_a_sweep_of_an_earlier_version_is_recognised(tmp_path):
+    (tmp_path / ".hydra").mkdir()
+    (tmp_path / ".hydra" / "overrides.yaml").write_text("- data.path=2024_01\n- logger.wandb.name=1e5\n- seed=3\n")
+    job = Job(take_as_typed(["data.path=2024_01", "logger.wandb.name=1e5", "seed=3"]), tmp_path)
+    require_own_run(job)
+    job.overrides[2] = "seed=4"
+    with pytest.raises(UserError, match="holds another run, which differs in seed"):
+        require_own_run(job)

@@ -37,6 +37,19 @@ KIND_NAMES = {
 }
 
 
+def to_plain(value: Any) -> Any:
+    """Convert a number of numpy or torch to Python's, which a checkpoint can hold; any other value stays."""
+    if isinstance(value, list | tuple):
+        return type(value)(map(to_plain, value))
+    return value.item() if getattr(value, "shape", None) == () else value
+
+
+def make_plain(settings: Any) -> None:
+    """Apply `to_plain` to each attribute of `settings`."""
+    for name, value in vars(settings).items():
+        setattr(settings, name, to_plain(value))
+
+
 def suggest_key(key: str, keys: Any) -> str:
     """Return "; did you mean ...?" if one of `keys` resembles `key`, else a list of the keys."""
     from difflib import get_close_matches

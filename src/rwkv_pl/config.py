@@ -12,7 +12,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from rwkv_pl.checks import check_above, check_at_least, check_between, check_kind, check_one_of, suggest_key
+from rwkv_pl.checks import (
+    check_above,
+    check_at_least,
+    check_between,
+    check_kind,
+    check_one_of,
+    make_plain,
+    suggest_key,
+)
 from rwkv_pl.errors import UserError
 
 CONFIG_MODULE = "rwkv_pl.conf"
@@ -38,6 +46,11 @@ class RWKV4Config:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
+        make_plain(self)
+        for name in ("vocab_size", "n_layer", "n_embd"):
+            check_kind(f"model.{name}", getattr(self, name), (int,))
+        check_kind("model.dropout", self.dropout, (float,))
+        check_at_least("model.vocab_size", self.vocab_size, 1)
         check_at_least("model.n_layer", self.n_layer, 1)
         check_at_least("model.n_embd", self.n_embd, 1)
         check_between("model.dropout", self.dropout, 0, 1)
@@ -162,6 +175,8 @@ class Optim:
         lr_scale: Any = None,
         own: dict[str, Any] | None = None,
     ) -> None:
+        if _target_ is not None:
+            check_kind("optim._target_, the name of a class,", _target_, (str,))
         values = read_conf(OFFICIAL_OPTIM)
         if _target_ not in (None, values["_target_"]):
             if lr is None:
@@ -185,8 +200,12 @@ class Optim:
         return {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
 
     def __post_init__(self) -> None:
+        make_plain(self)
+        check_kind("optim.lr", self.lr, (float,))
         check_above("optim.lr", self.lr, 0)
-        if self.betas is not None and not (self.betas and all(0 <= beta < 1 for beta in self.betas)):
+        if self.betas is not None and not (
+            isinstance(self.betas, list | tuple) and self.betas and all(0 <= beta < 1 for beta in self.betas)
+        ):
             raise UserError(f"optim.betas must be numbers from 0 to below 1, got {self.betas}")
         if self.eps is not None:
             check_above("optim.eps", self.eps, 0)
@@ -249,6 +268,9 @@ class Schedule:
     decay_share: float | None = None
 
     def __post_init__(self) -> None:
+        make_plain(self)
+        check_kind("schedule.warmup_steps", self.warmup_steps, (int,))
+        check_kind("schedule.final_lr", self.final_lr, (float,))
         check_one_of("schedule.name", self.name, ("constant", "cosine", "linear", "wsd", "exponential"))
         if (self.decay_share is None) == (self.name == "wsd"):
             wrong = "is missing" if self.decay_share is None else f"is not a setting of schedule={self.name}"

@@ -57,7 +57,7 @@ CASES = {
     "trainer={a:1}": "trainer",
     "callbacks.last.every_n_train_steps=abc": "callbacks.last.every_n_train_steps must be a whole number, got 'abc'",
     "callbacks.best.mode=3": "callbacks.best.mode must be a string",
-    "logger.tensorboard.name=3": "logger.tensorboard.name must be a string",
+    "logger.tensorboard.name=[3]": "logger.tensorboard.name must be a string",
     "seed=x": "seed",
     "data=3": "data=3 does not exist; available: ",
     # ranges
@@ -222,7 +222,7 @@ def files(tmp_path):
 
 # `make test` has the other cases of each kind of check.
 SLOW = {
-    "callbacks.last.every=3", "callbacks.best.mode=3", "logger.tensorboard.name=3",
+    "callbacks.last.every=3", "callbacks.best.mode=3", "logger.tensorboard.name=[3]",
     "callbacks.last.every_n_train_steps=abc", "model.n_layer=2.5", "model.n_layer=null", "trainer.max_steps=abc",
     "trainer.val_check_interval=0.5", "optim.lr=0", "optim.lr=inf", "optim.eps=-1", "skip_nonfinite=-1",
     "activation_checkpointing=null", "activation_checkpointing=3", "tf32=0.5", "loss_chunk_len=half",

@@ -321,6 +321,7 @@ NOISE = np.random.default_rng(1).bytes(40_000)
         ("a.json", b'[{"text": "a"}]', "is not read: write its documents as one object a line, into a .jsonl"),
         ("a.json.bz2", bz2.compress(b'{"text": "a"}'), "is not read: write its documents"),
     ],
+    ids=lambda value: value[:20] if isinstance(value, str) else "",
 )
 def test_other_containers_are_refused(tmp_path: Path, name: str, content: bytes, says: str) -> None:
     (tmp_path / name).write_bytes(content)

@@ -119,6 +119,12 @@ def test_empty_prompt_is_refused(model, prompt):
         generate(model, prompt)
 
 
+@pytest.mark.parametrize("prompt", ["text", [[1, 2]], [1, 2]], ids=repr)
+def test_prompt_that_is_not_a_tensor_is_refused(model, prompt):
+    with pytest.raises(TypeError, match="the prompts must be a tensor, or a list of tensors, not"):
+        generate(model, prompt)
+
+
 def test_recurrent_parallel_and_chunked_logits_agree_over_4096_tokens(monkeypatch):
     model = make_perturbed_model(RWKV4Config(vocab_size=256, n_layer=3, n_embd=64)).eval()
     tokens = torch.randint(256, (1, 4096), generator=torch.Generator().manual_seed(1))

@@ -396,6 +396,10 @@ def test_state_of_another_size_is_named(kernel):
             model(tokens[:1], state)
         with pytest.raises(ValueError, match="the state has 1 layers and 2 rows"):
             model(tokens, state[:1])
+        with pytest.raises(ValueError, match="the state has 8 channels and the model 16: it is the state of another"):
+            RWKV4(RWKV4Config(11, 2, 16))(tokens, state)
+        with pytest.raises(TypeError, match="the state must be one that the model returned, not int"):
+            model(tokens, 3)
 
 
 def test_tokens_are_read_only_to_explain_an_error(monkeypatch):

@@ -27,7 +27,7 @@ import rwkv_pl
 from rwkv_pl.errors import RunError, StoppedBySignal, UserError
 from rwkv_pl.ops.backend import current_kernel
 from rwkv_pl.runs import launch, python_call, restore
-from rwkv_pl.runs.restore import deferred_sigint
+from rwkv_pl.runs.restore import deferred_sigint, restored_process
 from rwkv_pl.training.module import LitRWKV
 
 TINY = (*SMALL, "trainer.limit_val_batches=1", "trainer.max_steps=3", "logger=none")
@@ -435,6 +435,13 @@ def test_process_is_afterwards_as_before(unusual_process, folder, monkeypatch, e
     assert {name: value for name, value in after.items() if value != before[name]} == {}
     logging.getLogger().error("still written")
     assert (folder / "own.log").read_text() == "still written\n"
+
+
+def test_imports_that_draw_random_numbers_change_none_of_the_callers():
+    before = random.getstate()
+    with restored_process():
+        random.random()
+    assert random.getstate() == before
 
 
 def test_run_starts_with_the_defaults_of_torch(unusual_process, monkeypatch):

@@ -7,6 +7,7 @@ import warnings
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from lightning.fabric import Fabric
@@ -175,6 +176,20 @@ def test_batch_size_finder_ends_at_a_size_that_works(data, tmp_path):
     assert tuner.scale_batch_size(build(), datamodule=data, max_trials=3, steps_per_trial=1) == data.batch_size == 8
 
 
+@pytest.mark.parametrize("trial", ["fast_dev_run", "lr_find", "scale_batch_size"])
+def test_trial_of_a_few_steps_need_not_hold_the_schedule(data, tmp_path, trial):
+    module = LitRWKV(RWKV4(RWKV4Config(256, 1, 8)), Optim(lr=1e-3), Schedule("cosine", warmup_steps=50))
+    trainer = Trainer(max_steps=60, default_root_dir=tmp_path, fast_dev_run=trial == "fast_dev_run", **QUIET, **BARE)
+    if trial == "lr_find":
+        Tuner(trainer).lr_find(module, data, num_training=20)
+    elif trial == "scale_batch_size":
+        assert Tuner(trainer).scale_batch_size(module, datamodule=data, max_trials=2, steps_per_trial=2) == 4
+    trainer.fit(module, data)
+    assert trainer.global_step == (1 if trial == "fast_dev_run" else 60)
+    with pytest.raises(UserError, match=r"schedule.warmup_steps=50 must be below the run's 20 steps"):
+        Trainer(max_steps=20, **QUIET, **BARE).fit(module, data)
+
+
 def test_predict_gives_the_nats_of_each_target(data):
     trainer, module = Trainer(**QUIET, **BARE), build()
     nats = torch.cat(trainer.predict(module, data))
@@ -252,6 +267,34 @@ def test_resumed_fit_gives_the_same_bits(data, tmp_path, accumulate, workers):
         assert later == rows[step:]
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"limit_train_batches": 4},
+        {"limit_train_batches": 3, "accumulate_grad_batches": 2},  # two steps, of 2 and of 1 micro-batches
+        {"overfit_batches": 3},
+        {"overfit_batches": 3, "accumulate_grad_batches": 2},
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+def test_resumed_fit_without_validation_gives_the_same_bits(data, tmp_path, arguments):
+    def fit(resume_from=None):
+        every = callbacks.ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+        quiet = QUIET | {"logger": False, "max_epochs": 3, "limit_val_batches": 0}
+        trainer = Trainer(**quiet, **arguments, callbacks=[every])
+        module = build(dropout=0.2)
+        trainer.fit(module, data, ckpt_path=resume_from, weights_only=True)
+        return module, trainer.global_step
+
+    whole, n_steps = fit()
+    checkpoints = [tmp_path / f"step={step}.ckpt" for step in range(1, n_steps + 1)]
+    for checkpoint in [path.rename(tmp_path / f"whole-{path.name}") for path in checkpoints]:
+        resumed, end = fit(checkpoint)
+        assert end == n_steps
+        assert all(map(torch.equal, whole.parameters(), resumed.parameters())), checkpoint
+
+
 def test_resumed_fit_may_accumulate_differently(data, tmp_path):
     fit_with_checkpoints(data, tmp_path, accumulate=2)
     batches = Batches()
@@ -289,6 +332,17 @@ class Recurrent(torch.nn.Module):
 
     def hidden(self, tokens, state=None):
         return self.gru(self.emb(tokens), state)
+
+
+def test_checkpoint_of_numpy_numbers_is_restored(data, tmp_path):
+    sizes = RWKV4Config(np.arange(300).max() - 43, n_layer=np.int32(1), n_embd=torch.tensor(16))
+    module = LitRWKV(RWKV4(sizes), Optim(lr=np.logspace(-3, -2, 3)[1]), Schedule(warmup_steps=np.int64(1)))
+    trainer = Trainer(max_steps=1, **QUIET, **BARE)
+    trainer.fit(module, data)
+    trainer.save_checkpoint(path := tmp_path / "last.ckpt")
+    restored = LitRWKV.load_from_checkpoint(path)
+    assert restored.model.config == RWKV4Config(256, 1, 16)
+    assert restored.optim.lr == pytest.approx(10**-2.5)
 
 
 def test_model_of_ones_own_is_trained_and_restored(data, tmp_path):

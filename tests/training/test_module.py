@@ -128,11 +128,54 @@ def test_padding_is_not_counted_in_the_loss():
         ({"input_ids": torch.zeros(1, 2)}, r"a batch must be tokens \(B, T\+1\), or a pair .*, not dict"),
         (torch.zeros(5, dtype=torch.int64), r"not \[\(5,\)\]"),
         ((torch.zeros(1, 2), torch.zeros(1, 3)), r"inputs \(1, 2\) and targets \(1, 3\) must have one shape"),
+        ((torch.zeros(1, 2), torch.zeros(1, 2)), "targets must be an int64 tensor, not torch.float32"),
     ],
 )
 def test_batch_of_another_form_is_an_error(batch, message):
     with pytest.raises(TypeError, match=message):
         split_batch(batch)
+
+
+def test_targets_may_be_int32_but_not_below_minus_one():
+    targets = torch.tensor([[3, -1]], dtype=torch.int32)
+    assert split_batch([targets, targets])[1].tolist() == [[3, -1]]
+    assert split_batch([targets, targets])[1].dtype == split_batch(targets)[1].dtype == torch.int64
+    with pytest.raises(IndexError, match="targets must be tokens, or -1 if not counted, got -100"):
+        split_batch([targets, torch.tensor([[3, -100]])])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"model": RWKV4Config(256, 1, 8)}, r"LitRWKV takes a model, RWKV4\(RWKV4Config\(...\)\), or a function"),
+        ({"optim": {"lr": 1}}, r"optim must be rwkv_pl.Optim\(...\), got {'lr': 1}"),
+        ({"optim": Schedule()}, r"optim must be rwkv_pl.Optim"),
+        ({"schedule": "cosine"}, r"schedule must be rwkv_pl.Schedule\(...\), got 'cosine'"),
+        ({"loss_chunk_len": 0}, "loss_chunk_len must be at least 1, got 0"),
+    ],
+)
+def test_argument_of_another_kind_is_an_error(arguments, message):
+    with pytest.raises(UserError, match=message):
+        LitRWKV(**{"model": RWKV4(RWKV4Config(256, 1, 8))} | arguments)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Optim(1e-3), "optim._target_, the name of a class, must be a string, got 0.001"),
+        (lambda: Optim(lr="1e-3"), "optim.lr must be a number, got '1e-3'"),
+        (lambda: Optim(betas=0.9), "optim.betas must be numbers from 0 to below 1, got 0.9"),
+        (lambda: Schedule("cosine", warmup_steps=2.5), "schedule.warmup_steps must be a whole number, got 2.5"),
+        (lambda: RWKV4Config(0, 1, 8), "model.vocab_size must be at least 1, got 0"),
+        (lambda: RWKV4Config(256.0, 1, 8), "model.vocab_size must be a whole number, got 256.0"),
+        (lambda: CorpusDataModule("x", batch_size=0), "batch_size must be at least 1, got 0"),
+        (lambda: CorpusDataModule("x", ctx_len=32.0), "ctx_len must be a whole number, got 32.0"),
+        (lambda: CorpusDataModule("x", eval_batch_size="4"), "eval_batch_size must be a whole number, got '4'"),
+    ],
+)
+def test_number_of_another_kind_is_an_error(build, message):
+    with pytest.raises(UserError, match=message):
+        build()
 
 
 class Rates(Callback):
@@ -186,6 +229,22 @@ def test_bytes_per_token_are_given_in_any_form(given):
     module = LitRWKV(RWKV4(RWKV4Config(300, 1, 8)), bytes_per_token=given)
     (figures,) = Trainer(accelerator="cpu", **QUIET).validate(module, rows(300), verbose=False)
     assert figures["val/bits_per_byte"] == pytest.approx(figures["val/loss"] / math.log(2) / 2)
+
+
+@pytest.mark.parametrize("given", [[1.5] * 300, [-1] * 300, [[2]] * 300, ["a"] * 300, {1: 2}, []], ids=repr)
+def test_bytes_per_token_that_count_no_bytes_are_an_error(given):
+    with pytest.raises(UserError, match="bytes_per_token must be one whole number of at least 0 for each token, got"):
+        LitRWKV(RWKV4(RWKV4Config(300, 1, 8)), bytes_per_token=given)
+
+
+def test_score_is_that_of_the_last_data_module(data, tmp_path, monkeypatch):
+    module = LitRWKV(RWKV4(RWKV4Config(256, 1, 16)))  # larger than one of the vocabularies
+    trainer = Trainer(accelerator="cpu", **QUIET)
+    assert "val/bits_per_byte" in trainer.validate(module, data, verbose=False)[0]
+    monkeypatch.setenv("RWKV_PL_CACHE", str(tmp_path))
+    ids = TokensDataModule([*range(40)] * 50, vocab_size=40, batch_size=4, ctx_len=32)
+    assert trainer.validate(module, ids, verbose=False)[0].keys() == {"val/loss", "val/bits_per_token"}
+    assert module.vocabulary is None
 
 
 def test_tokens_of_unknown_bytes_are_scored_per_token():

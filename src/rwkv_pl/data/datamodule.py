@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, SequentialSampler
 
+from rwkv_pl.checks import check_at_least, check_kind, to_plain
 from rwkv_pl.data import order
 from rwkv_pl.data.byte_vocabulary import UnknownVocabulary
 from rwkv_pl.data.corpus import Corpus
@@ -171,11 +172,14 @@ class DataModule(LightningDataModule):
         endless: bool = False,
     ) -> None:
         super().__init__()
+        self.batch_size, self.ctx_len, self.seed = to_plain(batch_size), to_plain(ctx_len), seed
+        self.num_workers, self.eval_batch_size = to_plain(num_workers), to_plain(eval_batch_size)
+        for name, lowest in {"batch_size": 1, "ctx_len": 1, "eval_batch_size": 1, "num_workers": 0}.items():
+            check_kind(name, getattr(self, name), (int,))
+            check_at_least(name, getattr(self, name), lowest)
         self.source = source
-        self.batch_size, self.ctx_len, self.seed = batch_size, ctx_len, seed
         self.vocab = vocab
         self.vocab_path = Path(vocab_path) if vocab_path is not None else None
-        self.num_workers, self.eval_batch_size = num_workers, eval_batch_size
         self.endless = endless
         self._given_vocabulary = vocabulary
         self._file: TokenFile | None = None
@@ -248,7 +252,12 @@ class DataModule(LightningDataModule):
 
         def first() -> int:
             # Lightning has restored its loops by now, so a resumed run continues from this step.
-            return 0 if trainer.overfit_batches else trainer.global_step * accumulate  # type: ignore[attr-defined]
+            limit: int | float = trainer.overfit_batches  # type: ignore[attr-defined]
+            if limit:  # each epoch starts with batch 0 again
+                progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+                done: int = progress.processed
+                return done % (min(limit, length) if isinstance(limit, int) else int(limit * length))
+            return trainer.global_step * accumulate
 
         return self._loader(batches, OrderedSampler(length, first, endless=True))
 

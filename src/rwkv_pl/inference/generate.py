@@ -3,6 +3,7 @@
 B  rows, texts generated in parallel    T  time    V  vocab_size
 """
 
+import reprlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -41,6 +42,8 @@ def generate(
     """
     chosen = Sampling(**sampling)
     prompts = list(tokens)
+    if not all(isinstance(prompt, Tensor) for prompt in prompts):
+        raise TypeError(f"the prompts must be a tensor, or a list of tensors, not {reprlib.repr(tokens)}")
     if any(prompt.dim() != 1 for prompt in prompts):
         raise ValueError("the prompts must be (B, T), or a list of (T_i,): for one prompt, pass tokens[None]")
     logits, state = read_prompts(model, prompts, state)

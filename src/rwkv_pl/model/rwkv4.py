@@ -253,10 +253,17 @@ def check_inputs(tokens: Tensor, state: State | None, embedding: Tensor, n_layer
         raise ValueError(f"tokens must be (B, T) with T at least 1, not {tuple(tokens.shape)}")
     if tokens.device != embedding.device:
         raise ValueError(f"tokens are on {tokens.device} and the model on {embedding.device}: move them to one device")
+    if state is not None and not isinstance(state, tuple | list):
+        raise TypeError(f"the state must be one that the model returned, not {type(state).__name__}")
     if state is not None and (len(state) != n_layer or len(state[0].att_shift) != len(tokens)):
         raise ValueError(
             f"the state has {len(state)} layers and {len(state[0].att_shift) if state else 0} rows; "
             f"the model has {n_layer} layers, and tokens {len(tokens)} rows"
+        )
+    if state and state[0].att_shift.shape[-1] != embedding.shape[1]:
+        raise ValueError(
+            f"the state has {state[0].att_shift.shape[-1]} channels and the model {embedding.shape[1]}: "
+            "it is the state of another model"
         )
 
 

@@ -101,7 +101,8 @@ def require_own_run(job: Job) -> None:
     """Raise UserError if the job's folder holds a run of other settings, which must not be taken for the job's."""
 
     def values(texts: Sequence[str]) -> dict[str, str]:
-        parsed = parse_overrides([text for text in texts if not text.startswith("plugins=")])
+        # The sweeps of earlier versions have not quoted the texts that read as numbers.
+        parsed = parse_overrides(take_as_typed([text for text in texts if not text.startswith("plugins=")]))
         return {override.key_or_group: str(override.value()) for override in parsed}
 
     if has_started(job.folder):

@@ -21,13 +21,23 @@ def rewind(checkpoint: dict[str, Any], accumulate: int, batches_per_epoch: int |
         done = min((checkpoint["global_step"] - steps_before) * accumulate, batches_per_epoch)
     else:
         done = current["processed"] // accumulate * accumulate
+    if current["ready"] == current["processed"] == done == batches_per_epoch:
+        # Nothing to rewind. Inside on_train_batch_end of an epoch's last batch, `completed` is one behind: from that
+        # alone Lightning knows that the epoch has ended, and reads no further batch of it.
+        return
     _set_batches(checkpoint, earlier, done)
 
 
-def rescale(checkpoint: dict[str, Any], accumulate: int) -> None:
-    """Counts in the micro-batches of a run that divides a step into `accumulate`, whatever the checkpoint's run did."""
+def rescale(checkpoint: dict[str, Any], before: int | None, accumulate: int) -> None:
+    """Counts in the micro-batches of a run that divides a step into `accumulate`, not into `before`.
+
+    before: None if the checkpoint does not have it.
+    """
     total, current = _progress(checkpoint)
-    before = max(total["ready"] // max(checkpoint["global_step"], 1), 1)
+    if before is None:
+        before = max(total["ready"] // max(checkpoint["global_step"], 1), 1)
+    if before == accumulate:
+        return
     earlier = total["ready"] - current["ready"]
     _set_batches(checkpoint, earlier // before * accumulate, current["ready"] // before * accumulate)
 

@@ -3,11 +3,13 @@
 B  batch    T  time    V  vocab_size
 """
 
+import reprlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rwkv_pl.errors import UserError
 from rwkv_pl.ops.cross_entropy import IGNORE_INDEX
 
 # The factor of L2Wrap in the official RWKV trainers, which divide by B * T too.
@@ -30,11 +32,31 @@ def split_batch(batch: Any) -> tuple[Tensor, Tensor]:
         given = [tuple(getattr(part, "shape", ())) for part in parts] or type(batch).__name__
         raise TypeError(f"a batch must be tokens (B, T+1), or a pair of inputs and targets (B, T), not {given}")
     if len(parts) == 1:
-        return split_tokens(parts[0])
+        inputs, targets = split_tokens(parts[0])
+        return inputs, targets.long()
     inputs, targets = parts
     if inputs.shape != targets.shape:
         raise TypeError(f"inputs {tuple(inputs.shape)} and targets {tuple(targets.shape)} must have one shape, (B, T)")
-    return inputs.clamp(min=0), targets
+    if targets.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"targets must be an int64 tensor, not {targets.dtype}")
+    if targets.device.type == "cpu" and targets.numel() and targets.min() < IGNORE_INDEX:  # on a GPU, a sync
+        raise IndexError(f"targets must be tokens, or {IGNORE_INDEX} if not counted, got {int(targets.min())}")
+    return inputs.clamp(min=0), targets.long()
+
+
+def check_byte_counts(bytes_per_token: Any) -> Tensor:
+    """The bytes of each token as (V,) int64, from a tensor, an array or a list. Raises UserError for anything else."""
+    wrong = "bytes_per_token must be one whole number of at least 0 for each token"
+    try:
+        given = torch.as_tensor(bytes_per_token)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{wrong}, got {reprlib.repr(bytes_per_token)}") from error
+    if given.dim() != 1 or not len(given):
+        raise UserError(f"{wrong}, got the shape {tuple(given.shape)}")
+    counts = given.to(torch.int64)
+    if not torch.equal(counts.double(), given.double()) or counts.min() < 0:
+        raise UserError(f"{wrong}, got {reprlib.repr(given.tolist())}")
+    return counts
 
 
 def l2wrap(largest: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from rwkv_pl.checks import check_at_least
 from rwkv_pl.config import Optim, OptimGroup, Schedule
 from rwkv_pl.errors import UserError
 from rwkv_pl.inference.evaluate import bits_per_byte
@@ -26,7 +27,7 @@ from rwkv_pl.ops.heap import tune_allocator
 from rwkv_pl.targets import load_class
 from rwkv_pl.training.batch_counters import rescale, rewind
 from rwkv_pl.training.callbacks.metrics import MetricsRecorder
-from rwkv_pl.training.loss import IGNORE_INDEX, count_bytes, l2wrap, split_batch
+from rwkv_pl.training.loss import IGNORE_INDEX, check_byte_counts, count_bytes, l2wrap, split_batch
 from rwkv_pl.training.muon import MuonAdamW
 from rwkv_pl.training.nonfinite import NonfiniteGuard
 from rwkv_pl.training.optimizer import build_optimizer, parameter_groups, set_hyperparameters
@@ -75,6 +76,15 @@ class LitRWKV(LightningModule):
         skip_nonfinite: int = 0,
     ) -> None:
         super().__init__()
+        if not callable(model):  # a module is callable too
+            raise UserError(
+                f"LitRWKV takes a model, RWKV4(RWKV4Config(...)), or a function that builds it, got {model!r}"
+            )
+        for name, value, kind in (("optim", optim, Optim), ("schedule", schedule, Schedule)):
+            if not isinstance(value, kind | None):
+                raise UserError(f"{name} must be rwkv_pl.{kind.__name__}(...), got {value!r}")
+        if loss_chunk_len is not None:
+            check_at_least("loss_chunk_len", loss_chunk_len, 1)
         self._build = None if isinstance(model, nn.Module) else model
         self.model: Any = None if self._build else model
         self.optim = optim or Optim()
@@ -91,8 +101,10 @@ class LitRWKV(LightningModule):
         self._is_recorded = False
         self._micro_batches: list[Tensor] = []
         self._n_steps: int | None = None
+        self._max_steps: int | None = None
+        self._n_ids: int | None = None
         self.bytes_per_token: Tensor | None
-        sizes = None if bytes_per_token is None else torch.as_tensor(bytes_per_token, dtype=torch.int64)
+        sizes = None if bytes_per_token is None else check_byte_counts(bytes_per_token)
         self.register_buffer("bytes_per_token", sizes, persistent=False)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -147,12 +159,17 @@ class LitRWKV(LightningModule):
 
     def setup(self, stage: str) -> None:
         self._is_recorded = any(isinstance(callback, MetricsRecorder) for callback in self._callbacks)
+        self._max_steps = self.trainer.max_steps
         vocabulary: Any = getattr(self.trainer.datamodule, "vocabulary", None)  # type: ignore[attr-defined]
-        if hasattr(vocabulary, "bytes_per_token") and not self._is_vocabulary_given:
-            self.vocabulary = vocabulary.to_dict()
-            self.bytes_per_token = torch.as_tensor(vocabulary.bytes_per_token, dtype=torch.int64)
+        n_ids = getattr(vocabulary, "size", None)
+        if isinstance(n_ids, int) and not self._is_vocabulary_given:
+            # Of another data module, from an earlier call, nothing is kept.
+            is_known = hasattr(vocabulary, "bytes_per_token")
+            self.vocabulary = vocabulary.to_dict() if is_known else None
+            self.bytes_per_token = check_byte_counts(vocabulary.bytes_per_token) if is_known else None
+            self._n_ids = n_ids
         sizes = [len(self.bytes_per_token)] if self.bytes_per_token is not None else []
-        needed = max([*sizes, getattr(vocabulary, "size", 0)])
+        needed = max([*sizes, n_ids if isinstance(n_ids, int) else 0])
         if self.model is not None and self.model.config.vocab_size < needed:
             raise UserError(
                 f"the vocabulary has {needed} tokens and the model {self.model.config.vocab_size}: "
@@ -162,7 +179,7 @@ class LitRWKV(LightningModule):
     @property
     def counts_bytes(self) -> bool:
         """Is the number of bytes of each token known?"""
-        return self.bytes_per_token is not None or self.model.config.vocab_size == 256
+        return self.bytes_per_token is not None or (self._n_ids or self.model.config.vocab_size) == 256
 
     def forward(self, tokens: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         """tokens (B, T) -> logits (B, T, V) and the state after them; calls the model."""
@@ -284,7 +301,10 @@ class LitRWKV(LightningModule):
     def on_train_start(self) -> None:
         if self.schedule.name != "constant":
             self._n_steps = self._count_steps()
-            check_schedule(self.schedule, self._n_steps)
+            # fast_dev_run, lr_find and scale_batch_size try a few steps, which need not hold the schedule.
+            is_trial = bool(self.trainer.fast_dev_run) or self.trainer.max_steps != self._max_steps  # type: ignore[attr-defined]
+            if not is_trial:
+                check_schedule(self.schedule, self._n_steps)
         for optimizer in self.trainer.optimizers:
             set_hyperparameters(optimizer, self.optim, self.lr_scale)
 
@@ -417,10 +437,11 @@ class LitRWKV(LightningModule):
         return self.trainer.callbacks  # type: ignore[attr-defined]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._guard.skipped = checkpoint.get(KEY, {}).get("skipped", 0)
+        stored = checkpoint.get(KEY, {})
+        self._guard.skipped = stored.get("skipped", 0)
         averaged = any(isinstance(callback, WeightAveraging) for callback in self._callbacks)
         if "current_model_state" in checkpoint and not averaged:
             # Weight averaging was removed: continue from the trained weights, not from their average.
             checkpoint["state_dict"] = checkpoint["current_model_state"]
         if "loops" in checkpoint and getattr(self.trainer.datamodule, "batch_is_a_step", False):  # type: ignore[attr-defined]
-            rescale(checkpoint, self.trainer.accumulate_grad_batches)
+            rescale(checkpoint, stored.get("accumulate"), self.trainer.accumulate_grad_batches)
