@@ -157,7 +157,7 @@ def compose(overrides: Sequence[str], config_dir: str | None = None, name: str =
     """Compose conf/NAME.yaml with the overrides, including Hydra's own part. Raises UserError."""
     require_global_package(parse_overrides(overrides, sweep=True), config_dir)
     with (
-        prefer_user_files(),
+        prefer_user_files(),  # first: initialize_config_module makes the loader
         yaml_texts_as_written(),
         initialize_config_module(CONFIG_MODULE, version_base="1.3", job_name=name),
     ):
