@@ -49,10 +49,8 @@ class RWKV4Config:
         make_plain(self)
         for name in ("vocab_size", "n_layer", "n_embd"):
             check_kind(f"model.{name}", getattr(self, name), (int,))
+            check_at_least(f"model.{name}", getattr(self, name), 1)
         check_kind("model.dropout", self.dropout, (float,))
-        check_at_least("model.vocab_size", self.vocab_size, 1)
-        check_at_least("model.n_layer", self.n_layer, 1)
-        check_at_least("model.n_embd", self.n_embd, 1)
         check_between("model.dropout", self.dropout, 0, 1)
 
 
