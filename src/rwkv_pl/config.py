@@ -198,7 +198,8 @@ class Optim:
     def __post_init__(self) -> None:
         make_plain(self)
         check_kind("optim._target_, the name of a class,", self._target_, (str,))
-        check_kind("optim.lr", self.lr, (float,))
+        if not isinstance(self.lr, float):  # check_above names the range for NaN
+            check_kind("optim.lr", self.lr, (float,))
         check_above("optim.lr", self.lr, 0)
         if self.betas is not None and not (
             isinstance(self.betas, list | tuple) and self.betas and all(0 <= beta < 1 for beta in self.betas)
