@@ -316,7 +316,9 @@ def test_module_is_restored_from_its_checkpoint_alone(data, tmp_path):
     assert (loaded.schedule, loaded.vocabulary) == (module.schedule, module.vocabulary)
     assert torch.equal(loaded.bytes_per_token, module.bytes_per_token)
     assert not loaded.model.training
-    assert LitRWKV.load_from_checkpoint(tmp_path / "mine.ckpt", optim=Optim(lr=1.0)).optim.lr == 1.0
+    assert LitRWKV.load_from_checkpoint(tmp_path / "mine.ckpt", optim=Optim(lr=1.0), strict=True).optim.lr == 1.0
+    with pytest.raises(UserError, match="weights_only=False are not supported"):
+        LitRWKV.load_from_checkpoint(tmp_path / "mine.ckpt", weights_only=False)
 
 
 class Recurrent(torch.nn.Module):

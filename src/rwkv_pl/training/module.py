@@ -117,14 +117,26 @@ class LitRWKV(LightningModule):
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
-        cls, checkpoint_path: str | Path, map_location: Any = None, *, model: nn.Module | None = None, **settings: Any
+        cls,
+        checkpoint_path: str | Path,
+        map_location: Any = None,
+        *,
+        model: nn.Module | None = None,
+        strict: bool | None = True,
+        weights_only: bool | None = True,
+        **settings: Any,
     ) -> "LitRWKV":
         """Restores a module from a checkpoint alone: model, vocabulary, optim and schedule. Executes no code from it.
 
         The model is in eval mode; a fit puts it into training mode. model: an instance to load the weights into, needed
         if its class is not one of this package. settings: other arguments of LitRWKV, instead of the stored ones.
-        Raises UserError for an unknown model, CorruptFileError for a corrupt file.
+        strict, weights_only: Lightning's; only True is possible. Raises UserError for an unknown model,
+        CorruptFileError for a corrupt file.
         """
+        if False in (strict, weights_only):
+            raise UserError(
+                "strict=False and weights_only=False are not supported: the file must match, and runs no code"
+            )
         path = Path(checkpoint_path)
         content = read_checkpoint(path, checked=model is not None)
         stored = content.get(KEY, {})
