@@ -376,7 +376,7 @@ def test_settings_of_every_callback_are_those_of_the_resume(train, tmp_path, mon
     changed = {
         "callbacks.early_stopping.patience=9": ("EarlyStopping", "patience", 9),
         "callbacks.early_stopping.min_delta=0.5": ("EarlyStopping", "min_delta", -0.5),  # the sign is Lightning's
-        "callbacks.best.mode=max": ("BestCheckpoint", "mode", "max"),
+        "callbacks.best.save_top_k=2": ("BestCheckpoint", "save_top_k", 2),
         "callbacks.last.every_n_train_steps=7": ("LastCheckpoint", "_every_n_train_steps", 7),
         "callbacks.sample_text.n_tokens=4": ("SampleText", "n_tokens", 4),
     }
@@ -406,7 +406,7 @@ def test_best_score_is_read_from_the_checkpoint(train, tmp_path, caplog):
         return load_checkpoint(tmp_path / "run")["callbacks"][key]["best_model_score"]
 
     # A better score than the one in last.ckpt, like in a run that was killed between the two writes.
-    best["callbacks"][key]["best_model_score"] = torch.tensor(0.5, dtype=torch.float64)
+    best["callbacks"][key]["current_score"] = torch.tensor(0.5, dtype=torch.float64)
     torch.save(best, checkpoints / "best.ckpt")
     assert train("resume=run", "trainer.max_steps=8").code == 0
     assert score_of_last() == 0.5

@@ -6,6 +6,7 @@ B  batch    T  time    V  vocab_size
 import reprlib
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,15 +49,15 @@ def check_byte_counts(bytes_per_token: Any) -> Tensor:
     """The bytes of each token as (V,) int64, from a tensor, an array or a list. Raises UserError for anything else."""
     wrong = "bytes_per_token must be one whole number of at least 0 for each token"
     try:
-        given = torch.as_tensor(bytes_per_token)
-    except (TypeError, ValueError, RuntimeError) as error:
+        given = np.asarray(bytes_per_token.cpu() if isinstance(bytes_per_token, Tensor) else bytes_per_token)
+        counts = given.astype(np.int64)
+    except (TypeError, ValueError) as error:
         raise UserError(f"{wrong}, got {reprlib.repr(bytes_per_token)}") from error
-    if given.dim() != 1 or not len(given):
-        raise UserError(f"{wrong}, got the shape {tuple(given.shape)}")
-    counts = given.to(torch.int64)
-    if not torch.equal(counts.double(), given.double()) or counts.min() < 0:
+    if given.ndim != 1 or not len(given):
+        raise UserError(f"{wrong}, got the shape {given.shape}")
+    if np.any(counts != given) or counts.min() < 0:
         raise UserError(f"{wrong}, got {reprlib.repr(given.tolist())}")
-    return counts
+    return torch.as_tensor(counts)
 
 
 def l2wrap(largest: Tensor) -> Tensor:

@@ -295,7 +295,7 @@ class LitRWKV(LightningModule):
         # A MetricsRecorder passes them to the loggers itself. Every process has the same values; without sync_dist,
         # Lightning would warn that it has not.
         shown, sync = not self._is_recorded, not self._is_recorded and self.trainer.world_size > 1
-        self.log_dict(figures, logger=shown and bool(self.trainer.loggers), prog_bar=shown, sync_dist=sync)
+        self.log_dict(figures, logger=None if shown else False, prog_bar=shown, sync_dist=sync)
 
     # The optimizer
 
@@ -365,13 +365,13 @@ class LitRWKV(LightningModule):
         return int(n_steps) if math.isfinite(n_steps) else -1
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-        # Groups without lr_scale come from another optimizer, or were added by a callback such as BaseFinetuning.
-        groups = [group for group in optimizer.param_groups if "lr_scale" in group]
-        if self.trainer.lr_scheduler_configs or not groups:  # StochasticWeightAveraging and lr_find set the rates
+        # A callback such as BaseFinetuning adds groups, and a subclass has an optimizer of its own.
+        ours = [group for group in optimizer.param_groups if "lr_scale" in group]
+        if self.trainer.lr_scheduler_configs or not ours:  # StochasticWeightAveraging and lr_find set the rates
             self.last_lr = optimizer.param_groups[0]["lr"]
         else:
             self.last_lr = self.current_lr
-            for group in groups:
+            for group in ours:
                 group["lr"] = self.last_lr * group["lr_scale"]
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         if self.trainer.global_step + 1 == self.trainer.max_steps:
