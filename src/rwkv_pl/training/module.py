@@ -366,12 +366,12 @@ class LitRWKV(LightningModule):
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         # A callback such as BaseFinetuning adds groups, and a subclass has an optimizer of its own.
-        ours = [group for group in optimizer.param_groups if "lr_scale" in group]
-        if self.trainer.lr_scheduler_configs or not ours:  # StochasticWeightAveraging and lr_find set the rates
+        groups = [group for group in optimizer.param_groups if "lr_scale" in group]
+        if self.trainer.lr_scheduler_configs or not groups:  # StochasticWeightAveraging and lr_find set the rates
             self.last_lr = optimizer.param_groups[0]["lr"]
         else:
             self.last_lr = self.current_lr
-            for group in ours:
+            for group in groups:
                 group["lr"] = self.last_lr * group["lr_scale"]
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         if self.trainer.global_step + 1 == self.trainer.max_steps:
