@@ -422,7 +422,7 @@ class LitRWKV(LightningModule):
 
     def on_train_end(self) -> None:
         self.check_finite()
-        if self.finish_reason() == "length":
+        if not self._is_recorded and self.finish_reason() == "length":
             self.trainer.should_stop = False  # a further fit, such as after BatchSizeFinder, would end at once
 
     # Checkpoints
@@ -450,10 +450,10 @@ class LitRWKV(LightningModule):
 
     def finish_reason(self) -> str | None:
         """Why the run has ended: length, time (trainer.max_time), pruned or early stop (by a callback); else None."""
-        if self.trainer.global_step == self.trainer.max_steps:
-            return "length"
         if not self.trainer.should_stop:
             return None
+        if self.trainer.global_step == self.trainer.max_steps:
+            return "length"
         if any(getattr(callback, "pruned", False) for callback in self._callbacks):
             return "pruned"
         left = [callback.time_remaining() for callback in self._callbacks if isinstance(callback, Timer)]
