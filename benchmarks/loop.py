@@ -4,7 +4,7 @@
 
 One process runs the command itself and pauses between blocks of steps, in the hook that Lightning calls before each
 batch. A second does the same with a script of a library user: LitRWKV and the data module in a Trainer with a CSVLogger
-and Lightning's progress bar. The third runs a plain loop with the same config's model, optimizer and batches:
+and without a progress bar. The third runs a plain loop with the same config's model, optimizer and batches:
 training_step, backward, clipping and the optimizer step, on batches that are read beforehand. A block of each forms a
 round; the ratios of their tokens per second are computed per round. Start-up, checkpoints and validations are excluded,
 so the difference is the cost of every step: data loading, progress, metrics.csv and TensorBoard.
@@ -35,6 +35,7 @@ from benchmarks.common import (
 SETTINGS: dict[str, tuple[list[str], int]] = {
     "classic": (["data=stdlib"], 2),
     "small": (["experiment=quickstart", "model.n_embd=192"], 20),
+    "quickstart": (["experiment=quickstart"], 30),
     "tiny": (["data=stdlib", "data.ctx_len=32", "model.n_layer=2", "model.n_embd=16"], 10),  # to try the program
 }
 WARM_UP_BLOCKS = 2  # blocks
@@ -93,6 +94,7 @@ def run_plain_trainer(overrides: list[str], steps: int, blocks: int, pipe: Any) 
             limit_val_batches=0,
             logger=CSVLogger(folder),
             enable_checkpointing=False,
+            enable_progress_bar=False,
         )
         pause_between_blocks(steps, pipe)
         trainer.fit(inputs.module, inputs.data)
