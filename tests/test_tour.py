@@ -34,7 +34,11 @@ def global_state():
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("page", list_pages(), ids=lambda page: page.stem)
+# make docs runs the guides too.
+PAGES = [*CHAPTERS, *(pytest.param(page, marks=pytest.mark.slow) for page in list_pages(list(GUIDES)))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_page_prints_what_it_shows(page, tmp_path, monkeypatch):
     text = page.read_text(encoding="utf-8")
     # Building a kernel inside a page would count as the page's time.

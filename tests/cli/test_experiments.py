@@ -88,6 +88,7 @@ def test_a_missing_package_line_is_named_in_every_form(train, tmp_path, text, mo
     assert "experiment=mine: the first line of its file must be '# @package _global_'" in result.err
 
 
+@pytest.mark.slow
 def test_an_invalid_job_of_a_sweep_fails_alone_with_the_error_of_a_single_run(train, tmp_path, monkeypatch):
     launched = []
 
@@ -223,6 +224,7 @@ def test_wandb_offline_run_continues_on_resume(train, tmp_path):
     assert len({path.name for path in (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")}) == 1
 
 
+@pytest.mark.slow
 def test_mlflow_in_a_file_continues_on_resume(train, tmp_path, monkeypatch):
     pytest.importorskip("mlflow")
     import sqlite3

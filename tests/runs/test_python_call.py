@@ -456,6 +456,7 @@ def test_run_starts_with_the_defaults_of_torch(unusual_process, monkeypatch):
     assert seen == ["highest", torch.float32]
 
 
+@pytest.mark.slow
 def test_first_call_in_a_process_checks_the_config_before_torch_and_leaves_the_environment_as_before(folder):
     """Importing torch and Lightning changes the environment and the warnings."""
     code = f"""
