@@ -222,9 +222,10 @@ class DataModule(LightningDataModule):
     def description(self) -> str:
         """The corpus, the sizes of its splits and the vocabulary, in one line."""
         train, val, test = (f"{hi - lo:,}" for lo, hi in self.token_file.splits)
+        is_known = not isinstance(self.vocabulary, UnknownVocabulary)
+        n_bytes = f"{sum(self.token_file.n_bytes):,} bytes, " if is_known else ""
         return (
-            f"{self.corpus}: {sum(self.token_file.n_bytes):,} bytes, "
-            f"{train} / {val} / {test} tokens to train / validate / test, "
+            f"{self.corpus}: {n_bytes}{train} / {val} / {test} tokens to train / validate / test, "
             f"vocabulary {self.vocabulary.kind} ({self.vocabulary.size})"
         )
 
@@ -392,15 +393,6 @@ class TokensDataModule(DataModule):
                 )
             source = Ids(ids, vocabulary, split)
         super().__init__(source, vocab=vocab or "byte", vocab_path=vocab_path, vocabulary=vocabulary, **settings)
-
-    def description(self) -> str:
-        if not isinstance(self.vocabulary, UnknownVocabulary):
-            return super().description()
-        train, val, test = (f"{hi - lo:,}" for lo, hi in self.token_file.splits)
-        return (
-            f"{self.corpus}: {train} / {val} / {test} tokens to train / validate / test, "
-            f"vocabulary unknown ({self.vocabulary.size})"
-        )
 
 
 def open_data(data: Any, seed: int, cwd: Path, vocabulary: Vocabulary | None, digest: str | None = None) -> DataModule:

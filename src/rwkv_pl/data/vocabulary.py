@@ -68,10 +68,11 @@ def describe_strange_bytes(path: Path, kind: str) -> str | None:
     for start in starts:
         block = np.asarray(data[start : start + size])
         n, nul = n + len(block), nul + int(np.count_nonzero(block == 0))
-        invalid += int(np.count_nonzero(block >= 0x80)) - int(find_multibyte_characters(block)[1].sum())
+        if kind != "byte":
+            invalid += int(np.count_nonzero(block >= 0x80)) - int(find_multibyte_characters(block)[1].sum())
     if nul > 0.01 * n:
         return f"{nul / n:.0%} of {path} are NUL bytes: convert UTF-16 to UTF-8, leave out what is not text"
-    if kind != "byte" and invalid > 0.1 * n:
+    if invalid > 0.1 * n:
         return f"{invalid / n:.0%} of {path} is not UTF-8: convert it, or use data.vocab=byte"
     return None
 
