@@ -167,7 +167,7 @@ def compose(overrides: Sequence[str], config_dir: str | None = None, name: str =
                 schema = SearchPathQuery(provider="schema", path=None)
                 loader.config_search_path.prepend("command-line", f"file://{config_dir}", anchor=schema)
                 loader.repository.initialize_sources(loader.config_search_path)
-            composed = hydra_compose(name, overrides=[*overrides], return_hydra_config=True)
+            composed = hydra_compose(name, overrides=list(overrides), return_hydra_config=True)
             if name == "train":
                 _check_hydra(composed.hydra, len(overrides))
             return composed

@@ -71,7 +71,7 @@ def describe_strange_bytes(path: Path, kind: str) -> str | None:
         if kind != "byte":
             invalid += int(np.count_nonzero(block >= 0x80)) - int(find_multibyte_characters(block)[1].sum())
     if nul > 0.01 * n:
-        return f"{nul / n:.0%} of {path} are NUL bytes: convert UTF-16 to UTF-8, leave out what is not text"
+        return f"{nul / n:.0%} of {path} are NUL bytes: convert UTF-16 to UTF-8, and leave out binary files"
     if invalid > 0.1 * n:
         return f"{invalid / n:.0%} of {path} is not UTF-8: convert it, or use data.vocab=byte"
     return None

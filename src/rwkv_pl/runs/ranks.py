@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 ANSWERS_ENV = "RWKV_PL_ANSWERS"
 _answers: dict[str, str] = {}
 
-# The number of runs that this process has begun: the store keeps the answers of each.
+# The number of runs that this process has started: the store keeps the answers of each.
 _runs = 0
 
 # Seconds that a process waits for another process.

@@ -365,7 +365,7 @@ class LitRWKV(LightningModule):
         return int(n_steps) if math.isfinite(n_steps) else -1
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-        # A callback such as BaseFinetuning adds groups, and a subclass has an optimizer of its own.
+        # A callback such as BaseFinetuning adds groups, and a subclass can configure another optimizer.
         groups = [group for group in optimizer.param_groups if "lr_scale" in group]
         if self.trainer.lr_scheduler_configs or not groups:  # StochasticWeightAveraging and lr_find set the rates
             self.last_lr = optimizer.param_groups[0]["lr"]

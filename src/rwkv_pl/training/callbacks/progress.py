@@ -28,7 +28,7 @@ class ConsoleHandler(logging.Handler):
         console = rich.get_console()
         text = self.format(record)
         with contextlib.suppress(OSError):  # a closed terminal must not end the run
-            if console.is_jupyter:  # rich would make an output of its own of each line
+            if console.is_jupyter:  # rich would display each line as a separate output
                 print(text, flush=True)
             else:
                 text = text.encode(console.encoding, "replace").decode(console.encoding)
