@@ -16,7 +16,7 @@ from types import ModuleType
 import pytest
 import torch
 import yaml
-from benchmarks.__main__ import GPU_NAMES, NAMES
+from benchmarks.__main__ import OTHER_NAMES, NAMES
 from omegaconf import DictConfig, OmegaConf
 
 from rwkv_pl.cli import convert, doctor, generate, report
@@ -112,7 +112,7 @@ def test_documented_command_parses(words, mine, monkeypatch):
     elif name == "pip":
         check_pip(arguments)
     elif words[:3] == ("python", "-m", "benchmarks") and arguments[2:]:
-        assert arguments[2] in (*NAMES, *GPU_NAMES)
+        assert arguments[2] in (*NAMES, *OTHER_NAMES)
         check_arguments(importlib.import_module(f"benchmarks.{arguments[2]}"), arguments[3:], monkeypatch)
     elif words[:2] == ("python", "-m"):
         assert find_spec(arguments[1])
