@@ -58,7 +58,7 @@ def test_zig_is_advised_where_it_can_be_used(no_system_compiler, monkeypatch, ma
     advice = compiler_advice()
     # On Windows, zig was never tried.
     assert advice.startswith("run `pip install ziglang`, or ") == (is_known and system != "win32")
-    assert ("a wheel of `make wheels`" in advice) == (system == "win32")
+    assert advice.startswith("install a wheel of `make wheels`, or ") == (system == "win32")
 
 
 @needs_zig

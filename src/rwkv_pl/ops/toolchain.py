@@ -101,8 +101,7 @@ def compiler_advice() -> str:
     if os.environ.get("CXX"):
         return "set CXX to a compiler, or unset it"
     if sys.platform == "win32":
-        build_tools = "the Build Tools for Visual Studio with the C++ workload"
-        return f"install rwkv_pl from a wheel of `make wheels`, which contains the kernel, or install {build_tools}"
+        return "install a wheel of `make wheels`, or the Build Tools for Visual Studio with the C++ workload"
     return ("run `pip install ziglang`, or " if host_platform() else "") + _system_compiler_advice()
 
 
