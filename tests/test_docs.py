@@ -16,7 +16,7 @@ from types import ModuleType
 import pytest
 import torch
 import yaml
-from benchmarks.__main__ import OTHER_NAMES, NAMES
+from benchmarks.__main__ import NAMES, OTHER_NAMES
 from omegaconf import DictConfig, OmegaConf
 
 from rwkv_pl.cli import convert, doctor, generate, report
