@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from rwkv_pl.ops import prebuilt, toolchain
-from rwkv_pl.ops.toolchain import ZIG_TARGETS, compiler_advice, find_compiler, host_platform
+from rwkv_pl.ops import build, prebuilt, toolchain
+from rwkv_pl.ops.build import BuildError, load_cuda_library
+from rwkv_pl.ops.toolchain import ZIG_TARGETS, Compiler, compiler_advice, find_compiler, host_platform
 
 needs_zig = pytest.mark.skipif(toolchain.find_zig() is None, reason="needs the package ziglang")
 
@@ -46,13 +47,17 @@ def test_zig_is_used_only_without_another_compiler(no_system_compiler, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("machine", "is_known"), [("x86_64", True), ("AMD64", True), ("arm64", True), ("riscv64", False)]
-)
-def test_zig_is_advised_where_it_can_be_used(no_system_compiler, monkeypatch, machine, is_known):
+    ("machine", "libc", "is_known"),
+    [
+        ("x86_64", "glibc", True), ("x86_64", "", False), ("riscv64", "glibc", False), ("AMD64", "", True),
+        ("arm64", "", True),
+    ],
+)  # fmt: skip
+def test_zig_is_advised_where_it_can_be_used(no_system_compiler, monkeypatch, machine, libc, is_known):
     system = {"AMD64": "win32", "arm64": "darwin"}.get(machine, "linux")
     monkeypatch.setattr(toolchain.sys, "platform", system)
     monkeypatch.setattr(toolchain.platform, "machine", lambda: machine)
-    monkeypatch.setattr(toolchain.platform, "libc_ver", lambda: ("glibc", "2.36"))
+    monkeypatch.setattr(toolchain.platform, "libc_ver", lambda: (libc, ""))
     monkeypatch.setattr(toolchain.importlib.util, "find_spec", lambda _: None)
     assert (host_platform() is not None) == is_known and find_compiler() is None
     advice = compiler_advice()
@@ -73,6 +78,14 @@ def test_zig_alone_builds_a_correct_kernel(tmp_path):
     assert "tile must be 1 to 32, not 33" in done.stdout, "an error must not end the process"
     assert not list((tmp_path / "empty").iterdir()), "it wrote to the current folder"
     assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == ["kernels", "zig"]
+
+
+def test_cuda_kernel_needs_another_compiler_than_zig(monkeypatch):
+    monkeypatch.setattr(build.torch.version, "cuda", "13.0")
+    monkeypatch.setattr(build, "find_compiler", lambda: Compiler("zig c++", "/site/ziglang/zig", "zig 0.17.1"))
+    monkeypatch.setattr(toolchain, "host_platform", lambda: "manylinux_2_28_x86_64")
+    with pytest.raises(BuildError, match=r"nvcc does not work with zig, the only C\+\+ compiler here; (run|install) "):
+        load_cuda_library()
 
 
 def read_machine(library: bytes) -> tuple[str, int]:

@@ -34,6 +34,7 @@ from rwkv_pl.ops.toolchain import (
     find_compiler,
     find_nvcc,
     host_platform,
+    system_compiler_advice,
 )
 from rwkv_pl.ops.zig import build_with_zig, has_cpp_library
 
@@ -121,6 +122,8 @@ def load_cuda_library() -> None:
     if _load_prebuilt(prebuilt_name("wkv4_cuda", "all", CUDA_SOURCES)):
         return
     host, nvcc = _host_compiler(), find_nvcc(torch.version.cuda)
+    if host.is_zig:
+        raise BuildError(f"nvcc does not work with zig, the only C++ compiler here; {system_compiler_advice()}")
     problem = describe_nvcc_problem(nvcc, torch.version.cuda)
     if problem or nvcc is None:
         raise BuildError(problem)

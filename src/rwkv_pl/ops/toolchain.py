@@ -22,6 +22,7 @@ __all__ = [
     "find_nvcc",
     "find_zig",
     "host_platform",
+    "system_compiler_advice",
 ]
 
 # By a wheel's platform tag: the target for zig. glibc 2.28 and macOS 14 are the oldest that torch's wheels support.
@@ -102,10 +103,11 @@ def compiler_advice() -> str:
         return "set CXX to a compiler, or unset it"
     if sys.platform == "win32":
         return "install a wheel of `make wheels`, or the Build Tools for Visual Studio with the C++ workload"
-    return ("run `pip install ziglang`, or " if host_platform() else "") + _system_compiler_advice()
+    return ("run `pip install ziglang`, or " if host_platform() else "") + system_compiler_advice()
 
 
-def _system_compiler_advice() -> str:
+def system_compiler_advice() -> str:
+    """How to get the compiler that is usual on this system, in one clause; for Linux and macOS."""
     if sys.platform == "darwin":
         return "run `xcode-select --install`"
     try:
