@@ -25,6 +25,7 @@ from benchmarks.common import (
 )
 from benchmarks.generate import random_model
 from rwkv_pl.ops.backend import KernelError, load
+from rwkv_pl.ops.heap import tune_allocator
 from rwkv_pl.ops.linear import cast_linear_weights
 from rwkv_pl.ops.toolchain import find_compiler, find_zig
 
@@ -65,6 +66,7 @@ def make_calls() -> dict[str, Call]:
 def make_call(command: str, operator: str) -> Call:
     """The operator, from the kernel that this compiler builds."""
     os.environ["CXX"] = command
+    tune_allocator()  # else page faults of the results can take longer than the operator
     failure = load("cpu")
     if failure:
         raise KernelError(failure)
