@@ -40,6 +40,7 @@ from rwkv_pl.training.callbacks.progress import TrainingProgress, format_duratio
 from rwkv_pl.training.callbacks.pruning import PruneTrial
 from rwkv_pl.training.callbacks.sample_text import sample_tokens
 from rwkv_pl.training.callbacks.signals import StopOnSignal
+from rwkv_pl.training.curve import read_rows
 
 log = logging.getLogger("rwkv_pl")
 
@@ -64,6 +65,7 @@ def resume(stored: StoredRun, config: Train, entry: dict[str, Any], hydra_overri
             if ranks.is_first_process():
                 print(f"{folder} is finished, {message}")
             return
+        read_rows(folder / "metrics.csv", up_to=inputs.done_steps)  # raises UserError before anything is written
         inputs.remarks += [f"changed {key} = {value}" for key, value in entry["set"].items()]
         inputs.remarks += [f"changed {key} is removed" for key in entry["remove"]]
         # Hydra's part is composed anew, because a stored hydra.yaml could name any class for logging.
