@@ -436,7 +436,7 @@ def check_trainer(trainer: dict[str, Any], defaults: dict[str, Any]) -> None:
     check_one_of("trainer.accelerator", trainer["accelerator"], ACCELERATORS)
     if isinstance(trainer["deterministic"], str):
         check_one_of("trainer.deterministic, if neither true nor false,", trainer["deterministic"], ("warn",))
-    if re.match("ddp_(spawn|fork|notebook)", trainer["strategy"]):
+    if re.match("ddp_(spawn|fork|notebook)", trainer["strategy"].lower()):
         raise UserError(
             f"trainer.strategy={trainer['strategy']} is not supported, it copies this process: use ddp, which starts "
             "the command once per device"

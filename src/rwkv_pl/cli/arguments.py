@@ -118,7 +118,7 @@ def print_hydra_info(
     require_global_package(parse_overrides(overrides), config_dir)
     try:
         run_with_hydra(lambda _: None, argv, name)
-    except (HydraException, OmegaConfBaseException):
+    except (HydraException, OmegaConfBaseException, RecursionError):
         compose(overrides, config_dir, name)  # raises the error as one line
         raise
 
