@@ -209,6 +209,14 @@ def _check_hydra(hydra: DictConfig, n_overrides: int) -> None:
         raise UserError("hydra.overrides cannot be set, Hydra writes the typed settings there: leave it out")
 
 
+def absolute_config_dir(given: str | Path, name: str) -> str:
+    """Return the absolute path of the user's folder. name: of the argument. Raises UserError if it is not a folder."""
+    folder = Path(given).expanduser().absolute()
+    if not folder.is_dir():
+        raise UserError(f"{name}={folder} is not a folder: give the one with your own files")
+    return str(folder)
+
+
 def typed_config_dir(sources: Any) -> str | None:
     """Return the --config-dir among Hydra's `runtime.config_sources`."""
     files = (source for source in sources if source["schema"] == "file")
