@@ -441,6 +441,10 @@ def check_trainer(trainer: dict[str, Any], defaults: dict[str, Any]) -> None:
             f"trainer.strategy={trainer['strategy']} is not supported, it copies this process: use ddp, which starts "
             "the command once per device"
         )
+    if re.match("fsdp_|deepspeed", trainer["strategy"]):
+        raise UserError(
+            f"trainer.strategy={trainer['strategy']} is not supported: use trainer=fsdp, which divides the model"
+        )
     if trainer["precision"] == "16-true":
         raise UserError(
             "trainer.precision=16-true is not supported, small gradients underflow to 0 and the loss becomes NaN: use "

@@ -26,6 +26,7 @@ from rwkv_pl.runs.inputs import Inputs
 from rwkv_pl.targets import load_class
 from rwkv_pl.training.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
 from rwkv_pl.training.checkpoint_io import DurableCheckpointIO
+from rwkv_pl.training.sharded import ShardedStrategy
 
 # The metrics of a validation, which callbacks can monitor.
 MONITORED = ("val/bits_per_byte", "val/loss")
@@ -68,6 +69,8 @@ def build_trainer(inputs: Inputs, folder: Path, callbacks: list[Callback], logge
         arguments["profiler"] = PROFILERS[name](dirpath=folder, filename="profile")
     else:
         arguments["profiler"] = NoProfiler()
+    if arguments["strategy"] == "fsdp":
+        arguments["strategy"] = ShardedStrategy()
     try:
         return Trainer(
             **arguments,
@@ -173,7 +176,6 @@ def silence_lightning() -> None:
         ".*ended before the epoch ended and your dataloader is not resumable.*",
         ".*recommended to use .*sync_dist=True.*",
         ".*callbacks used to create the checkpoint need to be provided.*",
-        ".*WeightAveraging callback with a model that overrides.*",  # the model is built once, and not sharded
         ".*is supported for historical reasons.*",  # trainer.precision=16
         ".*AMP with fp16 is not supported on CPU.*",  # choose_matmul_precision refuses that
     ):

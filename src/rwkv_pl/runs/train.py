@@ -18,6 +18,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import MLFlowLogger
 from omegaconf import DictConfig, open_dict
+from torch import nn
 
 from rwkv_pl.compose import compose
 from rwkv_pl.config import Train
@@ -113,9 +114,10 @@ def run(inputs: Inputs, folder: Path, record: Record, resumed: bool = False) -> 
                 reason = one_line(error)[:200]
                 raise UserError(f"{inputs.resume_from} does not fit this run ({reason}): it is corrupt") from error
             raise to_run_error(error, folder, record.has_started) from error
-        if trainer.is_global_zero:
+        model = inputs.module.whole_model()
+        if model is not None and trainer.is_global_zero:
             try:
-                conclude(trainer, inputs, metrics, folder, time.perf_counter() - started)
+                conclude(trainer, model, inputs, metrics, folder, time.perf_counter() - started)
             except KeyboardInterrupt as error:
                 raise KeyboardInterrupt(STOPPED_AT_END) from error
 
@@ -130,11 +132,13 @@ def _describe_stop(record: Record) -> Iterator[None]:
         raise
 
 
-def conclude(trainer: Trainer, inputs: Inputs, metrics: MetricsRecorder, folder: Path, seconds: float) -> None:
+def conclude(
+    trainer: Trainer, model: nn.Module, inputs: Inputs, metrics: MetricsRecorder, folder: Path, seconds: float
+) -> None:
     """Print a sample of text, the score next to gzip's and the paths of the results; write result.json."""
     data, module = inputs.data, inputs.module
     try:
-        tokens = sample_tokens(module.model, [data.vocabulary.document_end], 400, inputs.config.seed)
+        tokens = sample_tokens(model, [data.vocabulary.document_end], 400, inputs.config.seed)
         written = data.vocabulary.decode(tokens)
         with atomic_write(folder / "sample.txt") as file:
             file.write(written)
