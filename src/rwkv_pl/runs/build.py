@@ -8,6 +8,7 @@ import re
 import subprocess
 import threading
 import warnings
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -71,8 +72,9 @@ def build_trainer(inputs: Inputs, folder: Path, callbacks: list[Callback], logge
         arguments["profiler"] = NoProfiler()
     if arguments["strategy"] == "fsdp":
         arguments["strategy"] = ShardedStrategy()
+    timeout = timedelta(seconds=arguments.pop("timeout"))
     try:
-        return Trainer(
+        trainer = Trainer(
             **arguments,
             callbacks=callbacks,
             logger=loggers,
@@ -80,6 +82,8 @@ def build_trainer(inputs: Inputs, folder: Path, callbacks: list[Callback], logge
             default_root_dir=folder,
             enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
         )
+        trainer.strategy._timeout = timeout  # type: ignore[attr-defined]  # strategies of one device do not read it
+        return trainer
     except Exception as error:
         message = one_line(error)
         # The first setting that the message names is the one that it is about.
