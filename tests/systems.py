@@ -1,0 +1,30 @@
+"""What some systems lack, above all Windows, and the tests that need it."""
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+WINDOWS = sys.platform == "win32"
+
+
+def _can_link() -> bool:
+    """Whether this user can create symbolic links. On Windows, that needs a privilege or the developer mode."""
+    with tempfile.TemporaryDirectory() as folder:
+        link = Path(folder) / "link"
+        try:
+            link.symlink_to("nowhere")
+        except OSError:
+            return False
+        return link.is_symlink()
+
+
+CAN_LINK = _can_link()
+HAS_PIPES = hasattr(os, "mkfifo")
+
+needs_links = pytest.mark.skipif(not CAN_LINK, reason="this user can't create symbolic links")
+needs_pipes = pytest.mark.skipif(not HAS_PIPES, reason="no named pipes")
+needs_signals = pytest.mark.skipif(WINDOWS, reason="Windows sends no signals to single processes")
+needs_scripts = pytest.mark.skipif(WINDOWS, reason="the fake program is a shell script")
