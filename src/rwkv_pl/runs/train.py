@@ -136,7 +136,7 @@ def conclude(trainer: Trainer, inputs: Inputs, metrics: MetricsRecorder, folder:
     try:
         tokens = sample_tokens(module.model, [data.vocabulary.document_end], 400, inputs.config.seed)
         written = data.vocabulary.decode(tokens)
-        with atomic_write(folder / "sample.txt") as file:
+        with atomic_write(folder / "sample.txt", keep=True) as file:
             file.write(written)
         if SWEEP_JOB_ENV not in os.environ:
             log.info(f"sample  (400 tokens, also in sample.txt)\n{_printable(written).rstrip()}\n")

@@ -62,7 +62,8 @@ def _verify(path: Path, weights: Weights) -> Weights:
         there = written.tensors[name]
         if there.dtype != value.dtype or not torch.equal(_view_bits(there), _view_bits(value)):
             raise RunError(f"{name} in {path} differs from the value that was written: the disk may be failing")
-    return written
+    # The same values, in memory: those that were read back keep the file open, so that Windows would not rename it.
+    return replace(written, tensors=weights.tensors)
 
 
 def _write_json(content: dict[str, Any], path: Path) -> None:

@@ -79,7 +79,7 @@ class BestCheckpoint(ModelCheckpoint):
             raise UserError(f"{path} is not a file, or is a broken link: move it away")
         if trainer.is_global_zero and (found := find_best(path.parent)) not in (None, path):
             # The run was killed before it wrote best.ckpt, or is from a version that did not write it.
-            with found.open("rb") as source, atomic_write(path) as file:
+            with found.open("rb") as source, atomic_write(path, keep=True) as file:
                 shutil.copyfileobj(source, file)
         trainer.strategy.barrier()
         if path.is_file():
