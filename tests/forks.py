@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from brief import shorten_run_end
 from command import Result
+from systems import WINDOWS
 
 CAN_FORK = "forkserver" in multiprocessing.get_all_start_methods()
 context = multiprocessing.get_context("forkserver" if CAN_FORK else "spawn")
@@ -67,12 +68,22 @@ class Strike:
         setattr(owner, name, struck)
 
 
+# Windows has no SIGKILL: os.kill ends a process there, with the number as its exit code. Ctrl-Break stands for SIGTERM.
+KILL = signal.SIGTERM if WINDOWS else signal.SIGKILL
+KILLED = KILL if WINDOWS else -KILL
+TERMINATION: signal.Signals = getattr(signal, "SIGBREAK", signal.SIGTERM)
+
+
 def kill() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+    os.kill(os.getpid(), KILL)
 
 
 def terminate() -> None:
-    os.kill(os.getpid(), signal.SIGTERM)
+    signal.raise_signal(TERMINATION)
+
+
+def interrupt() -> None:
+    signal.raise_signal(signal.SIGINT)
 
 
 def _command(

@@ -1,5 +1,6 @@
 """What some systems lack, above all Windows, and the tests that need it."""
 
+import ctypes
 import os
 import sys
 import tempfile
@@ -8,6 +9,8 @@ from pathlib import Path
 import pytest
 
 WINDOWS = sys.platform == "win32"
+# Windows' programs on another system.
+WINE = sys.platform == "win32" and hasattr(ctypes.windll.ntdll, "wine_get_version")
 
 
 def _can_link() -> bool:
