@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from command import SMALL, copy_run, make_run
-from systems import WINDOWS
+from systems import WINDOWS, replaces_mapped_files
 from test_train import load_checkpoint, read_column, read_metrics
 
 from rwkv_pl.errors import UserError
@@ -200,6 +200,7 @@ def test_unreadable_checkpoint_does_not_hide_the_latest_run(train, run_of_eight_
     assert result.err.count("\n") <= 1, result.err
 
 
+@replaces_mapped_files
 @pytest.mark.parametrize(
     ("change", "workers"),
     [

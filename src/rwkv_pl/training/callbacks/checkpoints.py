@@ -1,5 +1,6 @@
 """The callbacks that write best.ckpt and last.ckpt."""
 
+import copy
 import functools
 import logging
 import os
@@ -84,7 +85,8 @@ class BestCheckpoint(ModelCheckpoint):
         trainer.strategy.barrier()
         if path.is_file():
             try:
-                score = read_checkpoint(path)["callbacks"][self.state_key]["current_score"]
+                # A copy, since its tensor keeps the file open, and Windows would not replace it.
+                score = copy.deepcopy(read_checkpoint(path)["callbacks"][self.state_key]["current_score"])
             except (UserError, LookupError, TypeError):
                 log.warning(f"{path} is corrupt, or has another monitor: the next validation writes it again")
         self._best_score = score if isinstance(score, Tensor) and score.numel() == 1 else None
