@@ -8,7 +8,7 @@ import os
 
 import pytest
 from hypothesis import HealthCheck, settings
-from systems import WINDOWS, WINE
+from systems import WINDOWS, WINE, require_kernel
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -32,6 +32,16 @@ LONGEST = ("test_wheel.py", "test_benchmarks.py")
 def pytest_configure(config: pytest.Config) -> None:
     if WINDOWS:
         config.addinivalue_line("filterwarnings", WITHOUT_COMPILER)
+
+
+@pytest.fixture(scope="session")
+def compiled_kernel() -> None:
+    require_kernel()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if hasattr(item, "callspec") and item.callspec.params.get("kernel") == "compiled":
+        require_kernel()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

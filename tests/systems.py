@@ -24,6 +24,14 @@ def _can_link() -> bool:
         return link.is_symlink()
 
 
+def require_kernel() -> None:
+    """Skip a test of the compiled kernel on Windows without a C++ compiler. All other machines have to build it."""
+    from rwkv_pl.ops.backend import load
+
+    if WINDOWS and (reason := load("cpu")):
+        pytest.skip(reason)
+
+
 CAN_LINK = _can_link()
 HAS_PIPES = hasattr(os, "mkfifo")
 

@@ -4,17 +4,17 @@ import errno
 import io
 import mmap
 import os
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from systems import WINDOWS
 
 from rwkv_pl import files
 from rwkv_pl.files import atomic_write, delete_with_retry, describe_os_error, newest, replace_with_retry, settle
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.skipif(WINDOWS or not Path("/dev/full").exists(), reason="no /dev/full")
 def test_full_disk_error_of_torch_is_reported_by_its_cause(tmp_path, monkeypatch):
     """torch.save raises its own RuntimeError instead of OSError; /dev/full refuses every write."""
     monkeypatch.setattr(files._ErrorRecorder, "__init__", lambda self, *_: io.FileIO.__init__(self, "/dev/full", "wb"))
@@ -163,7 +163,7 @@ def test_open_file_that_cannot_be_deleted_is_reported(tmp_path, held, caplog):
     assert not path.exists()
 
 
-@pytest.mark.skipif(sys.platform != "win32", reason="elsewhere, a mapped file can be replaced")
+@pytest.mark.skipif(not WINDOWS, reason="elsewhere, a mapped file can be replaced")
 def test_mapped_file_is_replaced_when_it_is_closed(tmp_path):
     path = tmp_path / "last.ckpt"
     write(path, b"old")
