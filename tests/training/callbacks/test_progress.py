@@ -3,10 +3,8 @@
 import contextlib
 import io
 import logging
-import os
 import re
 import signal
-import sys
 
 import pytest
 import rich
@@ -65,10 +63,9 @@ class Interrupt(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, *_: object) -> None:
         if trainer.global_step == 2:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT to one process")
 def test_message_of_ctrl_c_is_below_the_bar(tmp_path, monkeypatch):
     shown = remove_escapes(run_training(tmp_path, monkeypatch, True, StopOnSignal(), Interrupt()))
     bar, _, after = shown.partition("stopped by SIGINT after step 3")
