@@ -5,12 +5,14 @@ import socket
 import subprocess
 import sys
 import time
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import forks
 import pytest
 from command import SMALL, TEXT, Result
 from forks import KILLED, Strike, kill
+from lightning.fabric.strategies.launchers.subprocess_script import _basic_subprocess_cmd
 
 from rwkv_pl.errors import UserError
 from rwkv_pl.runs import ranks
@@ -214,6 +216,13 @@ def test_lightning_child_processes_use_the_decisions_of_their_parent(monkeypatch
         assert ranks.decide_on_first_rank("speed", lambda: "0.9") == "2.5"
         monkeypatch.delenv("LOCAL_RANK")
     assert not ranks.launched_by_lightning() and ranks.ANSWERS_ENV not in os.environ
+
+
+def test_lightning_starts_the_module_if_the_command_is_an_archive(monkeypatch):
+    """As rwkv-train.exe is on Windows."""
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", ModuleSpec("__main__", None))
+    with ranks.share_answers():
+        assert _basic_subprocess_cmd()[:3] == [sys.executable, "-m", "rwkv_pl.cli.train"]
 
 
 @pytest.fixture

@@ -315,7 +315,7 @@ def test_training_on_a_folder_with_validation_on_jsonl(train, tmp_path, monkeypa
     text = (tmp_path / "corpus.txt").read_text()
     home = tmp_path / "home"
     (home / "books" / "old").mkdir(parents=True)
-    (home / "books" / "a.txt").write_text(text)
+    (home / "books" / "a.txt").write_text(text, newline="\n")
     (home / "books" / "old" / "b.txt.gz").write_bytes(gzip.compress(text[::-1].encode()))
     (home / "rows.jsonl").write_text(json.dumps({"body": text[:3000]}) + "\n" + json.dumps({"body": text[3000:6000]}))
     settings = ("data.path=books", "data.val_path=rows.jsonl", "data.field=body")
