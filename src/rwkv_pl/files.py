@@ -32,12 +32,14 @@ PAUSES = (0.05, 0.25, 0.7, 1.0, 1.0, 1.0)
 # Files that stayed open during all attempts: the next save does not wait that long again.
 _open_elsewhere: set[Path] = set()
 
+IN_USE = "another program has it open: close that program, then try again"
+
 # What the system says in other words, or in the user's language.
 WINDOWS_REASONS = {
-    32: "another program has it open: close that program, then try again",
-    33: "another program has locked it: close that program, then try again",
+    32: IN_USE,
+    33: IN_USE,
     123: "Windows allows no such name",
-    1224: "another program has it open: close that program, then try again",
+    1224: IN_USE,
 }
 
 
@@ -157,7 +159,10 @@ def _retry(change: Callable[[], Any], path: Path) -> None:
             time.sleep(seconds)
     else:
         _open_elsewhere.add(path)
-        change()
+        try:
+            change()
+        except PermissionError as error:  # Windows says that access is denied, as for a folder of somebody else
+            raise PermissionError(error.errno, IN_USE if os.name == "nt" else error.strerror, str(path)) from error
     _open_elsewhere.discard(path)
 
 
