@@ -24,6 +24,7 @@ from forks import KILL, Strike
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.utils import create_config_search_path
 from hydra.types import RunMode
+from journal import open_journal
 from omegaconf import OmegaConf
 from systems import WINDOWS, needs_signals
 
@@ -201,9 +202,8 @@ def test_study_continues_after_a_stop(folder):
     assert {row["status"] for row in rows.values()} <= {"finished", "pruned"}
 
     import optuna
-    from optuna.storages.journal import JournalFileBackend
 
-    storage = optuna.storages.JournalStorage(JournalFileBackend(str(folder / "sweep" / "study.journal")))
+    storage = open_journal(folder / "sweep" / "study.journal")
     trials = optuna.load_study(study_name=None, storage=storage).get_trials()
     assert [trial.state.name for trial in trials if trial.state.name not in ("COMPLETE", "PRUNED")] == []
     for trial in trials:
@@ -318,11 +318,10 @@ def test_study_survives_a_killed_sweeper_and_a_partial_journal_line(folder):
 def test_bad_trial_is_pruned(train, tmp_path, monkeypatch):
     """After three good trials, a bad one ends at its first validation; resuming reports that it was pruned."""
     import optuna
-    from optuna.storages.journal import JournalFileBackend
 
     sweep = tmp_path / "sweep"
     (sweep / "3").mkdir(parents=True)
-    storage = optuna.storages.JournalStorage(JournalFileBackend(str(sweep / "study.journal")))
+    storage = open_journal(sweep / "study.journal")
     study = optuna.create_study(study_name="sweep", storage=storage)
     for bits in (1.0, 1.1, 1.2):
         trial = study.ask()

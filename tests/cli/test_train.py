@@ -474,6 +474,7 @@ def test_help_and_config_import_no_torch(arguments, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.usefixtures("compiled_kernel")  # the scan needs more memory
 def test_auto_micro_batch_is_chosen_once_and_kept(train, tmp_path, monkeypatch):
     """auto uses as many micro-batches as memory requires; a resume uses the same number for any free memory."""
 

@@ -15,6 +15,7 @@ import torch
 import yaml
 from command import SMALL, TEXT
 from forked_jobs import FORK_THE_JOBS
+from journal import open_journal
 from systems import needs_links, needs_pipes, needs_scripts
 
 from rwkv_pl.compose import parse_overrides
@@ -74,7 +75,8 @@ def test_jobs_and_their_child_processes_import_nothing_from_the_start_folder(hos
     """Relative and empty entries of PYTHONPATH still mean the folder of the command, not that of its jobs."""
     sweep = write_sweep(tmp_path / "sweep", hostile, ["trainer=ddp", "trainer.devices=2"] if devices == 2 else [])
     (tmp_path / "mine").mkdir()
-    done = resume_sweep(sweep, PYTHONPATH=os.pathsep.join(("mine", "")))
+    before = os.environ["PYTHONPATH"].split(os.pathsep) if "PYTHONPATH" in os.environ else []
+    done = resume_sweep(sweep, PYTHONPATH=os.pathsep.join(("mine", "", *before)))
     assert done.returncode == 0, done.stdout + done.stderr
     # A job with two devices starts a child process.
     assert [path.name for path in sweep.iterdir() if path.is_dir()] == ["0"]
@@ -167,11 +169,10 @@ def test_resumed_sweep_needs_its_config_dir_typed_again(train, tmp_path, evil):
 
 def test_study_journal_can_only_set_searched_settings(train, tmp_path, evil):
     import optuna
-    from optuna.storages.journal import JournalFileBackend
 
     own = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=2"]
     sweep = write_sweep(tmp_path / "sweep", tmp_path, ["optim.lr=interval(1e-4,1e-2)"], own)
-    storage = optuna.storages.JournalStorage(JournalFileBackend(str(sweep / "study.journal")))
+    storage = open_journal(sweep / "study.journal")
     study = optuna.create_study(study_name="sweep", storage=storage)
     study.ask(
         {"experiment": optuna.distributions.CategoricalDistribution([relative_path_to(evil / "experiment" / "evil")])}
@@ -427,7 +428,7 @@ def test_stored_run_downloads_only_from_and_to_typed_places(train, evaluate, tmp
     path = tmp_path / "run" / ".hydra" / "config.yaml"
     stored = yaml.safe_load(path.read_text())
     elsewhere = tmp_path / "elsewhere"
-    stored["data"] |= {"name": "enwik8", "path": str(elsewhere), "url": "http://127.0.0.1:1/${oc.env:HOME}"}
+    stored["data"] |= {"name": "enwik8", "path": str(elsewhere), "url": "http://127.0.0.1:1/${oc.env:PATH}"}
     path.write_text(yaml.safe_dump(stored))
     for result in (train("resume=run", "trainer.max_steps=9"), evaluate("weights=run")):
         assert (result.code, result.err.count("\n")) == (2, 1), result.err

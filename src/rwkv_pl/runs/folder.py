@@ -62,7 +62,8 @@ def run_folder(wanted: Path, typed: bool) -> Iterator[Path]:
     If the start fails before its training, its files are removed. typed: see `create_run_dir`.
     """
     before: set[str] | None = None  # the names in a folder that existed before
-    with remove_on_failure(wanted.parent), ExitStack() as locks:
+    # On Windows, the folder can be removed only when its lock is released.
+    with remove_on_failure(wanted), ExitStack() as locks:
 
         def take() -> str:
             nonlocal before
