@@ -17,7 +17,7 @@ import torch
 from command import SMALL, TEXT, Result
 from forks import KILL, KILLED, TERMINATION, Strike, interrupt, kill, terminate
 from quick_compiler import quick_compiler
-from systems import CAN_LINK, WINDOWS, needs_links, needs_pipes, needs_scripts, needs_signals
+from systems import CAN_LINK, WINDOWS, needs_gloo, needs_links, needs_pipes, needs_scripts, needs_signals
 from test_ranks import free_port, start_rank
 
 from rwkv_pl.files import cache_folder
@@ -347,6 +347,7 @@ def uninterrupted_two_ranks(tmp_path_factory) -> Path:
     return folder / "run"
 
 
+@needs_gloo
 @pytest.mark.parametrize("signalled_rank", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_two_ranks_stop_at_one_step_and_resume_to_the_same_bits(folder, uninterrupted_two_ranks, signalled_rank):
     """A signal to one rank ends both after the same step."""
@@ -402,6 +403,7 @@ def test_two_lightning_processes_stop_at_one_step(tmp_path):
         assert_same_run(run, tmp_path / "whole")
 
 
+@needs_gloo
 def test_resume_on_more_devices_reads_the_same_batches(folder):
     """The run stops after a few steps on one device and resumes on two, with another accumulation."""
     one = (*DDP, "trainer.devices=1", "trainer.strategy=auto", "trainer.accumulate_grad_batches=2", "model.dropout=0.0",

@@ -13,6 +13,7 @@ import pytest
 from command import SMALL, TEXT, Result
 from forks import KILLED, Strike, kill
 from lightning.fabric.strategies.launchers.subprocess_script import _basic_subprocess_cmd
+from systems import needs_gloo
 
 from rwkv_pl.errors import UserError
 from rwkv_pl.runs import ranks
@@ -88,6 +89,7 @@ def read_content(folder: Path) -> dict[str, bytes]:
     }
 
 
+@needs_gloo
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_two_ranks_share_one_folder_and_a_second_start_is_refused(folder, scheduler):
     run = folder / "run"
@@ -103,6 +105,7 @@ def test_two_ranks_share_one_folder_and_a_second_start_is_refused(folder, schedu
     assert read_content(run) == before
 
 
+@needs_gloo
 def test_ranks_use_the_dated_folder_of_rank_0(folder):
     """Rank 1 starts seconds later, so its own dated name would differ."""
     port = free_port()
@@ -115,6 +118,7 @@ def test_ranks_use_the_dated_folder_of_rank_0(folder):
     assert not (folder / "rank 1" / "outputs").exists()
 
 
+@needs_gloo
 def test_resume_of_a_run_in_use_is_refused_on_all_ranks(folder):
     from rwkv_pl.runs.folder import locked
 
@@ -132,6 +136,7 @@ def test_resume_of_a_run_in_use_is_refused_on_all_ranks(folder):
     assert (run / "metrics.csv").read_text().splitlines()[-1].startswith("6,")
 
 
+@needs_gloo
 def test_resume_latest_uses_the_choice_of_rank_0(folder):
     """Rank 0 already uses the run when rank 1 looks, so rank 1 would choose another run, or none."""
     assert forks.run(folder, *SMALL).code == 0

@@ -22,6 +22,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from systems import needs_gloo
 
 import rwkv_pl
 from rwkv_pl.errors import RunError, StoppedBySignal, UserError
@@ -482,6 +483,7 @@ sys.exit(None if before == after else f"{{before}} became {{after}}")
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@needs_gloo
 def test_script_under_torchrun_trains_twice_on_two_ranks(folder):
     settings = [text.replace("corpus.txt", str(folder / "corpus.txt")) for text in TINY]
     code = f"""
