@@ -315,6 +315,15 @@ def test_study_survives_a_killed_sweeper_and_a_partial_journal_line(folder):
     assert read_table(folder)["1"]["optim.lr"] == tried
 
 
+@pytest.mark.skipif(not WINDOWS, reason="elsewhere they continue, and resuming waits for them")
+def test_jobs_of_a_killed_sweep_end_with_it(folder):
+    sweep = start(folder, *QUICK, "trainer.max_steps=100000", "seed=1,2", "hydra.launcher.jobs=2")
+    wait_for(lambda: job_has_started(folder / "sweep" / "0"))
+    jobs = psutil.Process(sweep.process.pid).children(recursive=True)
+    sweep.process.kill()
+    assert jobs and not psutil.wait_procs(jobs, timeout=60)[1]
+
+
 def test_bad_trial_is_pruned(train, tmp_path, monkeypatch):
     """After three good trials, a bad one ends at its first validation; resuming reports that it was pruned."""
     import optuna
