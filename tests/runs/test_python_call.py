@@ -1,6 +1,7 @@
 """rwkv_pl.train: the command's run in this process, which is afterwards as before."""
 
 import asyncio
+import json
 import logging
 import os
 import random
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import forks
 import numpy as np
+import psutil
 import pytest
 import torch
 from brief import shorten_run_end
@@ -108,6 +110,8 @@ def test_resume_by_name_and_latest(folder, monkeypatch):
     call_in_training_step(monkeypatch, 2, interrupt)
     with pytest.raises(KeyboardInterrupt):
         rwkv_pl.train(*TINY)
+    # Windows would not replace an open file.
+    assert not [file.path for file in psutil.Process().open_files() if file.path.endswith("metrics.csv")]
     run = rwkv_pl.train("resume=latest")
     assert run.folder.is_relative_to(folder / "outputs") and run.metrics["step"][-1] == 3
     again = rwkv_pl.train(f"resume={run.folder}", "trainer.max_steps=4")
@@ -236,7 +240,8 @@ def test_failed_run_raises_run_error_with_the_call_that_resumes_it(folder, monke
     call_in_training_step(monkeypatch, 3, fail)
     with pytest.raises(RunError, match="ValueError: a fault") as caught:
         rwkv_pl.train(*TINY, "callbacks.last.every_n_train_steps=2", "hydra.run.dir=run")
-    assert f'at step 2; to resume: rwkv_pl.train("resume={folder / "run"}")' in str(caught.value)
+    resume = json.dumps(f"resume={folder / 'run'}")
+    assert f"at step 2; to resume: rwkv_pl.train({resume})" in str(caught.value)
     streams = capfd.readouterr()
     assert "Traceback" not in streams.out + streams.err
     assert "a fault" in (folder / "run" / "train.log").read_text()
