@@ -1,4 +1,4 @@
-"""The commands keep no checkpoint open while they work: Windows would not replace it, and its run may be training."""
+"""The commands keep no checkpoint or state open while they work: Windows would not replace it."""
 
 import psutil
 import pytest
@@ -21,7 +21,7 @@ def mapped(monkeypatch) -> list[str]:
 
         def watched(*arguments, **options):
             paths = {each.path for each in psutil.Process().memory_maps()}
-            found.extend(["-", *(path for path in paths if path.endswith(".ckpt"))])
+            found.extend(["-", *(path for path in paths if path.endswith((".ckpt", "memory")))])
             return original(*arguments, **options)
 
         monkeypatch.setattr(owner, name, watched)
@@ -32,12 +32,16 @@ def mapped(monkeypatch) -> list[str]:
     return found
 
 
-def test_no_checkpoint_is_open_during_the_work(train, evaluate, command, run, mapped):
+def test_no_checkpoint_or_state_is_open_during_the_work(train, evaluate, command, run, mapped):
     results = [
-        command(generate.main, "rwkv-generate", "run", "--max-tokens", "2"),
+        command(generate.main, "rwkv-generate", "run", "--max-tokens", "2", "--state-out", "memory"),
+        command(
+            *(generate.main, "rwkv-generate", "run", "--max-tokens", "2"),
+            *("--state-in", "memory", "--state-out", "memory"),
+        ),
         evaluate("weights=run", "protocol=carried"),
         train("resume=run", "trainer.max_steps=5"),
         train(*SMALL, "weights=run", "trainer.max_steps=1", "hydra.run.dir=other"),
     ]
-    assert [result.code for result in results] == [0, 0, 0, 0], [result.err for result in results]
-    assert mapped == ["-"] * 4
+    assert [result.code for result in results] == [0, 0, 0, 0, 0], [result.err for result in results]
+    assert mapped == ["-"] * 5

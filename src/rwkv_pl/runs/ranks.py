@@ -268,6 +268,7 @@ def _connect_store(group: Group) -> "Store":
             timeout=timedelta(seconds=TIMEOUT),
             wait_for_workers=False,
             multi_tenant=True,
+            use_libuv=sys.platform != "win32",  # torch for Windows is built without it
         )
     except RuntimeError as error:
         where, reason = f"{group.address}:{group.port}", str(error).splitlines()[0]
