@@ -40,7 +40,7 @@ def compiled_kernel() -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if hasattr(item, "callspec") and item.callspec.params.get("kernel") == "compiled":
+    if hasattr(item, "callspec") and item.callspec.params.get("kernel") in ("auto", "compiled"):
         require_kernel()
 
 

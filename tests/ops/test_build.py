@@ -188,6 +188,7 @@ def test_compiler_variable_with_arguments(compiler, tmp_path, command):
     assert "WARNING" not in said and "building" in said
 
 
+@pytest.mark.skipif(WINDOWS, reason="nvcc has no host compiler of this kind")
 @pytest.mark.parametrize("command", ["env g++ -DX", "g++"])
 def test_nvcc_gets_the_host_compiler_as_one_program(monkeypatch, tmp_path, command):
     monkeypatch.setenv("CXX", command)
@@ -202,6 +203,7 @@ def test_nvcc_gets_the_host_compiler_as_one_program(monkeypatch, tmp_path, comma
     assert "g++" in subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout
 
 
+@pytest.mark.usefixtures("compiled_kernel")
 def test_unusable_cache_folder_falls_back_to_the_scan(tmp_path):
     (tmp_path / "file").touch()
     said = finish(start(AUTO, tmp_path / "file"))
