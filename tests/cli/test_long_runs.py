@@ -248,7 +248,7 @@ def test_second_start_in_a_run_folder_is_refused(train, tmp_path):
     run = tmp_path / "run"
     end = time.monotonic() + 600
     while not (run / "metrics.csv").exists() or len((run / "metrics.csv").read_text().splitlines()) < 2:
-        assert time.monotonic() < end
+        assert time.monotonic() < end and process.is_alive()
         time.sleep(0.05)
     before = (run / ".hydra" / "config.yaml").read_bytes()
     for arguments in (("resume=run",), ("resume=run", "optim.lr=1e-4")):
