@@ -49,7 +49,7 @@ def read_rows(path: Path, up_to: int) -> list[dict[str, float]]:
             raise ValueError("no column step")
         if not all(math.isfinite(row.get("step", math.nan)) for row in rows):
             raise ValueError("a row without a step")
-        if strange := {name for row in rows for name in row} - set(COLUMNS):
+        if strange := set(reader.fieldnames or ()) - set(COLUMNS):
             raise ValueError(f"an unknown column {min(map(str, strange))}")
         if not all(math.isfinite(row.get("tokens", math.nan)) for row in rows):
             raise ValueError("a row without tokens")
