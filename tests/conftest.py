@@ -8,10 +8,18 @@ import os
 
 import pytest
 from hypothesis import HealthCheck, settings
+from systems import WINDOWS, WINE, require_kernel
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+# Windows often has no C++ compiler. This warning would be in the stderr that tests read, of this and other processes.
+WITHOUT_COMPILER = "ignore:wkv4 runs in plain torch"
+if WINDOWS:
+    os.environ.setdefault("PYTHONWARNINGS", WITHOUT_COMPILER)
+if WINE:
+    os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")  # wine does not enable AMX
 
 # On a busy machine one example can take a second.
 settings.register_profile("any speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -19,6 +27,21 @@ settings.load_profile("any speed")
 
 # These take a minute each and start first; if one started last, the other worker would wait for it.
 LONGEST = ("test_wheel.py", "test_benchmarks.py")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if WINDOWS:
+        config.addinivalue_line("filterwarnings", WITHOUT_COMPILER)
+
+
+@pytest.fixture(scope="session")
+def compiled_kernel() -> None:
+    require_kernel()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if hasattr(item, "callspec") and item.callspec.params.get("kernel") in ("auto", "compiled"):
+        require_kernel()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[1] / "src"
-LEAVES = {"errors", "files", "checks", "config", "limits", "terminal", "environment"}
+LEAVES = {"errors", "files", "checks", "config", "limits", "terminal", "environment", "windows"}
 MAY_IMPORT = {
     **{leaf: {"errors", "checks"} for leaf in LEAVES},
     "targets": set(),

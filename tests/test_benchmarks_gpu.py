@@ -14,6 +14,9 @@ import torch
 from benchmarks import gpu
 from benchmarks.gpu import Row, Run, ratios_to_transformers, run_measurement
 from benchmarks.gpu_runs import Blocks, Finding, Scale, Unavailable
+from systems import WINDOWS
+
+pytestmark = pytest.mark.skipif(WINDOWS, reason="the benchmark kills groups of processes, as POSIX has them")
 
 ROOT = Path(__file__).parents[1]
 TINY = Scale("cpu", tiny=True, rounds=1)

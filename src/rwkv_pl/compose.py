@@ -237,7 +237,7 @@ class UserFilesFirst(ConfigRepository):
         sources, is_main = self.sources, config_path in ("train", "eval")
         found = [source for source in sources if source.is_config(config_path)]
         if found and found[0].provider in USER_PROVIDERS and found[-1].provider not in USER_PROVIDERS:
-            file = f"{found[0].path}/{config_path.removesuffix('.yaml')}.yaml"
+            file = Path(found[0].path, f"{config_path.removesuffix('.yaml')}.yaml")
             _print_once(
                 f"{file} is not read: write its settings into an experiment"
                 if is_main

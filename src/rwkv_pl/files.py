@@ -5,10 +5,11 @@ import errno
 import hashlib
 import io
 import json
+import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,6 +20,28 @@ from rwkv_pl.errors import UserError
 PARTIAL_SUFFIX = ".partial"
 """Suffix of a file that is being written. A killed process may leave one, which nobody reads."""
 
+NEW_SUFFIX = ".new"
+"""Suffix of a complete file that waits for its name, because another program has the earlier file open."""
+
+log = logging.getLogger("rwkv_pl")
+
+# On Windows, a file that another program has open cannot be replaced or deleted. Virus scanners and sync folders close
+# it soon: the seconds between the attempts.
+PAUSES = (0.05, 0.25, 0.7, 1.0, 1.0, 1.0)
+
+# Files that stayed open during all attempts: the next save does not wait that long again.
+_open_elsewhere: set[Path] = set()
+
+IN_USE = "another program has it open: close that program, then try again"
+
+# What the system says in other words, or in the user's language.
+WINDOWS_REASONS = {
+    32: IN_USE,
+    33: IN_USE,
+    123: "Windows allows no such name",
+    1224: IN_USE,
+}
+
 
 def cache_folder() -> Path:
     """Return the folder for derived files: $RWKV_PL_CACHE, else the user's cache folder."""
@@ -26,8 +49,11 @@ def cache_folder() -> Path:
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path) -> Iterator[IO[bytes]]:
+def atomic_write(path: Path, keep: bool = False) -> Iterator[IO[bytes]]:
     """Open a file that gets its name only when it is complete and on the disk. A failure leaves nothing behind.
+
+    keep: if another program has the earlier file open, warn and keep the new one as `path`.new, where `newest` finds
+    it. The next write or `settle` gives it its name.
 
     For one writer at a time: hold a lock on the name. Raises OSError with the path, even if the writer raised another
     error for it.
@@ -41,7 +67,7 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        replace_with_retry(partial, path)
+        _give_name(partial, path, keep)
         _fsync_folder(path.parent)
     except Exception as error:
         failure = raw.failure if raw else None
@@ -49,7 +75,7 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
             failure = error
         if failure is None:
             raise
-        raise OSError(failure.errno, failure.strerror, str(path)) from error
+        raise _with_filename(failure, path) from error
     finally:
         with contextlib.suppress(OSError):  # on a disk that can't be written, the file was not created either
             partial.unlink(missing_ok=True)
@@ -89,10 +115,10 @@ def atomic_write_folder(folder: Path) -> Iterator[Path]:
         _fsync_folder(partial)
         if folder.exists():
             folder.rmdir()  # Windows can't rename onto a folder; rmdir fails if it is not empty
-        partial.rename(folder)
+        _retry(lambda: partial.rename(folder), folder)
         _fsync_folder(folder.parent)
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(folder)) from error
+        raise _with_filename(error, folder) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -111,14 +137,71 @@ class _ErrorRecorder(io.FileIO):
 
 
 def replace_with_retry(source: Path, target: Path) -> None:
-    """os.replace with retries for two seconds: Windows refuses it while another process has `target` open."""
-    for seconds in (0.05, 0.25, 0.7, 1.0):
+    """os.replace with retries. Raises PermissionError if another program has one of the files open all the time."""
+    _retry(lambda: source.replace(target), target)
+
+
+def delete_with_retry(path: Path) -> None:
+    """Delete a file, if it exists. If another program has it open all the time, warn and leave it."""
+    try:
+        _retry(lambda: path.unlink(missing_ok=True), path)
+    except PermissionError as error:
+        log.warning(f"not deleted: {describe_os_error(_with_filename(error, path))}")
+
+
+def _retry(change: Callable[[], Any], path: Path) -> None:
+    pauses = PAUSES[:2] if path in _open_elsewhere else PAUSES
+    for seconds in pauses:
         try:
-            source.replace(target)
-            return
+            change()
+            break
         except PermissionError:
             time.sleep(seconds)
-    source.replace(target)
+    else:
+        _open_elsewhere.add(path)
+        try:
+            change()
+        except PermissionError as error:  # Windows says that access is denied, as for a folder of somebody else
+            raise PermissionError(error.errno, IN_USE if os.name == "nt" else error.strerror, str(path)) from error
+    _open_elsewhere.discard(path)
+
+
+def _give_name(partial: Path, path: Path, keep: bool) -> None:
+    new, is_reported = _new_file(path), path in _open_elsewhere
+    try:
+        replace_with_retry(partial, path)
+    except PermissionError:
+        if not keep or not path.is_file():
+            raise
+        replace_with_retry(partial, new)
+        if not is_reported:
+            log.warning(f"{path} is open in another program: until the next save, the new file is {new.name}")
+    else:
+        with contextlib.suppress(OSError):
+            new.unlink(missing_ok=True)
+
+
+def newest(path: Path) -> Path:
+    """Return the file with the newest content of `path`: `path`, or the file that waits for its name."""
+    new = _new_file(path)
+    if not new.is_file() or (path.exists() and path.stat().st_mtime_ns > new.stat().st_mtime_ns):
+        return path
+    return new
+
+
+def settle(path: Path) -> None:
+    """Give the file that waits for the name `path` this name, unless the earlier file is still open."""
+    new = _new_file(path)
+    if os.path.lexists(new):
+        with contextlib.suppress(PermissionError):
+            if newest(path) == new:
+                replace_with_retry(new, path)
+            else:
+                new.unlink()
+
+
+def _new_file(path: Path) -> Path:
+    return path.with_name(path.name + NEW_SUFFIX)
 
 
 def describe_os_error(error: OSError) -> str:
@@ -126,7 +209,14 @@ def describe_os_error(error: OSError) -> str:
     where = f": {error.filename}" if error.filename else ""
     if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
         return f"disk full{where} was not written" if where else "disk full"
-    return f"{error.strerror or error}{where}"
+    reason = WINDOWS_REASONS.get(getattr(error, "winerror", None) or 0)
+    return f"{reason or error.strerror or error}{where}"
+
+
+def _with_filename(error: OSError, path: str | Path) -> OSError:
+    """The same error with a path."""
+    number = getattr(error, "winerror", None)
+    return OSError(error.errno, error.strerror, str(path), *([number] if number else []))
 
 
 @contextlib.contextmanager
@@ -135,7 +225,7 @@ def with_path(where: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OSError(error.errno, error.strerror, error.filename or str(where)) from error
+        raise _with_filename(error, error.filename or where) from error
 
 
 def _fsync_folder(folder: Path) -> None:
@@ -145,6 +235,14 @@ def _fsync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder and its parents. Raises NotADirectoryError if one of them is a file, on every system."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), error.filename) from error
 
 
 @contextlib.contextmanager
@@ -194,7 +292,7 @@ def require_own_files(folder: Path) -> None:
 def as_user_error(folder: Path, fix: str = "") -> Iterator[None]:
     """Make the folder, and turn an OSError inside the block into a UserError, with the fix."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         yield
     except OSError as error:
         if folder.is_relative_to(cache_folder()):

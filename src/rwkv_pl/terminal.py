@@ -90,7 +90,8 @@ def resume_command(folder: Path, *flags: str) -> str:
         program = "rwkv-train"
     words = (program, *flags, _resume_override(folder), *_plugins(sys.argv[1:]))
     if os.name == "nt":
-        return " ".join(f'"{word}"' if " " in word else word for word in words)
+        # For PowerShell and cmd: both take double quotes. PowerShell splits at a comma, and removes single quotes.
+        return " ".join(word if re.fullmatch(r"[\w./:\\=-]+", word) else f'"{word}"' for word in words)
     return shlex.join(words)
 
 

@@ -88,8 +88,9 @@ def test_run_on_megatron_files_resumes_after_they_are_moved(train, tokenizer, me
     ours, theirs = load_weights_of(tmp_path / "run"), load_weights_of(tmp_path / "uninterrupted")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     content = (tmp_path / "elsewhere.bin").read_bytes()
-    (tmp_path / "elsewhere.bin").write_bytes(content[2:] + content[:2])
-    result = train("resume=run", "trainer.max_steps=8")
+    (tmp_path / "changed.bin").write_bytes(content[2:] + content[:2])
+    shutil.copy(tmp_path / "elsewhere.idx", tmp_path / "changed.idx")
+    result = train("resume=run", "trainer.max_steps=8", "data.path=changed")
     assert (result.code, result.err.count("\n")) == (2, 1)
     assert "is not the text that" in result.err
 

@@ -1,17 +1,16 @@
 """rwkv-doctor: its checks, its advice and its verdict."""
 
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import forks
-import pytest
 import torch
 from command import Result
 from filelock import FileLock
 from forks import Strike
 from rich.console import Console
+from systems import needs_links, needs_scripts
 
 from rwkv_pl.cli import doctor
 from rwkv_pl.files import cache_folder
@@ -25,6 +24,7 @@ def run(cache: Path, strikes: Sequence[Strike] = (), **environment: str) -> Resu
     return forks.run(cache.parent, main="rwkv_pl.cli.doctor", strikes=strikes, **environment)
 
 
+@needs_links
 def test_working_machine(tmp_path):
     # In a folder with a space and a non-ASCII letter; test_build.py has built it.
     assert load("cpu") == ""
@@ -38,7 +38,7 @@ def test_working_machine(tmp_path):
     assert "Traceback" not in result.err
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="the fake program is a shell script")
+@needs_scripts
 def test_broken_compiler(tmp_path):
     script = tmp_path / "c++"
     script.write_text("#!/bin/sh\nexit 3\n")
@@ -49,6 +49,7 @@ def test_broken_compiler(tmp_path):
         assert result.out.splitlines()[-1].startswith("cpu: kernel=auto uses the scan in plain torch: ")
 
 
+@needs_scripts
 def test_failed_build_shows_the_error_and_the_log(tmp_path):
     script = tmp_path / "c++"
     script.write_text(
@@ -90,7 +91,7 @@ def fake_nvcc(folder: Path, release: str) -> None:
     script.chmod(0o755)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="the fake program is a shell script")
+@needs_scripts
 def test_nvcc_for_another_cuda_is_reported(monkeypatch, tmp_path):
     monkeypatch.delenv("CUDA_PATH", raising=False)
     for name, release in (("old", "11.8"), ("new", "99.1")):
@@ -114,7 +115,7 @@ def have_another_cuda() -> None:
         os.environ.pop(name, None)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="the fake program is a shell script")
+@needs_scripts
 def test_table_without_any_build_tool(tmp_path):
     """No compiler, an nvcc for another CUDA, and the leftovers of a process that died during a build."""
     fake_nvcc(tmp_path / "bin", "99.1")

@@ -194,7 +194,8 @@ def test_text_changed_during_evaluation_is_reported(evaluate, run, tmp_path, mon
 
     def changed(*args, **kwargs):
         result = carried(*args, **kwargs)
-        (tmp_path / "corpus.txt").write_bytes(TEXT[::-1])
+        with (tmp_path / "corpus.txt").open("r+b") as file:  # Windows does not empty or replace a mapped file
+            file.write(TEXT[::-1])
         return result
 
     monkeypatch.setattr(protocols, "evaluate_stream", changed)

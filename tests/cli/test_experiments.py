@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 from command import SMALL
 from hydra.core.utils import JobReturn, JobStatus
+from systems import WINE
 from test_train import load_checkpoint, read_column, read_metrics
 
 from rwkv_pl.cli.sweep import OWN_PLUGINS
@@ -174,7 +176,8 @@ def test_debug_experiment_memorizes_its_text(train, tmp_path):
 
 
 def test_sampling_during_training_does_not_change_it(train, tmp_path):
-    several = "callbacks=[default,sample_text,device_stats,weight_averaging]"
+    # psutil cannot measure the processor in wine.
+    several = f"callbacks=[default,sample_text,{'' if WINE else 'device_stats,'}weight_averaging]"
     every = ("callbacks.sample_text.every_n_steps=2", "callbacks.sample_text.n_tokens=5")
     plain = train(*SMALL, "hydra.run.dir=plain", "trainer.log_every_n_steps=1")
     result = train(*SMALL, several, *every, "hydra.run.dir=run", "trainer.log_every_n_steps=1")
@@ -202,6 +205,7 @@ def test_unknown_profiler_lists_the_known_ones(train):
     assert (result.code, "must be one of simple, advanced, pytorch" in result.err) == (2, True)
 
 
+@pytest.mark.skipif(not shutil.which("git"), reason="needs git")
 def test_tensorboard_stores_settings_and_commit(train, tmp_path):
     assert train(*SMALL, "hydra.run.dir=run").code == 0
     known = (tmp_path / "run" / "hparams.yaml").read_text()

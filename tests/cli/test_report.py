@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -49,6 +50,12 @@ def run_report(capsys, monkeypatch, *arguments: object) -> tuple[int, str, str]:
     return code, streams.out, streams.err
 
 
+def read_cells(out: str) -> list[list[str]]:
+    """The rows of the table, its head first. Old consoles of Windows have other lines."""
+    rows = [re.split("[│┃|]", line)[1:-1] for line in out.splitlines() if line.startswith(("│", "┃", "|"))]
+    return [[cell.strip() for cell in row] for row in rows]
+
+
 def test_report_prints_a_table_and_writes_csv_and_picture(tmp_path, capsys, monkeypatch):
     make_run_folder(tmp_path / "10", [5.0, 3.0, 3.5], optim__lr=1e-2)
     make_run_folder(tmp_path / "2", [5.0, 4.0], optim__lr=1e-4, status=None)
@@ -59,9 +66,7 @@ def test_report_prints_a_table_and_writes_csv_and_picture(tmp_path, capsys, monk
     with locked(tmp_path / "2"):
         code, out, err = run_report(capsys, monkeypatch, tmp_path)
     assert (code, err) == (0, "")
-    lines = [line.split("│")[1:-1] for line in out.splitlines() if line.startswith("│")]
-    cells = [[cell.strip() for cell in line] for line in lines]
-    assert cells == [
+    assert read_cells(out)[1:] == [
         ["2", "0.0001", "4.0000", "102", "2", "0:20", "running"],
         ["3", "1e-05", "6.0000", "101", "1", "0:10", "stopped"],
         ["4", "7", "", "", "", "", "failed"],
@@ -85,9 +90,7 @@ def test_mean_and_spread_over_seeds(tmp_path, capsys, monkeypatch):
     again = make_run_folder(tmp_path / "6", [3.0], optim__lr=1e-3)
     shutil.copy(tmp_path / "2" / ".hydra" / "config.yaml", again / ".hydra" / "config.yaml")
     _, out, _ = run_report(capsys, monkeypatch, tmp_path)
-    lines = [line.split("│")[1:-1] for line in out.splitlines() if line.startswith("│")]
-    cells = [[cell.strip() for cell in line] for line in lines]
-    assert cells[-2:] == [["0.001", "3", "2.5000", "0.5000"], ["0.001", "1", "4.0000", ""]]
+    assert read_cells(out)[-2:] == [["0.001", "3", "2.5000", "0.5000"], ["0.001", "1", "4.0000", ""]]
 
 
 def make_job(folder: Path, bits: float, *overrides: str, **settings: object) -> None:
@@ -106,11 +109,8 @@ def test_sweep_shows_the_swept_overrides(tmp_path, capsys, monkeypatch):
     (tmp_path / "2").mkdir()
     write_result(tmp_path / "2", status="failed", error="no", overrides=[*fixed, "optim=sgd", "optim.lr=0.001"])
     _, out, _ = run_report(capsys, monkeypatch, tmp_path)
-    header = next(line for line in out.splitlines() if line.startswith("┃"))
-    assert [cell.strip() for cell in header.split("┃")[1:4]] == ["run", "optim", "lr"]
-    lines = [line.split("│")[1:4] for line in out.splitlines() if line.startswith("│")]
-    cells = [[cell.strip() for cell in line] for line in lines]
-    assert cells == [["0", "adam", "0.001"], ["1", "adamw", "0.5"], ["2", "sgd", "0.001"]]
+    cells = [row[:3] for row in read_cells(out)]
+    assert cells == [["run", "optim", "lr"], ["0", "adam", "0.001"], ["1", "adamw", "0.5"], ["2", "sgd", "0.001"]]
     assert "best: run 1, 4.0000 bits per byte: optim=adamw, optim.lr=0.5\n" in out
 
 
@@ -119,8 +119,7 @@ def test_seeds_of_a_sweep_with_a_changed_file_are_not_averaged(tmp_path, capsys,
     for number, lr in enumerate((1e-3, 1e-3, 2e-3)):
         make_job(tmp_path / str(number), 5.0 + number, f"seed={number}", optim__lr=lr)
     _, out, _ = run_report(capsys, monkeypatch, tmp_path)
-    lines = [line.split("│")[1:-1] for line in out.splitlines() if line.startswith("│")]
-    assert [[cell.strip() for cell in line] for line in lines][-2:] == [["2", "5.5000", "0.7071"], ["1", "7.0000", ""]]
+    assert read_cells(out)[-2:] == [["2", "5.5000", "0.7071"], ["1", "7.0000", ""]]
 
 
 def test_settings_of_a_resume_replace_earlier_ones(tmp_path):

@@ -315,7 +315,7 @@ def test_training_on_a_folder_with_validation_on_jsonl(train, tmp_path, monkeypa
     text = (tmp_path / "corpus.txt").read_text()
     home = tmp_path / "home"
     (home / "books" / "old").mkdir(parents=True)
-    (home / "books" / "a.txt").write_text(text)
+    (home / "books" / "a.txt").write_text(text, newline="\n")
     (home / "books" / "old" / "b.txt.gz").write_bytes(gzip.compress(text[::-1].encode()))
     (home / "rows.jsonl").write_text(json.dumps({"body": text[:3000]}) + "\n" + json.dumps({"body": text[3000:6000]}))
     settings = ("data.path=books", "data.val_path=rows.jsonl", "data.field=body")
@@ -474,6 +474,7 @@ def test_help_and_config_import_no_torch(arguments, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.usefixtures("compiled_kernel")  # the scan needs more memory
 def test_auto_micro_batch_is_chosen_once_and_kept(train, tmp_path, monkeypatch):
     """auto uses as many micro-batches as memory requires; a resume uses the same number for any free memory."""
 

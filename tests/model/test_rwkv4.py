@@ -299,6 +299,7 @@ def test_steps_pieces_and_parallel_form_agree(kernel, weights, count_compiled_ca
     assert relative_error(logits, model(tokens[:, :5], last)[0]) < 1e-5
 
 
+@pytest.mark.usefixtures("compiled_kernel")
 def test_steps_of_a_bfloat16_model_agree_with_the_parallel_form(count_compiled_calls):
     """The step computes in float32 between its weights; the parallel form rounds every tensor to bfloat16, 4e-3."""
     model = perturbed_model(n_layer=2).eval().bfloat16()
@@ -321,6 +322,7 @@ def test_cast_linear_weights_casts_only_matrices():
     assert halves == names - {"emb.weight"} and identities == [id(x) for x in model.parameters()]
 
 
+@pytest.mark.usefixtures("compiled_kernel")
 def test_step_with_another_batch_size_and_without_the_operator(count_compiled_calls):
     model = perturbed_model()
     model.eval()
@@ -346,6 +348,7 @@ def test_step_with_another_batch_size_and_without_the_operator(count_compiled_ca
     assert logits.shape == (0, VOCAB) and state[0].wkv.shape == (0, 3, CHANNELS)
 
 
+@pytest.mark.usefixtures("compiled_kernel")
 def test_step_uses_the_current_parameters(count_compiled_calls):
     model, other, tokens = perturbed_model(0).eval(), perturbed_model(1).eval(), torch.arange(3)
     expected, _ = other.step(tokens)
@@ -360,6 +363,7 @@ def test_step_uses_the_current_parameters(count_compiled_calls):
     assert len(count_compiled_calls) == 5
 
 
+@pytest.mark.usefixtures("compiled_kernel")
 def test_step_applies_dropout_in_training(count_compiled_calls):
     model = perturbed_model(dropout=0.5)
     tokens = torch.arange(3)

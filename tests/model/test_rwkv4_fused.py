@@ -26,7 +26,7 @@ NORMS = {"att": "ln1", "ffn": "ln2"}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def loaded():
+def loaded(compiled_kernel):
     assert uses_compiled("cpu")
 
 

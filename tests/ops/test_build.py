@@ -17,6 +17,7 @@ import forks
 import pytest
 import rwkv_pl.cuda
 from quick_compiler import quick_compiler
+from systems import WINDOWS
 
 from rwkv_pl.files import cache_folder
 from rwkv_pl.ops.build import (
@@ -65,6 +66,8 @@ def finish(child: Child, code: int = 0) -> str:
 
 
 def fake_compiler(folder: Path, body: str) -> str:
+    if WINDOWS:
+        pytest.skip("the fake compiler is a shell script")
     script = folder / "fake-c++"
     script.write_text(f'#!/bin/sh\ncase "$*" in *" -c "*) {body};; *) echo fake 1.0;; esac\n')
     script.chmod(0o755)
@@ -186,6 +189,7 @@ def test_compiler_variable_with_arguments(compiler, tmp_path, command):
     assert "WARNING" not in said and "building" in said
 
 
+@pytest.mark.skipif(WINDOWS, reason="nvcc has no host compiler of this kind")
 @pytest.mark.parametrize("command", ["env g++ -DX", "g++"])
 def test_nvcc_gets_the_host_compiler_as_one_program(monkeypatch, tmp_path, command):
     monkeypatch.setenv("CXX", command)
@@ -200,6 +204,7 @@ def test_nvcc_gets_the_host_compiler_as_one_program(monkeypatch, tmp_path, comma
     assert "g++" in subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout
 
 
+@pytest.mark.usefixtures("compiled_kernel")
 def test_unusable_cache_folder_falls_back_to_the_scan(tmp_path):
     (tmp_path / "file").touch()
     said = finish(start(AUTO, tmp_path / "file"))

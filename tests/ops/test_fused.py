@@ -17,7 +17,7 @@ ops = torch.ops.rwkv_pl
 
 
 @pytest.fixture(scope="module", autouse=True)
-def loaded():
+def loaded(compiled_kernel):
     assert uses_compiled("cpu")
 
 

@@ -21,7 +21,7 @@ HALF = torch.bfloat16
 
 
 @pytest.fixture(scope="module", autouse=True)
-def loaded():
+def loaded(compiled_kernel):
     assert uses_compiled("cpu")
 
 

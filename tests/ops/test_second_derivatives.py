@@ -224,6 +224,7 @@ def penalties_in_float64():
     return gradient_penalties(torch.float64, "recurrence")
 
 
+@pytest.mark.usefixtures("compiled_kernel")
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "autocast"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
 def test_gradient_penalty_is_refused_for_every_parameter(checkpointing, half, product):
@@ -239,6 +240,7 @@ def test_gradient_penalty_of_the_plain_model_is_correct(checkpointing, product):
             assert (x.double() - y).norm() <= 1e-4 * scale
 
 
+@pytest.mark.usefixtures("compiled_kernel")
 def test_refused_second_derivative_names_the_operator_and_keeps_infinities():
     """The first derivative is the same with and without create_graph, even for a gradient beyond float32."""
     assert uses_compiled("cpu")

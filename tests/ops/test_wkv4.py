@@ -207,6 +207,7 @@ def test_text_in_pieces_gives_the_same_results(kernel, cuts):
     torch.testing.assert_close(state[:, 2] + state[:, 1].log(), end[:, 2] + end[:, 1].log(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("compiled_kernel")
 def test_state_with_large_exponents_loses_no_precision():
     """Half an ulp of max_exp is 5e-4 at 1e4; num and den absorb that rounding error."""
     time_decay, time_first, key, value, state = (x.float() for x in draw(2, 50, 6, keys="near 1e4"))
@@ -217,6 +218,7 @@ def test_state_with_large_exponents_loses_no_precision():
     torch.testing.assert_close(rest, whole[:, 30:], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.usefixtures("compiled_kernel")
 @pytest.mark.parametrize("shape", [(1, 1024, 8), (2, 700, 3), (1, 500, 70)], ids=str)
 def test_time_is_split_if_there_are_more_threads_than_channel_blocks(shape):
     """With more threads than blocks of channels, time is split as well, in both directions."""
@@ -374,6 +376,7 @@ def test_an_empty_batch(kernel):
     assert leaves[0].grad is not None and leaves[0].grad.abs().sum() == 0
 
 
+@pytest.mark.usefixtures("compiled_kernel")
 def test_missing_state_equals_the_empty_state():
     time_decay, time_first, key, value, _ = draw(2, 10, 3)
     empty = torch.zeros(2, 3, 3, dtype=torch.float64)
@@ -385,6 +388,7 @@ def test_missing_state_equals_the_empty_state():
         assert torch.equal(with_state, without) and with_state.isfinite().all()
 
 
+@pytest.mark.usefixtures("compiled_kernel")
 def test_wkv4_does_not_modify_its_arguments():
     arguments = draw(2, 20, 3)
     before = [x.clone() for x in arguments]
@@ -393,6 +397,7 @@ def test_wkv4_does_not_modify_its_arguments():
     assert all(torch.equal(x, y) for x, y in zip(arguments, before, strict=True))
 
 
+@pytest.mark.usefixtures("compiled_kernel")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_opcheck(dtype):
     assert load("cpu") == ""
@@ -406,12 +411,14 @@ def test_opcheck(dtype):
         torch.library.opcheck(torch.ops.rwkv_pl.wkv4_backward, (*arguments[:4], tiles, output, state, 16))
 
 
+@pytest.mark.usefixtures("compiled_kernel")
 def test_too_long_tile_is_an_error():
     assert load("cpu") == ""
     with pytest.raises(RuntimeError, match="wkv4: tile must be 1 to 32, not 33"):
         torch.ops.rwkv_pl.wkv4_forward(*(x.float() for x in draw(1, 4, 3)), 33)
 
 
+@pytest.mark.usefixtures("compiled_kernel")
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiles_to_one_graph(backend):
     arguments = [x.float().requires_grad_() for x in draw(2, 20, 5)]
@@ -438,6 +445,7 @@ def test_plain_kernels_compile_without_graph_breaks(kernel):
     assert torch.equal(output, expected) and torch.equal(state, end)
 
 
+@pytest.mark.usefixtures("compiled_kernel")
 def test_second_derivative_needs_the_scan():
     arguments = [x.requires_grad_() for x in draw(1, 3, 2)]
     words = r"wkv4: the compiled operator has no second derivative; use_kernel\('scan'\) has one"
@@ -494,6 +502,7 @@ def test_device_without_the_compiled_operator_uses_the_scan():
         wkv4(*arguments)
 
 
+@pytest.mark.usefixtures("compiled_kernel")
 @pytest.mark.parametrize("shape", [(1, 0, 4), (1, 4, 0)])
 def test_compiled_operators_refuse_no_steps_and_no_channels(shape):
     x, channels = torch.zeros(shape), torch.zeros(shape[2])

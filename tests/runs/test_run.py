@@ -78,7 +78,7 @@ def test_run_that_trains_has_its_metrics_so_far(run):
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:4]) + "4,38")  # a row that is being written
     assert run.metrics["step"].tolist() == [1, 2, 3]
     assert run.curve()._repr_png_().startswith(b"\x89PNG")
-    assert f"Run('{run.folder}'): interrupted, step 3" == repr(run)
+    assert f"Run({str(run.folder)!r}): interrupted, step 3" == repr(run)
     with locked(run.folder):
         assert "running, step 3" in repr(run)
 
@@ -100,7 +100,7 @@ def test_older_run_without_baselines_has_a_curve(run):
 
 def test_repr_has_status_step_and_score(run):
     bits = run.metrics["val/bits_per_byte"][-1]
-    assert repr(run) == f"Run('{run.folder}'): finished, step 12, validation {bits:.4f} bits per byte"
+    assert repr(run) == f"Run({str(run.folder)!r}): finished, step 12, validation {bits:.4f} bits per byte"
 
 
 def change_embedding(path: Path) -> None:

@@ -15,6 +15,7 @@ from lightning.pytorch import Callback, Trainer, callbacks
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.tuner import Tuner
+from systems import WINE
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
@@ -101,7 +102,8 @@ class Rates(Callback):
     "callback",
     [
         callbacks.BatchSizeFinder(steps_per_trial=1, max_trials=2),
-        callbacks.DeviceStatsMonitor(),
+        # psutil cannot measure the processor in wine.
+        *([] if WINE else [callbacks.DeviceStatsMonitor()]),
         callbacks.EarlyStopping("val/bits_per_byte"),
         callbacks.EMAWeightAveraging(),
         callbacks.LambdaCallback(),

@@ -208,7 +208,7 @@ def test_schedule_without_room_is_an_error(length, message):
 
 
 def test_bits_per_byte_count_the_bytes_of_the_data_modules_vocabulary(tmp_path):
-    (tmp_path / "corpus.txt").write_text("Öl für die Mühle, süße Äpfel. " * 300)
+    (tmp_path / "corpus.txt").write_text("Öl für die Mühle, süße Äpfel. " * 300, encoding="utf-8")
     data = CorpusDataModule(tmp_path / "corpus.txt", vocab="char", batch_size=4, ctx_len=32)
     data.setup()
     module = LitRWKV(RWKV4(RWKV4Config(data.vocabulary.size, 1, 16)))

@@ -4,6 +4,7 @@ Only Hydra and the standard library are imported here, so that a mistake is repo
 """
 
 import contextlib
+import errno
 import io
 import os
 import signal
@@ -18,6 +19,8 @@ from rwkv_pl.environment import safe_import_path, shorten_openmp_spin
 from rwkv_pl.errors import RunError, UserError
 from rwkv_pl.files import describe_os_error, with_path
 from rwkv_pl.terminal import FAILED, print_error
+
+STDOUT = "standard output"
 
 
 def cli_entry_point(main: Callable[[], None]) -> Callable[[], None]:
@@ -44,11 +47,10 @@ def cli_entry_point(main: Callable[[], None]) -> Callable[[], None]:
             sys.exit(print_error(error, FAILED))
         except (UserError, HydraException, OmegaConfBaseException) as error:
             sys.exit(print_error(error))
-        except BrokenPipeError:
-            # The reader has gone, as with `| head`.
-            _discard_unwritable_stdout()
-            sys.exit(FAILED)
         except OSError as error:
+            if _reader_has_gone(error):  # as with `| head`
+                _discard_unwritable_stdout()
+                sys.exit(FAILED)
             # For example a full disk or a removed folder. Files that were written before are complete.
             _discard_unwritable_stdout()
             sys.exit(print_error(describe_os_error(error), FAILED))
@@ -58,9 +60,15 @@ def cli_entry_point(main: Callable[[], None]) -> Callable[[], None]:
     return command
 
 
+def _reader_has_gone(error: OSError) -> bool:
+    # Windows reports an invalid argument. That of a path has the path.
+    invalid = sys.platform == "win32" and error.errno == errno.EINVAL and error.filename in (None, STDOUT)
+    return isinstance(error, BrokenPipeError) or invalid
+
+
 def _flush_stdout() -> None:
     if sys.stdout:
-        with with_path("standard output"):
+        with with_path(STDOUT):
             sys.stdout.flush()
 
 

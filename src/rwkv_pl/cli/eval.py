@@ -205,6 +205,7 @@ def _evaluate(config: Eval, run: Path | None, given: set[str]) -> dict[str, Any]
     autocast_dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(config.precision)
     try:
         model = weights.model().to(device, torch.float64 if config.precision == "64-true" else torch.float32)
+        del weights  # closes the file: Windows does not replace an open one, and its run may be training
         for name, (how, protocol) in protocols.items():
             if config.protocol not in (name, "both"):
                 continue

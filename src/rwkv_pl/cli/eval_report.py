@@ -61,7 +61,7 @@ def write_report(report: dict[str, Any], out: Path, name: str) -> None:
         for found in report["protocols"].values():
             if math.isinf(found["perplexity_per_token"]):
                 found["perplexity_per_token"] = None  # JSON has no infinity
-        with atomic_write(out / f"{name}.json") as file:
+        with atomic_write(out / f"{name}.json", keep=True) as file:
             file.write(json.dumps(report, indent=1, allow_nan=False).encode())
         if "windows" in report["protocols"]:
             draw_loss_by_position(report, out / f"{name}.png")
@@ -115,5 +115,5 @@ def draw_loss_by_position(report: dict[str, Any], path: Path) -> None:
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.grid(alpha=0.3)
     axes.legend()
-    with atomic_write(path) as file:
+    with atomic_write(path, keep=True) as file:
         FigureCanvasAgg(figure).print_png(file)

@@ -115,10 +115,10 @@ def main() -> None:
     cast_linear_weights(model, getattr(torch, arguments.dtype))
     move_to_huge_pages(model)
     vocabulary = _choose_vocabulary(weights, arguments.vocab)
-    tokens = torch.from_numpy(vocabulary.encode(text).astype("int64"))
-
     remembers = arguments.state_in or arguments.state_out
     digest = f"{weights.digest} {vocabulary.digest}" if remembers else ""
+    del weights  # closes the file: Windows does not replace an open one, and its run may be training
+    tokens = torch.from_numpy(vocabulary.encode(text).astype("int64"))
     before = load_state(arguments.state_in, model, digest) if arguments.state_in else None
     if not len(tokens) and not before:
         tokens = torch.tensor([vocabulary.document_end])

@@ -14,12 +14,14 @@ import lzma
 import os
 import re
 import struct
+import sys
 import zlib
 from collections.abc import Collection, Iterable, Iterator
 from itertools import count
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
+from rwkv_pl import windows
 from rwkv_pl.data.progress import make_bytes_progress
 from rwkv_pl.errors import UserError
 from rwkv_pl.files import cache_folder
@@ -61,7 +63,8 @@ CONTAINERS = {
 
 
 OUTPUT_FILES = re.compile(
-    r"sweep\.(csv|png)|eval-.*\b(train|val|test)\.(json|png)|.*\.(ckpt|pth|safetensors|state|partial)|events\.out\.tfevents\..*"
+    r"(sweep\.(csv|png)|eval-.*\b(train|val|test)\.(json|png)|.*\.(ckpt|pth|safetensors|state))(\.new)?|.*\.partial"
+    r"|events\.out\.tfevents\..*"
 )
 """Names of the files that the commands, or Lightning, write outside of run folders."""
 
@@ -306,7 +309,10 @@ def _as_user_error(path: Path) -> Iterator[None]:
 def _stat(path: Path) -> SourceFile:
     with _as_user_error(path):
         status = path.stat()
-        return SourceFile(path, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        changed_ns = status.st_ctime_ns
+        if sys.platform == "win32":  # where st_ctime is the time of creation
+            changed_ns = windows.changed_ns(path)
+        return SourceFile(path, status.st_size, status.st_mtime_ns, changed_ns)
 
 
 def _walk(folder: Path, old_rule: bool) -> Iterator[Path]:

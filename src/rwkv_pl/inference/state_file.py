@@ -56,9 +56,11 @@ def load_state(path: Path, model: Any, digest: str) -> GenerationState:
     device = next(model.parameters()).device
     like, like_state = read_tokens(model, torch.zeros(1, 1, dtype=torch.int64, device=device))
     try:
-        logits, recent = content["logits"].to(device), content["recent"]
+        # Copies, since the tensors of the file keep it open, and Windows would not replace it.
+        logits, recent = content["logits"].to(device, copy=True), content["recent"].clone()
         state = tuple(
-            BlockState(*(block[name].to(device) for name in BlockState._fields)) for block in content["state"]
+            BlockState(*(block[name].to(device, copy=True) for name in BlockState._fields))
+            for block in content["state"]
         )
         for part, expected in zip([logits, *chain(*state)], [like, *chain(*like_state)], strict=True):
             alike = (part.shape, part.dtype, part.layout) == (expected.shape, torch.float32, torch.strided)

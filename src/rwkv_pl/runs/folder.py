@@ -12,7 +12,17 @@ from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
 from rwkv_pl.errors import UserError
-from rwkv_pl.files import PARTIAL_SUFFIX, atomic_write, describe_os_error, remove_on_failure, require_own_files
+from rwkv_pl.files import (
+    NEW_SUFFIX,
+    PARTIAL_SUFFIX,
+    atomic_write,
+    delete_with_retry,
+    describe_os_error,
+    make_folder,
+    remove_on_failure,
+    require_own_files,
+    settle,
+)
 from rwkv_pl.runs.outcome import BASELINES_FILE, DONE_STATUSES, RESULT_FILE, read_result
 from rwkv_pl.runs.ranks import decide_on_first_rank, is_first_process
 
@@ -52,7 +62,8 @@ def run_folder(wanted: Path, typed: bool) -> Iterator[Path]:
     If the start fails before its training, its files are removed. typed: see `create_run_dir`.
     """
     before: set[str] | None = None  # the names in a folder that existed before
-    with remove_on_failure(wanted.parent), ExitStack() as locks:
+    # On Windows, the folder can be removed only when its lock is released.
+    with remove_on_failure(wanted), ExitStack() as locks:
 
         def take() -> str:
             nonlocal before
@@ -64,7 +75,7 @@ def run_folder(wanted: Path, typed: bool) -> Iterator[Path]:
                 before = {path.name for path in folder.iterdir()}
             locks.enter_context(locked(folder))
             for events in folder.glob(EVENT_FILES):  # from a killed start: TensorBoard would show its settings twice
-                events.unlink()
+                delete_with_retry(events)
             return str(folder)
 
         folder = Path(decide_on_first_rank("folder", take))
@@ -99,7 +110,7 @@ def create_run_dir(folder: Path, typed: bool) -> Path:
     """
     try:
         with remove_on_failure(folder):
-            folder.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(folder.parent)
             if typed:
                 folder.mkdir(exist_ok=True)
                 require_own_files(folder)
@@ -125,7 +136,7 @@ def create_run_dir(folder: Path, typed: bool) -> Path:
 
 def _is_unused(folder: Path) -> bool:
     names = {path.name for path in folder.iterdir()}
-    left = {name for name in names - START_FILES if not name.endswith(PARTIAL_SUFFIX)}
+    left = {name for name in names - START_FILES if not name.endswith((PARTIAL_SUFFIX, NEW_SUFFIX))}
     if ".hydra" in names:  # without it, event files are the user's
         left = {name for name in left if not fnmatch(name, EVENT_FILES)}
     return not left and not has_started(folder)
@@ -159,8 +170,8 @@ def has_started(folder: Path) -> bool:
 def locked(folder: Path) -> Iterator[None]:
     """Lock the run folder for this process. The lock ends with the process, and its forked children do not hold it.
 
-    Removes the partial files of a killed process. Raises UserError if another process uses the folder. Ranks other than
-    0 do not lock.
+    Removes the partial files of a killed process, and settles the files that wait for their names. Raises UserError if
+    another process uses the folder. Ranks other than 0 do not lock.
     """
     if not is_first_process():
         yield
@@ -179,14 +190,26 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         with suppress(OSError):  # only for the message above; Windows can't write to a locked file
             path.write_text(f"process {os.getpid()} on {platform.node()}")
-        for place in (folder, folder / ".hydra", folder / "checkpoints"):
-            for left in place.glob("*" + PARTIAL_SUFFIX) if place == folder or not place.is_symlink() else ():
-                left.unlink()
+        for left in _glob_own(folder, PARTIAL_SUFFIX):
+            delete_with_retry(left)
+        _settle_all(folder)
         yield
+        _settle_all(folder)
     finally:
         with suppress(OSError):
             os.truncate(path, 0)  # the file is gone if the start failed
         lock.release()
+
+
+def _glob_own(folder: Path, suffix: str) -> Iterator[Path]:
+    for place in (folder, folder / ".hydra", folder / "checkpoints"):
+        if place == folder or not place.is_symlink():
+            yield from place.glob("*" + suffix)
+
+
+def _settle_all(folder: Path) -> None:
+    for new in _glob_own(folder, NEW_SUFFIX):
+        settle(new.with_suffix(""))
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rwkv_pl.errors import RunError, UserError, one_line
-from rwkv_pl.files import atomic_write, describe_os_error
+from rwkv_pl.files import atomic_write, delete_with_retry, describe_os_error, newest
 from rwkv_pl.runs.ranks import is_first_process
 from rwkv_pl.terminal import resume_command
 
@@ -25,7 +25,7 @@ DONE_STATUSES = ("finished", "pruned")
 def write_result(folder: Path, **figures: Any) -> None:
     """Write result.json: the status (not started, finished, pruned, stopped, failed), and the figures or the error."""
     plain = {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in figures.items()}
-    with atomic_write(folder / RESULT_FILE) as file:
+    with atomic_write(folder / RESULT_FILE, keep=True) as file:
         file.write(json.dumps(plain, indent=1).encode())
 
 
@@ -50,7 +50,7 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(newest(path).read_bytes())
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
@@ -73,7 +73,7 @@ class Record:
         if is_first_process():
             self._on_start()
             for name in (RESULT_FILE, "error.txt"):
-                (self.folder / name).unlink(missing_ok=True)
+                delete_with_retry(self.folder / name)
 
     def __enter__(self) -> "Record":
         return self

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, NoReturn
 
 from rwkv_pl.errors import RunError, UserError, one_line
@@ -80,6 +81,10 @@ def share_answers() -> Iterator[None]:
         yield
         return
     os.environ[ANSWERS_ENV] = json.dumps(_answers)
+    main = sys.modules["__main__"]
+    if main.__spec__ and main.__spec__.name == "__main__":
+        # rwkv-train.exe is an archive, and Lightning would start python -m __main__.
+        main.__spec__ = find_spec("rwkv_pl.cli.train")
     try:
         yield
     finally:
@@ -263,6 +268,7 @@ def _connect_store(group: Group) -> "Store":
             timeout=timedelta(seconds=TIMEOUT),
             wait_for_workers=False,
             multi_tenant=True,
+            use_libuv=sys.platform != "win32",  # torch for Windows is built without it
         )
     except RuntimeError as error:
         where, reason = f"{group.address}:{group.port}", str(error).splitlines()[0]

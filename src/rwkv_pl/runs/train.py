@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from hydra.core.utils import run_job
 from hydra.types import HydraContext
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import MLFlowLogger
+from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger
 from omegaconf import DictConfig, open_dict
 from torch import nn
 
@@ -86,7 +86,7 @@ def run(inputs: Inputs, folder: Path, record: Record, resumed: bool = False) -> 
 
     resumed: whether the folder is that of an earlier run, which continues or starts again.
     """
-    config, data = inputs.config, inputs.data
+    config = inputs.config
     metrics = MetricsRecorder(folder, config.data.batch_size * config.data.ctx_len)
     progress = [TrainingProgress(metrics)] if config.trainer["enable_progress_bar"] else []
     # A trial that its user resumes is an ordinary run: the study keeps the figure of the sweep's job.
@@ -107,16 +107,23 @@ def run(inputs: Inputs, folder: Path, record: Record, resumed: bool = False) -> 
     micro_batch_rows(
         config.data.batch_size, world_size=trainer.world_size, rank=0, accumulate=accumulate, micro_batch=0
     )
+    with _closed_events(loggers):
+        _fit(trainer, inputs, metrics, folder, record, resumed)
+
+
+def _fit(
+    trainer: Trainer, inputs: Inputs, metrics: MetricsRecorder, folder: Path, record: Record, resumed: bool
+) -> None:
     if trainer.is_global_zero:
         with atomic_write(folder / "vocab.json") as file:
-            file.write(json.dumps(data.vocabulary.to_dict()).encode())
-        start_loggers(trainer, config, folder, resumed)
+            file.write(json.dumps(inputs.data.vocabulary.to_dict()).encode())
+        start_loggers(trainer, inputs.config, folder, resumed)
     with _describe_stop(record), record, ranks.share_answers():
         if trainer.is_global_zero:
             rank_errors.prepare(folder)
         started = time.perf_counter()
         try:
-            trainer.fit(inputs.module, data, ckpt_path=inputs.resume_from, weights_only=True)
+            trainer.fit(inputs.module, inputs.data, ckpt_path=inputs.resume_from, weights_only=True)
         except Exception as error:
             if not trainer.is_global_zero:
                 rank_errors.write(folder, trainer.global_rank, error)
@@ -124,7 +131,7 @@ def run(inputs: Inputs, folder: Path, record: Record, resumed: bool = False) -> 
                     raise SystemExit(
                         BAD_INPUT if isinstance(error, UserError) and not record.has_started else FAILED
                     ) from error
-            elif reason := rank_errors.explain(folder, trainer.world_size, error, config.trainer["timeout"]):
+            elif reason := rank_errors.explain(folder, trainer.world_size, error, inputs.config.trainer["timeout"]):
                 raise RunError(f"{reason}; {resume_hint(folder)}" if record.has_started else reason) from error
             if isinstance(error, UserError) and not record.has_started:
                 raise
@@ -139,6 +146,18 @@ def run(inputs: Inputs, folder: Path, record: Record, resumed: bool = False) -> 
                 conclude(trainer, model, inputs, metrics, folder, time.perf_counter() - started)
             except KeyboardInterrupt as error:
                 raise KeyboardInterrupt(STOPPED_AT_END) from error
+
+
+@contextmanager
+def _closed_events(loggers: list[Logger]) -> Iterator[None]:
+    """Close TensorBoard's files at the end: Windows does not delete an open file after a failed start."""
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            if isinstance(logger, TensorBoardLogger) and logger._experiment is not None:
+                with suppress(OSError):  # a full disk was reported already
+                    logger._experiment.close()
 
 
 @contextmanager
@@ -159,7 +178,7 @@ def conclude(
     try:
         tokens = sample_tokens(model, [data.vocabulary.document_end], 400, inputs.config.seed)
         written = data.vocabulary.decode(tokens)
-        with atomic_write(folder / "sample.txt") as file:
+        with atomic_write(folder / "sample.txt", keep=True) as file:
             file.write(written)
         if SWEEP_JOB_ENV not in os.environ:
             log.info(f"sample  (400 tokens, also in sample.txt)\n{_printable(written).rstrip()}\n")

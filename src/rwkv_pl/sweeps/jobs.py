@@ -187,7 +187,7 @@ def record_failure(job: Job, reason: str, status: str = "failed", is_shown: bool
         require_own_run(job)
         job.folder.mkdir(parents=True, exist_ok=True)
         with locked(job.folder):
-            with atomic_write(job.folder / "error.txt") as file:
+            with atomic_write(job.folder / "error.txt", keep=True) as file:
                 file.write(f"{reason}\n".encode())
             write_result(job.folder, status=status, error=reason, overrides=job.settings)
     return JobReturn(overrides=job.overrides, _return_value=RunError(reason), status=JobStatus.FAILED)

@@ -19,6 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig
 
+from rwkv_pl import windows
 from rwkv_pl.compose import typed_config_dir
 from rwkv_pl.limits import THREAD_VARIABLES, usable_cores
 from rwkv_pl.runs.folder import has_started, is_in_use
@@ -130,6 +131,8 @@ def _start_job(job: Job, at_once: int, more: Mapping[str, str]) -> _Running:
         env=environment,
         **own_group,
     )
+    if sys.platform == "win32":  # elsewhere, the lock of a job's folder shows that it is still running
+        windows.end_with_this_process(process)
     entry = _Running(job, process, result_before)
     prefix = f"[{job.folder.name}] " if at_once > 1 else ""
     for source, target in ((process.stdout, sys.stdout), (process.stderr, sys.stderr)):

@@ -85,7 +85,7 @@ def print_report(paths: Sequence[Path], out: Path) -> bool:
     keys = find_swept_settings(runs) or find_differing_settings(runs)
     # The files come first, because printing fails if the reader of the table has gone.
     try:
-        with atomic_write(out / "sweep.csv") as file:
+        with atomic_write(out / "sweep.csv", keep=True) as file:
             file.write(_to_csv(runs, names, keys).encode())
         curves = {name: run.rows for name, run in zip(names, runs, strict=True) if run.rows}
         if curves:

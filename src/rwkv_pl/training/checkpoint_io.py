@@ -11,7 +11,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from rwkv_pl.files import PARTIAL_SUFFIX, atomic_write, replace_with_retry
+from rwkv_pl.files import PARTIAL_SUFFIX, atomic_write, delete_with_retry, newest, replace_with_retry, settle
 
 
 class DurableCheckpointIO(TorchCheckpointIO):
@@ -37,7 +37,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
         # A callback's save_weights_only leaves entries out.
         content = checkpoint["global_step"], checkpoint.get("rwkv_pl", {}).get("finished"), sorted(checkpoint)
         saved, beside = self._saved or (None, path)
-        same = beside if saved == content and beside != path and beside.exists() else None
+        same = newest(beside) if saved == content and beside != path and beside.exists() else None
         self._saved = None
         if same is None and writes_in_background(checkpoint):
             checkpoint = apply_to_collection(checkpoint, Tensor, lambda tensor: tensor.detach().to("cpu", copy=True))
@@ -48,13 +48,16 @@ class DurableCheckpointIO(TorchCheckpointIO):
 
     def load_checkpoint(self, path: str | Path, *arguments: Any, **options: Any) -> dict[str, Any]:
         """Load as Lightning does, but remove paths in other folders: ModelCheckpoint would delete these files."""
-        checkpoint: dict[str, Any] = super().load_checkpoint(path, *arguments, **options)
+        checkpoint: dict[str, Any] = super().load_checkpoint(newest(Path(path)), *arguments, **options)
         for state in checkpoint.get("callbacks", {}).values():
             if isinstance(state, dict) and "best_k_models" in state:
                 folder = Path(str(state.get("dirpath"))).resolve()
                 models = state["best_k_models"].items()
                 state["best_k_models"] = {name: x for name, x in models if Path(name).resolve().parent == folder}
         return checkpoint
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        delete_with_retry(Path(path))
 
     def poll(self) -> None:
         """Raise the error of the background write, if it has failed."""
@@ -81,11 +84,12 @@ def writes_in_background(checkpoint: dict[str, Any]) -> bool:
 
 
 def _write(checkpoint: dict[str, Any], path: Path, same: Path | None) -> None:
+    settle(path)  # so that it becomes last.prev.ckpt
     if same:
         _keep_previous(path)
         _link(same, path)
         return
-    with atomic_write(path) as file:
+    with atomic_write(path, keep=True) as file:
         torch.save(checkpoint, file)
         file.flush()
         os.fsync(file.fileno())
@@ -94,19 +98,31 @@ def _write(checkpoint: dict[str, Any], path: Path, same: Path | None) -> None:
 
 def _keep_previous(path: Path) -> None:
     if path.name == "last.ckpt" and path.exists():
-        _link(path, path.with_name("last.prev.ckpt"))
+        # If another program has last.ckpt open, it is not replaced, and stays the previous checkpoint itself.
+        with contextlib.suppress(PermissionError):
+            _link(path, path.with_name("last.prev.ckpt"), copy=False)
 
 
-def _link(source: Path, target: Path) -> None:
-    """Make `target` a hard link to `source`, atomically; copy if the file system has no hard links."""
+def _link(source: Path, target: Path, copy: bool = True) -> None:
+    """Make `target` a hard link to `source`, atomically.
+
+    If the file system has no hard links, `target` is a copy. If another program has one of the files open, so that
+    Windows does not rename the link, it is a copy too; copy=False raises PermissionError instead.
+    """
     beside = target.with_name(target.name + PARTIAL_SUFFIX)
     beside.unlink(missing_ok=True)
     try:
         os.link(source, beside)
     except OSError:  # a file system without hard links
-        with contextlib.suppress(FileNotFoundError):
-            beside.unlink()
-        with atomic_write(target) as file:
-            file.write(source.read_bytes())
-        return
-    replace_with_retry(beside, target)
+        copy = True
+    else:
+        try:
+            return replace_with_retry(beside, target)
+        except PermissionError:
+            if not copy:
+                raise
+    finally:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+    with atomic_write(target, keep=True) as file:
+        file.write(source.read_bytes())

@@ -73,7 +73,7 @@ def default_style() -> Iterator[None]:
 
 def draw_curve(rows: list[dict[str, float]], path: Path, baselines: dict[str, float]) -> None:
     """Write the picture of `plot_curve` to a PNG file."""
-    with atomic_write(path) as file:
+    with atomic_write(path, keep=True) as file:
         file.write(render_png(plot_curve(rows, baselines)))
 
 
@@ -179,7 +179,7 @@ def draw_sweep(
         beside[0].set_ylabel("best validation, bits per byte")
     for each in (axes, *beside):
         each.grid(alpha=0.3)
-    with atomic_write(path) as file:
+    with atomic_write(path, keep=True) as file:
         FigureCanvasAgg(figure).print_png(file)
 
 

@@ -10,15 +10,19 @@ from typing import Any
 import torch
 
 from rwkv_pl.errors import CorruptFileError, UserError, one_line
+from rwkv_pl.files import newest
 
 
 def read_checkpoint(path: Path, checked: bool = True) -> dict[str, Any]:
     """Load a checkpoint with weights_only=True. Its tensors are memory-mapped and read when used.
 
+    As long as one of them exists, Windows does not let another process replace the file.
+
     checked: first verify every byte against the checksums in the file; False is enough to read only small values.
 
     Raises UserError if the file is missing or holds no dictionary, CorruptFileError if it cannot be read.
     """
+    path = newest(path)
     if not path.is_file():
         if os.path.lexists(path):
             raise CorruptFileError(f"{path} is not a file, or is a broken link")

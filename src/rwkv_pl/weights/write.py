@@ -58,11 +58,16 @@ def _checkpoint(weights: Weights) -> dict[str, Any]:
 
 def _verify(path: Path, weights: Weights) -> Weights:
     written = read_weights(path)
-    for name, value in weights.tensors.items():
-        there = written.tensors[name]
-        if there.dtype != value.dtype or not torch.equal(_view_bits(there), _view_bits(value)):
-            raise RunError(f"{name} in {path} differs from the value that was written: the disk may be failing")
+    differing = [name for name, value in weights.tensors.items() if not _has_same_bits(written.tensors[name], value)]
+    # Take the same values in memory: those that were read back keep the file open, and Windows would not rename it.
+    written = replace(written, tensors=weights.tensors)
+    if differing:
+        raise RunError(f"{differing[0]} in {path} differs from the value that was written: the disk may be failing")
     return written
+
+
+def _has_same_bits(there: Tensor, value: Tensor) -> bool:
+    return there.dtype == value.dtype and torch.equal(_view_bits(there), _view_bits(value))
 
 
 def _write_json(content: dict[str, Any], path: Path) -> None:

@@ -4,7 +4,7 @@ import hashlib
 import http.server
 import io
 import multiprocessing
-import signal
+import re
 import threading
 import time
 import zipfile
@@ -163,13 +163,14 @@ def test_bad_download_gives_one_line_error_and_leaves_no_files(
 @pytest.mark.parametrize(
     ("url", "says"),
     [
-        ("http://127.0.0.1:1/enwik8.zip", "Connection refused"),
+        ("http://127.0.0.1:1/enwik8.zip", "Connection refused|WinError 10061"),
         ("http://no-such-host.invalid/enwik8.zip", "cannot download"),
         ("nonsense", "unknown url type"),
     ],
 )
 def test_no_network_error_explains_manual_download(tmp_path: Path, url: str, says: str) -> None:
-    with pytest.raises(UserError, match=f"{says}.*put enwik8.zip .* in {tmp_path} by hand, or use data=stdlib"):
+    by_hand = re.escape(f"in {tmp_path} by hand, or use data=stdlib")
+    with pytest.raises(UserError, match=f"({says}).*put enwik8.zip .* {by_hand}"):
         open_small(tmp_path, url=url)
     assert list_names(tmp_path) == set()
 
@@ -226,7 +227,7 @@ def test_killed_download_is_cleaned_up_and_repeated(tmp_path: Path, server: Serv
         time.sleep(0.01)
     process.kill()
     process.join()
-    assert process.exitcode == -signal.SIGKILL
+    assert process.exitcode
     assert list_names(tmp_path) == {"enwik8.zip.partial"}
     (tmp_path / "enwik8.partial").write_bytes(b"of a kill while unpacking")
     open_small(tmp_path, url=server.url("good"))
@@ -264,10 +265,10 @@ def test_file_placed_by_hand_is_used(tmp_path: Path) -> None:
 def test_wrong_file_is_reported_and_kept(tmp_path: Path) -> None:
     path = tmp_path / "enwik8"
     path.write_bytes(CONTENT[:-5])
-    with pytest.raises(UserError, match=f"{path} has 99,995 bytes, enwik8 has 100,000: delete it"):
+    with pytest.raises(UserError, match=f"{re.escape(str(path))} has 99,995 bytes, enwik8 has 100,000: delete it"):
         open_small(tmp_path)
     path.write_bytes(CONTENT[::-1])
-    with pytest.raises(UserError, match=f"{path} has SHA-1 .* enwik8 has {SHA1}: delete it"):
+    with pytest.raises(UserError, match=f"{re.escape(str(path))} has SHA-1 .* enwik8 has {SHA1}: delete it"):
         open_small(tmp_path)
     assert path.read_bytes() == CONTENT[::-1]
     with pytest.raises(UserError, match=r"is a file, .*: for your own text, add data=text"):

@@ -94,14 +94,14 @@ def test_joined_text_is_cached_until_a_source_changes(
     assert moved.digest == other.digest
     (tmp_path / "moved" / "d").write_text("")
     assert Text(tmp_path / "moved").open().document_ends.tolist() == [6, 13]
-    assert {path.suffix for path in (cache / "corpora").iterdir()} == {".txt", ".ends", ".json", ".lock"}
+    assert {path.suffix for path in (cache / "corpora").iterdir()} - {".lock"} == {".txt", ".ends", ".json"}
 
 
 def test_corpus_of_a_glob_is_named_text(tmp_path: Path) -> None:
     for name in "ab":
         (tmp_path / f"{name}.txt").write_text(name)
     corpus = Text(tmp_path / "*.txt").open()
-    assert (corpus.name, corpus.description) == ("text", f"{tmp_path}/*.txt, 2 files, 2 documents")
+    assert (corpus.name, corpus.description) == ("text", f"{tmp_path / '*.txt'}, 2 files, 2 documents")
     assert corpus.path.read_bytes() == b"a\nb"
 
 
@@ -115,7 +115,7 @@ def test_validation_on_a_separate_text(tmp_path: Path) -> None:
     assert corpus.path.read_bytes() == b"book a\nbook b\nbook c\none\ntwo"
     assert corpus.splits == Splits((0, 21), (21, 28), (28, 28))
     assert corpus.document_ends.tolist() == [6, 13, 20, 24]
-    assert corpus.description == f"{books}, validated on {tmp_path}/rows.jsonl, 4 files, 5 documents"
+    assert corpus.description == f"{books}, validated on {tmp_path / 'rows.jsonl'}, 4 files, 5 documents"
     # A file in both is only validated on.
     corpus = Text(books, val_path=books / "b").open()
     assert corpus.path.read_bytes() == b"book a\nbook c\nbook b"
@@ -141,7 +141,7 @@ def test_unwritable_cache_gives_one_line_error(tmp_path: Path, monkeypatch: pyte
         patched.setattr("rwkv_pl.files._ErrorRecorder.write", full)
         with pytest.raises(UserError, match=r"cannot write in .*corpora: disk full: .*text-.*\.txt was not written"):
             Text(tmp_path / "text.gz").open()
-    assert {path.suffix for path in (cache / "corpora").iterdir()} == {".lock"}
+    assert {path.suffix for path in (cache / "corpora").iterdir()} <= {".lock"}  # Windows removes it
     monkeypatch.setenv("RWKV_PL_CACHE", str(tmp_path / "text.gz" / "cache"))
     with pytest.raises(UserError, match=r"cannot write in .*Not a directory"):
         Text(tmp_path / "text.gz").open()

@@ -17,7 +17,7 @@ def test_stdlib_corpus_matches_its_definition(tmp_path: Path, monkeypatch: pytes
     others = ["a/x.pyc", "a/x.txt", "LICENSE", *(f"{name}/x.py" for name in left_out), "a/b/tests/c/x.py"]
     for name, content in [*kept.items(), *((name, "no") for name in others)]:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(content)
+        (root / name).write_text(content, newline="\n")
     monkeypatch.setattr(sysconfig, "get_path", lambda name: {"stdlib": str(root)}[name])
     corpus = Stdlib().open()
     assert corpus.path.read_bytes() == b"4\n2\n3\n1\n5\n"
@@ -25,7 +25,7 @@ def test_stdlib_corpus_matches_its_definition(tmp_path: Path, monkeypatch: pytes
     corpus.path.write_bytes(b"?")
     assert Stdlib().open() == corpus
     assert corpus.path.read_bytes() == b"4\n2\n3\n1\n5\n"
-    (root / "a.py").write_text("6\n")
+    (root / "a.py").write_text("6\n", newline="\n")
     assert Stdlib().open().path != corpus.path
     assert all(path.parent == cache / "corpora" for path in (corpus.path, Stdlib().open().path))
     for path in root.rglob("*.py"):

@@ -2,10 +2,12 @@
 
 import io
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 
+from rwkv_pl import files
 from rwkv_pl.errors import CorruptFileError
 from rwkv_pl.training import checkpoint_io as checkpoints
 from rwkv_pl.training.checkpoint_io import DurableCheckpointIO
@@ -52,6 +54,30 @@ def test_checkpoints_work_on_a_file_system_without_links(tmp_path, monkeypatch):
     for step in (1, 2):
         plugin.save_checkpoint(make_checkpoint(step), tmp_path / "last.ckpt")
     assert read_steps(tmp_path) == {"last.ckpt": 2, "last.prev.ckpt": 1}
+
+
+def test_checkpoint_that_is_open_elsewhere_does_not_end_the_run(tmp_path, monkeypatch):
+    """As on Windows while rwkv-generate or a virus scanner has last.ckpt open. Its reader then keeps its content."""
+    path, held, replace = tmp_path / "last.ckpt", [], Path.replace
+
+    def refuse(source, target):
+        if any(name in held for name in (Path(target), source)) or (held and source.samefile(held[0])):
+            raise PermissionError(13, "Sharing violation")
+        return replace(source, target)
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
+    plugin = DurableCheckpointIO()
+    plugin.save_checkpoint(make_checkpoint(1), path)
+    held.append(path)
+    for step in (2, 3):
+        plugin.save_checkpoint(make_checkpoint(step), path)
+        assert {file.name for file in tmp_path.iterdir()} == {"last.ckpt", "last.ckpt.new"}
+        assert torch.load(path)["global_step"] == 1
+        assert read_checkpoint(path)["global_step"] == plugin.load_checkpoint(path)["global_step"] == step
+    held.clear()
+    plugin.save_checkpoint(make_checkpoint(4), path)
+    assert read_steps(tmp_path) == {"last.ckpt": 4, "last.prev.ckpt": 3}
 
 
 def test_full_disk_leaves_old_checkpoints_intact(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """The callbacks that write best.ckpt and last.ckpt."""
 
+import copy
 import functools
 import logging
 import os
@@ -79,12 +80,13 @@ class BestCheckpoint(ModelCheckpoint):
             raise UserError(f"{path} is not a file, or is a broken link: move it away")
         if trainer.is_global_zero and (found := find_best(path.parent)) not in (None, path):
             # The run was killed before it wrote best.ckpt, or is from a version that did not write it.
-            with found.open("rb") as source, atomic_write(path) as file:
+            with found.open("rb") as source, atomic_write(path, keep=True) as file:
                 shutil.copyfileobj(source, file)
         trainer.strategy.barrier()
         if path.is_file():
             try:
-                score = read_checkpoint(path)["callbacks"][self.state_key]["current_score"]
+                # A copy, since its tensor keeps the file open, and Windows would not replace it.
+                score = copy.deepcopy(read_checkpoint(path)["callbacks"][self.state_key]["current_score"])
             except (UserError, LookupError, TypeError):
                 log.warning(f"{path} is corrupt, or has another monitor: the next validation writes it again")
         self._best_score = score if isinstance(score, Tensor) and score.numel() == 1 else None

@@ -173,8 +173,12 @@ class MetricsRecorder(Callback):
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         if isinstance(exception, SystemExit | RunError):  # stopped by a signal, or by a loss of NaN
             self._draw(trainer)
+        self._close_file()  # Lightning then calls no teardown, and Windows replaces no open file in a resume
 
     def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        self._close_file()
+
+    def _close_file(self) -> None:
         if file := self.__dict__.pop("_file", None):
             with contextlib.suppress(OSError):  # a full disk was reported already
                 file.close()

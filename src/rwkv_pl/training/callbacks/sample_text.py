@@ -42,5 +42,5 @@ class SampleText(Callback):
             return  # the next step's gradient is not finite either, and NonfiniteGuard reports it
         folder = Path(trainer.default_root_dir, "samples")
         folder.mkdir(exist_ok=True)
-        with atomic_write(folder / f"step-{trainer.global_step:07}.txt") as file:
+        with atomic_write(folder / f"step-{trainer.global_step:07}.txt", keep=True) as file:
             file.write(vocabulary.decode(tokens))
