@@ -262,12 +262,16 @@ def explain_unknown_key(overrides: Sequence[str], config_dir: str | None, name: 
     choices = [override for override in parsed if is_group_choice(override)]
     if len(choices) == len(parsed):
         return
+    mixes = [override for override in parsed if override.key_or_group == "data.corpora"]
     of_corpora = any(override.key_or_group.startswith("data.corpora.") for override in parsed)
-    mixes = [override for override in parsed if override.key_or_group == "data.corpora" and of_corpora]
-    base = compose([str(override.input_line) for override in choices + mixes], config_dir, name)
+    base = compose([str(o.input_line) for o in choices + (mixes if of_corpora else [])], config_dir, name)
     for override in parsed:
         if override not in choices:
             require_key(override.key_or_group, base)
+        if override in mixes and base.data.corpora and isinstance(corpora := override.value(), dict):
+            for name, settings in corpora.items():
+                for key in settings if isinstance(settings, dict) else ():
+                    require_key(f"data.corpora.{name}.{key}", base)
 
 
 def require_key(key: str, config: Any, is_resume: bool = False) -> None:

@@ -484,7 +484,11 @@ class MixDataModule(DataModule):
     """
 
     def __init__(self, corpora: dict[str, dict[str, Any]], **settings: Any) -> None:
-        data = Data(name=MIX, corpora=corpora, vocab=settings.get("vocab", "byte"))
+        def as_in_yaml(value: Any) -> Any:
+            return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+
+        plain = {name: {key: as_in_yaml(value) for key, value in given.items()} for name, given in corpora.items()}
+        data = Data(name=MIX, corpora=plain, vocab=settings.get("vocab", "byte"))
         super().__init__(build_mix(data, Path()), endless=True, **settings)
 
     def train_dataloader(self) -> DataLoader[Tensor]:

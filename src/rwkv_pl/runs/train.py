@@ -149,7 +149,8 @@ def conclude(trainer: Trainer, inputs: Inputs, metrics: MetricsRecorder, folder:
         scores = ", ".join([f"this model {format_scores(found)}", *others])
         texts = ",\n        ".join(map(str, data.corpora.values()))
         log.info(f"result  bits per byte of {texts}, validation split:\n        {scores}")
-    if data.corpus_names:
+    each = {name: found.get(f"val/bits_per_byte/{name}") for name in data.corpus_names}
+    if each:
         log.info(f"passes  {inputs.describe_passes(trainer.global_step)}")
     for title, path in (("curve", "loss.png"), ("weights", "checkpoints"), ("profile", "fit-profile.txt")):
         if (folder / path).exists():
@@ -165,7 +166,7 @@ def conclude(trainer: Trainer, inputs: Inputs, metrics: MetricsRecorder, folder:
         objective=best,
         step=trainer.global_step,
         seconds=metrics.latest.get("seconds"),
-        **({"corpora": dict(zip(data.corpus_names, list(found.values())[1:], strict=False))} if data.corpus_names else {}),
+        **({"corpora": each} if each else {}),
     )
 
 
