@@ -77,7 +77,7 @@ def test_batch_follows_the_contract(path: Path, monkeypatch: pytest.MonkeyPatch,
     for n, batch in enumerate(take(data.train_dataloader(), 30)):
         assert batch.dtype == torch.int64
         starts = window_starts(n, seed=7, n_tokens=len(train), ctx_len=16, batch_size=12)
-        assert np.array_equal(batch.numpy(), read_windows(train, starts, 16))
+        assert np.array_equal(batch.numpy(), read_windows([train] * 12, starts, 16))
 
 
 @pytest.mark.parametrize(("devices", "accumulate"), [(1, 1), (1, 3), (2, 1), (2, 3), (4, 1), (3, 4), (12, 1)])

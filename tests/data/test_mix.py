@@ -88,7 +88,7 @@ def test_each_corpus_is_read_in_its_own_order(tmp_path: Path, accumulate: int, w
         expected = np.empty((size, ctx_len + 1), np.int64)
         for row, (c, i) in enumerate(zip(corpus, index, strict=True)):
             start = window_starts(int(i), seed=7 + int(c), n_tokens=len(tokens[c]), ctx_len=ctx_len, batch_size=1)
-            expected[row] = read_windows(tokens[c], start, ctx_len)[0]
+            expected[row] = read_windows([tokens[c]], start, ctx_len)[0]
         for rank in range(world_size):
             batches = TrainBatches(
                 list(data.token_files.values()), [1, 3], seed=7, ctx_len=ctx_len, batch_size=size,

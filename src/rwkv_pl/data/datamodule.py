@@ -72,12 +72,11 @@ class TrainBatches(Dataset[Tensor]):
         if self._block != block:
             self._block, self._places = block, self._place_block(block)
         corpora, starts = self._places[:, place, self.rows[a]]
-        windows = np.empty((len(starts), self.ctx_len + 1), np.int64)
-        for c in np.unique(corpora):
+        rings = {}
+        for c in set(corpora.tolist()):
             self.files[c].check_unchanged()
-            here = corpora == c
-            windows[here] = order.read_windows(self.files[c].split("train"), starts[here], self.ctx_len)
-        return torch.from_numpy(windows)
+            rings[c] = self.files[c].split("train")
+        return torch.from_numpy(order.read_windows([rings[c] for c in corpora.tolist()], starts, self.ctx_len))
 
     def _place_block(self, block: int) -> order.Int64:
         """Return the corpus and the start of each row of several batches: (2, batches, B)."""

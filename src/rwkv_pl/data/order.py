@@ -99,10 +99,10 @@ def micro_batch_rows(batch_size: int, *, world_size: int, rank: int, accumulate:
     return slice(part * rows, (part + 1) * rows)
 
 
-def read_windows(tokens: npt.NDArray[np.unsignedinteger], starts: Int64, ctx_len: int) -> Int64:
-    """Read the windows that begin at ``starts`` (R,) from the ring of ``tokens`` (N,): (R, T+1) int64."""
+def read_windows(rings: Sequence[npt.NDArray[np.unsignedinteger]], starts: Int64, ctx_len: int) -> Int64:
+    """Read one window from each of the R ``rings`` of tokens (N,), from its start (R,) on: (R, T+1) int64."""
     windows = np.empty((len(starts), ctx_len + 1), np.int64)
-    for window, start in zip(windows, starts.tolist(), strict=True):
+    for window, tokens, start in zip(windows, rings, starts.tolist(), strict=True):
         # One slice per row is ten times as fast as fancy indexing of all rows at once.
         before_the_seam = tokens[start : start + ctx_len + 1]
         window[: len(before_the_seam)] = before_the_seam
