@@ -1,15 +1,16 @@
 # make train   installs into .venv, trains for about two minutes, saves a loss curve and prints a sample
 # make test    installs into .venv, runs the quick tests
 # make lint    ruff and mypy
-# make wheel   builds a wheel for this platform in dist/, with the compiled kernels
+# make wheels  builds a wheel for each system in dist/, with the compiled kernels; PLATFORMS=win_amd64 selects one
 # make docs    runs the tour and builds the site in build/site
 # make bench   repeats the measurements of docs/guides/benchmarks.md on this machine
 # The first supported one is used; `make PYTHON=...` selects another.
 PYTHON ?= python3.14 python3.13 python3.12 python3.11 python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+PLATFORMS ?= manylinux_2_28_x86_64 manylinux_2_28_aarch64 win_amd64 macosx_14_0_arm64
 
-.PHONY: train test lint wheel docs bench clean
+.PHONY: train test lint wheels docs bench clean
 
 train: $(VENV)/.train
 	$(BIN)/rwkv-train experiment=quickstart
@@ -22,9 +23,12 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-wheel: $(VENV)/.dev
-	$(BIN)/python -m rwkv_pl.ops.prebuilt
-	$(BIN)/python -m build --wheel --no-isolation
+# setuptools keeps the files of the previous wheel in build/lib.
+wheels: $(VENV)/.dev
+	for platform in $(PLATFORMS); do \
+	    $(BIN)/python -m rwkv_pl.ops.prebuilt $$platform && rm -rf build/lib build/bdist.* && \
+	    $(BIN)/python -m build --wheel --no-isolation -C--build-option=--plat-name=$$platform || exit; \
+	done
 	rm -rf src/rwkv_pl/prebuilt build
 
 docs: $(VENV)/.dev

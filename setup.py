@@ -1,12 +1,11 @@
-"""Build a platform wheel if it contains compiled libraries, else a pure one. See `make wheel`."""
+"""Build a platform wheel if it contains compiled libraries, else a pure one. See `make wheels`."""
 
-import platform
 from pathlib import Path
 
 from setuptools import setup
 from setuptools.command.bdist_wheel import bdist_wheel
 
-PREBUILT = any(Path(__file__).parent.joinpath("src", "rwkv_pl", "prebuilt").glob("*.so"))
+PREBUILT = any(Path(__file__).parent.joinpath("src", "rwkv_pl", "prebuilt").glob("wkv4*"))
 
 
 class Wheel(bdist_wheel):
@@ -17,13 +16,8 @@ class Wheel(bdist_wheel):
         self.root_is_pure = not PREBUILT
 
     def get_tag(self) -> tuple[str, str, str]:
-        if not PREBUILT:
-            return super().get_tag()
-        where = super().get_tag()[2]
-        library, version = platform.libc_ver()
-        if library == "glibc":
-            where = where.replace("linux", "manylinux_" + "_".join(version.split(".")[:2]), 1)
-        return "py3", "none", where
+        tag = super().get_tag()
+        return ("py3", "none", tag[2]) if PREBUILT else tag
 
 
 setup(cmdclass={"bdist_wheel": Wheel})

@@ -11,7 +11,8 @@ from importlib import import_module
 from pathlib import Path
 
 NAMES = ("wkv", "train_step", "generate", "loop", "memory", "startup", "checkpoint", "race", "plot")
-GPU_NAMES = ("gpu", "wkv_gpu")
+# Not a part of `all`: they need a GPU, or the package ziglang.
+OTHER_NAMES = ("gpu", "wkv_gpu", "compilers")
 
 
 def read_summary(name: str) -> str:
@@ -38,12 +39,12 @@ def main() -> None:
         }
         failed = [each for each, command in commands.items() if subprocess.run(command).returncode]
         sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
-    if name in (*NAMES, *GPU_NAMES):
+    if name in (*NAMES, *OTHER_NAMES):
         sys.argv = [f"benchmarks {name}", *options]
         import_module(f"benchmarks.{name}").main()
         return
     print(__doc__)
-    for each in (*NAMES, *GPU_NAMES):
+    for each in (*NAMES, *OTHER_NAMES):
         print(f"    {each:12}{read_summary(each)}")
     sys.exit(0 if name in ("-h", "--help") else f"\nthere is no benchmark {name}")
 

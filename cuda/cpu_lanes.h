@@ -14,13 +14,6 @@
 #define WKV_SIMD
 #endif
 
-// For a function that makes the loop around its calls slower if it is inlined there.
-#if defined(_MSC_VER)
-#define WKV_NOINLINE __declspec(noinline)
-#else
-#define WKV_NOINLINE __attribute__((noinline))
-#endif
-
 // Prefetches the cache line at p into the L2 cache, which leaves the few fill buffers of the L1 cache to the current
 // loads. p may be past the end of the array.
 #if defined(__GNUC__)

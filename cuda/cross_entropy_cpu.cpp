@@ -138,6 +138,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rwkv_pl, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rwkv_pl, CPU, m) {
-  m.impl("cross_entropy", TORCH_BOX(&cross_entropy));
-  m.impl("cross_entropy_backward", TORCH_BOX(&cross_entropy_backward));
+  m.impl("cross_entropy", WKV_BOX(cross_entropy));
+  m.impl("cross_entropy_backward", WKV_BOX(cross_entropy_backward));
 }

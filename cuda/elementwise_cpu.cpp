@@ -126,8 +126,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rwkv_pl, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rwkv_pl, CPU, m) {
-  m.impl("squared_relu_", TORCH_BOX(&squared_relu_));
-  m.impl("squared_relu_backward_", TORCH_BOX(&squared_relu_backward_));
-  m.impl("gate", TORCH_BOX(&gate));
-  m.impl("gate_backward", TORCH_BOX(&gate_backward));
+  m.impl("squared_relu_", WKV_BOX(squared_relu_));
+  m.impl("squared_relu_backward_", WKV_BOX(squared_relu_backward_));
+  m.impl("gate", WKV_BOX(gate));
+  m.impl("gate_backward", WKV_BOX(gate_backward));
 }

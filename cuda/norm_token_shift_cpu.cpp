@@ -299,6 +299,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rwkv_pl, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rwkv_pl, CPU, m) {
-  m.impl("norm_token_shift", TORCH_BOX(&norm_token_shift));
-  m.impl("norm_token_shift_backward", TORCH_BOX(&norm_token_shift_backward));
+  m.impl("norm_token_shift", WKV_BOX(norm_token_shift));
+  m.impl("norm_token_shift_backward", WKV_BOX(norm_token_shift_backward));
 }

@@ -55,6 +55,7 @@ struct Matrix {
   bool is_bf16;
 };
 
+// Inlined, it makes the loop around its calls slower.
 WKV_NOINLINE float sum_row(const float (&lanes)[LANES]) { return sum_lanes<LANES>(lanes); }
 
 // sums += weights x, for LANES of each. FIRST: sums = weights x. (Zeros written in advance would be a memset, which
@@ -434,4 +435,4 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rwkv_pl, m) {
         " -> (Tensor logits, Tensor shifts, Tensor wkv)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(rwkv_pl, CPU, m) { m.impl("rwkv4_step", TORCH_BOX(&rwkv4_step)); }
+STABLE_TORCH_LIBRARY_IMPL(rwkv_pl, CPU, m) { m.impl("rwkv4_step", WKV_BOX(rwkv4_step)); }

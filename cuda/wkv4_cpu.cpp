@@ -451,6 +451,6 @@ STABLE_TORCH_LIBRARY(rwkv_pl, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rwkv_pl, CPU, m) {
-  m.impl("wkv4_forward", TORCH_BOX(&wkv4_forward));
-  m.impl("wkv4_backward", TORCH_BOX(&wkv4_backward));
+  m.impl("wkv4_forward", WKV_BOX(wkv4_forward));
+  m.impl("wkv4_backward", WKV_BOX(wkv4_backward));
 }

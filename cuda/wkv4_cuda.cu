@@ -112,6 +112,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> wkv4_backward(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(rwkv_pl, CUDA, m) {
-  m.impl("wkv4_forward", TORCH_BOX(&wkv4_forward));
-  m.impl("wkv4_backward", TORCH_BOX(&wkv4_backward));
+  m.impl("wkv4_forward", WKV_BOX(wkv4_forward));
+  m.impl("wkv4_backward", WKV_BOX(wkv4_backward));
 }

@@ -21,6 +21,12 @@
 #define WKV_INLINE inline __attribute__((always_inline))
 #endif
 
+#if defined(_MSC_VER)
+#define WKV_NOINLINE __declspec(noinline)
+#else
+#define WKV_NOINLINE __attribute__((noinline))
+#endif
+
 namespace wkv {
 
 // a b + c. Without an FMA instruction, std::fma is a library call, 40 times slower than a product and a sum.

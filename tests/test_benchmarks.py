@@ -252,7 +252,7 @@ def test_invalid_option_gives_one_line_error(line, message, tmp_path, monkeypatc
 
 
 def test_all_accepts_only_options_of_every_benchmark(tmp_path, monkeypatch, capsys):
-    for name in (*benchmarks.NAMES, *benchmarks.GPU_NAMES):
+    for name in (*benchmarks.NAMES, *benchmarks.OTHER_NAMES):
         monkeypatch.setattr(sys, "argv", ["benchmarks", "--help"])
         with pytest.raises(SystemExit):
             import_module(f"benchmarks.{name}").main()

@@ -13,7 +13,9 @@ from rwkv_pl.texts import take_as_typed, yaml_texts_as_written
 
 
 @pytest.mark.parametrize("text", ["2024_01_01", "1e5", "+5", "nan", "true", "1.50", "korpus-ä.txt", "语料 1.txt"])
-@pytest.mark.parametrize("key", ["data.path", "weights", "hydra.run.dir", "logger.wandb.name", "experiment"])
+@pytest.mark.parametrize(
+    "key", ["data.path", "weights", "hydra.run.dir", "logger.wandb.name", "logger.tensorboard.version", "experiment"]
+)
 def test_path_or_name_is_taken_as_typed(key, text):
     (override,) = parse_overrides(take_as_typed([f"{key}={text}"]))
     assert override.value() == text
@@ -65,9 +67,9 @@ def test_quoted_text_is_read_unchanged(text):
 FILE = """
 defaults: [{data: 2024_01_01}]
 data: {path: 2024_01_01, url: 0x1F, batch_size: 1_000, val_path: null, field: yes}
-logger: {mine: {name: 007, project: "1", version: 3}}
+logger: {mine: {name: 007, project: "1", version: 3, group: 2025_01}}
 hydra: {run: {dir: 12:30}, sweeper: {params: {data.path: 1e5, seed: 1_0}}}
-callbacks: {mine: {path: 1_0, filename: on}}
+callbacks: {mine: {path: 1_0, filename: on, duration: 12:00:00:00}}
 weights: 1e5
 seed: 1_0
 """
@@ -79,9 +81,9 @@ def test_yaml_file_is_read_as_written():
     assert read == {
         "defaults": [{"data": "2024_01_01"}],
         "data": {"path": "2024_01_01", "url": "0x1F", "batch_size": 1000, "val_path": None, "field": "yes"},
-        "logger": {"mine": {"name": "007", "project": "1", "version": 3}},
+        "logger": {"mine": {"name": "007", "project": "1", "version": 3, "group": "2025_01"}},
         "hydra": {"run": {"dir": "12:30"}, "sweeper": {"params": {"data.path": "1e5", "seed": 10}}},
-        "callbacks": {"mine": {"path": 10, "filename": "on"}},
+        "callbacks": {"mine": {"path": 10, "filename": "on", "duration": "12:00:00:00"}},
         "weights": "1e5",
         "seed": 10,
     }

@@ -100,6 +100,8 @@ def parse_overrides(overrides: Sequence[str], sweep: bool = False) -> list[Overr
             raise UserError(f"{text}: set Hydra's own settings one by one, as in hydra.run.dir=FOLDER")
         if override.is_delete():
             raise UserError(f"{text}: cannot remove a key; write {key}=null, or choose another file of its group")
+        if override.is_sweep_override() and override.is_hydra_override():
+            raise UserError(f"{text}: Hydra's own settings take one value; quote a comma")
         if override.is_sweep_override() and key == "plugins":
             raise UserError(
                 f"{text}: all jobs of a sweep have the same plug-ins, write plugins=[{override.get_value_string()}]"
@@ -111,11 +113,10 @@ def parse_overrides(overrides: Sequence[str], sweep: bool = False) -> list[Overr
             raise UserError(f"{text}: cannot change the package of a group: leave out the @")
         if isinstance(chosen, Glob):
             raise UserError(f"{text}: glob() is not supported, list the names")
-        none = chosen is None and key == "experiment"
         if is_group_choice(override):
-            if not (none or isinstance(chosen, str | list | ChoiceSweep)):
-                raise UserError(f"{text}: {key} takes the name of a file; --help lists them")
             names = chosen.list if isinstance(chosen, ChoiceSweep) else chosen if isinstance(chosen, list) else [chosen]
+            if None in names or not isinstance(chosen, str | list | ChoiceSweep):
+                raise UserError(f"{text}: {key} takes the name of a file; --help lists them")
             # Hydra also accepts a path to any other folder, whose files can make it run programs.
             parts = [part for name in names for part in re.split(r"[/\\]", str(getattr(name, "text", name)))]
             if any(part in ("", ".", "..") or ":" in part for part in parts):
@@ -174,6 +175,8 @@ def compose(overrides: Sequence[str], config_dir: str | None = None, name: str =
             return composed
         except KeyError as error:
             raise UserError(f"hydra.job.env_copy names {error}, an environment variable that is not set") from error
+        except RecursionError as error:
+            raise UserError("a file of --config-dir includes itself in its defaults") from error
         except MissingConfigException as error:
             group, _, name = (error.missing_cfg_file or "").rpartition("/")
             # Hydra lists the options for a single choice, but not for a list of choices.
@@ -199,10 +202,20 @@ def _check_hydra(hydra: DictConfig, n_overrides: int) -> None:
             given = OmegaConf.select(hydra, key)
             if given != value:
                 raise UserError(f"hydra.{key}={getattr(given, 'name', given)} is not supported, {reason}: leave it out")
+    if None in (hydra.launcher, hydra.sweeper):
+        raise UserError("hydra.launcher and hydra.sweeper can't be null: leave them out")
     if not isinstance(hydra.verbose, bool | str | ListConfig):
         raise UserError(f"hydra.verbose must be true, false or a list of loggers, got {hydra.verbose}")
     if len(hydra.overrides.task) + len(hydra.overrides.hydra) != n_overrides:
         raise UserError("hydra.overrides cannot be set, Hydra writes the typed settings there: leave it out")
+
+
+def absolute_config_dir(given: str | Path, name: str) -> str:
+    """Return the absolute path of the user's folder. name: of the argument. Raises UserError if it is not a folder."""
+    folder = Path(given).expanduser().absolute()
+    if not folder.is_dir():
+        raise UserError(f"{name}={folder} is not a folder: give the one with your own files")
+    return str(folder)
 
 
 def typed_config_dir(sources: Any) -> str | None:
@@ -283,7 +296,11 @@ def require_key(key: str, config: Any, is_resume: bool = False) -> None:
     for part in key.split("."):
         if not isinstance(node, dict | DictConfig) or part not in node:
             if seen.startswith("trainer."):
-                check_trainer({part: None}, trainer_defaults())
+                defaults = trainer_defaults()
+                check_trainer({part: defaults.get(part)}, defaults)
+                if is_resume:  # of a run that is older than this setting
+                    return
+                raise UserError(f"{key} is not in the chosen file: add it there")
             names = [str(name) for name in node if name != "hydra"] if isinstance(node, dict | DictConfig) else []
             hint = suggest_key(part, names) if names else f"; {seen.rstrip('.')} is a value"
             group, *inside = seen.rstrip(".").split(".")

@@ -501,7 +501,7 @@ def check_trainer(trainer: dict[str, Any], defaults: dict[str, Any]) -> None:
     for key in ("max_steps", "max_epochs"):
         if trainer[key] is not None and trainer[key] < 1 and trainer[key] != -1:
             raise UserError(f"trainer.{key} must be at least 1, or -1 for no limit, got {trainer[key]}")
-    for key in ("val_check_interval", "accumulate_grad_batches", "log_every_n_steps", "num_nodes"):
+    for key in ("val_check_interval", "accumulate_grad_batches", "log_every_n_steps", "num_nodes", "timeout"):
         check_at_least(f"trainer.{key}", trainer[key], 1)
     for key in ("limit_val_batches", "limit_test_batches"):
         limit = 0 if trainer[key] is None else trainer[key]
@@ -511,10 +511,14 @@ def check_trainer(trainer: dict[str, Any], defaults: dict[str, Any]) -> None:
     check_one_of("trainer.accelerator", trainer["accelerator"], ACCELERATORS)
     if isinstance(trainer["deterministic"], str):
         check_one_of("trainer.deterministic, if neither true nor false,", trainer["deterministic"], ("warn",))
-    if re.match("ddp_(spawn|fork|notebook)", trainer["strategy"]):
+    if re.match("ddp_(spawn|fork|notebook)", trainer["strategy"].lower()):
         raise UserError(
             f"trainer.strategy={trainer['strategy']} is not supported, it copies this process: use ddp, which starts "
             "the command once per device"
+        )
+    if re.match("fsdp_|deepspeed", trainer["strategy"]):
+        raise UserError(
+            f"trainer.strategy={trainer['strategy']} is not supported: use trainer=fsdp, which divides the model"
         )
     if trainer["precision"] == "16-true":
         raise UserError(

@@ -20,12 +20,15 @@ TARGET_MODULES = {
         "lightning.pytorch.callbacks",
         "rwkv_pl.training.callbacks.checkpoints",
         "rwkv_pl.training.callbacks.sample_text",
+        "rwkv_pl.training.callbacks.weight_averaging",
     ),
     "logger": ("lightning.pytorch.loggers",),
 }
 
-# New names of moved classes, by the old names, which stored runs may have.
+# New names of moved and replaced classes, by the old names, which stored runs may have.
 MOVED = {
+    "lightning.pytorch.callbacks.EMAWeightAveraging": "rwkv_pl.training.callbacks.weight_averaging.EMAWeightAveraging",
+    "lightning.pytorch.callbacks.WeightAveraging": "rwkv_pl.training.callbacks.weight_averaging.WeightAveraging",
     "rwkv_pl.training.checkpoints.BestCheckpoint": "rwkv_pl.training.callbacks.checkpoints.BestCheckpoint",
     "rwkv_pl.training.checkpoints.LastCheckpoint": "rwkv_pl.training.callbacks.checkpoints.LastCheckpoint",
     "rwkv_pl.training.sample.SampleText": "rwkv_pl.training.callbacks.sample_text.SampleText",

@@ -22,7 +22,10 @@ PATH_KEYS = (*(f"data.{name}" for name in DATA_PATHS), "weights", "resume", "out
 
 # Further settings that are a text, and arguments of any callback and logger.
 TEXT_KEYS = (*PATH_KEYS, "data.url", "data.field", "hydra.sweep.subdir", "trainer.max_time")
-TEXT_NAMES = ("name", "filename", "dirpath", "save_dir", "project", "run_name", "experiment_name", "tracking_uri")
+TEXT_NAMES = (
+    "name", "filename", "dirpath", "save_dir", "project", "run_name", "experiment_name", "tracking_uri",
+    "id", "run_id", "group", "entity", "job_type", "prefix", "duration", "tensorboard.version",
+)  # fmt: skip
 
 # The parts of a value in Hydra's grammar: quoted texts, starts of functions, separators, plain texts.
 TOKENS = re.compile(
@@ -42,7 +45,9 @@ NUMBER_TAGS = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "bo
 def is_text(key: str) -> bool:
     """Whether the setting is a path or a name. key: dotted; its first parts may be missing, as in a group's file."""
     key = OF_CORPUS.sub("", key)
-    return key.rpartition(".")[2] in TEXT_NAMES or any(f".{known}".endswith(f".{key}") for known in TEXT_KEYS)
+    return f".{key}".endswith(tuple(f".{name}" for name in TEXT_NAMES)) or any(
+        f".{known}".endswith(f".{key}") for known in TEXT_KEYS
+    )
 
 
 def take_as_typed(overrides: Sequence[str]) -> list[str]:

@@ -147,6 +147,12 @@ CASES = {
     # choices and files
     "data=nosuch": "data=nosuch does not exist; available: binidx, enwik8, mix, stdlib, text",
     "experiment=nosuch": "experiment=nosuch does not exist",
+    "experiment=null": "experiment=null: experiment takes the name of a file",
+    "experiment=[null]": "experiment takes the name of a file",
+    "-m experiment=null,debug": "experiment takes the name of a file",
+    "-m hydra.sweep.subdir=a,b seed=1": "hydra.sweep.subdir=a,b: Hydra's own settings take one value",
+    "-m hydra.launcher=null seed=1": "hydra.launcher and hydra.sweeper can't be null",
+    "-m hydra.sweeper=null seed=1": "can't be null",
     "callbacks=[default,nosuch]": "callbacks=nosuch does not exist; available: best, default, device_stats, "
     "early_stopping, ema, last, sample_text, weight_averaging",
     "data.path=missing.txt": "missing.txt",
@@ -172,6 +178,7 @@ CASES = {
     "hydra/job_logging=nosuch": "hydra/job_logging=nosuch does not exist",
     "trainer.strategy=ddp_spawn trainer.devices=2": "trainer.strategy=ddp_spawn is not supported",
     "trainer.strategy=ddp_fork": "use ddp",
+    "trainer.strategy=DDP_SPAWN": "use ddp",
     "trainer.strategy=ddp_notebook_find_unused_parameters_true": "use ddp",
     "trainer.deterministic=yes": "trainer.deterministic, if neither true nor false, must be one of warn, got 'yes'",
     "callbacks=[default,device_stats] logger=none": "callbacks.device_stats needs a logger: leave out logger=none",

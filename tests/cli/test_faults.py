@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -69,8 +70,13 @@ def read_tensorboard(run: Path) -> list[tuple[str, int, float]]:
     """The scalars of a run in TensorBoard, without those measured by the clock."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(run), size_guidance={"scalars": 0})
-    events.Reload()
+    # TensorBoard reads files in the order of their names: of one second, in that of the process ids, which wrap around.
+    files = sorted(run.glob("events.out.tfevents.*"), key=lambda file: file.stat().st_mtime_ns)
+    with tempfile.TemporaryDirectory() as folder:
+        for number, file in enumerate(files):
+            shutil.copy(file, Path(folder, f"events.out.tfevents.{number:04}"))
+        events = EventAccumulator(folder, size_guidance={"scalars": 0})
+        events.Reload()
     names = [name for name in events.Tags()["scalars"] if name not in ("seconds", *SPEEDS, "epoch")]
     return [(name, event.step, event.value) for name in names for event in events.Scalars(name)]
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import forks
 import pytest
-from command import SMALL, TEXT, Result
+from command import SMALL, TEXT
 from forks import Strike, kill
+from scheduler import environment, free_port, run_ranks, start_rank
 
 from rwkv_pl.errors import UserError
 from rwkv_pl.runs import ranks
@@ -37,47 +38,6 @@ def folder(tmp_path) -> Path:
     return tmp_path
 
 
-def free_port() -> str:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return str(listener.getsockname()[1])
-
-
-def environment(scheduler: str, rank: int, port: str) -> dict[str, str]:
-    store = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    if scheduler == "torchrun":
-        return store | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    if scheduler == "one command a node":
-        return store | {"NODE_RANK": str(rank), "WORLD_SIZE": "2"}
-    slurm = {"SLURM_NTASKS": "2", "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_NODEID": "0"}
-    # Lightning takes the address from the first node, and the port from the job: 15,000 plus its last four digits.
-    job = 10000 + (int(port) - 15000) % 10000
-    return slurm | {
-        "SLURM_NTASKS_PER_NODE": "2",
-        "SLURM_JOB_ID": str(job),
-        "SLURM_JOB_NAME": "rwkv",
-        "SLURM_NODELIST": "127.0.0.1",
-        "OMP_NUM_THREADS": "1",
-    }
-
-
-def start_rank(folder: Path, scheduler: str, rank: int, port: str, *arguments: str, strikes=()):
-    """Start one rank, in its own folder below `folder` for its output."""
-    place = folder / f"rank {rank}"
-    place.mkdir(exist_ok=True)
-    inside = [argument.replace("data.path=", f"data.path={folder}/") for argument in arguments]
-    process = forks.start(place, *inside, strikes=strikes, **environment(scheduler, rank, port))
-    return lambda: forks.finish(process, place)
-
-
-def run_both(folder: Path, scheduler: str, *arguments: str) -> list[Result]:
-    port = free_port()
-    if scheduler == "one command a node":
-        arguments = (*arguments, "trainer.num_nodes=2", "trainer.devices=1")
-    ends = [start_rank(folder, scheduler, rank, port, *arguments) for rank in (1, 0)]
-    return [end() for end in ends][::-1]
-
-
 def read_content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -86,11 +46,11 @@ def read_content(folder: Path) -> dict[str, bytes]:
 def test_two_ranks_share_one_folder_and_a_second_start_is_refused(folder, scheduler):
     run = folder / "run"
     arguments = (*TWO, f"hydra.run.dir={run}")
-    for result in run_both(folder, scheduler, *arguments):
+    for result in run_ranks(folder, scheduler, *arguments):
         assert result.code == 0, result.err
     before = read_content(run)
     assert before[".hydra/overrides.yaml"] and before["checkpoints/last.ckpt"]
-    first, second = run_both(folder, scheduler, *arguments, "optim.lr=1")
+    first, second = run_ranks(folder, scheduler, *arguments, "optim.lr=1")
     assert (first.code, second.code) == (2, 2), first.err + second.err
     assert first.err.count("\n") == 1 and f"to resume its run, use resume={run}" in first.err
     assert second.err == ""
@@ -117,11 +77,11 @@ def test_resume_of_a_run_in_use_is_refused_on_all_ranks(folder):
     before = read_content(run)
     more = ("trainer.max_steps=6", "trainer=ddp", "trainer.devices=2")
     with locked(run):
-        first, second = run_both(folder, "torchrun", f"resume={run}", *more)
+        first, second = run_ranks(folder, "torchrun", f"resume={run}", *more)
     assert (first.code, second.code) == (2, 2), first.err + second.err
     assert "is in use by process" in first.err and second.err == ""
     assert {**read_content(run), ".lock": b""} == {**before, ".lock": b""}
-    for result in run_both(folder, "torchrun", f"resume={run}", *more):
+    for result in run_ranks(folder, "torchrun", f"resume={run}", *more):
         assert result.code == 0, result.err
     assert (run / "metrics.csv").read_text().splitlines()[-1].startswith("6,")
 
@@ -172,7 +132,7 @@ def test_port_in_use_gives_one_line_error(folder):
 
 
 def test_ranks_that_would_train_separately_are_refused(folder):
-    for result in run_both(folder, "torchrun", *SMALL, "hydra.run.dir=run"):
+    for result in run_ranks(folder, "torchrun", *SMALL, "hydra.run.dir=run"):
         assert result.code == 2
         assert "2 processes were started, but trainer.devices x trainer.num_nodes is 1" in result.err
     assert not (folder / "rank 0" / "run").exists()

@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from brief import shorten_run_end
 from command import SMALL, TEXT
 
+import rwkv_pl
 from rwkv_pl.cli import eval as evaluation
 from rwkv_pl.cli import generate, report
 from rwkv_pl.cli import train as training
@@ -49,12 +51,31 @@ def test_unwritable_stdout_does_not_stop_training(train, run, tmp_path, monkeypa
     assert (ended["status"], ended["step"]) == ("finished", 6 if resumed else 4)
 
 
+@needs_dev_full
+@pytest.mark.parametrize("kind", UNWRITABLE)
+def test_unwritable_stdout_does_not_stop_a_call_from_python(tmp_path, monkeypatch, kind):
+    shorten_run_end(monkeypatch.setattr)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "corpus.txt").write_bytes(TEXT)
+    monkeypatch.setattr(sys, "stdout", stream := UNWRITABLE[kind]())
+    run = rwkv_pl.train(*SMALL, "trainer.max_steps=2")
+    assert (json.loads((run.folder / "result.json").read_text())["status"], sys.stdout) == ("finished", stream)
+
+
 PRODUCTS = {
     "rwkv-train": (training.main, "--cfg", "job"),
     "rwkv-eval": (evaluation.main, "weights=run", "protocol=windows"),
     "rwkv-generate": (generate.main, "run", "--max-tokens", "9", "--seed", "1"),
     "rwkv-report": (report.main, "run"),
 }
+
+
+@pytest.mark.parametrize("flags", [("--cfg", "job"), ("--help",), ("--info",)])
+def test_closed_stdout_of_settings_gives_one_line_error(train, monkeypatch, flags):
+    monkeypatch.setattr(sys, "stdout", None)
+    result = train(*flags)
+    assert (result.code, result.err.count("\n")) == (2, 1), result.err
+    assert "standard output is closed: redirect it to a file or /dev/null" in result.err
 
 
 @needs_dev_full

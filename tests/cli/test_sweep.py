@@ -26,7 +26,8 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from hydra_plugins.rwkv_pl.study import StudySweeper, _is_drawn_from, _repair_lines, to_distribution
-from rwkv_pl.compose import CONFIG_MODULE, parse_overrides
+from rwkv_pl.cli.sweep import sweep_with_choices
+from rwkv_pl.compose import CONFIG_MODULE, check_config, compose, parse_overrides
 from rwkv_pl.errors import UserError
 from rwkv_pl.runs.folder import has_started
 from rwkv_pl.runs.outcome import read_result
@@ -415,6 +416,14 @@ def test_two_jobs_with_one_folder_reject_the_sweep(train, tmp_path, arguments):
     assert (result.code, result.err.count("\n")) == (2, 1), result.err
     assert "seed=1, one with" in result.err and "seed=2: add the settings that differ to hydra.sweep" in result.err
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_setting_that_only_swept_files_have_is_part_of_every_job():
+    texts = ["schedule=cosine,linear", "schedule.final_lr=1e-6", "schedule.warmup_steps=2", "optim.betas=[0.9,0.95]"]
+    tied = sweep_with_choices(parse_overrides(texts, sweep=True), None)
+    assert tied == [texts[0], "schedule.final_lr=choice(1e-6)", *texts[2:]]
+    jobs = list(expand_grid(parse_overrides(tied, sweep=True)))
+    assert [check_config(compose(job)).schedule.final_lr for job in jobs] == [1e-6, 1e-6]
 
 
 def write_sweep(folder: Path, *task: str, own: Sequence[str] = ()) -> None:

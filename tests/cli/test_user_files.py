@@ -59,3 +59,17 @@ def test_main_file_of_the_user_is_not_read_and_a_line_says_so(train, mine, tmp_p
     result = train("--config-dir", "mine", "--cfg", "job")
     assert yaml.safe_load(result.out)["seed"] == 42
     assert result.err == f"{tmp_path / 'mine' / 'train.yaml'} is not read: write its settings into an experiment\n"
+
+
+def test_files_that_include_each_other_give_one_line(train, mine):
+    mine("model/rwkv4_tiny", "defaults: [rwkv4_tiny]\nn_layer: 3\n")
+    for more in (["hydra.run.dir=run"], ["--cfg", "job"], ["-m", "seed=1,2"]):
+        result = train("--config-dir", "mine", *SMALL, "model=rwkv4_tiny", *more)
+        assert result.code == 2
+        assert result.err.endswith("rwkv-train: a file of --config-dir includes itself in its defaults\n")
+
+
+def test_typed_setting_that_the_users_file_leaves_out_is_named(train, mine):
+    mine("trainer/default", "max_steps: 7\n")
+    result = train("--config-dir", "mine", *SMALL)
+    assert "trainer.accelerator is not in the chosen file: add it there" in result.err

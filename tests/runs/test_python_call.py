@@ -184,7 +184,8 @@ def test_bad_input_raises_user_error_in_one_line(folder, overrides, message):
 
 
 @pytest.mark.parametrize(
-    ("config_dir", "message"), [("missing", "missing is not a folder$"), (3, "must be a folder's path, got 3$")]
+    ("config_dir", "message"),
+    [("missing", "missing is not a folder: give the one with your own files$"), (3, "must be a folder's path, got 3$")],
 )
 def test_wrong_config_dir_raises_user_error(config_dir, message):
     with pytest.raises(UserError, match=f"^config_dir.*{message}"):

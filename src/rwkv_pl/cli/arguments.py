@@ -7,9 +7,9 @@ import argparse
 import contextlib
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, NoReturn
 
 from hydra import version as hydra_version
@@ -20,7 +20,14 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from rwkv_pl.checks import suggest_flag
-from rwkv_pl.compose import CONFIG_MODULE, compose, parse_overrides, prefer_user_files, require_global_package
+from rwkv_pl.compose import (
+    CONFIG_MODULE,
+    absolute_config_dir,
+    compose,
+    parse_overrides,
+    prefer_user_files,
+    require_global_package,
+)
 from rwkv_pl.errors import UserError
 from rwkv_pl.texts import yaml_texts_as_written
 
@@ -93,9 +100,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     if args.experimental_rerun:
         raise UserError("--experimental-rerun is not used: resume a run with resume=RUN")
     if args.config_dir:
-        args.config_dir = str(Path(args.config_dir).absolute())
-        if not Path(args.config_dir).is_dir():
-            raise UserError(f"--config-dir {args.config_dir} is not a folder: give the one with your own files")
+        args.config_dir = absolute_config_dir(args.config_dir, "--config-dir")
     return args
 
 
@@ -115,10 +120,12 @@ def print_hydra_info(
     argv: Sequence[str], overrides: Sequence[str], config_dir: str | None, name: str = "train"
 ) -> None:
     """Let Hydra handle --help, --cfg, --info or completion. overrides: the settings in `argv`."""
+    if sys.stdout is None:
+        raise UserError("standard output is closed: redirect it to a file or /dev/null instead")
     require_global_package(parse_overrides(overrides), config_dir)
     try:
         run_with_hydra(lambda _: None, argv, name)
-    except (HydraException, OmegaConfBaseException):
+    except (HydraException, OmegaConfBaseException, RecursionError):
         compose(overrides, config_dir, name)  # raises the error as one line
         raise
 

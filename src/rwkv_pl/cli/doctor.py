@@ -69,7 +69,7 @@ def check_build_tools() -> Iterator[Finding]:
     """Yield a finding for each tool and device that a build needs."""
     import torch
 
-    from rwkv_pl.ops.build import PREBUILT, cpu_level
+    from rwkv_pl.ops.build import PREBUILT, SUFFIX, cpu_level
     from rwkv_pl.ops.toolchain import (
         compiler_advice,
         describe_missing_compiler,
@@ -84,7 +84,7 @@ def check_build_tools() -> Iterator[Finding]:
     cores = usable_cores()
     share = "" if cores == os.cpu_count() else f", {cores} of {os.cpu_count()} cores by affinity and quota"
     yield Finding("processor", f"{platform.processor() or platform.machine()}, level {cpu_level()}{share}")
-    prebuilt = sorted(path.name.rpartition("-")[0] for path in PREBUILT.glob("*.so"))
+    prebuilt = sorted(path.name.rpartition("-")[0] for path in PREBUILT.glob(f"*{SUFFIX}"))
     if prebuilt:
         yield Finding("built ahead", ", ".join(prebuilt))
     compiler = find_compiler()

@@ -75,8 +75,6 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_intermixed_args()
     if arguments.max_tokens < -1:
         raise UserError(f"--max-tokens must be at least 0, or -1 for no limit, got {arguments.max_tokens}")
-    if not 0 < arguments.top_p <= 1:
-        raise UserError(f"--top-p must be above 0 and at most 1, got {arguments.top_p:g}")
     if not 1 <= arguments.samples <= MAX_SAMPLES:
         raise UserError(f"--samples must be from 1 to {MAX_SAMPLES:,}, got {arguments.samples}")
     if arguments.samples > 1 and arguments.state_out:

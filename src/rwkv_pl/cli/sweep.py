@@ -18,7 +18,7 @@ from hydra_plugins.rwkv_pl.grid import GridSweeper
 from hydra_plugins.rwkv_pl.launcher import ProcessLauncher
 from hydra_plugins.rwkv_pl.study import StudySweeper
 from rwkv_pl.cli.arguments import run_with_hydra
-from rwkv_pl.compose import check_config, compose, parse_overrides, typed_config_dir
+from rwkv_pl.compose import check_config, compose, is_group_choice, parse_overrides, typed_config_dir
 from rwkv_pl.config import CORPORA, errors_of_corpus
 from rwkv_pl.data.documents import exists
 from rwkv_pl.errors import UserError, one_line
@@ -47,6 +47,10 @@ OWN_PLUGINS: dict[str, Any] = {
 
 def start_sweep(argv: Sequence[str], overrides: list[Override], config_dir: str | None) -> None:
     """`rwkv-train -m`. Raises UserError, before it creates a folder, if a setting is invalid in every job."""
+    lines = [str(o.input_line) for o in overrides]
+    texts = sweep_with_choices(overrides, config_dir)
+    argv = [dict(zip(lines, texts, strict=True)).get(text, text) for text in argv]
+    overrides = parse_overrides(texts, sweep=True)
     fixed = [o for o in overrides if not o.is_sweep_override()]
     composed = compose([str(o.input_line) for o in fixed], config_dir)
     merged = merge_params(
@@ -59,6 +63,22 @@ def start_sweep(argv: Sequence[str], overrides: list[Override], config_dir: str 
         _require_distinct_folders(own, merged, config_dir)
     typed = any(o.key_or_group == "hydra.sweep.dir" for o in overrides)
     _run_sweep(create_run_dir(Path(composed.hydra.sweep.dir).absolute(), typed), argv, composed.hydra.launcher)
+
+
+def sweep_with_choices(overrides: Sequence[Override], config_dir: str | None) -> list[str]:
+    """Return the settings, with choice(0) for the 0 in `schedule=cosine,linear schedule.final_lr=0`.
+
+    Hydra composes the sweep's own config without the swept files, and would refuse a key that only they have.
+    """
+    swept = {o.key_or_group for o in overrides if o.is_sweep_override() and is_group_choice(o)}
+    chosen = [str(o.input_line) for o in overrides if is_group_choice(o) and not o.is_sweep_override()]
+    known = compose(chosen, config_dir)
+    texts = []
+    for o in overrides:
+        is_inside = o.key_or_group.partition(".")[0] in swept and not o.is_sweep_override()
+        is_new = is_inside and OmegaConf.select(known, o.key_or_group, default=...) is ...
+        texts.append(f"{o.key_or_group}=choice({o.get_value_string()})" if is_new else str(o.input_line))
+    return texts
 
 
 def resume_sweep(sweep: Path, later: list[Override], config_dir: str | None) -> None:

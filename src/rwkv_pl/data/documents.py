@@ -50,16 +50,18 @@ CONTAINERS = {
     "7z": rb"7z\xbc\xaf\x27\x1c",
     "rar": rb"Rar!\x1a\x07",
     "lz4": rb"\x04\x22\x4d\x18",
+    "lzma": rb"\]\0\0",  # the old format
     "lzip": rb"LZIP\x01",
     "lzop": rb"\x89LZO\0",
     "snappy": rb"\xff\x06\0\0sNaPpY",
-    "compress": rb"\x1f[\x9d\xa0]",
+    "z": rb"\x1f[\x9d\xa0]",
+    "br": rb"(?!)",  # brotli files have no common first bytes
 }
-"""Patterns of the first bytes of binary files that contain text but are not read."""
+"""Patterns of the first bytes of binary files that contain text but are not read, by suffix."""
 
 
 OUTPUT_FILES = re.compile(
-    r"sweep\.(csv|png)|eval-.*\b(train|val|test)\.(json|png)|.*\.(ckpt|pth|safetensors|partial)|events\.out\.tfevents\..*"
+    r"sweep\.(csv|png)|eval-.*\b(train|val|test)\.(json|png)|.*\.(ckpt|pth|safetensors|state|partial)|events\.out\.tfevents\..*"
 )
 """Names of the files that the commands, or Lightning, write outside of run folders."""
 
@@ -253,13 +255,15 @@ class _ZstdFile(io.RawIOBase):
 
 
 def _refuse_container(path: Path, head: bytes) -> None:
-    """Raise UserError if the unpacked file is not text, by its first bytes, or by its name if these do not tell."""
-    if kind := next((name for name, pattern in CONTAINERS.items() if re.match(pattern, head)), ""):
-        raise UserError(f"{path} is not text but a container ({kind}): extract plain text or .jsonl from it")
-    if _inner_suffix(path) == ".json":
+    """Raise UserError if the unpacked file is not text, by its first bytes or its name."""
+    suffix = _inner_suffix(path)
+    kinds = (name for name, pattern in (CONTAINERS | COMPRESSIONS).items() if re.match(pattern, head))
+    if kind := next(kinds, suffix[1:] if suffix[1:] in CONTAINERS else ""):
+        raise UserError(
+            f"{path} is not text but a container ({kind.lstrip('.')}): extract plain text or .jsonl from it"
+        )
+    if suffix == ".json":
         raise UserError(f"{path} is not read: write its documents as one object a line, into a .jsonl")
-    if path.suffix.lower() == ".br":
-        raise UserError(f"{path} is compressed with brotli: unpack it")
 
 
 def _read_rows(path: Path, file: IO[bytes], field: str) -> Iterator[bytes]:

@@ -24,7 +24,7 @@ class Sampling:
     temperature: divides the logits; 0 selects the likeliest token.
     top_k:       keeps only the k likeliest tokens; 0, or k >= V, is off.
     top_p:       keeps the fewest likeliest tokens whose total probability reaches p, at least one (nucleus sampling,
-                 arXiv 1904.09751, section 3.1); 1 or more is off.
+                 arXiv 1904.09751, section 3.1); above 0, and 1 is off.
 
     Raises ValueError for a number out of range.
     """
@@ -39,11 +39,12 @@ class Sampling:
         for name, value, lowest in (
             ("temperature", self.temperature, 0),
             ("top_k", self.top_k, 0),
-            ("top_p", self.top_p, 0),
             ("window", self.window, 1),
         ):
             if not (math.isfinite(value) and value >= lowest):
                 raise ValueError(f"{name} must be at least {lowest}, got {value}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p:g}")
         if not (math.isfinite(self.repetition) and self.repetition > 0):
             raise ValueError(f"repetition must be a number above 0 (1 is off), got {self.repetition}")
 
@@ -75,7 +76,6 @@ class Sampling:
         shares = scores.softmax(-1)
         if self.top_p < 1:
             better = shares.cumsum(-1) - shares
-            better[:, 0] = -1  # keeps the likeliest token even if top_p is 0
             shares = torch.where(better < self.top_p, shares, 0)
         sums = shares.cumsum(-1)
         total = sums[:, -1:]

@@ -71,8 +71,6 @@ def continue_text(
 
     if max_tokens < 0:
         raise ValueError(f"max_tokens must be at least 0, got {max_tokens}")
-    if sampling.get("top_p", 1.0) <= 0:
-        raise ValueError(f"top_p must be above 0, got {sampling['top_p']}")
     stream = TextStream([stop.encode() for stop in stops])
     ids = vocabulary.encode(prompt.encode()).astype("int64") if prompt else [vocabulary.document_end]
     tokens = torch.as_tensor(ids, dtype=torch.int64, device=next(model.parameters()).device)

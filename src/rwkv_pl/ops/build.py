@@ -33,12 +33,15 @@ from rwkv_pl.ops.toolchain import (
     describe_nvcc_problem,
     find_compiler,
     find_nvcc,
+    host_platform,
+    system_compiler_advice,
 )
+from rwkv_pl.ops.zig import build_with_zig, has_cpp_library
 
 __all__ = [
-    "CPU_SOURCES", "CUDA_FLAGS", "CUDA_SOURCES", "LEVELS", "PREBUILT", "RETRY_ADVICE", "STABLE_ABI", "BuildError",
-    "chip_flags", "cpu_command", "cpu_flags", "cpu_level", "forget_failures", "load_cpu_library", "load_cuda_library",
-    "nvcc_command", "prebuilt_name",
+    "CPU_SOURCES", "CUDA_FLAGS", "CUDA_SOURCES", "LEVELS", "PREBUILT", "RETRY_ADVICE", "STABLE_ABI", "SUFFIX",
+    "BuildError", "chip_flags", "cpu_command", "cpu_flags", "cpu_level", "forget_failures", "load_cpu_library",
+    "load_cuda_library", "nvcc_command", "prebuilt_name", "translation_units",
 ]  # fmt: skip
 
 CPU_SOURCES = (
@@ -103,7 +106,10 @@ def load_cpu_library() -> None:
     level = cpu_level()
     if _load_prebuilt(prebuilt_name("wkv4_cpu", level, CPU_SOURCES)):
         return
-    _load_or_build(LibrarySpec("wkv4_cpu", level, CPU_SOURCES, _host_compiler(), cpu_flags(level), 15, _compile_cpu))
+    compiler = _host_compiler()
+    build, seconds = (_compile_with_zig, 15 if has_cpp_library() else 60) if compiler.is_zig else (_compile_cpu, 15)
+    flags = cpu_flags(level, msvc=sys.platform == "win32" and not compiler.is_zig)
+    _load_or_build(LibrarySpec("wkv4_cpu", level, CPU_SOURCES, compiler, flags, seconds, build))
 
 
 def load_cuda_library() -> None:
@@ -116,6 +122,8 @@ def load_cuda_library() -> None:
     if _load_prebuilt(prebuilt_name("wkv4_cuda", "all", CUDA_SOURCES)):
         return
     host, nvcc = _host_compiler(), find_nvcc(torch.version.cuda)
+    if host.is_zig:
+        raise BuildError(f"nvcc does not work with zig, the only C++ compiler here; {system_compiler_advice()}")
     problem = describe_nvcc_problem(nvcc, torch.version.cuda)
     if problem or nvcc is None:
         raise BuildError(problem)
@@ -126,9 +134,9 @@ def load_cuda_library() -> None:
     _load_or_build(LibrarySpec("wkv4_cuda", target, CUDA_SOURCES, nvcc, flags, 15, _compile_cuda, host))
 
 
-def prebuilt_name(name: str, target: str, sources: tuple[str, ...]) -> str:
+def prebuilt_name(name: str, target: str, sources: tuple[str, ...], suffix: str = SUFFIX) -> str:
     """The file name of a prebuilt library, with a digest of its sources: a stale one in a checkout is not loaded."""
-    return f"{name}-{target}-{_digest(sources)}{SUFFIX}"
+    return f"{name}-{target}-{_digest(sources)}{suffix}"
 
 
 def _load_prebuilt(name: str) -> bool:
@@ -184,9 +192,9 @@ def cpu_level() -> str:
     return {"AVX512": "x86-64-v4", "AVX2": "x86-64-v3"}.get(capability, "portable")
 
 
-def cpu_flags(level: str) -> list[str]:
-    """The compiler flags for one of LEVELS."""
-    if sys.platform == "win32":
+def cpu_flags(level: str, msvc: bool = sys.platform == "win32") -> list[str]:
+    """The compiler flags for one of LEVELS, for Visual Studio or for gcc, clang and zig."""
+    if msvc:
         return ["/O2", STABLE_ABI, *MSVC_LEVELS[level]]
     # Without the two -fno flags, gcc preserves errno and floating-point exceptions and does not vectorise.
     return ["-O3", "-fno-math-errno", "-fno-trapping-math", STABLE_ABI, *LEVELS[level]]
@@ -287,6 +295,17 @@ def _compile_cpu(folder: Path, spec: LibrarySpec) -> Path:
         raise _build_error(spec, folder, str(error)) from error
     # torch adds a number to the name if this process has built the library before.
     return next(folder.glob(f"{name}*{cpp_extension.LIB_EXT}"))
+
+
+def _compile_with_zig(folder: Path, spec: LibrarySpec) -> Path:
+    platform_tag = host_platform()
+    assert platform_tag is not None, "Compiler.is_zig"
+    try:
+        library = build_with_zig(spec.compiler, platform_tag, spec.flags, folder, translation_units(spec.sources))
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise _build_error(spec, folder, getattr(error, "stdout", "") or str(error)) from error
+    torch.ops.load_library(library)
+    return library
 
 
 def chip_flags(chips: Iterable[object]) -> list[str]:

@@ -1,17 +1,18 @@
-"""Builds the libraries of a platform wheel, so that installing it needs no compiler: `make wheel`.
+"""Builds the libraries of the platform wheels, so that installing one needs no compiler: `make wheels`.
 
-    python -m rwkv_pl.ops.prebuilt [--no-cuda] [--out FOLDER]
+    python -m rwkv_pl.ops.prebuilt [PLATFORM] [--no-cuda] [--out FOLDER]
 
-It builds a CPU library for every processor level and, if there is an nvcc, one CUDA library for all chips. They are
-written to src/rwkv_pl/prebuilt/, where setup.py expects them.
+For one platform, this one or another, zig builds a CPU library for every processor level. For Linux on x86-64, nvcc
+builds one CUDA library for all chips, if there is an nvcc. They are written to src/rwkv_pl/prebuilt/, where setup.py
+expects them.
 """
 
 import argparse
 import os
-import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 from importlib import resources
 from pathlib import Path
 
@@ -22,12 +23,13 @@ from rwkv_pl.ops.build import (
     LEVELS,
     PREBUILT,
     chip_flags,
-    cpu_command,
     cpu_flags,
     nvcc_command,
     prebuilt_name,
+    translation_units,
 )
-from rwkv_pl.ops.toolchain import compiler_advice, find_compiler, find_nvcc
+from rwkv_pl.ops.toolchain import ZIG_TARGETS, Compiler, find_nvcc, find_zig, host_platform
+from rwkv_pl.ops.zig import build_with_zig
 
 # Turing and later, as CUDA 13 supports. Newer chips compile the PTX of the last one.
 CHIPS = (75, 80, 86, 89, 90, 100, 120)
@@ -36,36 +38,50 @@ CHIPS = (75, 80, 86, 89, 90, 100, 120)
 def main() -> None:
     """Parse the command line and build all libraries."""
     parser = argparse.ArgumentParser(prog="python -m rwkv_pl.ops.prebuilt", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("platform", nargs="?", choices=ZIG_TARGETS, default=host_platform(), help="default: this one")
     parser.add_argument("--no-cuda", action="store_true", help="build only the CPU libraries")
     parser.add_argument("--out", type=Path, default=PREBUILT, help="the folder to write to; it is emptied first")
     options = parser.parse_args()
+    zig = find_zig()
+    if zig is None:
+        sys.exit("zig is not installed: run `pip install ziglang`")
+    if options.platform is None:
+        sys.exit(f"there is no wheel for this platform; choose one of {', '.join(ZIG_TARGETS)}")
     out: Path = options.out.absolute()
-    compiler = find_compiler()
-    if compiler is None:
-        sys.exit(f"there is no C++ compiler: {compiler_advice()}")
-    if sys.platform == "win32":
-        sys.exit("libraries can be prebuilt on Linux and macOS only; on Windows they are built at the first use")
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
+    for level in LEVELS if options.platform.endswith(("x86_64", "amd64")) else ["portable"]:
+        _build_cpu_library(zig, options.platform, level, out)
+    nvcc = find_nvcc("13") if options.platform == host_platform() == "manylinux_2_28_x86_64" else None
+    if options.no_cuda or nvcc is None:
+        print("no CUDA library" + ("" if options.no_cuda else ": it needs nvcc, and Linux on x86-64"))
+    else:
+        _build_cuda_library(nvcc, out)
+
+
+def _build_cpu_library(zig: Compiler, platform_tag: str, level: str, out: Path) -> None:
+    print(f"building the CPU library for {platform_tag}, {level} ...", flush=True)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for source in CPU_SOURCES:
+            (folder / source).write_bytes(resources.files("rwkv_pl.cuda").joinpath(source).read_bytes())
+        flags = cpu_flags(level, msvc=False)
+        try:
+            library = build_with_zig(zig, platform_tag, flags, folder, translation_units(CPU_SOURCES))
+        except subprocess.CalledProcessError as error:
+            sys.exit(f"{error.stdout}\nit could not be built: see the compiler's output above")
+        shutil.move(library, out / prebuilt_name("wkv4_cpu", level, CPU_SOURCES, library.suffix))
+
+
+def _build_cuda_library(nvcc: Compiler, out: Path) -> None:
+    chips = [*chip_flags(CHIPS), f"-gencode=arch=compute_{CHIPS[-1]},code=compute_{CHIPS[-1]}"]
+    print(f"building the CUDA library for {len(chips)} chips ...", flush=True)
+    flags = [*CUDA_FLAGS, *chips, f"--threads={os.cpu_count()}"]
+    library = out / prebuilt_name("wkv4_cuda", "all", CUDA_SOURCES)
     with resources.as_file(resources.files("rwkv_pl.cuda")) as sources:
-        for level in LEVELS if platform.machine() in ("x86_64", "AMD64") else ["portable"]:
-            library = out / prebuilt_name("wkv4_cpu", level, CPU_SOURCES)
-            command = cpu_command(compiler, cpu_flags(level), sources, library)
-            _run(command, f"the CPU library for {level}")
-        nvcc = None if options.no_cuda else find_nvcc("13")
-        if nvcc is None:
-            print("skipping the CUDA library" + ("" if options.no_cuda else ": there is no nvcc"))
-            return
-        chips = [*chip_flags(CHIPS), f"-gencode=arch=compute_{CHIPS[-1]},code=compute_{CHIPS[-1]}"]
-        library = out / prebuilt_name("wkv4_cuda", "all", CUDA_SOURCES)
-        flags = [*CUDA_FLAGS, *chips, f"--threads={os.cpu_count()}"]
-        _run(nvcc_command(nvcc, flags, sources / CUDA_SOURCES[0], library), f"the CUDA library for {len(chips)} chips")
-
-
-def _run(command: list[str], what: str) -> None:
-    print(f"building {what} ...", flush=True)
-    if subprocess.run(command).returncode:
-        sys.exit(f"{what} could not be built: see the compiler's output above")
+        command = nvcc_command(nvcc, flags, sources / CUDA_SOURCES[0], library)
+        if subprocess.run(command).returncode:
+            sys.exit("it could not be built: see the compiler's output above")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Finds the compilers for the compiled operators, and says how to install a missing one."""
 
+import importlib.metadata
+import importlib.util
 import os
 import platform
 import re
@@ -11,13 +13,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 __all__ = [
+    "ZIG_TARGETS",
     "Compiler",
     "compiler_advice",
     "describe_missing_compiler",
     "describe_nvcc_problem",
     "find_compiler",
     "find_nvcc",
+    "find_zig",
+    "host_platform",
+    "system_compiler_advice",
 ]
+
+# By a wheel's platform tag: the target for zig. glibc 2.28 and macOS 14 are the oldest that torch's wheels support.
+ZIG_TARGETS = {
+    "manylinux_2_28_x86_64": "x86_64-linux-gnu.2.28",
+    "manylinux_2_28_aarch64": "aarch64-linux-gnu.2.28",
+    "win_amd64": "x86_64-windows-gnu",
+    "macosx_14_0_arm64": "aarch64-macos.14.0",
+}
 
 
 @dataclass(frozen=True)
@@ -35,9 +49,14 @@ class Compiler:
     def title(self) -> str:
         return f"nvcc of CUDA {self.version}" if self.command == "nvcc" else self.version
 
+    @property
+    def is_zig(self) -> bool:
+        """Is it zig, which can build for this machine?"""
+        return Path(self.path).stem == "zig" and host_platform() is not None
+
 
 def find_compiler() -> Compiler | None:
-    """Find the C++ compiler: ``CXX`` if set, else the system's; None if there is none."""
+    """Find the C++ compiler: ``CXX`` if set, else the system's, else zig from the package ziglang, else None."""
     if os.environ.get("CXX"):
         candidates = [os.environ["CXX"]]
     else:
@@ -50,7 +69,27 @@ def find_compiler() -> Compiler | None:
         path = shutil.which(words[0]) if words else None
         if path is not None:
             return Compiler(command, path, _read_version([path, *words[1:]]))
-    return _find_visual_studio() if sys.platform == "win32" and not os.environ.get("CXX") else None
+    if os.environ.get("CXX"):
+        return None
+    return (_find_visual_studio() if sys.platform == "win32" else None) or find_zig()
+
+
+def find_zig() -> Compiler | None:
+    """Find zig in the package ziglang, if it is installed and can build for this machine."""
+    spec = importlib.util.find_spec("ziglang") if host_platform() else None
+    if spec is None or spec.origin is None:
+        return None
+    # Not `python -m ziglang`, which searches the current folder for modules.
+    program = Path(spec.origin).with_name("zig.exe" if sys.platform == "win32" else "zig")
+    return Compiler(shlex.join([str(program), "c++"]), str(program), f"zig {importlib.metadata.version('ziglang')}")
+
+
+def host_platform() -> str | None:
+    """The key of ZIG_TARGETS for this machine, or None."""
+    systems = {"linux": "manylinux_2_28", "win32": "win", "darwin": "macosx_14_0"}
+    name = f"{systems.get(sys.platform)}_{platform.machine().lower()}"
+    is_musl = sys.platform == "linux" and platform.libc_ver()[0] != "glibc"
+    return name if name in ZIG_TARGETS and not is_musl else None
 
 
 def describe_missing_compiler() -> str:
@@ -62,10 +101,15 @@ def compiler_advice() -> str:
     """How to get a C++ compiler on this system, in one clause."""
     if os.environ.get("CXX"):
         return "set CXX to a compiler, or unset it"
+    if sys.platform == "win32":
+        return "install a wheel of `make wheels`, or the Build Tools for Visual Studio with the C++ workload"
+    return ("run `pip install ziglang`, or " if host_platform() else "") + system_compiler_advice()
+
+
+def system_compiler_advice() -> str:
+    """How to get the compiler that is usual on this system, in one clause; for Linux and macOS."""
     if sys.platform == "darwin":
         return "run `xcode-select --install`"
-    if sys.platform == "win32":
-        return "install the Build Tools for Visual Studio with the C++ workload"
     try:
         release = platform.freedesktop_os_release()
     except OSError:

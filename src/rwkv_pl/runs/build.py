@@ -8,6 +8,7 @@ import re
 import subprocess
 import threading
 import warnings
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from rwkv_pl.runs.inputs import Inputs
 from rwkv_pl.targets import load_class
 from rwkv_pl.training.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
 from rwkv_pl.training.checkpoint_io import DurableCheckpointIO
+from rwkv_pl.training.sharded import ShardedStrategy
 
 # The metrics of a validation, which callbacks can monitor.
 MONITORED = ("val/bits_per_byte", "val/loss")
@@ -68,8 +70,11 @@ def build_trainer(inputs: Inputs, folder: Path, callbacks: list[Callback], logge
         arguments["profiler"] = PROFILERS[name](dirpath=folder, filename="profile")
     else:
         arguments["profiler"] = NoProfiler()
+    if arguments["strategy"] == "fsdp":
+        arguments["strategy"] = ShardedStrategy()
+    timeout = timedelta(seconds=arguments.pop("timeout"))
     try:
-        return Trainer(
+        trainer = Trainer(
             **arguments,
             callbacks=callbacks,
             logger=loggers,
@@ -77,6 +82,8 @@ def build_trainer(inputs: Inputs, folder: Path, callbacks: list[Callback], logge
             default_root_dir=folder,
             enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
         )
+        trainer.strategy._timeout = timeout  # type: ignore[attr-defined]  # strategies of one device do not read it
+        return trainer
     except Exception as error:
         message = one_line(error)
         # The first setting that the message names is the one that it is about.
@@ -174,7 +181,6 @@ def silence_lightning() -> None:
         ".*ended before the epoch ended and your dataloader is not resumable.*",
         ".*recommended to use .*sync_dist=True.*",
         ".*callbacks used to create the checkpoint need to be provided.*",
-        ".*WeightAveraging callback with a model that overrides.*",  # the model is built once, and not sharded
         ".*is supported for historical reasons.*",  # trainer.precision=16
         ".*AMP with fp16 is not supported on CPU.*",  # choose_matmul_precision refuses that
     ):

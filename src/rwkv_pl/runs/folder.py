@@ -105,8 +105,8 @@ def create_run_dir(folder: Path, typed: bool) -> Path:
                 require_own_files(folder)
                 if not _is_unused(folder):
                     raise UserError(
-                        f"the folder {folder} is not empty: to resume its run, use resume={folder}, "
-                        "else give another hydra.run.dir"
+                        f"the folder {folder} is not empty: to resume its run, or with -m its sweep, use "
+                        f"resume={folder}; else give another folder"
                     )
                 return folder
             taken, number = folder, 1

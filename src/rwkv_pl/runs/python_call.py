@@ -14,14 +14,14 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from rwkv_pl.compose import parse_overrides, suggest_list
+from rwkv_pl.compose import absolute_config_dir, parse_overrides, suggest_list
 from rwkv_pl.environment import safe_import_path, shorten_openmp_spin
 from rwkv_pl.errors import RunError, StoppedBySignal, UserError, one_line
 from rwkv_pl.files import describe_os_error
 from rwkv_pl.runs import restore
 from rwkv_pl.runs.launch import launch
 from rwkv_pl.runs.run import Run
-from rwkv_pl.terminal import BAD_INPUT, STOPPED_AT_START, called_from_python, print_loading
+from rwkv_pl.terminal import BAD_INPUT, STOPPED_AT_START, called_from_python, ignore_unwritable_screen, print_loading
 from rwkv_pl.texts import take_as_typed
 
 # Flags of the command, and what to do instead.
@@ -60,10 +60,11 @@ def train(*overrides: str, config_dir: str | Path | None = None) -> Run:
     failure: BaseException | None = None
     stop: StoppedBySignal | None = None
     try:
-        parsed, folder = _parse(overrides), _absolute_config_dir(config_dir)
+        parsed, folder = _parse(overrides), _check_config_dir(config_dir)
         with called_from_python(overrides), restore.restored_process():
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # an import sets it, but only once in a process
             shorten_openmp_spin()
+            ignore_unwritable_screen()
             with safe_import_path():
                 return Run(launch(parsed, folder, _load_training()))
     except StoppedBySignal as error:
@@ -110,15 +111,12 @@ def _parse(overrides: Sequence[Any]) -> list[Override]:
     return parsed
 
 
-def _absolute_config_dir(config_dir: str | Path | None) -> str | None:
+def _check_config_dir(config_dir: str | Path | None) -> str | None:
     if config_dir is None:
         return None
     if not isinstance(config_dir, str | Path):
         raise UserError(f"config_dir must be a folder's path, got {config_dir!r}")
-    folder = Path(config_dir).expanduser().absolute()
-    if not folder.is_dir():
-        raise UserError(f"config_dir={folder} is not a folder")
-    return str(folder)
+    return absolute_config_dir(config_dir, "config_dir")
 
 
 @contextlib.contextmanager

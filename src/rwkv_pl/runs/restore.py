@@ -100,6 +100,7 @@ def _restored_signals() -> Iterator[None]:
 def _restored_interpreter() -> Iterator[None]:
     argv, arguments, path, entries, folder = sys.argv, list(sys.argv), sys.path, list(sys.path), Path.cwd()
     hooks = sys.excepthook, threading.excepthook, warnings.formatwarning
+    streams = sys.stdout, sys.stderr
     drawn = random.getstate()  # imports of a run draw random numbers
     with warnings.catch_warnings():
         try:
@@ -108,6 +109,7 @@ def _restored_interpreter() -> Iterator[None]:
             sys.argv, sys.path = argv, path
             argv[:], path[:] = arguments, entries
             sys.excepthook, threading.excepthook, warnings.formatwarning = hooks
+            sys.stdout, sys.stderr = streams
             random.setstate(drawn)
             if Path.cwd() != folder:
                 os.chdir(folder)

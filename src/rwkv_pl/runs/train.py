@@ -18,28 +18,37 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import MLFlowLogger
 from omegaconf import DictConfig, open_dict
+from torch import nn
 
 from rwkv_pl.compose import compose
 from rwkv_pl.config import Train
 from rwkv_pl.data.order import micro_batch_rows
-from rwkv_pl.errors import StoppedBySignal, UserError, one_line
+from rwkv_pl.errors import RunError, StoppedBySignal, UserError, one_line
 from rwkv_pl.files import atomic_write, json_digest, with_path
 from rwkv_pl.limits import limit_threads
 from rwkv_pl.ops.heap import tune_allocator
-from rwkv_pl.runs import build, ranks
+from rwkv_pl.runs import build, rank_errors, ranks
 from rwkv_pl.runs.device import choose_kernel, choose_matmul_precision
 from rwkv_pl.runs.folder import lock_for_all_ranks, run_folder, write_config, write_overrides
 from rwkv_pl.runs.inputs import Inputs, open_inputs, open_stored
-from rwkv_pl.runs.outcome import Record, to_run_error, write_result
+from rwkv_pl.runs.outcome import Record, resume_hint, to_run_error, write_result
 from rwkv_pl.runs.start import Start
 from rwkv_pl.runs.stored import StoredRun
-from rwkv_pl.terminal import STOPPED_AT_END, STOPPED_AT_START, SWEEP_JOB_ENV
+from rwkv_pl.terminal import (
+    BAD_INPUT,
+    FAILED,
+    STOPPED_AT_END,
+    STOPPED_AT_START,
+    SWEEP_JOB_ENV,
+    is_called_from_python,
+)
 from rwkv_pl.training.callbacks.metrics import MetricsRecorder
 from rwkv_pl.training.callbacks.pending_validation import PendingValidation
 from rwkv_pl.training.callbacks.progress import TrainingProgress, format_duration, format_scores
 from rwkv_pl.training.callbacks.pruning import PruneTrial
 from rwkv_pl.training.callbacks.sample_text import sample_tokens
 from rwkv_pl.training.callbacks.signals import StopOnSignal
+from rwkv_pl.training.curve import read_rows
 
 log = logging.getLogger("rwkv_pl")
 
@@ -64,6 +73,7 @@ def resume(stored: StoredRun, config: Train, entry: dict[str, Any], hydra_overri
             if ranks.is_first_process():
                 print(f"{folder} is finished, {message}")
             return
+        read_rows(folder / "metrics.csv", up_to=inputs.done_steps)  # raises UserError before anything is written
         inputs.remarks += [f"changed {key} = {value}" for key, value in entry["set"].items()]
         inputs.remarks += [f"changed {key} is removed" for key in entry["remove"]]
         # Hydra's part is composed anew, because a stored hydra.yaml could name any class for logging.
@@ -102,10 +112,20 @@ def run(inputs: Inputs, folder: Path, record: Record, resumed: bool = False) -> 
             file.write(json.dumps(data.vocabulary.to_dict()).encode())
         start_loggers(trainer, config, folder, resumed)
     with _describe_stop(record), record, ranks.share_answers():
+        if trainer.is_global_zero:
+            rank_errors.prepare(folder)
         started = time.perf_counter()
         try:
             trainer.fit(inputs.module, data, ckpt_path=inputs.resume_from, weights_only=True)
         except Exception as error:
+            if not trainer.is_global_zero:
+                rank_errors.write(folder, trainer.global_rank, error)
+                if not is_called_from_python():  # rank 0 prints it
+                    raise SystemExit(
+                        BAD_INPUT if isinstance(error, UserError) and not record.has_started else FAILED
+                    ) from error
+            elif reason := rank_errors.explain(folder, trainer.world_size, error, config.trainer["timeout"]):
+                raise RunError(f"{reason}; {resume_hint(folder)}" if record.has_started else reason) from error
             if isinstance(error, UserError) and not record.has_started:
                 raise
             system = isinstance(error, OSError | MemoryError | torch.OutOfMemoryError)
@@ -113,9 +133,10 @@ def run(inputs: Inputs, folder: Path, record: Record, resumed: bool = False) -> 
                 reason = one_line(error)[:200]
                 raise UserError(f"{inputs.resume_from} does not fit this run ({reason}): it is corrupt") from error
             raise to_run_error(error, folder, record.has_started) from error
-        if trainer.is_global_zero:
+        model = inputs.module.whole_model()
+        if model is not None and trainer.is_global_zero:
             try:
-                conclude(trainer, inputs, metrics, folder, time.perf_counter() - started)
+                conclude(trainer, model, inputs, metrics, folder, time.perf_counter() - started)
             except KeyboardInterrupt as error:
                 raise KeyboardInterrupt(STOPPED_AT_END) from error
 
@@ -130,11 +151,13 @@ def _describe_stop(record: Record) -> Iterator[None]:
         raise
 
 
-def conclude(trainer: Trainer, inputs: Inputs, metrics: MetricsRecorder, folder: Path, seconds: float) -> None:
+def conclude(
+    trainer: Trainer, model: nn.Module, inputs: Inputs, metrics: MetricsRecorder, folder: Path, seconds: float
+) -> None:
     """Print a sample of text, the score next to gzip's and the paths of the results; write result.json."""
     data, module = inputs.data, inputs.module
     try:
-        tokens = sample_tokens(module.model, [data.vocabulary.document_end], 400, inputs.config.seed)
+        tokens = sample_tokens(model, [data.vocabulary.document_end], 400, inputs.config.seed)
         written = data.vocabulary.decode(tokens)
         with atomic_write(folder / "sample.txt") as file:
             file.write(written)

@@ -54,7 +54,7 @@ def read_rows(path: Path, up_to: int) -> list[dict[str, float]]:
             raise ValueError("no column step")
         if not all(math.isfinite(row.get("step", math.nan)) for row in rows):
             raise ValueError("a row without a step")
-        if strange := {name for row in rows for name in row if not is_column(name)}:
+        if strange := {name for name in reader.fieldnames or () if not is_column(name)}:
             raise ValueError(f"an unknown column {min(map(str, strange))}")
         if not all(math.isfinite(row.get("tokens", math.nan)) for row in rows):
             raise ValueError("a row without tokens")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rwkv_pl import limits
 from rwkv_pl.training.peak_flops import matmul_dtype
+from rwkv_pl.training.sharded import local_part
 
 # The rest is for memory that the estimate does not cover: workspaces, fragmentation, other programs.
 SHARE_OF_FREE_MEMORY = 0.8
@@ -52,7 +53,9 @@ def estimate_memory(module: Any, precision: Precision) -> MemoryEstimate:
     # Per weight and token, a matrix product takes 2 operations forward and 4 backward.
     flops = 6 * sum(p.numel() for p in matrices)
     # Weights, gradients, and Adam's two moments.
-    fixed = 4 * sum(p.numel() * p.element_size() for p in parameters)
+    fixed = 4 * sum(local_part(p).nbytes for p in parameters)
+    if module.device_mesh is not None:
+        fixed += _count_whole(module)
     config, chunk_len = module.model.config, module.loss_chunk_len
     few, more = (_measure_kept(module, precision, n_tokens) for n_tokens in (PROBE_TOKENS, 2 * PROBE_TOKENS))
     casts, per_token = max(0, 2 * few - more), (more - few) / PROBE_TOKENS
@@ -124,11 +127,23 @@ def _measure_kept_for_backward(module: Any, n_tokens: int, precision: Precision)
         loss, *_ = module.loss(tokens, tokens)
     # Counted at the end: the graph of unused results is free by then, and its memory may have been used again.
     storages = [kept.tensor.untyped_storage() for kept in saved]
-    sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
+    # Whole parameters of a sharded block are saved too, but already freed: 0 bytes.
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in storages if storage.nbytes()}
     del loss
     for parameter in module.parameters():
-        sizes.pop(parameter.untyped_storage().data_ptr(), None)
+        sizes.pop(local_part(parameter).untyped_storage().data_ptr(), None)
     return sum(sizes.values())
+
+
+def _count_whole(module: Any) -> int:
+    """Bytes that a process of a sharded model has at most besides its parts: whole parameters and their gradients.
+
+    The embedding and the head, the block in use and the next one. Accumulating keeps all gradients whole.
+    """
+    n_bytes = sum(p.nbytes for p in module.parameters())
+    blocks = [sum(p.nbytes for p in block.parameters()) for block in module.model.blocks]
+    in_use = n_bytes - sum(blocks) + 2 * max(blocks)
+    return in_use + (n_bytes if module.trainer.accumulate_grad_batches > 1 else in_use)
 
 
 def free_memory(device: torch.device) -> int:
@@ -148,8 +163,10 @@ def find_accumulation(
     free = SHARE_OF_FREE_MEMORY * free_memory(device)
     for accumulate in (divisor for divisor in range(1, rows + 1) if rows % divisor == 0):
         fits = estimate.bytes(rows // accumulate * ctx_len) <= free
-        # On a GPU, too large an allocation raises an error, so try it. On a CPU, the system would kill the process.
-        if fits and (device.type == "cpu" or fits_in_memory(module, rows // accumulate, ctx_len, precision)):
+        # On a GPU, too large an allocation raises an error, so try it. On a CPU, the system would kill the process. And
+        # the other processes of a sharded model would wait for the one that fails.
+        untested = device.type == "cpu" or module.device_mesh is not None
+        if fits and (untested or fits_in_memory(module, rows // accumulate, ctx_len, precision)):
             return accumulate
     return None
 

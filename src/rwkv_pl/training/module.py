@@ -14,6 +14,7 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import Timer, WeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from rwkv_pl.checks import check_at_least
@@ -32,6 +33,7 @@ from rwkv_pl.training.muon import MuonAdamW
 from rwkv_pl.training.nonfinite import NonfiniteGuard
 from rwkv_pl.training.optimizer import build_optimizer, parameter_groups, set_hyperparameters
 from rwkv_pl.training.schedule import check_schedule, learning_rate
+from rwkv_pl.training.sharded import gather_model, shard
 from rwkv_pl.weights.checkpoint import read_checkpoint
 from rwkv_pl.weights.metadata import KEY, Metadata
 from rwkv_pl.weights.read import read_weights
@@ -170,6 +172,17 @@ class LitRWKV(LightningModule):
                 torch.set_default_dtype(before)
             self._build = None  # frees the initial weights that it may hold
             self._check_vocab_size()
+        if self.device_mesh is not None:
+            if self.device_mesh["tensor_parallel"].size() > 1:
+                raise UserError(
+                    "tensor parallelism is not supported: give ModelParallelStrategy tensor_parallel_size=1 and the "
+                    "number of processes as data_parallel_size"
+                )
+            shard(self.model, self.device_mesh["data_parallel"])
+
+    def whole_model(self) -> nn.Module | None:
+        """The model; if it is sharded, a plain copy on rank 0 and None elsewhere, and all processes must call this."""
+        return self.model if self.device_mesh is None else gather_model(self.model, self.trainer.is_global_zero)
 
     def setup(self, stage: str) -> None:
         self._is_recorded = any(isinstance(callback, MetricsRecorder) for callback in self._callbacks)
@@ -250,6 +263,8 @@ class LitRWKV(LightningModule):
             torch.cuda.default_generators[self.device.index].manual_seed(seed)
         # The loggers' step, one too high in Lightning after a resume at a step with a validation or an epoch's end.
         loop._batches_that_stepped = self.trainer.global_step
+        if self.device_mesh is not None and self.trainer.accumulate_grad_batches > 1:
+            self.model.set_requires_gradient_sync(not loop._should_accumulate())
 
     # Validation and test add up everything, so the score does not depend on the batch size. With several loaders, such
     # as those of a mix, each has a score too.
@@ -388,12 +403,13 @@ class LitRWKV(LightningModule):
         """Computes the gradient's norm once, for the metrics, for clipping and for the check that it is finite."""
         self.check_finite()
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        self.grad_norm = norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        self.grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         loss = torch.as_tensor(self._loss, device=norm.device) / self.trainer.accumulate_grad_batches
         self._loss = 0.0
         if self._loss_scaled and self.trainer.world_size > 1:
             loss = self.trainer.strategy.reduce(loss, reduce_op="mean")
-        self._guard.look(norm, loss, self.trainer.global_step, self.last_lr)
+        self._guard.look(self.grad_norm, loss, self.trainer.global_step, self.last_lr)
         if self.skips_nonfinite_on_device(optimizer):
             self._guard.skip_on_device(optimizer)
         elif not self.check_finite():

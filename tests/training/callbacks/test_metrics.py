@@ -38,10 +38,19 @@ def test_any_line_ending_keeps_the_rows(tmp_path, change):
     assert [row["step"] for row in read_rows(path, up_to=9)] == [2, 4]
 
 
-def test_file_with_another_header_is_refused_even_without_rows(tmp_path):
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("epoch,loss\n", "no column step"),
+        ((HEADER + make_row(2)).replace("\n", ""), "an unknown column .+"),
+        ((HEADER + make_row(2)).replace("\n", "\v"), "an unknown column .+"),
+    ],
+    ids=["header", "one line", "VT"],
+)
+def test_file_with_another_header_is_refused_even_without_rows(tmp_path, text, says):
     path = tmp_path / "metrics.csv"
-    path.write_text("epoch,loss\n")
-    with pytest.raises(UserError, match=r"metrics.csv is corrupt \(no column step\)"):
+    path.write_text(text)
+    with pytest.raises(UserError, match=rf"metrics.csv is corrupt \({says}\)"):
         read_rows(path, up_to=9)
 
 

@@ -30,11 +30,14 @@ class SampleText(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         stepped = not trainer.fit_loop.epoch_loop._should_accumulate()
-        if not stepped or trainer.global_step % self.every_n_steps or not trainer.is_global_zero:
+        if not stepped or trainer.global_step % self.every_n_steps:
+            return
+        model: Any = pl_module.whole_model()  # type: ignore[operator]
+        if not trainer.is_global_zero:
             return
         vocabulary = trainer.datamodule.vocabulary  # type: ignore[attr-defined]
         try:
-            tokens = sample_tokens(pl_module.model, [vocabulary.document_end], self.n_tokens, pl_module.seed)  # type: ignore[arg-type]
+            tokens = sample_tokens(model, [vocabulary.document_end], self.n_tokens, pl_module.seed)  # type: ignore[arg-type]
         except FloatingPointError:
             return  # the next step's gradient is not finite either, and NonfiniteGuard reports it
         folder = Path(trainer.default_root_dir, "samples")

@@ -1,0 +1,126 @@
+"""The CPU library built with zig: for this machine without any other compiler, and for other systems."""
+
+import os
+import re
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rwkv_pl.ops import build, prebuilt, toolchain
+from rwkv_pl.ops.build import BuildError, load_cuda_library
+from rwkv_pl.ops.toolchain import ZIG_TARGETS, Compiler, compiler_advice, find_compiler, host_platform
+
+needs_zig = pytest.mark.skipif(toolchain.find_zig() is None, reason="needs the package ziglang")
+
+WITHOUT_OTHER_COMPILER = """
+import torch
+from rwkv_pl import use_kernel
+from rwkv_pl.cli.doctor import MAX_ERROR, _measure_error
+use_kernel("compiled")
+assert _measure_error("cpu") <= MAX_ERROR
+operator = torch.ops.rwkv_pl.wkv4_forward
+try:
+    operator(torch.zeros(3), torch.zeros(3), torch.zeros(1, 2, 3), torch.zeros(1, 2, 3), None, 33)
+except RuntimeError as error:
+    print(error)
+"""
+
+
+@pytest.fixture
+def no_system_compiler(monkeypatch):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(toolchain.shutil, "which", lambda _: None)
+    monkeypatch.setattr(toolchain, "_find_visual_studio", lambda: None)
+
+
+@needs_zig
+def test_zig_is_used_only_without_another_compiler(no_system_compiler, monkeypatch):
+    found = find_compiler()
+    assert found is not None and found.is_zig and found.title.startswith("zig 0.")
+    assert os.access(found.path, os.X_OK)
+    monkeypatch.setattr(toolchain.shutil, "which", lambda program: f"/bin/{program}")
+    monkeypatch.setattr(toolchain, "_read_version", lambda _: "1.0")
+    assert not find_compiler().is_zig
+
+
+@pytest.mark.parametrize(
+    ("machine", "libc", "is_known"),
+    [
+        ("x86_64", "glibc", True), ("x86_64", "", False), ("riscv64", "glibc", False), ("AMD64", "", True),
+        ("arm64", "", True),
+    ],
+)  # fmt: skip
+def test_zig_is_advised_where_it_can_be_used(no_system_compiler, monkeypatch, machine, libc, is_known):
+    system = {"AMD64": "win32", "arm64": "darwin"}.get(machine, "linux")
+    monkeypatch.setattr(toolchain.sys, "platform", system)
+    monkeypatch.setattr(toolchain.platform, "machine", lambda: machine)
+    monkeypatch.setattr(toolchain.platform, "libc_ver", lambda: (libc, ""))
+    monkeypatch.setattr(toolchain.importlib.util, "find_spec", lambda _: None)
+    assert (host_platform() is not None) == is_known and find_compiler() is None
+    advice = compiler_advice()
+    # On Windows, zig was never tried.
+    assert advice.startswith("run `pip install ziglang`, or ") == (is_known and system != "win32")
+    assert advice.startswith("install a wheel of `make wheels`, or ") == (system == "win32")
+
+
+@needs_zig
+@pytest.mark.slow
+def test_zig_alone_builds_a_correct_kernel(tmp_path):
+    (tmp_path / "empty").mkdir()
+    environment = os.environ | {"PATH": str(tmp_path / "empty"), "CXX": "", "RWKV_PL_CACHE": str(tmp_path / "cache")}
+    command = [sys.executable, "-c", WITHOUT_OTHER_COMPILER]
+    done = subprocess.run(command, env=environment, cwd=tmp_path / "empty", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"building the WKV kernel for \S+ with zig \S+ \(once, about 60 s\)", done.stderr), done.stderr
+    assert "tile must be 1 to 32, not 33" in done.stdout, "an error must not end the process"
+    assert not list((tmp_path / "empty").iterdir()), "it wrote to the current folder"
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == ["kernels", "zig"]
+
+
+def test_cuda_kernel_needs_another_compiler_than_zig(monkeypatch):
+    monkeypatch.setattr(build.torch.version, "cuda", "13.0")
+    monkeypatch.setattr(build, "find_compiler", lambda: Compiler("zig c++", "/site/ziglang/zig", "zig 0.17.1"))
+    monkeypatch.setattr(toolchain, "host_platform", lambda: "manylinux_2_28_x86_64")
+    with pytest.raises(BuildError, match=r"nvcc does not work with zig, the only C\+\+ compiler here; (run|install) "):
+        load_cuda_library()
+
+
+def read_machine(library: bytes) -> tuple[str, int]:
+    """The format and the processor's number from a library's header."""
+    if library.startswith(b"\x7fELF"):
+        return "ELF", struct.unpack_from("<H", library, 18)[0]
+    if library.startswith(b"MZ"):
+        (header,) = struct.unpack_from("<I", library, 60)
+        assert library[header : header + 4] == b"PE\0\0"
+        return "PE", struct.unpack_from("<H", library, header + 4)[0]
+    magic, processor = struct.unpack_from("<II", library)
+    assert magic == 0xFEEDFACF
+    return "Mach-O", processor
+
+
+EXPECTED = {
+    "manylinux_2_28_x86_64": ("ELF", 62, b"\0libtorch_cpu.so\0"),
+    "manylinux_2_28_aarch64": ("ELF", 183, b"\0libtorch_cpu.so\0"),
+    "win_amd64": ("PE", 0x8664, b"torch_cpu.dll\0"),
+    "macosx_14_0_arm64": ("Mach-O", 0x0100000C, b"@rpath/libtorch_cpu.dylib\0"),
+}
+
+
+@needs_zig
+@pytest.mark.slow
+@pytest.mark.parametrize("platform_tag", ZIG_TARGETS)
+def test_library_for_each_platform(tmp_path, monkeypatch, platform_tag):
+    """The header names the system and the processor, and the library links torch by its name there."""
+    monkeypatch.setattr(sys, "argv", ["prebuilt", platform_tag, "--no-cuda", "--out", str(tmp_path / "out")])
+    monkeypatch.setattr(prebuilt, "LEVELS", ["portable"])
+    prebuilt.main()
+    (path,) = Path(tmp_path / "out").iterdir()
+    assert path.suffix == (".pyd" if platform_tag == "win_amd64" else ".so")
+    library = path.read_bytes()
+    kind, processor, link = EXPECTED[platform_tag]
+    assert read_machine(library) == (kind, processor) and link in library
+    versions = [int(minor) for minor in re.findall(rb"\0GLIBC_2\.(\d+)", library)]
+    assert max(versions, default=0) <= 28 and bool(versions) == (kind == "ELF")
