@@ -31,7 +31,7 @@ from rwkv_pl.compose import (
     to_dataclass,
     to_plain_dict,
 )  # fmt: skip
-from rwkv_pl.config import GROUPS, Eval
+from rwkv_pl.config import GROUPS, Eval, corpus_defaults
 from rwkv_pl.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -192,6 +192,7 @@ def check_pip(arguments: list[str]) -> None:
 def test_settings_in_text_exist():
     known = {key for group in GROUPS for path in (ROOT / "conf" / group).glob("**/*.yaml")
              for key in keys(yaml.safe_load(path.read_text()), group)}  # fmt: skip
+    known |= {f"data.corpora.{name}.{key}" for name in ("code", "books") for key in ("share", *corpus_defaults("text"))}
     for key in re.findall(rf"`((?:{'|'.join(GROUPS)})\.[\w.]+)(?:=[^`]*)?`", prose(ANY_PAGE)):
         assert key in known, key
 

@@ -197,7 +197,7 @@ def test_mutated_token_file_is_rebuilt_or_detected(tmp_path, monkeypatch):
     path = tmp_path / "text"
     path.write_bytes("Fünf größere Bären äßen Öl. ".encode() * 200)
     corpus = Text(path).open()
-    vocabulary = build_vocabulary("char", corpus)
+    vocabulary = build_vocabulary("char", [corpus])
     tokens = open_tokens(corpus, vocabulary)
     expected = tokens.tokens.copy()
     draw = random.Random(4)
@@ -206,7 +206,7 @@ def test_mutated_token_file_is_rebuilt_or_detected(tmp_path, monkeypatch):
     for _ in range(150):
         file = draw.choice(files)
         file.write_bytes(mutate(file.read_bytes(), draw))
-        assert build_vocabulary("char", corpus) == vocabulary
+        assert build_vocabulary("char", [corpus]) == vocabulary
         again = open_tokens(corpus, vocabulary)
         assert again.splits == tokens.splits
         assert (again.tokens == expected).all()

@@ -14,6 +14,7 @@ _HOMES = {
     "Schedule": "rwkv_pl.config",
     "CorpusDataModule": "rwkv_pl.data.datamodule",
     "Enwik8DataModule": "rwkv_pl.data.datamodule",
+    "MixDataModule": "rwkv_pl.data.datamodule",
     "TokensDataModule": "rwkv_pl.data.datamodule",
     "tune_allocator": "rwkv_pl.ops.heap",
     "wkv4": "rwkv_pl.ops.wkv4",

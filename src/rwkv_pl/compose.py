@@ -37,6 +37,7 @@ from rwkv_pl.config import (
     GROUPS,
     Train,
     check_trainer,
+    corpus_defaults,
     read_conf,
     split_own_arguments,
 )
@@ -274,10 +275,16 @@ def explain_unknown_key(overrides: Sequence[str], config_dir: str | None, name: 
     choices = [override for override in parsed if is_group_choice(override)]
     if len(choices) == len(parsed):
         return
-    base = compose([str(override.input_line) for override in choices], config_dir, name)
+    mixes = [override for override in parsed if override.key_or_group == "data.corpora"]
+    of_corpora = any(override.key_or_group.startswith("data.corpora.") for override in parsed)
+    base = compose([str(o.input_line) for o in choices + (mixes if of_corpora else [])], config_dir, name)
     for override in parsed:
         if override not in choices:
             require_key(override.key_or_group, base)
+        if override in mixes and base.data.corpora and isinstance(corpora := override.value(), dict):
+            for name, settings in corpora.items():
+                for key in settings if isinstance(settings, dict) else ():
+                    require_key(f"data.corpora.{name}.{key}", base)
 
 
 def require_key(key: str, config: Any, is_resume: bool = False) -> None:
@@ -299,6 +306,9 @@ def require_key(key: str, config: Any, is_resume: bool = False) -> None:
             group, *inside = seen.rstrip(".").split(".")
             if group in FIRST_FILE and not inside and _is_file(group, part):
                 hint = f"; choose its file too: '{group}=[{','.join([*names, part])}]'"
+            if names and re.fullmatch(r"data\.corpora\.[^.]+\.", seen):
+                known = corpus_defaults(node.get("name", "text"))
+                hint = ": add it to your file, or to data.corpora={...}" if part in known else suggest_key(part, known)
             if names and ((group == "optim" and not inside) or (group in FIRST_FILE and inside)):
                 hint += f"; {_explain_new_argument(group, is_resume)}"
             groups = [name for name in GROUPS if isinstance(config.get(name), dict | DictConfig)]

@@ -8,8 +8,9 @@ has in its YAML file. Only the standard library is imported, so that a mistake i
 """
 
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from rwkv_pl.checks import (
@@ -77,7 +78,30 @@ CORPORA = {
         "rwkv_pl.data.sources.binidx:Binidx", "PREFIX.bin and PREFIX.idx; give data.path=PREFIX", ("byte", "20b")
     ),
 }
-"""Corpus types, by data.name."""
+"""Corpus types, by data.name. There is one more: mix, several of these."""
+
+MIX = "mix"
+
+# The settings in the file of a corpus type that hold for the whole of a mix.
+SETTINGS_OF_MIX = ("batch_size", "ctx_len", "vocab", "vocab_path", "eval_batch_size", "num_workers")
+
+
+def corpus_defaults(name: str) -> dict[str, Any]:
+    """Read the settings of one corpus of a mix from conf/data/NAME.yaml, the file of its type."""
+    check_one_of("data.name", name, tuple(CORPORA))
+    return {key: value for key, value in read_conf(f"data/{name}.yaml").items() if key not in SETTINGS_OF_MIX}
+
+
+@contextmanager
+def errors_of_corpus(name: str) -> Iterator[None]:
+    """Make a UserError inside the block name the settings of the corpus `name` of a mix; "" is the only corpus."""
+    try:
+        yield
+    except UserError as error:
+        where, keys = f"data.corpora.{name}", "|".join(("name", "path", "val_path", "url", "field", "split"))
+        message = re.sub(rf"\bdata\.({keys})\b", rf"{where}.\1", str(error))
+        message = re.sub(r"\bdata=", f"{where}.name=", message)
+        raise (UserError(message if where in message else f"{where}: {message}") if name else error) from error
 
 
 @dataclass
@@ -96,13 +120,20 @@ class Data:
     eval_batch_size: int = 8
     num_workers: int = 0
     field: str = "text"
+    corpora: Any = None
 
     def __post_init__(self) -> None:
-        check_one_of("data.name", self.name, tuple(CORPORA))
+        check_one_of("data.name", self.name, (*CORPORA, MIX))
         check_one_of("data.vocab", self.vocab, VOCABULARIES)
-        corpus = CORPORA[self.name]
         if self.vocab_path and self.vocab != "20b":
             raise UserError(f"data.vocab_path is only for data.vocab=20b, the config has {self.vocab}: leave it out")
+        for name in ("batch_size", "ctx_len", "eval_batch_size"):
+            check_at_least(f"data.{name}", getattr(self, name), 1)
+        check_at_least("data.num_workers", self.num_workers, 0)
+        if self.name == MIX:
+            self._check_mix()
+            return
+        corpus = CORPORA[self.name]
         if corpus.path and not self.path:
             raise UserError(f"data.path is missing: data={self.name} reads {corpus.path}")
         if self.val_path == "":
@@ -111,11 +142,50 @@ class Data:
             )
         if self.vocab not in corpus.vocabularies:
             raise UserError(f"data={self.name} takes data.vocab={' or '.join(corpus.vocabularies)}, got {self.vocab}")
-        for name in ("batch_size", "ctx_len", "eval_batch_size"):
-            check_at_least(f"data.{name}", getattr(self, name), 1)
-        check_at_least("data.num_workers", self.num_workers, 0)
         if len(self.split) != 3 or not all(0 <= part <= 1 for part in self.split) or abs(sum(self.split) - 1) > 1e-6:
             raise UserError(f"data.split must be three fractions (train, val, test) with the sum 1, got {self.split}")
+
+    def _check_mix(self) -> None:
+        if not self.corpora:
+            raise UserError(
+                "data.corpora is missing: give each corpus of the mix a name and a share, "
+                "'data.corpora={code:{name:stdlib,share:1},books:{path:books.txt,share:3}}'"
+            )
+        check_kind("data.corpora", self.corpora, (dict,))
+        for name, given in self.corpora.items():
+            where = f"data.corpora.{name}"
+            if not re.fullmatch(r"[A-Za-z][\w-]*", str(name)):
+                raise UserError(f"{where}: the name of a corpus is a letter, then letters, digits, _ and -")
+            check_kind(where, given, (dict,))
+            with errors_of_corpus(name):
+                defaults = corpus_defaults(given.get("name", "text")) | {"share": 1}
+            for key, value in given.items():
+                if key not in defaults:
+                    raise UserError(f"{where}.{key} is not a setting{suggest_key(str(key), defaults)}")
+                if value is not None or defaults[key] is not None:
+                    check_kind(f"{where}.{key}", value, (str if defaults[key] is None else type(defaults[key]),))
+            if "share" not in given:
+                raise UserError(f"{where}.share is missing: give a whole number, its part of the sum of the shares")
+            check_at_least(f"{where}.share", given["share"], 1)
+            for part in given.get("split", ()):
+                check_kind(f"{where}.split", part, (float,))
+        if sum(self.shares) >= 2**31:
+            raise UserError(f"data.corpora: the sum of the shares must be below 2^31, got {sum(self.shares)}")
+        self.parts()
+
+    def parts(self) -> dict[str, "Data"]:
+        """The settings of each corpus of a mix, by name. Without a mix, these settings by the name ""."""
+        parts = {}
+        for name, given in (self.corpora or {}).items() if self.name == MIX else ():
+            settings = corpus_defaults(given.get("name", "text")) | given
+            with errors_of_corpus(name):
+                parts[name] = replace(self, corpora=None, **{k: v for k, v in settings.items() if k != "share"})
+        return parts or {"": self}
+
+    @property
+    def shares(self) -> list[int]:
+        """The shares of the corpora of a mix. Without a mix, [1]."""
+        return [given["share"] for given in (self.corpora or {}).values()] if self.name == MIX else [1]
 
 
 @dataclass
@@ -315,9 +385,14 @@ class Train:
         if self.loss_chunk_len is not None:
             check_at_least("loss_chunk_len", self.loss_chunk_len, 1)
         check_one_of("kernel", self.kernel, KERNELS)
-        if 0 in self.data.split:
-            raise UserError(f"data.split must be three fractions (train, val, test) above 0, got {self.data.split}")
+        for name, data in self.data.parts().items():
+            with errors_of_corpus(name):
+                if 0 in data.split:
+                    raise UserError(f"data.split must be three fractions (train, val, test) above 0, got {data.split}")
         check_between("seed", self.seed, 0, 2**63 - 1, inclusive=True)
+        max_steps, max_epochs = self.trainer.get("max_steps", -1), self.trainer.get("max_epochs")
+        if self.data.name == MIX and (max_steps < 1 or (max_epochs or -1) > 0):
+            raise UserError("data=mix needs trainer.max_steps, and no max_epochs: a mix has no pass of its corpora")
 
     def hyperparameters(self) -> dict[str, Any]:
         """Return the settings for loggers, without the keys that the chosen optim and schedule do not have."""

@@ -35,11 +35,16 @@ TOKENS = re.compile(
 # The functions of a sweep whose arguments are texts; those of range(), interval() and sort() are numbers.
 CHOICES = ("", "choice(", "shuffle(")
 
+# The part of a key that names a corpus of a mix, and the texts in an inline mapping of corpora.
+OF_CORPUS = re.compile(r"corpora\.[^.]+\.(?=\w+$)")
+IN_CORPORA = re.compile(rf"""(?<=[{{,])(\s*(?:name|url|field|{"|".join(DATA_PATHS)})\s*:\s*)([^,{{}}'"]+)""")
+
 NUMBER_TAGS = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "bool"))
 
 
 def is_text(key: str) -> bool:
     """Whether the setting is a path or a name. key: dotted; its first parts may be missing, as in a group's file."""
+    key = OF_CORPUS.sub("", key)
     return f".{key}".endswith(tuple(f".{name}" for name in TEXT_NAMES)) or any(
         f".{known}".endswith(f".{key}") for known in TEXT_KEYS
     )
@@ -54,6 +59,8 @@ def _quote_texts(override: str) -> str:
     key, equals, value = override.partition("=")
     if not equals or key.startswith("-"):
         return override
+    if key.startswith("data.corpora"):
+        value = IN_CORPORA.sub(lambda found: found[1] + _quote_if_needed(found[2], is_name=True), value)
     is_name = is_text(key) or key in GROUPS or "/" in key
     tokens, functions, quoted = TOKENS.findall(value), [""], ""
     for before, token, after in zip(["", *tokens], tokens, [*tokens[1:], ""], strict=False):
@@ -64,10 +71,15 @@ def _quote_texts(override: str) -> str:
         plain = token.strip()
         is_value = before in ("", ",", functions[-1]) and after in ("", ",", ")")
         is_plain = is_value and functions[-1] in CHOICES and plain[:1] not in ("", *"[{'\",()")
-        if is_plain and (not plain.isascii() or (is_name and _reads_as_number(plain))):
-            token = quote_override(re.sub(r"\\([\\()\[\]{}:=, \t])", r"\1", plain))
-        quoted += token
+        quoted += _quote_if_needed(token, is_name) if is_plain else token
     return f"{key}={quoted}"
+
+
+def _quote_if_needed(token: str, is_name: bool) -> str:
+    plain = token.strip()
+    if plain.isascii() and not (is_name and _reads_as_number(plain)):
+        return token
+    return quote_override(re.sub(r"\\([\\()\[\]{}:=, \t])", r"\1", plain))
 
 
 def _reads_as_number(text: str) -> bool:
@@ -86,7 +98,8 @@ def _expand_home(argv: Sequence[str]) -> list[str]:
     def expand(text: str) -> str:
         key, _, value = text.partition("=")
         path = value.strip("'\"")
-        if key not in PATH_KEYS or not re.match(r"~([/\\]|$)", path) or ("," in value and path == value):
+        is_path = OF_CORPUS.sub("", key) in PATH_KEYS
+        if not is_path or not re.match(r"~([/\\]|$)", path) or ("," in value and path == value):
             return text
         return f"{key}={quote_override(Path(path).expanduser())}"
 

@@ -17,7 +17,7 @@ from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
 
-from rwkv_pl.config import CORPORA, Data
+from rwkv_pl.config import CORPORA, MIX, Data
 from rwkv_pl.data import datamodule
 from rwkv_pl.data.datamodule import CorpusDataModule, Enwik8DataModule, EvalBatches, open_data
 from rwkv_pl.data.order import read_windows, window_starts
@@ -77,7 +77,7 @@ def test_batch_follows_the_contract(path: Path, monkeypatch: pytest.MonkeyPatch,
     for n, batch in enumerate(take(data.train_dataloader(), 30)):
         assert batch.dtype == torch.int64
         starts = window_starts(n, seed=7, n_tokens=len(train), ctx_len=16, batch_size=12)
-        assert np.array_equal(batch.numpy(), read_windows(train, starts, 16))
+        assert np.array_equal(batch.numpy(), read_windows([train] * 12, starts, 16))
 
 
 @pytest.mark.parametrize(("devices", "accumulate"), [(1, 1), (1, 3), (2, 1), (2, 3), (4, 1), (3, 4), (12, 1)])
@@ -261,7 +261,7 @@ def test_corpus_type_has_a_conf_file_with_the_settings_of_its_source(name: str, 
 
 def test_every_corpus_type_is_registered() -> None:
     conf = (Path(__file__).parents[2] / "conf" / "data").glob("*.yaml")
-    assert {path.stem for path in conf} == CORPORA.keys()
+    assert {path.stem for path in conf} == {*CORPORA, MIX}
 
 
 class Recorder(LightningModule):

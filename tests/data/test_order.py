@@ -146,7 +146,7 @@ def test_pass_length() -> None:
 
 def test_windows_wrap_around_the_end_of_the_text() -> None:
     tokens = np.arange(10, dtype=np.uint8)
-    assert read_windows(tokens, np.array([0, 8]), 4).tolist() == [[0, 1, 2, 3, 4], [8, 9, 0, 1, 2]]
+    assert read_windows([tokens] * 2, np.array([0, 8]), 4).tolist() == [[0, 1, 2, 3, 4], [8, 9, 0, 1, 2]]
 
 
 def test_eval_windows_on_small_examples() -> None:

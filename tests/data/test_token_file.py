@@ -28,7 +28,7 @@ def test_token_file_is_independent_of_the_piece_size(
     path.write_bytes(TEXT)
     corpus = Text(path).open()
     monkeypatch.setattr(byte_vocabulary, "CHUNK", chunk)
-    vocabulary = build_vocabulary("char", corpus)
+    vocabulary = build_vocabulary("char", [corpus])
     lo, hi = corpus.splits.train
     assert vocabulary.characters == "".join(sorted({c for c in TEXT[lo:hi].decode() if c > "\x7f"}))
     file = open_tokens(corpus, vocabulary)
@@ -43,7 +43,7 @@ def test_split_inside_a_character_moves_to_its_start(tmp_path: Path) -> None:
     path = tmp_path / "text"
     path.write_bytes("é".encode() * 10)
     corpus = Corpus("x", path, Splits((0, 15), (15, 17), (17, 20)), file_digest(path), "")
-    file = open_tokens(corpus, build_vocabulary("char", corpus))
+    file = open_tokens(corpus, build_vocabulary("char", [corpus]))
     assert file.splits == Splits((0, 7), (7, 8), (8, 10))
     assert set(file.tokens.tolist()) == {256}
     assert open_tokens(corpus, Vocabulary()).splits == corpus.splits
@@ -53,7 +53,7 @@ def test_invalid_utf8_adds_no_character(tmp_path: Path) -> None:
     path = tmp_path / "text"
     noise = b"\xed\xa0\x80 \xf4\x90\x80\x80 \xe0\x82\x80 \xf8\x90\x80\x80 \xc1\x81 \xf0\x80\x82\x80 \x80 \xff"
     path.write_bytes((noise + "é".encode()) * 50)
-    vocabulary = build_vocabulary("char", Text(path).open())
+    vocabulary = build_vocabulary("char", [Text(path).open()])
     assert vocabulary.characters == "é"
 
 
@@ -61,7 +61,7 @@ def test_text_change_that_the_digest_misses_is_detected(tmp_path: Path) -> None:
     path = tmp_path / "text"
     path.write_bytes(TEXT)
     corpus = Text(path).open()
-    vocabulary = build_vocabulary("char", corpus)
+    vocabulary = build_vocabulary("char", [corpus])
     open_tokens(corpus, vocabulary)
     path.write_bytes(TEXT[::-1])
     os.utime(path, ns=(0, 0))
@@ -78,7 +78,7 @@ def test_tokens_are_cached_until_the_text_changes(tmp_path: Path, cache: Path) -
 
     results: list[TokenFile] = []
     threads = [
-        threading.Thread(target=lambda: results.append(open_tokens(corpus, build_vocabulary("char", corpus))))
+        threading.Thread(target=lambda: results.append(open_tokens(corpus, build_vocabulary("char", [corpus]))))
         for _ in range(4)
     ]
     for thread in threads:
@@ -88,18 +88,18 @@ def test_tokens_are_cached_until_the_text_changes(tmp_path: Path, cache: Path) -
     assert len({(file.path, file.splits, file.digest) for file in results}) == 1
     first = snapshot()
     assert len(first) == 3
-    open_tokens(corpus, build_vocabulary("char", corpus))
+    open_tokens(corpus, build_vocabulary("char", [corpus]))
     assert snapshot() == first
     path.write_bytes(TEXT.replace(b"Z", b"z"))
     changed = Text(path).open()
-    assert open_tokens(changed, build_vocabulary("char", changed)).path != results[0].path
+    assert open_tokens(changed, build_vocabulary("char", [changed])).path != results[0].path
 
 
 def test_interrupted_encoding_leaves_no_files(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "text"
     path.write_bytes(TEXT)
     corpus = Text(path).open()
-    vocabulary = build_vocabulary("char", corpus)
+    vocabulary = build_vocabulary("char", [corpus])
     with monkeypatch.context() as patched:
         patched.setattr(Vocabulary, "encode_documents", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
@@ -113,7 +113,7 @@ def test_unwritable_cache_gives_one_line_error(tmp_path: Path, monkeypatch: pyte
     path.write_bytes(TEXT)
     monkeypatch.setenv("RWKV_PL_CACHE", str(path))
     with pytest.raises(UserError, match=r"cannot write in .*tokens.*: set RWKV_PL_CACHE to another folder"):
-        build_vocabulary("char", Text(path).open())
+        build_vocabulary("char", [Text(path).open()])
 
 
 def test_token_file_is_pickled_by_name(tmp_path: Path) -> None:

@@ -230,7 +230,7 @@ def test_split_bytes_of_every_vocabulary(tmp_path: Path) -> None:
     splits = Splits((0, 15), (15, 17), (17, 20))
     corpus = Corpus("x", path, splits, file_digest(path), "")
     moved = [14, 2, 4]  # an edge inside a character moves back to its start
-    for vocabulary, sizes in ((Vocabulary(), [15, 2, 3]), (build_vocabulary("char", corpus), moved), (SMALL, moved)):
+    for vocabulary, sizes in ((Vocabulary(), [15, 2, 3]), (build_vocabulary("char", [corpus]), moved), (SMALL, moved)):
         file = open_tokens(corpus, vocabulary)
         assert [file.split_bytes(name) for name in Splits._fields] == sizes
 
@@ -307,7 +307,7 @@ def test_missing_tokenizer_json_gives_one_line_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot read "):
         Vocabulary20B.read(tmp_path)
     with pytest.raises(UserError, match=r"data.vocab=20b needs the tokenizer's JSON file: set data.vocab_path="):
-        build_vocabulary("20b", make_corpus(tmp_path, TEXT))
+        build_vocabulary("20b", [make_corpus(tmp_path, TEXT)])
     with pytest.raises(UserError, match="stored vocabulary is corrupt"):
         vocabulary_from_dict({"kind": "20b"})
 

@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,13 +15,21 @@ from omegaconf import OmegaConf
 
 from rwkv_pl.cli.arguments import parse_arguments, print_hydra_info
 from rwkv_pl.cli.entry import cli_entry_point, default_sigint
-from rwkv_pl.cli.eval_report import print_report, write_report
+from rwkv_pl.cli.eval_report import print_report, print_total, write_report
 from rwkv_pl.cli.explain import print_settings
-from rwkv_pl.compose import compose, is_group_choice, parse_overrides, suggest_list, to_dataclass, to_plain_dict
-from rwkv_pl.config import CORPORA, DATA_PATHS, Data, Eval
+from rwkv_pl.compose import (
+    compose,
+    is_group_choice,
+    parse_overrides,
+    require_key,
+    suggest_list,
+    to_dataclass,
+    to_plain_dict,
+)
+from rwkv_pl.config import CORPORA, DATA_PATHS, Data, Eval, errors_of_corpus
 from rwkv_pl.errors import RunError, UserError, one_line
 from rwkv_pl.files import as_user_error, remove_on_failure
-from rwkv_pl.runs.stored import StoredRun, require_no_download
+from rwkv_pl.runs.stored import StoredRun, make_absolute, require_no_download
 from rwkv_pl.texts import take_as_typed
 
 if TYPE_CHECKING:
@@ -68,18 +76,24 @@ def main() -> None:
             f"weights={config.weights} is not a run, so the text must be chosen: data=text data.path=FILE, data=enwik8 "
             "or data=stdlib"
         )
-    out, name = choose_output(config, run, given)
+    out, stem = choose_output(config, run, given)
     with remove_on_failure(out):
         with as_user_error(out, ": give another folder with out=FOLDER"):
             if not os.access(out, os.W_OK):
                 raise UserError(f"{out} is not writable: give another folder with out=FOLDER")
         if sys.stderr.isatty():
             print("loading torch ...", file=sys.stderr, flush=True)
-        report = _evaluate(config, run, given)
-        print_report(report)
-        if "data" in given and CORPORA[config.data.name].path and not given & {"split", "data.split", "data.val_path"}:
-            print("note    data.split divides the text; to score all of it: data.split=[0,1,0]")
-        write_report(report, out, name)
+        reports = []
+        for corpus, data in config.data.parts().items():
+            report = _evaluate(replace(config, data=data), corpus, run, given)
+            print_report(report)
+            is_users_text = not corpus and "data" in given and CORPORA[data.name].path
+            if is_users_text and not given & {"split", "data.split", "data.val_path"}:
+                print("note    data.split divides the text; to score all of it: data.split=[0,1,0]")
+            write_report(report, out, f"{stem}{corpus}{'-' if corpus else ''}{config.split}")
+            reports.append(report)
+        if len(reports) > 1:
+            print_total(reports)
 
 
 def compose_settings(overrides: Sequence[Override], config_dir: str | None) -> tuple[dict[str, Any], Path | None]:
@@ -94,12 +108,18 @@ def compose_settings(overrides: Sequence[Override], config_dir: str | None) -> t
     if run is None or any(o.key_or_group == "data" for o in overrides):
         return to_plain_dict(compose(texts, config_dir, "eval")), run
     stored = StoredRun(run)
-    own = to_plain_dict(stored.config())["data"]
-    for key in DATA_PATHS:
-        if own.get(key):
-            own[key] = str(stored.cwd / own[key])
-    settings = to_plain_dict(compose([f"data={to_dataclass(own, Data).name}", *texts], config_dir, "eval"))
-    given = {o.key_or_group.split(".")[1] for o in overrides if o.key_or_group.startswith("data.")}
+    config, of_corpora = stored.config(), [o for o in overrides if o.key_or_group.startswith("data.corpora.")]
+    for override in of_corpora:  # the file of data=mix has no corpora, so Hydra would refuse these
+        require_key(override.key_or_group, config)
+        value = make_absolute(override.key_or_group, override.value())
+        OmegaConf.update(config, override.key_or_group, value, merge=False)
+    own = to_plain_dict(config)["data"]
+    for settings in (own, *(own.get("corpora") or {}).values()):
+        settings.update({key: str(stored.cwd / settings[key]) for key in DATA_PATHS if settings.get(key)})
+    others = [o for o in overrides if o not in of_corpora]
+    texts = [f"data={to_dataclass(own, Data).name}", *(o.input_line or "" for o in others)]
+    settings = to_plain_dict(compose(texts, config_dir, "eval"))
+    given = {o.key_or_group.split(".")[1] for o in others if o.key_or_group.startswith("data.")}
     settings["data"] |= {key: value for key, value in own.items() if key not in given}
     return settings, run
 
@@ -111,7 +131,7 @@ def find_run(source: Path) -> Path | None:
 
 
 def choose_output(config: Eval, run: Path | None, given: set[str]) -> tuple[Path, str]:
-    """Return the folder of the result and the stem of its files.
+    """Return the folder of the result and the start of its files' names.
 
     The stem names the weights unless they are the output folder itself, and the text if it is not the run's own.
     """
@@ -119,13 +139,16 @@ def choose_output(config: Eval, run: Path | None, given: set[str]) -> tuple[Path
     out = Path(config.out).absolute() if config.out else run or Path.cwd()
     whose = "" if source == out else f"{source.name if source.is_dir() else source.stem}-"
     data = config.data
-    text = f"{Path(data.path).stem if CORPORA[data.name].path and data.path else data.name}-"
-    other = run is not None and given & {"data", "data.path", "data.val_path"}
-    return out, f"eval-{whose}{text if other else ''}{config.split}"
+    text = f"{Path(data.path).stem if data.path and CORPORA[data.name].path else data.name}-"
+    other = run is not None and given & {"data", "data.path", "data.val_path", "data.corpora"}
+    return out, f"eval-{whose}{text if other else ''}"
 
 
-def _evaluate(config: Eval, run: Path | None, given: set[str]) -> dict[str, Any]:
-    """Return the content of the JSON file. run: the run folder of the weights. given: the keys that the user set."""
+def _evaluate(config: Eval, name: str, run: Path | None, given: set[str]) -> dict[str, Any]:
+    """Return the content of the JSON file.
+
+    name: of the corpus in a mix, else "". run: the run folder of the weights. given: the keys that the user set.
+    """
     with default_sigint():
         import torch
 
@@ -144,9 +167,11 @@ def _evaluate(config: Eval, run: Path | None, given: set[str]) -> dict[str, Any]
     if vocabulary and "data.vocab" in given and vocabulary.kind != config.data.vocab:
         raise UserError(f"weights={source} was trained with data.vocab={vocabulary.kind}: leave out data.vocab")
     own_text = run is not None and "data" not in given
-    data = open_data(config.data, 0, Path.cwd(), vocabulary, weights.trained_on if own_text else None)
-    data.prepare_data()
-    data.setup({"val": "validate", "test": "test"}.get(config.split, "predict"))
+    digest = weights.trained_on.get(name) if own_text else None
+    with errors_of_corpus(name):
+        data = open_data(config.data, 0, Path.cwd(), vocabulary, {"": digest} if digest else None)
+        data.prepare_data()
+        data.setup({"val": "validate", "test": "test"}.get(config.split, "predict"))
     corpus, vocabulary, tokens = data.corpus, data.vocabulary, data.token_file
     if weights.config.vocab_size != vocabulary.size:
         raise UserError(
@@ -160,7 +185,7 @@ def _evaluate(config: Eval, run: Path | None, given: set[str]) -> dict[str, Any]
             f"the {config.split} split of {corpus.path} has {hi - lo} tokens, too few to predict any: "
             "use a larger corpus or another data.split"
         )
-    if own_text and weights.trained_on not in (None, corpus.digest):
+    if digest not in (None, corpus.digest):
         print(f"warning: {corpus.description} is not the text that the run was trained on", file=sys.stderr)
     if warning := data.text_warning():
         print(f"warning: {warning}", file=sys.stderr)

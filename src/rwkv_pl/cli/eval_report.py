@@ -51,6 +51,16 @@ def print_report(report: dict[str, Any]) -> None:
     console().print(table)
 
 
+def print_total(reports: list[dict[str, Any]]) -> None:
+    """Print the score over all corpora of a mix, from the report of each."""
+    from rwkv_pl.inference.evaluate import bits_per_byte
+
+    for name in reports[0]["protocols"]:
+        found = [report["protocols"][name] for report in reports]
+        bits = bits_per_byte(sum(each["nats"] for each in found), sum(each["bytes"] for each in found))
+        print(f"all     {bits:.4f} bits per byte, {_describe_protocol(name, found[0])}")
+
+
 def write_report(report: dict[str, Any], out: Path, name: str) -> None:
     """Write NAME.json, and NAME.png for windows, into the folder `out`; print their paths."""
     locks = cache_folder() / "locks"

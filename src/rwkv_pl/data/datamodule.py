@@ -7,7 +7,7 @@ follows from the trainer's step, so checkpoints hold no data position.
 
 import signal
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, SequentialSampler
 
 from rwkv_pl.checks import check_at_least, check_kind, to_plain
+from rwkv_pl.config import MIX, Data, errors_of_corpus
 from rwkv_pl.data import order
 from rwkv_pl.data.byte_vocabulary import UnknownVocabulary
 from rwkv_pl.data.corpus import Corpus
-from rwkv_pl.data.sources import Source, build_source
+from rwkv_pl.data.sources import Mix, Source, build_source
 from rwkv_pl.data.sources.binidx import Binidx
 from rwkv_pl.data.sources.enwik8 import ENWIK8_URL, Enwik8
 from rwkv_pl.data.sources.ids import Ids
@@ -41,16 +42,25 @@ ROWS_PER_BLOCK = 1024
 class TrainBatches(Dataset[Tensor]):
     """Training micro-batches of one process: item m = n * A + a is micro-batch a of batch n, (B / (A * D), T+1) int64.
 
-    A = accumulate, B = batch_size, D = world_size.
+    A = accumulate, B = batch_size, D = world_size. ``files`` have the ``shares`` of the samples.
     """
 
     def __init__(
-        self, file: TokenFile, *, seed: int, ctx_len: int, batch_size: int, world_size: int, rank: int, accumulate: int
+        self,
+        files: Sequence[TokenFile],
+        shares: Sequence[int],
+        *,
+        seed: int,
+        ctx_len: int,
+        batch_size: int,
+        world_size: int,
+        rank: int,
+        accumulate: int,
     ) -> None:
-        self.file, self.seed, self.ctx_len, self.batch_size = file, seed, ctx_len, batch_size
+        self.files, self.shares, self.seed, self.ctx_len, self.batch_size = files, shares, seed, ctx_len, batch_size
         self.accumulate = accumulate
         self._batches_per_block = max(1, ROWS_PER_BLOCK // batch_size)
-        self._starts: tuple[int, order.Int64] = -1, np.empty(0, np.int64)
+        self._block, self._places = -1, np.empty(0, np.int64)
         self.rows = [
             order.micro_batch_rows(batch_size, world_size=world_size, rank=rank, accumulate=accumulate, micro_batch=a)
             for a in range(accumulate)
@@ -58,20 +68,29 @@ class TrainBatches(Dataset[Tensor]):
 
     def __getitem__(self, m: int) -> Tensor:
         n, a = divmod(m, self.accumulate)
-        self.file.check_unchanged()
-        tokens = self.file.split("train")
         block, place = divmod(n, self._batches_per_block)
-        if self._starts[0] != block:
-            # Row numbers continue through the whole run, so several batches are the same as one larger batch.
-            starts = order.window_starts(
-                block,
-                seed=self.seed,
-                n_tokens=len(tokens),
-                ctx_len=self.ctx_len,
-                batch_size=self._batches_per_block * self.batch_size,
+        if self._block != block:
+            self._block, self._places = block, self._place_block(block)
+        corpora, starts = self._places[:, place, self.rows[a]]
+        rings = {}
+        for c in set(corpora.tolist()):
+            self.files[c].check_unchanged()
+            rings[c] = self.files[c].split("train")
+        return torch.from_numpy(order.read_windows([rings[c] for c in corpora.tolist()], starts, self.ctx_len))
+
+    def _place_block(self, block: int) -> order.Int64:
+        """Return the corpus and the start of each row of several batches: (2, batches, B)."""
+        # Row numbers continue through the whole run, so several batches are the same as one larger batch.
+        size = self._batches_per_block * self.batch_size
+        corpora, index = order.place_samples(block * size + np.arange(size, dtype=np.int64), self.shares)
+        starts = np.empty(size, np.int64)
+        for c in np.unique(corpora):
+            mine = np.flatnonzero(corpora == c)
+            n_tokens = len(self.files[c].split("train"))
+            starts[mine] = order.sample_starts(
+                int(index[mine[0]]), len(mine), seed=self.seed + int(c), n_tokens=n_tokens, ctx_len=self.ctx_len
             )
-            self._starts = block, starts.reshape(self._batches_per_block, self.batch_size)
-        return torch.from_numpy(order.read_windows(tokens, self._starts[1][place, self.rows[a]], self.ctx_len))
+        return np.stack([corpora, starts]).reshape(2, self._batches_per_block, self.batch_size)
 
 
 class EvalBatches(Dataset[Tensor]):
@@ -138,15 +157,16 @@ def _ignore_signals(worker: int) -> None:
 
 
 class DataModule(LightningDataModule):
-    """The batches of a corpus from any source.
+    """The batches of a corpus from any source, or of several corpora, a ``Mix``.
 
     ``batch_size``: the sequences of one optimizer step, over all devices and accumulated batches.
     ``eval_batch_size``: the sequences of one validation or test batch on one device. ``vocab``: "byte", "char" or
     "20b"; "20b" is read from the JSON file ``vocab_path``. ``vocabulary``: one from a checkpoint; if given, it replaces
     ``vocab``.
 
-    ``setup`` sets ``corpus``, ``vocabulary``, ``token_file`` and ``train_tokens``. Without a trainer, the loaders are
-    those of one device from step 0. ``predict_dataloader`` reads the validation split.
+    ``setup`` sets ``corpus``, ``vocabulary``, ``token_file`` and ``train_tokens``; of a mix, ``corpora`` and
+    ``token_files`` by name. Without a trainer, the loaders are those of one device from step 0. ``predict_dataloader``
+    reads the validation split. A mix has one loader for each corpus's validation and test split.
 
     ``endless``: one epoch never ends, so the trainer needs ``max_steps``. Else it is one pass.
 
@@ -159,7 +179,7 @@ class DataModule(LightningDataModule):
 
     def __init__(
         self,
-        source: Source,
+        source: Source | Mix,
         *,
         batch_size: int = 1,
         ctx_len: int = 1024,
@@ -177,42 +197,64 @@ class DataModule(LightningDataModule):
         for name, lowest in {"batch_size": 1, "ctx_len": 1, "eval_batch_size": 1, "num_workers": 0}.items():
             check_kind(name, getattr(self, name), (int,))
             check_at_least(name, getattr(self, name), lowest)
-        self.source = source
+        self.mix = source if isinstance(source, Mix) else Mix({"": source}, [1])
         self.vocab = vocab
         self.vocab_path = Path(vocab_path) if vocab_path is not None else None
         self.endless = endless
         self._given_vocabulary = vocabulary
-        self._file: TokenFile | None = None
+        self.corpora: dict[str, Corpus] = {}
+        self._files: dict[str, TokenFile] = {}
 
     def prepare_data(self) -> None:
         """Downloads, checks and encodes the corpus, in one process only; ``setup`` then finds it in the cache."""
-        if self._file is None:
+        if not self._files:
             self._open()
 
     def setup(self, stage: str | None = None) -> None:
         """Opens the corpus at the first call, then checks that the splits of ``stage`` (None: all) are long enough."""
-        if self._file is None:
-            self.corpus, self.vocabulary, self._file = self._open()
+        if not self._files:
+            self.corpora, self.vocabulary, self._files = self._open()
             if not self.endless and (warning := self.text_warning()):  # the commands print it themselves
                 warnings.warn(warning, stacklevel=2)
-        splits = self._file.splits
+        for name, file in self._files.items():
+            with errors_of_corpus(name):
+                self._check_splits(stage, file, self.corpora[name], self.mix.sources[name])
+
+    def _check_splits(self, stage: str | None, file: TokenFile, corpus: Corpus, source: Source) -> None:
         if stage in (None, "fit"):
-            self.steps_per_pass  # noqa: B018  raises UserError if the split is too short
+            order.steps_per_pass(file.splits.train[1], self.ctx_len, self.batch_size)
         for name, stages in {"val": (None, "fit", "validate"), "test": (None, "test")}.items():
-            lo, hi = getattr(splits, name)
-            if name == "test" and not self.source.has_test_split:
+            lo, hi = getattr(file.splits, name)
+            if name == "test" and not source.has_test_split:
                 if stage == "test":
                     raise UserError("there is no test split if data.val_path is set: use val")
             elif stage in stages and order.eval_window_count(lo, hi, self.ctx_len) == 0:
                 raise UserError(
-                    f"the {name} split of {self.corpus.path} has {hi - lo} tokens, nothing to predict: "
+                    f"the {name} split of {corpus.path} has {hi - lo} tokens, nothing to predict: "
                     "use a larger corpus or another data.split"
                 )
 
     @property
+    def corpus_names(self) -> list[str]:
+        """The names of the corpora of a mix, in the order of its loaders. Without a mix, []."""
+        return [name for name in self.mix.sources if name]
+
+    @property
     def steps_per_pass(self) -> int:
-        """Optimizer steps of one pass over the training split."""
-        return order.steps_per_pass(self.token_file.splits.train[1], self.ctx_len, self.batch_size)
+        """Optimizer steps of one pass over the training split; of a mix, until each corpus has been read once."""
+        total = sum(self.mix.shares)
+        return max(
+            -(-(file.splits.train[1] // self.ctx_len) * total // (share * self.batch_size))
+            for file, share in zip(self.token_files.values(), self.mix.shares, strict=True)
+        )
+
+    def passes(self, n_steps: int) -> dict[str, float]:
+        """The passes over the training split of each corpus in ``n_steps`` optimizer steps."""
+        samples, total = n_steps * self.batch_size, sum(self.mix.shares)
+        return {
+            name: samples * share / total / (file.splits.train[1] // self.ctx_len)
+            for (name, file), share in zip(self.token_files.items(), self.mix.shares, strict=True)
+        }
 
     @property
     def train_tokens(self) -> Tokens:
@@ -220,25 +262,30 @@ class DataModule(LightningDataModule):
         return self.token_file.split("train")
 
     def description(self) -> str:
-        """The corpus, the sizes of its splits and the vocabulary, in one line."""
-        train, val, test = (f"{hi - lo:,}" for lo, hi in self.token_file.splits)
-        is_known = not isinstance(self.vocabulary, UnknownVocabulary)
-        n_bytes = f"{sum(self.token_file.n_bytes):,} bytes, " if is_known else ""
-        return (
-            f"{self.corpus}: {n_bytes}{train} / {val} / {test} tokens to train / validate / test, "
-            f"vocabulary {self.vocabulary.kind} ({self.vocabulary.size})"
-        )
+        """The corpora, the sizes of their splits and the vocabulary, in one line; a mix has a line for each corpus."""
+        lines, total = [], sum(self.mix.shares)
+        for (name, file), share in zip(self.token_files.items(), self.mix.shares, strict=True):
+            train, val, test = (f"{hi - lo:,}" for lo, hi in file.splits)
+            n_bytes = "" if isinstance(self.vocabulary, UnknownVocabulary) else f"{sum(file.n_bytes):,} bytes, "
+            of_mix = f"{name}, {share / total:.1%} of the samples, " if name else ""
+            lines.append(
+                f"{of_mix}{self.corpora[name]}: {n_bytes}{train} / {val} / {test} tokens to train / validate / test"
+            )
+        vocabulary = f"vocabulary {self.vocabulary.kind} ({self.vocabulary.size})"
+        return "\n".join([*lines, vocabulary]) if self.corpus_names else f"{lines[0]}, {vocabulary}"
 
     def text_warning(self) -> str | None:
         """Describe the user's text if it does not look like text, else return None."""
-        is_text = isinstance(self.source, Text)
-        return describe_strange_bytes(self.corpus.path, self.vocabulary.kind) if is_text else None
+        texts = [self.corpora[name].path for name, source in self.mix.sources.items() if isinstance(source, Text)]
+        found = [describe_strange_bytes(path, self.vocabulary.kind) for path in texts]
+        return "; ".join(warning for warning in found if warning) or None
 
     def train_dataloader(self) -> DataLoader[Tensor]:
         world_size, rank = self._process_rank()
         accumulate = self.trainer.accumulate_grad_batches if self.trainer else 1
         batches = TrainBatches(
-            self.token_file,
+            list(self.token_files.values()),
+            self.mix.shares,
             seed=self.seed,
             ctx_len=self.ctx_len,
             batch_size=self.batch_size,
@@ -262,38 +309,53 @@ class DataModule(LightningDataModule):
 
         return self._loader(batches, OrderedSampler(length, first, endless=True))
 
-    def val_dataloader(self) -> DataLoader[Tensor]:
-        return self._eval_loader(self.token_file.splits.val)
+    def val_dataloader(self) -> Any:
+        return self._eval_loaders("val")
 
-    def test_dataloader(self) -> DataLoader[Tensor]:
-        return self._eval_loader(self.token_file.splits.test)
+    def test_dataloader(self) -> Any:
+        return self._eval_loaders("test")
 
     predict_dataloader = val_dataloader
 
-    def _eval_loader(self, split: tuple[int, int]) -> DataLoader[Tensor]:
-        world_size, rank = self._process_rank()
-        batches = EvalBatches(
-            self.token_file, split, ctx_len=self.ctx_len, rows=self.eval_batch_size, world_size=world_size, rank=rank
-        )
-        return self._loader(batches, OrderedSampler(len(batches)))
+    def _eval_loaders(self, split: str) -> DataLoader[Tensor] | list[DataLoader[Tensor]]:
+        # Each loader of a mix starts its workers anew: those of all corpora would be too many processes.
+        is_mix = len(self.corpora) > 1
+        loaders = [
+            self._loader(batches, OrderedSampler(len(batches)), not is_mix) for batches in self.eval_batches(split)
+        ]
+        return loaders if is_mix else loaders[0]
 
-    def _loader(self, batches: Dataset[Tensor], sampler: OrderedSampler) -> DataLoader[Tensor]:
+    def eval_batches(self, split: str) -> list[EvalBatches]:
+        """The batches of "val" or "test" of each corpus, those of this process."""
+        world_size, rank = self._process_rank()
+        how = {"ctx_len": self.ctx_len, "rows": self.eval_batch_size, "world_size": world_size, "rank": rank}
+        return [EvalBatches(file, getattr(file.splits, split), **how) for file in self.token_files.values()]
+
+    def _loader(
+        self, batches: Dataset[Tensor], sampler: OrderedSampler, keeps_workers: bool = True
+    ) -> DataLoader[Tensor]:
         return ResumableLoader(
             batches,
             batch_size=None,
             sampler=sampler,
             num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
+            persistent_workers=self.num_workers > 0 and keeps_workers,
             worker_init_fn=_ignore_signals if self.num_workers else None,
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
             # Without this generator, each pass over the loader would draw from the generator that dropout uses.
             generator=torch.Generator(),
         )
 
-    def _open(self) -> tuple[Corpus, Vocabulary, TokenFile]:
-        corpus = self.source.open()
-        vocabulary = self._given_vocabulary or build_vocabulary(self.vocab, corpus, self.vocab_path)
-        return corpus, vocabulary, self.source.open_tokens(corpus, vocabulary)
+    def _open(self) -> tuple[dict[str, Corpus], Vocabulary, dict[str, TokenFile]]:
+        corpora, files = {}, {}
+        for name, source in self.mix.sources.items():
+            with errors_of_corpus(name):
+                corpora[name] = source.open()
+        vocabulary = self._given_vocabulary or build_vocabulary(self.vocab, list(corpora.values()), self.vocab_path)
+        for name, source in self.mix.sources.items():
+            with errors_of_corpus(name):
+                files[name] = source.open_tokens(corpora[name], vocabulary)
+        return corpora, vocabulary, files
 
     def _process_rank(self) -> tuple[int, int]:
         """The number of processes and the rank of this one."""
@@ -302,11 +364,26 @@ class DataModule(LightningDataModule):
         return self.trainer.world_size, self.trainer.global_rank
 
     @property
-    def token_file(self) -> TokenFile:
-        """The tokens of the corpus and the ranges of its splits."""
-        if self._file is None:
+    def token_files(self) -> dict[str, TokenFile]:
+        """The tokens of each corpus and the ranges of its splits, by name; the only corpus has the name ""."""
+        if not self._files:
             raise RuntimeError("call setup() first: the corpus is not open yet")
-        return self._file
+        return self._files
+
+    @property
+    def token_file(self) -> TokenFile:
+        """The tokens and the ranges of the splits of the only corpus."""
+        return self.token_files[""]
+
+    @property
+    def corpus(self) -> Corpus:
+        """The only corpus."""
+        return self.corpora[""]
+
+    @property
+    def source(self) -> Source:
+        """The source of the only corpus."""
+        return self.mix.sources[""]
 
 
 def refuse_accumulation_schedule(trainer: Trainer) -> None:
@@ -395,14 +472,48 @@ class TokensDataModule(DataModule):
         super().__init__(source, vocab=vocab or "byte", vocab_path=vocab_path, vocabulary=vocabulary, **settings)
 
 
-def open_data(data: Any, seed: int, cwd: Path, vocabulary: Vocabulary | None, digest: str | None = None) -> DataModule:
-    """Builds the data module for `data`, a `config.Data`. Relative paths are relative to `cwd`.
+class MixDataModule(DataModule):
+    """Several corpora, each with its share of the samples: see ``order.place_samples``.
 
-    vocabulary, digest: of the checkpoint and of its text, if there is one.
+    ``corpora``: the settings of each corpus by name, as those of `data=mix`:
+
+        MixDataModule({"code": {"name": "stdlib", "share": 1}, "books": {"path": "books.txt", "share": 3}})
+
+    An epoch never ends, so the Trainer needs ``max_steps``. ``settings`` are the other arguments of DataModule.
     """
-    source = build_source(data, cwd)
+
+    def __init__(self, corpora: dict[str, dict[str, Any]], **settings: Any) -> None:
+        def as_in_yaml(value: Any) -> Any:
+            return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+
+        plain = {name: {key: as_in_yaml(value) for key, value in given.items()} for name, given in corpora.items()}
+        data = Data(name=MIX, corpora=plain, vocab=settings.get("vocab", "byte"))
+        super().__init__(build_mix(data, Path()), endless=True, **settings)
+
+    def train_dataloader(self) -> DataLoader[Tensor]:
+        if self.trainer and self.trainer.max_steps < 1:
+            raise UserError("a mix has no pass of its corpora: give the Trainer max_steps")
+        return super().train_dataloader()
+
+
+def build_mix(data: Data, cwd: Path, digests: dict[str, str] | None = None) -> Mix:
+    """Builds the sources of `data`, one without a mix. digests: those of a checkpoint's texts, by name."""
+    sources = {name: build_source(part, cwd) for name, part in data.parts().items()}
+    for name, source in sources.items():
+        if isinstance(source, Text) and (digest := (digests or {}).get(name)):
+            sources[name] = source.matching(digest)
+    return Mix(sources, data.shares)
+
+
+def open_data(
+    data: Data, seed: int, cwd: Path, vocabulary: Vocabulary | None, digests: dict[str, str] | None = None
+) -> DataModule:
+    """Builds the data module for `data`. Relative paths are relative to `cwd`.
+
+    vocabulary, digests: of the checkpoint and of its texts by name, if there is one.
+    """
     return DataModule(
-        source.matching(digest) if digest and isinstance(source, Text) else source,
+        build_mix(data, cwd, digests),
         batch_size=data.batch_size,
         ctx_len=data.ctx_len,
         vocab=data.vocab,

@@ -3,10 +3,15 @@
     N  tokens in a split    T  ctx_len    B  batch_size, sequences of one optimizer step
     W  windows of one pass, N // T
 
+Row b of batch n is sample g = n * B + b. In a mix, ``place_samples`` says which corpus sample g is read from, and which
+of this corpus's samples it is; ``sample_starts`` says where that begins.
+
 The training tokens form a ring. Each pass cuts the ring into W windows of T targets at a random offset and visits them
 in a random order. The order is a keyed permutation, computed element by element and never stored, so its cost does
 not depend on the size of the corpus. A resumed run needs only its step: nothing is saved, and nothing is replayed.
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -28,14 +33,45 @@ def window_starts(n: int, *, seed: int, n_tokens: int, ctx_len: int, batch_size:
 
     Raises UserError if the tokens do not fill one window: ``n_tokens < ctx_len + 1``.
     """
+    return sample_starts(n * batch_size, batch_size, seed=seed, n_tokens=n_tokens, ctx_len=ctx_len)
+
+
+def sample_starts(first: int, count: int, *, seed: int, n_tokens: int, ctx_len: int) -> Int64:
+    """The first token of each of the samples ``first, first + 1, ...``: (count,) int64. See ``window_starts``."""
     windows = _count_windows(n_tokens, ctx_len)
-    first_pass, first_place = divmod(n * batch_size, windows)
-    sample = first_place + np.arange(batch_size, dtype=np.int64)
+    first_pass, first_place = divmod(first, windows)
+    sample = first_place + np.arange(count, dtype=np.int64)
     passes = np.uint64(first_pass % 2**64) + (sample // windows).astype(np.uint64)
     keys = _mix(_mix(_mix(np.array([seed % 2**64], np.uint64)) ^ passes) ^ _ROUND_NUMBERS)
     offset = (keys[0] % np.uint64(n_tokens)).astype(np.int64)
     place = _permute((sample % windows).astype(np.uint64), keys[1:], windows).astype(np.int64)
     return (offset + ctx_len * place) % n_tokens
+
+
+def place_samples(samples: Int64, shares: Sequence[int]) -> tuple[Int64, Int64]:
+    """The corpus of each of the ``samples`` (G,), and which of that corpus's samples it is: both (G,) int64.
+
+    ``shares``: K whole numbers >= 1 with a sum below 2^31. With M_c = m_c + ... + m_{K-1}, corpus c takes, in turn, the
+    share m_c / M_c of the samples i = 0, 1, ... that the corpora before it have left:
+
+        sample i belongs to c if  floor((i + 1) m_c / M_c) > floor(i m_c / M_c),  as its sample  floor(i m_c / M_c);
+        else it is sample  i - floor(i m_c / M_c)  of those that c leaves.
+
+    So each corpus's samples 0, 1, 2, ... occur once and in order. Any batch of B samples holds more than
+    B m_c / M_0 - (K - 1) and less than B m_c / M_0 + (K - 1) of corpus c.
+    """
+    index = samples.copy()
+    corpus = np.full(samples.shape, len(shares) - 1, np.int64)
+    for c, share in enumerate(shares[:-1]):
+        is_left = np.flatnonzero(corpus == len(shares) - 1)
+        # i * m // M without overflow: i = q * M + r.
+        total = sum(shares[c:])
+        q, r = np.divmod(index[is_left], total)
+        before, after = q * share + r * share // total, q * share + (r + 1) * share // total
+        is_here = after > before
+        corpus[is_left[is_here]] = c
+        index[is_left] = np.where(is_here, before, index[is_left] - before)
+    return corpus, index
 
 
 def steps_per_pass(n_tokens: int, ctx_len: int, batch_size: int) -> int:
@@ -63,10 +99,10 @@ def micro_batch_rows(batch_size: int, *, world_size: int, rank: int, accumulate:
     return slice(part * rows, (part + 1) * rows)
 
 
-def read_windows(tokens: npt.NDArray[np.unsignedinteger], starts: Int64, ctx_len: int) -> Int64:
-    """Read the windows that begin at ``starts`` (R,) from the ring of ``tokens`` (N,): (R, T+1) int64."""
+def read_windows(rings: Sequence[npt.NDArray[np.unsignedinteger]], starts: Int64, ctx_len: int) -> Int64:
+    """Read one window from each of the R ``rings`` of tokens (N,), from its start (R,) on: (R, T+1) int64."""
     windows = np.empty((len(starts), ctx_len + 1), np.int64)
-    for window, start in zip(windows, starts.tolist(), strict=True):
+    for window, tokens, start in zip(windows, rings, starts.tolist(), strict=True):
         # One slice per row is ten times as fast as fancy indexing of all rows at once.
         before_the_seam = tokens[start : start + ctx_len + 1]
         window[: len(before_the_seam)] = before_the_seam

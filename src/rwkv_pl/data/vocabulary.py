@@ -1,5 +1,6 @@
 """Build, read and restore a vocabulary of any kind."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,10 @@ __all__ = [
 ]
 
 
-def build_vocabulary(kind: str, corpus: Corpus, vocab_path: Path | None = None) -> Vocabulary:
-    """Build the vocabulary of a corpus.
+def build_vocabulary(kind: str, corpora: Sequence[Corpus], vocab_path: Path | None = None) -> Vocabulary:
+    """Build one vocabulary for all corpora.
 
-    For ``char``, it has the characters of the training split, which are collected once and cached. For ``20b``, it is
+    For ``char``, it has the characters of the training splits, which are collected once and cached. For ``20b``, it is
     read from the JSON file ``vocab_path``.
 
     Raises UserError for an unknown kind, or if the JSON file is missing.
@@ -34,6 +35,12 @@ def build_vocabulary(kind: str, corpus: Corpus, vocab_path: Path | None = None) 
         return read_vocabulary(vocab_path)
     if kind != "char":
         return Vocabulary(kind)
+    characters = {character for corpus in corpora for character in _find_characters(corpus).characters}
+    return Vocabulary(kind, "".join(sorted(characters)))
+
+
+def _find_characters(corpus: Corpus) -> Vocabulary:
+    """Return the vocabulary ``char`` of a corpus."""
 
     def find_characters() -> dict[str, Any]:
         seen = np.zeros(0x110000, bool)

@@ -96,9 +96,10 @@ def build_trainer(inputs: Inputs, folder: Path, callbacks: list[Callback], logge
 def build_callbacks(config: Train, folder: Path) -> list[Callback]:
     """Build the callbacks of the config, in its order."""
     callbacks = [_instantiate(f"callbacks.{name}", arguments, folder) for name, arguments in config.callbacks.items()]
+    monitored = [*MONITORED, *(f"val/bits_per_byte/{name}" for name in config.data.parts() if name)]
     for name, callback in zip(config.callbacks, callbacks, strict=True):
-        if getattr(callback, "monitor", None) not in (None, *MONITORED):
-            raise UserError(f"callbacks.{name}.monitor must be one of {', '.join(MONITORED)}, got {callback.monitor}")
+        if getattr(callback, "monitor", None) not in (None, *monitored):
+            raise UserError(f"callbacks.{name}.monitor must be one of {', '.join(monitored)}, got {callback.monitor}")
         if getattr(callback, "monitor", None) and getattr(callback, "mode", "min") != "min":
             raise UserError(
                 f"callbacks.{name}.mode must be min, got {callback.mode}: {callback.monitor} is better lower"

@@ -34,9 +34,10 @@ def check_same_run(metadata: Metadata, now: dict[str, Any], path: Path) -> None:
         there = before.get(key)
         if there is None or repr(here) == repr(there):
             continue
-        if key == "corpus":
+        if key.partition(".")[0] == "corpus":
+            where = f"data.corpora.{key.partition('.')[2]}" if key != "corpus" else "data"
             raise UserError(
-                f"data.path (with data.val_path, if set) is not the text that {path} was trained on "
+                f"{where}.path (with {where}.val_path, if set) is not the text that {path} was trained on "
                 f"(digest {here[:12]}, not {str(there)[:12]}): give that text"
             )
         raise UserError(f"{key}={here} contradicts {path}, which was trained with {key}={there}: use that value")

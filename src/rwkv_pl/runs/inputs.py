@@ -5,13 +5,13 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 
 from rwkv_pl.config import Train
-from rwkv_pl.data.datamodule import DataModule, EvalBatches, open_data
+from rwkv_pl.data.datamodule import DataModule, open_data
 from rwkv_pl.data.vocabulary import Vocabulary, read_vocabulary, vocabulary_from_dict
 from rwkv_pl.errors import CorruptFileError, UserError, one_line
 from rwkv_pl.model import MODELS
@@ -65,9 +65,16 @@ class Inputs:
             return f"by {by}, {after}; change that setting to extend it"
         return None
 
+    def describe_passes(self, n_steps: int) -> str:
+        """Describe how often `n_steps` read each corpus of a mix."""
+        passes = self.data.passes(n_steps).items()
+        return ", ".join(f"{name} {n:,.1f} passes" if n >= 1 else f"{name} {n:.2g} passes" for name, n in passes)
+
     def describe_length(self) -> str:
         """Describe the length of the run."""
         passes = f"1 pass is {self.data.steps_per_pass:,} step{'s' if self.data.steps_per_pass > 1 else ''}"
+        if self.data.corpus_names:
+            passes = self.describe_passes(self.max_steps)
         if self.max_steps < 0:
             return f"until trainer.max_time ({passes})"
         tokens = self.max_steps * self.config.data.batch_size * self.config.data.ctx_len
@@ -113,16 +120,14 @@ def open_inputs(config: Train, cwd: Path, resume_from: Path | None = None) -> In
         vocabulary: Vocabulary | None = vocabulary_from_dict(resumed.vocabulary or {})
     else:
         vocabulary = _choose_vocabulary(loaded, config, cwd)
-    digest = (resumed.past or {}).get("corpus") if resumed else None
-    data = open_data(config.data, config.seed, cwd, vocabulary, digest)
+    data = open_data(config.data, config.seed, cwd, vocabulary, resumed.corpora if resumed else None)
     data.prepare_data()
     data.setup("fit")
     run_identity = {
-        "corpus": data.corpus.digest,
+        **identify_corpora(data),
         "seed": config.seed,
         "data.batch_size": config.data.batch_size,
         "data.ctx_len": config.data.ctx_len,
-        "data.split": [list(split) for split in data.corpus.splits],
         "model.name": config.model.name,
         "model.n_layer": config.model.n_layer,
         "model.n_embd": config.model.n_embd,
@@ -161,7 +166,7 @@ def open_inputs(config: Train, cwd: Path, resume_from: Path | None = None) -> In
     optimizer = outline.configure_optimizers()
     if content and resume_from:
         check_loadable(content, outline, optimizer, resume_from)
-    if (limit := config.trainer["limit_val_batches"]) and not count_validation_batches(config, data):
+    if (limit := config.trainer["limit_val_batches"]) and 0 in count_validation_batches(config, data):
         raise UserError(
             f"trainer.limit_val_batches={limit} is less than one validation batch: raise it, or set it to 0"
         )
@@ -199,6 +204,18 @@ def open_inputs(config: Train, cwd: Path, resume_from: Path | None = None) -> In
         resumed.accumulate if resumed else None,
         remarks,
     )
+
+
+def identify_corpora(data: DataModule) -> dict[str, Any]:
+    """Return what a resume must not change of the corpora: content, splits, and in a mix order and shares."""
+    found: dict[str, Any] = {"data.corpora": data.corpus_names} if data.corpus_names else {}
+    for (name, corpus), share in zip(data.corpora.items(), data.mix.shares, strict=True):
+        where = f"data.corpora.{name}" if name else "data"
+        found[f"corpus.{name}" if name else "corpus"] = corpus.digest
+        found[f"{where}.split"] = [list(split) for split in corpus.splits]
+        if name:
+            found[f"{where}.share"] = share
+    return found
 
 
 def choose_model(config: Train, vocab_size: int, loaded: Weights | None) -> tuple[Any, Any]:
@@ -261,8 +278,8 @@ def choose_val_check_interval(config: Train, max_steps: int, resumed: Metadata |
     return min(MAX_VAL_CHECK_INTERVAL, math.ceil(max_steps / 10)) if max_steps > 0 else MAX_VAL_CHECK_INTERVAL
 
 
-def count_validation_batches(config: Train, data: DataModule) -> int:
-    """Count the batches of one validation on one device."""
-    there = len(cast(EvalBatches, data.val_dataloader().dataset))
+def count_validation_batches(config: Train, data: DataModule) -> list[int]:
+    """Count the batches of each corpus in one validation on one device."""
     limit = 1.0 if config.trainer["limit_val_batches"] is None else config.trainer["limit_val_batches"]
-    return min(there, limit if isinstance(limit, int) else int(limit * there))
+    counts = map(len, data.eval_batches("val"))
+    return [min(there, limit if isinstance(limit, int) else int(limit * there)) for there in counts]

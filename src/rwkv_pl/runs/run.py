@@ -60,7 +60,8 @@ class Run:
         import numpy as np
 
         rows = read_rows(self.folder / "metrics.csv", up_to=sys.maxsize)
-        return Metrics({name: np.array([row.get(name, np.nan) for row in rows], np.float64) for name in COLUMNS})
+        columns = dict.fromkeys([*COLUMNS, *(name for row in rows for name in row)])
+        return Metrics({name: np.array([row.get(name, np.nan) for row in rows], np.float64) for name in columns})
 
     def curve(self) -> Curve:
         """The loss curve, as in loss.png, up to the last logged step. A notebook displays it."""

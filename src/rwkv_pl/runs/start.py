@@ -3,7 +3,7 @@
 import logging
 import lzma
 import zlib
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 
 from rwkv_pl.config import Train
-from rwkv_pl.data.datamodule import DataModule, EvalBatches
+from rwkv_pl.data.datamodule import DataModule
 from rwkv_pl.data.order import micro_batch_rows
 from rwkv_pl.errors import UserError
 from rwkv_pl.runs.build import describe_code
@@ -66,11 +66,12 @@ class Start(Callback):
         peak = load_or_measure_peak(device, dtype)
         self.metrics.peak = peak * trainer.world_size
         each = f"{trainer.world_size} x " if trainer.world_size > 1 else ""
+        described = self.inputs.data.description().splitlines()
         model, windows = config.model, f"{rows} x {config.data.ctx_len:,} tokens"
         for line in (
             f"run     {trainer.default_root_dir}",
             *remarks,
-            "data    " + self.inputs.data.description().replace(": ", ":\n        ", 1),
+            "data    " + "\n        ".join(text.replace(": ", ":\n        ", 1) for text in described),
             f"model   {model.name}, {model.n_layer} x {model.n_embd}, {estimate.parameters:,} parameters, "
             f"{format_si(estimate.flops, 'FLOP')} a token",
             f"optim   {config.optim._target_.rpartition('.')[2]}, lr {config.optim.lr:g}, {config.schedule.name}",
@@ -105,11 +106,11 @@ class Start(Callback):
 
 def measure_baselines(config: Train, data: DataModule) -> dict[str, float]:
     """Return the bits per byte of gzip -9 and xz -9 on the text that a validation reads; {} if that is too long."""
-    windows = cast(EvalBatches, data.val_dataloader().dataset)
-    n_batches = count_validation_batches(config, data)
-    if not 0 < n_batches * config.data.eval_batch_size * config.data.ctx_len <= BASELINE_BYTES:
+    counts = count_validation_batches(config, data)
+    if not 0 < sum(counts) * config.data.eval_batch_size * config.data.ctx_len <= BASELINE_BYTES:
         return {}
-    targets = np.concatenate([windows[i][:, 1:].flatten().numpy() for i in range(n_batches)])
+    batches = [windows[i] for windows, n in zip(data.eval_batches("val"), counts, strict=True) for i in range(n)]
+    targets = np.concatenate([batch[:, 1:].flatten().numpy() for batch in batches])
     text = data.vocabulary.decode(targets[targets >= 0])
     if not 0 < len(text) <= BASELINE_BYTES:
         return {}

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from rwkv_pl.checks import check_kinds
 from rwkv_pl.compose import check_config, compose, is_group_choice, parse_overrides, require_key, typed_config_dir
-from rwkv_pl.config import Data, Train, split_own_arguments
+from rwkv_pl.config import MIX, Data, Train, corpus_defaults, split_own_arguments
 from rwkv_pl.data.documents import exists
 from rwkv_pl.errors import UserError, one_line
 from rwkv_pl.files import atomic_write, is_outside
@@ -34,6 +34,9 @@ FIXED_KEYS = (
     "model.n_embd",
     "optim._target_",
 )
+
+# Settings of a corpus of a mix that a resume can change.
+FREE_CORPUS_KEYS = ("path", "val_path", "url")
 
 
 class StoredRun:
@@ -80,6 +83,7 @@ class StoredRun:
             name, is_best = str(arguments.get("filename")), str(arguments.get("_target_")).endswith(".BestCheckpoint")
             if is_best and "{step" not in name and not is_outside(name, self.folder):
                 arguments.filename = "best"
+        add_corpus_defaults(config)
         config.plugins = []  # they must be typed at each resume
         return config
 
@@ -109,18 +113,16 @@ class StoredRun:
             entry["set"] = {key: value for key, value in now.items() if key not in then or then[key] != value}
         _apply(config, entry)
         values = {o.key_or_group: o.value() for o in later if not is_group_choice(o)}
-        for key in ("data.path", "data.val_path"):
-            path = str(values.get(key) or "")
-            if path and exists(Path(path)):
-                values[key] = str(
-                    Path(path).absolute()
-                )  # relative to the folder of this command, not of the run's start
         for key in values:
             require_key(key, config, is_resume=True)
+        # Typed paths are relative to the folder of this command, not of the run's start.
+        values = {key: make_absolute(key, value) for key, value in values.items()}
         _apply(config, {"remove": [], "set": values})
+        add_corpus_defaults(config)
         entry["set"] |= values
-        for key in FIXED_KEYS:
-            old, new = OmegaConf.select(before, key), OmegaConf.select(config, key)
+        was, now = _fixed_settings(before), _fixed_settings(config)
+        for key in was | now:
+            old, new = was.get(key), now.get(key)
             if old != new:
                 raise UserError(
                     f"{key}={new} contradicts the past of {self.folder}, which has {key}={old}: start a new run instead"
@@ -166,14 +168,47 @@ def require_no_download(data: Data, cwd: Path, typed: Collection[str] = ()) -> N
 
     Untrusted settings could name any folder to write in, and send environment variables in the URL.
     """
-    if data.name != "enwik8" or data.path is None:
-        return
-    folder = cwd / data.path
-    if not any((folder / name).exists() for name in ("enwik8", "enwik8.zip")):
-        missing = [key for key in ("data.path", "data.url") if key not in typed and getattr(data, key[5:])]
-        if missing:
-            how = " ".join(f"{key}={getattr(data, key[5:])}" for key in missing)
-            raise UserError(f"{folder} has no enwik8; to download it, if you trust this run, type {how}")
+    for name, part in data.parts().items():
+        if part.name != "enwik8" or part.path is None:
+            continue
+        folder = cwd / part.path
+        if not any((folder / file).exists() for file in ("enwik8", "enwik8.zip")):
+            where = f"data.corpora.{name}" if name else "data"
+            settings = {f"{where}.path": part.path, f"{where}.url": part.url}
+            missing = [f"{key}={value}" for key, value in settings.items() if key not in typed and value]
+            if missing:
+                raise UserError(
+                    f"{folder} has no enwik8; to download it, if you trust this run, type {' '.join(missing)}"
+                )
+
+
+def add_corpus_defaults(config: DictConfig) -> None:
+    """Give each corpus of a mix the settings of its type that its file leaves out: a resume can then set them."""
+    corpora = OmegaConf.select(config, "data.corpora") if OmegaConf.select(config, "data.name") == MIX else None
+    for given in corpora.values() if isinstance(corpora, DictConfig) else ():
+        if isinstance(given, DictConfig):
+            for key, value in corpus_defaults(given.get("name", "text")).items():
+                given.setdefault(key, value)
+
+
+def _fixed_settings(config: DictConfig) -> dict[str, Any]:
+    """Return the settings that a resume cannot change."""
+    found = {key: OmegaConf.select(config, key) for key in FIXED_KEYS}
+    corpora = OmegaConf.select(config, "data.corpora")
+    is_mapping = isinstance(corpora, DictConfig)
+    found["data.corpora"] = [str(name) for name in corpora] if is_mapping else corpora
+    for key, value in flatten(corpora, "data.corpora.").items() if is_mapping else ():
+        if key.rpartition(".")[2] not in FREE_CORPUS_KEYS:
+            found[key] = value
+    return found
+
+
+def make_absolute(key: str, value: Any) -> Any:
+    """Make the path of a text absolute if it exists in the current folder. value: of a setting, or of a mapping."""
+    if isinstance(value, dict):
+        return {name: make_absolute(f"{key}.{name}", inner) for name, inner in value.items()}
+    is_path = key.startswith("data.") and key.rpartition(".")[2] in ("path", "val_path")
+    return str(Path(str(value)).absolute()) if is_path and value and exists(Path(str(value))) else value
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:

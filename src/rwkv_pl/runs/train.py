@@ -44,7 +44,7 @@ from rwkv_pl.terminal import (
 )
 from rwkv_pl.training.callbacks.metrics import MetricsRecorder
 from rwkv_pl.training.callbacks.pending_validation import PendingValidation
-from rwkv_pl.training.callbacks.progress import TrainingProgress, format_duration
+from rwkv_pl.training.callbacks.progress import TrainingProgress, format_duration, format_scores
 from rwkv_pl.training.callbacks.pruning import PruneTrial
 from rwkv_pl.training.callbacks.sample_text import sample_tokens
 from rwkv_pl.training.callbacks.signals import StopOnSignal
@@ -87,7 +87,7 @@ def run(inputs: Inputs, folder: Path, record: Record, resumed: bool = False) -> 
     resumed: whether the folder is that of an earlier run, which continues or starts again.
     """
     config = inputs.config
-    metrics = MetricsRecorder(folder, config.data.batch_size * config.data.ctx_len)
+    metrics = MetricsRecorder(folder, config.data.batch_size * config.data.ctx_len, corpora=inputs.data.corpus_names)
     progress = [TrainingProgress(metrics)] if config.trainer["enable_progress_bar"] else []
     # A trial that its user resumes is an ordinary run: the study keeps the figure of the sweep's job.
     trial = [PruneTrial(folder)] if SWEEP_JOB_ENV in os.environ and (folder / "trial.json").exists() else []
@@ -185,10 +185,15 @@ def conclude(
     except FloatingPointError as error:
         log.info(f"sample  none: {error}")
     log.info(f"trained {trainer.global_step - inputs.done_steps:,} steps in {format_duration(seconds)}")
-    if "val/bits_per_byte" in metrics.latest:
-        figures = {"this model": metrics.latest["val/bits_per_byte"], **metrics.baselines}
-        scores = ", ".join(f"{name} {bits:.4f}" for name, bits in figures.items())
-        log.info(f"result  bits per byte of {data.corpus}, validation split:\n        {scores}")
+    found = {name: metrics.latest[name] for name in metrics.scores if name in metrics.latest}
+    if found:
+        others = [f"{name} {bits:.4f}" for name, bits in metrics.baselines.items()]
+        scores = ", ".join([f"this model {format_scores(found)}", *others])
+        texts = ",\n        ".join(map(str, data.corpora.values()))
+        log.info(f"result  bits per byte of {texts}, validation split:\n        {scores}")
+    each = {name: found.get(f"val/bits_per_byte/{name}") for name in data.corpus_names}
+    if each:
+        log.info(f"passes  {inputs.describe_passes(trainer.global_step)}")
     for title, path in (("curve", "loss.png"), ("weights", "checkpoints"), ("profile", "fit-profile.txt")):
         if (folder / path).exists():
             log.info(f"{title:7} {folder / path}")
@@ -203,6 +208,7 @@ def conclude(
         objective=best,
         step=trainer.global_step,
         seconds=metrics.latest.get("seconds"),
+        **({"corpora": each} if each else {}),
     )
 
 

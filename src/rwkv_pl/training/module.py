@@ -266,14 +266,16 @@ class LitRWKV(LightningModule):
         if self.device_mesh is not None and self.trainer.accumulate_grad_batches > 1:
             self.model.set_requires_gradient_sync(not loop._should_accumulate())
 
-    # Validation and test add up everything, so the score does not depend on the batch size.
+    # Validation and test add up everything, so the score does not depend on the batch size. With several loaders, such
+    # as those of a mix, each has a score too.
 
     def on_validation_epoch_start(self) -> None:
-        self._sums = torch.zeros(3, dtype=torch.float64)
+        self._sums = torch.zeros(len(self.trainer.num_val_batches), 3, dtype=torch.float64)
 
-    on_test_epoch_start = on_validation_epoch_start
+    def on_test_epoch_start(self) -> None:
+        self._sums = torch.zeros(len(self.trainer.num_test_batches), 3, dtype=torch.float64)
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """batch: see `split_batch`. Adds up nats, targets and bytes."""
         inputs, targets = split_batch(batch)
         hidden, _ = self.model.hidden(inputs)
@@ -281,11 +283,11 @@ class LitRWKV(LightningModule):
         n_targets = (targets != IGNORE_INDEX).sum()
         # To the CPU first, since some devices do not support float64.
         sums = torch.stack([nats.sum(), n_targets, count_bytes(targets, self.bytes_per_token)])
-        self._sums += sums.cpu()
+        self._sums[dataloader_idx] += sums.cpu()
 
     test_step = validation_step
 
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """batch: see `split_batch`. Returns the nats of each target (B, T), 0 for padding."""
         inputs, targets = split_batch(batch)
         hidden, _ = self.model.hidden(inputs)
@@ -301,12 +303,13 @@ class LitRWKV(LightningModule):
         sums = self._sums
         if self.trainer.world_size > 1:
             sums = self.trainer.strategy.reduce(sums.to(self.device), reduce_op="sum")
-        nats, n_targets, n_bytes = sums.tolist()
+        nats, n_targets, _ = sums.sum(0).tolist()
         figures = {f"{split}/loss": nats / max(n_targets, 1)}
-        if self.counts_bytes:
-            figures[f"{split}/bits_per_byte"] = bits_per_byte(nats, n_bytes)
-        else:
-            figures[f"{split}/bits_per_token"] = bits_per_byte(nats, n_targets)
+        unit, column = ("byte", 2) if self.counts_bytes else ("token", 1)
+        figures[f"{split}/bits_per_{unit}"] = bits_per_byte(nats, sums.sum(0).tolist()[column])
+        names = getattr(self.trainer.datamodule, "corpus_names", [])  # type: ignore[attr-defined]
+        for i, row in enumerate(sums.tolist()) if names or len(sums) > 1 else ():
+            figures[f"{split}/bits_per_{unit}/{names[i] if names else i}"] = bits_per_byte(row[0], row[column])
         # A MetricsRecorder passes them to the loggers itself. Every process has the same values; without sync_dist,
         # Lightning would warn that it has not.
         shown, sync = not self._is_recorded, not self._is_recorded and self.trainer.world_size > 1

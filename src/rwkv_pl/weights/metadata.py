@@ -79,6 +79,12 @@ class Metadata:
             fields["past"] = {"corpus": stored["corpus"]}
         return cls(**fields)
 
+    @property
+    def corpora(self) -> dict[str, str]:
+        """The digests of the run's corpora by their names in a mix; that of the only corpus has the name ""."""
+        past = self.past or {}
+        return {key.partition(".")[2]: digest for key, digest in past.items() if key.partition(".")[0] == "corpus"}
+
     def to_dict(self) -> dict[str, Any]:
         """Convert to plain types, for the entry KEY of a checkpoint."""
         optional = {key for key in _OPTIONAL_KINDS if getattr(self, key) is None}

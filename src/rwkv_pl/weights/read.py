@@ -61,7 +61,7 @@ def _read_file(path: Path) -> Weights:
     vocabulary = vocabulary_from_dict(run.vocabulary) if run.vocabulary else None
     tensors, note = _unwrap(_select_model_tensors(content["state_dict"]), path)
     weights = validate_tensors(tensors, run.model, path, f"checkpoint of rwkv_pl{note}", run.config, vocabulary)
-    return replace(weights, step=content.get("global_step"), trained_on=(run.past or {}).get("corpus"))
+    return replace(weights, step=content.get("global_step"), trained_on=run.corpora)
 
 
 def _read_folder(folder: Path) -> Weights:

@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ class Weights:
     tensors:    by official name, with the model's shapes and the file's dtypes; memory-mapped, read when used.
     vocabulary: None if the file has none.
     step:       the number of optimizer steps, in a run's checkpoint; else None.
-    trained_on: the digest of the training corpus, in a run's checkpoint; else None.
+    trained_on: the digests of the corpora of a run's checkpoint by name: see Metadata.corpora.
     """
 
     path: Path
@@ -46,7 +46,7 @@ class Weights:
     tensors: dict[str, Tensor]
     vocabulary: Vocabulary | None
     step: int | None = None
-    trained_on: str | None = None
+    trained_on: dict[str, str] = field(default_factory=dict)
 
     def model(self) -> nn.Module:
         """Build the model on the CPU in float32 and in training mode, with copies of the tensors."""

@@ -1,6 +1,7 @@
 """Corpus types, one per file: each class opens one type of corpus. `config.CORPORA` is the table of them."""
 
-from dataclasses import fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,14 @@ class Source:
     def open_tokens(self, corpus: Corpus, vocabulary: Vocabulary) -> TokenFile:
         """Open the tokens of `corpus`, a result of `open`. Raises UserError if `vocabulary` cannot encode it."""
         return open_tokens(corpus, vocabulary)
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Several corpora by name, and the share of the samples that each has: whole numbers >= 1."""
+
+    sources: dict[str, Source]
+    shares: Sequence[int]
 
 
 def build_source(data: Any, cwd: Path) -> Source:

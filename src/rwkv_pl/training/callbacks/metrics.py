@@ -5,6 +5,7 @@ import csv
 import io
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ class MetricsRecorder(Callback):
     baselines:       bits per byte of other compressors on the validation text, drawn as lines, as in {"gzip -9": 2.0}.
     flops_per_token: of training, forward and backward; None omits model_flops_per_second.
     peak:            the floating-point operations per second of all devices of the run together; None omits mfu.
+    corpora:         the names of the corpora of a mix: each has a column val/bits_per_byte/NAME.
 
     Attributes: step is that of the checkpoint from which the run was resumed, validated that of the last validation
     recorded in it.
@@ -57,11 +59,13 @@ class MetricsRecorder(Callback):
         baselines: dict[str, float] | None = None,
         flops_per_token: int | None = None,
         peak: float | None = None,
+        corpora: Sequence[str] = (),
     ) -> None:
         self.folder = folder
         self.tokens_per_step = tokens_per_step
         self.baselines = baselines or {}
         self.flops_per_token, self.peak = flops_per_token, peak
+        self.scores = ["val/bits_per_byte", *(f"val/bits_per_byte/{name}" for name in corpora)]
         self.rows: list[dict[str, float]] = []
         self.latest: dict[str, float] = {}
         self.step = self.validated = 0
@@ -107,7 +111,7 @@ class MetricsRecorder(Callback):
             self.rows = [row for row in self.rows if row["step"] != trainer.global_step] + here
             for row in here:
                 self._log(trainer, row, TensorBoardLogger)  # it has purged all rows of this step
-            self._file = _rewrite_csv(self.folder / "metrics.csv", self.rows)
+            self._file = _rewrite_csv(self.folder / "metrics.csv", self.rows, self._columns)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Tensor, batch_idx: int) -> None:
         if self._paused_at is not None:
@@ -164,7 +168,7 @@ class MetricsRecorder(Callback):
             return
         self.validated = trainer.global_step
         metrics = trainer.callback_metrics
-        self._write(trainer, {name: float(metrics[name]) for name in ("val/loss", "val/bits_per_byte")})
+        self._write(trainer, {name: float(metrics[name]) for name in ("val/loss", *self.scores)})
         self._draw(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
@@ -193,6 +197,10 @@ class MetricsRecorder(Callback):
         self.peak = max(self.peak, speed)
         return {"model_flops_per_second": speed, "mfu": speed / self.peak}
 
+    @property
+    def _columns(self) -> list[str]:
+        return list(dict.fromkeys([*COLUMNS, *self.scores]))
+
     def _seconds(self) -> float:
         return self._seconds_before + time.perf_counter() - self._started
 
@@ -204,7 +212,7 @@ class MetricsRecorder(Callback):
             return
         self.rows.append(row)
         with with_path(self.folder / "metrics.csv"):
-            _append_row(self._file, row)
+            _append_row(self._file, row, self._columns)
         self._log(trainer, row)
 
     @staticmethod
@@ -222,10 +230,10 @@ class MetricsRecorder(Callback):
             self._drawing = self._drawn - began
 
 
-def _rewrite_csv(path: Path, rows: list[dict[str, float]]) -> Any:
+def _rewrite_csv(path: Path, rows: list[dict[str, float]], columns: Sequence[str] = COLUMNS) -> Any:
     """Write the remaining rows, and return the file, open for appending."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS)
+    writer = csv.DictWriter(text, columns)
     writer.writeheader()
     writer.writerows(_format_row(row) for row in rows)
     with atomic_write(path) as file:
@@ -233,8 +241,8 @@ def _rewrite_csv(path: Path, rows: list[dict[str, float]]) -> Any:
     return path.open("a", newline="", encoding="utf-8")
 
 
-def _append_row(file: Any, row: dict[str, float]) -> None:
-    csv.DictWriter(file, COLUMNS).writerow(_format_row(row))
+def _append_row(file: Any, row: dict[str, float], columns: Sequence[str] = COLUMNS) -> None:
+    csv.DictWriter(file, columns).writerow(_format_row(row))
     file.flush()
 
 

@@ -96,19 +96,26 @@ class TrainingProgress(ProgressBar):
             self._show(completed=trainer.global_step, description="validating ", figures="")
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         if self._bar and time.perf_counter() - self._last_shown >= SECONDS_BETWEEN_BARS:
             self._last_shown = time.perf_counter()
-            self._show(figures=f"call {batch_idx + 1:,} of {trainer.num_val_batches[0]:,}")
+            done = sum(trainer.num_val_batches[:dataloader_idx]) + batch_idx + 1
+            self._show(figures=f"call {done:,} of {sum(trainer.num_val_batches):,}")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != "fit" or not trainer.is_global_zero:
             return
         if self._bar:
             self._show(description="", figures=self._format_figures())
-        bits = float(trainer.callback_metrics["val/bits_per_byte"])
-        log.info(f"step {self._format_step(trainer)}  validation {bits:.4f} bits per byte")
+        bits = {name: float(trainer.callback_metrics[name]) for name in self._metrics.scores}
+        log.info(f"step {self._format_step(trainer)}  validation {format_scores(bits)} bits per byte")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.stop(trainer)
@@ -145,6 +152,13 @@ class TrainingProgress(ProgressBar):
             return ""
         left = (trainer.max_steps - trainer.global_step) * (time.perf_counter() - self._started) / done
         return f"{format_duration(left)} left"
+
+
+def format_scores(scores: dict[str, float]) -> str:
+    """Format bits per byte; those of the corpora of a mix, the entries val/bits_per_byte/NAME, are in parentheses."""
+    total, *corpora = [(name.partition("bits_per_byte/")[2], f"{bits:.4f}") for name, bits in scores.items()]
+    each = ", ".join(f"{name} {bits}" for name, bits in corpora)
+    return total[1] + (f" ({each})" if each else "")
 
 
 def format_duration(seconds: float) -> str:
