@@ -16,7 +16,7 @@ from scheduler import environment, free_port, run_ranks
 from rwkv_pl.training.curve import read_rows
 
 SETTINGS = (*SMALL, "trainer.max_steps=6", "trainer.val_check_interval=3", "callbacks.last.every_n_train_steps=3",
-            "trainer.log_every_n_steps=1", "trainer.limit_val_batches=1.0", "logger=none")  # fmt: skip
+            "trainer.log_every_n_steps=1", "trainer.limit_val_batches=3", "logger=none")  # fmt: skip
 VARIANTS = {
     "plain": (),
     "accumulation": ("trainer.accumulate_grad_batches=3",),

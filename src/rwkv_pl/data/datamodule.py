@@ -177,6 +177,10 @@ class DataModule(LightningDataModule):
     batch_is_a_step = True
     """A batch is read in parts if gradients are accumulated, so micro-batches count differently then."""
 
+    limit_val_batches: int | float | None = None
+    """How many batches, or which fraction, of each corpus's validation split are read: by all processes together, while
+    the Trainer's argument of this name counts those of each process."""
+
     def __init__(
         self,
         source: Source | Mix,
@@ -325,11 +329,19 @@ class DataModule(LightningDataModule):
         ]
         return loaders if is_mix else loaders[0]
 
-    def eval_batches(self, split: str) -> list[EvalBatches]:
-        """The batches of "val" or "test" of each corpus, those of this process."""
-        world_size, rank = self._process_rank()
+    def eval_batches(self, split: str, all_processes: bool = False) -> list[EvalBatches]:
+        """The batches of "val" or "test" of each corpus: those of this process, or of all of them."""
+        world_size, rank = (1, 0) if all_processes else self._process_rank()
         how = {"ctx_len": self.ctx_len, "rows": self.eval_batch_size, "world_size": world_size, "rank": rank}
-        return [EvalBatches(file, getattr(file.splits, split), **how) for file in self.token_files.values()]
+        found = []
+        for file in self.token_files.values():
+            lo, hi = getattr(file.splits, split)
+            if split == "val" and (limit := self.limit_val_batches) is not None:
+                count = -(-order.eval_window_count(lo, hi, self.ctx_len) // self.eval_batch_size)
+                count = min(count, limit if isinstance(limit, int) else int(limit * count))
+                hi = min(hi, max(lo, 1) + count * self.eval_batch_size * self.ctx_len)
+            found.append(EvalBatches(file, (lo, hi), **how))
+        return found
 
     def _loader(
         self, batches: Dataset[Tensor], sampler: OrderedSampler, keeps_workers: bool = True

@@ -63,6 +63,8 @@ def build_trainer(inputs: Inputs, folder: Path, callbacks: list[Callback], logge
         arguments["accumulate_grad_batches"] = inputs.accumulate or 1  # until Start has found the number
     # Lightning counts the interval in micro-batches; in the config, steps are always optimizer steps.
     arguments["val_check_interval"] = inputs.val_check_interval * arguments["accumulate_grad_batches"]
+    if arguments["limit_val_batches"]:
+        arguments["limit_val_batches"] = 1.0  # the data module limits those of all processes together
     if name := arguments["profiler"]:
         if name not in PROFILERS:
             raise UserError(f"trainer.profiler must be one of {', '.join(PROFILERS)}, got {name}")

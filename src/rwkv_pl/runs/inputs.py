@@ -121,6 +121,7 @@ def open_inputs(config: Train, cwd: Path, resume_from: Path | None = None) -> In
     else:
         vocabulary = _choose_vocabulary(loaded, config, cwd)
     data = open_data(config.data, config.seed, cwd, vocabulary, resumed.corpora if resumed else None)
+    data.limit_val_batches = config.trainer["limit_val_batches"] or None
     data.prepare_data()
     data.setup("fit")
     run_identity = {
@@ -279,7 +280,6 @@ def choose_val_check_interval(config: Train, max_steps: int, resumed: Metadata |
 
 
 def count_validation_batches(config: Train, data: DataModule) -> list[int]:
-    """Count the batches of each corpus in one validation on one device."""
-    limit = 1.0 if config.trainer["limit_val_batches"] is None else config.trainer["limit_val_batches"]
-    counts = map(len, data.eval_batches("val"))
-    return [min(there, limit if isinstance(limit, int) else int(limit * there)) for there in counts]
+    """Count the batches of each corpus in one validation, those of all processes."""
+    counts = [len(batches) for batches in data.eval_batches("val", all_processes=True)]
+    return [0 for _ in counts] if config.trainer["limit_val_batches"] == 0 else counts

@@ -109,7 +109,8 @@ def measure_baselines(config: Train, data: DataModule) -> dict[str, float]:
     counts = count_validation_batches(config, data)
     if not 0 < sum(counts) * config.data.eval_batch_size * config.data.ctx_len <= BASELINE_BYTES:
         return {}
-    batches = [windows[i] for windows, n in zip(data.eval_batches("val"), counts, strict=True) for i in range(n)]
+    corpora = data.eval_batches("val", all_processes=True)
+    batches = [corpus[i] for corpus in corpora for i in range(len(corpus))]
     targets = np.concatenate([batch[:, 1:].flatten().numpy() for batch in batches])
     text = data.vocabulary.decode(targets[targets >= 0])
     if not 0 < len(text) <= BASELINE_BYTES:
