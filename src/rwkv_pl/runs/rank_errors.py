@@ -9,17 +9,12 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import torch
 from lightning.fabric.strategies.launchers import subprocess_script
 
 from rwkv_pl.errors import one_line
 from rwkv_pl.files import atomic_write
 
-# Messages of gloo, NCCL and torch's store in the processes that did not fail.
-LOST = re.compile(
-    r"connection (closed|reset|refused)|broken pipe|socket (closed|error)|read error|write error|remote process|"
-    r"peer rank|timed out|timeout|ncclRemoteError|NCCL",
-    re.IGNORECASE,
-)
 TIMED_OUT = re.compile(r"timed out|timeout", re.IGNORECASE)
 
 # Seconds for the files of the others to appear.
@@ -46,7 +41,8 @@ def prepare(folder: Path) -> None:
 
 def is_lost_connection(error: BaseException) -> bool:
     """Whether this process failed only because another one has failed or does not answer."""
-    return isinstance(error, RuntimeError) and bool(LOST.search(str(error)))
+    is_gloo = isinstance(error, RuntimeError) and "gloo" in str(error)  # its messages start with a source file's path
+    return is_gloo or isinstance(error, torch.distributed.DistError)
 
 
 def write(folder: Path, rank: int, error: BaseException) -> None:
