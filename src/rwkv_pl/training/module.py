@@ -429,7 +429,8 @@ class LitRWKV(LightningModule):
         """Does the optimizer itself skip a non-finite step? If the host checked first, it would wait for the GPU."""
         # SGD initialises its momentum with the first gradient; a skipped first step would leave it uninitialised.
         starts_momentum = bool(optimizer.defaults.get("momentum")) and not optimizer.state
-        fused = bool(optimizer.defaults.get("fused"))
+        # The fused kernels take no plain tensor, the flag, together with parts of sharded parameters.
+        fused = bool(optimizer.defaults.get("fused")) and self.device_mesh is None
         return self.device.type == "cuda" and fused and not self._loss_scaled and not starts_momentum
 
     def check_finite(self) -> bool:
