@@ -101,27 +101,33 @@ def like_sharded(part: Tensor, like: Any) -> Tensor:
     )
 
 
+def reshard(module: nn.Module) -> None:
+    """Divide all parameters again: after a validation, the embedding and the head are still whole."""
+    for each in module.modules():
+        if isinstance(each, FSDPModule):
+            each.reshard()
+
+
 def local_parameters(module: nn.Module) -> nn.ParameterList:
     """Return the parts of the parameters that are in this process, in the order of `module.parameters()`.
 
     They share memory with the parameters.
     """
-    for each in module.modules():
-        if isinstance(each, FSDPModule):
-            each.reshard()  # after a validation, the embedding and the head are still whole
+    reshard(module)
     parts = (local_part(parameter).detach() for parameter in module.parameters())
     return nn.ParameterList(nn.Parameter(part, requires_grad=False) for part in parts)
 
 
 def gather(tensors: dict[str, Any], keep: bool) -> dict[str, Any]:
-    """Return whole tensors on the CPU, None for each without `keep`. All processes must call it.
+    """Return whole tensors on the CPU for the sharded ones; all None without `keep`. All processes must call it.
 
     One after another, so that a device holds one whole tensor at a time.
     """
     gathered = {}
     for name, value in tensors.items():
-        whole = value.full_tensor() if isinstance(value, DTensor) else value
-        gathered[name] = (whole.cpu() if isinstance(whole, Tensor) else whole) if keep else None
+        is_sharded = isinstance(value, DTensor)
+        whole = value.full_tensor() if is_sharded else value
+        gathered[name] = (whole.cpu() if is_sharded else whole) if keep else None
     return gathered
 
 

@@ -6,7 +6,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import weight_averaging
 from torch.optim.swa_utils import AveragedModel
 
-from rwkv_pl.training.sharded import gather, like_sharded, local_parameters, local_part, take_part
+from rwkv_pl.training.sharded import gather, like_sharded, local_parameters, local_part, reshard, take_part
 
 
 class AveragedParts(AveragedModel):
@@ -42,7 +42,7 @@ class WeightAveraging(weight_averaging.WeightAveraging):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if self._average_model is None:
             return
-        local_parameters(pl_module)  # shards them
+        reshard(pl_module)
         average = {
             name: like_sharded(part.detach(), parameter)
             for (name, parameter), part in zip(
