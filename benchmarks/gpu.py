@@ -114,7 +114,8 @@ RUNS = (
 PARTS = tuple(dict.fromkeys(run.part for run in RUNS))
 
 # Each run is forked from a server that has these imports already. No import initialises CUDA.
-CONTEXT = multiprocessing.get_context("forkserver")
+CAN_FORK = "forkserver" in multiprocessing.get_all_start_methods()  # Windows can't
+CONTEXT = multiprocessing.get_context("forkserver" if CAN_FORK else "spawn")
 PRELOADED = [
     "benchmarks.gpu",
     "matplotlib.backends.backend_agg",
@@ -224,6 +225,8 @@ def main() -> None:
         "--budget", type=positive_float, default=BUDGET, help=f"seconds for all runs together ({BUDGET:.0f})"
     )
     options = parser.parse_args()
+    if not CAN_FORK:
+        parser.exit(2, "benchmarks gpu: this system can't fork processes; use Linux\n")
     # Ask NVML instead of CUDA: a process that has initialised CUDA cannot be forked.
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     if options.device == "cuda" and not torch.cuda.is_available():

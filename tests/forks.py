@@ -97,8 +97,10 @@ def _command(
     os.chdir(folder)
     os.environ.update(environment)
     multiprocessing.set_start_method(None, force=True)  # the default, as in a command: workers are forked again
+    # Windows' C library would add a \r to the one that Python writes.
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | getattr(os, "O_BINARY", 0)
     for stream, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND), stream)
+        os.dup2(os.open(folder / name, flags), stream)
     if code is not None:
         exec(code, {})
         return

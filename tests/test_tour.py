@@ -15,6 +15,7 @@ import torch
 from docs.notebook import to_notebook
 from docs.page import FOLDER, GUIDES, NEEDS_KERNEL, PICTURES, find_difference, list_pages, run
 from nbclient import NotebookClient
+from systems import WINDOWS
 
 from rwkv_pl.ops.backend import current_kernel, load
 
@@ -41,6 +42,8 @@ PAGES = [*CHAPTERS, *(pytest.param(page, marks=pytest.mark.slow) for page in lis
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_page_prints_what_it_shows(page, tmp_path, monkeypatch):
     text = page.read_text(encoding="utf-8")
+    if WINDOWS and page.stem == "09_machine":
+        pytest.skip("the page shows Linux' paths, and a machine without a wheel")
     # Building a kernel inside a page would count as the page's time.
     if (failure := load("cpu")) and NEEDS_KERNEL in text:
         pytest.skip(f"the page needs the compiled kernel: {failure}")

@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -22,6 +23,12 @@ SWEEP_JOB_ENV = "RWKV_PL_OF_A_SWEEP"
 
 # Exit codes.
 BAD_INPUT, FAILED = 2, 1
+# Of a process that saved and ended on a signal.
+SIGNAL_CODES: dict[int, int] = {signal.SIGINT: 130, signal.SIGTERM: 143}
+if hasattr(signal, "SIGBREAK"):  # on Windows, SIGTERM does not reach a console program; Ctrl-Break takes its place
+    SIGNAL_CODES[signal.SIGBREAK] = 143
+if hasattr(signal, "SIGHUP"):  # sent when the terminal is closed
+    SIGNAL_CODES[signal.SIGHUP] = 129
 
 
 def print_error(error: BaseException | str, code: int = BAD_INPUT) -> int:

@@ -22,7 +22,7 @@ from systems import CAN_LINK, WINDOWS, needs_gloo, needs_links, needs_pipes, nee
 from test_ranks import free_port, start_rank
 
 from rwkv_pl.files import cache_folder
-from rwkv_pl.training.callbacks.signals import EXIT_CODES
+from rwkv_pl.terminal import SIGNAL_CODES
 
 CORPUS = "Fünf größere Bären äßen Öl. ".encode() * 100 + TEXT
 
@@ -261,7 +261,7 @@ SAMPLING = "rwkv_pl.runs.train:sample_tokens"
 def test_signal_before_or_after_training_exits_at_once(folder, place, act, number):
     result = forks.run(folder, *RUN, strikes=[Strike(place, 1, act)])
     # On Windows, the default action of raise() exits with 3.
-    assert result.code in (-number, 128 + number, EXIT_CODES[number], 3 if WINDOWS else -number)
+    assert result.code in (-number, 128 + number, SIGNAL_CODES[number], 3 if WINDOWS else -number)
     assert ("stopped before the first step: nothing to save" in result.err) == (
         place == BEGINNING or (place == PREPARING and act is interrupt)
     )

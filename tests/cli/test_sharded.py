@@ -12,6 +12,7 @@ import torch
 from command import SMALL, TEXT, load_checkpoint
 from forks import Strike
 from scheduler import environment, free_port, run_ranks
+from systems import needs_gloo
 
 from rwkv_pl.training.curve import read_rows
 
@@ -53,6 +54,7 @@ CASES = itertools.product(("ddp", "fsdp"), VARIANTS, ("32-true", "bf16-mixed"))
 QUICK = ("fsdp", "plain", "32-true")
 
 
+@needs_gloo
 @pytest.mark.parametrize(
     ("strategy", "variant", "precision"),
     [case if case == QUICK else pytest.param(*case, marks=pytest.mark.slow) for case in CASES],
@@ -69,6 +71,7 @@ def test_two_processes_train_as_one(folder, strategy, variant, precision):
         assert here == pytest.approx(there, rel=tolerance)
 
 
+@needs_gloo
 @pytest.mark.slow
 @pytest.mark.parametrize("callbacks", ["default", "default,ema"])
 def test_run_continues_on_other_devices_and_strategies(folder, callbacks):

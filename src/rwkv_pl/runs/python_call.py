@@ -21,7 +21,14 @@ from rwkv_pl.overrides import parse_overrides, suggest_list
 from rwkv_pl.runs import restore
 from rwkv_pl.runs.launch import launch
 from rwkv_pl.runs.run import Run
-from rwkv_pl.terminal import BAD_INPUT, STOPPED_AT_START, called_from_python, ignore_unwritable_screen, print_loading
+from rwkv_pl.terminal import (
+    BAD_INPUT,
+    SIGNAL_CODES,
+    STOPPED_AT_START,
+    called_from_python,
+    ignore_unwritable_screen,
+    print_loading,
+)
 from rwkv_pl.texts import take_as_typed
 from rwkv_pl.user_files import absolute_config_dir
 
@@ -127,9 +134,8 @@ def _load_training() -> Iterator[ModuleType]:
     filters = list(warnings.filters)
     with restore.deferred_sigint():
         from rwkv_pl.runs import train
-        from rwkv_pl.training.callbacks.signals import EXIT_CODES
     restore.keep_filters_of_imports(filters)
-    with restore.restored_libraries(), restore.raise_on_signals(EXIT_CODES):
+    with restore.restored_libraries(), restore.raise_on_signals(SIGNAL_CODES):
         yield train
 
 

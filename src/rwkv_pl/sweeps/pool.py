@@ -24,8 +24,11 @@ from rwkv_pl.limits import THREAD_VARIABLES, usable_cores
 from rwkv_pl.runs.folder import has_started, is_in_use
 from rwkv_pl.runs.outcome import DONE_STATUSES, read_result
 from rwkv_pl.sweeps.jobs import Job, record_failure, require_own_run
-from rwkv_pl.terminal import SWEEP_JOB_ENV, quote_override
+from rwkv_pl.terminal import SIGNAL_CODES, SWEEP_JOB_ENV, quote_override
 from rwkv_pl.user_files import typed_config_dir
+
+# Of a job that a signal ended, also before it could save. The last one is Windows' STATUS_CONTROL_C_EXIT.
+STOPPED_CODES = {*SIGNAL_CODES.values(), -signal.SIGINT, -signal.SIGTERM, 0xC000013A}
 
 
 def run_job(config: DictConfig) -> float:
@@ -64,7 +67,7 @@ def run_jobs(
     environment: variables that the jobs get in addition to this process's.
 
     A signal is forwarded to the running jobs, which save and exit. No other job starts, and then this process exits
-    with 128 + the signal's number.
+    with the signal's exit code.
     """
     for job in jobs:
         require_own_run(job)
@@ -103,7 +106,7 @@ def run_jobs(
                     outcomes[entry.job.folder] = _finish_job(entry)
             time.sleep(0.05)
     if signals:
-        sys.exit(128 + signals[0])
+        sys.exit(SIGNAL_CODES[signals[0]])
     return [outcomes[job.folder] for job in jobs]
 
 
@@ -163,7 +166,7 @@ def _finish_job(entry: _Running) -> JobReturn:
     if code == 0 and status in DONE_STATUSES:
         print(f"{job.name} {status}: {result['objective'] or math.nan:.4f} bits per byte", flush=True)
         return _to_job_return(job, result)
-    if status == "stopped" or (entry.signals and code in (130, 143, -signal.SIGINT, -signal.SIGTERM)):
+    if status == "stopped" or (entry.signals and code in STOPPED_CODES):
         return record_failure(job, "stopped by a signal", "stopped")
     if code < 0:
         return record_failure(job, f"killed by {signal.Signals(-code).name}")
@@ -188,10 +191,8 @@ def forward_signal(process: "subprocess.Popen[str]", number: int) -> None:
 def _received_signals(forward: bool) -> Iterator[list[int]]:
     """Yield a list to which each signal is appended that this process receives inside the block."""
     received: list[int] = []
-    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if forward else ()
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
     # Under nohup, SIGHUP is ignored and must stay so.
-    numbers = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    numbers = [number for number in SIGNAL_CODES if forward and signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in numbers}
     try:
         yield received

@@ -16,19 +16,19 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 
 from rwkv_pl.errors import StoppedBySignal
-from rwkv_pl.terminal import STOPPED_AT_START, SWEEP_JOB_ENV, exit_at_once, is_called_from_python, resume_command
+from rwkv_pl.terminal import (
+    SIGNAL_CODES,
+    STOPPED_AT_START,
+    SWEEP_JOB_ENV,
+    exit_at_once,
+    is_called_from_python,
+    resume_command,
+)
 from rwkv_pl.training.callbacks.checkpoints import LastCheckpoint, validation_is_due
 from rwkv_pl.training.callbacks.progress import TrainingProgress
 from rwkv_pl.training.checkpoint_io import DurableCheckpointIO
 
 log = logging.getLogger(__name__)
-
-# On Windows, SIGTERM does not reach a console program; Ctrl-Break (SIGBREAK) takes its place.
-EXIT_CODES: dict[int, int] = {signal.SIGINT: 130, signal.SIGTERM: 143}
-if hasattr(signal, "SIGBREAK"):
-    EXIT_CODES[signal.SIGBREAK] = 143
-if hasattr(signal, "SIGHUP"):  # sent when the terminal is closed
-    EXIT_CODES[signal.SIGHUP] = 129
 
 
 class StopOnSignal(Callback):
@@ -47,7 +47,7 @@ class StopOnSignal(Callback):
     def __init__(self) -> None:
         self._received = 0
         self._previous_handlers: dict[int, Any] = {}
-        self._codes = dict(EXIT_CODES)
+        self._codes = dict(SIGNAL_CODES)
         self._group: Any = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -122,11 +122,11 @@ class StopOnSignal(Callback):
 
     @staticmethod
     def _end_at_start(number: int, frame: FrameType | None) -> None:
-        exit_at_once(STOPPED_AT_START, EXIT_CODES.get(number, 128 + number))
+        exit_at_once(STOPPED_AT_START, SIGNAL_CODES.get(number, 128 + number))
 
     @staticmethod
     def _end_at_once(number: int, frame: FrameType | None) -> None:
-        os._exit(EXIT_CODES.get(number, 128 + number))
+        os._exit(SIGNAL_CODES.get(number, 128 + number))
 
     def _received_by_any(self, trainer: Trainer) -> int:
         if trainer.world_size == 1:
