@@ -129,6 +129,7 @@ def open_inputs(config: Train, cwd: Path, resume_from: Path | None = None) -> In
         "seed": config.seed,
         "data.batch_size": config.data.batch_size,
         "data.ctx_len": config.data.ctx_len,
+        "data.stream": config.data.stream,
         "model.name": config.model.name,
         "model.n_layer": config.model.n_layer,
         "model.n_embd": config.model.n_embd,
