@@ -206,12 +206,16 @@ class RWKV4(nn.Module):
     def empty_state(self, rows: int) -> State:
         """The state at the start of a text, for `rows` texts: as an argument, the same as None, but in tensors."""
         weight = self.emb.weight
-        options: dict[str, Any] = {"dtype": weight.dtype, "device": weight.device}
-        shift = torch.zeros(rows, self.config.n_embd, **options)
-        options["dtype"] = torch.promote_types(weight.dtype, torch.float32)
-        wkv = torch.zeros(rows, 3, self.config.n_embd, **options)
-        wkv[:, 2] = EMPTY
-        return (BlockState(shift, wkv, shift),) * len(self.blocks)
+
+        def zeros(*shape: int, dtype: torch.dtype = weight.dtype) -> Tensor:
+            return torch.zeros(rows, *shape, dtype=dtype, device=weight.device)
+
+        C, state = self.config.n_embd, []
+        for _ in self.blocks:
+            wkv = zeros(3, C, dtype=torch.promote_types(weight.dtype, torch.float32))
+            wkv[:, 2] = EMPTY
+            state.append(BlockState(zeros(C), wkv, zeros(C)))
+        return tuple(state)
 
     def _embed(self, tokens: Tensor, state: State | None) -> Tensor:
         """tokens (B, T) -> (B, T, C). Wrong tokens, and a state of another size, raise an error that names them."""
