@@ -186,6 +186,11 @@ def open_inputs(config: Train, cwd: Path, resume_from: Path | None = None) -> In
         return model
 
     remarks = [f"weights {loaded.path}:\n        {loaded}"] if loaded else []
+    if config.data.stream:
+        remarks.append(
+            f"stream  each of the {config.data.batch_size} rows reads on from batch to batch, with its state; "
+            f"gradients reach back to the start of its window of {config.data.ctx_len:,} tokens"
+        )
     if warning := data.text_warning():
         remarks.append(f"warning: {warning}")
     config.trainer["accelerator"] = choose_accelerator("trainer.accelerator", config.trainer["accelerator"])
