@@ -247,6 +247,25 @@ def test_learning_rate_finder_leaves_no_state(data, tmp_path):
     assert found == losses.seen
 
 
+def test_batch_size_finder_leaves_no_state(data, tmp_path):
+    trainer = Trainer(max_steps=3, default_root_dir=tmp_path, **QUIET, enable_checkpointing=False)
+    module = build()
+    first = module.training_step
+    calls = []
+
+    def fail_at_first(batch, batch_idx):
+        calls.append(len(batch.tokens))
+        loss = first(batch, batch_idx)
+        if len(calls) == 3:
+            raise RuntimeError("CUDA out of memory.")
+        return loss
+
+    module.training_step = fail_at_first
+    Tuner(trainer).scale_batch_size(module, datamodule=data, init_val=2, max_trials=3, steps_per_trial=1)
+    trainer.fit(module, data)
+    assert trainer.global_step == 3 and len(set(calls)) > 1
+
+
 def test_unsuitable_uses_are_refused(data):
     with pytest.raises(UserError, match="overfit_batches repeats its batches, and a stream reads on"):
         fit(build(), data, max_steps=2, overfit_batches=2)

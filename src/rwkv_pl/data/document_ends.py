@@ -52,8 +52,8 @@ def open_document_ends(corpus: Corpus, file: TokenFile, vocabulary: Vocabulary) 
 def _find_marks(corpus: Corpus, file: TokenFile, vocabulary: Vocabulary) -> Iterator[Int64]:
     """Yield the tokens that mark document ends, in blocks.
 
-    With 20b, a token of its own marks them. With char it is a newline, and each newline of the text is one token. So
-    the k-th newline of the text is the k-th of the tokens.
+    With 20b, a special token marks them. With char it is a newline, and each newline of the text is one token. So the
+    k-th newline of the text is the k-th of the tokens.
     """
     numbers = None
     if vocabulary.kind == "char":

@@ -28,12 +28,17 @@ class CarriedState:
     """
 
     def __init__(self) -> None:
-        self._step = 0
-        self._before: dict[int, State] = {}
-        self._after: dict[int, State] = {}
-        self._loaded: State | None = None  # of all B rows, until the next optimizer step
         self._start: State | None = None
         self._end: State | None = None
+        self.load(None, 0)
+
+    def load(self, stored: list[dict[str, Tensor]] | None, step: int) -> None:
+        """Continue at optimizer step `step`, from the state in its checkpoint; None: from nothing."""
+        self._step = step
+        self._before: dict[int, State] = {}
+        self._after: dict[int, State] = {}
+        # Of all B rows, until the next optimizer step.
+        self._loaded = tuple(BlockState(**block) for block in stored) if stored else None
 
     @contextmanager
     def window(self, model: Any, restarts: Tensor, batch_idx: int, trainer: Any) -> Iterator[None]:
@@ -43,15 +48,14 @@ class CarriedState:
         """
         if not hasattr(model, "empty_state"):
             raise UserError(f"a stream needs a model with empty_state(rows), {type(model).__name__} has none")
-        if self._step != trainer.global_step:  # of an earlier fit
-            self._step, self._before, self._after, self._loaded = trainer.global_step, {}, {}, None
-        part = batch_idx % trainer.accumulate_grad_batches
+        step, part, n_rows = trainer.global_step, batch_idx % trainer.accumulate_grad_batches, len(restarts)
+        if self._step != step or step == part == 0:  # an earlier fit may have left a state, of other rows
+            self.load(None, step)
         if part not in self._before:
-            if self._loaded is None:
-                self._before[part] = model.empty_state(len(restarts))
-            else:
-                first = (part * trainer.world_size + trainer.global_rank) * len(restarts)
-                rows = slice(first, first + len(restarts))
+            self._before[part] = model.empty_state(n_rows)
+            if self._loaded is not None:
+                first = (part * trainer.world_size + trainer.global_rank) * n_rows
+                rows = slice(first, first + n_rows)
                 self._before[part] = _convert(self._loaded, lambda x: x[rows].to(restarts.device, copy=True))
         with self.starting_from(_restart(self._before[part], model.empty_state(1), restarts)):
             yield
@@ -108,12 +112,6 @@ class CarriedState:
                 for blocks in zip(*parts, strict=True)
             )
         return [block._asdict() for block in whole] if trainer.is_global_zero else None
-
-    def load(self, stored: list[dict[str, Tensor]] | None, step: int) -> None:
-        """Continue from the state in a checkpoint of optimizer step `step`."""
-        self.__init__()  # type: ignore[misc]
-        if stored:
-            self._step, self._loaded = step, tuple(BlockState(**block) for block in stored)
 
 
 def check_stored(stored: Any, model: Any, batch_size: int) -> None:
