@@ -18,7 +18,7 @@ RECORD = 9 * CTX_LEN + 1  # coprime to the window and to the distance of the row
 def write_records(path, seed: int, count: int = 4005) -> None:
     """A record shows a symbol after `<`, asks for it twice within the window and once 66 tokens later, after `>`.
 
-    Without the near questions, nothing is learnt: the far ones alone give no gradient to start from.
+    Without the near questions, nothing is learnt (docs/log.md): a gradient ends at the start of the window.
     """
     records = np.full((count, RECORD), ord("."), np.uint8)
     symbols = ord("A") + np.random.default_rng(seed).integers(SYMBOLS, size=count)
