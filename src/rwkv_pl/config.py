@@ -83,7 +83,7 @@ CORPORA = {
 MIX = "mix"
 
 # The settings in the file of a corpus type that hold for the whole of a mix.
-SETTINGS_OF_MIX = ("batch_size", "ctx_len", "vocab", "vocab_path", "eval_batch_size", "num_workers")
+SETTINGS_OF_MIX = ("batch_size", "ctx_len", "vocab", "vocab_path", "eval_batch_size", "num_workers", "stream")
 
 
 def corpus_defaults(name: str) -> dict[str, Any]:
@@ -119,6 +119,7 @@ class Data:
     split: list[float] = field(default_factory=lambda: [0.9, 0.05, 0.05])
     eval_batch_size: int = 8
     num_workers: int = 0
+    stream: bool = False
     field: str = "text"
     corpora: Any = None
 
@@ -146,6 +147,11 @@ class Data:
             raise UserError(f"data.split must be three fractions (train, val, test) with the sum 1, got {self.split}")
 
     def _check_mix(self) -> None:
+        if self.stream:
+            raise UserError(
+                "data.stream=true reads one corpus, and data=mix draws each sample from another place: "
+                "leave it out, or choose another data="
+            )
         if not self.corpora:
             raise UserError(
                 "data.corpora is missing: give each corpus of the mix a name and a share, "

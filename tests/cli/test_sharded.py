@@ -25,6 +25,7 @@ VARIANTS = {
     "clipped values": ("trainer.gradient_clip_algorithm=value", "trainer.gradient_clip_val=1.0"),
     "muon": ("optim=muon",),
     "ema": ("callbacks=[default,ema]", "callbacks.ema.decay=0.5"),
+    "stream": ("data.stream=true",),
 }
 
 
@@ -73,10 +74,10 @@ def test_two_processes_train_as_one(folder, strategy, variant, precision):
 
 @needs_gloo
 @pytest.mark.slow
-@pytest.mark.parametrize("callbacks", ["default", "default,ema"])
-def test_run_continues_on_other_devices_and_strategies(folder, callbacks):
+@pytest.mark.parametrize("more", [(), ("callbacks=[default,ema]",), ("data.stream=true",)], ids=str)
+def test_run_continues_on_other_devices_and_strategies(folder, more):
     """One process, two with the whole model, three with parts, one: as one unbroken process, also its average."""
-    settings = (*SETTINGS, f"callbacks=[{callbacks}]")
+    settings = (*SETTINGS, *more)
     run(folder, "auto", 1, *settings, "trainer.max_steps=8", "hydra.run.dir=unbroken")
     run(folder, "auto", 1, *settings, "trainer.max_steps=2", "hydra.run.dir=run")
     for step, (strategy, processes) in enumerate([("ddp", 2), ("fsdp", 3), ("auto", 1)], 2):
@@ -86,10 +87,39 @@ def test_run_continues_on_other_devices_and_strategies(folder, callbacks):
     for part in ("state_dict", "current_model_state"):
         for name, tensor in expected.get(part, {}).items():
             assert torch.allclose(found[part][name], tensor, rtol=1e-5, atol=1e-6), name
+    for here, there in zip(*(content.get("stream_state", []) for content in (found, expected)), strict=True):
+        assert here["att_shift"].shape == (6, 16)
+        for name, tensor in there.items():
+            assert torch.allclose(here[name], tensor, rtol=1e-4, atol=1e-5), name
     here, there = (content["optimizer_states"][0]["state"] for content in (found, expected))
     for number, state in there.items():
         for name, tensor in state.items():
             assert torch.allclose(here[number][name], tensor, rtol=1e-4, atol=1e-6), (number, name)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+@pytest.mark.parametrize(
+    ("strategy", "processes", "accumulate"), [("auto", 1, 3), ("auto", 1, 2), ("ddp", 2, 3), ("fsdp", 3, 1)]
+)
+def test_stream_stopped_inside_a_step_continues_on_other_devices(folder, strategy, processes, accumulate):
+    """The same devices and micro-batches give the same bits."""
+    settings = (*SETTINGS, "data.stream=true", "trainer.accumulate_grad_batches=3")
+    run(folder, "auto", 1, *settings, "hydra.run.dir=unbroken")
+    strike = Strike("rwkv_pl.training.module:LitRWKV.training_step", 3 * 3 + 2, forks.terminate)
+    stopped = forks.run(folder, *settings, "hydra.run.dir=run", strikes=[strike])
+    assert stopped.code == 143, stopped.err
+    assert load_checkpoint(folder / "run")["global_step"] == 3
+    run(folder, strategy, processes, f"resume={folder / 'run'}", f"trainer.accumulate_grad_batches={accumulate}")
+    expected, found = read_figures(folder / "unbroken"), read_figures(folder / "run")
+    for here, there in zip(found, expected, strict=True):
+        assert here == (there if (processes, accumulate) == (1, 3) else pytest.approx(there, rel=1e-6))
+    expected, found = load_checkpoint(folder / "unbroken"), load_checkpoint(folder / "run")
+    for here, there in zip(found["stream_state"], expected["stream_state"], strict=True):
+        for name, tensor in there.items():
+            if (processes, accumulate) == (1, 3):
+                assert torch.equal(here[name], tensor)
+            assert torch.allclose(here[name], tensor, rtol=1e-4, atol=1e-5), name
 
 
 def fail() -> None:

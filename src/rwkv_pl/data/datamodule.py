@@ -23,11 +23,13 @@ from rwkv_pl.config import MIX, Data, errors_of_corpus
 from rwkv_pl.data import order
 from rwkv_pl.data.byte_vocabulary import UnknownVocabulary
 from rwkv_pl.data.corpus import Corpus
+from rwkv_pl.data.document_ends import DocumentEnds
 from rwkv_pl.data.sources import Mix, Source, build_source
 from rwkv_pl.data.sources.binidx import Binidx
 from rwkv_pl.data.sources.enwik8 import ENWIK8_URL, Enwik8
 from rwkv_pl.data.sources.ids import Ids
 from rwkv_pl.data.sources.text import Text
+from rwkv_pl.data.stream import StreamBatches
 from rwkv_pl.data.token_file import TokenFile
 from rwkv_pl.data.vocabulary import Tokens, Vocabulary, build_vocabulary, describe_strange_bytes, read_vocabulary
 from rwkv_pl.errors import UserError
@@ -170,6 +172,9 @@ class DataModule(LightningDataModule):
 
     ``endless``: one epoch never ends, so the trainer needs ``max_steps``. Else it is one pass.
 
+    ``stream``: each row of a batch reads on where its row in the batch before ended, and LitRWKV carries the state
+    along: truncated backpropagation through time. The batches are then ``StreamBatch``, in an order without a seed.
+
     ``prepare_data`` and ``setup`` raise UserError if the corpus is missing, wrong or too short, ``train_dataloader`` if
     the batch size cannot be divided among the devices.
     """
@@ -194,6 +199,7 @@ class DataModule(LightningDataModule):
         eval_batch_size: int = 8,
         vocabulary: Vocabulary | None = None,
         endless: bool = False,
+        stream: bool = False,
     ) -> None:
         super().__init__()
         self.batch_size, self.ctx_len, self.seed = to_plain(batch_size), to_plain(ctx_len), seed
@@ -201,7 +207,11 @@ class DataModule(LightningDataModule):
         for name, lowest in {"batch_size": 1, "ctx_len": 1, "eval_batch_size": 1, "num_workers": 0}.items():
             check_kind(name, getattr(self, name), (int,))
             check_at_least(name, getattr(self, name), lowest)
+        check_kind("stream", stream, (bool,))
         self.mix = source if isinstance(source, Mix) else Mix({"": source}, [1])
+        if stream and len(self.mix.sources) > 1:
+            raise UserError("stream=True reads one corpus: a mix draws each of its samples from another place")
+        self.stream = stream
         self.vocab = vocab
         self.vocab_path = Path(vocab_path) if vocab_path is not None else None
         self.endless = endless
@@ -287,20 +297,19 @@ class DataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Tensor]:
         world_size, rank = self._process_rank()
         accumulate = self.trainer.accumulate_grad_batches if self.trainer else 1
-        batches = TrainBatches(
-            list(self.token_files.values()),
-            self.mix.shares,
-            seed=self.seed,
-            ctx_len=self.ctx_len,
-            batch_size=self.batch_size,
-            world_size=world_size,
-            rank=rank,
-            accumulate=accumulate,
-        )
+        how = {"ctx_len": self.ctx_len, "batch_size": self.batch_size, "accumulate": accumulate}
+        how |= {"world_size": world_size, "rank": rank}
+        batches: Dataset[Any]
+        if self.stream:
+            batches = StreamBatches(self.token_file, self._document_ends, **how)
+        else:
+            batches = TrainBatches(list(self.token_files.values()), self.mix.shares, seed=self.seed, **how)
         length = ENDLESS if self.endless else self.steps_per_pass * accumulate
         if not (trainer := self.trainer):
             return self._loader(batches, OrderedSampler(length))
         refuse_accumulation_schedule(trainer)
+        if self.stream and trainer.overfit_batches:  # type: ignore[attr-defined]
+            raise UserError("overfit_batches repeats its batches, and a stream reads on: leave out one of the two")
 
         def first() -> int:
             # Lightning has restored its loops by now, so a resumed run continues from this step.
@@ -343,9 +352,7 @@ class DataModule(LightningDataModule):
             found.append(EvalBatches(file, (lo, hi), **how))
         return found
 
-    def _loader(
-        self, batches: Dataset[Tensor], sampler: OrderedSampler, keeps_workers: bool = True
-    ) -> DataLoader[Tensor]:
+    def _loader(self, batches: Dataset[Any], sampler: OrderedSampler, keeps_workers: bool = True) -> DataLoader[Tensor]:
         return ResumableLoader(
             batches,
             batch_size=None,
@@ -367,6 +374,8 @@ class DataModule(LightningDataModule):
         for name, source in self.mix.sources.items():
             with errors_of_corpus(name):
                 files[name] = source.open_tokens(corpora[name], vocabulary)
+                if self.stream:
+                    self._document_ends = DocumentEnds(source.document_ends(corpora[name], files[name], vocabulary))
         return corpora, vocabulary, files
 
     def _process_rank(self) -> tuple[int, int]:
@@ -535,4 +544,5 @@ def open_data(
         eval_batch_size=data.eval_batch_size,
         vocabulary=vocabulary,
         endless=True,
+        stream=data.stream,
     )

@@ -9,6 +9,9 @@ of this corpus's samples it is; ``sample_starts`` says where that begins.
 The training tokens form a ring. Each pass cuts the ring into W windows of T targets at a random offset and visits them
 in a random order. The order is a keyed permutation, computed element by element and never stored, so its cost does
 not depend on the size of the corpus. A resumed run needs only its step: nothing is saved, and nothing is replayed.
+
+A stream (data.stream=true) has another order, without a seed: each row reads on where its last window ended, and a
+model can carry its state along. See ``stream_starts``.
 """
 
 from collections.abc import Sequence
@@ -72,6 +75,32 @@ def place_samples(samples: Int64, shares: Sequence[int]) -> tuple[Int64, Int64]:
         corpus[is_left[is_here]] = c
         index[is_left] = np.where(is_here, before, index[is_left] - before)
     return corpus, index
+
+
+def stream_starts(n: int, *, n_tokens: int, ctx_len: int, batch_size: int) -> Int64:
+    """The first token of each row of batch ``n`` of a stream: (B,) int64, each in [0, n_tokens).
+
+    The rows start evenly spaced, and each reads on window after window:
+
+        row b starts at  (b floor(N / B) + n T) mod N.
+
+    Raises UserError as ``window_starts`` does.
+    """
+    _count_windows(n_tokens, ctx_len)
+    rows = np.arange(batch_size, dtype=np.int64) * (n_tokens // batch_size)
+    return (rows + n * ctx_len % n_tokens) % n_tokens
+
+
+def stream_restarts(n: int, starts: Int64, *, ctx_len: int, document_ends: Int64) -> npt.NDArray[np.bool_]:
+    """Which rows of batch ``n`` of a stream must not carry a state from their window before: (R,) bool.
+
+    Those in whose window before a document ended, or the training split, whose end is that of its last document; in
+    batch 0, all. ``starts`` (R,): of these rows, from ``stream_starts``. ``document_ends``: the last token of each
+    document, ascending; empty if the documents are not known.
+    """
+    before = starts - ctx_len
+    ended = np.searchsorted(document_ends, starts) > np.searchsorted(document_ends, before)
+    return ended | (before < 0) | (n == 0)
 
 
 def steps_per_pass(n_tokens: int, ctx_len: int, batch_size: int) -> int:

@@ -28,6 +28,7 @@ from rwkv_pl.model.state import BlockState, State
 from rwkv_pl.ops.linear import Linear
 from rwkv_pl.ops.rwkv4_step import rwkv4_step, supports_step
 from rwkv_pl.ops.wkv4 import wkv4
+from rwkv_pl.ops.wkv4_reference import EMPTY
 
 
 class TimeMix(nn.Module):
@@ -201,6 +202,20 @@ class RWKV4(nn.Module):
             x, block_state = checkpoint(block, x, before, use_reentrant=False) if recompute else block(x, before)
             after.append(block_state)
         return self.ln_out(x), tuple(after)
+
+    def empty_state(self, rows: int) -> State:
+        """The state at the start of a text, for `rows` texts: as an argument, the same as None, but in tensors."""
+        weight = self.emb.weight
+
+        def zeros(*shape: int, dtype: torch.dtype = weight.dtype) -> Tensor:
+            return torch.zeros(rows, *shape, dtype=dtype, device=weight.device)
+
+        C, state = self.config.n_embd, []
+        for _ in self.blocks:
+            wkv = zeros(3, C, dtype=torch.promote_types(weight.dtype, torch.float32))
+            wkv[:, 2] = EMPTY
+            state.append(BlockState(zeros(C), wkv, zeros(C)))
+        return tuple(state)
 
     def _embed(self, tokens: Tensor, state: State | None) -> Tensor:
         """tokens (B, T) -> (B, T, C). Wrong tokens, and a state of another size, raise an error that names them."""

@@ -20,4 +20,8 @@ class BlockState(NamedTuple):
 
 
 State = tuple[BlockState, ...]
-"""The state of a model, one entry per block. As an argument, None means the empty state, at the start of a text."""
+"""The state of a model, one entry per block.
+
+As an argument, None means the empty state, at the start of a text. A model's `empty_state(rows)` is this state in
+tensors, for batches in which only some of the rows start a text.
+"""

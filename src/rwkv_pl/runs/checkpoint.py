@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from rwkv_pl.errors import CorruptFileError, UserError, one_line
 from rwkv_pl.training.module import LitRWKV
 from rwkv_pl.training.optimizer import build_optimizer, set_hyperparameters
+from rwkv_pl.training.stream import STREAM_KEY, check_stored
 from rwkv_pl.weights.checkpoint import read_checkpoint
 from rwkv_pl.weights.metadata import KEY, Metadata
 
@@ -58,6 +59,8 @@ def check_loadable(content: dict[str, Any], module: LitRWKV, optimizer: Optimize
         steps = content["loops"]["fit_loop"]["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]
         if steps["total"]["completed"] != content["global_step"]:
             raise ValueError(f"loop step {steps['total']['completed']}, but global step {content['global_step']}")
+        if module.past["data.stream"] and content["global_step"]:
+            check_stored(content.get(STREAM_KEY), module.model, module.past["data.batch_size"])
         for count in ("total", "current"):
             content["loops"]["fit_loop"]["epoch_loop.batch_progress"][count].keys()
         for name, of_callback in content["callbacks"].items():

@@ -129,6 +129,7 @@ def open_inputs(config: Train, cwd: Path, resume_from: Path | None = None) -> In
         "seed": config.seed,
         "data.batch_size": config.data.batch_size,
         "data.ctx_len": config.data.ctx_len,
+        "data.stream": config.data.stream,
         "model.name": config.model.name,
         "model.n_layer": config.model.n_layer,
         "model.n_embd": config.model.n_embd,
@@ -185,6 +186,11 @@ def open_inputs(config: Train, cwd: Path, resume_from: Path | None = None) -> In
         return model
 
     remarks = [f"weights {loaded.path}:\n        {loaded}"] if loaded else []
+    if config.data.stream:
+        remarks.append(
+            f"stream  each of the {config.data.batch_size} rows reads on from batch to batch, with its state; "
+            f"gradients reach back to the start of its window of {config.data.ctx_len:,} tokens"
+        )
     if warning := data.text_warning():
         remarks.append(f"warning: {warning}")
     config.trainer["accelerator"] = choose_accelerator("trainer.accelerator", config.trainer["accelerator"])

@@ -58,7 +58,7 @@ class Start(Callback):
             )
         rows = config.data.batch_size // (trainer.world_size * trainer.accumulate_grad_batches)
         if config.compile:
-            remarks.append(compile_blocks(pl_module, rows, config.data.ctx_len, precision))
+            remarks.append(compile_blocks(pl_module, rows, config.data.ctx_len, precision, config.data.stream))
         if not trainer.is_global_zero:
             return
         self.metrics.baselines = measure_baselines(config, self.inputs.data)

@@ -31,6 +31,7 @@ FIXED_KEYS = (
     "data.vocab",
     "data.vocab_path",
     "data.split",
+    "data.stream",
     "model.name",
     "model.n_layer",
     "model.n_embd",
@@ -86,6 +87,7 @@ class StoredRun:
             if is_best and "{step" not in name and not is_outside(name, self.folder):
                 arguments.filename = "best"
         add_corpus_defaults(config)
+        OmegaConf.update(config, "data.stream", OmegaConf.select(config, "data.stream", default=False), force_add=True)
         config.plugins = []  # they must be typed at each resume
         return config
 

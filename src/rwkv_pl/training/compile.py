@@ -8,6 +8,7 @@ import logging
 import re
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -19,9 +20,10 @@ log = logging.getLogger(__name__)
 LONGEST_REASON = 200
 
 
-def compile_blocks(module: Any, rows: int, ctx_len: int, precision: Precision) -> str:
+def compile_blocks(module: Any, rows: int, ctx_len: int, precision: Precision, stream: bool = False) -> str:
     """Compile the blocks of LitRWKV's model and test them on a step of (rows, ctx_len) tokens, without side effects.
 
+    stream: the step starts from a state, as in a stream.
     Returns the result as one line of text. Other shapes, such as those of validation, are compiled when they first
     occur. If that fails, all blocks run eagerly from then on, and a warning says why.
     """
@@ -32,7 +34,8 @@ def compile_blocks(module: Any, rows: int, ctx_len: int, precision: Precision) -
         for block in blocks:
             # With fixed shapes, the backward pass is compiled together with the forward pass, so it cannot fail later.
             block.compile(dynamic=False)
-        with precision.forward_context():
+        start = module.carried.starting_from(module.model.empty_state(rows)) if stream else nullcontext()
+        with precision.forward_context(), start:
             loss, *_ = module.loss(tokens, tokens)
         loss.backward()
     except torch.OutOfMemoryError:
@@ -53,7 +56,7 @@ def _guard_block(block: Any, blocks: Sequence[nn.Module]) -> None:
     compiled, eager = block._compiled_call_impl, block._call_impl
 
     def call(x: torch.Tensor, state: Any) -> Any:
-        if state is not None or x.shape[1] == 1:
+        if x.shape[1] == 1 or (state is not None and not torch.is_grad_enabled()):
             return eager(x, state)
         try:
             return compiled(x, state)

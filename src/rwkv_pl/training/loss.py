@@ -26,8 +26,9 @@ def split_batch(batch: Any) -> tuple[Tensor, Tensor]:
     """A batch -> inputs and targets, both (B, T). Raises TypeError for another kind of batch.
 
     A batch is tokens (B, T+1), a list or tuple of one such tensor, as a TensorDataset gives it, or a pair of inputs and
-    targets, which are not shifted again. Targets of -1 are not counted.
+    targets, which are not shifted again. Targets of -1 are not counted. Of a batch of a stream, it takes the tokens.
     """
+    batch = getattr(batch, "tokens", batch)
     parts = [batch] if isinstance(batch, Tensor) else list(batch) if isinstance(batch, list | tuple) else []
     if not 1 <= len(parts) <= 2 or not all(isinstance(part, Tensor) and part.dim() == 2 for part in parts):
         given = [tuple(getattr(part, "shape", ())) for part in parts] or type(batch).__name__

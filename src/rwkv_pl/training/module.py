@@ -34,6 +34,7 @@ from rwkv_pl.training.nonfinite import NonfiniteGuard
 from rwkv_pl.training.optimizer import build_optimizer, parameter_groups, set_hyperparameters
 from rwkv_pl.training.schedule import check_schedule, learning_rate
 from rwkv_pl.training.sharded import gather_model, shard
+from rwkv_pl.training.stream import STREAM_KEY, CarriedState
 from rwkv_pl.weights.checkpoint import read_checkpoint
 from rwkv_pl.weights.metadata import KEY, Metadata
 from rwkv_pl.weights.read import read_weights
@@ -97,6 +98,7 @@ class LitRWKV(LightningModule):
         self.past = past or {}
         self.loss_chunk_len = loss_chunk_len
         self._guard = NonfiniteGuard(skip_nonfinite)
+        self.carried = CarriedState()
         self.grad_norm: Tensor | float = math.nan
         self.last_lr = math.nan
         self._loss: Tensor | float = 0.0
@@ -218,11 +220,18 @@ class LitRWKV(LightningModule):
         return self.model(tokens, state)
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """batch: see `split_batch`. Returns scalars: the loss, and its two parts in nats per token.
+        """batch: see `split_batch`, or one of a stream. Returns scalars: the loss, and its two parts in nats per token.
 
         MetricsRecorder records them: a call of self.log would cost 0.45 ms in every step, logged or not.
         """
-        loss, nats, penalty = self.loss(*split_batch(batch))
+        restarts = getattr(batch, "restarts", None)
+        if restarts is None:
+            loss, nats, penalty = self.loss(*split_batch(batch))
+        elif self._trainer is None:
+            raise UserError("a stream needs Lightning's Trainer, whose steps carry the state: leave out stream=True")
+        else:
+            with self.carried.window(self.model, restarts, batch_idx, self.trainer):
+                loss, nats, penalty = self.loss(*split_batch(batch))
         self._loss = self._loss + loss.detach()
         if self._trainer and not self._is_recorded:
             # The mean over the micro-batches so far: at the last one, the mean of the whole step.
@@ -248,7 +257,7 @@ class LitRWKV(LightningModule):
 
     def loss(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """inputs, targets (B, T) -> scalars: the loss, and its parts, the nats per counted target and L2Wrap."""
-        hidden, _ = self.model.hidden(inputs)
+        hidden = self.carried.read(self.model, inputs)
         nats, largest = head_cross_entropy(self.model.head, hidden, targets, self.loss_chunk_len)
         counted = (targets != IGNORE_INDEX).sum().clamp(min=1)
         mean, penalty = nats.mean() * (targets.numel() / counted), l2wrap(largest)
@@ -392,6 +401,7 @@ class LitRWKV(LightningModule):
             for group in groups:
                 group["lr"] = self.last_lr * group["lr_scale"]
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self.carried.commit(self.trainer.global_step + 1, self._guard.skips_this)
         if self.trainer.global_step + 1 == self.trainer.max_steps:
             # Lightning counts this step after the hook returns. It validates before the end if should_stop is set, but
             # not if the run merely reaches max_steps.
@@ -467,6 +477,8 @@ class LitRWKV(LightningModule):
         ).to_dict()
         if "loops" in checkpoint:
             rewind(checkpoint, accumulate, self.trainer.num_training_batches)
+            if state := self.carried.gather(self.model, self.trainer):
+                checkpoint[STREAM_KEY] = state
 
     def finish_reason(self) -> str | None:
         """Why the run has ended: length, time (trainer.max_time), pruned or early stop (by a callback); else None."""
@@ -486,6 +498,7 @@ class LitRWKV(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         stored = checkpoint.get(KEY, {})
         self._guard.skipped = stored.get("skipped", 0)
+        self.carried.load(checkpoint.get(STREAM_KEY), checkpoint.get("global_step", 0))
         averaged = any(isinstance(callback, WeightAveraging) for callback in self._callbacks)
         if "current_model_state" in checkpoint and not averaged:
             # Weight averaging was removed: continue from the trained weights, not from their average.

@@ -26,16 +26,19 @@ class NonfiniteGuard:
 
     limit:   the number of steps that may be skipped; the next one raises RunError.
     skipped: the number of steps skipped so far, those before a resume included.
+    skips_this: whether the step that was looked at last is skipped: a bool, or a tensor on the device that decides it.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.skipped = 0
+        self.skips_this: bool | Tensor = False
         self._unread: _Step | None = None
 
     def look(self, norm: Tensor, loss: Tensor, step: int, lr: float) -> None:
         """Store the gradient norm and the loss of a step, both scalars, for `check_finite` to read."""
         self._unread = _Step(step, lr, torch.stack([norm, loss.to(norm.dtype)]), None)
+        self.skips_this = False
 
     def skip_on_device(self, optimizer: Optimizer) -> None:
         """Make the fused optimizer itself skip a non-finite step.
@@ -44,7 +47,9 @@ class NonfiniteGuard:
         """
         assert self._unread is not None
         figures = self._unread.figures
-        optimizer.found_inf = (figures * 0 != 0).any().float()  # type: ignore[attr-defined]
+        is_nonfinite = (figures * 0 != 0).any()
+        optimizer.found_inf = is_nonfinite.float()  # type: ignore[attr-defined]
+        self.skips_this = is_nonfinite if self.limit else False  # without a limit, such a step ends the run
         self._unread.figures = figures.to("cpu", non_blocking=True)
         if figures.is_cuda:
             self._unread.copied = torch.cuda.Event()
@@ -74,6 +79,7 @@ class NonfiniteGuard:
                 "a lower optim.lr often helps"
             )
         self.skipped += 1
+        self.skips_this = True
         if log_skip:
             log.warning(f"{message}: skipped, {self.skipped} of at most {self.limit}")
         return False

@@ -8,6 +8,7 @@ from typing import Any
 
 from rwkv_pl.config import CORPORA, DATA_PATHS
 from rwkv_pl.data.corpus import Corpus
+from rwkv_pl.data.document_ends import open_document_ends
 from rwkv_pl.data.token_file import TokenFile, open_tokens
 from rwkv_pl.data.vocabulary import Vocabulary
 
@@ -24,6 +25,13 @@ class Source:
     def open_tokens(self, corpus: Corpus, vocabulary: Vocabulary) -> TokenFile:
         """Open the tokens of `corpus`, a result of `open`. Raises UserError if `vocabulary` cannot encode it."""
         return open_tokens(corpus, vocabulary)
+
+    def document_ends(self, corpus: Corpus, file: TokenFile, vocabulary: Vocabulary) -> Path | None:
+        """The file of the last token of each document but the last, int64; None if the documents are not known.
+
+        `corpus`, `file`: the results of `open` and `open_tokens`. The first use writes it to the cache folder.
+        """
+        return open_document_ends(corpus, file, vocabulary)
 
 
 @dataclass(frozen=True)

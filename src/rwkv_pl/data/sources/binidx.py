@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from rwkv_pl.data.cache import cached_json
 from rwkv_pl.data.corpus import Corpus, file_digest, split_at_documents
+from rwkv_pl.data.document_ends import write_document_ends
 from rwkv_pl.data.progress import progress_bar
 from rwkv_pl.data.sources import Source
 from rwkv_pl.data.token_file import TokenFile
@@ -100,6 +101,15 @@ class Binidx(Source):
         # No id is negative, so signed ids can be read as unsigned.
         unsigned = np.dtype(f"<u{index.dtype.itemsize}")
         return TokenFile(index.path, unsigned, corpus.splits, corpus.digest, (train, val, test))
+
+    def document_ends(self, corpus: Corpus, file: TokenFile, vocabulary: Vocabulary) -> Path | None:
+        starts, documents = self.index.sequence_starts, self.index.documents
+        sequences = documents[1 : np.searchsorted(documents, len(starts))]  # an entry S at the end is not a document
+        blocks = (sequences[lo : lo + BLOCK] for lo in range(0, len(sequences), BLOCK))
+        ends = (starts[block] // self.index.dtype.itemsize - 1 for block in blocks)
+        return write_document_ends(
+            ends, len(sequences), [corpus.digest, file_digest(self.index.path.with_suffix(".idx"))]
+        )
 
 
 def _strip_suffix(path: Path) -> str:

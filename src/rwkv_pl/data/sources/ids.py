@@ -8,12 +8,14 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from filelock import FileLock
 
 from rwkv_pl.data.corpus import Corpus, file_digest, split_at_documents
+from rwkv_pl.data.document_ends import write_document_ends
 from rwkv_pl.data.sources import Source
 from rwkv_pl.data.sources.binidx import BLOCK, count_bytes
 from rwkv_pl.data.token_file import TokenFile
@@ -73,6 +75,10 @@ class Ids(Source):
     def open_tokens(self, corpus: Corpus, vocabulary: Vocabulary) -> TokenFile:
         train, val, test = (count_bytes(corpus.path, vocabulary.dtype, vocabulary, *split) for split in corpus.splits)
         return TokenFile(corpus.path, vocabulary.dtype, corpus.splits, corpus.digest, (train, val, test))
+
+    def document_ends(self, corpus: Corpus, file: TokenFile, vocabulary: Vocabulary) -> Path | None:
+        ends = np.cumsum([len(document) for _, document in _documents(self.ids)], dtype=np.int64)[:-1] - 1
+        return write_document_ends([ends], len(ends), [corpus.digest, hashlib.sha256(ends.data).hexdigest()])
 
     def _blocks(self) -> Iterator[tuple[bool, Tokens]]:
         """Yield all ids in blocks, and for each block whether a document starts with it."""

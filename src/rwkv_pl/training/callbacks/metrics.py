@@ -18,7 +18,7 @@ from rwkv_pl.errors import RunError
 from rwkv_pl.files import atomic_write, with_path
 from rwkv_pl.inference.evaluate import bits_per_byte
 from rwkv_pl.training.curve import COLUMNS, draw_curve, read_rows
-from rwkv_pl.training.loss import count_bytes
+from rwkv_pl.training.loss import count_bytes, split_batch
 
 SECONDS_BETWEEN_DRAWINGS = 30
 SHARE_OF_DRAWING = 0.003
@@ -125,21 +125,22 @@ class MetricsRecorder(Callback):
                 torch.cuda.synchronize(pl_module.device)  # pending GPU work is part of the training
             self._paused_at = time.perf_counter()
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Tensor, batch_idx: int) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         ended = not trainer.fit_loop.epoch_loop._should_accumulate()
         step = trainer.global_step + (not ended)  # the step of this micro-batch, counted from 1
         if step % trainer.log_every_n_steps and step != 1:  # type: ignore[attr-defined]
             return
         if ended:
             pl_module.check_finite()  # raises first, so a batch that stops the run gets no row
-        n_bytes = count_bytes(batch[:, 1:], pl_module.bytes_per_token)
+        _, targets = split_batch(batch)
+        n_bytes = count_bytes(targets, pl_module.bytes_per_token)
         self._sums.append(torch.stack([outputs["nats"], outputs["l2wrap"], n_bytes]))
         if not ended:
             return
         sums = trainer.strategy.reduce(torch.stack(self._sums).mean(0), reduce_op="mean")
         nats, pull, n_bytes = sums.tolist()
         grad_norm = float(pl_module.grad_norm)
-        tokens_per_micro_batch = batch[:, 1:].numel()
+        tokens_per_micro_batch = targets.numel()
         self._sums = []
         now = time.perf_counter()
         speed = (step - self._timed_step) * self.tokens_per_step / (now - self._timed_from)
