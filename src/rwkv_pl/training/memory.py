@@ -14,8 +14,8 @@ from rwkv_pl.training.sharded import local_part
 
 # The rest is for memory that the estimate does not cover: workspaces, fragmentation, other programs.
 SHARE_OF_FREE_MEMORY = 0.8
-# On a CPU, freed memory stays in the heap, and gradients and optimizer state that are allocated between activations keep
-# it from being reused: a share of the weights' bytes, and working memory of the libraries. Fitted to the peaks of
+# On a CPU, freed memory stays in the heap, and gradients and optimizer state that are allocated between activations
+# keep it from being reused: a share of the weights' bytes, and working memory of the libraries. Fitted to the peaks of
 # docs/guides/scale.md.
 HEAP_PER_WEIGHT, HEAP = 1.5, 30_000_000
 # The forward passes to measure have this many tokens, and twice as many.
