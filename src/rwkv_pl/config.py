@@ -10,6 +10,7 @@ has in its YAML file. Only the standard library is imported, so that a mistake i
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
@@ -32,6 +33,9 @@ PRECISIONS = ("auto", "32-true", "64-true", "bf16-mixed", "bf16-true", "16-mixed
 # Lightning's other names of these, and its precisions that are untested here.
 OTHER_PRECISIONS = ("32", "64", "bf16", "16", "transformer-engine", "transformer-engine-float16")
 VOCABULARIES = ("byte", "char", "20b")
+# Token ids of which only the number is known, data.vocab_size: their text is not.
+UNKNOWN = "unknown"
+ID_DTYPES = ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64")
 
 # The paths among the settings of `data`.
 DATA_PATHS = ("path", "val_path", "vocab_path")
@@ -77,31 +81,51 @@ CORPORA = {
     "binidx": CorpusType(
         "rwkv_pl.data.sources.binidx:Binidx", "PREFIX.bin and PREFIX.idx; give data.path=PREFIX", ("byte", "20b")
     ),
+    "tokens": CorpusType(
+        "rwkv_pl.data.sources.id_file:IdFile",
+        "a .npy or .bin of token ids; give data.path=FILE",
+        (UNKNOWN, "byte", "20b"),
+    ),
 }
 """Corpus types, by data.name. There is one more: mix, several of these."""
 
 MIX = "mix"
 
 # The settings in the file of a corpus type that hold for the whole of a mix.
-SETTINGS_OF_MIX = ("batch_size", "ctx_len", "vocab", "vocab_path", "eval_batch_size", "num_workers", "stream")
+SETTINGS_OF_MIX = (
+    "batch_size", "ctx_len", "vocab", "vocab_size", "vocab_path", "eval_batch_size", "num_workers", "stream",
+)  # fmt: skip
 
 
 def corpus_defaults(name: str) -> dict[str, Any]:
     """Read the settings of one corpus of a mix from conf/data/NAME.yaml, the file of its type."""
-    check_one_of("data.name", name, tuple(CORPORA))
+    check_one_of(corpus_setting("name") if _corpus.get() else "data.name", name, tuple(CORPORA))
     return {key: value for key, value in read_conf(f"data/{name}.yaml").items() if key not in SETTINGS_OF_MIX}
+
+
+_corpus: ContextVar[str] = ContextVar("corpus", default="")
+
+
+def corpus_setting(key: str) -> str:
+    """The name of a corpus's setting for a message: data.KEY (data for the type, `name`), or data.corpora.NAME.KEY."""
+    if corpus := _corpus.get():
+        return f"data.corpora.{corpus}.{key}"
+    return "data" if key == "name" else f"data.{key}"
 
 
 @contextmanager
 def errors_of_corpus(name: str) -> Iterator[None]:
-    """Make a UserError inside the block name the settings of the corpus `name` of a mix; "" is the only corpus."""
+    """Make a UserError inside the block name the corpus `name` of a mix; "" is the only corpus."""
+    before = _corpus.set(name)
     try:
         yield
     except UserError as error:
-        where, keys = f"data.corpora.{name}", "|".join(("name", "path", "val_path", "url", "field", "split"))
-        message = re.sub(rf"\bdata\.({keys})\b", rf"{where}.\1", str(error))
-        message = re.sub(r"\bdata=", f"{where}.name=", message)
-        raise (UserError(message if where in message else f"{where}: {message}") if name else error) from error
+        where = f"data.corpora.{name}"
+        if not name or where in str(error):
+            raise
+        raise UserError(f"{where}: {error}") from error
+    finally:
+        _corpus.reset(before)
 
 
 @dataclass
@@ -115,7 +139,9 @@ class Data:
     batch_size: int = 1
     ctx_len: int = 1024
     vocab: str = "byte"
+    vocab_size: int | None = None
     vocab_path: str | None = None
+    dtype: str | None = None
     split: list[float] = field(default_factory=lambda: [0.9, 0.05, 0.05])
     eval_batch_size: int = 8
     num_workers: int = 0
@@ -125,7 +151,8 @@ class Data:
 
     def __post_init__(self) -> None:
         check_one_of("data.name", self.name, (*CORPORA, MIX))
-        check_one_of("data.vocab", self.vocab, VOCABULARIES)
+        check_one_of("data.vocab", self.vocab, (*VOCABULARIES, UNKNOWN))
+        self._check_vocab_size()
         if self.vocab_path and self.vocab != "20b":
             raise UserError(f"data.vocab_path is only for data.vocab=20b, the config has {self.vocab}: leave it out")
         for name in ("batch_size", "ctx_len", "eval_batch_size"):
@@ -134,17 +161,34 @@ class Data:
         if self.name == MIX:
             self._check_mix()
             return
-        corpus = CORPORA[self.name]
+        corpus, which = CORPORA[self.name], f"{corpus_setting('name')}={self.name}"
         if corpus.path and not self.path:
-            raise UserError(f"data.path is missing: data={self.name} reads {corpus.path}")
+            raise UserError(f"{corpus_setting('path')} is missing: {which} reads {corpus.path}")
+        if self.dtype is not None:
+            check_one_of(corpus_setting("dtype"), self.dtype, ID_DTYPES)
         if self.val_path == "":
             raise UserError(
-                "data.val_path is empty: give a file, a folder or a glob, or null to validate on a part of data.path"
+                f"{corpus_setting('val_path')} is empty: give a file, a folder or a glob, or null to validate on a "
+                f"part of {corpus_setting('path')}"
             )
         if self.vocab not in corpus.vocabularies:
-            raise UserError(f"data={self.name} takes data.vocab={' or '.join(corpus.vocabularies)}, got {self.vocab}")
+            raise UserError(f"{which} takes data.vocab={' or '.join(corpus.vocabularies)}, got {self.vocab}")
         if len(self.split) != 3 or not all(0 <= part <= 1 for part in self.split) or abs(sum(self.split) - 1) > 1e-6:
-            raise UserError(f"data.split must be three fractions (train, val, test) with the sum 1, got {self.split}")
+            where = corpus_setting("split")
+            raise UserError(f"{where} must be three fractions (train, val, test) with the sum 1, got {self.split}")
+
+    def _check_vocab_size(self) -> None:
+        if self.vocab_size is not None:
+            check_at_least("data.vocab_size", self.vocab_size, 1)
+            if self.vocab != UNKNOWN:
+                raise UserError(
+                    f"data.vocab_size is only for data.vocab={UNKNOWN}, the config has {self.vocab}: leave it out"
+                )
+        elif self.vocab == UNKNOWN:
+            raise UserError(
+                "data.vocab_size is missing: give the number of different token ids, or data.vocab=byte or 20b if the "
+                "ids are text"
+            )
 
     def _check_mix(self) -> None:
         if self.stream:
@@ -394,7 +438,8 @@ class Train:
         for name, data in self.data.parts().items():
             with errors_of_corpus(name):
                 if 0 in data.split:
-                    raise UserError(f"data.split must be three fractions (train, val, test) above 0, got {data.split}")
+                    where = corpus_setting("split")
+                    raise UserError(f"{where} must be three fractions (train, val, test) above 0, got {data.split}")
         check_between("seed", self.seed, 0, 2**63 - 1, inclusive=True)
         max_steps, max_epochs = self.trainer.get("max_steps", -1), self.trainer.get("max_epochs")
         if self.data.name == MIX and (max_steps < 1 or (max_epochs or -1) > 0):

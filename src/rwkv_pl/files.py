@@ -68,7 +68,7 @@ def atomic_write(path: Path, keep: bool = False) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         _give_name(partial, path, keep)
-        _fsync_folder(path.parent)
+        fsync_folder(path.parent)
     except Exception as error:
         failure = raw.failure if raw else None
         if failure is None and isinstance(error, OSError):
@@ -112,11 +112,11 @@ def atomic_write_folder(folder: Path) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
-        _fsync_folder(partial)
+        fsync_folder(partial)
         if folder.exists():
             folder.rmdir()  # Windows can't rename onto a folder; rmdir fails if it is not empty
         _retry(lambda: partial.rename(folder), folder)
-        _fsync_folder(folder.parent)
+        fsync_folder(folder.parent)
     except OSError as error:
         raise _with_filename(error, folder) from error
     finally:
@@ -228,7 +228,8 @@ def with_path(where: str | Path) -> Iterator[None]:
         raise _with_filename(error, error.filename or where) from error
 
 
-def _fsync_folder(folder: Path) -> None:
+def fsync_folder(folder: Path) -> None:
+    """Write the names in a folder to the disk, as after a rename."""
     with contextlib.suppress(OSError):  # some file systems can't sync a folder; the rename is atomic anyway
         handle = os.open(folder, os.O_RDONLY)
         try:

@@ -167,7 +167,10 @@ def test_explain_a_file_of_the_users_own(train, tmp_path):
         (["--explain", "optin"], "optin is not a setting; did you mean optim?"),
         (["--explain", "foo"], "logger, experiment, hydra/launcher, hydra/sweeper"),
         (["--explain", "data=../x"], "data takes the name of a file, not a path"),
-        (["--explain", "data=nothing"], "data=nothing does not exist; available: binidx, enwik8, mix, stdlib, text"),
+        (
+            ["--explain", "data=nothing"],
+            "data=nothing does not exist; available: binidx, enwik8, mix, stdlib, text, ",
+        ),
         (["--explain", "seed", "-m"], "--explain and --multirun exclude each other"),
     ],
 )

@@ -145,7 +145,7 @@ CASES = {
     "hydra.searchpath=[file://hollow]": "hydra.searchpath is not used: give your folder as --config-dir FOLDER",
     "--config-dir=hollow hydra.searchpath=[hollow] --cfg job": "hydra.searchpath is not used",
     # choices and files
-    "data=nosuch": "data=nosuch does not exist; available: binidx, enwik8, mix, stdlib, text",
+    "data=nosuch": "data=nosuch does not exist; available: binidx, enwik8, mix, stdlib, text, tokens",
     "experiment=nosuch": "experiment=nosuch does not exist",
     "experiment=null": "experiment=null: experiment takes the name of a file",
     "experiment=[null]": "experiment takes the name of a file",

@@ -1,5 +1,6 @@
-"""Runs on files of other programs: the official tokenizer's JSON, Megatron's token files."""
+"""Runs on files of other programs: the official tokenizer's JSON, Megatron's token files, arrays of token ids."""
 
+import csv
 import json
 import shutil
 import struct
@@ -8,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from command import SMALL, TEXT
+from command import SMALL, TEXT, load_checkpoint
 from small_20b import small_20b
 
-from rwkv_pl import load_weights
+from rwkv_pl import Run, load_weights
 from rwkv_pl.data.tokenizer_20b import Vocabulary20B
+from rwkv_pl.errors import UserError
 
 VOCABULARY = Vocabulary20B(small_20b())
 SMALL_20B = (*SMALL, "data.vocab=20b", "data.vocab_path=tokenizer.json")
@@ -93,6 +95,42 @@ def test_run_on_megatron_files_resumes_after_they_are_moved(train, tokenizer, me
     result = train("resume=run", "trainer.max_steps=8", "data.path=changed")
     assert (result.code, result.err.count("\n")) == (2, 1)
     assert "is not the text that" in result.err
+
+
+def test_run_on_token_ids_is_scored_in_bits_per_token(train, evaluate, tmp_path):
+    ids = np.cumsum(np.random.default_rng(0).integers(0, 3, 20_000)) % 300
+    np.save(tmp_path / "ids.npy", ids.astype("u2"))
+    settings = (*SMALL[2:], "data=tokens", "data.path=ids.npy", "data.vocab_size=300", "trainer.val_check_interval=2")
+    result = train(*settings, "hydra.run.dir=run")
+    assert result.code == 0, result.err
+    for shown in ("18,000 / 1,000 / 1,000 tokens", "vocabulary unknown (300)", "bits per token of ids.npy"):
+        assert shown in result.out
+    assert "per byte" not in result.out and "gzip" not in result.out
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        scores = [float(row["val/bits_per_token"]) for row in csv.DictReader(file) if row["val/loss"]]
+    found = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert (len(scores), found["unit"], found["objective"]) == (2, "token", pytest.approx(min(scores)))
+    assert 5 < min(scores) < 9
+    assert load_checkpoint(tmp_path / "run", "best.ckpt")["global_step"] in (2, 4)
+    assert all(word.isdigit() for word in (tmp_path / "run" / "sample.txt").read_text().split())
+    # The run is resumed after the file was moved, evaluated, and continues ids; another number of ids is refused.
+    shutil.move(tmp_path / "ids.npy", tmp_path / "moved.npy")
+    result = train("resume=run", "trainer.max_steps=6", "data.path=moved.npy")
+    assert result.code == 0, result.err
+    result = train("resume=run", "trainer.max_steps=8", "data.vocab_size=301")
+    assert "data.vocab_size=301 contradicts the past" in result.err
+    result = train(*settings, "data.path=moved.npy", "data.vocab_size=301", "weights=run")
+    assert "was trained with data.vocab_size=300, the config has 301: give data.vocab_size=300 too" in result.err
+    result = evaluate("weights=run", "protocol=windows")
+    assert result.code == 0, result.err
+    assert "bits per token" in result.out and "nan" not in result.out
+    found = json.loads((tmp_path / "run" / "eval-val.json").read_text())
+    assert (found["text"]["bytes"], found["text"]["tokens"]) == (None, 1000)
+    assert "bits_per_byte" not in found["protocols"]["windows"]
+    words = Run(tmp_path / "run").generate("1 2 3", 4, seed=1).split()
+    assert words[:3] == ["1", "2", "3"] and len(words) == 7 and all(int(word) < 300 for word in words)
+    with pytest.raises(UserError, match="'300' is not a token id from 0 to 299"):
+        Run(tmp_path / "run").generate("1 300")
 
 
 BAD = {

@@ -225,7 +225,7 @@ CASES = {
     "weights=RUN optim.lr=3": "optim",
     "weights=RUN model=rwkv4": "only data= is a choice",
     "weights=RUN experiment=quickstart": "only data= is a choice",
-    "weights=RUN data=nosuch": "data=nosuch does not exist; available: binidx, enwik8, mix, stdlib, text",
+    "weights=RUN data=nosuch": "data=nosuch does not exist; available: binidx, enwik8, mix, stdlib, text, tokens",
     "weights=RUN split=dev": "split must be one of train, val, test, got 'dev'",
     "weights=RUN protocol=all": "protocol must be one of both, carried, windows",
     "weights=RUN streams=0": "streams must be at least 1",

@@ -31,11 +31,13 @@ def test_run_reports_each_corpus_and_resumes_to_the_same_bits(train, tmp_path, b
     assert f"(code {9 / 2700:.2g} passes, books {27 / 2700:.2g} passes)" in result.out
     assert f"passes  {passes}" in result.out
     last = json.loads((tmp_path / "uninterrupted" / "result.json").read_text())
+    assert last["passes"] == {"code": 9 / 2700, "books": 27 / 2700}
     with (tmp_path / "uninterrupted" / "metrics.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["val/loss"]]
     assert len(rows) == 3
     each = [float(rows[-1][f"val/bits_per_byte/{name}"]) for name in ("code", "books")]
     assert each == pytest.approx(list(last["corpora"].values()))
+    assert [float(row["passes/books"]) for row in rows] == pytest.approx([9 / 2700, 18 / 2700, 27 / 2700])
     assert float(rows[-1]["val/bits_per_byte"]) == pytest.approx(sum(each) / 2)  # the limit gives both the same bytes
     # The run is stopped, its folder and one corpus are moved.
     assert train(*MIX, "hydra.run.dir=run").code == 0
@@ -86,8 +88,20 @@ def test_resume_with_another_mix_is_refused_by_name(train, evaluate, tmp_path):
     shutil.copy(tmp_path / "corpus.txt", tmp_path / "copy.txt")
     result = evaluate("weights=run", "protocol=windows", "data.corpora.code.path=copy.txt")
     assert "copy.txt (" in result.out and "warning" not in result.err
+    # A missing corpus is found before any is scored.
+    result = evaluate("weights=run", "data.corpora.books.path=nosuch.txt")
+    assert (result.code, result.out) == (2, "")
+    assert "data.corpora.books.path=nosuch.txt" in result.err
     result = evaluate("weights=run", "data.corpora.cod.path=copy.txt")
     assert "data.corpora.cod.path is not a setting; did you mean code?" in result.err
+
+
+def test_text_of_a_path_is_not_rewritten_in_a_message(train, tmp_path):
+    (tmp_path / "data.path").write_bytes(b"")
+    mix = "data.corpora={a:{path:data.path,share:1}}"
+    result = train("data=mix", mix, *SMALL[2:])
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert result.err.startswith(f"rwkv-train: data.corpora.a.path={tmp_path / 'data.path'} is empty: give a file")
 
 
 BAD = {
@@ -105,7 +119,7 @@ BAD = {
     "data.corpora={a:{path:corpus.txt,share:1,ctx_len:9}}": "data.corpora.a.ctx_len is not a setting",
     "data.corpora={a:{path:corpus.txt,share:1,split:[1,x,0]}}": "data.corpora.a.split must be a number, got 'x'",
     "data.corpora={a:{path:corpus.txt,share:1,split:[1,0,0]}}": "data.corpora.a.split must be three fractions",
-    "data.corpora={a:{name:mix,share:1}}": "data.corpora.a.name must be one of enwik8, stdlib, text, binidx, got 'mix'",
+    "data.corpora={a:{name:mix,share:1}}": "data.corpora.a.name must be one of enwik8, stdlib, text, binidx, tokens",
     "data.corpora={a:{name:binidx,path:corpus,share:1}} data.vocab=char": "data.corpora.a.name=binidx takes data.vocab",
     "data.corpora.a.share=2": "data.corpora.a.share is not a setting; available: code, books",
     "data.corpora.code.field=body": "data.corpora.code.field is not a setting: add it to your file, or to data.corpora",

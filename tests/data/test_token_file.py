@@ -127,34 +127,59 @@ def test_token_file_is_pickled_by_name(tmp_path: Path) -> None:
 
 
 BIG = """
-import resource, sys
-from rwkv_pl.data.datamodule import CorpusDataModule
+import resource, sys, time
+from pathlib import Path
+import numpy as np
+from rwkv_pl.config import Data
+from rwkv_pl.data.datamodule import open_data
 import torch
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-data = CorpusDataModule(sys.argv[1], batch_size=64)
+path, settings = sys.argv[1], eval(sys.argv[2])
+before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+data = open_data(Data(path=path, batch_size=64, **settings), 0, Path(), None)
 data.prepare_data()
 data.setup()
+opened = time.process_time() - started
 batches = iter(data.train_dataloader())
 for _ in range(3):
     batch = next(batches)
     assert batch.shape == (64, 1025)
 next(iter(data.val_dataloader()))
-print(len(data.train_tokens), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+places = np.concatenate([data.train_dataloader().dataset._place_block(k)[1].ravel() for k in range(20)])
+counts = np.bincount(places * 100 // len(data.train_tokens), minlength=100)
+chi2 = float(((counts - counts.mean()) ** 2 / counts.mean()).sum())
+print(len(data.train_tokens), memory, len(places), len(np.unique(places)), chi2, opened)
 """
+
+TERABYTE = 10**12
+CORPORA = {
+    "text": ({"name": "text"}, TERABYTE * 9 // 10),
+    "tokens": (
+        {"name": "tokens", "vocab": "unknown", "vocab_size": 50_277, "dtype": "uint16"},
+        TERABYTE * 9 // 20,
+    ),
+}
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="sparse files and ru_maxrss in KiB")
-def test_hundred_gigabytes_of_tokens_use_no_memory(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", CORPORA)
+def test_terabyte_opens_at_once_uses_no_memory_and_is_sampled_evenly(tmp_path: Path, name: str) -> None:
+    settings, n_train = CORPORA[name]
     path = tmp_path / "big"
     try:
         with path.open("wb") as file:
-            file.truncate(100 * 10**9)
+            file.truncate(TERABYTE)
     except OSError:
-        pytest.skip("this file system has no sparse files of 100 GB")
+        pytest.skip("this file system has no sparse files of 1 TB")
     if path.stat().st_blocks > 2048:
         pytest.skip("this file system has no sparse files")
-    done = subprocess.run([sys.executable, "-c", BIG, str(path)], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", BIG, str(path), repr(settings)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    n_tokens, kib = map(int, done.stdout.split())
-    assert n_tokens == 90 * 10**9
+    n_tokens, kib, n_places, n_different, chi2, cpu_seconds = map(float, done.stdout.split())
+    assert n_tokens == n_train
     assert kib < 64 * 1024
+    assert cpu_seconds < 5
+    # No place twice in one pass; 20,480 places in 100 equal parts: chi-square has the mean 99 and the deviation 14.
+    assert n_different == n_places == 20 * 1024
+    assert 40 < chi2 < 170

@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -18,7 +18,7 @@ from rwkv_pl.cli.entry import cli_entry_point, default_sigint
 from rwkv_pl.cli.eval_report import print_report, print_total, write_report
 from rwkv_pl.cli.explain import print_settings
 from rwkv_pl.compose import compose, to_dataclass, to_plain_dict
-from rwkv_pl.config import CORPORA, DATA_PATHS, Data, Eval, errors_of_corpus
+from rwkv_pl.config import CORPORA, DATA_PATHS, Data, Eval, corpus_setting, errors_of_corpus
 from rwkv_pl.errors import RunError, UserError, one_line
 from rwkv_pl.files import as_user_error, remove_on_failure
 from rwkv_pl.overrides import is_group_choice, parse_overrides, require_key, suggest_list
@@ -27,9 +27,15 @@ from rwkv_pl.texts import take_as_typed
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
+    from rwkv_pl.data.datamodule import DataModule
     from rwkv_pl.data.token_file import TokenFile
     from rwkv_pl.data.vocabulary import Vocabulary
+    from rwkv_pl.weights.tensors import Weights
+
+# Ids of a large file that are checked at once.
+IDS_PER_BLOCK = 1 << 22
 
 
 @cli_entry_point
@@ -77,8 +83,7 @@ def main() -> None:
         if sys.stderr.isatty():
             print("loading torch ...", file=sys.stderr, flush=True)
         reports = []
-        for corpus, data in config.data.parts().items():
-            report = _evaluate(replace(config, data=data), corpus, run, given)
+        for corpus, data, report in _evaluate(config, run, given):
             print_report(report)
             is_users_text = not corpus and "data" in given and CORPORA[data.name].path
             if is_users_text and not given & {"split", "data.split", "data.val_path"}:
@@ -137,16 +142,14 @@ def choose_output(config: Eval, run: Path | None, given: set[str]) -> tuple[Path
     return out, f"eval-{whose}{text if other else ''}"
 
 
-def _evaluate(config: Eval, name: str, run: Path | None, given: set[str]) -> dict[str, Any]:
-    """Return the content of the JSON file.
+def _evaluate(config: Eval, run: Path | None, given: set[str]) -> Iterator[tuple[str, Data, dict[str, Any]]]:
+    """Yield the name, the settings and the report of each corpus. All corpora are opened before one is scored.
 
-    name: of the corpus in a mix, else "". run: the run folder of the weights. given: the keys that the user set.
+    run: the run folder of the weights. given: the keys that the user set.
     """
     with default_sigint():
         import torch
 
-        from rwkv_pl.data.datamodule import open_data
-        from rwkv_pl.inference.evaluate import compute_metrics, evaluate_stream, evaluate_windows
         from rwkv_pl.limits import limit_threads
         from rwkv_pl.ops.heap import tune_allocator
         from rwkv_pl.runs.device import choose_kernel
@@ -159,41 +162,71 @@ def _evaluate(config: Eval, name: str, run: Path | None, given: set[str]) -> dic
     vocabulary = weights.vocabulary
     if vocabulary and "data.vocab" in given and vocabulary.kind != config.data.vocab:
         raise UserError(f"weights={source} was trained with data.vocab={vocabulary.kind}: leave out data.vocab")
-    own_text = run is not None and "data" not in given
-    digest = weights.trained_on.get(name) if own_text else None
-    with errors_of_corpus(name):
-        data = open_data(config.data, 0, Path.cwd(), vocabulary, {"": digest} if digest else None)
-        data.prepare_data()
-        data.setup({"val": "validate", "test": "test"}.get(config.split, "predict"))
+    opened = {}
+    for name, data in config.data.parts().items():
+        digest = weights.trained_on.get(name) if run is not None and "data" not in given else None
+        with errors_of_corpus(name):
+            opened[name] = data, _open_text(replace(config, data=data), weights, digest)
+    device = _choose_device(config.accelerator)
+    choose_kernel(config.kernel, device)
+    about = {
+        "source": str(source),
+        "file": str(weights.path),
+        "step": weights.step,
+        "model": weights.version,
+        "config": asdict(weights.config),
+        "parameters": sum(value.numel() for value in weights.tensors.values()),
+    }
+    try:
+        model = weights.model().to(device, torch.float64 if config.precision == "64-true" else torch.float32)
+    except (MemoryError, RuntimeError) as error:
+        raise _to_run_error(error) from error
+    del weights  # closes the file: Windows does not replace an open one, and its run may be training
+    for name, (data, text) in opened.items():
+        yield name, data, {"weights": about, **_score(replace(config, data=data), model, text)}
+
+
+def _open_text(config: Eval, weights: "Weights", digest: str | None) -> "DataModule":
+    """Open one corpus, and check that the weights can be scored on it. digest: of the run's own corpus."""
+    from rwkv_pl.data.datamodule import open_data
+
+    data = open_data(config.data, 0, Path.cwd(), weights.vocabulary, {"": digest} if digest else None)
+    data.prepare_data()
+    data.setup({"val": "validate", "test": "test"}.get(config.split, "predict"))
     corpus, vocabulary, tokens = data.corpus, data.vocabulary, data.token_file
     if weights.config.vocab_size != vocabulary.size:
         raise UserError(
-            f"weights={source} has {weights.config.vocab_size:,} tokens, data.vocab={vocabulary.kind} has "
+            f"weights={config.weights} has {weights.config.vocab_size:,} tokens, data.vocab={vocabulary.kind} has "
             f"{vocabulary.size:,}: give the vocabulary that it was trained with"
         )
     lo, hi = getattr(tokens.splits, config.split)
-    n_tokens, n_bytes = hi - max(lo, 1), count_scored_bytes(tokens, config.split, vocabulary)
-    if n_tokens < 1:
+    if hi - max(lo, 1) < 1:
         raise UserError(
             f"the {config.split} split of {corpus.path} has {hi - lo} tokens, too few to predict any: "
-            "use a larger corpus or another data.split"
+            f"use a larger corpus or another {corpus_setting('split')}"
         )
+    for at in range(lo, hi, IDS_PER_BLOCK):
+        tokens.check_range(at, min(at + IDS_PER_BLOCK, hi))
     if digest not in (None, corpus.digest):
         print(f"warning: {corpus.description} is not the text that the run was trained on", file=sys.stderr)
     if warning := data.text_warning():
         print(f"warning: {warning}", file=sys.stderr)
-    device = _choose_device(config.accelerator)
-    choose_kernel(config.kernel, device)
+    return data
 
+
+def _score(config: Eval, model: "nn.Module", data: "DataModule") -> dict[str, Any]:
+    """Score the model on one corpus, in each protocol. Returns the content of the JSON file without the weights."""
+    import torch
+
+    from rwkv_pl.inference.evaluate import compute_metrics, evaluate_stream, evaluate_windows
+
+    corpus, vocabulary, tokens = data.corpus, data.vocabulary, data.token_file
+    lo, hi = getattr(tokens.splits, config.split)
+    n_tokens = hi - max(lo, 1)
+    n_bytes = count_scored_bytes(tokens, config.split, vocabulary) if data.unit == "byte" else None
+    device = next(model.parameters()).device
+    sizes = tokens.n_bytes if data.unit == "byte" else [hi - lo for lo, hi in tokens.splits]
     report: dict[str, Any] = {
-        "weights": {
-            "source": str(source),
-            "file": str(weights.path),
-            "step": weights.step,
-            "model": weights.version,
-            "config": asdict(weights.config),
-            "parameters": sum(value.numel() for value in weights.tensors.values()),
-        },
         "text": {
             "corpus": corpus.name,
             "description": corpus.description,
@@ -202,7 +235,7 @@ def _evaluate(config: Eval, name: str, run: Path | None, given: set[str]) -> dic
             "vocabulary": {"kind": vocabulary.kind, "size": vocabulary.size, "digest": vocabulary.digest},
             "tokens": n_tokens,
             "bytes": n_bytes,
-            "share": tokens.split_bytes(config.split) / sum(tokens.n_bytes),
+            "share": sizes[tokens.splits._fields.index(config.split)] / sum(sizes),
         },
         "protocols": {},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
@@ -222,15 +255,13 @@ def _evaluate(config: Eval, name: str, run: Path | None, given: set[str]) -> dic
     }
     autocast_dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(config.precision)
     try:
-        model = weights.model().to(device, torch.float64 if config.precision == "64-true" else torch.float32)
-        del weights  # closes the file: Windows does not replace an open one, and its run may be training
         for name, (how, protocol) in protocols.items():
             if config.protocol not in (name, "both"):
                 continue
             started = time.perf_counter()
             with (
                 torch.autocast(device.type, autocast_dtype) if autocast_dtype else nullcontext(),
-                _Progress(name, n_tokens, n_bytes) as progress,
+                _Progress(name, n_tokens, n_bytes or n_tokens, data.unit) as progress,
             ):
                 nats, count = protocol(model, tokens.tokens, lo, hi, **how, on_progress=progress.update)
             seconds = time.perf_counter() - started
@@ -250,7 +281,7 @@ def _evaluate(config: Eval, name: str, run: Path | None, given: set[str]) -> dic
                 **by_position,
             }
     except FloatingPointError as error:
-        raise RunError(f"weights={source}: {error}") from error
+        raise RunError(f"weights={config.weights}: {error}") from error
     except (MemoryError, RuntimeError, TypeError) as error:
         raise _to_run_error(error) from error
     tokens.check_unchanged()
@@ -288,9 +319,9 @@ def _to_run_error(error: Exception) -> Exception:
 
 
 class _Progress:
-    """A progress bar on stderr if that is a terminal: tokens/s, bits per byte so far, time left."""
+    """A progress bar on stderr if that is a terminal: tokens/s, the score so far, time left."""
 
-    def __init__(self, name: str, n_tokens: int, n_bytes: int) -> None:
+    def __init__(self, name: str, n_tokens: int, n_units: int, unit: str) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
@@ -307,7 +338,7 @@ class _Progress:
             disable=not console.is_terminal,
         )
         self._task = self._bar.add_task(name, total=n_tokens, figures="")
-        self._bytes_per_token = n_bytes / n_tokens
+        self._units_per_token, self._unit = n_units / n_tokens, unit
         self._count, self._nats = 0, 0.0
         self._started = time.perf_counter()
 
@@ -323,6 +354,8 @@ class _Progress:
 
         self._count, self._nats = self._count + count, self._nats + nats
         if self._count:
-            bits = bits_per_byte(self._nats, self._count * self._bytes_per_token)
+            bits = bits_per_byte(self._nats, self._count * self._units_per_token)
             speed = self._count / (time.perf_counter() - self._started)
-            self._bar.update(self._task, completed=self._count, figures=f"{bits:.4f} bits/byte  {speed:,.0f} tokens/s")
+            self._bar.update(
+                self._task, completed=self._count, figures=f"{bits:.4f} bits/{self._unit}  {speed:,.0f} tokens/s"
+            )

@@ -21,6 +21,11 @@ def _describe_protocol(name: str, protocol: dict[str, Any]) -> str:
     return "carried, 1 stream" if streams == 1 else f"carried, {streams:,} streams, warmup {warmup:,}"
 
 
+def _unit(text: dict[str, Any]) -> str:
+    """The unit of the scores: byte, or token if the bytes are not known."""
+    return "token" if text["bytes"] is None else "byte"
+
+
 def print_report(report: dict[str, Any]) -> None:
     from rich.table import Table
 
@@ -33,16 +38,17 @@ def print_report(report: dict[str, Any]) -> None:
     print(f"        {weights['model']}, {size['n_layer']} x {size['n_embd']}, {weights['parameters']:,} parameters")
     vocabulary = text["vocabulary"]
     print(f"text    {text['corpus']} ({text['description']}, digest {text['digest'][:12]}), {text['split']} split,")
-    print(f"        {text['share']:.0%} of the text: {text['bytes']:,} bytes, {text['tokens']:,} tokens,", end=" ")
+    n_bytes = "" if text["bytes"] is None else f"{text['bytes']:,} bytes, "
+    print(f"        {text['share']:.0%} of the text: {n_bytes}{text['tokens']:,} tokens,", end=" ")
     print(f"each counted once, vocabulary {vocabulary['kind']} ({vocabulary['size']:,})")
     print(f"device  {report['device']}, precision={report['precision']}", flush=True)
-    table = Table(header_style="bold")
-    for title in ("protocol=", "bits per byte", "perplexity per token", "nats per token", "tokens/s", "time"):
+    table, unit = Table(header_style="bold"), _unit(text)
+    for title in ("protocol=", f"bits per {unit}", "perplexity per token", "nats per token", "tokens/s", "time"):
         table.add_column(title, justify="left" if title == "protocol=" else "right")
     for name, found in report["protocols"].items():
         table.add_row(
             _describe_protocol(name, found),
-            f"{found['bits_per_byte']:.4f}",
+            f"{found[f'bits_per_{unit}']:.4f}",
             f"{found['perplexity_per_token']:,.4f}",
             f"{found['nats_per_token']:.4f}",
             f"{found['tokens_per_second']:,.0f}",
@@ -55,10 +61,11 @@ def print_total(reports: list[dict[str, Any]]) -> None:
     """Print the score over all corpora of a mix, from the report of each."""
     from rwkv_pl.inference.evaluate import bits_per_byte
 
+    unit = _unit(reports[0]["text"])
     for name in reports[0]["protocols"]:
         found = [report["protocols"][name] for report in reports]
-        bits = bits_per_byte(sum(each["nats"] for each in found), sum(each["bytes"] for each in found))
-        print(f"all     {bits:.4f} bits per byte, {_describe_protocol(name, found[0])}")
+        bits = bits_per_byte(sum(each["nats"] for each in found), sum(each[f"{unit}s"] for each in found))
+        print(f"all     {bits:.4f} bits per {unit}, {_describe_protocol(name, found[0])}")
 
 
 def write_report(report: dict[str, Any], out: Path, name: str) -> None:

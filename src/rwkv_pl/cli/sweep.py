@@ -19,7 +19,7 @@ from hydra_plugins.rwkv_pl.launcher import ProcessLauncher
 from hydra_plugins.rwkv_pl.study import StudySweeper
 from rwkv_pl.cli.arguments import run_with_hydra
 from rwkv_pl.compose import check_config, compose
-from rwkv_pl.config import CORPORA, errors_of_corpus
+from rwkv_pl.config import CORPORA, corpus_setting, errors_of_corpus
 from rwkv_pl.data.documents import exists
 from rwkv_pl.errors import UserError, one_line
 from rwkv_pl.files import require_own_files
@@ -181,11 +181,11 @@ def _require_valid_job(own: list[str], overrides: Sequence[Override], config_dir
         try:
             config = check_config(compose([*own, *job], config_dir), parse_overrides(job), config_dir)
             for name, data in config.data.parts().items():
-                texts = {"data.path": data.path, "data.val_path": data.val_path}
+                texts = {"path": data.path, "val_path": data.val_path}
                 for key, path in texts.items() if CORPORA[data.name].path else ():
                     if path and not exists(Path(path)):
                         with errors_of_corpus(name):
-                            raise UserError(f"{key}={path}: no such file")
+                            raise UserError(f"{corpus_setting(key)}={path}: no such file")
             for key, path in {"data.vocab_path": config.data.vocab_path, "weights": config.weights}.items():
                 if path and not Path(path).exists():
                     raise UserError(f"{key}={path}: no such file")

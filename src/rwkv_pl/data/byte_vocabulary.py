@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rwkv_pl.checks import check_tokens
-from rwkv_pl.config import VOCABULARIES
+from rwkv_pl.config import UNKNOWN, VOCABULARIES
 from rwkv_pl.data.corpus import find_character_start
 from rwkv_pl.errors import UserError
 from rwkv_pl.files import json_digest
@@ -187,19 +187,33 @@ def find_multibyte_characters(
 
 
 class UnknownVocabulary(Vocabulary):
-    """``size`` token ids whose text is not known: without ``bytes_per_token``, it cannot encode or decode."""
+    """``size`` token ids whose text is not known: it has no ``bytes_per_token``.
+
+    A text of these tokens is the ids themselves in decimal, each after a space: decode([12, 5]) is b" 12 5".
+    ``encode`` raises UserError for a word that is not an id.
+    """
+
+    document_end = 0
 
     def __init__(self, size: int) -> None:
         if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1:
             raise UserError(f"vocab_size must be a whole number of at least 1, got {size!r}")
-        self.kind, self.characters, self.size = "unknown", "", int(size)
+        self.kind, self.characters, self.size = UNKNOWN, "", int(size)
         self.dtype = np.min_scalar_type(self.size - 1)
 
-    def encode(self, text: bytes | npt.NDArray[np.uint8]) -> Tokens:
-        raise UserError("the vocabulary of these token ids is not known, only its size: give vocabulary=")
+    def encode_documents(self, text: bytes | npt.NDArray[np.uint8], ends: Iterable[int]) -> Tokens:
+        words = as_array(text).tobytes().split()
+        for word in words:
+            if not word.isdigit() or int(word[:20]) >= self.size:
+                shown = word[:20].decode(errors="replace")
+                raise UserError(
+                    f"{shown!r} is not a token id from 0 to {self.size - 1:,}: the model was trained on ids whose text "
+                    "is not known, so write ids, as in '12 5 7'"
+                )
+        return np.array([int(word) for word in words], self.dtype)
 
     def decode(self, ids: npt.ArrayLike) -> bytes:
-        raise UserError("the vocabulary of these token ids is not known, only its size: give vocabulary=")
+        return b"".join(b" %d" % i for i in check_ids(ids, self.size).tolist())
 
     def to_dict(self) -> dict[str, str]:
         return {"kind": self.kind, "size": str(self.size)}

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from rwkv_pl.config import corpus_setting
 from rwkv_pl.errors import UserError
 
 BLOCK = 1 << 20
@@ -113,7 +114,8 @@ def split_at_documents(
 def _check_fractions(fractions: tuple[float, float, float]) -> None:
     # The condition is negated as a whole so that a NaN is rejected too.
     if not (len(fractions) == 3 and min(fractions) >= 0 and abs(sum(fractions) - 1) < 1e-6):
-        raise UserError(f"data.split must be three fractions (train, val, test) with the sum 1, got {list(fractions)}")
+        where = corpus_setting("split")
+        raise UserError(f"{where} must be three fractions (train, val, test) with the sum 1, got {list(fractions)}")
 
 
 def find_character_start(data: npt.NDArray[np.uint8], at: int) -> int:

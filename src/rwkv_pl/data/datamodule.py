@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, SequentialSampler
 
 from rwkv_pl.checks import check_at_least, check_kind, to_plain
-from rwkv_pl.config import MIX, Data, errors_of_corpus
+from rwkv_pl.config import MIX, Data, corpus_setting, errors_of_corpus
 from rwkv_pl.data import order
 from rwkv_pl.data.byte_vocabulary import UnknownVocabulary
 from rwkv_pl.data.corpus import Corpus
@@ -78,6 +78,10 @@ class TrainBatches(Dataset[Tensor]):
         for c in set(corpora.tolist()):
             self.files[c].check_unchanged()
             rings[c] = self.files[c].split("train")
+            if self.files[c].vocab_size is not None:
+                for start in starts[corpora == c].tolist():
+                    self.files[c].check_range(start, min(start + self.ctx_len + 1, len(rings[c])))
+                    self.files[c].check_range(0, start + self.ctx_len + 1 - len(rings[c]))
         return torch.from_numpy(order.read_windows([rings[c] for c in corpora.tolist()], starts, self.ctx_len))
 
     def _place_block(self, block: int) -> order.Int64:
@@ -117,6 +121,8 @@ class EvalBatches(Dataset[Tensor]):
             raise IndexError(f"batch {i} of {len(self)}")
         self.file.check_unchanged()
         first = (i * self.world_size + self.rank) * self.rows
+        begin = max(self.lo, 1) - 1 + first * self.ctx_len
+        self.file.check_range(begin, min(begin + self.rows * self.ctx_len + 1, self.hi))
         windows = order.read_eval_windows(
             self.file.tokens, self.lo, self.hi, ctx_len=self.ctx_len, first=first, rows=self.rows
         )
@@ -241,17 +247,22 @@ class DataModule(LightningDataModule):
             lo, hi = getattr(file.splits, name)
             if name == "test" and not source.has_test_split:
                 if stage == "test":
-                    raise UserError("there is no test split if data.val_path is set: use val")
+                    raise UserError(f"there is no test split if {corpus_setting('val_path')} is set: use val")
             elif stage in stages and order.eval_window_count(lo, hi, self.ctx_len) == 0:
                 raise UserError(
                     f"the {name} split of {corpus.path} has {hi - lo} tokens, nothing to predict: "
-                    "use a larger corpus or another data.split"
+                    f"use a larger corpus or another {corpus_setting('split')}"
                 )
 
     @property
     def corpus_names(self) -> list[str]:
         """The names of the corpora of a mix, in the order of its loaders. Without a mix, []."""
         return [name for name in self.mix.sources if name]
+
+    @property
+    def unit(self) -> str:
+        """The unit of scores, in bits per unit: byte, or token if the bytes of each token are not known."""
+        return "byte" if hasattr(self.vocabulary, "bytes_per_token") else "token"
 
     @property
     def steps_per_pass(self) -> int:
@@ -542,7 +553,7 @@ def open_data(
         seed=seed,
         num_workers=data.num_workers,
         eval_batch_size=data.eval_batch_size,
-        vocabulary=vocabulary,
+        vocabulary=vocabulary or (UnknownVocabulary(data.vocab_size) if data.vocab_size is not None else None),
         endless=True,
         stream=data.stream,
     )

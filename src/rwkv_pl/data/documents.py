@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
 from rwkv_pl import windows
+from rwkv_pl.config import corpus_setting
 from rwkv_pl.data.progress import make_bytes_progress
 from rwkv_pl.errors import UserError
 from rwkv_pl.files import cache_folder
@@ -285,11 +286,12 @@ def _read_rows(path: Path, file: IO[bytes], field: str) -> Iterator[bytes]:
             raise UserError(f"{where} is not JSON ({error}): a .jsonl needs one object per line") from error
         if not isinstance(row, dict):
             raise UserError(f"{where} is not a JSON object: a .jsonl needs one per line, with the text in a field")
+        fix = f"set {corpus_setting('field')} to the text's field"
         if field not in row:
             there = ", ".join(map(str, row)) or "none"
-            raise UserError(f"{where} has no field {field} (its fields: {there}): set data.field to the text's field")
+            raise UserError(f"{where} has no field {field} (its fields: {there}): {fix}")
         if not isinstance(row[field], str):
-            raise UserError(f"{where}: the field {field} is not a string: set data.field to the text's field")
+            raise UserError(f"{where}: the field {field} is not a string: {fix}")
         # JSON can contain half of a surrogate pair, UTF-8 cannot. It is encoded as the three bytes of its code point.
         if document := row[field].encode("utf-8", "surrogatepass"):
             yield document

@@ -9,20 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from filelock import FileLock
 
+from rwkv_pl.config import UNKNOWN, corpus_setting
 from rwkv_pl.data.corpus import Corpus, Splits, file_digest
-from rwkv_pl.data.progress import progress_bar
-from rwkv_pl.data.vocabulary import EncodingError, Tokens, Vocabulary
+from rwkv_pl.data.encoding import encode_corpus
+from rwkv_pl.data.vocabulary import Tokens, Vocabulary
 from rwkv_pl.errors import UserError
-from rwkv_pl.files import as_user_error, atomic_write, cache_folder, json_digest, read_record, write_record
+from rwkv_pl.files import as_user_error, cache_folder, json_digest, read_record, write_record
 
 
 class TokenFile:
     """A file of token ids without a header, and the ranges of its splits, in tokens.
 
     digest: the ``file_digest`` of the file. n_bytes: the bytes of text in each split, 0 if the vocabulary does not know
-    them.
+    them. offset: bytes before the first token. vocab_size: if the ids are not all checked yet, their number: see
+    ``check_range``.
     """
 
     def __init__(
@@ -33,14 +36,17 @@ class TokenFile:
         digest: str,
         n_bytes: tuple[int, int, int],
         stamp: tuple[int, int] | None = None,
+        offset: int = 0,
+        vocab_size: int | None = None,
     ) -> None:
         self.path, self.dtype, self.splits, self.digest, self.n_bytes = path, dtype, splits, digest, n_bytes
+        self.offset, self.vocab_size = offset, vocab_size
         self._stamp = stamp or _stat_file(path)
 
     @functools.cached_property
     def tokens(self) -> Tokens:
         """All tokens: (N,), memory-mapped."""
-        return np.asarray(np.memmap(self.path, self.dtype, mode="r"))
+        return np.asarray(np.memmap(self.path, self.dtype, mode="r", offset=self.offset))
 
     def split(self, name: str) -> Tokens:
         """The tokens of "train", "val" or "test", memory-mapped."""
@@ -54,6 +60,11 @@ class TokenFile:
         fewer.
         """
         return self.n_bytes[Splits._fields.index(name)]
+
+    def check_range(self, lo: int, hi: int) -> None:
+        """Raise UserError if one of the tokens [lo, hi) is not in the vocabulary, unless all are checked already."""
+        if self.vocab_size is not None:
+            check_ids(self.path, self.tokens[lo : max(lo, hi)], lo, self.vocab_size)
 
     def check_unchanged(self) -> None:
         """Raise UserError if the file has changed since it was opened.
@@ -74,7 +85,27 @@ class TokenFile:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A worker process receives only the path: pickling a memory map would send the whole content.
-        return TokenFile, (self.path, self.dtype, self.splits, self.digest, self.n_bytes, self._stamp)
+        of_file = self.path, self.dtype, self.splits, self.digest, self.n_bytes, self._stamp
+        return TokenFile, (*of_file, self.offset, self.vocab_size)
+
+
+def check_ids(path: Path, ids: npt.NDArray[np.integer], first: int, size: int, vocab: str = UNKNOWN) -> None:
+    """Raise UserError unless all ``ids``, the tokens of a file from ``first`` on, are in [0, size).
+
+    vocab: the kind of the vocabulary.
+    """
+    if not len(ids) or (ids.max() < size and ids.min() >= 0):
+        return
+    i = int(np.flatnonzero((ids < 0) | (ids >= size))[0])
+    if vocab == UNKNOWN:
+        raise UserError(
+            f"{path}: token {first + i:,} is {ids[i]:,}, but ids are below data.vocab_size={size}: raise it, or "
+            f"correct the file or its {corpus_setting('dtype')}"
+        )
+    raise UserError(
+        f"{path}: token {first + i:,} is {ids[i]}, vocabulary {vocab} has {size:,}: "
+        "set data.vocab to the vocabulary that it was written with"
+    )
 
 
 def _stat_file(path: Path) -> tuple[int, int]:
@@ -92,7 +123,6 @@ def open_tokens(corpus: Corpus, vocabulary: Vocabulary) -> TokenFile:
     if vocabulary.kind == "byte":
         n_bytes = _split_lengths(corpus.splits)
         return TokenFile(corpus.path, vocabulary.dtype, corpus.splits, corpus.digest, n_bytes)
-    data = np.memmap(corpus.path, np.uint8, mode="r")
     splits = corpus.character_splits()
     key = [*corpus.cache_key, vocabulary.digest]
     if corpus.ends_path is not None:
@@ -103,21 +133,7 @@ def open_tokens(corpus: Corpus, vocabulary: Vocabulary) -> TokenFile:
         # The record is written last, so if it exists, the tokens do too. Tokens that do not match it are made again.
         stored = read_record(record_path)
         if stored is None or not path.is_file() or file_digest(path) != stored["digest"]:
-            document_ends = corpus.document_ends
-            ends, count = [], 0
-            with atomic_write(path) as file:
-                for split in splits:
-                    for lo, hi in progress_bar(vocabulary.chunks(data, *split), f"encoding {corpus.name}"):
-                        inside = slice(*np.searchsorted(document_ends, (lo, hi)))
-                        try:
-                            ids = vocabulary.encode_documents(data[lo:hi], document_ends[inside] - lo)
-                        except EncodingError as error:
-                            raise EncodingError(
-                                lo + error.offset, f"{error.reason}; data.vocab=byte takes any file", str(corpus.path)
-                            ) from error
-                        file.write(ids.data)
-                        count += len(ids)
-                    ends.append(count)
+            ends = encode_corpus(corpus, splits, vocabulary, path)
             stored = {"ends": ends, "digest": file_digest(path)}
             write_record(record_path, stored)
         train, val, test = stored["ends"]

@@ -6,7 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from rwkv_pl.data.byte_vocabulary import EncodingError, Tokens, Vocabulary, find_multibyte_characters
+from rwkv_pl.config import UNKNOWN
+from rwkv_pl.data.byte_vocabulary import (
+    EncodingError,
+    Tokens,
+    UnknownVocabulary,
+    Vocabulary,
+    find_multibyte_characters,
+)
 from rwkv_pl.data.cache import cached_json
 from rwkv_pl.data.corpus import Corpus
 from rwkv_pl.errors import UserError
@@ -91,6 +98,8 @@ def vocabulary_from_dict(stored: dict[str, Any]) -> Vocabulary:
             from rwkv_pl.data.tokenizer_20b import Vocabulary20B  # imports the tokenizers library only when needed
 
             return Vocabulary20B(str(stored["tokenizer"]))
+        if stored["kind"] == UNKNOWN:
+            return UnknownVocabulary(int(stored["size"]))
         return Vocabulary(str(stored["kind"]), str(stored.get("characters", "")))
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise UserError(f"the stored vocabulary is corrupt: {error!r}") from error

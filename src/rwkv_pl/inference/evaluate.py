@@ -111,11 +111,14 @@ def bits_per_byte(nats: float, n_bytes: float) -> float:
     return nats / (math.log(2) * n_bytes) if n_bytes else math.nan
 
 
-def compute_metrics(nats: float, n_tokens: int, n_bytes: int) -> dict[str, float]:
-    """The reported metrics, from the summed cross-entropy in nats of `n_tokens` targets that are `n_bytes` of text."""
+def compute_metrics(nats: float, n_tokens: int, n_bytes: int | None) -> dict[str, float]:
+    """The reported metrics, from the summed cross-entropy in nats of `n_tokens` targets that are `n_bytes` of text.
+
+    n_bytes: None if it is not known; then there is no bits_per_byte.
+    """
     per_token = nats / n_tokens
     return {
-        "bits_per_byte": bits_per_byte(nats, n_bytes),
+        **({} if n_bytes is None else {"bits_per_byte": bits_per_byte(nats, n_bytes)}),
         "perplexity_per_token": math.exp(per_token) if per_token < 700 else math.inf,
         "nats_per_token": per_token,
         "bits_per_token": per_token / math.log(2),

@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.profilers import AdvancedProfiler, PassThroughProfiler, PyTorchProfiler, SimpleProfiler
 
-from rwkv_pl.config import Train
+from rwkv_pl.config import UNKNOWN, Train
 from rwkv_pl.errors import UserError, one_line
 from rwkv_pl.files import json_digest
 from rwkv_pl.runs.inputs import Inputs
@@ -30,7 +30,6 @@ from rwkv_pl.training.checkpoint_io import DurableCheckpointIO
 from rwkv_pl.training.sharded import ShardedStrategy
 
 # The metrics of a validation, which callbacks can monitor.
-MONITORED = ("val/bits_per_byte", "val/loss")
 
 
 class NoProfiler(PassThroughProfiler):
@@ -97,8 +96,14 @@ def build_trainer(inputs: Inputs, folder: Path, callbacks: list[Callback], logge
 
 def build_callbacks(config: Train, folder: Path) -> list[Callback]:
     """Build the callbacks of the config, in its order."""
-    callbacks = [_instantiate(f"callbacks.{name}", arguments, folder) for name, arguments in config.callbacks.items()]
-    monitored = [*MONITORED, *(f"val/bits_per_byte/{name}" for name in config.data.parts() if name)]
+    unit = "token" if config.data.vocab == UNKNOWN else "byte"
+    callbacks = []
+    for name, arguments in config.callbacks.items():
+        if isinstance(monitor := arguments.get("monitor"), str):  # the files of conf/ name bits_per_byte
+            arguments = arguments | {"monitor": monitor.replace("bits_per_byte", f"bits_per_{unit}")}
+        callbacks.append(_instantiate(f"callbacks.{name}", arguments, folder))
+    score = f"val/bits_per_{unit}"
+    monitored = [score, "val/loss", *(f"{score}/{name}" for name in config.data.parts() if name)]
     for name, callback in zip(config.callbacks, callbacks, strict=True):
         if getattr(callback, "monitor", None) not in (None, *monitored):
             raise UserError(f"callbacks.{name}.monitor must be one of {', '.join(monitored)}, got {callback.monitor}")

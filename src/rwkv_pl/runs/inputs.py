@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rwkv_pl.config import Train
+from rwkv_pl.config import UNKNOWN, Train
 from rwkv_pl.data.datamodule import DataModule, open_data
 from rwkv_pl.data.vocabulary import Vocabulary, read_vocabulary, vocabulary_from_dict
 from rwkv_pl.errors import CorruptFileError, UserError, one_line
@@ -156,7 +156,7 @@ def open_inputs(config: Train, cwd: Path, resume_from: Path | None = None) -> In
             config.schedule,
             seed=config.seed,
             vocabulary=data.vocabulary.to_dict(),
-            bytes_per_token=torch.from_numpy(data.vocabulary.bytes_per_token) if data.vocabulary.size > 256 else None,
+            bytes_per_token=_bytes_per_token(data.vocabulary),
             past=run_identity,
             loss_chunk_len=config.loss_chunk_len,
             skip_nonfinite=config.skip_nonfinite,
@@ -213,6 +213,12 @@ def open_inputs(config: Train, cwd: Path, resume_from: Path | None = None) -> In
     )
 
 
+def _bytes_per_token(vocabulary: Vocabulary) -> torch.Tensor | None:
+    """(V,) int64, or None if each token is a byte, or if the vocabulary does not know them."""
+    is_known = vocabulary.kind != UNKNOWN and vocabulary.size > 256
+    return torch.from_numpy(vocabulary.bytes_per_token) if is_known else None
+
+
 def identify_corpora(data: DataModule) -> dict[str, Any]:
     """Return what a resume must not change of the corpora: content, splits, and in a mix order and shares."""
     found: dict[str, Any] = {"data.corpora": data.corpus_names} if data.corpus_names else {}
@@ -250,6 +256,11 @@ def _choose_vocabulary(loaded: Weights | None, config: Train, cwd: Path) -> Voca
         raise UserError(
             f"weights={config.weights} was trained with data.vocab={vocabulary.kind}, "
             f"the config has {config.data.vocab}: give data.vocab={vocabulary.kind} too"
+        )
+    if vocabulary and vocabulary.kind == UNKNOWN and vocabulary.size != config.data.vocab_size:
+        raise UserError(
+            f"weights={config.weights} was trained with data.vocab_size={vocabulary.size}, "
+            f"the config has {config.data.vocab_size}: give data.vocab_size={vocabulary.size} too"
         )
     if vocabulary and config.data.vocab_path and read_vocabulary(cwd / config.data.vocab_path) != vocabulary:
         raise UserError(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rwkv_pl.errors import RunError, UserError
 from rwkv_pl.runs.folder import MULTIRUN, is_in_use, started_runs
 from rwkv_pl.runs.outcome import read_baselines, read_result
-from rwkv_pl.training.curve import COLUMNS, read_rows
+from rwkv_pl.training.curve import columns_of, read_rows, score_unit
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,8 +46,9 @@ class Run:
     def __repr__(self) -> str:
         latest = {name: column[-1] for name, column in self.metrics.known_values().items()}
         step = f"step {latest['step']:,.0f}" if latest else "no metrics yet"
-        bits = latest.get("val/bits_per_byte")
-        score = "" if bits is None else f", validation {bits:.4f} bits per byte"
+        unit = score_unit([latest])
+        bits = latest.get(f"val/bits_per_{unit}")
+        score = "" if bits is None else f", validation {bits:.4f} bits per {unit}"
         return f"Run({str(self.folder)!r}): {self._status()}, {step}{score}"
 
     def _status(self) -> str:
@@ -60,7 +61,7 @@ class Run:
         import numpy as np
 
         rows = read_rows(self.folder / "metrics.csv", up_to=sys.maxsize)
-        columns = dict.fromkeys([*COLUMNS, *(name for row in rows for name in row)])
+        columns = dict.fromkeys([*columns_of(score_unit(rows)), *(name for row in rows for name in row)])
         return Metrics({name: np.array([row.get(name, np.nan) for row in rows], np.float64) for name in columns})
 
     def curve(self) -> Curve:

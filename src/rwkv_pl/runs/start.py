@@ -107,7 +107,7 @@ class Start(Callback):
 def measure_baselines(config: Train, data: DataModule) -> dict[str, float]:
     """Return the bits per byte of gzip -9 and xz -9 on the text that a validation reads; {} if that is too long."""
     counts = count_validation_batches(config, data)
-    if not 0 < sum(counts) * config.data.eval_batch_size * config.data.ctx_len <= BASELINE_BYTES:
+    if data.unit != "byte" or not 0 < sum(counts) * config.data.eval_batch_size * config.data.ctx_len <= BASELINE_BYTES:
         return {}
     corpora = data.eval_batches("val", all_processes=True)
     batches = [corpus[i] for corpus in corpora for i in range(len(corpus))]

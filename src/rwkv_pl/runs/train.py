@@ -87,7 +87,13 @@ def run(inputs: Inputs, folder: Path, record: Record, resumed: bool = False) -> 
     resumed: whether the folder is that of an earlier run, which continues or starts again.
     """
     config = inputs.config
-    metrics = MetricsRecorder(folder, config.data.batch_size * config.data.ctx_len, corpora=inputs.data.corpus_names)
+    data = inputs.data
+    metrics = MetricsRecorder(
+        folder,
+        config.data.batch_size * config.data.ctx_len,
+        passes=data.passes if data.corpus_names else None,
+        unit=data.unit,
+    )
     progress = [TrainingProgress(metrics)] if config.trainer["enable_progress_bar"] else []
     # A trial that its user resumes is an ordinary run: the study keeps the figure of the sweep's job.
     trial = [PruneTrial(folder)] if SWEEP_JOB_ENV in os.environ and (folder / "trial.json").exists() else []
@@ -190,8 +196,9 @@ def conclude(
         others = [f"{name} {bits:.4f}" for name, bits in metrics.baselines.items()]
         scores = ", ".join([f"this model {format_scores(found)}", *others])
         texts = ",\n        ".join(map(str, data.corpora.values()))
-        log.info(f"result  bits per byte of {texts}, validation split:\n        {scores}")
-    each = {name: found.get(f"val/bits_per_byte/{name}") for name in data.corpus_names}
+        log.info(f"result  bits per {data.unit} of {texts}, validation split:\n        {scores}")
+    score = f"val/bits_per_{data.unit}"
+    each = {name: found.get(f"{score}/{name}") for name in data.corpus_names}
     if each:
         log.info(f"passes  {inputs.describe_passes(trainer.global_step)}")
     for title, path in (("curve", "loss.png"), ("weights", "checkpoints"), ("profile", "fit-profile.txt")):
@@ -199,7 +206,7 @@ def conclude(
             log.info(f"{title:7} {folder / path}")
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     # From the rows, since a callback can keep other scores. In float32, as Lightning's scores: the file has 9 digits.
-    bits = [row["val/bits_per_byte"] for row in metrics.rows if "val/bits_per_byte" in row]
+    bits = [row[score] for row in metrics.rows if score in row]
     best = torch.tensor(bits).nan_to_num(nan=math.inf, posinf=math.inf).min().item() if bits else math.nan
     write_result(
         folder,
@@ -208,7 +215,8 @@ def conclude(
         objective=best,
         step=trainer.global_step,
         seconds=metrics.latest.get("seconds"),
-        **({"corpora": each} if each else {}),
+        **({"unit": data.unit} if data.unit != "byte" else {}),
+        **({"corpora": each, "passes": data.passes(trainer.global_step)} if each else {}),
     )
 
 

@@ -164,7 +164,8 @@ def _finish_job(entry: _Running) -> JobReturn:
         result = {}  # an earlier process wrote it: this one failed before its training
     status = result.get("status")
     if code == 0 and status in DONE_STATUSES:
-        print(f"{job.name} {status}: {result['objective'] or math.nan:.4f} bits per byte", flush=True)
+        unit = result.get("unit", "byte")
+        print(f"{job.name} {status}: {result['objective'] or math.nan:.4f} bits per {unit}", flush=True)
         return _to_job_return(job, result)
     if status == "stopped" or (entry.signals and code in STOPPED_CODES):
         return record_failure(job, "stopped by a signal", "stopped")

@@ -20,7 +20,7 @@ from rwkv_pl.runs.folder import MULTIRUN, OVERRIDES, has_started, is_in_use
 from rwkv_pl.runs.outcome import DONE_STATUSES, RESULT_FILE, read_result
 from rwkv_pl.runs.stored import flatten, normalize_value
 from rwkv_pl.terminal import console
-from rwkv_pl.training.curve import draw_sweep, read_rows
+from rwkv_pl.training.curve import draw_sweep, read_rows, score_unit
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -48,9 +48,19 @@ class Run:
     error: str = ""
 
     @property
+    def unit(self) -> str:
+        """byte, or token for ids whose text is not known."""
+        return score_unit(self.rows)
+
+    @property
+    def score(self) -> str:
+        """The column of the validations."""
+        return f"val/bits_per_{self.unit}"
+
+    @property
     def best(self) -> float | None:
-        """Bits per byte of the best validation."""
-        validated = [row["val/bits_per_byte"] for row in self.rows if "val/bits_per_byte" in row]
+        """The score of the best validation, in bits per `unit`."""
+        validated = [row[self.score] for row in self.rows if self.score in row]
         if not validated and (objective := _to_number(self.result.get("objective"))) is not None:
             validated = [objective]
         if self.status == "damaged":
@@ -132,7 +142,7 @@ def read_run(folder: Path) -> Run:
         run.rows = read_rows(folder / "metrics.csv", up_to=10**18)
     except (UserError, OmegaConfBaseException, yaml.YAMLError, *READ_ERRORS) as error:
         run.status, run.error = "damaged", one_line(error)
-    if run.status in DONE_STATUSES and run.latest("val/bits_per_byte") is None and run.best is not None:
+    if run.status in DONE_STATUSES and run.latest(run.score) is None and run.best is not None:
         run.error = f"{folder / 'metrics.csv'} has no validation: only the figures of result.json are shown"
     if not run.status:
         run.status = "running" if is_in_use(folder) else "broken off"
@@ -178,7 +188,8 @@ def _print_table(runs: Sequence[Run], names: Sequence[str], keys: Sequence[str])
     table.add_column("run", overflow="fold")
     for title in _short_titles(keys):
         table.add_column(title, justify="right", overflow="fold")
-    for title in ("bits/byte", "tokens/s", "steps", "time"):
+    unit = _unit(runs)
+    for title in (f"bits/{unit}", "tokens/s", "steps", "time"):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("status", no_wrap=True)
     best = min((run.best for run in runs if run.best is not None), default=None)
@@ -203,7 +214,7 @@ def _print_table(runs: Sequence[Run], names: Sequence[str], keys: Sequence[str])
     if best is not None and len(runs) > 1:
         winner, name = next((run, name) for run, name in zip(runs, names, strict=True) if run.best == best)
         how = ", ".join(f"{key}={_format_value(winner.settings[key])}" for key in keys if key in winner.settings)
-        line = f"best: run {name}, {best:.4f} bits per byte" + (f": {how}" if how else "")
+        line = f"best: run {name}, {best:.4f} bits per {winner.unit}" + (f": {how}" if how else "")
         screen.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -226,7 +237,7 @@ def _print_seeds(screen: "Console", runs: Sequence[Run], keys: Sequence[str]) ->
     if not any(len(scores) > 1 for _, scores in groups.values()):
         return
     table = Table(header_style="bold")
-    for title in (*_short_titles(others), "seeds", "mean bits/byte", "std"):
+    for title in (*_short_titles(others), "seeds", f"mean bits/{_unit(runs)}", "std"):
         table.add_column(title, justify="right")
     for settings, scores in groups.values():
         values = scores.values()
@@ -239,13 +250,19 @@ def _print_seeds(screen: "Console", runs: Sequence[Run], keys: Sequence[str]) ->
 def _to_csv(runs: Sequence[Run], names: Sequence[str], keys: Sequence[str]) -> str:
     text = io.StringIO()
     writer = csv.writer(text)
-    figures = ("val/bits_per_byte", "tokens_per_second", "mfu", "step", "tokens", "seconds", "status", "error")
+    score = f"val/bits_per_{_unit(runs)}"
+    figures = (score, "tokens_per_second", "mfu", "step", "tokens", "seconds", "status", "error")
     writer.writerow(["run", *keys, *figures])
     for run, name in zip(runs, names, strict=True):
         latest = [run.latest(column) for column in ("step", "tokens", "seconds")]
         values = [run.settings.get(key) for key in keys]
         writer.writerow([name, *values, run.best, run.speed, run.mfu, *latest, run.status, run.error])
     return text.getvalue()
+
+
+def _unit(runs: Sequence[Run]) -> str:
+    """The unit of the scores, byte unless all are of tokens."""
+    return "token" if {run.unit for run in runs if run.rows} == {"token"} else "byte"
 
 
 def _short_titles(keys: Sequence[str]) -> list[str]:

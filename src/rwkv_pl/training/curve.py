@@ -4,7 +4,7 @@ import contextlib
 import csv
 import io
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,9 +31,20 @@ COLUMNS = (
 )
 
 
+def columns_of(unit: str) -> list[str]:
+    """The columns for scores in bits per `unit`: byte, or token for ids whose text is not known."""
+    return [name.replace("bits_per_byte", f"bits_per_{unit}") for name in COLUMNS]
+
+
 def is_column(name: Any) -> bool:
-    """Is this a column of metrics.csv? A mix has one more for each of its corpora."""
-    return name in COLUMNS or str(name).startswith("val/bits_per_byte/")
+    """Is this a column of metrics.csv? A mix has more for each of its corpora."""
+    of_corpus = ("val/bits_per_byte/", "val/bits_per_token/", "passes/")
+    return name in (*COLUMNS, *columns_of("token")) or str(name).startswith(of_corpus)
+
+
+def score_unit(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Whether the rows have scores in bits per byte or per token."""
+    return "token" if any(f"{split}/bits_per_token" in row for row in rows for split in ("train", "val")) else "byte"
 
 
 def read_rows(path: Path, up_to: int) -> list[dict[str, float]]:
@@ -94,14 +105,16 @@ def render_png(figure: "Figure") -> bytes:
 
 @default_style()
 def plot_curve(rows: list[dict[str, float]], baselines: dict[str, float]) -> "Figure":
-    """Plot bits per byte against tokens (logged steps, running mean, validations, baselines) and the learning rate."""
+    """Plot the scores against tokens (logged steps, running mean, validations, baselines) and the learning rate."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 6), dpi=120, layout="constrained")
     axes, below = figure.subplots(2, sharex=True, height_ratios=(5, 1))
-    axes.set_ylabel("bits per byte")
+    unit = score_unit(rows)
+    axes.set_ylabel(f"bits per {unit}")
     below.set(xlabel="tokens", ylabel="learning rate", ylim=(0, None))
-    train, val, rate = (finite_points(rows, name) for name in ("train/bits_per_byte", "val/bits_per_byte", "lr"))
+    names = (f"train/bits_per_{unit}", f"val/bits_per_{unit}", "lr")
+    train, val, rate = (finite_points(rows, name) for name in names)
     if train:
         tokens, bits = zip(*train, strict=True)
         axes.plot(tokens, bits, color="tab:blue", alpha=0.25, linewidth=1)
@@ -130,7 +143,7 @@ def draw_sweep(
 ) -> None:
     """Draw the curves of all runs in one panel, and the best score against each swept setting in further panels.
 
-    curves: run name -> rows. best: run name -> bits per byte of the best validation. swept: setting -> run name ->
+    curves: run name -> rows. best: run name -> score of the best validation. swept: setting -> run name ->
     value.
     """
     from matplotlib import colormaps
@@ -140,12 +153,15 @@ def draw_sweep(
     keys = list(swept)[:6]
     figure = Figure(figsize=(8 + 3.2 * len(keys), 5), dpi=110, layout="constrained")
     axes, *beside = figure.subplots(1, 1 + len(keys), width_ratios=[2.4] + [1] * len(keys), squeeze=False)[0]
-    axes.set(xlabel="tokens", ylabel="bits per byte", title="validation, dots; training's running mean, faint")
+    units = {name: score_unit(rows) for name, rows in curves.items()}
+    score = f"bits per {'/'.join(sorted(set(units.values()))) or 'byte'}"
+    axes.set(xlabel="tokens", ylabel=score, title="validation, dots; training's running mean, faint")
     ranked = sorted(curves, key=lambda name: best.get(name, math.inf))
     colors = {name: colormaps["viridis"](0.9 * i / max(1, len(ranked) - 1)) for i, name in enumerate(ranked)}
     heights = []
     for i, name in enumerate(ranked):
-        train, val = (finite_points(curves[name], column) for column in ("train/bits_per_byte", "val/bits_per_byte"))
+        columns = (f"train/bits_per_{units[name]}", f"val/bits_per_{units[name]}")
+        train, val = (finite_points(curves[name], column) for column in columns)
         # Up to three settings label a run; with more, its name does.
         settings = [f"{key.rpartition('.')[2]} {_shorten(swept[key].get(name))}" for key in swept]
         label = f"{', '.join(settings) if 0 < len(settings) <= 3 else name}: {best[name]:.3f}" if name in best else None
@@ -181,7 +197,7 @@ def draw_sweep(
         panel.set(xlabel=key)
         panel.sharey(beside[0])
     if beside:
-        beside[0].set_ylabel("best validation, bits per byte")
+        beside[0].set_ylabel(f"best validation, {score}")
     for each in (axes, *beside):
         each.grid(alpha=0.3)
     with atomic_write(path, keep=True) as file:

@@ -14,6 +14,10 @@ from rwkv_pl.training.sharded import local_part
 
 # The rest is for memory that the estimate does not cover: workspaces, fragmentation, other programs.
 SHARE_OF_FREE_MEMORY = 0.8
+# On a CPU, freed memory stays in the heap, and gradients and optimizer state that are allocated between activations
+# keep it from being reused: a share of the weights' bytes, and working memory of the libraries. Fitted to the peaks of
+# docs/guides/scale.md.
+HEAP_PER_WEIGHT, HEAP = 1.5, 30_000_000
 # The forward passes to measure have this many tokens, and twice as many.
 PROBE_TOKENS = 64
 
@@ -24,7 +28,7 @@ class MemoryEstimate:
 
     parameters:     their number.
     flops:          floating-point operations of the matrix products for one token, forward and backward.
-    fixed:          bytes of weights, gradients, optimizer state and casts of the weights.
+    fixed:          bytes of weights, gradients, optimizer state and casts of the weights, and of a CPU's heap.
     per_token:      bytes of saved tensors and working memory, for each token of a micro-batch.
     per_recomputed: the part of per_token that is recomputed, not saved, from recompute_from tokens on.
     per_logits:     bytes for each token whose logits are in memory at once, at most chunk_len tokens (None: all).
@@ -74,11 +78,19 @@ def estimate_memory(module: Any, precision: Precision) -> MemoryEstimate:
     # residual stream. Doubled, for fragmentation of the heap.
     dtype = matmul_dtype(parameters[0].device, precision)
     per_token += 2 * (4 * dtype.itemsize + 2 * 4) * config.n_embd
+    fixed += count_heap(parameters)
     n_parameters = sum(p.numel() for p in parameters)
     from_tokens = module.model.recompute_from
     return MemoryEstimate(
         n_parameters, flops, fixed + casts, per_token, per_recomputed, from_tokens, per_logits, chunk_len
     )
+
+
+def count_heap(parameters: list[Any]) -> int:
+    """Bytes that the heap of a CPU holds besides the tensors; 0 on other devices."""
+    if parameters[0].device.type != "cpu":
+        return 0
+    return HEAP + int(HEAP_PER_WEIGHT * sum(p.nbytes for p in parameters))
 
 
 def _measure_kept(

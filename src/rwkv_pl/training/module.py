@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from rwkv_pl.checks import check_at_least
-from rwkv_pl.config import Optim, OptimGroup, Schedule
+from rwkv_pl.config import UNKNOWN, Optim, OptimGroup, Schedule
 from rwkv_pl.errors import UserError
 from rwkv_pl.inference.evaluate import bits_per_byte
 from rwkv_pl.inference.sampling import derive_seed
@@ -150,7 +150,7 @@ class LitRWKV(LightningModule):
             weights = read_weights(path)
             model = weights.model()
             if weights.vocabulary:
-                settings.setdefault("bytes_per_token", weights.vocabulary.bytes_per_token)
+                settings.setdefault("bytes_per_token", getattr(weights.vocabulary, "bytes_per_token", None))
                 settings.setdefault("vocabulary", weights.vocabulary.to_dict())
         else:
             prefix = "model."
@@ -213,6 +213,8 @@ class LitRWKV(LightningModule):
     @property
     def counts_bytes(self) -> bool:
         """Is the number of bytes of each token known?"""
+        if (self.vocabulary or {}).get("kind") == UNKNOWN:
+            return False
         return self.bytes_per_token is not None or (self._n_ids or self.model.config.vocab_size) == 256
 
     def forward(self, tokens: Tensor, state: Any = None) -> tuple[Tensor, Any]:

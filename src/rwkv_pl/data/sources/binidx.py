@@ -21,12 +21,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from rwkv_pl.config import corpus_setting
 from rwkv_pl.data.cache import cached_json
 from rwkv_pl.data.corpus import Corpus, file_digest, split_at_documents
 from rwkv_pl.data.document_ends import write_document_ends
 from rwkv_pl.data.progress import progress_bar
 from rwkv_pl.data.sources import Source
-from rwkv_pl.data.token_file import TokenFile
+from rwkv_pl.data.token_file import TokenFile, check_ids
 from rwkv_pl.data.vocabulary import Vocabulary
 from rwkv_pl.errors import UserError
 from rwkv_pl.files import json_digest
@@ -92,9 +93,10 @@ class Binidx(Source):
 
     def open_tokens(self, corpus: Corpus, vocabulary: Vocabulary) -> TokenFile:
         index = self.index
+        ids = np.memmap(index.path, index.dtype, mode="r")
 
         def counted() -> dict[str, Any]:
-            return {"n_bytes": [count_bytes(index.path, index.dtype, vocabulary, *split) for split in corpus.splits]}
+            return {"n_bytes": [count_bytes(index.path, ids, vocabulary, *split) for split in corpus.splits]}
 
         key = [corpus.digest, index.path.stat().st_mtime_ns, index.dtype.str, corpus.splits, vocabulary.digest]
         train, val, test = cached_json(f"binidx-{json_digest(key)[:16]}.json", counted)["n_bytes"]
@@ -121,8 +123,8 @@ def _read_index(prefix: str, given: Path) -> Index:
     for file in (data, path):
         if not file.is_file():
             raise UserError(
-                f"data.path={given}: there is no {file}; a binidx corpus is PREFIX.bin and PREFIX.idx, "
-                "if they were moved, set data.path= to their new path"
+                f"{corpus_setting('path')}={given}: there is no {file}; a binidx corpus is PREFIX.bin and PREFIX.idx, "
+                f"if they were moved, set {corpus_setting('path')}= to their new path"
             )
     n_index, n_data = path.stat().st_size, data.stat().st_size
     with path.open("rb") as opened:
@@ -145,7 +147,9 @@ def _read_index(prefix: str, given: Path) -> Index:
         )
     dtype = np.dtype(DTYPES[code])
     if n_sequences == 0 or n_data == 0:
-        raise UserError(f"data.path={given} is empty: {data} has {n_data:,} bytes in {n_sequences:,} sequences")
+        raise UserError(
+            f"{corpus_setting('path')}={given} is empty: {data} has {n_data:,} bytes in {n_sequences:,} sequences"
+        )
 
     def mapped(kind: str, offset: int, count: int) -> npt.NDArray[Any]:
         return np.asarray(np.memmap(path, kind, mode="r", offset=offset, shape=count)) if count else np.zeros(0, kind)
@@ -175,22 +179,15 @@ def _read_index(prefix: str, given: Path) -> Index:
     return Index(data, dtype, n_data // dtype.itemsize, starts, documents)
 
 
-def count_bytes(path: Path, dtype: np.dtype[np.integer], vocabulary: Vocabulary, lo: int, hi: int) -> int:
-    """The number of bytes that the tokens [lo, hi) of a file decode to, 0 if the vocabulary does not know it.
+def count_bytes(path: Path, ids: npt.NDArray[np.integer], vocabulary: Vocabulary, lo: int, hi: int) -> int:
+    """The number of bytes that the ``ids`` [lo, hi) of a file decode to, 0 if the vocabulary does not know it.
 
-    Raises UserError if a token is not in the vocabulary.
+    Raises UserError if an id is not in the vocabulary.
     """
-    tokens, n_bytes = np.memmap(path, dtype, mode="r"), 0
-    bytes_per_token = getattr(vocabulary, "bytes_per_token", np.zeros(vocabulary.size, np.int64))
+    n_bytes, bytes_per_token = 0, getattr(vocabulary, "bytes_per_token", None)
     blocks = [(at, min(at + BLOCK, hi)) for at in range(lo, hi, BLOCK)]
-    for begin, end in progress_bar(blocks, f"counting the bytes of {path.name}"):
-        block = tokens[begin:end]
-        unknown = np.flatnonzero((block < 0) | (block >= vocabulary.size))
-        if unknown.size:
-            at = int(unknown[0])
-            raise UserError(
-                f"{path}: token {begin + at:,} is {block[at]}, vocabulary {vocabulary.kind} has "
-                f"{vocabulary.size:,}: set data.vocab to the vocabulary that it was written with"
-            )
-        n_bytes += int(np.bincount(block.astype(np.int64), minlength=vocabulary.size) @ bytes_per_token)
+    for begin, end in progress_bar(blocks, f"checking the ids of {path.name}"):
+        check_ids(path, ids[begin:end], begin, vocabulary.size, vocabulary.kind)
+        if bytes_per_token is not None:
+            n_bytes += int(np.bincount(ids[begin:end].astype(np.int64), minlength=vocabulary.size) @ bytes_per_token)
     return n_bytes

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from rwkv_pl.config import corpus_setting
 from rwkv_pl.data.corpus import Corpus, Splits, file_digest
 from rwkv_pl.data.progress import make_bytes_progress
 from rwkv_pl.data.sources import Source
@@ -49,7 +50,8 @@ class Enwik8(Source):
         folder = Path(self.path)
         if folder.is_file():
             raise UserError(
-                f"data.path={folder} is a file, and data=enwik8 needs a folder: for your own text, add data=text"
+                f"{corpus_setting('path')}={folder} is a file, and {corpus_setting('name')}=enwik8 needs a folder: "
+                f"for your own text, add {corpus_setting('name')}=text"
             )
         path = folder / "enwik8"
         if path.is_file():
@@ -102,7 +104,7 @@ def _fetch_enwik8(path: Path, url: str, n_bytes: int, sha1: str) -> None:
 def _download(url: str, target: Path) -> None:
     instead = (
         f"put enwik8.zip from {ENWIK8_URL} in {target.parent.absolute()} by hand, "
-        "or use data=stdlib, which needs no network"
+        f"or use {corpus_setting('name')}=stdlib, which needs no network"
     )
     there = target.stat().st_size if target.is_file() else 0
     try:

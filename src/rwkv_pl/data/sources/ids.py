@@ -73,7 +73,8 @@ class Ids(Source):
         return Corpus("ids", path, splits, stored["digest"], described)
 
     def open_tokens(self, corpus: Corpus, vocabulary: Vocabulary) -> TokenFile:
-        train, val, test = (count_bytes(corpus.path, vocabulary.dtype, vocabulary, *split) for split in corpus.splits)
+        ids = np.memmap(corpus.path, vocabulary.dtype, mode="r")
+        train, val, test = (count_bytes(corpus.path, ids, vocabulary, *split) for split in corpus.splits)
         return TokenFile(corpus.path, vocabulary.dtype, corpus.splits, corpus.digest, (train, val, test))
 
     def document_ends(self, corpus: Corpus, file: TokenFile, vocabulary: Vocabulary) -> Path | None:

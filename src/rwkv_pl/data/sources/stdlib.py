@@ -9,6 +9,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from rwkv_pl.config import corpus_setting
 from rwkv_pl.data.corpus import Corpus, file_digest, split_by_fractions
 from rwkv_pl.data.sources import Source
 from rwkv_pl.errors import UserError
@@ -32,12 +33,13 @@ class Stdlib(Source):
 
     def open(self) -> Corpus:
         root = Path(sysconfig.get_path("stdlib"))
+        own_text = f"use {corpus_setting('name')}=text {corpus_setting('path')}=FILE"
         try:
             text = b"".join(path.read_bytes() for path in _stdlib_files(root))
         except OSError as error:
-            raise UserError(f"cannot read the standard library: {error}; use data=text data.path=FILE") from error
+            raise UserError(f"cannot read the standard library: {error}; {own_text}") from error
         if not text:
-            raise UserError(f"no *.py under {root}, this Python has no library source: use data=text data.path=FILE")
+            raise UserError(f"no *.py under {root}, this Python has no library source: {own_text}")
         digest = hashlib.sha256(text).hexdigest()
         path = cache_folder() / "corpora" / f"stdlib-{digest[:16]}.txt"
         if not path.is_file() or file_digest(path) != digest:

@@ -7,6 +7,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from rwkv_pl.config import corpus_setting
 from rwkv_pl.data.corpus import Corpus, Splits, file_digest, split_by_fractions
 from rwkv_pl.data.documents import SourceFile, find_files, is_plain_text, join_documents
 from rwkv_pl.data.sources import Source
@@ -51,23 +52,24 @@ class Text(Source):
 
     def open(self) -> Corpus:
         path = Path(self.path)
-        parts = {"data.path": find_files(path, "data.path", self.old_rule)}
+        path_key, val_key = corpus_setting("path"), corpus_setting("val_path")
+        parts = {path_key: find_files(path, path_key, self.old_rule)}
         if self.val_path is None and is_plain_text(path, self.old_rule):
             if path.stat().st_size == 0:
-                raise UserError(f"data.path={path} is empty: give a file that contains text")
+                raise UserError(f"{path_key}={path} is empty: give a file that contains text")
             try:
                 splits, digest = split_by_fractions(path, self.split), file_digest(path)
             except OSError as error:
-                raise UserError(f"cannot read data.path={path}: {error.strerror}") from error
+                raise UserError(f"cannot read {path_key}={path}: {error.strerror}") from error
             return Corpus(path.name, path.absolute(), splits, digest, str(path))
         described = str(path)
         if self.val_path is not None:
-            parts["data.val_path"] = find_files(Path(self.val_path), "data.val_path", self.old_rule)
-            held_back = {source.path.resolve() for source in parts["data.val_path"]}
-            parts["data.path"] = [source for source in parts["data.path"] if source.path.resolve() not in held_back]
-            if not parts["data.path"]:
+            parts[val_key] = find_files(Path(self.val_path), val_key, self.old_rule)
+            held_back = {source.path.resolve() for source in parts[val_key]}
+            parts[path_key] = [source for source in parts[path_key] if source.path.resolve() not in held_back]
+            if not parts[path_key]:
                 raise UserError(
-                    f"data.val_path={self.val_path} includes all files of data.path={path}: none is left to train on"
+                    f"{val_key}={self.val_path} includes all files of {path_key}={path}: none is left to train on"
                 )
             described += f", validated on {self.val_path}"
         joined, ends_path, joining = _join_parts(parts, self.field, self.old_rule)

@@ -5,7 +5,7 @@ import csv
 import io
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from rwkv_pl.errors import RunError
 from rwkv_pl.files import atomic_write, with_path
 from rwkv_pl.inference.evaluate import bits_per_byte
-from rwkv_pl.training.curve import COLUMNS, draw_curve, read_rows
+from rwkv_pl.training.curve import COLUMNS, columns_of, draw_curve, read_rows
 from rwkv_pl.training.loss import count_bytes, split_batch
 
 SECONDS_BETWEEN_DRAWINGS = 30
@@ -46,7 +46,9 @@ class MetricsRecorder(Callback):
     baselines:       bits per byte of other compressors on the validation text, drawn as lines, as in {"gzip -9": 2.0}.
     flops_per_token: of training, forward and backward; None omits model_flops_per_second.
     peak:            the floating-point operations per second of all devices of the run together; None omits mfu.
-    corpora:         the names of the corpora of a mix: each has a column val/bits_per_byte/NAME.
+    passes:          of a mix: the passes over each of its corpora in n steps, by name. Each corpus has the columns
+                     val/bits_per_byte/NAME and passes/NAME.
+    unit:            "byte"; "token" for ids whose text is not known, whose scores are named val/bits_per_token.
 
     Attributes: step is that of the checkpoint from which the run was resumed, validated that of the last validation
     recorded in it.
@@ -59,13 +61,17 @@ class MetricsRecorder(Callback):
         baselines: dict[str, float] | None = None,
         flops_per_token: int | None = None,
         peak: float | None = None,
-        corpora: Sequence[str] = (),
+        passes: Callable[[int], dict[str, float]] | None = None,
+        unit: str = "byte",
     ) -> None:
         self.folder = folder
         self.tokens_per_step = tokens_per_step
         self.baselines = baselines or {}
         self.flops_per_token, self.peak = flops_per_token, peak
-        self.scores = ["val/bits_per_byte", *(f"val/bits_per_byte/{name}" for name in corpora)]
+        self.unit, self._passes = unit, passes or (lambda n_steps: {})
+        corpora = list(self._passes(0))
+        self.scores = [f"val/bits_per_{unit}", *(f"val/bits_per_{unit}/{name}" for name in corpora)]
+        self._columns = list(dict.fromkeys([*columns_of(unit), *self.scores, *(f"passes/{name}" for name in corpora)]))
         self.rows: list[dict[str, float]] = []
         self.latest: dict[str, float] = {}
         self.step = self.validated = 0
@@ -137,10 +143,11 @@ class MetricsRecorder(Callback):
         self._sums.append(torch.stack([outputs["nats"], outputs["l2wrap"], n_bytes]))
         if not ended:
             return
+        tokens_per_micro_batch = targets.numel()
         sums = trainer.strategy.reduce(torch.stack(self._sums).mean(0), reduce_op="mean")
         nats, pull, n_bytes = sums.tolist()
+        n_units = n_bytes if self.unit == "byte" else tokens_per_micro_batch
         grad_norm = float(pl_module.grad_norm)
-        tokens_per_micro_batch = targets.numel()
         self._sums = []
         now = time.perf_counter()
         speed = (step - self._timed_step) * self.tokens_per_step / (now - self._timed_from)
@@ -148,7 +155,7 @@ class MetricsRecorder(Callback):
             trainer,
             {
                 "train/loss": nats,
-                "train/bits_per_byte": bits_per_byte(nats * tokens_per_micro_batch, n_bytes),
+                f"train/bits_per_{self.unit}": bits_per_byte(nats * tokens_per_micro_batch, n_units),
                 "train/l2wrap": pull,
                 "train/grad_norm": grad_norm,
                 "lr": pl_module.last_lr,
@@ -169,7 +176,8 @@ class MetricsRecorder(Callback):
             return
         self.validated = trainer.global_step
         metrics = trainer.callback_metrics
-        self._write(trainer, {name: float(metrics[name]) for name in ("val/loss", *self.scores)})
+        passes = {f"passes/{name}": n for name, n in self._passes(trainer.global_step).items()}
+        self._write(trainer, {name: float(metrics[name]) for name in ("val/loss", *self.scores)} | passes)
         self._draw(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
@@ -197,10 +205,6 @@ class MetricsRecorder(Callback):
         # Other jobs may have slowed the measurement of the peak; a speed that was reached is a lower bound of it.
         self.peak = max(self.peak, speed)
         return {"model_flops_per_second": speed, "mfu": speed / self.peak}
-
-    @property
-    def _columns(self) -> list[str]:
-        return list(dict.fromkeys([*COLUMNS, *self.scores]))
 
     def _seconds(self) -> float:
         return self._seconds_before + time.perf_counter() - self._started

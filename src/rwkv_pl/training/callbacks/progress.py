@@ -46,7 +46,7 @@ class LogFile(logging.FileHandler):
 
 
 class TrainingProgress(ProgressBar):
-    """Shows steps, loss, bits per byte, tokens/s, MFU and the time left, from the last row that `metrics` logged."""
+    """Shows steps, loss, score, tokens/s, MFU and the time left, from the last row that `metrics` logged."""
 
     def __init__(self, metrics: MetricsRecorder) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ class TrainingProgress(ProgressBar):
         if self._bar:
             self._show(description="", figures=self._format_figures())
         bits = {name: float(trainer.callback_metrics[name]) for name in self._metrics.scores}
-        log.info(f"step {self._format_step(trainer)}  validation {format_scores(bits)} bits per byte")
+        log.info(f"step {self._format_step(trainer)}  validation {format_scores(bits)} bits per {self._metrics.unit}")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.stop(trainer)
@@ -138,11 +138,11 @@ class TrainingProgress(ProgressBar):
         return f"{trainer.global_step:,}" + (f"/{trainer.max_steps:,}" if trainer.max_steps > 0 else "")
 
     def _format_figures(self) -> str:
-        latest = self._metrics.latest
+        latest, unit = self._metrics.latest, self._metrics.unit
         if "train/loss" not in latest:
             return ""
         return (
-            f"loss {latest['train/loss']:.3f}  {latest['train/bits_per_byte']:.3f} bits/byte  "
+            f"loss {latest['train/loss']:.3f}  {latest[f'train/bits_per_{unit}']:.3f} bits/{unit}  "
             f"{latest['tokens_per_second']:,.0f} tokens/s" + (f"  {latest['mfu']:.0%} MFU" if "mfu" in latest else "")
         )
 
@@ -155,8 +155,8 @@ class TrainingProgress(ProgressBar):
 
 
 def format_scores(scores: dict[str, float]) -> str:
-    """Format bits per byte; those of the corpora of a mix, the entries val/bits_per_byte/NAME, are in parentheses."""
-    total, *corpora = [(name.partition("bits_per_byte/")[2], f"{bits:.4f}") for name, bits in scores.items()]
+    """Format scores; those of the corpora of a mix, the entries val/bits_per_byte/NAME, are in parentheses."""
+    total, *corpora = [("/".join(name.split("/")[2:]), f"{bits:.4f}") for name, bits in scores.items()]
     each = ", ".join(f"{name} {bits}" for name, bits in corpora)
     return total[1] + (f" ({each})" if each else "")
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from rwkv_pl.training.curve import score_unit
+
 
 class PruneTrial(Callback):
     """Prunes a run that is a trial: its folder contains trial.json, and the folder above it study.journal.
@@ -38,7 +40,9 @@ class PruneTrial(Callback):
         if trainer.is_global_zero:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # Optuna warns if a resumed run reports a step again
-                self._trial.report(float(trainer.callback_metrics["val/bits_per_byte"]), trainer.global_step)
+                figures = trainer.callback_metrics
+                score = figures[f"val/bits_per_{score_unit([figures])}"]
+                self._trial.report(float(score), trainer.global_step)
             self.pruned = not last and self._trial.should_prune()
         self.pruned = trainer.strategy.broadcast(self.pruned)
         if self.pruned:
