@@ -63,6 +63,8 @@ QUICK = ("fsdp", "plain", "32-true")
 def test_two_processes_train_as_one(folder, strategy, variant, precision):
     settings = (*SETTINGS, *VARIANTS[variant], f"trainer.precision={precision}")
     run(folder, "auto", 1, *settings, "hydra.run.dir=one")
+    if strategy == "fsdp" and variant in ("plain", "ema"):
+        settings += ("checkpoints.sharded=true",)
     run(folder, strategy, 2, *settings, f"hydra.run.dir={folder / 'two'}")
     expected, found = read_figures(folder / "one"), read_figures(folder / "two")
     # Sums of 96 tokens in another order: a few units in the last place, of 8 bits in bf16, in which Muon iterates.
@@ -77,16 +79,15 @@ def load(path: Path) -> dict[str, Any]:
     return load_whole(read_checkpoint(path))
 
 
-def assert_close(found: Any, expected: Any, where: str = "") -> None:
-    """Equal keys, shapes and numbers up to the rounding of float32 in sums of another order."""
+def assert_close(found: Any, expected: Any, tolerance: float, where: str = "") -> None:
+    """Equal keys, shapes and numbers. tolerance: of a tensor's numbers, relative to its largest."""
     if isinstance(expected, Tensor):
-        scale = float(expected.abs().max()) or 1.0
         assert found.shape == expected.shape, where
-        assert float((found - expected).abs().max()) <= 1e-6 * scale, where
+        assert float((found - expected).abs().max()) <= tolerance * float(expected.abs().max()), where
     elif isinstance(expected, dict | list):
         assert len(found) == len(expected), where
         for key in expected if isinstance(expected, dict) else range(len(expected)):
-            assert_close(found[key], expected[key], f"{where}/{key}")
+            assert_close(found[key], expected[key], tolerance, f"{where}/{key}")
 
 
 @pytest.mark.slow
@@ -103,11 +104,16 @@ def test_run_continues_on_other_devices_and_strategies(folder, callbacks, sharde
         run(folder, strategy, processes, f"resume={folder / 'run'}", f"trainer.max_steps={2 * step}", kind)
         last = folder / "run" / "checkpoints" / "last.ckpt"
         assert len(list(last.glob("part-*"))) == (processes if sharded and strategy == "fsdp" else 0)
+    # A validation is due at each end of training, so the broken run has more of them.
+    expected, found = (
+        [row["train/loss"] for row in read_rows(folder / name / "metrics.csv", 1000) if "train/loss" in row]
+        for name in ("unbroken", "run")
+    )
+    assert found == pytest.approx(expected, rel=1e-6)
     expected, found = (load(folder / name / "checkpoints" / "last.ckpt") for name in ("unbroken", "run"))
     assert found.keys() == expected.keys()
-    for part in ("state_dict", "optimizer_states", "current_model_state", "averaging_state"):
-        if part in expected:
-            assert_close(found[part], expected[part], part)
+    for part, tolerance in (("state_dict", 1e-6), ("current_model_state", 1e-6), ("optimizer_states", 1e-5)):
+        assert_close(found.get(part), expected.get(part), tolerance, part)
 
 
 def fail() -> None:

@@ -26,7 +26,7 @@ from rwkv_pl.files import (
     replace_with_retry,
     settle,
 )
-from rwkv_pl.weights.checkpoint import read_checkpoint
+from rwkv_pl.weights.checkpoint import is_checkpoint, read_checkpoint
 from rwkv_pl.weights.parts import load_whole, write_part, write_rest
 
 
@@ -35,7 +35,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
 
     Lightning's own class writes to the temporary folder and moves the file, without fsync; across file systems that is
     not atomic. The previous last.ckpt is kept as last.prev.ckpt. If best.ckpt and last.ckpt are of the same step, they
-    are hard links to one file.
+    are hard links to one file. A checkpoint is a file, or a folder to which each process of a sharded run adds a part.
 
     If the model is on a GPU, a background thread writes a CPU copy while training continues. `poll` raises an error of
     that write, as does the next `wait`. On a CPU, the thread would slow the training by as much as it saves.
@@ -127,7 +127,8 @@ class DurableCheckpointIO(TorchCheckpointIO):
         return checkpoint
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        delete_with_retry(Path(path))
+        if is_checkpoint(Path(path)):  # never another folder
+            delete_with_retry(Path(path))
 
     def poll(self) -> None:
         """Raise the error of the background write, if it has failed."""

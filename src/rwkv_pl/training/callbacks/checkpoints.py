@@ -88,7 +88,9 @@ class BestCheckpoint(ModelCheckpoint):
             except (UserError, LookupError, TypeError):
                 log.warning(f"{path} is corrupt, or has another monitor: the next validation writes it again")
         self._best_score = score if isinstance(score, Tensor) and score.numel() == 1 else None
-        models = {name: x for name, x in self.best_k_models.items() if is_checkpoint(Path(name)) and Path(name) != path}
+        # The suffix: a checkpoint from somebody else could name "..", which would be deleted later.
+        paths = {name: Path(name) for name in self.best_k_models if Path(name).suffix == self.FILE_EXTENSION}
+        models = {name: self.best_k_models[name] for name, at in paths.items() if is_checkpoint(at) and at != path}
         if self._is_single:
             models = {} if self._best_score is None else {str(path): self._best_score}
         ranked = sorted(models, key=lambda name: float(models[name]))
