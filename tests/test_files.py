@@ -181,3 +181,19 @@ def test_reasons_of_windows_are_in_our_words():
         describe_os_error(error)
         == "another program has it open: close that program, then try again: C:\\run\\last.ckpt"
     )
+
+
+def test_killed_deletion_leaves_no_half_folder_of_that_name(tmp_path, monkeypatch):
+    (tmp_path / "last.ckpt").mkdir()
+    (tmp_path / "last.ckpt" / "part").touch()
+
+    def kill(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("shutil.rmtree", kill)
+    with pytest.raises(KeyboardInterrupt):
+        delete_with_retry(tmp_path / "last.ckpt")
+    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt.old.partial"]
+    monkeypatch.undo()
+    delete_with_retry(tmp_path / "last.ckpt.old.partial")
+    assert not list(tmp_path.iterdir())

@@ -6,7 +6,7 @@ Only Hydra and the standard library are imported here, so that a mistake is repo
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
@@ -186,9 +186,7 @@ def to_plain_dict(config: DictConfig) -> dict[str, Any]:
 
 def to_dataclass(plain: dict[str, Any], schema: type[Schema]) -> Schema:
     """Convert `plain` to the dataclass `schema`. Raises UserError with the key, its value and the allowed values."""
-    for of in fields(schema):  # type: ignore[arg-type]
-        if of.type is bool and of.name in plain:  # OmegaConf accepts any number as true
-            check_kind(of.name, plain[of.name], (bool,))
+    _check_flags(plain, schema)
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), plain))  # type: ignore[return-value]
     except OmegaConfBaseException as error:
@@ -200,6 +198,16 @@ def to_dataclass(plain: dict[str, Any], schema: type[Schema]) -> Schema:
         if key:
             check_kind(key, error.value, _find_kinds(schema, key))
         raise UserError(f"{key}: {one_line(str(error.msg).split('full_key')[0])}") from error
+
+
+def _check_flags(plain: dict[str, Any], schema: Any, prefix: str = "") -> None:
+    """Require true or false for the flags of a dataclass: OmegaConf accepts any number as true."""
+    for of in fields(schema):
+        if of.name in plain and is_dataclass(of.type):
+            check_kind(f"{prefix}{of.name}", plain[of.name], (dict,))
+            _check_flags(plain[of.name], of.type, f"{prefix}{of.name}.")
+        elif of.name in plain and of.type is bool:
+            check_kind(f"{prefix}{of.name}", plain[of.name], (bool,))
 
 
 def _find_kinds(schema: type, key: str) -> tuple[type, ...]:

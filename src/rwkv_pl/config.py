@@ -409,6 +409,13 @@ class Schedule:
 
 
 @dataclass
+class Checkpoints:
+    """How checkpoints are written. sharded: as folders, in which each process writes its part."""
+
+    sharded: bool = False
+
+
+@dataclass
 class Train:
     """The settings of conf/train.yaml."""
 
@@ -426,6 +433,7 @@ class Train:
     tf32: bool = True
     seed: int = 42
     skip_nonfinite: int = 0
+    checkpoints: Checkpoints = field(default_factory=Checkpoints)
     resume: str | None = None
     weights: str | None = None
     plugins: list[str] = field(default_factory=list)
@@ -444,6 +452,11 @@ class Train:
         max_steps, max_epochs = self.trainer.get("max_steps", -1), self.trainer.get("max_epochs")
         if self.data.name == MIX and (max_steps < 1 or (max_epochs or -1) > 0):
             raise UserError("data=mix needs trainer.max_steps, and no max_epochs: a mix has no pass of its corpora")
+        if self.checkpoints.sharded and (strategy := self.trainer.get("strategy")) != "fsdp":
+            raise UserError(
+                f"checkpoints.sharded=true needs trainer=fsdp, got trainer.strategy={strategy}: give "
+                "checkpoints.sharded=false, which continues from sharded checkpoints too"
+            )
 
     def hyperparameters(self) -> dict[str, Any]:
         """Return the settings for loggers, without the keys that the chosen optim and schedule do not have."""

@@ -18,10 +18,11 @@ import platformdirs
 from rwkv_pl.errors import UserError
 
 PARTIAL_SUFFIX = ".partial"
-"""Suffix of a file that is being written. A killed process may leave one, which nobody reads."""
+"""Suffix of a file or folder that is being written or deleted. A killed process may leave one, which nobody reads."""
 
 NEW_SUFFIX = ".new"
-"""Suffix of a complete file that waits for its name, because another program has the earlier file open."""
+"""Suffix of a complete file or folder that waits for its name: another program has the earlier file open, or the
+process was killed before it had moved an earlier folder away."""
 
 log = logging.getLogger("rwkv_pl")
 
@@ -142,9 +143,17 @@ def replace_with_retry(source: Path, target: Path) -> None:
 
 
 def delete_with_retry(path: Path) -> None:
-    """Delete a file, if it exists. If another program has it open all the time, warn and leave it."""
+    """Delete a file or folder, if it exists. If another program has it open all the time, warn and leave it."""
     try:
-        _retry(lambda: path.unlink(missing_ok=True), path)
+        if is_folder(path):
+            if path.suffix != PARTIAL_SUFFIX:  # a name refers to a complete folder
+                partial = path.with_name(f"{path.name}.old{PARTIAL_SUFFIX}")
+                delete_with_retry(partial)
+                replace_with_retry(path, partial)
+                path = partial
+            _retry(lambda: shutil.rmtree(path), path)
+        else:
+            _retry(lambda: path.unlink(missing_ok=True), path)
     except PermissionError as error:
         log.warning(f"not deleted: {describe_os_error(_with_filename(error, path))}")
 
@@ -167,7 +176,7 @@ def _retry(change: Callable[[], Any], path: Path) -> None:
 
 
 def _give_name(partial: Path, path: Path, keep: bool) -> None:
-    new, is_reported = _new_file(path), path in _open_elsewhere
+    new, is_reported = new_file(path), path in _open_elsewhere
     try:
         replace_with_retry(partial, path)
     except PermissionError:
@@ -182,25 +191,55 @@ def _give_name(partial: Path, path: Path, keep: bool) -> None:
 
 
 def newest(path: Path) -> Path:
-    """Return the file with the newest content of `path`: `path`, or the file that waits for its name."""
-    new = _new_file(path)
-    if not new.is_file() or (path.exists() and path.stat().st_mtime_ns > new.stat().st_mtime_ns):
+    """Return the file or folder with the newest content of `path`: `path`, or the one that waits for its name."""
+    new = new_file(path)
+    if not new.exists() or (path.exists() and path.stat().st_mtime_ns > new.stat().st_mtime_ns):
         return path
     return new
 
 
-def settle(path: Path) -> None:
-    """Give the file that waits for the name `path` this name, unless the earlier file is still open."""
-    new = _new_file(path)
+def settle(path: Path, previous: Path | None = None) -> None:
+    """Give the file or folder that waits for the name `path` this name, unless the earlier file is still open.
+
+    previous: the name that an earlier folder gets, or an earlier file if the new one is a folder; it is deleted if
+    None. An earlier file is replaced.
+    """
+    new = new_file(path)
     if os.path.lexists(new):
         with contextlib.suppress(PermissionError):
-            if newest(path) == new:
-                replace_with_retry(new, path)
-            else:
-                new.unlink()
+            if newest(path) != new:
+                delete_with_retry(new)
+                return
+            if os.path.lexists(path) and (is_folder(path) or is_folder(new)):  # which can't be replaced
+                if previous:
+                    delete_with_retry(previous)
+                    replace_with_retry(path, previous)
+                else:
+                    delete_with_retry(path)
+            replace_with_retry(new, path)
+            _fsync_folder(path.parent)
 
 
-def _new_file(path: Path) -> Path:
+def publish_folder(partial: Path, path: Path, previous: Path | None = None) -> None:
+    """Give a complete folder its final name. previous: see `settle`.
+
+    The earlier folder has to be moved away first. The new one has the name `path`.new meanwhile, where `newest` finds
+    it, so that a killed process loses nothing.
+    """
+    _fsync_folder(partial)
+    new = new_file(path)
+    delete_with_retry(new)  # if it could not be settled
+    replace_with_retry(partial, new)
+    settle(path, previous)
+
+
+def is_folder(path: Path) -> bool:
+    """Whether `path` is a folder, and not a link to one."""
+    return path.is_dir() and not path.is_symlink()
+
+
+def new_file(path: Path) -> Path:
+    """Return the name of the complete file or folder that waits for the name `path`."""
     return path.with_name(path.name + NEW_SUFFIX)
 
 

@@ -5,16 +5,20 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import forks
 import pytest
 import torch
-from command import SMALL, TEXT, load_checkpoint
+from command import SMALL, TEXT
 from forks import Strike
 from scheduler import environment, free_port, run_ranks
 from systems import needs_gloo
+from torch import Tensor
 
 from rwkv_pl.training.curve import read_rows
+from rwkv_pl.weights.checkpoint import read_checkpoint
+from rwkv_pl.weights.parts import load_whole
 
 SETTINGS = (*SMALL, "trainer.max_steps=6", "trainer.val_check_interval=3", "callbacks.last.every_n_train_steps=3",
             "trainer.log_every_n_steps=1", "trainer.limit_val_batches=3", "logger=none")  # fmt: skip
@@ -63,6 +67,8 @@ QUICK = ("fsdp", "plain", "32-true")
 def test_two_processes_train_as_one(folder, strategy, variant, precision):
     settings = (*SETTINGS, *VARIANTS[variant], f"trainer.precision={precision}")
     run(folder, "auto", 1, *settings, "hydra.run.dir=one")
+    if strategy == "fsdp" and variant in ("plain", "ema"):
+        settings += ("checkpoints.sharded=true",)
     run(folder, strategy, 2, *settings, f"hydra.run.dir={folder / 'two'}")
     expected, found = read_figures(folder / "one"), read_figures(folder / "two")
     # Sums of 96 tokens in another order: a few units in the last place, of 8 bits in bf16, in which Muon iterates.
@@ -72,29 +78,51 @@ def test_two_processes_train_as_one(folder, strategy, variant, precision):
         assert here == pytest.approx(there, rel=tolerance)
 
 
+def load(path: Path) -> dict[str, Any]:
+    """The whole content of a checkpoint of either kind."""
+    return load_whole(read_checkpoint(path))
+
+
+def assert_close(found: Any, expected: Any, tolerance: float, where: str = "") -> None:
+    """Equal keys, shapes and numbers. tolerance: of a tensor's numbers, relative to its largest."""
+    if isinstance(expected, Tensor):
+        assert found.shape == expected.shape, where
+        assert float((found - expected).abs().max()) <= tolerance * float(expected.abs().max()), where
+    elif isinstance(expected, dict | list):
+        assert len(found) == len(expected), where
+        for key in expected if isinstance(expected, dict) else range(len(expected)):
+            assert_close(found[key], expected[key], tolerance, f"{where}/{key}")
+
+
 @needs_gloo
 @pytest.mark.slow
+@pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("more", [(), ("callbacks=[default,ema]",), ("data.stream=true",)], ids=str)
-def test_run_continues_on_other_devices_and_strategies(folder, more):
-    """One process, two with the whole model, three with parts, one: as one unbroken process, also its average."""
+def test_run_continues_on_other_devices_and_strategies(folder, more, sharded):
+    """One process, two with the whole model, three with parts, two, one: as one unbroken process, also its average."""
     settings = (*SETTINGS, *more)
-    run(folder, "auto", 1, *settings, "trainer.max_steps=8", "hydra.run.dir=unbroken")
+    run(folder, "auto", 1, *settings, "trainer.max_steps=10", "hydra.run.dir=unbroken")
     run(folder, "auto", 1, *settings, "trainer.max_steps=2", "hydra.run.dir=run")
-    for step, (strategy, processes) in enumerate([("ddp", 2), ("fsdp", 3), ("auto", 1)], 2):
-        run(folder, strategy, processes, f"resume={folder / 'run'}", f"trainer.max_steps={2 * step}")
-    expected, found = load_checkpoint(folder / "unbroken"), load_checkpoint(folder / "run")
+    steps = [("ddp", 2), ("fsdp", 3), ("fsdp", 2), ("auto", 1)]
+    for step, (strategy, processes) in enumerate(steps, 2):
+        kind = f"checkpoints.sharded={sharded and strategy == 'fsdp'}".lower()
+        run(folder, strategy, processes, f"resume={folder / 'run'}", f"trainer.max_steps={2 * step}", kind)
+        last = folder / "run" / "checkpoints" / "last.ckpt"
+        assert len(list(last.glob("part-*"))) == (processes if sharded and strategy == "fsdp" else 0)
+    # A validation is due at each end of training, so the broken run has more of them.
+    expected, found = (
+        [row["train/loss"] for row in read_rows(folder / name / "metrics.csv", 1000) if "train/loss" in row]
+        for name in ("unbroken", "run")
+    )
+    assert found == pytest.approx(expected, rel=1e-6)
+    expected, found = (load(folder / name / "checkpoints" / "last.ckpt") for name in ("unbroken", "run"))
     assert found.keys() == expected.keys()
-    for part in ("state_dict", "current_model_state"):
-        for name, tensor in expected.get(part, {}).items():
-            assert torch.allclose(found[part][name], tensor, rtol=1e-5, atol=1e-6), name
-    for here, there in zip(*(content.get("stream_state", []) for content in (found, expected)), strict=True):
+    for part, tolerance in (("state_dict", 1e-6), ("current_model_state", 1e-6), ("optimizer_states", 1e-5)):
+        assert_close(found.get(part), expected.get(part), tolerance, part)
+    assert len(found.get("stream_state", [])) == len(expected.get("stream_state", []))
+    for here, there in zip(found.get("stream_state", []), expected.get("stream_state", []), strict=True):
         assert here["att_shift"].shape == (6, 16)
-        for name, tensor in there.items():
-            assert torch.allclose(here[name], tensor, rtol=1e-4, atol=1e-5), name
-    here, there = (content["optimizer_states"][0]["state"] for content in (found, expected))
-    for number, state in there.items():
-        for name, tensor in state.items():
-            assert torch.allclose(here[number][name], tensor, rtol=1e-4, atol=1e-6), (number, name)
+        assert_close(dict(here), dict(there), 1e-4, "stream_state")
 
 
 @pytest.mark.slow
@@ -109,12 +137,15 @@ def test_stream_stopped_inside_a_step_continues_on_other_devices(folder, strateg
     strike = Strike("rwkv_pl.training.module:LitRWKV.training_step", 3 * 3 + 2, forks.terminate)
     stopped = forks.run(folder, *settings, "hydra.run.dir=run", strikes=[strike])
     assert stopped.code == 143, stopped.err
-    assert load_checkpoint(folder / "run")["global_step"] == 3
+    assert load(folder / "run" / "checkpoints" / "last.ckpt")["global_step"] == 3
     run(folder, strategy, processes, f"resume={folder / 'run'}", f"trainer.accumulate_grad_batches={accumulate}")
     expected, found = read_figures(folder / "unbroken"), read_figures(folder / "run")
     for here, there in zip(found, expected, strict=True):
         assert here == (there if (processes, accumulate) == (1, 3) else pytest.approx(there, rel=1e-6))
-    expected, found = load_checkpoint(folder / "unbroken"), load_checkpoint(folder / "run")
+    expected, found = (
+        load(folder / "unbroken" / "checkpoints" / "last.ckpt"),
+        load(folder / "run" / "checkpoints" / "last.ckpt"),
+    )
     for here, there in zip(found["stream_state"], expected["stream_state"], strict=True):
         for name, tensor in there.items():
             if (processes, accumulate) == (1, 3):

@@ -151,7 +151,7 @@ def list_settings(
 def _describe(group: str, values: dict[str, Any], comments: dict[str, str], name: str = "train") -> list[Setting]:
     prefix = group.replace("/", ".")
     settings = []
-    for key, value in (flatten(values) if group in NAMED_GROUPS else values).items():
+    for key, value in (flatten(values) if group in ("", *NAMED_GROUPS) else values).items():
         if not key.endswith("_target_") or group == "optim":
             kind = describe_kind(group, key, value, name)
             settings.append(Setting(f"{prefix}.{key}".lstrip("."), to_yaml(value), kind, comments.get(key, "")))

@@ -72,7 +72,7 @@ def build_trainer(inputs: Inputs, folder: Path, callbacks: list[Callback], logge
     else:
         arguments["profiler"] = NoProfiler()
     if arguments["strategy"] == "fsdp":
-        arguments["strategy"] = ShardedStrategy()
+        arguments["strategy"] = ShardedStrategy(inputs.config.checkpoints.sharded)
     timeout = timedelta(seconds=arguments.pop("timeout"))
     try:
         trainer = Trainer(

@@ -13,6 +13,7 @@ from rwkv_pl.training.optimizer import build_optimizer, set_hyperparameters
 from rwkv_pl.training.stream import STREAM_KEY, check_stored
 from rwkv_pl.weights.checkpoint import read_checkpoint
 from rwkv_pl.weights.metadata import KEY, Metadata
+from rwkv_pl.weights.parts import load_outlines
 
 
 def load_resume_checkpoint(path: Path) -> tuple[dict[str, Any], Metadata]:
@@ -48,6 +49,7 @@ def check_loadable(content: dict[str, Any], module: LitRWKV, optimizer: Optimize
     """Load the checkpoint into an outline of the module on the meta device. Raises CorruptFileError if it does not
     fit, and UserError if the optimizer can't continue from it with its new settings."""
     try:
+        content = load_outlines(content)
         module.load_state_dict(content["state_dict"], assign=True)
         (state,) = content["optimizer_states"]
         optimizer.load_state_dict(state)

@@ -18,6 +18,7 @@ from rwkv_pl.files import (
     atomic_write,
     delete_with_retry,
     describe_os_error,
+    is_folder,
     make_folder,
     remove_on_failure,
     require_own_files,
@@ -170,8 +171,8 @@ def has_started(folder: Path) -> bool:
 def locked(folder: Path) -> Iterator[None]:
     """Lock the run folder for this process. The lock ends with the process, and its forked children do not hold it.
 
-    Removes the partial files of a killed process, and settles the files that wait for their names. Raises UserError if
-    another process uses the folder. Ranks other than 0 do not lock.
+    Removes what a killed process left half written, and settles the files that wait for their names. Raises UserError
+    if another process uses the folder. Ranks other than 0 do not lock.
     """
     if not is_first_process():
         yield
@@ -209,7 +210,9 @@ def _glob_own(folder: Path, suffix: str) -> Iterator[Path]:
 
 def _settle_all(folder: Path) -> None:
     for new in _glob_own(folder, NEW_SUFFIX):
-        settle(new.with_suffix(""))
+        path = new.with_suffix("")
+        if path.suffix == ".ckpt" or not (is_folder(new) or is_folder(path)):  # other folders are the user's
+            settle(path)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rwkv_pl.errors import RunError, UserError
+from rwkv_pl.files import newest
 from rwkv_pl.runs.folder import MULTIRUN, is_in_use, started_runs
 from rwkv_pl.runs.outcome import read_baselines, read_result
 from rwkv_pl.training.curve import columns_of, read_rows, score_unit
@@ -124,7 +125,7 @@ class Run:
         from rwkv_pl.weights.read import load_weights, weights_path
 
         file = weights_path(self.folder)
-        status = file.stat()
+        status = newest(file).stat()
         version = file, status.st_ino, status.st_mtime_ns
         if self._loaded is None or self._loaded[0] != version:
             model, vocabulary = load_weights(file)

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,7 +12,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from rwkv_pl.checks import check_kinds
 from rwkv_pl.compose import check_config, compose
-from rwkv_pl.config import MIX, Data, Train, corpus_defaults, split_own_arguments
+from rwkv_pl.config import MIX, Checkpoints, Data, Train, corpus_defaults, split_own_arguments
 from rwkv_pl.data.documents import exists
 from rwkv_pl.errors import UserError, one_line
 from rwkv_pl.files import atomic_write, is_outside
@@ -80,6 +80,7 @@ class StoredRun:
     def config(self) -> DictConfig:
         """Return the config as of the last resume. A setting that is newer than the run has its default."""
         defaults = {field.name: field.default for field in fields(Train) if field.default is not MISSING}
+        defaults["checkpoints"] = asdict(Checkpoints())
         config = cast(DictConfig, OmegaConf.create(defaults | self.first_config))
         for entry in self.resumes:
             _apply(config, entry)

@@ -1,7 +1,10 @@
 """Writes checkpoints to disk, atomically."""
 
 import contextlib
+import errno
 import os
+import shutil
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -9,9 +12,22 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning_utilities.core.apply_func import apply_to_collection
-from torch import Tensor
+from torch import Tensor, distributed
 
-from rwkv_pl.files import PARTIAL_SUFFIX, atomic_write, delete_with_retry, newest, replace_with_retry, settle
+from rwkv_pl.files import (
+    PARTIAL_SUFFIX,
+    atomic_write,
+    delete_with_retry,
+    is_folder,
+    make_folder,
+    new_file,
+    newest,
+    publish_folder,
+    replace_with_retry,
+    settle,
+)
+from rwkv_pl.weights.checkpoint import is_checkpoint, read_checkpoint
+from rwkv_pl.weights.parts import load_whole, write_part, write_rest
 
 
 class DurableCheckpointIO(TorchCheckpointIO):
@@ -19,7 +35,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
 
     Lightning's own class writes to the temporary folder and moves the file, without fsync; across file systems that is
     not atomic. The previous last.ckpt is kept as last.prev.ckpt. If best.ckpt and last.ckpt are of the same step, they
-    are hard links to one file.
+    are hard links to one file. A checkpoint is a file, or a folder to which each process of a sharded run adds a part.
 
     If the model is on a GPU, a background thread writes a CPU copy while training continues. `poll` raises an error of
     that write, as does the next `wait`. On a CPU, the thread would slow the training by as much as it saves.
@@ -34,10 +50,8 @@ class DurableCheckpointIO(TorchCheckpointIO):
         self.wait()  # one write at a time, so that there is at most one copy in memory
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        # A callback's save_weights_only leaves entries out.
-        content = checkpoint["global_step"], checkpoint.get("rwkv_pl", {}).get("finished"), sorted(checkpoint)
-        saved, beside = self._saved or (None, path)
-        same = newest(beside) if saved == content and beside != path and beside.exists() else None
+        content = _describe(checkpoint)
+        same = self._find_same(content, path)
         self._saved = None
         if same is None and writes_in_background(checkpoint):
             checkpoint = apply_to_collection(checkpoint, Tensor, lambda tensor: tensor.detach().to("cpu", copy=True))
@@ -46,9 +60,65 @@ class DurableCheckpointIO(TorchCheckpointIO):
             _write(checkpoint, path, same)
         self._saved = content, path
 
-    def load_checkpoint(self, path: str | Path, *arguments: Any, **options: Any) -> dict[str, Any]:
-        """Load as Lightning does, but remove paths in other folders: ModelCheckpoint would delete these files."""
-        checkpoint: dict[str, Any] = super().load_checkpoint(newest(Path(path)), *arguments, **options)
+    def save_parts(self, checkpoint: dict[str, Any], rows: dict[str, tuple[int, Tensor]], path: str | Path) -> None:
+        """Write a folder of parts; all processes must call it.
+
+        If the write fails in one, all raise its OSError, and nothing is left of the new checkpoint.
+
+        checkpoint: with its sharded tensors on the meta device; only that of rank 0 is written. rows: see `write_part`.
+        """
+        self.wait()
+        path = Path(path)
+        partial = path.with_name(path.name + PARTIAL_SUFFIX)
+        rank, count = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+        content = _describe(checkpoint)
+
+        def prepare() -> bool:
+            make_folder(path.parent)
+            settle(path, _previous(path))
+            delete_with_retry(partial)
+            partial.mkdir()
+            same = self._find_same(content, path)
+            for file in same.iterdir() if same else ():
+                _link(file, partial / file.name)
+            return same is not None
+
+        def publish(checksums: dict[str, int]) -> None:
+            for number, name in enumerate(checksums):
+                if not (partial / name).is_file():
+                    raise OSError(errno.ENOENT, f"process 0 does not see {name}, which process {number} has written")
+            if checksums:
+                write_rest(partial, checkpoint, checksums)
+            publish_folder(partial, path, _previous(path))
+
+        try:
+            is_linked = _run_in_all(lambda: prepare() if rank == 0 else False, path)[0]
+            written = [] if is_linked else _run_in_all(lambda: write_part(partial, rank, count, rows), path)
+            _run_in_all(lambda: publish(dict(written)) if rank == 0 else None, path)
+            self._saved = content, path
+        except BaseException:
+            self._saved = None
+            raise
+        finally:
+            if rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+
+    def _find_same(self, content: Any, path: Path) -> Path | None:
+        """Return the checkpoint next to `path` that was just written with the same content, None if there is none."""
+        saved, beside = self._saved or (None, path)
+        return newest(beside) if saved == content and beside != path and beside.exists() else None
+
+    def load_checkpoint(self, path: str | Path, *arguments: Any, whole: bool = True, **options: Any) -> dict[str, Any]:
+        """Load as Lightning does, but remove paths in other folders: ModelCheckpoint would delete these files.
+
+        whole: if it is a folder of parts, load the values of its tensors, else return them as StoredTensor.
+        """
+        found = newest(Path(path))
+        if found.is_dir():
+            checkpoint = read_checkpoint(found, checked=False)
+            checkpoint = load_whole(checkpoint) if whole else checkpoint
+        else:
+            checkpoint = super().load_checkpoint(found, *arguments, **options)
         for state in checkpoint.get("callbacks", {}).values():
             if isinstance(state, dict) and "best_k_models" in state:
                 folder = Path(str(state.get("dirpath"))).resolve()
@@ -57,7 +127,8 @@ class DurableCheckpointIO(TorchCheckpointIO):
         return checkpoint
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        delete_with_retry(Path(path))
+        if is_checkpoint(Path(path)):  # never another folder
+            delete_with_retry(Path(path))
 
     def poll(self) -> None:
         """Raise the error of the background write, if it has failed."""
@@ -83,24 +154,68 @@ def writes_in_background(checkpoint: dict[str, Any]) -> bool:
     return any(isinstance(value, Tensor) and value.is_cuda for value in checkpoint.get("state_dict", {}).values())
 
 
-def _write(checkpoint: dict[str, Any], path: Path, same: Path | None) -> None:
-    settle(path)  # so that it becomes last.prev.ckpt
-    if same:
-        _keep_previous(path)
-        _link(same, path)
+def _describe(checkpoint: dict[str, Any]) -> Any:
+    """The step and what else may differ between two checkpoints of it: save_weights_only leaves entries out."""
+    return checkpoint["global_step"], checkpoint.get("rwkv_pl", {}).get("finished"), sorted(checkpoint)
+
+
+def _run_in_all(act: Callable[[], Any], path: Path) -> list[Any]:
+    """Call `act` in all processes, and return the results of all. If one raises an OSError, all raise it for `path`."""
+    failure, result = None, None
+    try:
+        result = act()
+    except OSError as error:
+        failure = error.errno, error.strerror or str(error)
+    found = [(result, failure)]
+    if distributed.is_initialized():
+        found = [(None, None)] * distributed.get_world_size()
+        distributed.all_gather_object(found, (result, failure))
+    for _, failure in found:
+        if failure:
+            raise OSError(*failure, str(path))
+    return [result for result, _ in found]
+
+
+def copy_checkpoint(source: Path, path: Path) -> None:
+    """Write a copy of a checkpoint, a file or a folder of parts, atomically. Hard links take no space."""
+    if not source.is_dir():
+        _write({}, path, source)
         return
-    with atomic_write(path, keep=True) as file:
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())
-        _keep_previous(path)  # only after the new file is complete
+    partial = path.with_name(path.name + PARTIAL_SUFFIX)
+    delete_with_retry(partial)
+    partial.mkdir()
+    for file in source.iterdir():
+        _link(file, partial / file.name)
+    publish_folder(partial, path, _previous(path))
+
+
+def _write(checkpoint: dict[str, Any], path: Path, same: Path | None) -> None:
+    settle(path, _previous(path))  # so that it becomes last.prev.ckpt
+    target = new_file(path) if is_folder(path) else path  # a file can't replace a folder
+    if same:
+        _keep_previous(target)
+        _link(same, target)
+    else:
+        with atomic_write(target, keep=True) as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+            _keep_previous(target)  # only after the new file is complete
+    if target != path:
+        settle(path, _previous(path))
+
+
+def _previous(path: Path) -> Path | None:
+    return path.with_name("last.prev.ckpt") if path.name == "last.ckpt" else None
 
 
 def _keep_previous(path: Path) -> None:
-    if path.name == "last.ckpt" and path.exists():
+    if (previous := _previous(path)) and path.exists():
+        if is_folder(previous):
+            delete_with_retry(previous)
         # If another program has last.ckpt open, it is not replaced, and stays the previous checkpoint itself.
         with contextlib.suppress(PermissionError):
-            _link(path, path.with_name("last.prev.ckpt"), copy=False)
+            _link(path, previous, copy=False)
 
 
 def _link(source: Path, target: Path, copy: bool = True) -> None:
@@ -124,5 +239,5 @@ def _link(source: Path, target: Path, copy: bool = True) -> None:
     finally:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
-    with atomic_write(target, keep=True) as file:
-        file.write(source.read_bytes())
+    with source.open("rb") as content, atomic_write(target, keep=True) as file:
+        shutil.copyfileobj(content, file)

@@ -37,6 +37,7 @@ from rwkv_pl.training.sharded import gather_model, shard
 from rwkv_pl.training.stream import STREAM_KEY, CarriedState
 from rwkv_pl.weights.checkpoint import read_checkpoint
 from rwkv_pl.weights.metadata import KEY, Metadata
+from rwkv_pl.weights.parts import load_whole
 from rwkv_pl.weights.read import read_weights
 
 
@@ -154,7 +155,7 @@ class LitRWKV(LightningModule):
                 settings.setdefault("vocabulary", weights.vocabulary.to_dict())
         else:
             prefix = "model."
-            state = content["state_dict"].items()
+            state = load_whole(content["state_dict"]).items()
             model.load_state_dict({key.removeprefix(prefix): value for key, value in state if key.startswith(prefix)})
         for name, kind in (("optim", OptimGroup), ("schedule", Schedule)):
             if stored.get(name):

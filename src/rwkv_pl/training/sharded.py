@@ -17,18 +17,24 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from rwkv_pl.errors import UserError
+from rwkv_pl.training.checkpoint_io import DurableCheckpointIO
+from rwkv_pl.weights.parts import StoredTensor, replace_values
 
 
 class ShardedStrategy(ModelParallelStrategy):
     """Lightning's strategy for FSDP2, with all processes sharing one model.
 
-    A checkpoint is one file with the same keys as on one device, so a run continues under any strategy and number of
-    devices. Lightning's own methods would number the optimizer's parameters by the order of the model instead of the
-    groups, and would read past the CheckpointIO and before `on_load_checkpoint`.
+    A checkpoint has the same keys as on one device, so a run continues under any strategy and number of devices.
+    Lightning's own methods would number the optimizer's parameters by the order of the model instead of the groups,
+    and would read past the CheckpointIO and before `on_load_checkpoint`.
+
+    sharded_checkpoints: write folders, in which each process writes its part; needs a DurableCheckpointIO. If False,
+    rank 0 gathers the whole tensors and writes one file. Both kinds can be loaded.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, sharded_checkpoints: bool = False) -> None:
         super().__init__(data_parallel_size=1, tensor_parallel_size=1, save_distributed_checkpoint=False)
+        self._sharded_checkpoints = sharded_checkpoints
 
     def setup_environment(self) -> None:
         if self.root_device.type == "cpu" and torch.__version__ < "2.13":  # gloo summed gradients, not averaged them
@@ -42,18 +48,33 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         assert self.lightning_module is not None
-        return self._gather(self.lightning_module.state_dict())
+        return self.lightning_module.state_dict()
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        optimizer = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        content = optimizer.state_dict()
-        return content | {"state": {number: self._gather(state) for number, state in content["state"].items()}}
+        return (optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer).state_dict()
 
-    def _gather(self, tensors: dict[str, Any]) -> dict[str, Any]:
-        return gather(tensors, self.is_global_zero)
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
+    ) -> None:
+        path = self.broadcast(filepath)
+        if self._sharded_checkpoints:
+            rows: dict[str, tuple[int, Tensor]] = {}
+
+            def take(name: str, value: DTensor) -> Tensor:
+                rows[name] = local_rows(value)
+                return torch.empty(value.shape, dtype=value.dtype, device="meta")
+
+            outline = replace_values(checkpoint, DTensor, take)
+            self.checkpoint_io.save_parts(outline, rows, path)  # type: ignore[attr-defined]
+            return
+        whole = gather(checkpoint, self.is_global_zero)
+        if self.is_global_zero:
+            self.checkpoint_io.save_checkpoint(whole, path, storage_options=storage_options)
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         # Lightning does not pass on the weights_only of `fit` to a strategy that restores after its set-up.
+        if isinstance(self.checkpoint_io, DurableCheckpointIO):
+            return self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=True, whole=False)
         return self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=True)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -68,7 +89,7 @@ class ShardedStrategy(ModelParallelStrategy):
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             state = {
                 number: {
-                    key: take_part(value, parameter) if getattr(value, "shape", None) == parameter.shape else value
+                    key: take_part(value, parameter if getattr(value, "shape", None) == parameter.shape else None)
                     for key, value in content["state"][number].items()
                 }
                 for number, parameter in zip(numbers, parameters, strict=True)
@@ -118,23 +139,34 @@ def local_parameters(module: nn.Module) -> nn.ParameterList:
     return nn.ParameterList(nn.Parameter(part, requires_grad=False) for part in parts)
 
 
-def gather(tensors: dict[str, Any], keep: bool) -> dict[str, Any]:
-    """Return whole tensors on the CPU for the sharded ones; all None without `keep`. All processes must call it.
+def local_rows(tensor: DTensor) -> tuple[int, Tensor]:
+    """Return the part of a sharded tensor that is in this process, and the number of its first row."""
+    rows_each = -(-tensor.shape[0] // tensor.device_mesh.size())  # as torch.chunk divides them
+    return min(rows_each * tensor.device_mesh.get_local_rank(), tensor.shape[0]), tensor.to_local()
+
+
+def gather(content: Any, keep: bool) -> Any:
+    """Return nested dicts and lists with whole tensors on the CPU for the sharded ones; with None for them without
+    `keep`. All processes must call it.
 
     One after another, so that a device holds one whole tensor at a time.
     """
-    gathered = {}
-    for name, value in tensors.items():
-        is_sharded = isinstance(value, DTensor)
-        whole = value.full_tensor() if is_sharded else value
-        gathered[name] = (whole.cpu() if is_sharded else whole) if keep else None
-    return gathered
+
+    def load(name: str, value: DTensor) -> Tensor | None:
+        whole = value.full_tensor()
+        return whole.cpu() if keep else None
+
+    return replace_values(content, DTensor, load)
 
 
-def take_part(value: Tensor, like: Any) -> Tensor:
-    """Return this process's part of a whole tensor, sharded as the DTensor `like`; else the tensor itself."""
+def take_part(value: Any, like: Any) -> Any:
+    """Return this process's part of a whole or stored tensor, sharded as the DTensor `like`; else the whole tensor."""
+    stored = isinstance(value, StoredTensor)
     if not isinstance(like, DTensor):
-        return value
+        return value.whole() if stored else value
+    if stored:
+        first, part = local_rows(like)
+        return like_sharded(value.rows(first, first + len(part)).to(part.device), like)
     return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
 
 

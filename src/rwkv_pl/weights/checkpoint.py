@@ -1,4 +1,4 @@
-"""Reads files of torch.save without executing code from them."""
+"""Reads checkpoints and other files of torch.save without executing code from them."""
 
 import math
 import os
@@ -11,18 +11,40 @@ import torch
 
 from rwkv_pl.errors import CorruptFileError, UserError, one_line
 from rwkv_pl.files import newest
+from rwkv_pl.weights.parts import PARTS, REST, find_parts
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether `path` is a file, or the folder of a checkpoint in parts."""
+    path = newest(path)
+    return path.is_file() or (path / REST).is_file()
 
 
 def read_checkpoint(path: Path, checked: bool = True) -> dict[str, Any]:
     """Load a checkpoint with weights_only=True. Its tensors are memory-mapped and read when used.
 
-    As long as one of them exists, Windows does not let another process replace the file.
+    As long as one of them exists, Windows does not let another process replace the file. From a folder of parts, the
+    sharded tensors are returned as StoredTensor.
 
     checked: first verify every byte against the checksums in the file; False is enough to read only small values.
 
     Raises UserError if the file is missing or holds no dictionary, CorruptFileError if it cannot be read.
     """
     path = newest(path)
+    if path.is_dir():
+        if not (path / REST).is_file():
+            raise CorruptFileError(f"{path} is not a checkpoint in parts: {REST} is missing")
+        try:
+            return find_parts(_read_file(path / REST, checked), path, checked)
+        except (RecursionError, RuntimeError, MemoryError) as error:
+            raise CorruptFileError(f"{path} is corrupt ({first_sentence(error)})") from error
+    content = _read_file(path, checked)
+    if path.name == REST and PARTS in content:
+        raise UserError(f"{path} is a part of the checkpoint {path.parent}: give that folder")
+    return content
+
+
+def _read_file(path: Path, checked: bool) -> dict[str, Any]:
     if not path.is_file():
         if os.path.lexists(path):
             raise CorruptFileError(f"{path} is not a file, or is a broken link")
@@ -55,7 +77,7 @@ def find_best(folder: Path) -> Path | None:
     best = folder / "best.ckpt"
     others = [path for path in folder.glob("*.ckpt") if path != best and not path.name.startswith(("last.", "last-v"))]
     if not others:
-        return best if best.is_file() else None
+        return best if is_checkpoint(best) else None
 
     def rank(path: Path) -> tuple[float, int]:
         try:
@@ -66,7 +88,7 @@ def find_best(folder: Path) -> Path | None:
         except (UserError, LookupError, TypeError, ValueError, AttributeError):
             return (-math.inf if path == best else math.inf), 0  # reading best.ckpt then gives the error
 
-    ranks = {path: rank(path) for path in [*([best] if best.is_file() else []), *sorted(others)]}
+    ranks = {path: rank(path) for path in [*([best] if is_checkpoint(best) else []), *sorted(others)]}
     found = min(ranks, key=lambda path: ranks[path])
     return found if ranks[found][0] < math.inf else None
 

@@ -180,12 +180,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise CorruptFileError(f"{path} is corrupt or not a safetensors file ({reason})") from error
 
 
-def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a .safetensors file and flush it to disk. Raises OSError."""
+def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a .safetensors file, with further metadata, and flush it to disk. Raises OSError."""
     path.touch()
     mode = path.stat().st_mode  # the user's default; safetensors makes its files readable by their owner only
     try:
-        save_file(tensors, path, metadata={"format": "pt"})
+        save_file(tensors, path, metadata={"format": "pt", **(metadata or {})})
         with path.open("r+b") as file:
             os.fsync(file.fileno())
         path.chmod(mode)

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from rwkv_pl.data.vocabulary import Vocabulary, read_vocabulary, vocabulary_from_dict
 from rwkv_pl.errors import CorruptFileError, UserError
 from rwkv_pl.weights import huggingface
-from rwkv_pl.weights.checkpoint import find_best, first_sentence, read_checkpoint
+from rwkv_pl.weights.checkpoint import find_best, first_sentence, is_checkpoint, read_checkpoint
 from rwkv_pl.weights.metadata import KEY, Metadata
+from rwkv_pl.weights.parts import load_whole
 from rwkv_pl.weights.tensors import Weights, detect_version, validate_tensors
 
 # Entries under which training programs store the weights, and prefixes that torch.compile, DDP and Lightning add to all
@@ -43,7 +44,7 @@ def read_weights(source: str | Path) -> Weights:
     """
     path = weights_path(Path(source))
     try:
-        return _read_folder(path) if path.is_dir() else _read_file(path)
+        return _read_file(path) if is_checkpoint(path) else _read_folder(path)
     except UserError as error:
         if str(path) in str(error):
             raise
@@ -59,7 +60,7 @@ def _read_file(path: Path) -> Weights:
         return validate_tensors(tensors, detect_version(tensors, path), path, f"official .pth{note}")
     run = Metadata.from_checkpoint(content, path)
     vocabulary = vocabulary_from_dict(run.vocabulary) if run.vocabulary else None
-    tensors, note = _unwrap(_select_model_tensors(content["state_dict"]), path)
+    tensors, note = _unwrap(load_whole(_select_model_tensors(content["state_dict"])), path)
     weights = validate_tensors(tensors, run.model, path, f"checkpoint of rwkv_pl{note}", run.config, vocabulary)
     return replace(weights, step=content.get("global_step"), trained_on=run.corpora)
 
@@ -113,14 +114,14 @@ def _select_model_tensors(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def weights_path(source: Path) -> Path:
     """Return the best checkpoint of a run folder, else its last.ckpt; a file or Hugging Face folder as it is."""
-    if source.is_file():
+    if is_checkpoint(source):
         return source
     if not source.exists():
         raise UserError(f"there are no weights at {source}: give a run folder, .ckpt, .pth or Hugging Face folder")
     for folder in (source / "checkpoints", source):
         if best := find_best(folder):
             return best
-        if (folder / "last.ckpt").is_file():
+        if is_checkpoint(folder / "last.ckpt"):
             return folder / "last.ckpt"
     if (source / huggingface.CONFIG).is_file():
         return source

@@ -5,7 +5,6 @@ import functools
 import logging
 import os
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from rwkv_pl.errors import UserError
-from rwkv_pl.files import atomic_write
-from rwkv_pl.weights.checkpoint import find_best, read_checkpoint
+from rwkv_pl.training.checkpoint_io import copy_checkpoint
+from rwkv_pl.weights.checkpoint import find_best, is_checkpoint, read_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -76,21 +75,22 @@ class BestCheckpoint(ModelCheckpoint):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         path = self._best_path
         score = None
-        if os.path.lexists(path) and not path.is_file():
-            raise UserError(f"{path} is not a file, or is a broken link: move it away")
+        if os.path.lexists(path) and not is_checkpoint(path):
+            raise UserError(f"{path} is not a checkpoint, or is a broken link: move it away")
         if trainer.is_global_zero and (found := find_best(path.parent)) not in (None, path):
             # The run was killed before it wrote best.ckpt, or is from a version that did not write it.
-            with found.open("rb") as source, atomic_write(path, keep=True) as file:
-                shutil.copyfileobj(source, file)
+            copy_checkpoint(found, path)
         trainer.strategy.barrier()
-        if path.is_file():
+        if is_checkpoint(path):
             try:
                 # A copy, since its tensor keeps the file open, and Windows would not replace it.
                 score = copy.deepcopy(read_checkpoint(path)["callbacks"][self.state_key]["current_score"])
             except (UserError, LookupError, TypeError):
                 log.warning(f"{path} is corrupt, or has another monitor: the next validation writes it again")
         self._best_score = score if isinstance(score, Tensor) and score.numel() == 1 else None
-        models = {name: x for name, x in self.best_k_models.items() if Path(name).is_file() and Path(name) != path}
+        # The suffix: a checkpoint from somebody else could name "..", which would be deleted later.
+        paths = {name: Path(name) for name in self.best_k_models if Path(name).suffix == self.FILE_EXTENSION}
+        models = {name: self.best_k_models[name] for name, at in paths.items() if is_checkpoint(at) and at != path}
         if self._is_single:
             models = {} if self._best_score is None else {str(path): self._best_score}
         ranked = sorted(models, key=lambda name: float(models[name]))

@@ -6,7 +6,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import weight_averaging
 from torch.optim.swa_utils import AveragedModel
 
-from rwkv_pl.training.sharded import gather, like_sharded, local_parameters, local_part, reshard, take_part
+from rwkv_pl.training.sharded import like_sharded, local_parameters, local_part, reshard, take_part
 
 
 class AveragedParts(AveragedModel):
@@ -50,7 +50,7 @@ class WeightAveraging(weight_averaging.WeightAveraging):
             )
         }
         checkpoint["current_model_state"] = checkpoint["state_dict"]
-        checkpoint["state_dict"] = checkpoint["state_dict"] | gather(average, trainer.is_global_zero)
+        checkpoint["state_dict"] = checkpoint["state_dict"] | average
         checkpoint["averaging_state"] = {"n_averaged": self._average_model.n_averaged}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
