@@ -5,26 +5,24 @@ import socket
 import subprocess
 import sys
 import time
-from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import forks
 import pytest
 from command import SMALL, TEXT
 from forks import KILLED, Strike, kill
-from lightning.fabric.strategies.launchers.subprocess_script import _basic_subprocess_cmd
 from scheduler import environment, free_port, run_ranks, start_rank
 from systems import needs_gloo
 
 from rwkv_pl.errors import UserError
-from rwkv_pl.runs import ranks
+from rwkv_pl.runs import agreement, ranks
 
 TWO = (*SMALL, "trainer=ddp", "trainer.devices=2")
 SCHEDULERS = ("torchrun", "SLURM", "one command a node")
 
 
 def shorten_timeout() -> None:
-    ranks.TIMEOUT = 3.0
+    agreement.TIMEOUT = 3.0
 
 
 def die_slowly() -> None:
@@ -114,10 +112,28 @@ def test_resume_latest_uses_the_choice_of_rank_0(folder):
 def test_missing_rank_0_gives_one_line_error(folder):
     result = start_rank(folder, "torchrun", 1, port := free_port(), *TWO, strikes=[IMPATIENT])()
     assert result.code == 1
-    line = (
-        f"rwkv-train: rank 1 got no answer from rank 0 at 127.0.0.1:{port} within 3 seconds: see the output of rank 0\n"
-    )
-    assert result.err == line
+    line = f"process 1 found no process 0 at 127.0.0.1:{port} within 3 seconds: see the output of process 0"
+    assert result.err == f"rwkv-train: {line}\n"
+
+
+def test_missing_rank_gives_one_line_error_and_leaves_no_folder(folder):
+    result = start_rank(folder, "torchrun", 0, free_port(), *TWO, strikes=[IMPATIENT])()
+    assert result.code == 1
+    line = "process 1 of 2 did not start within 3 seconds: see its output, and whether all have the same MASTER_ADDR"
+    assert result.err == f"rwkv-train: {line}\n"
+    assert not (folder / "rank 0" / "outputs").exists()
+
+
+@needs_gloo
+def test_error_of_a_rank_before_the_training_ends_all_and_is_printed_once(folder):
+    """For example a file that is missing on one machine."""
+    port = free_port()
+    first = start_rank(folder, "torchrun", 0, port, *TWO, "hydra.run.dir=run")
+    result = start_rank(folder, "torchrun", 1, port, *TWO, "data.path=no/", "hydra.run.dir=run")()
+    done = first()
+    assert (done.code, result.code, result.err) == (2, 2, "")
+    assert done.err.count("\n") == 1 and done.err.startswith("rwkv-train: process 1: "), done.err
+    assert not (folder / "rank 0" / "run").exists()
 
 
 def test_rank_0_dying_before_its_answer_gives_one_line_error(folder):
@@ -127,7 +143,7 @@ def test_rank_0_dying_before_its_answer_gives_one_line_error(folder):
     result = start_rank(folder, "torchrun", 1, port, *TWO, strikes=[IMPATIENT])()
     assert first().code == KILLED
     assert (result.code, result.err.count("\n")) == (1, 1), result.err
-    assert "rank 1 got no answer from rank 0" in result.err
+    assert "process 1 lost process 0, which ended without a word" in result.err
 
 
 def test_port_in_use_gives_one_line_error(folder):
@@ -138,7 +154,7 @@ def test_port_in_use_gives_one_line_error(folder):
         result = start_rank(folder, "torchrun", 0, port, *TWO)()
     assert (result.code, result.err.splitlines()[-1].split(":")[:2]) == (
         1,
-        ["rwkv-train", " rank 0 can't open the store at 127.0.0.1"],
+        ["rwkv-train", " process 0 can't open the store at 127.0.0.1"],
     )
 
 
@@ -171,23 +187,6 @@ def test_inconsistent_rank_environment_is_refused(train, tmp_path, monkeypatch, 
     result = train(*SMALL)
     assert (result.code, result.err.count("\n"), words in result.err) == (2, 1, True), result.err
     assert not (tmp_path / "outputs").exists()
-
-
-def test_lightning_child_processes_use_the_decisions_of_their_parent(monkeypatch):
-    """A new measurement could differ from their parent's."""
-    assert ranks.decide_on_first_rank("speed", lambda: "2.5") == "2.5"
-    with ranks.share_answers():
-        monkeypatch.setenv("LOCAL_RANK", "1")
-        assert ranks.decide_on_first_rank("speed", lambda: "0.9") == "2.5"
-        monkeypatch.delenv("LOCAL_RANK")
-    assert not ranks.launched_by_lightning() and ranks.ANSWERS_ENV not in os.environ
-
-
-def test_lightning_starts_the_module_if_the_command_is_an_archive(monkeypatch):
-    """As rwkv-train.exe is on Windows."""
-    monkeypatch.setattr(sys.modules["__main__"], "__spec__", ModuleSpec("__main__", None))
-    with ranks.share_answers():
-        assert _basic_subprocess_cmd()[:3] == [sys.executable, "-m", "rwkv_pl.cli.train"]
 
 
 @pytest.fixture

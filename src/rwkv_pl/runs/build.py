@@ -18,12 +18,14 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from lightning.pytorch.profilers import AdvancedProfiler, PassThroughProfiler, PyTorchProfiler, SimpleProfiler
 
 from rwkv_pl.config import Train
 from rwkv_pl.errors import UserError, one_line
 from rwkv_pl.files import json_digest
 from rwkv_pl.runs.inputs import Inputs
+from rwkv_pl.runs.ranks import current_group
 from rwkv_pl.targets import load_class
 from rwkv_pl.training.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
 from rwkv_pl.training.checkpoint_io import DurableCheckpointIO
@@ -75,12 +77,16 @@ def build_trainer(inputs: Inputs, folder: Path, callbacks: list[Callback], logge
     if arguments["strategy"] == "fsdp":
         arguments["strategy"] = ShardedStrategy()
     timeout = timedelta(seconds=arguments.pop("timeout"))
+    plugins: list[Any] = [DurableCheckpointIO()]
+    group = current_group()
+    if group and not group.by_slurm and not TorchElasticEnvironment.detect():
+        plugins.append(LightningEnvironment())  # Lightning would take one task of SLURM as one process
     try:
         trainer = Trainer(
             **arguments,
             callbacks=callbacks,
             logger=loggers,
-            plugins=[DurableCheckpointIO()],
+            plugins=plugins,
             default_root_dir=folder,
             enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
         )
