@@ -31,6 +31,9 @@ from rwkv_pl.training.callbacks.checkpoints import BestCheckpoint, LastCheckpoin
 from rwkv_pl.training.checkpoint_io import DurableCheckpointIO
 from rwkv_pl.training.sharded import ShardedStrategy
 
+# The last seconds of trainer.timeout, in which a process reports which other one did not answer.
+SECONDS_TO_REPORT = 4
+
 # The metrics of a validation, which callbacks can monitor.
 MONITORED = ("val/bits_per_byte", "val/loss")
 
@@ -76,7 +79,8 @@ def build_trainer(inputs: Inputs, folder: Path, callbacks: list[Callback], logge
         arguments["profiler"] = NoProfiler()
     if arguments["strategy"] == "fsdp":
         arguments["strategy"] = ShardedStrategy()
-    timeout = timedelta(seconds=arguments.pop("timeout"))
+    timeout = arguments.pop("timeout")
+    timeout = timedelta(seconds=max(timeout - SECONDS_TO_REPORT, timeout / 2))
     plugins: list[Any] = [DurableCheckpointIO()]
     group = current_group()
     if group and not group.by_slurm and not TorchElasticEnvironment.detect():
