@@ -19,6 +19,7 @@ VARIANTS = {
     "checkpointing": ("activation_checkpointing=true",),
     "clipped values": ("trainer.gradient_clip_algorithm=value", "trainer.gradient_clip_val=1.0"),
     "muon": ("optim=muon",),
+    "compile": ("compile=true",),
     "ema": ("callbacks=[default,ema]", "callbacks.ema.decay=0.5"),
 }
 
