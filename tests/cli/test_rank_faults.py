@@ -10,7 +10,7 @@ import forks
 import pytest
 from forks import KILLED, Strike
 from scheduler import environment, free_port, run_ranks
-from systems import needs_signals
+from systems import needs_scripts, needs_signals
 from test_faults import CORPUS, TRAINING_STEP, assert_same_run, nth_training_step
 from test_faults import RUN as ONE
 
@@ -103,3 +103,33 @@ def test_fault_in_one_process_ends_both(tmp_path, unbroken, strategy, fault, ran
         assert result.code == 0, result.err
     assert not list(run.glob("*rank*"))
     assert_same_run(run, unbroken(strategy))
+
+
+def requeue() -> None:
+    os.kill(os.getpid(), signal.SIGUSR1)
+
+
+@needs_signals
+@needs_scripts
+@pytest.mark.slow
+def test_slurm_signal_to_one_task_saves_and_requeues_the_job_once(tmp_path, unbroken):
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f"#!/bin/sh\necho $* >> {tmp_path}/asked\n")
+    scontrol.chmod(0o755)
+    (tmp_path / "corpus.txt").write_bytes(CORPUS)
+    run, port, slurm = tmp_path / "run", free_port(), {"PATH": f"{scontrol.parent}{os.pathsep}{os.environ['PATH']}"}
+    settings = (*RUN, f"data.path={tmp_path}/corpus.txt", "trainer.strategy=fsdp", f"hydra.run.dir={run}")
+    places, processes = [tmp_path / "rank 0", tmp_path / "rank 1"], []
+    for each, place in enumerate(places):
+        place.mkdir()
+        strikes = [Strike(TRAINING_STEP, nth_training_step(5, 2), requeue)] if each == 1 else []
+        variables = slurm | environment("SLURM", each, port)
+        processes.append(forks.start(place, *settings, strikes=strikes, **variables))
+    for result in [forks.finish(*pair) for pair in zip(processes, places, strict=True)]:
+        assert (result.code, result.err) == (0, "")
+    job = environment("SLURM", 0, port)["SLURM_JOB_ID"]
+    assert (tmp_path / "asked").read_text() == f"requeue {job}\n"
+    for result in run_ranks(tmp_path, "SLURM", f"resume={run}"):
+        assert result.code == 0, result.err
+    assert_same_run(run, unbroken("fsdp"))

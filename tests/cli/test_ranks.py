@@ -8,11 +8,12 @@ import time
 from pathlib import Path
 
 import forks
+import psutil
 import pytest
 from command import SMALL, TEXT
 from forks import KILLED, Strike, kill
 from scheduler import environment, free_port, run_ranks, start_rank
-from systems import needs_gloo
+from systems import needs_gloo, needs_scripts, needs_signals
 
 from rwkv_pl.errors import UserError
 from rwkv_pl.runs import agreement, ranks
@@ -237,3 +238,79 @@ def test_torchrun_runs_two_ranks_and_refuses_a_second_start(folder):
     assert done.stderr.count("is not empty: to resume its run") == 1
     assert done.stderr.count("exitcode  : 2") == 2
     assert read_content(folder / "run") == before
+
+
+def guide_job(folder: Path, tasks: int) -> Path:
+    """The guide's SLURM job, for one machine and a small run, with an srun that starts the tasks here."""
+    guide = Path(__file__).parents[2] / "docs" / "guides" / "runs.md"
+    job = guide.read_text().partition("```bash\n#!/bin/bash\n#SBATCH")[2].partition("```")[0]
+    small = f"trainer.num_nodes=1 trainer.devices={tasks} {' '.join(SMALL)}"
+    for old, new in (
+        ("trainer.num_nodes=4 trainer.devices=8 data=enwik8", small),
+        ("$HOME/runs/big", str(folder / "run")),
+        ("rwkv-train", f"{sys.executable} -m rwkv_pl.cli.train"),
+    ):
+        assert old in job
+        job = job.replace(old, new)
+    variables = " ".join(f"{name}={value}" for name, value in environment("SLURM", 0, free_port()).items())
+    starts = [f'env {variables} SLURM_PROCID={n} SLURM_LOCALID={n} "$@" & tasks="$tasks $!"' for n in range(tasks)]
+    waits = "for task in $tasks; do wait $task || code=$?; done; exit ${code:-0}"
+    srun = folder / "bin" / "srun"
+    srun.parent.mkdir()
+    srun.write_text("\n".join(["#!/bin/bash", 'test "$1" = --kill-on-bad-exit=1 && shift', *starts, waits]) + "\n")
+    srun.chmod(0o755)
+    path = folder / "job.sh"
+    path.write_text(f"#!/bin/bash\n#SBATCH{job}")
+    return path
+
+
+@needs_gloo
+@needs_scripts
+@pytest.mark.slow
+def test_slurm_job_of_the_guide_starts_a_run_and_then_resumes_it(folder):
+    job = guide_job(folder, tasks=2)
+    variables = os.environ | {"PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+
+    def submit() -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(["bash", job], cwd=folder, env=variables, capture_output=True, text=True, timeout=600)
+
+    done = submit()
+    assert done.returncode == 0, done.stderr
+    assert (folder / "run" / "checkpoints" / "last.ckpt").exists()
+    done = submit()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("is finished, after 4 steps") == 1
+
+
+def start_own(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
+    """Start a run of two processes, of which the command starts the second one."""
+    command = [str(Path(sys.executable).with_name("rwkv-train")), *TWO, *arguments]
+    quiet = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=folder, env=quiet, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@needs_gloo
+@needs_signals
+@pytest.mark.slow
+def test_processes_that_the_command_starts_use_one_folder_and_end_together(folder):
+    process = start_own(folder, "hydra.run.dir=run")
+    assert (process.communicate(timeout=600)[1], process.returncode) == ("", 0)
+    before = read_content(folder / "run")
+    process = start_own(folder, "hydra.run.dir=run")
+    _, err = process.communicate(timeout=600)
+    assert (process.returncode, err.count("\n")) == (2, 1), err
+    assert "is not empty: to resume its run" in err
+    assert read_content(folder / "run") == before
+    for killed in ("parent", "child"):
+        process = start_own(folder, "trainer.max_steps=1000000", f"hydra.run.dir={killed}")
+        end = time.monotonic() + 600
+        while not (folder / killed / "metrics.csv").exists():
+            assert time.monotonic() < end and process.poll() is None
+            time.sleep(0.05)
+        parent = psutil.Process(process.pid)
+        (child,) = parent.children()
+        (parent if killed == "parent" else child).kill()
+        _, alive = psutil.wait_procs([parent, child], timeout=30)
+        assert not alive
+        rank = 0 if killed == "parent" else 1
+        assert f"process {rank} ended without a word (killed?)" in process.communicate()[1]
