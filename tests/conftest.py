@@ -13,6 +13,7 @@ from systems import WINDOWS, WINE, require_kernel
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as in the commands
 
 # Windows often has no C++ compiler. This warning would be in the stderr that tests read, of this and other processes.
 WITHOUT_COMPILER = "ignore:wkv4 runs in plain torch"

@@ -1,4 +1,4 @@
-"""The environment of a command: an import path that imports no untrusted code, and how OpenMP's threads wait."""
+"""The environment of a command: an import path that imports no untrusted code, and settings that torch reads."""
 
 import contextlib
 import os
@@ -17,6 +17,11 @@ def shorten_openmp_spin() -> None:
     """
     if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = "10000"
+
+
+def silence_torch_warnings() -> None:
+    """Let torch's C++ code print no warnings: a page for each lost connection. torch reads this when it is loaded."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 @contextlib.contextmanager

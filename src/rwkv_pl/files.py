@@ -217,7 +217,7 @@ def settle(path: Path, previous: Path | None = None) -> None:
                 else:
                     delete_with_retry(path)
             replace_with_retry(new, path)
-            _fsync_folder(path.parent)
+            fsync_folder(path.parent)
 
 
 def publish_folder(partial: Path, path: Path, previous: Path | None = None) -> None:
@@ -226,7 +226,7 @@ def publish_folder(partial: Path, path: Path, previous: Path | None = None) -> N
     The earlier folder has to be moved away first. The new one has the name `path`.new meanwhile, where `newest` finds
     it, so that a killed process loses nothing.
     """
-    _fsync_folder(partial)
+    fsync_folder(partial)
     new = new_file(path)
     delete_with_retry(new)  # if it could not be settled
     replace_with_retry(partial, new)

@@ -9,7 +9,8 @@ from pathlib import Path
 import forks
 import pytest
 from forks import Strike
-from systems import WINDOWS
+from scheduler import free_port, run_ranks, start_rank
+from systems import WINDOWS, needs_gloo
 from test_faults import CORPUS, RUN, TRAINING_STEP, VALIDATION_STEP, assert_same_run, finish_run, load_state
 
 # Errors of TensorBoard and the log during shutdown must not hide this line.
@@ -118,3 +119,21 @@ def test_full_disk_is_reported(tmp_path, small_disk, finished_run, place, call):
     (small_disk / "ballast").unlink()
     finish_run(tmp_path, f"resume={small_disk}/run")
     assert_same_run(small_disk / "run", finished_run)
+
+
+@needs_gloo
+@pytest.mark.slow
+def test_full_disk_of_rank_0_ends_both_processes(tmp_path, small_disk):
+    (tmp_path / "corpus.txt").write_bytes(CORPUS)
+    port, run = free_port(), (*RUN, "trainer.devices=2", f"hydra.run.dir={small_disk}/run")
+    strike = Strike("torch:save", 3, functools.partial(fill_disk, small_disk))
+    ends = [
+        start_rank(tmp_path, "torchrun", rank, port, *run, strikes=[strike] if rank == 0 else []) for rank in (0, 1)
+    ]
+    first, second = (end() for end in ends)
+    assert_reported(first, 1, f"{small_disk}/run")
+    assert first.err.count("\n") == 1
+    assert (second.code, second.err) == (1, "")
+    (small_disk / "ballast").unlink()
+    for result in run_ranks(tmp_path, "torchrun", f"resume={small_disk}/run"):
+        assert result.code == 0, result.err

@@ -18,8 +18,8 @@ import torch
 from command import SMALL, TEXT, Result
 from forks import KILL, KILLED, TERMINATION, Strike, interrupt, kill, terminate
 from quick_compiler import quick_compiler
+from scheduler import run_ranks
 from systems import CAN_LINK, WINDOWS, needs_gloo, needs_links, needs_pipes, needs_scripts, needs_signals
-from test_ranks import free_port, start_rank
 
 from rwkv_pl.files import cache_folder
 from rwkv_pl.terminal import SIGNAL_CODES
@@ -332,39 +332,6 @@ def test_slurm_signal_saves_and_requeues_the_job(folder, uninterrupted_run, answ
 DDP = (*RUN, "trainer=ddp", "trainer.devices=2", "trainer.max_steps=40", "trainer.accumulate_grad_batches=3")
 
 
-def run_two_ranks(folder: Path, *arguments: str, signalled_rank: int | None = None) -> list[Result]:
-    """Run two ranks in `folder`/run as torchrun does. signalled_rank: the rank that gets a SIGTERM, in step 8."""
-    port = free_port()
-    strikes = {signalled_rank: [Strike(TRAINING_STEP, nth_training_step(8, 2), terminate)]}
-    if "resume=run" in arguments:
-        arguments = tuple(f"resume={folder / 'run'}" if each == "resume=run" else each for each in arguments)
-    else:
-        arguments = (*arguments, f"hydra.run.dir={folder / 'run'}")
-    ends = [start_rank(folder, "torchrun", rank, port, *arguments, strikes=strikes.get(rank, ())) for rank in (0, 1)]
-    return [end() for end in ends]
-
-
-@pytest.fixture(scope="module")
-def uninterrupted_two_ranks(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("two")
-    (folder / "corpus.txt").write_bytes(CORPUS)
-    for result in run_two_ranks(folder, *DDP, "trainer.max_steps=12"):
-        assert result.code == 0, result.err
-    return folder / "run"
-
-
-@needs_gloo
-@pytest.mark.parametrize("signalled_rank", [1, pytest.param(0, marks=pytest.mark.slow)])
-def test_two_ranks_stop_at_one_step_and_resume_to_the_same_bits(folder, uninterrupted_two_ranks, signalled_rank):
-    """A signal to one rank ends both after the same step."""
-    first, second = run_two_ranks(folder, *DDP, "trainer.max_steps=12", signalled_rank=signalled_rank)
-    assert (first.code, second.code) == (143, 143), first.err + second.err
-    assert f"stopped by {TERMINATION.name}" in first.out
-    for result in run_two_ranks(folder, "resume=run"):
-        assert result.code == 0, result.err
-    assert_same_run(folder / "run", uninterrupted_two_ranks)
-
-
 def start_two(folder: Path, *arguments: str) -> subprocess.Popen:
     """Start a run whose second process is started by Lightning."""
     command = [str(Path(sys.executable).with_name("rwkv-train")), *arguments]
@@ -417,7 +384,7 @@ def test_resume_on_more_devices_reads_the_same_batches(folder):
     stop = Strike(TRAINING_STEP, 10, terminate)
     assert forks.run(folder, *one, strikes=[stop]).code == 143
     two = ("trainer=ddp", "trainer.devices=2", "trainer.accumulate_grad_batches=1")
-    for result in run_two_ranks(folder, "resume=run", *two):
+    for result in run_ranks(folder, "torchrun", f"resume={folder / 'run'}", *two):
         assert result.code == 0, result.err
     other = folder / "other"
     other.mkdir()

@@ -5,26 +5,25 @@ import socket
 import subprocess
 import sys
 import time
-from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import forks
+import psutil
 import pytest
 from command import SMALL, TEXT
 from forks import KILLED, Strike, kill
-from lightning.fabric.strategies.launchers.subprocess_script import _basic_subprocess_cmd
 from scheduler import environment, free_port, run_ranks, start_rank
-from systems import needs_gloo
+from systems import needs_gloo, needs_scripts, needs_signals
 
 from rwkv_pl.errors import UserError
-from rwkv_pl.runs import ranks
+from rwkv_pl.runs import agreement, ranks
 
 TWO = (*SMALL, "trainer=ddp", "trainer.devices=2")
 SCHEDULERS = ("torchrun", "SLURM", "one command a node")
 
 
 def shorten_timeout() -> None:
-    ranks.TIMEOUT = 3.0
+    agreement.TIMEOUT = 3.0
 
 
 def die_slowly() -> None:
@@ -114,10 +113,28 @@ def test_resume_latest_uses_the_choice_of_rank_0(folder):
 def test_missing_rank_0_gives_one_line_error(folder):
     result = start_rank(folder, "torchrun", 1, port := free_port(), *TWO, strikes=[IMPATIENT])()
     assert result.code == 1
-    line = (
-        f"rwkv-train: rank 1 got no answer from rank 0 at 127.0.0.1:{port} within 3 seconds: see the output of rank 0\n"
-    )
-    assert result.err == line
+    line = f"process 1 found no process 0 at 127.0.0.1:{port} within 3 seconds: see the output of process 0"
+    assert result.err == f"rwkv-train: {line}\n"
+
+
+def test_missing_rank_gives_one_line_error_and_leaves_no_folder(folder):
+    result = start_rank(folder, "torchrun", 0, free_port(), *TWO, strikes=[IMPATIENT])()
+    assert result.code == 1
+    line = "process 1 of 2 did not start within 3 seconds: see its output, and whether all have the same MASTER_ADDR"
+    assert result.err == f"rwkv-train: {line}\n"
+    assert not (folder / "rank 0" / "outputs").exists()
+
+
+@needs_gloo
+def test_error_of_a_rank_before_the_training_ends_all_and_is_printed_once(folder):
+    """For example a file that is missing on one machine."""
+    port = free_port()
+    first = start_rank(folder, "torchrun", 0, port, *TWO, "hydra.run.dir=run")
+    result = start_rank(folder, "torchrun", 1, port, *TWO, "data.path=no/", "hydra.run.dir=run")()
+    done = first()
+    assert (done.code, result.code, result.err) == (2, 2, "")
+    assert done.err.count("\n") == 1 and done.err.startswith("rwkv-train: process 1: "), done.err
+    assert not (folder / "rank 0" / "run").exists()
 
 
 def test_rank_0_dying_before_its_answer_gives_one_line_error(folder):
@@ -127,7 +144,7 @@ def test_rank_0_dying_before_its_answer_gives_one_line_error(folder):
     result = start_rank(folder, "torchrun", 1, port, *TWO, strikes=[IMPATIENT])()
     assert first().code == KILLED
     assert (result.code, result.err.count("\n")) == (1, 1), result.err
-    assert "rank 1 got no answer from rank 0" in result.err
+    assert "process 1 lost process 0, which ended without a word" in result.err
 
 
 def test_port_in_use_gives_one_line_error(folder):
@@ -138,7 +155,7 @@ def test_port_in_use_gives_one_line_error(folder):
         result = start_rank(folder, "torchrun", 0, port, *TWO)()
     assert (result.code, result.err.splitlines()[-1].split(":")[:2]) == (
         1,
-        ["rwkv-train", " rank 0 can't open the store at 127.0.0.1"],
+        ["rwkv-train", " process 0 can't open the store at 127.0.0.1"],
     )
 
 
@@ -171,23 +188,6 @@ def test_inconsistent_rank_environment_is_refused(train, tmp_path, monkeypatch, 
     result = train(*SMALL)
     assert (result.code, result.err.count("\n"), words in result.err) == (2, 1, True), result.err
     assert not (tmp_path / "outputs").exists()
-
-
-def test_lightning_child_processes_use_the_decisions_of_their_parent(monkeypatch):
-    """A new measurement could differ from their parent's."""
-    assert ranks.decide_on_first_rank("speed", lambda: "2.5") == "2.5"
-    with ranks.share_answers():
-        monkeypatch.setenv("LOCAL_RANK", "1")
-        assert ranks.decide_on_first_rank("speed", lambda: "0.9") == "2.5"
-        monkeypatch.delenv("LOCAL_RANK")
-    assert not ranks.launched_by_lightning() and ranks.ANSWERS_ENV not in os.environ
-
-
-def test_lightning_starts_the_module_if_the_command_is_an_archive(monkeypatch):
-    """As rwkv-train.exe is on Windows."""
-    monkeypatch.setattr(sys.modules["__main__"], "__spec__", ModuleSpec("__main__", None))
-    with ranks.share_answers():
-        assert _basic_subprocess_cmd()[:3] == [sys.executable, "-m", "rwkv_pl.cli.train"]
 
 
 @pytest.fixture
@@ -238,3 +238,79 @@ def test_torchrun_runs_two_ranks_and_refuses_a_second_start(folder):
     assert done.stderr.count("is not empty: to resume its run") == 1
     assert done.stderr.count("exitcode  : 2") == 2
     assert read_content(folder / "run") == before
+
+
+def guide_job(folder: Path, tasks: int) -> Path:
+    """The guide's SLURM job, for one machine and a small run, with an srun that starts the tasks here."""
+    guide = Path(__file__).parents[2] / "docs" / "guides" / "runs.md"
+    job = guide.read_text().partition("```bash\n#!/bin/bash\n#SBATCH")[2].partition("```")[0]
+    small = f"trainer.num_nodes=1 trainer.devices={tasks} {' '.join(SMALL)}"
+    for old, new in (
+        ("trainer.num_nodes=4 trainer.devices=8 data=enwik8", small),
+        ("$HOME/runs/big", str(folder / "run")),
+        ("rwkv-train", f"{sys.executable} -m rwkv_pl.cli.train"),
+    ):
+        assert old in job
+        job = job.replace(old, new)
+    variables = " ".join(f"{name}={value}" for name, value in environment("SLURM", 0, free_port()).items())
+    starts = [f'env {variables} SLURM_PROCID={n} SLURM_LOCALID={n} "$@" & tasks="$tasks $!"' for n in range(tasks)]
+    waits = "for task in $tasks; do wait $task || code=$?; done; exit ${code:-0}"
+    srun = folder / "bin" / "srun"
+    srun.parent.mkdir()
+    srun.write_text("\n".join(["#!/bin/bash", 'test "$1" = --kill-on-bad-exit=1 && shift', *starts, waits]) + "\n")
+    srun.chmod(0o755)
+    path = folder / "job.sh"
+    path.write_text(f"#!/bin/bash\n#SBATCH{job}")
+    return path
+
+
+@needs_gloo
+@needs_scripts
+@pytest.mark.slow
+def test_slurm_job_of_the_guide_starts_a_run_and_then_resumes_it(folder):
+    job = guide_job(folder, tasks=2)
+    variables = os.environ | {"PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+
+    def submit() -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(["bash", job], cwd=folder, env=variables, capture_output=True, text=True, timeout=600)
+
+    done = submit()
+    assert done.returncode == 0, done.stderr
+    assert (folder / "run" / "checkpoints" / "last.ckpt").exists()
+    done = submit()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("is finished, after 4 steps") == 1
+
+
+def start_own(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
+    """Start a run of two processes, of which the command starts the second one."""
+    command = [str(Path(sys.executable).with_name("rwkv-train")), *TWO, *arguments]
+    quiet = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=folder, env=quiet, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@needs_gloo
+@needs_signals
+@pytest.mark.slow
+def test_processes_that_the_command_starts_use_one_folder_and_end_together(folder):
+    process = start_own(folder, "hydra.run.dir=run")
+    assert (process.communicate(timeout=600)[1], process.returncode) == ("", 0)
+    before = read_content(folder / "run")
+    process = start_own(folder, "hydra.run.dir=run")
+    _, err = process.communicate(timeout=600)
+    assert (process.returncode, err.count("\n")) == (2, 1), err
+    assert "is not empty: to resume its run" in err
+    assert read_content(folder / "run") == before
+    for killed in ("parent", "child"):
+        process = start_own(folder, "trainer.max_steps=1000000", f"hydra.run.dir={killed}")
+        end = time.monotonic() + 600
+        while not (folder / killed / "metrics.csv").exists():
+            assert time.monotonic() < end and process.poll() is None
+            time.sleep(0.05)
+        parent = psutil.Process(process.pid)
+        (child,) = parent.children()
+        (parent if killed == "parent" else child).kill()
+        _, alive = psutil.wait_procs([parent, child], timeout=30)
+        assert not alive
+        rank = 0 if killed == "parent" else 1
+        assert f"process {rank} ended without a word (killed?)" in process.communicate()[1]

@@ -1,8 +1,6 @@
 """Several processes, with the whole model each (ddp) or a part of it (fsdp), train like one and continue its runs."""
 
 import itertools
-import os
-import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,7 @@ import pytest
 import torch
 from command import SMALL, TEXT
 from forks import Strike
-from scheduler import environment, free_port, run_ranks
+from scheduler import run_ranks
 from systems import needs_gloo
 from torch import Tensor
 
@@ -28,6 +26,7 @@ VARIANTS = {
     "checkpointing": ("activation_checkpointing=true",),
     "clipped values": ("trainer.gradient_clip_algorithm=value", "trainer.gradient_clip_val=1.0"),
     "muon": ("optim=muon",),
+    "compile": ("compile=true",),
     "ema": ("callbacks=[default,ema]", "callbacks.ema.decay=0.5"),
     "stream": ("data.stream=true",),
 }
@@ -151,52 +150,3 @@ def test_stream_stopped_inside_a_step_continues_on_other_devices(folder, strateg
             if (processes, accumulate) == (1, 3):
                 assert torch.equal(here[name], tensor)
             assert torch.allclose(here[name], tensor, rtol=1e-4, atol=1e-5), name
-
-
-def fail() -> None:
-    raise ValueError("a planted fault")
-
-
-def stall() -> None:
-    os.kill(os.getpid(), signal.SIGSTOP)
-
-
-FAULTS = [
-    (fail, 1, "process 1: ValueError: a planted fault"),
-    (fail, 0, "ValueError: a planted fault"),
-    (forks.kill, 1, "process 1 ended without an error (killed?)"),
-    (forks.kill, 0, None),
-    (stall, 1, "process 1 did not answer within trainer.timeout=4 seconds"),
-]
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
-@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    ("fault", "rank", "message"), [FAULTS[0], *(pytest.param(*fault, marks=pytest.mark.slow) for fault in FAULTS[1:])]
-)
-def test_rank_0_prints_the_error_of_the_rank_that_failed_first(folder, strategy, fault, rank, message):
-    """All processes end, and the run can be resumed."""
-    settings = (*SETTINGS, f"data.path={folder}/corpus.txt", f"trainer.strategy={strategy}", "trainer.devices=2",
-                "trainer.timeout=4")  # fmt: skip
-    strike = Strike("rwkv_pl.training.module:LitRWKV.training_step", 5, fault)
-    port, run = free_port(), folder / "run"
-    places = [folder / "rank 0", folder / "rank 1"]
-    processes = []
-    for each, place in enumerate(places):
-        place.mkdir()
-        strikes = [strike] if each == rank else []
-        variables = environment("torchrun", each, port)
-        processes.append(forks.start(place, *settings, f"hydra.run.dir={run}", strikes=strikes, **variables))
-    first = forks.finish(processes[0], places[0])
-    if fault == stall:
-        processes[1].kill()
-    second = forks.finish(processes[1], places[1])
-    assert first.code == (1 if message else -9) and second.code in (1, -9)
-    assert second.err == ""
-    if message:
-        assert first.err.count("\n") == 1 and first.err.startswith(f"rwkv-train: {message}")
-        assert f"rwkv-train resume={run}" in first.err
-    for result in run_ranks(folder, "torchrun", f"resume={run}"):
-        assert result.code == 0, result.err
-    assert not list(run.glob("error-rank-*"))

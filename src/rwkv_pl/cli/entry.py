@@ -15,7 +15,7 @@ from typing import Any
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from rwkv_pl.environment import safe_import_path, shorten_openmp_spin
+from rwkv_pl.environment import safe_import_path, shorten_openmp_spin, silence_torch_warnings
 from rwkv_pl.errors import RunError, UserError
 from rwkv_pl.files import describe_os_error, with_path
 from rwkv_pl.terminal import FAILED, print_error
@@ -30,6 +30,7 @@ def cli_entry_point(main: Callable[[], None]) -> Callable[[], None]:
         # Hydra then raises its errors instead of printing them over several lines.
         os.environ.setdefault("HYDRA_FULL_ERROR", "1")
         shorten_openmp_spin()
+        silence_torch_warnings()
         if isinstance(sys.stdout, io.TextIOWrapper):
             with contextlib.suppress(OSError):  # it flushes too
                 sys.stdout.reconfigure(errors="replace")  # an encoding without a character prints ? for it

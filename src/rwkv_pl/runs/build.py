@@ -18,16 +18,21 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from lightning.pytorch.profilers import AdvancedProfiler, PassThroughProfiler, PyTorchProfiler, SimpleProfiler
 
 from rwkv_pl.config import UNKNOWN, Train
 from rwkv_pl.errors import UserError, one_line
 from rwkv_pl.files import json_digest
 from rwkv_pl.runs.inputs import Inputs
+from rwkv_pl.runs.ranks import current_group
 from rwkv_pl.targets import load_class
 from rwkv_pl.training.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
 from rwkv_pl.training.checkpoint_io import DurableCheckpointIO
 from rwkv_pl.training.sharded import ShardedStrategy
+
+# The last seconds of trainer.timeout, in which a process reports which other one did not answer.
+SECONDS_TO_REPORT = 4
 
 # The metrics of a validation, which callbacks can monitor.
 
@@ -73,13 +78,18 @@ def build_trainer(inputs: Inputs, folder: Path, callbacks: list[Callback], logge
         arguments["profiler"] = NoProfiler()
     if arguments["strategy"] == "fsdp":
         arguments["strategy"] = ShardedStrategy(inputs.config.checkpoints.sharded)
-    timeout = timedelta(seconds=arguments.pop("timeout"))
+    timeout = arguments.pop("timeout")
+    timeout = timedelta(seconds=max(timeout - SECONDS_TO_REPORT, timeout / 2))
+    plugins: list[Any] = [DurableCheckpointIO()]
+    group = current_group()
+    if group and not group.by_slurm and not TorchElasticEnvironment.detect():
+        plugins.append(LightningEnvironment())  # Lightning would take one task of SLURM as one process
     try:
         trainer = Trainer(
             **arguments,
             callbacks=callbacks,
             logger=loggers,
-            plugins=[DurableCheckpointIO()],
+            plugins=plugins,
             default_root_dir=folder,
             enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
         )

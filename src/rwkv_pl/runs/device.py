@@ -6,7 +6,7 @@ from rwkv_pl.config import Train
 from rwkv_pl.errors import UserError, one_line
 from rwkv_pl.ops.backend import KernelError, use_kernel
 from rwkv_pl.ops.wkv4 import wkv4
-from rwkv_pl.runs.ranks import decide_on_first_rank
+from rwkv_pl.runs.agreement import decide_on_first_rank
 from rwkv_pl.training.precision import SIMILAR, describe_speedup, measure_product_rates
 
 

@@ -24,8 +24,9 @@ from rwkv_pl.files import (
     require_own_files,
     settle,
 )
+from rwkv_pl.runs.agreement import decide_on_first_rank
 from rwkv_pl.runs.outcome import BASELINES_FILE, DONE_STATUSES, RESULT_FILE, read_result
-from rwkv_pl.runs.ranks import decide_on_first_rank, is_first_process
+from rwkv_pl.runs.ranks import is_first_process
 
 LOCK = ".lock"
 
@@ -200,6 +201,15 @@ def locked(folder: Path) -> Iterator[None]:
         with suppress(OSError):
             os.truncate(path, 0)  # the file is gone if the start failed
         lock.release()
+
+
+def is_released(folder: Path) -> bool:
+    """Whether rank 0 of the run in this folder has ended in order, or removed the folder of a failed start.
+
+    Its lock then has no text: even on a full disk, a file can be truncated.
+    """
+    path = folder / LOCK
+    return not path.exists() or not path.stat().st_size
 
 
 def _glob_own(folder: Path, suffix: str) -> Iterator[Path]:

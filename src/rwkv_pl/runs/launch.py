@@ -17,8 +17,9 @@ from rwkv_pl.compose import check_config, compose
 from rwkv_pl.config import Data
 from rwkv_pl.errors import UserError
 from rwkv_pl.files import require_own_files
-from rwkv_pl.runs import ranks
+from rwkv_pl.runs import agreement, ranks
 from rwkv_pl.runs.folder import find_latest_run
+from rwkv_pl.runs.processes import count_devices, start_processes
 from rwkv_pl.runs.stored import StoredRun, require_inside_run_folder, require_no_download
 from rwkv_pl.terminal import is_called_from_python, quote_override
 
@@ -31,23 +32,24 @@ def launch(overrides: Sequence[Override], config_dir: str | None, training: Abst
 
     training: loads and yields rwkv_pl.runs.train; entered after the config was checked.
     """
-    ranks.begin_run()
+    agreement.begin_run()
     resumed = next((o.value() for o in overrides if o.key_or_group == "resume"), None)
-    if resumed is not None:
-        return _resume(resumed, [o for o in overrides if o.key_or_group != "resume"], config_dir, training)
-    return _start(overrides, config_dir, training)
+    with agreement.fail_together():
+        if resumed is not None:
+            return _resume(resumed, [o for o in overrides if o.key_or_group != "resume"], config_dir, training)
+        return _start(overrides, config_dir, training)
 
 
 def _start(overrides: Sequence[Override], config_dir: str | None, training: AbstractContextManager[ModuleType]) -> Path:
     composed = compose([str(o.input_line) for o in overrides], config_dir)
     config = check_config(composed, overrides, config_dir)
     _require_text(config.data, {o.key_or_group for o in overrides})
-    _require_one_process(config.trainer)
+    ranks.require_own_processes(count_devices(config.trainer), config.trainer["num_nodes"])
     if RESUMED_ENV in os.environ:
         require_inside_run_folder(config, Path(composed.hydra.run.dir))
         require_no_download(config.data, Path.cwd())
     typed = any(o.key_or_group == "hydra.run.dir" for o in overrides)
-    with training as train:
+    with start_processes(config.trainer), training as train:
         folder: Path = train.start(config, composed, typed)
     return folder
 
@@ -62,17 +64,6 @@ def _require_text(data: Data, typed: set[str]) -> None:
         )
 
 
-def _require_one_process(trainer: dict[str, Any]) -> None:
-    """Raise UserError if Lightning would start more processes for a call from Python, with the caller's script.
-
-    The number of devices may depend on the machine (-1, auto); runs.train checks it again.
-    """
-    devices, nodes = trainer["devices"], trainer["num_nodes"]
-    if isinstance(devices, str):
-        devices = int(devices) if devices.isdecimal() else [part for part in devices.split(",") if part]
-    ranks.require_own_processes(len(devices) if isinstance(devices, list) else devices, nodes)
-
-
 def _resume(
     resumed: Any,
     later: list[Override],
@@ -85,7 +76,7 @@ def _resume(
         )
     folder = find_run_folder(resumed)
     if not is_called_from_python():
-        # Lightning starts the processes of the other devices with the same arguments, which must name the same run.
+        # The processes of the other devices start with the same arguments, which must name the same run.
         sys.argv = [argument for argument in sys.argv if argument != "resume=latest"]
         sys.argv += [f"resume={quote_override(folder)}"] if resumed == "latest" else []
     stored = StoredRun(folder)
@@ -93,9 +84,9 @@ def _resume(
     if ranks.is_first_process() and any(o.key_or_group == "hydra.run.dir" for o in later):
         raise UserError("a run resumes in its own folder: leave out hydra.run.dir, or move the folder")
     config, entry = stored.apply_overrides([o for o in later if not o.key_or_group.startswith("hydra")])
-    _require_one_process(config.trainer)
+    ranks.require_own_processes(count_devices(config.trainer), config.trainer["num_nodes"])
     hydra_overrides = [str(o.input_line) for o in later if o.key_or_group.startswith("hydra")]
-    with training as train:
+    with start_processes(config.trainer), training as train:
         train.resume(stored, config, entry, hydra_overrides)
     return folder
 
@@ -103,5 +94,5 @@ def _resume(
 def find_run_folder(resumed: Any) -> Path:
     """Return the folder that the value of `resume=` names: a path, or `latest`."""
     if resumed == "latest":
-        return Path(ranks.decide_on_first_rank("latest", lambda: str(find_latest_run(Path("outputs").absolute()))))
+        return Path(agreement.decide_on_first_rank("latest", lambda: str(find_latest_run(Path("outputs").absolute()))))
     return Path(str(resumed)).absolute()

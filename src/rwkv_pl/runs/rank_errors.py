@@ -1,40 +1,33 @@
-"""The error of a run with several processes: rank 0 prints the one that came first, wherever it came from.
+"""The error of a training with several processes: it is printed once, in the words of the process that failed first.
 
-If a process fails, the others only see that a connection was closed. So each rank above 0 writes its error to
-error-rank-N.txt in the run folder before it exits. A rank that wrote nothing was killed, or does not answer.
+If a process fails, the others only see that a connection was closed. So each writes error-rank-N.txt to the run folder
+before it exits. A process that wrote nothing was killed, or does not answer. The first of the others prints that.
 """
 
 import re
 import time
+import traceback
 from contextlib import suppress
 from pathlib import Path
 
 import torch
-from lightning.fabric.strategies.launchers import subprocess_script
+from lightning.pytorch import Trainer
 
-from rwkv_pl.errors import one_line
+from rwkv_pl.errors import UserError, one_line
 from rwkv_pl.files import atomic_write
+from rwkv_pl.runs.folder import is_released
+from rwkv_pl.runs.ranks import name_processes
 
 TIMED_OUT = re.compile(r"timed out|timeout", re.IGNORECASE)
 
 # Seconds for the files of the others to appear.
 PATIENCE = 3.0
 
-NO_REASON = "lost the others"
+LOST = "lost the others"
 
 
-class _Observer(subprocess_script._ChildProcessObserver):
-    """Lightning's thread that kills rank 0 up to 5 seconds after a process that it started has failed: rank 0 may need
-    longer to print the error."""
-
-    def _terminate_all(self) -> None:
-        time.sleep(2 * PATIENCE)
-        super()._terminate_all()
-
-
-def prepare(folder: Path) -> None:
-    """Remove the files of an earlier start, and let rank 0 live until it has printed an error."""
-    subprocess_script._ChildProcessObserver = _Observer  # type: ignore[misc]
+def remove_old(folder: Path) -> None:
+    """Remove the files of an earlier start."""
     for path in folder.glob("error-rank-*.txt"):
         path.unlink(missing_ok=True)
 
@@ -45,33 +38,36 @@ def is_lost_connection(error: BaseException) -> bool:
     return is_gloo or isinstance(error, torch.distributed.DistError)
 
 
-def write(folder: Path, rank: int, error: BaseException) -> None:
-    """Write the error of this rank for rank 0 to find."""
-    reason = NO_REASON if is_lost_connection(error) else f"{type(error).__name__}: {one_line(error)[:300]}"
+def explain(trainer: Trainer, folder: Path, error: Exception, timeout: int) -> str | None:
+    """Write this process's error, and return the line to print about other processes: None if it is not for this one.
+
+    timeout: trainer.timeout.
+    """
+    rank, size = trainer.global_rank, trainer.world_size
+    is_lost = is_lost_connection(error)
+    reason = LOST if is_lost else f"{type(error).__name__}: {one_line(error)[:300]}"
+    details = "" if is_lost or isinstance(error, UserError) else "".join(traceback.format_exception(error))
     with suppress(OSError), atomic_write(folder / f"error-rank-{rank}.txt") as file:
-        file.write(reason.encode())
-
-
-def explain(folder: Path, world_size: int, error: BaseException, timeout: int) -> str | None:
-    """Return the error of the rank that failed first, in one line; None if that was this one. For rank 0."""
-    if not is_lost_connection(error):
+        file.write(f"{reason}\n{details}".encode())
+    if not is_lost:
         return None
     found: dict[int, str] = {}
     deadline = time.monotonic() + PATIENCE
-    while len(found) < world_size - 1 and time.monotonic() < deadline:
-        for rank in range(1, world_size):
-            with suppress(OSError):
-                found[rank] = (folder / f"error-rank-{rank}.txt").read_text(encoding="utf-8")
-        if any(reason != NO_REASON for reason in found.values()):
+    while len(found) < size - 1 and time.monotonic() < deadline:
+        for other in (other for other in range(size) if other != rank):
+            with suppress(OSError, IndexError):
+                found[other] = (folder / f"error-rank-{other}.txt").read_text(encoding="utf-8").splitlines()[0]
+        if rank > 0 and (is_released(folder) or min(found, default=rank) < rank):
+            return None  # that process prints the error
+        if any(reason != LOST for reason in found.values()):
             break
         time.sleep(0.05)
-    for rank, reason in sorted(found.items()):
-        if reason != NO_REASON:
-            return f"process {rank}: {reason}"
-    silent = [str(rank) for rank in range(1, world_size) if rank not in found]
+    for other, reason in sorted(found.items()):
+        if reason != LOST:
+            return f"process {other}: {reason}"
+    silent = [other for other in range(size) if other != rank and other not in found]
     if not silent:
-        return None
-    who = f"process {silent[0]}" if len(silent) == 1 else f"processes {', '.join(silent)}"
+        return f"the other processes have ended: process {rank} did not answer within trainer.timeout={timeout} seconds"
     if TIMED_OUT.search(str(error)):
-        return f"{who} did not answer within trainer.timeout={timeout} seconds"
-    return f"{who} ended without an error (killed?)"
+        return f"{name_processes(silent)} did not answer within trainer.timeout={timeout} seconds"
+    return f"{name_processes(silent)} ended without a word (killed?)"

@@ -47,10 +47,12 @@ class Start(Callback):
         device, dtype = trainer.strategy.root_device, matmul_dtype(trainer.strategy.root_device, precision)
         if device.type not in ("cpu", "cuda"):
             remarks.append(f"device  {device.type} is untested: rwkv_pl has never run on one")
-        estimate = estimate_memory(pl_module, precision)
-        self.metrics.flops_per_token = estimate.flops
+        divides = config.trainer["accumulate_grad_batches"] == "auto" and not self.inputs.accumulate
+        # Of a sharded model, all processes compute together.
+        estimates = trainer.is_global_zero or divides or pl_module.device_mesh is not None
+        estimate = estimate_memory(pl_module, precision) if estimates else None
         if config.trainer["accumulate_grad_batches"] == "auto":
-            if not self.inputs.accumulate:
+            if divides and estimate:
                 self._divide_batch(trainer, pl_module, estimate)
             found = trainer.accumulate_grad_batches
             remarks.append(
@@ -59,8 +61,9 @@ class Start(Callback):
         rows = config.data.batch_size // (trainer.world_size * trainer.accumulate_grad_batches)
         if config.compile:
             remarks.append(compile_blocks(pl_module, rows, config.data.ctx_len, precision, config.data.stream))
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero or not estimate:
             return
+        self.metrics.flops_per_token = estimate.flops
         self.metrics.baselines = measure_baselines(config, self.inputs.data)
         write_baselines(self.metrics.folder, self.metrics.baselines)
         peak = load_or_measure_peak(device, dtype)

@@ -27,7 +27,7 @@ from rwkv_pl.errors import RunError, StoppedBySignal, UserError, one_line
 from rwkv_pl.files import atomic_write, json_digest, with_path
 from rwkv_pl.limits import limit_threads
 from rwkv_pl.ops.heap import tune_allocator
-from rwkv_pl.runs import build, rank_errors, ranks
+from rwkv_pl.runs import agreement, build, processes, rank_errors, ranks
 from rwkv_pl.runs.device import choose_kernel, choose_matmul_precision
 from rwkv_pl.runs.folder import lock_for_all_ranks, run_folder, write_config, write_overrides
 from rwkv_pl.runs.inputs import Inputs, open_inputs, open_stored
@@ -109,7 +109,6 @@ def run(inputs: Inputs, folder: Path, record: Record, resumed: bool = False) -> 
     choose_matmul_precision(config, device)
     choose_kernel(config.kernel, device)
     ranks.check_world_size(trainer.world_size)
-    ranks.require_own_processes(trainer.num_devices, trainer.num_nodes)
     micro_batch_rows(
         config.data.batch_size, world_size=trainer.world_size, rank=0, accumulate=accumulate, micro_batch=0
     )
@@ -124,21 +123,22 @@ def _fit(
         with atomic_write(folder / "vocab.json") as file:
             file.write(json.dumps(inputs.data.vocabulary.to_dict()).encode())
         start_loggers(trainer, inputs.config, folder, resumed)
-    with _describe_stop(record), record, ranks.share_answers():
+    with _describe_stop(record), record:
         if trainer.is_global_zero:
-            rank_errors.prepare(folder)
+            rank_errors.remove_old(folder)
+        agreement.confirm_ready()
         started = time.perf_counter()
         try:
             trainer.fit(inputs.module, inputs.data, ckpt_path=inputs.resume_from, weights_only=True)
         except Exception as error:
-            if not trainer.is_global_zero:
-                rank_errors.write(folder, trainer.global_rank, error)
-                if not is_called_from_python():  # rank 0 prints it
-                    raise SystemExit(
-                        BAD_INPUT if isinstance(error, UserError) and not record.has_started else FAILED
-                    ) from error
-            elif reason := rank_errors.explain(folder, trainer.world_size, error, inputs.config.trainer["timeout"]):
-                raise RunError(f"{reason}; {resume_hint(folder)}" if record.has_started else reason) from error
+            processes.stop_watching()
+            if trainer.world_size > 1:
+                reason = rank_errors.explain(trainer, folder, error, inputs.config.trainer["timeout"])
+                if reason:
+                    raise RunError(f"{reason}; {resume_hint(folder)}" if record.has_started else reason) from error
+                if not trainer.is_global_zero and not is_called_from_python():  # another process prints the error
+                    is_input = isinstance(error, UserError) and not record.has_started
+                    raise SystemExit(BAD_INPUT if is_input else FAILED) from error
             if isinstance(error, UserError) and not record.has_started:
                 raise
             system = isinstance(error, OSError | MemoryError | torch.OutOfMemoryError)
@@ -239,14 +239,12 @@ def start_loggers(trainer: Trainer, config: Train, folder: Path, resumed: bool) 
 
 
 def prepare_process(config: Train) -> None:
-    """Set up the process: memory allocation, threads, Lightning's messages. Checks the number of processes."""
+    """Wait for the other processes of the run, and set up memory allocation, threads and Lightning's messages."""
     build.silence_lightning()
     tune_allocator()
-    devices = config.trainer["devices"]
-    known = isinstance(devices, int) and devices > 0
-    if known:  # before the run folder: rank 0 would remove it while another rank opens its log there
-        ranks.check_world_size(devices * config.trainer["num_nodes"])
-    limit_threads(devices if known else 1)
+    devices = processes.count_devices(config.trainer)
+    agreement.join(devices * config.trainer["num_nodes"], config.trainer["timeout"])
+    limit_threads(devices)
 
 
 def run_in(folder: Path, composed: DictConfig, task: Callable[[], None], described: bool = True) -> None:
@@ -256,7 +254,9 @@ def run_in(folder: Path, composed: DictConfig, task: Callable[[], None], describ
     """
     with open_dict(composed):
         composed.hydra.run.dir = composed.hydra.runtime.output_dir = str(folder)
-        composed.hydra.job.name = ranks.log_name() or composed.hydra.job.name
+        if not ranks.is_first_process():  # rank 0 writes the log, and prints
+            silent = {"version": 1, "disable_existing_loggers": False, "root": {"level": "CRITICAL"}}
+            composed.hydra.job_logging = silent
     if not described and ranks.is_first_process():
         write_config(folder, composed)
     with open_dict(composed):

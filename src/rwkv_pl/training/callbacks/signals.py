@@ -58,8 +58,8 @@ class StopOnSignal(Callback):
         environment = trainer._accelerator_connector.cluster_environment
         if isinstance(environment, SLURMEnvironment):
             environment.auto_requeue = False
-            if environment.requeue_signal:
-                self._codes[environment.requeue_signal] = 0
+        if SLURMEnvironment.job_id() is not None and hasattr(signal, "SIGUSR1"):
+            self._codes[signal.SIGUSR1] = 0
         if not is_called_from_python():
             self._set_handlers(self._end_at_start if trainer.is_global_zero else self._end_at_once)
 
@@ -67,7 +67,8 @@ class StopOnSignal(Callback):
         self._folder = Path(trainer.default_root_dir)
         if trainer.world_size > 1:
             backend = torch.distributed.get_backend()
-            self._group = None if backend == "gloo" else torch.distributed.new_group(backend="gloo")
+            timeout = trainer.strategy._timeout  # type: ignore[attr-defined]
+            self._group = None if backend == "gloo" else torch.distributed.new_group(backend="gloo", timeout=timeout)
         self._set_handlers(self._on_signal)
 
     def on_train_batch_end(
