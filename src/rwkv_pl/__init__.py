@@ -18,6 +18,7 @@ _HOMES = {
     "TokensDataModule": "rwkv_pl.data.datamodule",
     "tune_allocator": "rwkv_pl.ops.heap",
     "wkv4": "rwkv_pl.ops.wkv4",
+    "wkv7": "rwkv_pl.ops.wkv7",
     "use_kernel": "rwkv_pl.ops.backend",
     "generate": "rwkv_pl.inference.generate",
     "load_weights": "rwkv_pl.weights.read",
