@@ -9,6 +9,8 @@ from typing import Any
 _HOMES = {
     "RWKV4": "rwkv_pl.model.rwkv4",
     "RWKV4Config": "rwkv_pl.config",
+    "RWKV7": "rwkv_pl.model.rwkv7",
+    "RWKV7Config": "rwkv_pl.config",
     "LitRWKV": "rwkv_pl.training.module",
     "Optim": "rwkv_pl.config",
     "Schedule": "rwkv_pl.config",

@@ -18,7 +18,7 @@ from small_20b import small_20b
 from rwkv_pl import RWKV4, RWKV4Config, load_weights
 from rwkv_pl.data.vocabulary import Vocabulary, vocabulary_from_dict
 from rwkv_pl.errors import CorruptFileError, UserError
-from rwkv_pl.weights.huggingface import LAYOUTS
+from rwkv_pl.weights.layouts import LAYOUTS
 from rwkv_pl.weights.read import read_weights
 from rwkv_pl.weights.tensors import Weights
 from rwkv_pl.weights.write import write_weights

@@ -99,8 +99,8 @@ def main() -> None:
         from rwkv_pl.inference.state_file import GenerationState, check_replaceable, load_state, save_state
         from rwkv_pl.inference.text import TextStream
         from rwkv_pl.limits import limit_threads
+        from rwkv_pl.ops.huge_pages import move_to_huge_pages
         from rwkv_pl.ops.linear import cast_linear_weights
-        from rwkv_pl.ops.rwkv4_step import move_to_huge_pages
         from rwkv_pl.weights.read import read_weights
 
     limit_threads()
