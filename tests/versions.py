@@ -10,6 +10,9 @@ from rwkv_pl.model.language_model import LanguageModel
 VERSIONS = tuple(MODELS)
 VOCAB, LAYERS = 50, 3
 CHANNELS = {"rwkv4": 40, "rwkv7": 128}
+FEWEST_CHANNELS = {"rwkv4": 16, "rwkv7": 64}
+# After command.SMALL, the settings of a run of this version.
+RUN_SETTINGS = {version: (f"model={version}", f"model.n_embd={n}") for version, n in FEWEST_CHANNELS.items()}
 
 
 def small_model(version: str, seed: int = 0, **config: Any) -> LanguageModel:

@@ -12,6 +12,7 @@ import torch
 from command import SMALL, TEXT, load_checkpoint
 from forks import Strike
 from scheduler import environment, free_port, run_ranks
+from versions import RUN_SETTINGS
 
 from rwkv_pl.training.curve import read_rows
 
@@ -23,6 +24,7 @@ VARIANTS = {
     "checkpointing": ("activation_checkpointing=true",),
     "clipped values": ("trainer.gradient_clip_algorithm=value", "trainer.gradient_clip_val=1.0"),
     "muon": ("optim=muon",),
+    "rwkv7": RUN_SETTINGS["rwkv7"],
     "ema": ("callbacks=[default,ema]", "callbacks.ema.decay=0.5"),
 }
 

@@ -122,7 +122,7 @@ class RWKV7Layout(Layout):
     """
 
     def from_official(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        tensors = {name: value.T if _is_low_rank(name) else value for name, value in tensors.items()}
+        tensors = {name: value.T.contiguous() if _is_low_rank(name) else value for name, value in tensors.items()}
         theirs = super().from_official(tensors)
         return {name: value.flatten() if _VECTORS.search(name) else value for name, value in theirs.items()}
 

@@ -16,7 +16,6 @@ from rwkv_pl.model import MODELS
 
 # Versions that are not supported, but are named in the error. MODELS has the marks of the others.
 OTHER_VERSIONS = {
-    "rwkv7": r"att\.w0$",
     "rwkv6": r"att\.time_maa_",
     "rwkv5": r"att\.(time_faaaa|time_mix_g|ln_x\.weight)$",
 }
