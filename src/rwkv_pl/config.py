@@ -31,7 +31,9 @@ ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 PRECISIONS = ("auto", "32-true", "64-true", "bf16-mixed", "bf16-true", "16-mixed")
 # Lightning's other names of these, and its precisions that are untested here.
 OTHER_PRECISIONS = ("32", "64", "bf16", "16", "transformer-engine", "transformer-engine-float16")
-VOCABULARIES = ("byte", "char", "20b")
+VOCABULARIES = ("byte", "char", "20b", "world")
+# Those that are read from a file, data.vocab_path.
+FILE_VOCABULARIES = ("20b", "world")
 
 # The paths among the settings of `data`.
 DATA_PATHS = ("path", "val_path", "vocab_path")
@@ -113,7 +115,9 @@ CORPORA = {
     "stdlib": CorpusType("rwkv_pl.data.sources.stdlib:Stdlib"),
     "text": CorpusType("rwkv_pl.data.sources.text:Text", "your own text; give data.path=FILE"),
     "binidx": CorpusType(
-        "rwkv_pl.data.sources.binidx:Binidx", "PREFIX.bin and PREFIX.idx; give data.path=PREFIX", ("byte", "20b")
+        "rwkv_pl.data.sources.binidx:Binidx",
+        "PREFIX.bin and PREFIX.idx; give data.path=PREFIX",
+        ("byte", "20b", "world"),
     ),
 }
 """Corpus types, by data.name. There is one more: mix, several of these."""
@@ -163,8 +167,11 @@ class Data:
     def __post_init__(self) -> None:
         check_one_of("data.name", self.name, (*CORPORA, MIX))
         check_one_of("data.vocab", self.vocab, VOCABULARIES)
-        if self.vocab_path and self.vocab != "20b":
-            raise UserError(f"data.vocab_path is only for data.vocab=20b, the config has {self.vocab}: leave it out")
+        if self.vocab_path and self.vocab not in FILE_VOCABULARIES:
+            raise UserError(
+                f"data.vocab_path is only for data.vocab={' and '.join(FILE_VOCABULARIES)}, the config has "
+                f"{self.vocab}: leave it out"
+            )
         for name in ("batch_size", "ctx_len", "eval_batch_size"):
             check_at_least(f"data.{name}", getattr(self, name), 1)
         check_at_least("data.num_workers", self.num_workers, 0)

@@ -259,7 +259,8 @@ def _choose_vocabulary(loaded: Weights | None, config: Train, cwd: Path) -> Voca
             f"weights={config.weights} was trained with data.vocab={vocabulary.kind}, "
             f"the config has {config.data.vocab}: give data.vocab={vocabulary.kind} too"
         )
-    if vocabulary and config.data.vocab_path and read_vocabulary(cwd / config.data.vocab_path) != vocabulary:
+    path = config.data.vocab_path
+    if vocabulary and path and read_vocabulary(cwd / path, config.data.vocab) != vocabulary:
         raise UserError(
             f"data.vocab_path={config.data.vocab_path} differs from the tokenizer stored in weights={config.weights}: "
             "leave it out"
