@@ -108,6 +108,8 @@ TOLERANCES = {"compiled": 5e-7, "scan": 2e-6}
 @example(B=1, T=300, H=1, decays="ordinary", size=1.0, with_state=True, dtype=torch.float32)
 @example(B=2, T=100, H=2, decays="both", size=1e4, with_state=True, dtype=torch.bfloat16)
 def test_operator_agrees_with_the_recurrence(kernel, B, T, H, decays, size, with_state, dtype):
+    if dtype == torch.float16:  # the other sizes leave its range
+        size = 1.0
     arguments = draw(B, T, H, decays=decays, size=size, io=dtype)
     reference = results("recurrence", arguments, torch.float64, with_state=with_state)
     # The first step of a text does not use its decay and its a.
@@ -119,7 +121,7 @@ def test_operator_agrees_with_the_recurrence(kernel, B, T, H, decays, size, with
 @pytest.mark.parametrize("kernel", ["scan", "recurrence"])
 def test_gradcheck(kernel):
     with use_kernel(kernel):
-        arguments = [x.requires_grad_() for x in draw(1, 5, 2, N=3)]
+        arguments = [x.requires_grad_() for x in draw(1, 3, 2, N=2)]
         assert torch.autograd.gradcheck(wkv7, arguments)
 
 
