@@ -14,7 +14,7 @@ from versions import CHANNELS, VOCAB, perturbed_model, relative_error, small_mod
 from rwkv_pl import RWKV7, RWKV7Config, use_kernel
 from rwkv_pl.errors import UserError
 from rwkv_pl.model import rwkv7 as module
-from rwkv_pl.weights.layouts import LAYOUTS
+from rwkv_pl.weights.layouts import layout_of
 
 C, N = CHANNELS["rwkv7"], 64
 KERNELS = ["auto", "scan", "recurrence"]
@@ -92,7 +92,7 @@ def test_logits_and_gradients_equal_a_transcription_in_float64(kernel, dtype):
 
 def test_logits_and_gradients_equal_rwkv7_hf():
     package = pytest.importorskip("rwkv7_hf")
-    model, layout = perturbed_model("rwkv7"), LAYOUTS["rwkv7"]
+    model, layout = perturbed_model("rwkv7"), layout_of("rwkv7")
     peer = package.RWKV7ForCausalLM(package.RWKV7Config(**layout.config_of(model.config, torch.float32)))
     peer.load_state_dict(layout.from_official(model.state_dict()))
     tokens = torch.randint(VOCAB, (2, 25))

@@ -20,12 +20,12 @@ from rwkv_pl.config import ModelConfig
 from rwkv_pl.data.vocabulary import Vocabulary, vocabulary_from_dict
 from rwkv_pl.errors import CorruptFileError, UserError
 from rwkv_pl.model import MODELS
-from rwkv_pl.weights.layouts import LAYOUTS
+from rwkv_pl.weights.layouts import LAYOUTS, layout_of
 from rwkv_pl.weights.read import read_weights
 from rwkv_pl.weights.tensors import Weights
 from rwkv_pl.weights.write import write_weights
 
-RWKV4_LAYOUT = LAYOUTS["rwkv"]
+RWKV4_LAYOUT = layout_of("rwkv4")
 SIZE = RWKV4Config(vocab_size=30, n_layer=2, n_embd=12)
 # Ranks and widths that are not the official ones: they are read from the tensors.
 SIZE7 = RWKV7Config(vocab_size=30, n_layer=2, n_embd=64, n_ffn=96, rank_w=8, rank_a=5, rank_v=3, rank_g=16)
@@ -241,6 +241,17 @@ def test_weights_agree_with_rwkv7_hf_both_ways(tmp_path, dtype):
     with torch.no_grad():
         theirs = peer.float().eval()(tokens).logits
     assert relative_error(compute_logits(weights, tokens), theirs) < 2e-5
+
+
+def test_folder_of_official_names_below_a_base_model_is_read(tmp_path):
+    """As the class of transformers' pending pull request writes it."""
+    weights = random_weights(SIZE7)
+    config = LAYOUTS[-1].config_of(SIZE7, torch.float32)
+    assert config["architectures"] == ["Rwkv7ForCausalLM"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tensors = {name if name == "head.weight" else f"rwkv7.{name}": v for name, v in weights.tensors.items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert_same_bits(read_weights(tmp_path), weights)
 
 
 def test_transformers_model_is_read(tmp_path):

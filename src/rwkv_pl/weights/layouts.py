@@ -14,9 +14,10 @@ from rwkv_pl.weights.tensors import abbreviate
 
 @dataclass(frozen=True)
 class Layout:
-    """The format in which transformers stores one model type. A subclass knows the content of its config.json.
+    """The format of one of Hugging Face's model classes. A subclass knows the content of its config.json.
 
     model_type: its name in config.json.
+    architecture: the name of the class in config.json.
     version:    its name in MODELS.
     names:      official parameter name -> name in transformers, with {} for the layer's number.
     required:   keys of config.json, the values that the version has and files may state, such as the epsilon of a norm,
@@ -24,6 +25,7 @@ class Layout:
     """
 
     model_type: str
+    architecture: str
     version: str
     names: dict[str, str]
     required: dict[str, Any]
@@ -58,6 +60,7 @@ class Layout:
     def config_of(self, config: Any, dtype: torch.dtype) -> dict[str, Any]:
         """The content of config.json for a model with the version's `config` and weights of `dtype`."""
         return {
+            "architectures": [self.architecture],
             "model_type": self.model_type,
             "vocab_size": config.vocab_size,
             "hidden_size": config.n_embd,
@@ -77,7 +80,6 @@ class RWKV4Layout(Layout):
 
     def config_of(self, config: Any, dtype: torch.dtype) -> dict[str, Any]:
         return super().config_of(config, dtype) | {
-            "architectures": ["RwkvForCausalLM"],
             "intermediate_size": 4 * config.n_embd,
             # The longest sequence of transformers' CUDA kernel; it has no other effect.
             "context_length": 1024,
@@ -134,7 +136,6 @@ class RWKV7Layout(Layout):
 
     def config_of(self, config: Any, dtype: torch.dtype) -> dict[str, Any]:
         return super().config_of(config, dtype) | {
-            "architectures": ["RWKV7ForCausalLM"],
             "head_dim": config.head_size,
             "num_heads": config.n_embd // config.head_size,
             "intermediate_size": config.n_ffn,
@@ -183,18 +184,29 @@ _RWKV7_NAMES = {
     "head.weight": "lm_head.weight",
 }
 
-LAYOUTS: dict[str, Layout] = {
-    "rwkv": RWKV4Layout("rwkv", "rwkv4", _RWKV4_NAMES, required={"layer_norm_epsilon": 1e-5}),
-    "rwkv7": RWKV7Layout("rwkv7", "rwkv7", _RWKV7_NAMES, required={"norm_eps": 1e-5}),
-}
-"""The layouts by model_type."""
+# The class of a pull request to transformers has the official names and shapes, below the name of its base model.
+_RWKV7_OFFICIAL_NAMES = {name: name if name == "head.weight" else f"rwkv7.{name}" for name in _RWKV7_NAMES}
+
+LAYOUTS = (
+    RWKV4Layout("rwkv", "RwkvForCausalLM", "rwkv4", _RWKV4_NAMES, required={"layer_norm_epsilon": 1e-5}),
+    RWKV7Layout("rwkv7", "RWKV7ForCausalLM", "rwkv7", _RWKV7_NAMES, required={"norm_eps": 1e-5}),
+    Layout("rwkv7", "Rwkv7ForCausalLM", "rwkv7", _RWKV7_OFFICIAL_NAMES, required={"norm_eps": 1e-5}),
+)
+"""All layouts; the first one of a version is the one that is written."""
+
+
+def layout_of(version: str) -> Layout:
+    """The layout in which a version is written."""
+    return next(layout for layout in LAYOUTS if layout.version == version)
 
 
 def find_layout(config: dict[str, Any], folder: Path) -> Layout:
     """The layout that config.json names. Raises UserError for an unknown model type or another layer norm epsilon."""
-    layout = LAYOUTS.get(str(config.get("model_type")))
+    classes = config.get("architectures") or []
+    fitting = [layout for layout in LAYOUTS if layout.model_type == config.get("model_type")]
+    layout = next((layout for layout in fitting if layout.architecture in classes), next(iter(fitting), None))
     if layout is None:
-        known = ", ".join(f"{layout.model_type} ({layout.version})" for layout in LAYOUTS.values())
+        known = ", ".join(dict.fromkeys(f"{layout.model_type} ({layout.version})" for layout in LAYOUTS))
         raise UserError(f"{folder} holds a {config.get('model_type')} model, says its config.json; supported: {known}")
     for key, value in layout.required.items():
         if config.get(key, value) != value:

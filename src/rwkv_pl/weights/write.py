@@ -11,7 +11,7 @@ from torch import Tensor
 from rwkv_pl.errors import RunError
 from rwkv_pl.files import atomic_write, atomic_write_folder
 from rwkv_pl.weights import huggingface
-from rwkv_pl.weights.layouts import LAYOUTS
+from rwkv_pl.weights.layouts import layout_of
 from rwkv_pl.weights.metadata import KEY, Metadata
 from rwkv_pl.weights.read import read_weights
 from rwkv_pl.weights.tensors import Weights
@@ -36,7 +36,7 @@ def write_weights(weights: Weights, target: Path, with_unread: bool = False) -> 
             written = _verify(Path(file.name), weights)
     else:
         with atomic_write_folder(target) as folder:
-            layout = next(layout for layout in LAYOUTS.values() if layout.version == weights.version)
+            layout = layout_of(weights.version)
             _write_json(layout.config_of(weights.config, weights.dtype), folder / huggingface.CONFIG)
             if weights.vocabulary:
                 _write_json(weights.vocabulary.to_dict(), folder / huggingface.VOCABULARY)
