@@ -66,12 +66,12 @@ class RWKV4Config(ModelConfig):
 class RWKV7Config(ModelConfig):
     """Size of an RWKV-7. The last fields are not settings: 0 is the official size, and files of weights have others.
 
-    head_size: channels of a head; the compiled operator has 64.
+    head_size: channels of a head, officially 64, for which the operator is compiled.
     n_ffn: width of the channel mixing, officially 4 n_embd.
     rank_w, rank_a, rank_v, rank_g: of the low-rank functions: decay, in-context learning rate, values, gate.
     """
 
-    head_size: int = 64
+    head_size: int = 0
     n_ffn: int = 0
     rank_w: int = 0
     rank_a: int = 0
@@ -80,19 +80,18 @@ class RWKV7Config(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_at_least("model.head_size", self.head_size, 2)
+        official = {"head_size": 64, "n_ffn": 4 * self.n_embd}
+        for name, factor in {"rank_w": 2.5, "rank_a": 2.5, "rank_v": 1.7, "rank_g": 5.0}.items():
+            official[name] = max(32, round(factor * self.n_embd**0.5 / 32) * 32)
+        for name, size in official.items():
+            check_kind(f"model.{name}", getattr(self, name), (int,))
+            setattr(self, name, getattr(self, name) or size)
+            check_at_least(f"model.{name}", getattr(self, name), 1)
         if self.n_embd % self.head_size:
             raise UserError(
                 f"model.n_embd must be a multiple of {self.head_size} in an rwkv7 model, the channels of a head, got "
                 f"{self.n_embd}"
             )
-        self.n_ffn = self.n_ffn or 4 * self.n_embd
-        for name, factor in {"rank_w": 2.5, "rank_a": 2.5, "rank_v": 1.7, "rank_g": 5.0}.items():
-            official = max(32, round(factor * self.n_embd**0.5 / 32) * 32)
-            setattr(self, name, getattr(self, name) or official)
-        for name in ("head_size", "n_ffn", "rank_w", "rank_a", "rank_v", "rank_g"):
-            check_kind(f"model.{name}", getattr(self, name), (int,))
-            check_at_least(f"model.{name}", getattr(self, name), 1)
 
 
 MODEL_CONFIGS: dict[str, type[ModelConfig]] = {"rwkv4": RWKV4Config, "rwkv7": RWKV7Config}

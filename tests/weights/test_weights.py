@@ -155,6 +155,17 @@ def test_20b_folder_works_with_transformers_tokenizer(tmp_path):
         assert read_weights(tmp_path / "there").vocabulary is None
 
 
+def test_world_vocabulary_of_a_folder_is_recognised(tmp_path):
+    write_weights(random_weights(RWKV4Config(vocab_size=1 << 16, n_layer=1, n_embd=1)), tmp_path / "there")
+    assert read_weights(tmp_path / "there").vocabulary is None
+    lines = "".join(f"{i + 1} {bytes([i])!r} 1\n" for i in range(256))
+    (tmp_path / "there" / "rwkv_vocab_v20230424.txt").write_text(lines, encoding="utf-8")
+    vocabulary = read_weights(tmp_path / "there").vocabulary
+    assert vocabulary and vocabulary.kind == "world" and vocabulary.encode(b"\0a").tolist() == [1, 98]
+    write_weights(read_weights(tmp_path / "there"), tmp_path / "x.ckpt")
+    assert read_weights(tmp_path / "x.ckpt").vocabulary == vocabulary
+
+
 def test_byte_folder_works_with_transformers_tokenizer(tmp_path):
     transformers = pytest.importorskip("transformers")
     weights = random_weights(RWKV4Config(vocab_size=256, n_layer=1, n_embd=8))

@@ -74,13 +74,14 @@ def _read_folder(folder: Path) -> Weights:
         tensors |= huggingface.read_tensors(path) if safe else read_checkpoint(path)
     tensors, note = _unwrap(tensors, folder)
     tensors = layout.to_official(tensors, config, folder)
-    stored, tokenizer = folder / huggingface.VOCABULARY, folder / huggingface.TOKENIZER
+    stored = folder / huggingface.VOCABULARY
     vocabulary = vocabulary_from_dict(huggingface.read_json(stored)) if stored.exists() else None
-    if vocabulary is None and tokenizer.exists():
-        # The 20B tokenizer is recognised. Any other is ignored: the weights can be used without it.
-        with contextlib.suppress(UserError):
-            known = read_vocabulary(tokenizer)
-            vocabulary = known if known.size == len(tensors.get("emb.weight", ())) else None
+    for path in (folder / huggingface.TOKENIZER, *sorted(folder.glob("rwkv_vocab*.txt"))):
+        # The tokenizers 20b and world are recognised. Any other is ignored: the weights can be used without it.
+        if vocabulary is None and path.exists():
+            with contextlib.suppress(UserError):
+                known = read_vocabulary(path)
+                vocabulary = known if known.size == len(tensors.get("emb.weight", ())) else None
     return validate_tensors(tensors, layout.version, folder, f"Hugging Face folder{note}", vocabulary=vocabulary)
 
 
