@@ -30,6 +30,9 @@ class LanguageModel(nn.Module):
     block_class: ClassVar[Any]
     """The class of the blocks, built with (config, layer)."""
 
+    library: ClassVar[str]
+    """The library of its compiled operator, in rwkv_pl.ops.libraries."""
+
     mark: ClassVar[str]
     """A regular expression that a parameter's name in the files of this version matches, but of no earlier version."""
 

@@ -166,6 +166,7 @@ class RWKV4(LanguageModel):
     """
 
     block_class = Block
+    library = "wkv4"
     mark = r"att\.time_first$"
 
     # The official factors of the learning rate, by the last part of a parameter's name.

@@ -198,6 +198,7 @@ class RWKV7(LanguageModel):
     """
 
     block_class = Block
+    library = "wkv7"
     mark = r"att\.w0$"
 
     # The official factors of the learning rate, by the last part of a parameter's name.
