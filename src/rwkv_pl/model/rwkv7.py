@@ -37,11 +37,11 @@ class TimeMix(nn.Module):
     linear; decay w, in-context learning rate a and gate g are of low rank. Per head, with the state S (rows are values,
     columns are keys) and kk, the key times k_k with length 1::
 
-        S <- S diag(decay(w)) - (S kk) (a kk)^T + v k^T        y = S r
+        S <- S diag(decay(w)) - (S kk) (a kk)^T + v k'^T        y = S r        k' = (1 + (a - 1) k_a) k
 
-    First each key's memory decays, decay(w) = exp(-e^-0.5 sigmoid(w)), from 0.55 to 1. Then the fraction a of the value
-    that is stored under the key is removed, and the new value is stored. The output is a linear function of
-    g (GroupNorm(y) + (r . r_k k) v), where the second term is a bonus for the present token. The values of all layers
+    Each channel of the keys decays, decay(w) = exp(-e^-0.5 sigmoid(w)), from 0.55 to 1. The value that was stored under
+    the key, S kk, is removed to the fraction a, and the new value v is stored. The output is a linear function of
+    g (GroupNorm(y) + (r . r_k k') v), where the second term is a bonus for the present token. The values of all layers
     but the first are mixed with those of the first layer, v_first.
     """
 
