@@ -166,6 +166,9 @@ class RWKV4(nn.Module):
     A text gives the same logits, to rounding, if it is read whole, in pieces or one token at a time.
     """
 
+    # The library of its operator, in rwkv_pl.ops.libraries.
+    library = "wkv4"
+
     # The official factors of the learning rate, by the last part of a parameter's name.
     lr_scale = {"time_decay": 2.0, "time_first": 3.0}  # noqa: RUF012
 
