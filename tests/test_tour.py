@@ -16,7 +16,7 @@ from docs.notebook import to_notebook
 from docs.page import FOLDER, GUIDES, NEEDS_KERNEL, PICTURES, find_difference, list_pages, run
 from nbclient import NotebookClient
 
-from rwkv_pl.ops.backend import current_kernel, load
+from rwkv_pl.ops.backend import current_kernel, load_all
 
 CHAPTERS = list_pages(["0"])
 SHOWN = '\n</details>\n\n<picture>\n<source srcset="pictures/a_dark.png"><img src="pictures/a_light.png">\n</picture>'
@@ -42,7 +42,7 @@ PAGES = [*CHAPTERS, *(pytest.param(page, marks=pytest.mark.slow) for page in lis
 def test_page_prints_what_it_shows(page, tmp_path, monkeypatch):
     text = page.read_text(encoding="utf-8")
     # Building a kernel inside a page would count as the page's time.
-    if (failure := load("cpu")) and NEEDS_KERNEL in text:
+    if (failure := load_all("cpu")) and NEEDS_KERNEL in text:
         pytest.skip(f"the page needs the compiled kernel: {failure}")
     monkeypatch.chdir(tmp_path)
     before = global_state()

@@ -23,7 +23,7 @@ HALF = torch.bfloat16
 
 @pytest.fixture(scope="module", autouse=True)
 def loaded(compiled_kernel):
-    assert uses_compiled("cpu")
+    assert uses_compiled("wkv4", "cpu")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -7,13 +7,15 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from levels import run_at
 from torch import Tensor
 from torch.nn import functional as F
 
-from rwkv_pl.ops.backend import use_kernel
+from rwkv_pl.ops.backend import load, use_kernel
+from rwkv_pl.ops.build import LEVELS
 from rwkv_pl.ops.wkv7 import wkv7
 
-FAST = ["scan"]
+FAST = ["compiled", "scan"]
 HALVES = [torch.float16, torch.bfloat16]
 NAMES = ["receptance", "decay", "key", "value", "a", "b", "state"]
 
@@ -118,6 +120,14 @@ def test_operator_agrees_with_the_recurrence(kernel, B, T, H, decays, size, with
     assert_same(results(kernel, arguments, dtype, with_state=with_state), reference, tolerance, dtype, scale)
 
 
+@pytest.mark.usefixtures("compiled_kernel")
+def test_gradcheck_of_the_compiled_operator():
+    # In random directions: test_operator_agrees_with_the_recurrence compares every single gradient.
+    with use_kernel("compiled"):
+        arguments = [x.requires_grad_() for x in draw(1, 20, 1)]
+        assert torch.autograd.gradcheck(wkv7, arguments, fast_mode=True)
+
+
 @pytest.mark.parametrize("kernel", ["scan", "recurrence"])
 def test_gradcheck(kernel):
     with use_kernel(kernel):
@@ -206,9 +216,137 @@ def test_plain_kernels_compile_without_graph_breaks(kernel):
     assert torch.equal(output, expected) and torch.equal(state, end)
 
 
-def test_scan_has_a_second_derivative():
+@pytest.mark.usefixtures("compiled_kernel")
+def test_second_derivative_needs_the_scan():
+    arguments = [x.requires_grad_() for x in draw(1, 2, 1)]
+    words = r"wkv7: the compiled operator has no second derivative; use_kernel\('scan'\) has one"
+    for i in range(7):  # also if only one argument is asked for
+        with use_kernel("compiled"), pytest.raises(RuntimeError, match=words):
+            (grad,) = torch.autograd.grad(wkv7(*arguments)[0].square().sum(), arguments[i], create_graph=True)
+            torch.autograd.grad(grad.sum(), arguments[0])
     arguments = [x.requires_grad_() for x in draw(1, 3, 1, N=2)]
     assert torch.autograd.gradgradcheck(partial(select_kernel, "scan"), arguments)
+
+
+@pytest.mark.usefixtures("compiled_kernel")
+@pytest.mark.parametrize("shape", [(1, 70, 1), (1, 40, 2), (2, 20, 3)], ids=str)
+def test_rows_are_split_if_there_are_more_threads_than_heads(shape):
+    arguments = draw(*shape)
+    reference = results("recurrence", arguments, torch.float64)
+    torch.set_num_threads(4)
+    try:
+        split, again = (results("compiled", arguments, torch.float32) for _ in range(2))
+    finally:
+        torch.set_num_threads(2)
+    assert_same(split, reference, TOLERANCES["compiled"])
+    assert all(torch.equal(split[name], again[name]) for name in split), "two runs differ"
+
+
+@pytest.mark.usefixtures("compiled_kernel")
+def test_without_gradients_nothing_is_saved():
+    assert load("wkv7", "cpu") == ""
+    arguments = [x.float() for x in draw(1, 70, 2)]
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.shape) or x, lambda x: x):
+        with use_kernel("compiled"), torch.no_grad():
+            expected = wkv7(*arguments)
+        assert saved == []
+        with use_kernel("compiled"):
+            got = wkv7(*(x.requires_grad_() for x in arguments))
+    assert (1, 2, 2, 64, 64) in saved and (1, 70, 2, 64) in saved
+    assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
+    *_, states, sa = torch.ops.rwkv_pl.wkv7_forward(*(x.detach() for x in arguments), 0)
+    assert states.numel() == sa.numel() == 0
+
+
+@pytest.mark.usefixtures("compiled_kernel")
+@pytest.mark.parametrize("which", NAMES)
+def test_nan_matches_reference(which):
+    arguments = draw(1, 40, 2)
+    arguments[NAMES.index(which)][0, 1 if which == "state" else 20, 1, 5] = torch.nan
+    reference, got = results("recurrence", arguments, torch.float64), results("compiled", arguments, torch.float32)
+    for name, expected in reference.items():
+        assert torch.equal(got[name].isnan(), expected.isnan()), name
+    assert any(x.isnan().any() for x in reference.values())
+    numbers = [{name: x.nan_to_num() for name, x in found.items()} for found in (got, reference)]
+    assert_same(*numbers, TOLERANCES["compiled"])
+
+
+@pytest.mark.parametrize("kernel", FAST)
+def test_strided_inputs(kernel):
+    arguments = draw(2, 20, 2)
+    strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in arguments[:6]]
+    strided.append(arguments[6].mT.contiguous().mT)
+    dense = results(kernel, arguments, torch.float64)
+    assert_same(results(kernel, strided, torch.float64), dense, 1e-13)
+    # The gradient of a sum is one number with strides of 0.
+    leaves = [x.detach().requires_grad_() for x in strided]
+    with use_kernel(kernel):
+        wkv7(*leaves)[0].sum().backward()
+    assert all(x.grad is not None and x.grad.shape == x.shape for x in leaves)
+
+
+@pytest.mark.usefixtures("compiled_kernel")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_opcheck(dtype):
+    assert load("wkv7", "cpu") == ""
+    arguments = [x.to(dtype) for x in draw(1, 33, 2)]
+    arguments[2] = arguments[2].transpose(1, 2).contiguous().transpose(1, 2)
+    leaves = [x.clone().requires_grad_() for x in arguments]
+    torch.library.opcheck(torch.ops.rwkv_pl.wkv7_forward, (*leaves, 16))
+    output, state, *saved = torch.ops.rwkv_pl.wkv7_forward(*arguments, 16)
+    torch.library.opcheck(torch.ops.rwkv_pl.wkv7_backward, (*arguments[:6], *saved, output, state, 16))
+
+
+@pytest.mark.usefixtures("compiled_kernel")
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiles_to_one_graph(backend):
+    arguments = [x.float().requires_grad_() for x in draw(1, 20, 2)]
+
+    @torch.compile(fullgraph=True, backend=backend)
+    def compiled(*arguments: Tensor) -> Tensor:
+        output, state = wkv7(*arguments)
+        return output.sum() + state.square().sum()
+
+    with use_kernel("compiled"):
+        output, state = wkv7(*arguments)
+        expected = torch.autograd.grad(output.sum() + state.square().sum(), arguments)
+        got = torch.autograd.grad(compiled(*arguments), arguments)
+    for name, x, y in zip(NAMES, got, expected, strict=True):
+        torch.testing.assert_close(x, y, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.usefixtures("compiled_kernel")
+def test_compiled_operator_refuses_what_it_cannot_compute():
+    assert load("wkv7", "cpu") == ""
+    *inputs, state = (x.float() for x in draw(1, 4, 1))
+    forward = torch.ops.rwkv_pl.wkv7_forward
+    with pytest.raises(RuntimeError, match="wkv7: stretch must be 0 to 64, not 65"):
+        forward(*inputs, state, 65)
+    with pytest.raises(RuntimeError, match=r"wkv7: key must be \(B, T, H, 64\)"):
+        forward(*(x[..., :32] for x in inputs), None, 0)
+    with pytest.raises(RuntimeError, match="wkv7: state has not the shape"):
+        forward(*inputs, state[:, :, :32], 0)
+    with pytest.raises(RuntimeError, match="wkv7: decay has not the shape or the dtype"):
+        forward(*(x.bfloat16() for x in inputs), None, 0)
+
+
+AT_A_LEVEL = """
+import torch
+from test_wkv7 import TOLERANCES, assert_same, draw, results
+torch.set_num_threads(2)
+for shape in [(1, 100, 2), (1, 33, 1)]:
+    for dtype, tolerance in [(torch.float32, TOLERANCES["compiled"]), (torch.float64, 1e-13), (torch.bfloat16, 5e-7)]:
+        arguments = draw(*shape, io=dtype if dtype == torch.bfloat16 else torch.float32)
+        reference = results("recurrence", arguments, torch.float64)
+        assert_same(results("compiled", arguments, dtype), reference, tolerance, dtype)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("level", LEVELS)
+def test_every_level_agrees_with_the_recurrence(level):
+    run_at(level, AT_A_LEVEL)
 
 
 def change(name: str, value: object) -> dict[str, object]:

@@ -183,7 +183,7 @@ def _evaluate(config: Eval, name: str, run: Path | None, given: set[str]) -> dic
     if warning := data.text_warning():
         print(f"warning: {warning}", file=sys.stderr)
     device = _choose_device(config.accelerator)
-    choose_kernel(config.kernel, device)
+    choose_kernel(config.kernel, device, weights.version)
 
     report: dict[str, Any] = {
         "weights": {

@@ -29,7 +29,7 @@ def supports_step(parameters: Sequence[Tensor]) -> bool:
         and (len(parameters) - PARAMS_OUTSIDE_BLOCKS) % PARAMS_PER_BLOCK == 0
         and parameters[0].device.type == "cpu"
         and {parameter.dtype for parameter in parameters} <= {torch.float32, torch.bfloat16}
-        and uses_compiled("cpu")
+        and uses_compiled("wkv4", "cpu")
     )
 
 
@@ -70,6 +70,6 @@ def _fake(parameters: list[Tensor], tokens: Tensor, state: list[Tensor]) -> tupl
 
 
 # At the end, because it runs at once if the operators are already loaded.
-@when_loaded
+@when_loaded("wkv4")
 def _register_fake() -> None:
     torch.library.register_fake("rwkv_pl::rwkv4_step", _fake)

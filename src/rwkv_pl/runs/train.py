@@ -101,7 +101,7 @@ def run(inputs: Inputs, folder: Path, record: Record, resumed: bool = False) -> 
 
     device, accumulate = trainer.strategy.root_device, trainer.accumulate_grad_batches
     choose_matmul_precision(config, device)
-    choose_kernel(config.kernel, device)
+    choose_kernel(config.kernel, device, config.model.name)
     ranks.check_world_size(trainer.world_size)
     ranks.require_own_processes(trainer.num_devices, trainer.num_nodes)
     micro_batch_rows(
