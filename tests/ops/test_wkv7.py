@@ -93,7 +93,7 @@ def assert_same(
 
 CASES = {
     "B": st.integers(1, 2),
-    "T": st.sampled_from([1, 2, 15, 16, 17, 33, 100]),
+    "T": st.sampled_from([1, 2, 15, 16, 17, 33, 70]),
     "H": st.integers(1, 3),
     "decays": st.sampled_from(["ordinary", "none", "all", "both"]),
     "size": st.sampled_from([1e-3, 1.0, 1e4]),
@@ -105,10 +105,10 @@ TOLERANCES = {"compiled": 5e-7, "scan": 2e-6}
 
 
 @pytest.mark.parametrize("kernel", FAST)
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=4, deadline=None, derandomize=True)
 @given(**CASES)
-@example(B=1, T=300, H=1, decays="ordinary", size=1.0, with_state=True, dtype=torch.float32)
-@example(B=2, T=100, H=2, decays="both", size=1e4, with_state=True, dtype=torch.bfloat16)
+@example(B=1, T=140, H=1, decays="ordinary", size=1.0, with_state=True, dtype=torch.float32)
+@example(B=1, T=70, H=2, decays="both", size=1e4, with_state=True, dtype=torch.bfloat16)
 def test_operator_agrees_with_the_recurrence(kernel, B, T, H, decays, size, with_state, dtype):
     if dtype == torch.float16:  # the other sizes leave its range
         size = 1.0
@@ -118,6 +118,14 @@ def test_operator_agrees_with_the_recurrence(kernel, B, T, H, decays, size, with
     scale = results("recurrence", arguments, torch.float64) if (T, with_state) == (1, False) else None
     tolerance = 1e-13 if dtype == torch.float64 else TOLERANCES[kernel]
     assert_same(results(kernel, arguments, dtype, with_state=with_state), reference, tolerance, dtype, scale)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", FAST)
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(**CASES)
+def test_operator_agrees_with_the_recurrence_in_many_cases(kernel, **case):
+    test_operator_agrees_with_the_recurrence.hypothesis.inner_test(kernel, **case)
 
 
 @pytest.mark.usefixtures("compiled_kernel")
@@ -220,7 +228,7 @@ def test_plain_kernels_compile_without_graph_breaks(kernel):
 def test_second_derivative_needs_the_scan():
     arguments = [x.requires_grad_() for x in draw(1, 2, 1)]
     words = r"wkv7: the compiled operator has no second derivative; use_kernel\('scan'\) has one"
-    for i in range(7):  # also if only one argument is asked for
+    for i in (1, 6):  # also if only one argument is asked for
         with use_kernel("compiled"), pytest.raises(RuntimeError, match=words):
             (grad,) = torch.autograd.grad(wkv7(*arguments)[0].square().sum(), arguments[i], create_graph=True)
             torch.autograd.grad(grad.sum(), arguments[0])
@@ -287,10 +295,9 @@ def test_strided_inputs(kernel):
 
 
 @pytest.mark.usefixtures("compiled_kernel")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_opcheck(dtype):
+def test_opcheck():
     assert load("wkv7", "cpu") == ""
-    arguments = [x.to(dtype) for x in draw(1, 33, 2)]
+    arguments = [x.float() for x in draw(1, 33, 2)]
     arguments[2] = arguments[2].transpose(1, 2).contiguous().transpose(1, 2)
     leaves = [x.clone().requires_grad_() for x in arguments]
     torch.library.opcheck(torch.ops.rwkv_pl.wkv7_forward, (*leaves, 16))
