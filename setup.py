@@ -5,7 +5,7 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.bdist_wheel import bdist_wheel
 
-PREBUILT = any(Path(__file__).parent.joinpath("src", "rwkv_pl", "prebuilt").glob("wkv4*"))
+PREBUILT = any(Path(__file__).parent.joinpath("src", "rwkv_pl", "prebuilt").glob("*_cpu-*"))
 
 
 class Wheel(bdist_wheel):

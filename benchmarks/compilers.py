@@ -24,7 +24,7 @@ from benchmarks.common import (
     take_turns,
 )
 from benchmarks.generate import random_model
-from rwkv_pl.ops.backend import KernelError, load
+from rwkv_pl.ops.backend import KernelError, load_all
 from rwkv_pl.ops.heap import tune_allocator
 from rwkv_pl.ops.linear import cast_linear_weights
 from rwkv_pl.ops.toolchain import find_compiler, find_zig
@@ -67,9 +67,9 @@ def make_call(command: str, operator: str) -> Call:
     """The operator, from the kernel that this compiler builds."""
     os.environ["CXX"] = command
     tune_allocator()  # else page faults of the results can take longer than the operator
-    failure = load("cpu")
+    failure = load_all("cpu")
     if failure:
-        raise KernelError(failure)
+        raise KernelError("compilers", failure)
     return make_calls()[operator]
 
 
@@ -83,7 +83,7 @@ def main() -> None:
     print(f"{system.title}, {zig.title}")
     commands = {"system": system.command, "zig": zig.command}
     rows, lines = [], []
-    load("cpu")
+    load_all("cpu")
     for operator in make_calls():
         makers: dict[str, Maker] = {name: partial(make_call, command, operator) for name, command in commands.items()}
         seconds = take_turns(makers, options.rounds, SECONDS_A_TURN)

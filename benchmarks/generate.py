@@ -31,8 +31,8 @@ from rwkv_pl import RWKV4, RWKV4Config
 from rwkv_pl.inference.generate import Generation, read_tokens
 from rwkv_pl.inference.sampling import RowRandom, Sampling
 from rwkv_pl.ops.build import STABLE_ABI, cpu_flags, cpu_level
+from rwkv_pl.ops.huge_pages import move_to_huge_pages
 from rwkv_pl.ops.linear import cast_linear_weights
-from rwkv_pl.ops.rwkv4_step import move_to_huge_pages
 
 VOCAB, LAYERS, CHANNELS = 256, 12, 512
 # Tokens per call.

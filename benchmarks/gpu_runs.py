@@ -30,7 +30,7 @@ from benchmarks.train_step import Setting
 from benchmarks.wkv import make_inputs
 from rwkv_pl import LitRWKV
 from rwkv_pl.cli import doctor, train
-from rwkv_pl.ops.backend import load
+from rwkv_pl.ops.backend import load, load_all
 from rwkv_pl.training.callbacks.metrics import MetricsRecorder
 from rwkv_pl.training.memory import format_si
 
@@ -313,7 +313,7 @@ def generation(scale: Scale, dtype: torch.dtype) -> Finding:
 def build(scale: Scale) -> Finding:
     """Builds the operators, or loads them from the cache."""
     started = time.perf_counter()
-    if failure := load(scale.device):
+    if failure := load_all(scale.device):
         raise RuntimeError(failure)
     seconds = time.perf_counter() - started
     return Finding(f"the {scale.device} operators load after {seconds:.1f} s", {"seconds": seconds})
@@ -376,7 +376,7 @@ def sanitizer(scale: Scale, tool: str) -> Finding:
 
 def every_kernel() -> None:
     """Runs each WKV-4 kernel forward and backward. Inputs come from the CPU, so that no torch kernel runs."""
-    if failure := load("cuda"):
+    if failure := load("wkv4", "cuda"):
         raise RuntimeError(failure)
     for dtype in (torch.float32, torch.bfloat16):
         for B, T, C in ((1, 1, 1), (2, 70, 33), (1, 1100, 16)):

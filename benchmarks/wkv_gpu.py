@@ -154,7 +154,7 @@ def main() -> None:
     parser = common.make_parser("wkv_gpu", __doc__, rounds=15)
     parser.add_argument("--tiles", action="store_true", help="also time every tile at many shapes")
     options = parser.parse_args()
-    if failure := load("cuda"):
+    if failure := load("wkv4", "cuda"):
         parser.error(failure)
     title = "WKV-4 on a GPU"
     common.begin_benchmark(title, options.threads)

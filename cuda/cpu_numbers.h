@@ -3,7 +3,7 @@
 #pragma once
 
 #include "cpu_lanes.h"
-#include "wkv4_math.h"
+#include "scalar.h"
 
 namespace wkv {
 

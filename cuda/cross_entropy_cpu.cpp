@@ -11,7 +11,7 @@
 #include <algorithm>
 
 #include "cpu_numbers.h"
-#include "wkv4_tensor.h"
+#include "tensor.h"
 
 namespace {
 

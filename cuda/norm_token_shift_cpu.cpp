@@ -14,7 +14,7 @@
 #include <vector>
 
 #include "cpu_numbers.h"
-#include "wkv4_tensor.h"
+#include "tensor.h"
 
 namespace {
 

@@ -22,7 +22,7 @@
 #include "cpu_lanes.h"
 #include "cpu_numbers.h"
 #include "wkv4_math.h"
-#include "wkv4_tensor.h"
+#include "tensor.h"
 
 namespace {
 

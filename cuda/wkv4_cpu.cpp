@@ -22,7 +22,7 @@
 #include "cpu_lanes.h"
 #include "cpu_numbers.h"
 #include "wkv4_math.h"
-#include "wkv4_tensor.h"
+#include "tensor.h"
 
 namespace {
 
@@ -442,7 +442,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> wkv4_backward(const Tensor& t
 // output and their gradients are bfloat16, on a GPU also float16, and everything else is float32. tiles (B, ceil(T /
 // tile) + 1, 4, C) is only for the backward pass: the states before each tile and after the last step. tile is an
 // argument, not a constant, so that a graph in torch.compile's disk cache contains the value that its shapes need.
-STABLE_TORCH_LIBRARY(rwkv_pl, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(rwkv_pl, m) {
   m.def("wkv4_forward(Tensor time_decay, Tensor time_first, Tensor key, Tensor value, Tensor? state, int tile)"
         " -> (Tensor output, Tensor state, Tensor tiles)");
   m.def("wkv4_backward(Tensor time_decay, Tensor time_first, Tensor key, Tensor value, Tensor tiles,"

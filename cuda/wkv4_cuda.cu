@@ -4,48 +4,21 @@
 // chip. rwkv_pl.ops.build builds this file with the LibTorch stable ABI, so one library works with every torch from
 // 2.10, and loads with a torch without CUDA too.
 
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
-#include <cuda_runtime.h>
 
 #include <tuple>
 
+#include "cuda_tensor.h"
 #include "wkv4_launch.cuh"
-#include "wkv4_tensor.h"
-
-// Only in libtorch_cuda, which a torch without CUDA does not have. It is weak, so that the library still loads there.
-extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream) __attribute__((weak));
 
 namespace {
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using wkv::check;
 using wkv::contiguous;
+using wkv::current_stream;
 using wkv::data;
-
-cudaStream_t current_stream(const Tensor& t) {
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "wkv4: this torch has no CUDA");
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
-  return static_cast<cudaStream_t>(stream);
-}
-
-void check(cudaError_t error) { STD_TORCH_CHECK(error == cudaSuccess, "wkv4: ", cudaGetErrorString(error)); }
-
-// Calls f(a zero of key's dtype, a zero of the arithmetic's dtype).
-template <typename F>
-void dispatch(const Tensor& key, const F& f) {
-  switch (key.scalar_type()) {
-    case ScalarType::Float: return f(0.0f, 0.0f);
-    case ScalarType::Double: return f(0.0, 0.0);
-    case ScalarType::Half: return f(torch::headeronly::Half(0.0f), 0.0f);
-    case ScalarType::BFloat16: return f(torch::headeronly::BFloat16(0.0f), 0.0f);
-    default: STD_TORCH_CHECK(false, "wkv4: key must be float16, bfloat16, float32 or float64");
-  }
-}
+using wkv::dispatch;
 
 template <typename IO, typename T>
 wkv::Call<IO, T> call(const Tensor& time_decay, const Tensor& time_first, const Tensor& key, const Tensor& value,

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include "launch.cuh"
 #include "wkv4_scan.cuh"
 #include "wkv4_walk.cuh"
 
@@ -11,18 +12,6 @@ namespace wkv {
 constexpr int64_t WALK_TILE = 64;
 // One warp per block, so that warps spread evenly over the multiprocessors.
 constexpr int WALK_THREADS = 32;
-
-template <typename... Parameters, typename... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, cudaStream_t stream,
-                   Arguments... arguments) {
-  if (blocks == 0) return cudaSuccess;
-  if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.stream = stream;
-  return cudaLaunchKernelEx(&config, kernel, arguments...);
-}
 
 // Can V channels be loaded as one word? They can if V divides C and every tensor is aligned to the word.
 template <typename IO, int V, typename... Pointers>

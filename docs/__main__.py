@@ -50,9 +50,9 @@ def main() -> int:
         return 0
     # Before torch is imported: threads that wait for each other should not keep a busy core from other programs.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
-    from rwkv_pl.ops.backend import load
+    from rwkv_pl.ops.backend import load_all
 
-    failure = load("cpu")
+    failure = load_all("cpu")
     failed = 0
     for page in pages:
         if failure and NEEDS_KERNEL in page.read_text(encoding="utf-8"):

@@ -26,9 +26,9 @@ def _can_link() -> bool:
 
 def require_kernel() -> None:
     """Skip a test of the compiled kernel on Windows without a C++ compiler. All other machines have to build it."""
-    from rwkv_pl.ops.backend import load
+    from rwkv_pl.ops.backend import load_all
 
-    if WINDOWS and (reason := load("cpu")):
+    if WINDOWS and (reason := load_all("cpu")):
         pytest.skip(reason)
 
 

@@ -17,7 +17,7 @@ from docs.page import FOLDER, GUIDES, NEEDS_KERNEL, PICTURES, find_difference, l
 from nbclient import NotebookClient
 from systems import WINDOWS
 
-from rwkv_pl.ops.backend import current_kernel, load
+from rwkv_pl.ops.backend import current_kernel, load_all
 
 CHAPTERS = list_pages(["0"])
 SHOWN = '\n</details>\n\n<picture>\n<source srcset="pictures/a_dark.png"><img src="pictures/a_light.png">\n</picture>'
@@ -45,7 +45,7 @@ def test_page_prints_what_it_shows(page, tmp_path, monkeypatch):
     if WINDOWS and page.stem == "09_machine":
         pytest.skip("the page shows Linux' paths, and a machine without a wheel")
     # Building a kernel inside a page would count as the page's time.
-    if (failure := load("cpu")) and NEEDS_KERNEL in text:
+    if (failure := load_all("cpu")) and NEEDS_KERNEL in text:
         pytest.skip(f"the page needs the compiled kernel: {failure}")
     monkeypatch.chdir(tmp_path)
     before = global_state()

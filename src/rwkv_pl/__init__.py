@@ -9,6 +9,8 @@ from typing import Any
 _HOMES = {
     "RWKV4": "rwkv_pl.model.rwkv4",
     "RWKV4Config": "rwkv_pl.config",
+    "RWKV7": "rwkv_pl.model.rwkv7",
+    "RWKV7Config": "rwkv_pl.config",
     "LitRWKV": "rwkv_pl.training.module",
     "Optim": "rwkv_pl.config",
     "Schedule": "rwkv_pl.config",
@@ -18,6 +20,7 @@ _HOMES = {
     "TokensDataModule": "rwkv_pl.data.datamodule",
     "tune_allocator": "rwkv_pl.ops.heap",
     "wkv4": "rwkv_pl.ops.wkv4",
+    "wkv7": "rwkv_pl.ops.wkv7",
     "use_kernel": "rwkv_pl.ops.backend",
     "generate": "rwkv_pl.inference.generate",
     "load_weights": "rwkv_pl.weights.read",

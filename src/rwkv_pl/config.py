@@ -32,7 +32,9 @@ ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 PRECISIONS = ("auto", "32-true", "64-true", "bf16-mixed", "bf16-true", "16-mixed")
 # Lightning's other names of these, and its precisions that are untested here.
 OTHER_PRECISIONS = ("32", "64", "bf16", "16", "transformer-engine", "transformer-engine-float16")
-VOCABULARIES = ("byte", "char", "20b")
+VOCABULARIES = ("byte", "char", "20b", "world")
+# Those that are read from a file, data.vocab_path.
+FILE_VOCABULARIES = ("20b", "world")
 # Token ids of which only the number is known, data.vocab_size: their text is not.
 UNKNOWN = "unknown"
 ID_DTYPES = ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64")
@@ -42,8 +44,8 @@ DATA_PATHS = ("path", "val_path", "vocab_path")
 
 
 @dataclass
-class RWKV4Config:
-    """Size of an RWKV-4: the keys of conf/model/rwkv4.yaml without `name`, and vocab_size, which the data sets."""
+class ModelConfig:
+    """Size of a model: the keys of its file in conf/model/ without `name`, and vocab_size, which the data sets."""
 
     vocab_size: int
     n_layer: int
@@ -59,7 +61,44 @@ class RWKV4Config:
         check_between("model.dropout", self.dropout, 0, 1)
 
 
-MODEL_CONFIGS = {"rwkv4": RWKV4Config}
+@dataclass
+class RWKV4Config(ModelConfig):
+    """Size of an RWKV-4."""
+
+
+@dataclass
+class RWKV7Config(ModelConfig):
+    """Size of an RWKV-7. The last fields are not settings: 0 is the official size, and files of weights have others.
+
+    head_size: channels of a head, officially 64, for which the operator is compiled.
+    n_ffn: width of the channel mixing, officially 4 n_embd.
+    rank_w, rank_a, rank_v, rank_g: of the low-rank functions: decay, in-context learning rate, values, gate.
+    """
+
+    head_size: int = 0
+    n_ffn: int = 0
+    rank_w: int = 0
+    rank_a: int = 0
+    rank_v: int = 0
+    rank_g: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        official = {"head_size": 64, "n_ffn": 4 * self.n_embd}
+        for name, factor in {"rank_w": 2.5, "rank_a": 2.5, "rank_v": 1.7, "rank_g": 5.0}.items():
+            official[name] = max(32, round(factor * self.n_embd**0.5 / 32) * 32)
+        for name, size in official.items():
+            check_kind(f"model.{name}", getattr(self, name), (int,))
+            setattr(self, name, getattr(self, name) or size)
+            check_at_least(f"model.{name}", getattr(self, name), 1)
+        if self.n_embd % self.head_size:
+            raise UserError(
+                f"model.n_embd must be a multiple of {self.head_size} in an rwkv7 model, the channels of a head, got "
+                f"{self.n_embd}"
+            )
+
+
+MODEL_CONFIGS: dict[str, type[ModelConfig]] = {"rwkv4": RWKV4Config, "rwkv7": RWKV7Config}
 """Config class of each model version, by model.name; model.MODELS adds the modules."""
 
 
@@ -79,12 +118,14 @@ CORPORA = {
     "stdlib": CorpusType("rwkv_pl.data.sources.stdlib:Stdlib"),
     "text": CorpusType("rwkv_pl.data.sources.text:Text", "your own text; give data.path=FILE"),
     "binidx": CorpusType(
-        "rwkv_pl.data.sources.binidx:Binidx", "PREFIX.bin and PREFIX.idx; give data.path=PREFIX", ("byte", "20b")
+        "rwkv_pl.data.sources.binidx:Binidx",
+        "PREFIX.bin and PREFIX.idx; give data.path=PREFIX",
+        ("byte", "20b", "world"),
     ),
     "tokens": CorpusType(
         "rwkv_pl.data.sources.id_file:IdFile",
         "a .npy or .bin of token ids; give data.path=FILE",
-        (UNKNOWN, "byte", "20b"),
+        (UNKNOWN, "byte", "20b", "world"),
     ),
 }
 """Corpus types, by data.name. There is one more: mix, several of these."""
@@ -153,8 +194,11 @@ class Data:
         check_one_of("data.name", self.name, (*CORPORA, MIX))
         check_one_of("data.vocab", self.vocab, (*VOCABULARIES, UNKNOWN))
         self._check_vocab_size()
-        if self.vocab_path and self.vocab != "20b":
-            raise UserError(f"data.vocab_path is only for data.vocab=20b, the config has {self.vocab}: leave it out")
+        if self.vocab_path and self.vocab not in FILE_VOCABULARIES:
+            raise UserError(
+                f"data.vocab_path is only for data.vocab={' and '.join(FILE_VOCABULARIES)}, the config has "
+                f"{self.vocab}: leave it out"
+            )
         for name in ("batch_size", "ctx_len", "eval_batch_size"):
             check_at_least(f"data.{name}", getattr(self, name), 1)
         check_at_least("data.num_workers", self.num_workers, 0)
@@ -186,8 +230,8 @@ class Data:
                 )
         elif self.vocab == UNKNOWN:
             raise UserError(
-                "data.vocab_size is missing: give the number of different token ids, or data.vocab=byte or 20b if the "
-                "ids are text"
+                "data.vocab_size is missing: give the number of different token ids, or data.vocab=byte, 20b or world "
+                "if the ids are text"
             )
 
     def _check_mix(self) -> None:

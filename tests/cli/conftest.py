@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from brief import shorten_run_end
 from command import TEXT, Result, call, copy_run, make_run
+from versions import RUN_SETTINGS
 
 from rwkv_pl.cli import eval as evaluation
 from rwkv_pl.cli import train as training
@@ -28,15 +29,15 @@ def command(tmp_path, monkeypatch, capfd):
 
 
 @pytest.fixture(scope="session")
-def run_of_four_steps(tmp_path_factory) -> Path:
-    """Made once. Tests change copies."""
-    return make_run(tmp_path_factory.mktemp("run"))
+def run_of_four_steps(tmp_path_factory) -> Callable[[str], Path]:
+    """run_of_four_steps(version) -> its run folder, made once. Tests change copies."""
+    return functools.cache(lambda version: make_run(tmp_path_factory.mktemp("run"), *RUN_SETTINGS[version]))
 
 
 @pytest.fixture
-def run(run_of_four_steps, tmp_path) -> Path:
-    """A run of SMALL in `tmp_path`, with its corpus.txt."""
-    return copy_run(run_of_four_steps, tmp_path)
+def run(request, run_of_four_steps, tmp_path) -> Path:
+    """A run of SMALL in `tmp_path`, with its corpus.txt. An indirect parameter is the version of its model."""
+    return copy_run(run_of_four_steps(getattr(request, "param", "rwkv4")), tmp_path)
 
 
 @pytest.fixture

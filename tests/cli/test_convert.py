@@ -103,6 +103,25 @@ def test_conversion_reports_rounding_and_format(convert, official, tmp_path):
         assert torch.equal(value.view(torch.int16), half.tensors[name].view(torch.int16))
 
 
+@pytest.mark.parametrize("run", ["rwkv7"], indirect=True)
+def test_run_converts_to_every_format_and_back(convert, run, tmp_path):
+    for source, target in (("run", "folder"), ("folder", "official.pth"), ("official.pth", "back.ckpt")):
+        result = convert(source, target)
+        assert result.code == 0, result.err
+    there = read_weights(tmp_path / "run")
+    assert read_weights(tmp_path / "back.ckpt").digest == read_weights(tmp_path / "folder").digest == there.digest
+
+
+@pytest.mark.parametrize("run", ["rwkv7"], indirect=True)
+def test_parameters_that_nothing_reads_are_added_and_dropped(convert, run, tmp_path):
+    assert convert("run", "all.pth", "--with-block0-v").code == 0
+    added = torch.load(tmp_path / "all.pth", weights_only=True)
+    assert not any(added[f"blocks.0.att.v{i}"].any() for i in range(3))
+    result = convert("all.pth", "back.pth")
+    assert "without blocks.0.att.v0, blocks.0.att.v1, blocks.0.att.v2, which nothing reads" in result.out
+    assert len(torch.load(tmp_path / "back.pth", weights_only=True)) == len(added) - 3
+
+
 def test_dropped_vocabulary_is_reported(train, convert, tmp_path):
     (tmp_path / "corpus.txt").write_text("Fünf größere Bären äßen Öl. " * 2000, encoding="utf-8")
     assert train(*SMALL, "data.vocab=char", "hydra.run.dir=run").code == 0
@@ -162,6 +181,8 @@ def test_weights_of_another_vocabulary_cannot_start_a_run(train, convert, tmp_pa
         (("large.pth", "x", "--dtype", "float16"), "ln_out.bias contains 1e+09, too large for float16"),
         (("nan.pth", "x"), "ln_out.bias holds NaN"),
         (("partial.pth", "x"), "it lacks ln_out.bias"),
+        (("official.pth", "x", "--with-block0-v"), "--with-block0-v is for an official file: give NAME.pth, not x"),
+        (("official.pth", "x.pth", "--with-block0-v"), "the official files of rwkv4 have no v0, v1 and v2"),
     ],
 )
 def test_refusal_is_one_line_and_leaves_no_files(convert, official, tmp_path, arguments, message):

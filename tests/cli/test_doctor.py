@@ -14,8 +14,11 @@ from systems import needs_links, needs_scripts
 
 from rwkv_pl.cli import doctor
 from rwkv_pl.files import cache_folder
-from rwkv_pl.ops.backend import load
+from rwkv_pl.ops.backend import load_all
+from rwkv_pl.ops.libraries import LIBRARIES
 from rwkv_pl.ops.toolchain import Compiler, describe_nvcc_problem, find_nvcc
+
+LAST = list(LIBRARIES)[-1]
 
 
 def run(cache: Path, strikes: Sequence[Strike] = (), **environment: str) -> Result:
@@ -27,12 +30,13 @@ def run(cache: Path, strikes: Sequence[Strike] = (), **environment: str) -> Resu
 @needs_links
 def test_working_machine(tmp_path):
     # In a folder with a space and a non-ASCII letter; test_build.py has built it.
-    assert load("cpu") == ""
+    assert load_all("cpu") == ""
     (tmp_path / "a b \u00e9").mkdir()
     (tmp_path / "a b \u00e9" / "kernels").symlink_to(cache_folder() / "kernels")
     result = run(tmp_path / "a b \u00e9")
     assert result.code == 0, result.out + result.err
-    assert "cpu: kernel=auto uses the compiled kernel: ready in " in result.out
+    for library in LIBRARIES:
+        assert f"cpu: {library}: kernel=auto uses the compiled operators: ready in " in result.out
     for what in ("Python", torch.__version__, "C++ compiler", "ninja", "a b \u00e9"):
         assert what in result.out
     assert "Traceback" not in result.err
@@ -46,7 +50,7 @@ def test_broken_compiler(tmp_path):
     for command in (str(script), "g++ 'x"):
         result = run(tmp_path, CXX=command)
         assert (result.code, "Traceback" in result.err) == (1, False), result.err
-        assert result.out.splitlines()[-1].startswith("cpu: kernel=auto uses the scan in plain torch: ")
+        assert result.out.splitlines()[-1].startswith(f"cpu: {LAST}: kernel=auto uses plain torch: ")
 
 
 @needs_scripts
@@ -58,8 +62,8 @@ def test_failed_build_shows_the_error_and_the_log(tmp_path):
     script.chmod(0o755)
     for _ in range(2):  # it builds again although the first build has failed
         result = run(tmp_path, CXX=str(script))
-        assert (result.code, result.err.count("building the WKV kernel")) == (1, 1)
-    log = tmp_path / "kernels" / "wkv4_cpu.log"
+        assert (result.code, result.err.count("rwkv_pl: building the ")) == (1, len(LIBRARIES))
+    log = tmp_path / "kernels" / f"{LAST}_cpu.log"
     assert result.out.splitlines()[-1].endswith(f"failed: a.cpp:1:2: error: no; its full output is in {log}")
     assert "rwkv-doctor to build again" not in result.out
     assert "a.cpp:1:2: error: no" in log.read_text()
@@ -132,7 +136,7 @@ def test_table_without_any_build_tool(tmp_path):
     left = "0 libraries, 0.0 MB; 1 interrupted builds, which the next build removes"
     assert table["cache"] == [f"{tmp_path / 'kernels'}: {left}", "-"]
     reason = "no C++ compiler (CXX=/nowhere/c++ was not found); set CXX to a compiler, or unset it"
-    assert result.out.splitlines()[-1] == f"cpu: kernel=auto uses the scan in plain torch: {reason}"
+    assert result.out.splitlines()[-1] == f"cpu: {LAST}: kernel=auto uses plain torch: {reason}"
 
 
 def test_nvcc_advice_names_the_problem_and_the_fix():

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from command import TEXT, make_run
+from versions import VERSIONS
 
 from rwkv_pl import RWKV4, RWKV4Config, load_weights
 from rwkv_pl.data.sources.text import Text
@@ -45,6 +46,7 @@ def read_reported_score(folder: Path) -> float:
     return next(row["val/bits_per_byte"] for row in reversed(rows) if "val/bits_per_byte" in row)
 
 
+@pytest.mark.parametrize("run", VERSIONS, indirect=True)
 def test_run_is_evaluated_on_its_own_text_from_another_folder(evaluate, run, tmp_path):
     (tmp_path / "corpus.txt").unlink()
     result = evaluate(f"weights={run}")

@@ -12,6 +12,7 @@ import torch
 from command import Result, call
 from small_20b import small_20b
 from systems import WINDOWS
+from versions import FEWEST_CHANNELS, VERSIONS, small_model
 
 from rwkv_pl import RWKV4, RWKV4Config
 from rwkv_pl import generate as api
@@ -20,9 +21,10 @@ from rwkv_pl.data.tokenizer_20b import Vocabulary20B
 
 
 @pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    model = RWKV4(RWKV4Config(vocab_size=256, n_layer=2, n_embd=16)).eval()
+def model(request):
+    """An indirect parameter is its version."""
+    version = getattr(request, "param", "rwkv4")
+    model = small_model(version, vocab_size=256, n_layer=2, n_embd=FEWEST_CHANNELS[version]).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.3 * torch.randn_like(parameter)
@@ -132,6 +134,7 @@ def test_later_sample_is_printed_after_earlier_ones(model, run):
     assert result.out == "--- 1 of 2 ---\n{}\n--- 2 of 2 ---\n{}\n".format(*shown)
 
 
+@pytest.mark.parametrize("model", VERSIONS, indirect=True)
 def test_saved_state_continues_exactly(model, run):
     whole = generate_expected(model, b"abc", 40, temperature=0)
     first = run("model.pth", "abc", "--temperature", "0", "--max-tokens", "15", "--state-out", "memory")

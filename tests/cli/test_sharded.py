@@ -13,6 +13,7 @@ from forks import Strike
 from scheduler import run_ranks
 from systems import needs_gloo
 from torch import Tensor
+from versions import RUN_SETTINGS
 
 from rwkv_pl.training.curve import read_rows
 from rwkv_pl.weights.checkpoint import read_checkpoint
@@ -27,6 +28,7 @@ VARIANTS = {
     "clipped values": ("trainer.gradient_clip_algorithm=value", "trainer.gradient_clip_val=1.0"),
     "muon": ("optim=muon",),
     "compile": ("compile=true",),
+    "rwkv7": RUN_SETTINGS["rwkv7"],
     "ema": ("callbacks=[default,ema]", "callbacks.ema.decay=0.5"),
     "stream": ("data.stream=true",),
 }

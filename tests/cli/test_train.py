@@ -12,8 +12,9 @@ import pytest
 import torch
 import yaml
 from command import SMALL, load_checkpoint
+from versions import RUN_SETTINGS, VERSIONS
 
-from rwkv_pl import load_weights
+from rwkv_pl import RWKV7, RWKV7Config, load_weights
 from rwkv_pl.config import Train
 from rwkv_pl.runs.folder import create_run_dir
 from rwkv_pl.runs.inputs import choose_val_check_interval
@@ -144,9 +145,11 @@ RESUMED = (
 )
 
 
-def test_resumed_run_ends_in_the_same_bits(train, tmp_path, monkeypatch):
-    assert train(*SMALL, *RESUMED, "trainer.max_steps=12", "hydra.run.dir=whole").code == 0
-    assert train(*SMALL, *RESUMED, "trainer.max_steps=7", "hydra.run.dir=part").code == 0
+@pytest.mark.parametrize("version", VERSIONS)
+def test_resumed_run_ends_in_the_same_bits(train, tmp_path, monkeypatch, version):
+    settings = (*SMALL, *RUN_SETTINGS[version], *RESUMED)
+    assert train(*settings, "trainer.max_steps=12", "hydra.run.dir=whole").code == 0
+    assert train(*settings, "trainer.max_steps=7", "hydra.run.dir=part").code == 0
     first = {path.name: path.read_bytes() for path in (tmp_path / "part" / ".hydra").iterdir()}
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -352,6 +355,22 @@ def test_weights_of_a_run_initialise_another(train, run, tmp_path):
         for name, value in there.items():
             # bfloat16 has 8 bits of mantissa.
             torch.testing.assert_close(here["state_dict"][name], value, rtol=2**-8, atol=1e-6)
+
+
+def test_weights_of_other_ranks_start_a_run_that_resumes(train, tmp_path):
+    """They are no settings: a run takes them from the weights, and its resume from the checkpoint."""
+    sizes = {"n_ffn": 96, "rank_w": 8, "rank_a": 8, "rank_v": 4, "rank_g": 16}
+    torch.save(RWKV7(RWKV7Config(256, 2, 64, **sizes)).state_dict(), "w.pth")
+    result = train(*SMALL, *RUN_SETTINGS["rwkv7"], "weights=w.pth", "model.dropout=0.1", "hydra.run.dir=run")
+    assert result.code == 0, result.err
+    result = train("resume=run", "trainer.max_steps=6", "model.dropout=0.2")
+    assert result.code == 0, result.err
+    last = load_checkpoint(tmp_path / "run")
+    assert last["global_step"] == 6
+    assert sizes.items() <= last["rwkv_pl"]["config"].items() and last["rwkv_pl"]["config"]["dropout"] == 0.2
+    result = train(*SMALL, "weights=w.pth", "hydra.run.dir=next")
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert "weights=w.pth holds a rwkv7 model, the config has rwkv4: give a model=rwkv7 of its size" in result.err
 
 
 def test_weights_with_the_names_of_other_programs_are_loaded_and_named(train, run, tmp_path):

@@ -2,16 +2,16 @@
 
 import pytest
 import torch
+from versions import VERSIONS, small_model
 
-from rwkv_pl import RWKV4, RWKV4Config, generate
+from rwkv_pl import generate
 from rwkv_pl.errors import UserError
 from rwkv_pl.inference.state_file import GenerationState, check_replaceable, load_state, save_state
 
 
-@pytest.fixture
-def model():
-    torch.manual_seed(0)
-    return RWKV4(RWKV4Config(vocab_size=7, n_layer=2, n_embd=16))
+@pytest.fixture(params=VERSIONS)
+def model(request):
+    return small_model(request.param, vocab_size=7, n_layer=2, n_embd={"rwkv4": 16, "rwkv7": 64}[request.param])
 
 
 @pytest.fixture

@@ -2,18 +2,19 @@
 
 import math
 import os
-import re
 
 import numpy as np
 import pytest
 import torch
+import versions
 from torch.nn import functional as F
+from versions import LAYERS, VOCAB, relative_error
 
 from rwkv_pl import RWKV4, RWKV4Config, use_kernel
 from rwkv_pl.model import rwkv4 as module
 from rwkv_pl.ops.linear import cast_linear_weights
 
-VOCAB, LAYERS, CHANNELS = 50, 3, 40
+CHANNELS = versions.CHANNELS["rwkv4"]
 HF_NAMES = {
     "emb": "rwkv.embeddings",
     "blocks": "rwkv.blocks",
@@ -28,13 +29,7 @@ HF_NAMES = {
 
 
 def perturbed_model(seed: int = 0, **config: float) -> RWKV4:
-    """At the official initialisation most gradients are zero, so a comparison would prove nothing."""
-    torch.manual_seed(seed)
-    model = RWKV4(RWKV4Config(**({"vocab_size": VOCAB, "n_layer": LAYERS, "n_embd": CHANNELS} | config)))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.2 * torch.randn_like(parameter)
-    return model
+    return versions.perturbed_model("rwkv4", seed, **config)
 
 
 def hf_name(name: str) -> str:
@@ -54,10 +49,6 @@ def hf_model(model: RWKV4):
     peer = transformers.RwkvForCausalLM(config)
     peer.load_state_dict({hf_name(name): value for name, value in model.state_dict().items()})
     return peer
-
-
-def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    return float((ours - theirs).detach().norm() / theirs.detach().norm())
 
 
 @pytest.mark.parametrize("kernel", ["auto", "scan", "recurrence"])
@@ -95,60 +86,6 @@ def test_saved_weights_run_in_the_rwkv_package(tmp_path):
         logits, state = model(piece, state)
         theirs, peer_state = peer.forward(piece[0].tolist(), peer_state)
         assert relative_error(logits[0, -1], theirs) < 1e-5
-
-
-@pytest.mark.parametrize("kernel", ["auto", "scan", "recurrence"])
-@pytest.mark.parametrize("pieces", [[1] * 21, [5, 1, 15], [20, 1]], ids=["token-by-token", "uneven", "all-but-one"])
-def test_logits_of_a_text_in_pieces_are_the_same(kernel, pieces):
-    model = perturbed_model().eval()
-    tokens = torch.randint(VOCAB, (3, sum(pieces)))
-    with use_kernel(kernel), torch.no_grad():
-        whole, last = model(tokens)
-        state, parts = None, []
-        for piece in tokens.split(pieces, dim=1):
-            logits, state = model(piece, state)
-            parts.append(logits)
-    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-4)
-    for block, expected in zip(state, last, strict=True):
-        torch.testing.assert_close(block.att_shift, expected.att_shift, rtol=1e-4, atol=1e-4)
-        assert block.wkv.shape == (3, 3, CHANNELS)
-
-
-def test_head_of_hidden_equals_forward():
-    model = perturbed_model().eval()
-    tokens = torch.randint(VOCAB, (2, 9))
-    hidden, _ = model.hidden(tokens)
-    assert hidden.shape == (2, 9, CHANNELS)
-    torch.testing.assert_close(model.head(hidden), model(tokens)[0])
-
-
-@pytest.mark.parametrize(("dropout", "autocast"), [(0.0, False), (0.3, False), (0.3, True)])
-def test_activation_checkpointing_gives_bit_identical_gradients(dropout, autocast):
-    tokens = torch.randint(VOCAB, (2, 40))
-    gradients, kept = {}, {}
-    for again in (False, True):
-        model = perturbed_model(dropout=dropout)
-        model.activation_checkpointing = again
-        storages = {}
-
-        def keep(tensor, storages=storages):
-            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        torch.manual_seed(1)
-        with (
-            torch.autocast("cpu", torch.bfloat16, enabled=autocast),
-            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-        ):
-            _, state = model.hidden(tokens[:, :3])
-            hidden, state = model.hidden(tokens, state)
-            loss = hidden.square().mean() + sum((block.wkv[:, 0] / block.wkv[:, 1]).sum() for block in state)
-        loss.backward()
-        gradients[again] = [parameter.grad for parameter in model.blocks.parameters()]
-        kept[again] = sum(storages.values())
-    assert all(torch.equal(*pair) for pair in zip(*gradients.values(), strict=True))
-    assert all(gradient.norm() > 0 for gradient in gradients[True])
-    assert kept[True] < kept[False] / 2
 
 
 def test_official_parameter_names_and_shapes():
@@ -209,11 +146,6 @@ def assert_orthogonal(weight, gain):
     torch.testing.assert_close(gram, gain**2 * torch.eye(len(gram)), rtol=0, atol=1e-4)
 
 
-def test_small_vocabulary_does_not_increase_the_head_gain():
-    model = RWKV4(RWKV4Config(vocab_size=8, n_layer=1, n_embd=16))
-    assert_orthogonal(model.head.weight, gain=0.5)
-
-
 def test_model_with_one_layer_and_one_channel():
     model = RWKV4(RWKV4Config(vocab_size=3, n_layer=1, n_embd=1))
     assert all(value.isfinite().all() for value in model.state_dict().values())
@@ -244,14 +176,6 @@ def test_hooks_and_replaced_layers_work_as_in_torch():
         assert relative_error(replaced, perturbed_model()(tokens)[0]) > 1e-3
         with use_kernel("scan"):
             torch.testing.assert_close(replaced, model(tokens)[0], rtol=1e-5, atol=1e-5)
-
-
-def test_dropout_acts_only_in_training():
-    model = perturbed_model(dropout=0.5)
-    tokens = torch.randint(VOCAB, (1, 8))
-    assert not torch.equal(model(tokens)[0], model(tokens)[0])
-    model.eval()
-    assert torch.equal(model(tokens)[0], model(tokens)[0])
 
 
 def run_steps(model: RWKV4, tokens: torch.Tensor, state=None):
@@ -370,47 +294,3 @@ def test_step_applies_dropout_in_training(count_compiled_calls):
     assert not torch.equal(model.step(tokens)[0], model.step(tokens)[0]) and not count_compiled_calls
     model.eval()
     assert torch.equal(model.step(tokens)[0], model.step(tokens)[0]) and count_compiled_calls
-
-
-@pytest.mark.parametrize("kernel", ["auto", "scan"])
-@pytest.mark.parametrize(
-    ("tokens", "error", "message"),
-    [
-        (torch.tensor([1, 2, 3]), ValueError, r"tokens must be (B, T) with T at least 1, not (3,)"),
-        (torch.zeros(2, 0, dtype=torch.int64), ValueError, r"tokens must be (B, T) with T at least 1, not (2, 0)"),
-        (torch.rand(1, 3), TypeError, "tokens must be an int64 tensor, not torch.float32"),
-        ([[1, 2]], TypeError, "tokens must be an int64 tensor, not list"),
-        (torch.tensor([[1, 11]]), IndexError, "tokens must be from 0 to 10, got 11"),
-        (torch.tensor([[-1, 2]]), IndexError, "tokens must be from 0 to 10, got -1"),
-        (torch.zeros(1, 2, dtype=torch.int64, device="meta"), ValueError, "tokens are on meta and the model on cpu"),
-    ],
-)
-def test_bad_tokens_are_named(kernel, tokens, error, message):
-    model = RWKV4(RWKV4Config(11, 1, 8))
-    with use_kernel(kernel), pytest.raises(error, match=re.escape(message)):
-        model(tokens)
-
-
-@pytest.mark.parametrize("kernel", ["auto", "scan"])
-def test_state_of_another_size_is_named(kernel):
-    model, tokens = RWKV4(RWKV4Config(11, 2, 8)), torch.zeros(2, 3, dtype=torch.int64)
-    with use_kernel(kernel):
-        _, state = model(tokens)
-        with pytest.raises(ValueError, match="2 layers and 2 rows; the model has 2 layers, and tokens 1 rows"):
-            model(tokens[:1], state)
-        with pytest.raises(ValueError, match="the state has 1 layers and 2 rows"):
-            model(tokens, state[:1])
-        with pytest.raises(ValueError, match="the state has 8 channels and the model 16: it is the state of another"):
-            RWKV4(RWKV4Config(11, 2, 16))(tokens, state)
-        with pytest.raises(TypeError, match="the state must be one that the model returned, not int"):
-            model(tokens, 3)
-
-
-def test_tokens_are_read_only_to_explain_an_error(monkeypatch):
-    def refuse(*_):
-        raise AssertionError("a pass over the tokens in each step, which a GPU would wait for")
-
-    model, tokens = RWKV4(RWKV4Config(11, 1, 8)), torch.zeros(2, 3, dtype=torch.int64)
-    for name in ("aminmax", "min", "max", "tolist", "item"):
-        monkeypatch.setattr(torch.Tensor, name, refuse)
-    model(tokens)

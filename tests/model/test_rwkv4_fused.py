@@ -27,7 +27,7 @@ NORMS = {"att": "ln1", "ffn": "ln2"}
 
 @pytest.fixture(scope="module", autouse=True)
 def loaded(compiled_kernel):
-    assert uses_compiled("cpu")
+    assert uses_compiled("elementwise", "cpu")
 
 
 class Masked(nn.Module):

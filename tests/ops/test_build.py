@@ -21,8 +21,6 @@ from systems import WINDOWS
 
 from rwkv_pl.files import cache_folder
 from rwkv_pl.ops.build import (
-    CPU_SOURCES,
-    CUDA_SOURCES,
     LibrarySpec,
     _compile_cpu,
     _compile_cuda,
@@ -30,6 +28,7 @@ from rwkv_pl.ops.build import (
     _try_load,
     cpu_flags,
 )
+from rwkv_pl.ops.libraries import LIBRARIES
 from rwkv_pl.ops.toolchain import Compiler
 
 CALL = """
@@ -95,7 +94,7 @@ def library(cache: Path) -> Path:
 def test_two_processes_build_once(built):
     cache, said = built
     (line,) = "".join(said).splitlines()
-    assert line.startswith("rwkv_pl: building the WKV kernel for ")
+    assert line.startswith("rwkv_pl: building the WKV-4 kernel for ")
     assert library(cache).exists() and not list((cache / "kernels").glob("building-*"))
 
 
@@ -197,8 +196,10 @@ def test_nvcc_gets_the_host_compiler_as_one_program(monkeypatch, tmp_path, comma
     monkeypatch.setattr(subprocess, "run", lambda command, **_: commands.append(command) or 1 / 0)
     host = Compiler(command, shutil.which(command.split()[0]), "12.2")
     nvcc = Compiler("nvcc", "/cuda/bin/nvcc", "13.0")
+    sources = LIBRARIES["wkv4"].cuda_sources
+    spec = LibrarySpec("wkv4_cuda", "WKV-4 kernel", "sm_90", sources, nvcc, [], 15, _compile_cuda, host)
     with pytest.raises(ZeroDivisionError):
-        _compile_cuda(tmp_path, LibrarySpec("wkv4_cuda", "sm_90", CUDA_SOURCES, nvcc, [], 15, _compile_cuda, host))
+        _compile_cuda(tmp_path, spec)
     program = commands[0][commands[0].index("-ccbin") + 1]
     monkeypatch.undo()
     assert "g++" in subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout
@@ -224,7 +225,8 @@ def test_cache_folder_of_each_platform(monkeypatch, tmp_path):
 def test_library_name_depends_on_every_build_input():
     def name(level: str, path: str, version: str) -> str:
         compiler = Compiler("c++", path, version)
-        return _spec_digest(LibrarySpec("wkv4_cpu", level, CPU_SOURCES, compiler, cpu_flags(level), 3, _compile_cpu))
+        sources, flags = LIBRARIES["wkv4"].cpu_sources, cpu_flags(level)
+        return _spec_digest(LibrarySpec("wkv4_cpu", "kernel", level, sources, compiler, flags, 3, _compile_cpu))
 
     names = {
         name("portable", "/usr/bin/c++", "12.2"),
@@ -237,15 +239,18 @@ def test_library_name_depends_on_every_build_input():
 
 WITH_CUDA_TORCH = """
 import torch
-from rwkv_pl.cli.doctor import MAX_ERROR, _measure_error
 from rwkv_pl.ops.backend import load, use_kernel
+from rwkv_pl.ops.libraries import LIBRARIES
+from rwkv_pl.ops.self_tests import MAX_ERROR, measure_error
 assert torch.version.cuda is not None
-assert (load("cpu"), load("cuda")) == ("", "")
-for name in ("rwkv_pl::wkv4_forward", "rwkv_pl::wkv4_backward"):
-    for key in ("CPU", "CUDA"):
-        assert torch._C._dispatch_has_kernel_for_dispatch_key(name, key), (name, key)
 use_kernel("compiled")
-assert _measure_error("cpu") <= MAX_ERROR
+for library in LIBRARIES.values():
+    assert load(library.name, "cpu") == "" and measure_error(library.name, "cpu") <= MAX_ERROR
+    if library.cuda_sources:
+        assert load(library.name, "cuda") == ""
+        for name in (f"rwkv_pl::{library.name}_forward", f"rwkv_pl::{library.name}_backward"):
+            for key in ("CPU", "CUDA"):
+                assert torch._C._dispatch_has_kernel_for_dispatch_key(name, key), (name, key)
 """
 
 
@@ -254,7 +259,7 @@ assert _measure_error("cpu") <= MAX_ERROR
     "RWKV_PL_CUDA_PYTHON" not in os.environ, reason="needs RWKV_PL_CUDA_PYTHON: a Python with a CUDA torch"
 )
 def test_libraries_load_with_a_cuda_torch(tmp_path):
-    """Both libraries load in that Python, with or without a GPU; it needs rwkv_pl, from a wheel or editable."""
+    """All libraries load in that Python, with or without a GPU; it needs rwkv_pl, from a wheel or editable."""
     command = [os.environ["RWKV_PL_CUDA_PYTHON"], "-c", WITH_CUDA_TORCH]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

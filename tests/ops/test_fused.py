@@ -18,7 +18,7 @@ ops = torch.ops.rwkv_pl
 
 @pytest.fixture(scope="module", autouse=True)
 def loaded(compiled_kernel):
-    assert uses_compiled("cpu")
+    assert uses_compiled("elementwise", "cpu")
 
 
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 2**-8}

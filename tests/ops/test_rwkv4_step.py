@@ -14,15 +14,16 @@ from rwkv_pl import RWKV4, RWKV4Config
 from rwkv_pl.model.state import BlockState
 from rwkv_pl.ops.backend import use_kernel, uses_compiled
 from rwkv_pl.ops.build import LEVELS
+from rwkv_pl.ops.huge_pages import move_to_huge_pages
 from rwkv_pl.ops.linear import cast_linear_weights
-from rwkv_pl.ops.rwkv4_step import move_to_huge_pages, rwkv4_step, supports_step
+from rwkv_pl.ops.rwkv4_step import rwkv4_step, supports_step
 
 HALF = torch.bfloat16
 
 
 @pytest.fixture(scope="module", autouse=True)
 def loaded(compiled_kernel):
-    assert uses_compiled("cpu")
+    assert uses_compiled("wkv4", "cpu")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -9,11 +9,13 @@ import pytest
 import rwkv_pl.cuda
 
 from rwkv_pl.ops.build import STABLE_ABI, cpu_command
+from rwkv_pl.ops.libraries import LIBRARIES
 from rwkv_pl.ops.toolchain import find_compiler
 
 SANITIZED = """
 import sys, torch
-torch.ops.load_library(sys.argv[1])
+for library in sys.argv[1:]:
+    torch.ops.load_library(library)
 torch.set_num_threads(3)
 for B, T, C in [(0, 3, 2), (1, 1, 1), (2, 33, 5), (3, 100, 65), (1, 700, 33)]:
     for dtype in (torch.float32, torch.float64):
@@ -27,6 +29,15 @@ for B, T, C in [(0, 3, 2), (1, 1, 1), (2, 33, 5), (3, 100, 65), (1, 700, 33)]:
             output, last, tiles = torch.ops.rwkv_pl.wkv4_forward(w, u, *half, None, 16)
             torch.ops.rwkv_pl.wkv4_backward(w, u, *half, tiles, output, None, 16)
 ops = torch.ops.rwkv_pl
+for B, T, H in [(0, 3, 2), (1, 1, 1), (1, 70, 2), (2, 17, 3)]:
+    for dtype in (torch.float32, torch.float64):
+        for state in (None, torch.rand(B, H, 64, 64, dtype=dtype)):
+            x = [0.1 * torch.randn(B, T, H, 64, dtype=dtype) for _ in range(6)]
+            for io in [dtype, torch.bfloat16][: 2 if dtype == torch.float32 else 1]:
+                x = [y if i == 1 else y.to(io) for i, y in enumerate(x)]
+                ops.wkv7_forward(*x, state, 0)
+                output, last, *saved = ops.wkv7_forward(*x, state, 64)
+                ops.wkv7_backward(*x, *saved, output, last if state is not None else None, 64)
 for B, T, C, J in [(0, 3, 2, 2), (1, 1, 1, 2), (2, 65, 5, 3), (1, 200, 33, 2)]:
     for half in (False, True):
         dtype = torch.bfloat16 if half else torch.float32
@@ -62,10 +73,12 @@ def test_no_access_out_of_bounds(tmp_path):
     ).stdout.strip()
     if not Path(where).is_absolute():
         pytest.skip(f"{compiler.version} has no libasan")
-    library = tmp_path / "sanitized.so"
     flags = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", STABLE_ABI]
-    command = cpu_command(compiler, flags, Path(rwkv_pl.cuda.__path__[0]), library)
-    subprocess.run(command, check=True)
+    built = []
+    for library in LIBRARIES.values():
+        built.append(str(tmp_path / f"{library.name}.so"))
+        folder = Path(rwkv_pl.cuda.__path__[0])
+        subprocess.run(cpu_command(compiler, flags, folder, library.cpu_sources, Path(built[-1])), check=True)
     # Python itself does not free all its memory.
     environment = os.environ | {
         "LD_PRELOAD": where,
@@ -73,6 +86,6 @@ def test_no_access_out_of_bounds(tmp_path):
         "PYTHONPATH": str(Path(__file__).parent),
     }
     run = subprocess.run(
-        [sys.executable, "-c", SANITIZED, str(library)], env=environment, capture_output=True, text=True, timeout=600
+        [sys.executable, "-c", SANITIZED, *built], env=environment, capture_output=True, text=True, timeout=600
     )
     assert run.returncode == 0, run.stderr[-3000:]

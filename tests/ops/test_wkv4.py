@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rwkv_pl.ops.backend import current_kernel, load, use_kernel
+from rwkv_pl.ops.backend import current_kernel, load, load_all, use_kernel
 from rwkv_pl.ops.build import BuildError, cpu_level
 from rwkv_pl.ops.wkv4 import wkv4
 from rwkv_pl.ops.wkv4_reference import EMPTY
@@ -400,7 +400,7 @@ def test_wkv4_does_not_modify_its_arguments():
 @pytest.mark.usefixtures("compiled_kernel")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_opcheck(dtype):
-    assert load("cpu") == ""
+    assert load("wkv4", "cpu") == ""
     for transposed in (False, True):
         arguments = [x.to(dtype) for x in draw(2, 33, 5)]
         if transposed:
@@ -413,7 +413,7 @@ def test_opcheck(dtype):
 
 @pytest.mark.usefixtures("compiled_kernel")
 def test_too_long_tile_is_an_error():
-    assert load("cpu") == ""
+    assert load("wkv4", "cpu") == ""
     with pytest.raises(RuntimeError, match="wkv4: tile must be 1 to 32, not 33"):
         torch.ops.rwkv_pl.wkv4_forward(*(x.float() for x in draw(1, 4, 3)), 33)
 
@@ -505,6 +505,7 @@ def test_device_without_the_compiled_operator_uses_the_scan():
 @pytest.mark.usefixtures("compiled_kernel")
 @pytest.mark.parametrize("shape", [(1, 0, 4), (1, 4, 0)])
 def test_compiled_operators_refuse_no_steps_and_no_channels(shape):
+    assert load_all("cpu") == ""
     x, channels = torch.zeros(shape), torch.zeros(shape[2])
     with pytest.raises(RuntimeError, match=f"key has {shape[1]} steps and {shape[2]} channels"):
         torch.ops.rwkv_pl.wkv4_forward(channels, channels, x, x, None, 32)
@@ -513,7 +514,7 @@ def test_compiled_operators_refuse_no_steps_and_no_channels(shape):
 
 
 def test_operators_can_be_loaded_before_their_modules():
-    code = "from rwkv_pl.ops.backend import load; load('cpu'); import rwkv_pl.ops.wkv4, rwkv_pl.ops.rwkv4_step"
+    code = "from rwkv_pl.ops.backend import load_all; load_all('cpu'); import rwkv_pl.ops.wkv4, rwkv_pl.ops.rwkv4_step"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -27,7 +27,7 @@ def on_gpu(tile: int | None, io: torch.dtype):
             with use_kernel("compiled"):
                 output, state = wkv4(*weights, key.cuda().to(io), value.cuda().to(io), state)
         else:
-            assert load("cuda") == ""
+            assert load("wkv4", "cuda") == ""
             output, state, _ = torch.ops.rwkv_pl.wkv4_forward(
                 *weights, key.cuda().to(io), value.cuda().to(io), state, tile
             )
@@ -93,7 +93,7 @@ def test_results_are_bit_identical_every_time(tile):
         output, state, _ = torch.ops.rwkv_pl.wkv4_forward(*arguments, tile)
         return [output, state, *torch.autograd.grad(output.sin().sum() + state[:, :2].sin().sum(), arguments)]
 
-    assert load("cuda") == ""
+    assert load("wkv4", "cuda") == ""
     first = once()
     for _ in range(5):
         assert all(torch.equal(x, y) for x, y in zip(first, once(), strict=True))

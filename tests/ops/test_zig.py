@@ -11,6 +11,7 @@ import pytest
 
 from rwkv_pl.ops import build, prebuilt, toolchain
 from rwkv_pl.ops.build import BuildError, load_cuda_library
+from rwkv_pl.ops.libraries import LIBRARIES
 from rwkv_pl.ops.toolchain import ZIG_TARGETS, Compiler, compiler_advice, find_compiler, host_platform
 
 needs_zig = pytest.mark.skipif(toolchain.find_zig() is None, reason="needs the package ziglang")
@@ -18,9 +19,9 @@ needs_zig = pytest.mark.skipif(toolchain.find_zig() is None, reason="needs the p
 WITHOUT_OTHER_COMPILER = """
 import torch
 from rwkv_pl import use_kernel
-from rwkv_pl.cli.doctor import MAX_ERROR, _measure_error
+from rwkv_pl.ops.self_tests import MAX_ERROR, measure_error
 use_kernel("compiled")
-assert _measure_error("cpu") <= MAX_ERROR
+assert measure_error("wkv4", "cpu") <= MAX_ERROR
 operator = torch.ops.rwkv_pl.wkv4_forward
 try:
     operator(torch.zeros(3), torch.zeros(3), torch.zeros(1, 2, 3), torch.zeros(1, 2, 3), None, 33)
@@ -74,7 +75,7 @@ def test_zig_alone_builds_a_correct_kernel(tmp_path):
     command = [sys.executable, "-c", WITHOUT_OTHER_COMPILER]
     done = subprocess.run(command, env=environment, cwd=tmp_path / "empty", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"building the WKV kernel for \S+ with zig \S+ \(once, about 60 s\)", done.stderr), done.stderr
+    assert re.search(r"building the WKV-4 kernel for \S+ with zig \S+ \(once, about 60 s\)", done.stderr), done.stderr
     assert "tile must be 1 to 32, not 33" in done.stdout, "an error must not end the process"
     assert not list((tmp_path / "empty").iterdir()), "it wrote to the current folder"
     assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == ["kernels", "zig"]
@@ -85,7 +86,7 @@ def test_cuda_kernel_needs_another_compiler_than_zig(monkeypatch):
     monkeypatch.setattr(build, "find_compiler", lambda: Compiler("zig c++", "/site/ziglang/zig", "zig 0.17.1"))
     monkeypatch.setattr(toolchain, "host_platform", lambda: "manylinux_2_28_x86_64")
     with pytest.raises(BuildError, match=r"nvcc does not work with zig, the only C\+\+ compiler here; (run|install) "):
-        load_cuda_library()
+        load_cuda_library(LIBRARIES["wkv4"])
 
 
 def read_machine(library: bytes) -> tuple[str, int]:
@@ -117,10 +118,12 @@ def test_library_for_each_platform(tmp_path, monkeypatch, platform_tag):
     monkeypatch.setattr(sys, "argv", ["prebuilt", platform_tag, "--no-cuda", "--out", str(tmp_path / "out")])
     monkeypatch.setattr(prebuilt, "LEVELS", ["portable"])
     prebuilt.main()
-    (path,) = Path(tmp_path / "out").iterdir()
-    assert path.suffix == (".pyd" if platform_tag == "win_amd64" else ".so")
-    library = path.read_bytes()
-    kind, processor, link = EXPECTED[platform_tag]
-    assert read_machine(library) == (kind, processor) and link in library
-    versions = [int(minor) for minor in re.findall(rb"\0GLIBC_2\.(\d+)", library)]
-    assert max(versions, default=0) <= 28 and bool(versions) == (kind == "ELF")
+    paths = list(Path(tmp_path / "out").iterdir())
+    assert {path.name.split("_cpu-")[0] for path in paths} == set(LIBRARIES)
+    for path in paths:
+        assert path.suffix == (".pyd" if platform_tag == "win_amd64" else ".so")
+        library = path.read_bytes()
+        kind, processor, link = EXPECTED[platform_tag]
+        assert read_machine(library) == (kind, processor) and link in library
+        versions = [int(minor) for minor in re.findall(rb"\0GLIBC_2\.(\d+)", library)]
+        assert max(versions, default=0) <= 28 and bool(versions) == (kind == "ELF")

@@ -9,18 +9,17 @@ import torch
 from lightning.pytorch.plugins import MixedPrecision, Precision
 from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.utils import counters
+from versions import VERSIONS, small_model
 
-from rwkv_pl import RWKV4, RWKV4Config
 from rwkv_pl.training.compile import compile_blocks
 from rwkv_pl.training.module import LitRWKV
 
 original_compile = torch.compile
 
 
-@pytest.fixture
-def module():
-    torch.manual_seed(0)
-    return LitRWKV(RWKV4(RWKV4Config(vocab_size=9, n_layer=2, n_embd=8)))
+@pytest.fixture(params=VERSIONS)
+def module(request):
+    return LitRWKV(small_model(request.param, vocab_size=9, n_layer=2, n_embd={"rwkv4": 8, "rwkv7": 64}[request.param]))
 
 
 def compute_loss_and_gradients(module):
@@ -100,10 +99,10 @@ def test_compile_failure_gives_a_short_one_line_reason(module, monkeypatch, mess
 
 def test_failed_later_compilation_falls_back_to_eager(module, monkeypatch, caplog):
     def compiled(call, **_):
-        def refuse(x, state):
+        def refuse(*block_input):
             if not module.training:
                 raise TorchDynamoException("no compiler\nis here")
-            return call(x, state)
+            return call(*block_input)
 
         return refuse
 

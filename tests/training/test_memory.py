@@ -3,6 +3,7 @@
 import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision, Precision
+from versions import small_model
 
 from rwkv_pl import RWKV4, RWKV4Config, use_kernel
 from rwkv_pl.training import memory as f
@@ -41,9 +42,11 @@ def test_arithmetic_is_six_operations_per_matrix_weight(module):
     assert cost.fixed - heap == pytest.approx(16 * cost.parameters, rel=0.05)
 
 
-def test_memory_estimate_matches_a_micro_batch(module):
+@pytest.mark.parametrize(("version", "n_embd"), [("rwkv4", 32), ("rwkv7", 64)])
+def test_memory_estimate_matches_a_micro_batch(version, n_embd):
+    module = LitRWKV(small_model(version, vocab_size=256, n_embd=n_embd))
     cost = f.estimate_memory(module, Precision())
-    working = 2 * (4 * 4 + 2 * 4) * 32
+    working = 2 * (4 * 4 + 2 * 4) * n_embd
     for rows, n_tokens in ((1, 256), (4, 512)):
         tokens = rows * n_tokens
         # Dropout masks, and the states between the kernel's tiles, do not grow exactly with the tokens.

@@ -1,12 +1,14 @@
 """Parameter groups and learning rates, against tables a reader can check."""
 
 import copy
+import re
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 from omegaconf import OmegaConf
+from versions import VERSIONS, small_model
 
 from rwkv_pl import RWKV4, LitRWKV, Optim, RWKV4Config, Schedule
 from rwkv_pl.config import OptimGroup, Train
@@ -19,27 +21,32 @@ CONF = Path(__file__).parents[2] / "conf"
 MODEL = RWKV4(RWKV4Config(vocab_size=11, n_layer=2, n_embd=8))
 
 
-def hyperparameters_by_name(optim, lr_scale):
-    optimizer = build_optimizer(torch.optim.AdamW, parameter_groups(MODEL, lr_scale), optim)
+def hyperparameters_by_name(optim, lr_scale, model=MODEL):
+    optimizer = build_optimizer(torch.optim.AdamW, parameter_groups(model, lr_scale), optim)
     set_hyperparameters(optimizer, optim, lr_scale)
     group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    return {name: group_of[id(p)] for name, p in MODEL.named_parameters()}
+    return {name: group_of[id(p)] for name, p in model.named_parameters()}
 
 
-def test_weight_decay_applies_only_to_matrices():
-    groups = hyperparameters_by_name(Optim(weight_decay=0.1), {})
+@pytest.mark.parametrize("version", VERSIONS)
+def test_weight_decay_applies_only_to_matrices(version):
+    model = small_model(version)
+    groups = hyperparameters_by_name(Optim(weight_decay=0.1), {}, model)
     decayed = {name for name, group in groups.items() if group["weight_decay"]}
-    assert decayed == {name for name, p in MODEL.named_parameters() if name.endswith(".weight") and p.dim() == 2}
+    assert decayed == {name for name, p in model.named_parameters() if name.endswith(".weight") and p.dim() == 2}
     assert {"emb.weight", "head.weight", "blocks.1.ffn.key.weight"} <= decayed
-    assert not any("ln" in name or "time_" in name for name in decayed)
+    assert not any(re.search(r"ln|time_|[wavg][012]$|r_k$", name) for name in decayed)
 
 
-def test_official_learning_rate_factors():
-    groups = hyperparameters_by_name(Optim(), RWKV4.lr_scale)
+OFFICIAL_FACTORS = {"rwkv4": {"time_decay": 2, "time_first": 3}, "rwkv7": {"w0": 2}}
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_official_learning_rate_factors(version):
+    model = small_model(version)
+    groups = hyperparameters_by_name(Optim(), model.lr_scale, model)
     factors = {name.rpartition(".")[2]: group["lr_scale"] for name, group in groups.items()}
-    assert factors.pop("time_decay") == 2
-    assert factors.pop("time_first") == 3
-    assert set(factors.values()) == {1}
+    assert {name: factor for name, factor in factors.items() if factor != 1} == OFFICIAL_FACTORS[version]
 
 
 def test_every_parameter_is_in_one_group():

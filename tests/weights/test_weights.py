@@ -15,26 +15,32 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from small_20b import small_20b
 
-from rwkv_pl import RWKV4, RWKV4Config, load_weights
+from rwkv_pl import RWKV4Config, RWKV7Config, load_weights
+from rwkv_pl.config import ModelConfig
 from rwkv_pl.data.vocabulary import Vocabulary, vocabulary_from_dict
 from rwkv_pl.errors import CorruptFileError, UserError
-from rwkv_pl.weights.huggingface import LAYOUTS
+from rwkv_pl.model import MODELS
+from rwkv_pl.weights.layouts import LAYOUTS, layout_of
 from rwkv_pl.weights.read import read_weights
 from rwkv_pl.weights.tensors import Weights
 from rwkv_pl.weights.write import write_weights
 
-RWKV4_LAYOUT = LAYOUTS["rwkv"]
+RWKV4_LAYOUT = layout_of("rwkv4")
 SIZE = RWKV4Config(vocab_size=30, n_layer=2, n_embd=12)
+# Ranks and widths that are not the official ones: they are read from the tensors.
+SIZE7 = RWKV7Config(vocab_size=30, n_layer=2, n_embd=64, n_ffn=96, rank_w=8, rank_a=5, rank_v=3, rank_g=16)
+SIZES = pytest.mark.parametrize("size", [SIZE, SIZE7], ids=["rwkv4", "rwkv7"])
 FORMS = ("there.pth", "there.ckpt", "there")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def random_weights(config: RWKV4Config = SIZE, seed: int = 3, dtype: torch.dtype = torch.float32) -> Weights:
+def random_weights(config: ModelConfig = SIZE, seed: int = 3, dtype: torch.dtype = torch.float32) -> Weights:
     """Weights near the official initialisation, but all changed: otherwise a comparison would prove nothing."""
     torch.manual_seed(seed)
-    model = RWKV4(config)
+    version = next(version for version, (_, config_class) in MODELS.items() if type(config) is config_class)
+    model = MODELS[version][0](config)
     tensors = {name: (v + 0.2 * torch.randn_like(v)).to(dtype) for name, v in model.state_dict().items()}
-    return Weights(Path("random"), "random", "rwkv4", config, tensors, None)
+    return Weights(Path("random"), "random", version, config, tensors, None)
 
 
 def assert_same_bits(one: Weights, other: Weights) -> None:
@@ -44,7 +50,7 @@ def assert_same_bits(one: Weights, other: Weights) -> None:
         there = other.tensors[name]
         assert there.dtype == value.dtype, name
         assert there.shape == value.shape, name
-        assert torch.equal(there.view(torch.uint8), value.view(torch.uint8)), name
+        assert torch.equal(there.contiguous().view(torch.uint8), value.contiguous().view(torch.uint8)), name
 
 
 def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -74,10 +80,11 @@ def logits_in_rwkv(path: Path, tokens: torch.Tensor) -> torch.Tensor:
 # Conversions
 
 
+@SIZES
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("form", FORMS)
-def test_every_format_round_trips_bit_for_bit(tmp_path, form, dtype):
-    weights = random_weights(dtype=dtype)
+def test_every_format_round_trips_bit_for_bit(tmp_path, form, dtype, size):
+    weights = random_weights(size, dtype=dtype)
     written = write_weights(weights, tmp_path / form)
     assert_same_bits(written, weights)
     assert written.path == tmp_path / form
@@ -146,6 +153,17 @@ def test_20b_folder_works_with_transformers_tokenizer(tmp_path):
     for other in ("{}", small_20b().replace('"id":1259', '"id":1260')):
         (tmp_path / "there" / "tokenizer.json").write_text(other, encoding="utf-8")
         assert read_weights(tmp_path / "there").vocabulary is None
+
+
+def test_world_vocabulary_of_a_folder_is_recognised(tmp_path):
+    write_weights(random_weights(RWKV4Config(vocab_size=1 << 16, n_layer=1, n_embd=1)), tmp_path / "there")
+    assert read_weights(tmp_path / "there").vocabulary is None
+    lines = "".join(f"{i + 1} {bytes([i])!r} 1\n" for i in range(256))
+    (tmp_path / "there" / "rwkv_vocab_v20230424.txt").write_text(lines, encoding="utf-8")
+    vocabulary = read_weights(tmp_path / "there").vocabulary
+    assert vocabulary and vocabulary.kind == "world" and vocabulary.encode(b"\0a").tolist() == [1, 98]
+    write_weights(read_weights(tmp_path / "there"), tmp_path / "x.ckpt")
+    assert read_weights(tmp_path / "x.ckpt").vocabulary == vocabulary
 
 
 def test_byte_folder_works_with_transformers_tokenizer(tmp_path):
@@ -220,6 +238,33 @@ def test_weights_agree_with_transformers_both_ways(tmp_path, dtype):
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 3
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_weights_agree_with_rwkv7_hf_both_ways(tmp_path, dtype):
+    package = pytest.importorskip("rwkv7_hf")
+    weights = random_weights(SIZE7, dtype=dtype)
+    write_weights(weights, tmp_path / "ours")
+    peer, report = package.RWKV7ForCausalLM.from_pretrained(tmp_path / "ours", dtype=dtype, output_loading_info=True)
+    assert not any(report.values()), report
+    peer.save_pretrained(tmp_path / "theirs")
+    # They store w0 in float32.
+    assert_same_bits(read_weights(tmp_path / "theirs").cast(dtype), weights)
+    tokens = torch.randint(30, (2, 20))
+    with torch.no_grad():
+        theirs = peer.float().eval()(tokens).logits
+    assert relative_error(compute_logits(weights, tokens), theirs) < 2e-5
+
+
+def test_folder_of_official_names_below_a_base_model_is_read(tmp_path):
+    """As the class of transformers' pending pull request writes it."""
+    weights = random_weights(SIZE7)
+    config = LAYOUTS[-1].config_of(SIZE7, torch.float32)
+    assert config["architectures"] == ["Rwkv7ForCausalLM"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tensors = {name if name == "head.weight" else f"rwkv7.{name}": v for name, v in weights.tensors.items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert_same_bits(read_weights(tmp_path), weights)
+
+
 def test_transformers_model_is_read(tmp_path):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(5)
@@ -269,19 +314,37 @@ def test_official_169m_shape_agrees_with_both_peers(tmp_path, dtype, capsys):
 # Files written by other programs
 
 
+@SIZES
 @pytest.mark.parametrize("squeezed", [False, True], ids=["as-is", "squeezed"])
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
-def test_official_file_is_read(tmp_path, dtype, squeezed):
-    weights = random_weights(dtype=dtype)
-    tensors = {n: v.squeeze() if squeezed and "time_mix" in n else v for n, v in weights.tensors.items()}
-    torch.save(tensors, tmp_path / "RWKV-4.pth")
-    assert_same_bits(read_weights(tmp_path / "RWKV-4.pth"), weights)
-    loaded, vocabulary = load_weights(tmp_path / "RWKV-4.pth")
+def test_official_file_is_read(tmp_path, dtype, squeezed, size):
+    weights = random_weights(size, dtype=dtype)
+    tensors = {n: v.squeeze() if squeezed and v.shape[0] == 1 else v for n, v in weights.tensors.items()}
+    torch.save(tensors, tmp_path / "official.pth")
+    assert_same_bits(read_weights(tmp_path / "official.pth"), weights)
+    loaded, vocabulary = load_weights(tmp_path / "official.pth")
     assert vocabulary is None
-    assert loaded.config == SIZE
+    assert loaded.config == size
     for name, value in loaded.state_dict().items():
         assert value.dtype == torch.float32
         assert torch.equal(value, weights.tensors[name].float()), name
+
+
+def test_parameters_that_nothing_reads_are_dropped_and_named(tmp_path):
+    weights = random_weights(SIZE7)
+    unread = {name: torch.randn_like(value) for name, value in weights.unread.items()}
+    assert sorted(unread) == [f"blocks.0.att.v{i}" for i in range(3)]
+    torch.save(weights.tensors | unread, tmp_path / "402.pth")
+    read = read_weights(tmp_path / "402.pth")
+    assert_same_bits(read, weights)
+    assert read.form.endswith("without blocks.0.att.v0, blocks.0.att.v1, blocks.0.att.v2, which nothing reads")
+    written = write_weights(read, tmp_path / "zeros.pth", with_unread=True)
+    assert_same_bits(written, weights)
+    there = torch.load(tmp_path / "zeros.pth", weights_only=True)
+    assert {name: tuple(value.shape) for name, value in there.items() if name not in weights.tensors} == {
+        "blocks.0.att.v0": (1, 1, 64), "blocks.0.att.v1": (64, 3), "blocks.0.att.v2": (3, 64)
+    }  # fmt: skip
+    assert not any(there[name].any() for name in unread)
 
 
 def test_official_file_of_parameters_or_of_old_torch_is_read(tmp_path):
@@ -338,7 +401,6 @@ def test_tied_head_is_read_from_the_tensors(tmp_path):
     [
         ("blocks.0.att.time_faaaa", "rwkv5"),
         ("blocks.0.att.time_maa_x", "rwkv6"),
-        ("blocks.0.att.w0", "rwkv7"),
     ],
 )
 def test_later_rwkv_version_is_named_in_the_error(tmp_path, name, version):

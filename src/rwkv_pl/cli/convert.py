@@ -22,7 +22,7 @@ def main() -> None:
     """The command. Exit codes: 0 written and verified, 1 error of the system, 2 bad input."""
     parser = argparse.ArgumentParser(
         prog="rwkv-convert",
-        description="Converts the RWKV-4 weights SRC to DST, reads DST back and compares every bit.",
+        description="Converts the weights SRC to DST, reads DST back and compares every bit.",
         epilog="examples:\n  rwkv-convert outputs/DATE/TIME my-model\n"
         "  rwkv-convert RWKV-4-Pile-169M.pth 169m.ckpt --dtype float32",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -41,13 +41,23 @@ def main() -> None:
         choices=("float32", "bfloat16", "float16"),
         help="dtype of the numbers in DST (default: that of SRC)",
     )
+    parser.add_argument(
+        "--with-block0-v",
+        action="store_true",
+        help="add block 0's v0, v1 and v2 as zeros to NAME.pth: nothing reads them, but some programs ask for them",
+    )
     arguments = parser.parse_args()
-    convert(arguments.source, arguments.target, arguments.dtype)
+    convert(arguments.source, arguments.target, arguments.dtype, arguments.with_block0_v)
 
 
-def convert(source: Path, target: Path, dtype: str | None = None) -> None:
-    """Write `target`, and print a line each for the weights read and written. Raises UserError."""
+def convert(source: Path, target: Path, dtype: str | None = None, with_unread: bool = False) -> None:
+    """Write `target`, and print a line each for the weights read and written. Raises UserError.
+
+    with_unread: add zeros for the parameters that the version's official files may hold and nothing reads.
+    """
     check_target(target)
+    if with_unread and target.suffix.lower() != ".pth":
+        raise UserError(f"--with-block0-v is for an official file: give NAME.pth, not {target}")
     if not source.exists():
         raise UserError(f"{source} does not exist: give a run folder, a .ckpt, a .pth or a Hugging Face folder")
     if sys.stderr.isatty():
@@ -59,11 +69,13 @@ def convert(source: Path, target: Path, dtype: str | None = None) -> None:
         from rwkv_pl.weights.write import write_weights
 
     weights = read_weights(source)
+    if with_unread and not weights.unread:
+        raise UserError(f"--with-block0-v: the official files of {weights.version} have no v0, v1 and v2; leave it out")
     print(f"read    {weights.path}\n        {weights}")
     wanted = weights.cast(getattr(torch, dtype)) if dtype else weights
     if changes := describe_rounding(weights, wanted):
         print(f"rounded {changes}")
-    written = write_weights(wanted, target)
+    written = write_weights(wanted, target, with_unread)
     files = [file for file in target.rglob("*") if file.is_file()] if target.is_dir() else [target]
     print(f"wrote   {target} ({sum(file.stat().st_size for file in files) / 1e6:,.1f} MB)\n        {written}")
     if weights.vocabulary and not written.vocabulary:

@@ -1,4 +1,4 @@
-"""rwkv-doctor: checks the build tools, then builds, verifies and times the compiled WKV kernel."""
+"""rwkv-doctor: checks the build tools, then builds, verifies and times the compiled operators."""
 
 import argparse
 import os
@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from rwkv_pl.cli.entry import cli_entry_point
 from rwkv_pl.files import cache_folder
@@ -25,17 +24,13 @@ class Finding:
     fix: str = ""
 
 
-# Relative error of output and gradients against the recurrence in float64: five times that of float32's rounding.
-MAX_ERROR = 5e-6
-
-
 @cli_entry_point
 def main() -> None:
-    """The command. Exit codes: 0 if every device has its compiled kernel, else 1."""
+    """The command. Exit codes: 0 if every device has its compiled operators, else 1."""
     parser = argparse.ArgumentParser(
         prog="rwkv-doctor",
-        description="Checks the build tools and suggests fixes, then builds, verifies and times the WKV kernel.",
-        epilog="exit code 0: kernel=auto uses the compiled kernel on every device; 1: not on every device",
+        description="Checks the build tools and suggests fixes, then builds, verifies and times the operators.",
+        epilog="exit code 0: kernel=auto uses the compiled operators on every device; 1: not on every device",
     )
     parser.parse_args()
     if sys.stderr.isatty():
@@ -46,6 +41,7 @@ def main() -> None:
     from rich.table import Table
 
     from rwkv_pl.ops.build import forget_failures
+    from rwkv_pl.ops.libraries import LIBRARIES
 
     table = Table(header_style="bold", show_lines=False)
     for title in ("", "found", "fix"):
@@ -61,7 +57,12 @@ def main() -> None:
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     for device in devices:
         print(_describe_products(device))
-    verdicts = [_verify_kernel(device) for device in devices]
+    verdicts = [
+        _verify_library(library.name, device)
+        for device in devices
+        for library in LIBRARIES.values()
+        if device == "cpu" or library.cuda_sources
+    ]
     sys.exit(0 if all(verdicts) else 1)
 
 
@@ -131,32 +132,35 @@ def _check_cache() -> Finding:
     )
 
 
-def _verify_kernel(device: str) -> bool:
-    """Build, verify and time the kernel of a device, and print the kernel that kernel=auto will use there."""
+def _verify_library(library: str, device: str) -> bool:
+    """Build, verify and time a library's operators on a device, and print what kernel=auto will use there."""
     from rwkv_pl.ops.backend import KernelError, use_kernel
     from rwkv_pl.ops.build import RETRY_ADVICE
+    from rwkv_pl.ops.self_tests import MAX_ERROR, measure_error
 
     try:
         with use_kernel("compiled"):
             started = time.perf_counter()
-            _compute_results(device, steps=4)
+            measure_error(library, device, steps=4)
             ready = time.perf_counter() - started
-            error = _measure_error(device)
-            compiled = _measure_milliseconds(device, calls=20)
+            error = measure_error(library, device)
+            compiled = _measure_milliseconds(library, device, calls=20)
     except RuntimeError as failure:
         reason = failure.reason.removesuffix(RETRY_ADVICE) if isinstance(failure, KernelError) else str(failure)
-        print(f"{device}: kernel=auto uses the scan in plain torch: {reason}")
+        print(f"{device}: {library}: kernel=auto uses plain torch: {reason}")
         return False
     if not error <= MAX_ERROR:
         print(
-            f"{device}: the compiled kernel has a relative error of {error:.1e}, above {MAX_ERROR:.0e}: use kernel=scan"
+            f"{device}: {library}: the compiled operators have a relative error of {error:.1e}, above {MAX_ERROR:.0e}: "
+            "use kernel=scan"
         )
         return False
     with use_kernel("scan"):
-        scan = _measure_milliseconds(device, calls=3)
+        scan = _measure_milliseconds(library, device, calls=3)
     print(
-        f"{device}: kernel=auto uses the compiled kernel: ready in {ready:.1f} s, relative error {error:.1e}, "
-        f"{compiled:.2f} ms, the scan {scan:.0f} ms (1 x 1,024 x 512, forward and backward)"
+        f"{device}: {library}: kernel=auto uses the compiled operators: ready in {ready:.1f} s, "
+        f"relative error {error:.1e}, {compiled:.2f} ms, plain torch {scan:.1f} ms "
+        "(1 x 1,024 x 512, forward and backward)"
     )
     return True
 
@@ -176,38 +180,17 @@ def _describe_products(device: str) -> str:
     return f"{device}: matrix products run at {speeds}: in bf16-mixed they are {speedup} in 32-true"
 
 
-def _compute_results(device: str, steps: int, dtype: str = "float32", channels: int = 512) -> list[Any]:
-    """Output and gradients of the operator for standard normal inputs, from a fixed seed."""
+def _measure_milliseconds(library: str, device: str, calls: int) -> float:
     import torch
 
-    from rwkv_pl.ops.wkv4 import wkv4
-
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(channels,), (channels,), (1, steps, channels), (1, steps, channels), (1, steps, channels)]
-    made = [torch.randn(shape, generator=generator).to(device, getattr(torch, dtype)) for shape in shapes]
-    leaves = [x.requires_grad_() for x in made[:4]]
-    output, _ = wkv4(*leaves)
-    return [output.detach(), *torch.autograd.grad(output, leaves, made[4])]
-
-
-def _measure_error(device: str) -> float:
-    from rwkv_pl.ops.backend import use_kernel
-
-    got = _compute_results(device, steps=300, channels=65)
-    with use_kernel("recurrence"):
-        reference = _compute_results("cpu", steps=300, channels=65, dtype="float64")
-    return max(float((x.cpu().double() - y).norm() / y.norm()) for x, y in zip(got, reference, strict=True))
-
-
-def _measure_milliseconds(device: str, calls: int) -> float:
-    import torch
+    from rwkv_pl.ops.self_tests import SELF_TESTS
 
     wait: Callable[[], None] = torch.cuda.synchronize if device == "cuda" else lambda: None
     taken = []
     for _ in range(calls):
         wait()
         started = time.perf_counter()
-        _compute_results(device, steps=1024)
+        SELF_TESTS[library](1024, device, torch.float32)
         wait()
         taken.append(1e3 * (time.perf_counter() - started))
     return statistics.median(taken)

@@ -168,7 +168,7 @@ def _evaluate(config: Eval, run: Path | None, given: set[str]) -> Iterator[tuple
         with errors_of_corpus(name):
             opened[name] = data, _open_text(replace(config, data=data), weights, digest)
     device = _choose_device(config.accelerator)
-    choose_kernel(config.kernel, device)
+    choose_kernel(config.kernel, device, weights.version)
     about = {
         "source": str(source),
         "file": str(weights.path),

@@ -69,7 +69,12 @@ def parse_arguments() -> argparse.Namespace:
     add("--state-in", type=Path, metavar="FILE", help="continues from this state; PROMPT follows the text so far")
     add("--state-out", type=Path, metavar="FILE", help="saves the state after the last token, --stop's text included")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of the matrices; bfloat16 is faster")
-    add("--vocab", type=Path, metavar="JSON", help="20B_tokenizer.json, for weights that come without a vocabulary")
+    add(
+        "--vocab",
+        type=Path,
+        metavar="FILE",
+        help="20B_tokenizer.json or rwkv_vocab_v20230424.txt, for weights without a vocabulary",
+    )
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one (auto)")
     # parse_args() does not accept options between WEIGHTS and PROMPT.
     arguments = parser.parse_intermixed_args()
@@ -99,8 +104,8 @@ def main() -> None:
         from rwkv_pl.inference.state_file import GenerationState, check_replaceable, load_state, save_state
         from rwkv_pl.inference.text import TextStream
         from rwkv_pl.limits import limit_threads
+        from rwkv_pl.ops.huge_pages import move_to_huge_pages
         from rwkv_pl.ops.linear import cast_linear_weights
-        from rwkv_pl.ops.rwkv4_step import move_to_huge_pages
         from rwkv_pl.weights.read import read_weights
 
     limit_threads()
@@ -177,7 +182,10 @@ def _choose_vocabulary(weights: "Weights", json: Path | None) -> "Vocabulary":
         raise UserError(f"--vocab {json} differs from the vocabulary stored in {source}: leave it out")
     vocabulary = known or given or (Vocabulary("byte") if size == 256 else None)
     if not vocabulary:
-        raise UserError(f"{source} has no vocabulary for its {size:,} tokens: give --vocab 20B_tokenizer.json")
+        raise UserError(
+            f"{source} has no vocabulary for its {size:,} tokens: give --vocab 20B_tokenizer.json or "
+            "--vocab rwkv_vocab_v20230424.txt"
+        )
     if vocabulary.size != size:
         raise UserError(f"--vocab {json} has {vocabulary.size:,} tokens, {source} has {size:,}: give its own tokenizer")
     return vocabulary

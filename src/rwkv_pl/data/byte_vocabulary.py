@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rwkv_pl.checks import check_tokens
-from rwkv_pl.config import UNKNOWN, VOCABULARIES
+from rwkv_pl.config import FILE_VOCABULARIES, UNKNOWN, VOCABULARIES
 from rwkv_pl.data.corpus import find_character_start
 from rwkv_pl.errors import UserError
 from rwkv_pl.files import json_digest
@@ -54,8 +54,8 @@ class Vocabulary:
 
     ``byte``: 256 tokens, the bytes. ``char``: the 256 bytes, then ``characters``, whose UTF-8 has more than one byte,
     in the order of their code points. A character that is not among them is encoded as byte tokens, as is anything
-    that is not UTF-8. So bits per byte are exact on any text. (``20b`` is a class with other guarantees:
-    ``tokenizer_20b.Vocabulary20B``.)
+    that is not UTF-8. So bits per byte are exact on any text. (``20b`` and ``world`` are classes with
+    other guarantees: ``tokenizer_20b.Vocabulary20B``, ``tokenizer_world.VocabularyWorld``.)
 
     Raises UserError for an unknown kind, ValueError for characters that cannot be tokens.
     """
@@ -66,8 +66,8 @@ class Vocabulary:
     def __init__(self, kind: str = "byte", characters: str = "") -> None:
         if kind not in VOCABULARIES:
             raise UserError(f"vocab={kind} is not available: choose one of {', '.join(VOCABULARIES)}")
-        if kind == "20b":
-            raise ValueError("vocabulary 20b needs its JSON file: use vocabulary.read_vocabulary")
+        if kind in FILE_VOCABULARIES:
+            raise ValueError(f"vocabulary {kind} needs its file: use vocabulary.read_vocabulary")
         points = np.array([ord(character) for character in characters], np.int64)
         surrogates = (points >= 0xD800) & (points < 0xE000)
         if (kind == "byte" and characters) or np.any(np.diff(points, prepend=0x7F) <= 0) or np.any(surrogates):
@@ -94,7 +94,7 @@ class Vocabulary:
     def encode_documents(self, text: bytes | npt.NDArray[np.uint8], ends: Iterable[int]) -> Tokens:
         """Encode ``text``, in which a document ends at each of the byte offsets ``ends``, ascending.
 
-        With ``byte`` and ``char``, that byte, a newline, is the document end. ``20b`` encodes it as ``document_end``.
+        With ``byte`` and ``char``, that byte, a newline, is the document end. The others encode it as ``document_end``.
         """
         data = as_array(text)
         ids = data.astype(self.dtype)

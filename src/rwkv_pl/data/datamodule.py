@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, SequentialSampler
 
 from rwkv_pl.checks import check_at_least, check_kind, to_plain
-from rwkv_pl.config import MIX, Data, corpus_setting, errors_of_corpus
+from rwkv_pl.config import FILE_VOCABULARIES, MIX, Data, corpus_setting, errors_of_corpus
 from rwkv_pl.data import order
 from rwkv_pl.data.byte_vocabulary import UnknownVocabulary
 from rwkv_pl.data.corpus import Corpus
@@ -168,9 +168,9 @@ class DataModule(LightningDataModule):
     """The batches of a corpus from any source, or of several corpora, a ``Mix``.
 
     ``batch_size``: the sequences of one optimizer step, over all devices and accumulated batches.
-    ``eval_batch_size``: the sequences of one validation or test batch on one device. ``vocab``: "byte", "char" or
-    "20b"; "20b" is read from the JSON file ``vocab_path``. ``vocabulary``: one from a checkpoint; if given, it replaces
-    ``vocab``.
+    ``eval_batch_size``: the sequences of one validation or test batch on one device. ``vocab``: "byte", "char",
+    "20b" or "world"; the last two are read from the file ``vocab_path``. ``vocabulary``: one from a checkpoint; if
+    given, it replaces ``vocab``.
 
     ``setup`` sets ``corpus``, ``vocabulary``, ``token_file`` and ``train_tokens``; of a mix, ``corpora`` and
     ``token_files`` by name. Without a trainer, the loaders are those of one device from step 0. ``predict_dataloader``
@@ -463,7 +463,7 @@ class TokensDataModule(DataModule):
 
     ``vocab_size``: the number of different token ids, for ids whose text is not known. LitRWKV then scores bits per
     token; only exactly 256 ids count as bytes. Else give their vocabulary, for bits per byte: ``vocab`` ("byte", or
-    "20b" with ``vocab_path``) or ``vocabulary``. Files have vocabulary "byte" if none of these is given.
+    "20b" or "world" with ``vocab_path``) or ``vocabulary``. Files have vocabulary "byte" if none of these is given.
 
     ``split``: the fractions of the ids (train, val, test). A boundary moves back to the start of a document.
     ``settings``: the other arguments of DataModule.
@@ -485,8 +485,8 @@ class TokensDataModule(DataModule):
     ) -> None:
         if sum(given is not None for given in (vocab_size, vocab, vocabulary)) > 1:
             raise UserError("vocab_size, vocab and vocabulary exclude each other: give one of them")
-        if vocab not in (None, "byte", "20b"):
-            raise UserError(f"token ids take vocab=byte or vocab=20b, got {vocab!r}; for others, give vocab_size=")
+        if vocab not in (None, "byte", *FILE_VOCABULARIES):
+            raise UserError(f"token ids take vocab=byte, 20b or world, got {vocab!r}; for others, give vocab_size=")
         if vocab_size is not None:
             vocabulary = UnknownVocabulary(vocab_size)
         source: Source
@@ -495,10 +495,10 @@ class TokensDataModule(DataModule):
         else:
             if vocab is not None:
                 path = Path(vocab_path) if vocab_path is not None else None
-                vocabulary = read_vocabulary(path) if vocab == "20b" else Vocabulary()
+                vocabulary = read_vocabulary(path, vocab) if vocab in FILE_VOCABULARIES else Vocabulary()
             if vocabulary is None:
                 raise UserError(
-                    "token ids need vocab_size=, their number, or a vocabulary (vocab=byte, vocab=20b or vocabulary=)"
+                    "token ids need vocab_size=, their number, or a vocabulary (vocab=byte, 20b, world or vocabulary=)"
                 )
             source = Ids(ids, vocabulary, split)
         super().__init__(source, vocab=vocab or "byte", vocab_path=vocab_path, vocabulary=vocabulary, **settings)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from rwkv_pl.config import UNKNOWN
+from rwkv_pl.config import FILE_VOCABULARIES, UNKNOWN
 from rwkv_pl.data.byte_vocabulary import (
     EncodingError,
     Tokens,
@@ -33,13 +33,13 @@ __all__ = [
 def build_vocabulary(kind: str, corpora: Sequence[Corpus], vocab_path: Path | None = None) -> Vocabulary:
     """Build one vocabulary for all corpora.
 
-    For ``char``, it has the characters of the training splits, which are collected once and cached. For ``20b``, it is
-    read from the JSON file ``vocab_path``.
+    For ``char``, it has the characters of the training splits, which are collected once and cached. ``20b`` and
+    ``world`` are read from the file ``vocab_path``.
 
-    Raises UserError for an unknown kind, or if the JSON file is missing.
+    Raises UserError for an unknown kind, or if the file is missing.
     """
-    if kind == "20b":
-        return read_vocabulary(vocab_path)
+    if kind in FILE_VOCABULARIES:
+        return read_vocabulary(vocab_path, kind)
     if kind != "char":
         return Vocabulary(kind)
     characters = {character for corpus in corpora for character in _find_characters(corpus).characters}
@@ -59,8 +59,21 @@ def _find_characters(corpus: Corpus) -> Vocabulary:
     return vocabulary_from_dict(cached_json(f"char-{json_digest(corpus.cache_key)[:16]}.json", find_characters))
 
 
-def read_vocabulary(path: Path | None) -> Vocabulary:
-    """Read the vocabulary ``20b`` from its JSON file. Raises UserError if ``path`` is None or not such a file."""
+def read_vocabulary(path: Path | None, kind: str | None = None) -> Vocabulary:
+    """Read the vocabulary ``20b`` from its JSON file, or ``world`` from its text file.
+
+    kind: None for the kind that the file's suffix says. path: None for the file of ``world`` in the installed package
+    rwkv. Raises UserError if there is none, or if the file is not one of that kind.
+    """
+    if (kind or ("world" if path and path.suffix == ".txt" else "20b")) == "world":
+        from rwkv_pl.data.tokenizer_world import FILE, VocabularyWorld, find_installed
+
+        if path is None and (path := find_installed()) is None:
+            raise UserError(
+                f"data.vocab=world needs the file {FILE}: set data.vocab_path={FILE}, or run `pip install rwkv`, a "
+                "package that has it"
+            )
+        return VocabularyWorld.read(path)
     if path is None:
         raise UserError(
             "data.vocab=20b needs the tokenizer's JSON file: set data.vocab_path=20B_tokenizer.json (it is part of "
@@ -100,6 +113,10 @@ def vocabulary_from_dict(stored: dict[str, Any]) -> Vocabulary:
             return Vocabulary20B(str(stored["tokenizer"]))
         if stored["kind"] == UNKNOWN:
             return UnknownVocabulary(int(stored["size"]))
+        if stored["kind"] == "world":
+            from rwkv_pl.data.tokenizer_world import VocabularyWorld
+
+            return VocabularyWorld(str(stored["tokens"]))
         return Vocabulary(str(stored["kind"]), str(stored.get("characters", "")))
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise UserError(f"the stored vocabulary is corrupt: {error!r}") from error

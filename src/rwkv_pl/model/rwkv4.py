@@ -19,11 +19,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from rwkv_pl.checks import check_tokens
 from rwkv_pl.config import RWKV4Config
 from rwkv_pl.model import rwkv4_fused as fused
+from rwkv_pl.model.language_model import LanguageModel, depth_ratios, token_shift
 from rwkv_pl.model.state import BlockState, State
 from rwkv_pl.ops.linear import Linear
 from rwkv_pl.ops.rwkv4_step import rwkv4_step, supports_step
@@ -53,7 +52,7 @@ class TimeMix(nn.Module):
         self.receptance = Linear(C, C)
         self.output = Linear(C, C)
         self.register_load_state_dict_pre_hook(_unsqueeze_time_mix)
-        self.reset_parameters(*depth_ratios(config, layer))
+        self.reset_parameters(*depth_ratios(layer, config.n_layer))
 
     @torch.no_grad()
     def reset_parameters(self, r01: float, r10: float) -> None:
@@ -87,6 +86,12 @@ class TimeMix(nn.Module):
         wkv, state = wkv4(self.time_decay, self.time_first, key, value, state)
         return self.output(torch.sigmoid(receptance) * wkv), x[:, -1], state
 
+    def empty_wkv(self, rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The WKV state at the start of `rows` texts, (rows, 3, C)."""
+        wkv = torch.zeros(rows, 3, self.key.in_features, dtype=dtype, device=device)
+        wkv[:, 2] = EMPTY
+        return wkv
+
 
 class ChannelMix(nn.Module):
     """Channel mixing, RWKV's feed-forward layer (section 3.1.3, equations 19 to 21).
@@ -104,7 +109,7 @@ class ChannelMix(nn.Module):
         self.receptance = Linear(C, C)
         self.value = Linear(4 * C, C)
         self.register_load_state_dict_pre_hook(_unsqueeze_time_mix)
-        self.reset_parameters(*depth_ratios(config, layer))
+        self.reset_parameters(*depth_ratios(layer, config.n_layer))
 
     @torch.no_grad()
     def reset_parameters(self, r01: float, r10: float) -> None:
@@ -161,26 +166,18 @@ class Block(nn.Module):
         return x, BlockState(att_shift, wkv, ffn_shift)
 
 
-class RWKV4(nn.Module):
-    """The language model, from tokens to logits.
+class RWKV4(LanguageModel):
+    """The language model, from tokens to logits: `LanguageModel` with the blocks above.
 
     A text gives the same logits, to rounding, if it is read whole, in pieces or one token at a time.
     """
 
+    block_class = Block
+    library = "wkv4"
+    mark = r"att\.time_first$"
+
     # The official factors of the learning rate, by the last part of a parameter's name.
     lr_scale = {"time_decay": 2.0, "time_first": 3.0}  # noqa: RUF012
-
-    activation_checkpointing = False
-    """Whether to store only each block's input and recompute the rest in the backward pass; same gradients."""
-
-    def __init__(self, config: RWKV4Config) -> None:
-        super().__init__()
-        self.config = config
-        self.emb = nn.Embedding(config.vocab_size, config.n_embd)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.ln_out = nn.LayerNorm(config.n_embd)
-        self.head = Linear(config.n_embd, config.vocab_size)
-        self.reset_parameters()
 
     @property
     def recompute_from(self) -> int:
@@ -193,50 +190,6 @@ class RWKV4(nn.Module):
         for block in self.blocks:
             block.recompute_from = n_tokens  # type: ignore[assignment]
 
-    def hidden(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """tokens (B, T) int64, T >= 1 -> the head's input (B, T, C), and the state after the last token."""
-        x = self._embed(tokens, state)
-        after = []
-        recompute = self.activation_checkpointing and torch.is_grad_enabled()
-        for block, before in zip(self.blocks, state or [None] * len(self.blocks), strict=True):
-            x, block_state = checkpoint(block, x, before, use_reentrant=False) if recompute else block(x, before)
-            after.append(block_state)
-        return self.ln_out(x), tuple(after)
-
-    def empty_state(self, rows: int) -> State:
-        """The state at the start of a text, for `rows` texts: as an argument, the same as None, but in tensors."""
-        weight = self.emb.weight
-
-        def zeros(*shape: int, dtype: torch.dtype = weight.dtype) -> Tensor:
-            return torch.zeros(rows, *shape, dtype=dtype, device=weight.device)
-
-        C, state = self.config.n_embd, []
-        for _ in self.blocks:
-            wkv = zeros(3, C, dtype=torch.promote_types(weight.dtype, torch.float32))
-            wkv[:, 2] = EMPTY
-            state.append(BlockState(zeros(C), wkv, zeros(C)))
-        return tuple(state)
-
-    def _embed(self, tokens: Tensor, state: State | None) -> Tensor:
-        """tokens (B, T) -> (B, T, C). Wrong tokens, and a state of another size, raise an error that names them."""
-        if torch.compiler.is_compiling():
-            return self.emb(tokens)
-        check_inputs(tokens, state, self.emb.weight, len(self.blocks))
-        try:
-            return self.emb(tokens)
-        except IndexError:  # raised on the CPU only; looking for the token before each step would slow it
-            lowest, highest = (int(token) for token in tokens.aminmax())
-            check_tokens(lowest, highest, len(self.emb.weight))
-            raise
-
-    def forward(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """tokens (B, T) int64, T >= 1 -> logits (B, T, V), and the state after the last token.
-
-        logits[:, t] are for the token after tokens[:, t].
-        """
-        hidden, state = self.hidden(tokens, state)
-        return self.head(hidden), state
-
     @torch.no_grad()
     def step(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """`forward` for one token per text: tokens (B,) int64 -> logits (B, V) float32, and the state after it.
@@ -248,56 +201,7 @@ class RWKV4(nn.Module):
         if supports_step(parameters) and not (self.training and self.config.dropout):
             logits, after = rwkv4_step(parameters, tokens, [x for block in state or () for x in block])
             return logits, tuple(BlockState(*block) for block in after)
-        hidden, state = self.hidden(tokens[:, None], state)
-        return self.head(hidden[:, 0]).float(), state
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """The official initialisation of the embedding and the head; the blocks initialise themselves."""
-        V, C = self.config.vocab_size, self.config.n_embd
-        nn.init.uniform_(self.emb.weight, -1e-4, 1e-4)
-        nn.init.orthogonal_(self.head.weight, gain=0.5 * math.sqrt(max(V / C, 1)))
-
-
-def check_inputs(tokens: Tensor, state: State | None, embedding: Tensor, n_layer: int) -> None:
-    """Raise TypeError or ValueError unless tokens (B, T) and the state suit a model of this size; reads no values."""
-    if not isinstance(tokens, Tensor) or tokens.dtype not in (torch.int64, torch.int32):
-        given = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
-        raise TypeError(f"tokens must be an int64 tensor, not {given}")
-    if tokens.dim() != 2 or tokens.shape[1] == 0:
-        raise ValueError(f"tokens must be (B, T) with T at least 1, not {tuple(tokens.shape)}")
-    if tokens.device != embedding.device:
-        raise ValueError(f"tokens are on {tokens.device} and the model on {embedding.device}: move them to one device")
-    if state is not None and not isinstance(state, tuple | list):
-        raise TypeError(f"the state must be one that the model returned, not {type(state).__name__}")
-    if state is not None and (len(state) != n_layer or len(state[0].att_shift) != len(tokens)):
-        raise ValueError(
-            f"the state has {len(state)} layers and {len(state[0].att_shift) if state else 0} rows; "
-            f"the model has {n_layer} layers, and tokens {len(tokens)} rows"
-        )
-    if state and state[0].att_shift.shape[-1] != embedding.shape[1]:
-        raise ValueError(
-            f"the state has {state[0].att_shift.shape[-1]} channels and the model {embedding.shape[1]}: "
-            "it is the state of another model"
-        )
-
-
-def token_shift(x: Tensor, shift: Tensor | None) -> Tensor:
-    """Delay x (B, T, C) by one token: the result at t is x at t - 1.
-
-    At t = 0 it is shift (B, C), the last token of the piece before, or zeros at the start of a text (shift None).
-    """
-    first = torch.zeros_like(x[:, 0]) if shift is None else shift.to(x.dtype)
-    return torch.cat([first[:, None], x[:, :-1]], dim=1)
-
-
-def depth_ratios(config: RWKV4Config, layer: int) -> tuple[float, float]:
-    """The layer's relative depth, for the initialisation: r01 = l / (L - 1) and r10 = 1 - l / L.
-
-    Over the layers, r01 rises from 0 to 1 and r10 falls from 1 to 1/L (ratio_0_to_1 and ratio_1_to_almost0 in the
-    official code).
-    """
-    return layer / max(config.n_layer - 1, 1), 1 - layer / config.n_layer
+        return super().step(tokens, state)
 
 
 def _list_parameters(module: Any) -> list[Tensor]:

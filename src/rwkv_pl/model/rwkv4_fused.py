@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rwkv_pl.ops.autograd import once_differentiable
-from rwkv_pl.ops.backend import supports_elementwise
+from rwkv_pl.ops.backend import supports_elementwise, uses_compiled
 from rwkv_pl.ops.linear import Linear, gradient_of_input, gradient_of_weight, product
 from rwkv_pl.ops.wkv4 import CPU_TILE
 
@@ -39,6 +39,7 @@ def supports(mixing: Any, kind: type[nn.Module], norm: Any, dropout: nn.Module, 
             *mixing._parameters.values(),
             *(layer._parameters["weight"] for layer in mixing._modules.values()),
         )
+        and uses_compiled("wkv4", "cpu")  # loads it, if this is the first call
     )
 
 

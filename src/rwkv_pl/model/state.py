@@ -10,7 +10,8 @@ class BlockState(NamedTuple):
 
     att_shift: (B, C), the last token's input to the time mixing, for its token shift.
     wkv:       (B, ...), the sums over the past, in a shape that depends on the version. In RWKV-4 it is (B, 3, C),
-               the rows num, den and max_exp (see `rwkv_pl.ops.wkv4`).
+               the rows num, den and max_exp (see `rwkv_pl.ops.wkv4`), in RWKV-7 (B, H, N, N), for each head a matrix
+               of values by keys (see `rwkv_pl.ops.wkv7`).
     ffn_shift: (B, C), the last token's input to the channel mixing, for its token shift.
     """
 

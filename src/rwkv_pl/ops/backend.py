@@ -1,4 +1,7 @@
-"""Selects the kernel for a call: set with :func:`use_kernel`, loaded once, with one warning if it is not available."""
+"""Selects the kernel for a call: set with :func:`use_kernel`, loaded once, with one warning if it is not available.
+
+A library is one of `libraries.LIBRARIES`, given by its name.
+"""
 
 import threading
 import warnings
@@ -10,30 +13,32 @@ from torch import Tensor, nn
 
 from rwkv_pl.config import KERNELS
 from rwkv_pl.ops.build import BuildError, load_cpu_library, load_cuda_library
+from rwkv_pl.ops.libraries import LIBRARIES
 
 _kernel = "auto"
 
 
 _loading = threading.Lock()
 
-# By device type: why the compiled operators could not be loaded, or "" after they were.
-_failures: dict[str, str] = {}
+# By library and device type: why it could not be loaded, or "" after it was.
+_failures: dict[tuple[str, str], str] = {}
 
-_warned: set[str] = set()
+# Device types and failures. A missing compiler, for example, is the failure of all libraries.
+_warned: set[tuple[str, str]] = set()
 
-_registrations: list[Callable[[], None]] = []
+_registrations: dict[str, list[Callable[[], None]]] = {library: [] for library in LIBRARIES}
 
 
 class KernelError(RuntimeError):
     """The compiled operators were required and are not available. reason: why, and the fix."""
 
-    def __init__(self, reason: str) -> None:
-        super().__init__(f"wkv4: no compiled operator: {reason}; or choose use_kernel('auto')")
+    def __init__(self, library: str, reason: str) -> None:
+        super().__init__(f"{library}: no compiled operator: {reason}; or choose use_kernel('auto')")
         self.reason = reason
 
 
 class use_kernel:
-    """Selects the implementation of :func:`wkv4` for the whole process; as a context manager, until the block ends.
+    """Selects the implementation of the operators for the whole process; as a context manager, until the block ends.
 
     - ``"auto"``: compiled if that operator can be built for the tensor's device, else scan;
     - ``"compiled"``: the compiled operator, or a KernelError that says why it is not available;
@@ -64,11 +69,11 @@ def current_kernel() -> str:
     return _kernel
 
 
-def uses_compiled(device: str) -> bool:
-    """Do calls on this device type use the compiled operators? They do if `use_kernel` allows it and they load."""
+def uses_compiled(library: str, device: str) -> bool:
+    """Do calls on this device type use the library's operators? They do if `use_kernel` allows it and they load."""
     if _kernel == "auto" and not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return False
-    return _kernel in ("auto", "compiled") and _is_available(device, required=_kernel == "compiled")
+    return _kernel in ("auto", "compiled") and _is_available(library, device, required=_kernel == "compiled")
 
 
 def supports_elementwise(*tensors: Tensor, io: bool = False) -> bool:
@@ -86,49 +91,59 @@ def supports_elementwise(*tensors: Tensor, io: bool = False) -> bool:
             for tensor in tensors
         )
         and (not torch.is_autocast_enabled("cpu") or torch.get_autocast_dtype("cpu") == torch.bfloat16)
-        and uses_compiled("cpu")
+        and uses_compiled("elementwise", "cpu")
     )
 
 
 # torch.compile calls this during tracing and keeps the result, so loading the operators does not break the graph.
 @torch.compiler.assume_constant_result
-def _is_available(device: str, required: bool) -> bool:
-    """Are the compiled operators available for this device type? The first call builds or loads them.
+def _is_available(library: str, device: str, required: bool) -> bool:
+    """Are the library's operators available for this device type? The first call builds or loads them.
 
     If they are not: KernelError if they are required, else one warning.
     """
-    failure = load(device) if device in ("cpu", "cuda") else f"not supported on {device}"
+    failure = load(library, device) if device in ("cpu", "cuda") else f"not supported on {device}"
     if failure and required:
-        raise KernelError(failure)
-    if failure and device in _failures and device not in _warned:
-        _warned.add(device)
-        warnings.warn(f"wkv4 runs in plain torch, slower: {failure}", RuntimeWarning, stacklevel=2)
+        raise KernelError(library, failure)
+    if failure and (library, device) in _failures and (device, failure) not in _warned:
+        _warned.add((device, failure))
+        warnings.warn(f"{library} runs in plain torch, slower: {failure}", RuntimeWarning, stacklevel=2)
     return not failure
 
 
-def load(device: str) -> str:
-    """Load the compiled operators for a device type, and build them if needed. Returns why it failed, or ""."""
+def load(library: str, device: str) -> str:
+    """Load a library for a device type, and build it if needed. Returns why it failed, or ""."""
     # The CPU library declares the operators for both.
-    failure = load("cpu") if device == "cuda" else ""
+    failure = load(library, "cpu") if device == "cuda" else ""
     with _loading:
-        if device not in _failures:
+        if (library, device) not in _failures:
             try:
                 if device == "cuda" and not failure:
-                    load_cuda_library()
+                    load_cuda_library(LIBRARIES[library])
                 elif device == "cpu":
-                    load_cpu_library()
-                    for register in _registrations:
+                    load_cpu_library(LIBRARIES[library])
+                    for register in _registrations[library]:
                         register()
-                _failures[device] = failure
+                _failures[library, device] = failure
             except BuildError as error:
-                _failures[device] = str(error)
-        return _failures[device]
+                _failures[library, device] = str(error)
+        return _failures[library, device]
 
 
-def when_loaded(register: Callable[[], None]) -> Callable[[], None]:
-    """Decorate a function that registers gradients or fake kernels; it is called after the operators are loaded."""
-    with _loading:
-        _registrations.append(register)
-        if _failures.get("cpu") == "":
-            register()
-    return register
+def load_all(device: str) -> str:
+    """Load every library that has operators for a device type. Returns why the first failed that did, or ""."""
+    has_device = [name for name, library in LIBRARIES.items() if device == "cpu" or library.cuda_sources]
+    return next(filter(None, [load(name, device) for name in has_device]), "")
+
+
+def when_loaded(library: str) -> Callable[[Callable[[], None]], Callable[[], None]]:
+    """Decorate a function that registers gradients or fake kernels; it is called after the library is loaded."""
+
+    def decorate(register: Callable[[], None]) -> Callable[[], None]:
+        with _loading:
+            _registrations[library].append(register)
+            if _failures.get((library, "cpu")) == "":
+                register()
+        return register
+
+    return decorate

@@ -26,6 +26,7 @@ import torch
 from filelock import FileLock
 
 from rwkv_pl.files import cache_folder
+from rwkv_pl.ops.libraries import Library
 from rwkv_pl.ops.toolchain import (
     Compiler,
     compiler_advice,
@@ -39,18 +40,10 @@ from rwkv_pl.ops.toolchain import (
 from rwkv_pl.ops.zig import build_with_zig, has_cpp_library
 
 __all__ = [
-    "CPU_SOURCES", "CUDA_FLAGS", "CUDA_SOURCES", "LEVELS", "PREBUILT", "RETRY_ADVICE", "STABLE_ABI", "SUFFIX",
+    "CUDA_FLAGS", "LEVELS", "PREBUILT", "RETRY_ADVICE", "STABLE_ABI", "SUFFIX",
     "BuildError", "chip_flags", "cpu_command", "cpu_flags", "cpu_level", "forget_failures", "load_cpu_library",
     "load_cuda_library", "nvcc_command", "prebuilt_name", "translation_units",
 ]  # fmt: skip
-
-CPU_SOURCES = (
-    "wkv4_cpu.cpp", "norm_token_shift_cpu.cpp", "elementwise_cpu.cpp", "cross_entropy_cpu.cpp", "rwkv4_step_cpu.cpp",
-    "cpu_lanes.h", "cpu_numbers.h", "wkv4_math.h", "wkv4_tensor.h",
-)  # fmt: skip
-CUDA_SOURCES = (
-    "wkv4_cuda.cu", "wkv4_launch.cuh", "wkv4_scan.cuh", "wkv4_walk.cuh", "wkv4_gpu.h", "wkv4_math.h", "wkv4_tensor.h",
-)  # fmt: skip
 
 # Not -march=native: if the cache is shared or copied, its library crashes with SIGILL on another machine.
 LEVELS = {
@@ -85,10 +78,12 @@ SUFFIX = ".pyd" if sys.platform == "win32" else ".so"
 class LibrarySpec:
     """The inputs of one library's build. ``compile(folder, spec)`` builds it in the folder of the sources and loads it.
 
-    seconds: the typical duration of the build, to print. host: the C++ compiler that nvcc calls.
+    title: what the library contains, and seconds: the typical duration of the build, to print. host: the C++ compiler
+    that nvcc calls.
     """
 
     name: str
+    title: str
     target: str
     sources: tuple[str, ...]
     compiler: Compiler
@@ -98,28 +93,32 @@ class LibrarySpec:
     host: Compiler | None = None
 
 
-def load_cpu_library() -> None:
-    """Register the CPU operators ``torch.ops.rwkv_pl.*``; on a cache miss, build them (about 15 s).
+def load_cpu_library(library: Library) -> None:
+    """Register the library's CPU operators ``torch.ops.rwkv_pl.*``; on a cache miss, build them (about 15 s).
 
     Raises BuildError if there is no compiler, the build fails, or the cache folder cannot be written.
     """
-    level = cpu_level()
-    if _load_prebuilt(prebuilt_name("wkv4_cpu", level, CPU_SOURCES)):
+    level, name, sources = cpu_level(), f"{library.name}_cpu", library.cpu_sources
+    if _load_prebuilt(prebuilt_name(name, level, sources)):
         return
     compiler = _host_compiler()
     build, seconds = (_compile_with_zig, 15 if has_cpp_library() else 60) if compiler.is_zig else (_compile_cpu, 15)
     flags = cpu_flags(level, msvc=sys.platform == "win32" and not compiler.is_zig)
-    _load_or_build(LibrarySpec("wkv4_cpu", level, CPU_SOURCES, compiler, flags, seconds, build))
+    _load_or_build(LibrarySpec(name, library.title, level, sources, compiler, flags, seconds, build))
 
 
-def load_cuda_library() -> None:
-    """Register the CUDA operators, built for this machine's GPUs (about 15 s). Load the CPU library first.
+def load_cuda_library(library: Library) -> None:
+    """Register the library's CUDA operators, built for this machine's GPUs (about 15 s). Load the CPU library first.
 
-    Raises BuildError as `load_cpu_library` does, and if nvcc is missing or its CUDA version is not torch's.
+    Raises BuildError as `load_cpu_library` does, if nvcc is missing or its CUDA version is not torch's, and if the
+    library has no CUDA operators.
     """
+    name, sources = f"{library.name}_cuda", library.cuda_sources
+    if not sources:
+        raise BuildError(f"the {library.title} run only on a CPU")
     if torch.version.cuda is None:
         raise BuildError("this torch has no CUDA; install a CUDA build from pytorch.org")
-    if _load_prebuilt(prebuilt_name("wkv4_cuda", "all", CUDA_SOURCES)):
+    if _load_prebuilt(prebuilt_name(name, "all", sources)):
         return
     host, nvcc = _host_compiler(), find_nvcc(torch.version.cuda)
     if host.is_zig:
@@ -131,7 +130,7 @@ def load_cuda_library() -> None:
     chips = sorted({"{}{}".format(*torch.cuda.get_device_capability(device)) for device in devices})
     target = "-".join(f"sm_{chip}" for chip in chips)
     flags = [*CUDA_FLAGS, *chip_flags(chips)]
-    _load_or_build(LibrarySpec("wkv4_cuda", target, CUDA_SOURCES, nvcc, flags, 15, _compile_cuda, host))
+    _load_or_build(LibrarySpec(name, library.title, target, sources, nvcc, flags, 15, _compile_cuda, host))
 
 
 def prebuilt_name(name: str, target: str, sources: tuple[str, ...], suffix: str = SUFFIX) -> str:
@@ -238,7 +237,7 @@ def _build(library: Path, spec: LibrarySpec) -> None:
     for leftover in library.parent.glob("building-*"):
         shutil.rmtree(leftover, ignore_errors=True)
     print(
-        f"rwkv_pl: building the WKV kernel for {spec.target} with {spec.compiler.title} "
+        f"rwkv_pl: building the {spec.title} for {spec.target} with {spec.compiler.title} "
         f"(once, about {spec.seconds} s) ...",
         file=sys.stderr,
         flush=True,
@@ -301,7 +300,8 @@ def _compile_with_zig(folder: Path, spec: LibrarySpec) -> Path:
     platform_tag = host_platform()
     assert platform_tag is not None, "Compiler.is_zig"
     try:
-        library = build_with_zig(spec.compiler, platform_tag, spec.flags, folder, translation_units(spec.sources))
+        units = translation_units(spec.sources)
+        library = build_with_zig(spec.compiler, platform_tag, spec.flags, folder, units, spec.name)
     except (OSError, subprocess.CalledProcessError) as error:
         raise _build_error(spec, folder, getattr(error, "stdout", "") or str(error)) from error
     torch.ops.load_library(library)
@@ -318,13 +318,15 @@ def translation_units(sources: tuple[str, ...]) -> list[str]:
     return [source for source in sources if source.endswith(".cpp")]
 
 
-def cpu_command(compiler: Compiler, flags: list[str], folder: Path, library: Path) -> list[str]:
-    """The command that builds the CPU library from its sources in `folder`, without ninja; for gcc and clang."""
+def cpu_command(
+    compiler: Compiler, flags: list[str], folder: Path, sources: tuple[str, ...], library: Path
+) -> list[str]:
+    """The command that builds a CPU library from its sources in `folder`, without ninja; for gcc and clang."""
     torch_folder = Path(torch.__path__[0])
-    sources = [str(folder / source) for source in translation_units(CPU_SOURCES)]
+    units = [str(folder / source) for source in translation_units(sources)]
     return [
         *shlex.split(compiler.command), "-std=c++20", *flags, "-fPIC", "-shared",
-        "-isystem", str(torch_folder / "include"), *sources, "-o", str(library),
+        "-isystem", str(torch_folder / "include"), *units, "-o", str(library),
         f"-L{torch_folder / 'lib'}", "-ltorch_cpu",
     ]  # fmt: skip
 

@@ -2,8 +2,8 @@
 
     python -m rwkv_pl.ops.prebuilt [PLATFORM] [--no-cuda] [--out FOLDER]
 
-For one platform, this one or another, zig builds a CPU library for every processor level. For Linux on x86-64, nvcc
-builds one CUDA library for all chips, if there is an nvcc. They are written to src/rwkv_pl/prebuilt/, where setup.py
+For one platform, this one or another, zig builds the CPU libraries for every processor level. For Linux on x86-64, nvcc
+builds the CUDA libraries for all chips, if there is an nvcc. They are written to src/rwkv_pl/prebuilt/, where setup.py
 expects them.
 """
 
@@ -17,9 +17,7 @@ from importlib import resources
 from pathlib import Path
 
 from rwkv_pl.ops.build import (
-    CPU_SOURCES,
     CUDA_FLAGS,
-    CUDA_SOURCES,
     LEVELS,
     PREBUILT,
     chip_flags,
@@ -28,6 +26,7 @@ from rwkv_pl.ops.build import (
     prebuilt_name,
     translation_units,
 )
+from rwkv_pl.ops.libraries import LIBRARIES, Library
 from rwkv_pl.ops.toolchain import ZIG_TARGETS, Compiler, find_nvcc, find_zig, host_platform
 from rwkv_pl.ops.zig import build_with_zig
 
@@ -51,35 +50,38 @@ def main() -> None:
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
     for level in LEVELS if options.platform.endswith(("x86_64", "amd64")) else ["portable"]:
-        _build_cpu_library(zig, options.platform, level, out)
+        for library in LIBRARIES.values():
+            _build_cpu_library(library, zig, options.platform, level, out)
     nvcc = find_nvcc("13") if options.platform == host_platform() == "manylinux_2_28_x86_64" else None
     if options.no_cuda or nvcc is None:
         print("no CUDA library" + ("" if options.no_cuda else ": it needs nvcc, and Linux on x86-64"))
     else:
-        _build_cuda_library(nvcc, out)
+        for library in LIBRARIES.values():
+            if library.cuda_sources:
+                _build_cuda_library(library, nvcc, out)
 
 
-def _build_cpu_library(zig: Compiler, platform_tag: str, level: str, out: Path) -> None:
-    print(f"building the CPU library for {platform_tag}, {level} ...", flush=True)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        for source in CPU_SOURCES:
+def _build_cpu_library(library: Library, zig: Compiler, platform_tag: str, level: str, out: Path) -> None:
+    print(f"building the {library.title} for {platform_tag}, {level} ...", flush=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for source in library.cpu_sources:
             (folder / source).write_bytes(resources.files("rwkv_pl.cuda").joinpath(source).read_bytes())
-        flags = cpu_flags(level, msvc=False)
+        flags, name = cpu_flags(level, msvc=False), f"{library.name}_cpu"
         try:
-            library = build_with_zig(zig, platform_tag, flags, folder, translation_units(CPU_SOURCES))
+            built = build_with_zig(zig, platform_tag, flags, folder, translation_units(library.cpu_sources), name)
         except subprocess.CalledProcessError as error:
             sys.exit(f"{error.stdout}\nit could not be built: see the compiler's output above")
-        shutil.move(library, out / prebuilt_name("wkv4_cpu", level, CPU_SOURCES, library.suffix))
+        shutil.move(built, out / prebuilt_name(name, level, library.cpu_sources, built.suffix))
 
 
-def _build_cuda_library(nvcc: Compiler, out: Path) -> None:
+def _build_cuda_library(library: Library, nvcc: Compiler, out: Path) -> None:
     chips = [*chip_flags(CHIPS), f"-gencode=arch=compute_{CHIPS[-1]},code=compute_{CHIPS[-1]}"]
-    print(f"building the CUDA library for {len(chips)} chips ...", flush=True)
+    print(f"building the {library.title} for {len(chips)} chips ...", flush=True)
     flags = [*CUDA_FLAGS, *chips, f"--threads={os.cpu_count()}"]
-    library = out / prebuilt_name("wkv4_cuda", "all", CUDA_SOURCES)
+    built = out / prebuilt_name(f"{library.name}_cuda", "all", library.cuda_sources)
     with resources.as_file(resources.files("rwkv_pl.cuda")) as sources:
-        command = nvcc_command(nvcc, flags, sources / CUDA_SOURCES[0], library)
+        command = nvcc_command(nvcc, flags, sources / library.cuda_sources[0], built)
         if subprocess.run(command).returncode:
             sys.exit("it could not be built: see the compiler's output above")
 

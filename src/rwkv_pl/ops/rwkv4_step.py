@@ -3,23 +3,19 @@
 B  rows    L  layers    C  channels    V  vocab_size
 """
 
-import contextlib
-import mmap
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rwkv_pl.checks import check_tokens
 from rwkv_pl.ops.backend import uses_compiled, when_loaded
 
-__all__ = ["move_to_huge_pages", "rwkv4_step", "supports_step"]
+__all__ = ["rwkv4_step", "supports_step"]
 
 # emb.weight, ln0 (weight and bias), ln_out (weight and bias), head.weight.
 PARAMS_OUTSIDE_BLOCKS = 6
 PARAMS_PER_BLOCK = 18
-
-HUGE_PAGE, CACHE_LINE = 1 << 21, 64
 
 
 def supports_step(parameters: Sequence[Tensor]) -> bool:
@@ -33,29 +29,8 @@ def supports_step(parameters: Sequence[Tensor]) -> bool:
         and (len(parameters) - PARAMS_OUTSIDE_BLOCKS) % PARAMS_PER_BLOCK == 0
         and parameters[0].device.type == "cpu"
         and {parameter.dtype for parameter in parameters} <= {torch.float32, torch.bfloat16}
-        and uses_compiled("cpu")
+        and uses_compiled("wkv4", "cpu")
     )
-
-
-def move_to_huge_pages(module: nn.Module) -> None:
-    """Move the parameters into one block of memory in huge pages; do nothing on systems other than Linux.
-
-    A token reads all parameters. With 4 KB pages, address translation takes a sixth of its time.
-    """
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
-        return
-    parameters = [parameter for parameter in module.parameters() if parameter.device.type == "cpu"]
-    sizes = [-(-parameter.nbytes // CACHE_LINE) * CACHE_LINE for parameter in parameters]
-    piece = mmap.mmap(-1, sum(sizes) + HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a Linux kernel without huge pages
-        piece.madvise(mmap.MADV_HUGEPAGE)
-    memory = torch.frombuffer(piece, dtype=torch.uint8)
-    offset = -memory.data_ptr() % HUGE_PAGE
-    for parameter, size in zip(parameters, sizes, strict=True):
-        view = memory[offset : offset + parameter.nbytes].view(parameter.dtype).view(parameter.shape)
-        view.copy_(parameter.detach())
-        parameter.data = view
-        offset += size
 
 
 @torch.no_grad()
@@ -95,6 +70,6 @@ def _fake(parameters: list[Tensor], tokens: Tensor, state: list[Tensor]) -> tupl
 
 
 # At the end, because it runs at once if the operators are already loaded.
-@when_loaded
+@when_loaded("wkv4")
 def _register_fake() -> None:
     torch.library.register_fake("rwkv_pl::rwkv4_step", _fake)

@@ -50,7 +50,7 @@ def wkv4(
     """
     _check_arguments(time_decay, time_first, key, value, state)
     dtype = torch.float64 if key.dtype == torch.float64 else torch.float32
-    compiled = uses_compiled(key.device.type)
+    compiled = uses_compiled("wkv4", key.device.type)
     # The kernels read and write 16-bit dtypes directly, except float16 on a CPU.
     io = key.dtype if compiled and (key.device.type == "cuda" or key.dtype != torch.float16) else dtype
     weights, inputs = (time_decay.to(dtype), time_first.to(dtype)), (key.to(io), value.to(io))
@@ -154,7 +154,7 @@ def _double_backward(ctx: Any, *grads: Tensor) -> None:
 
 
 # At the end, because it runs at once if the operators are already loaded.
-@when_loaded
+@when_loaded("wkv4")
 def _register() -> None:
     torch.library.register_fake("rwkv_pl::wkv4_forward", _forward_fake)
     torch.library.register_fake("rwkv_pl::wkv4_backward", _backward_fake)

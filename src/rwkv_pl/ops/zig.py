@@ -1,4 +1,4 @@
-"""Builds the CPU library with zig, a C++ compiler that pip installs (package ziglang), for this system or another one.
+"""Builds CPU libraries with zig, a C++ compiler that pip installs (package ziglang), for this system or another one.
 
 zig has the headers and C libraries of all systems, and it links its own C++ library, libc++, into the kernel. It builds
 libc++ at its first link for a target, which takes longer than the kernel, and keeps it in the cache folder.
@@ -25,19 +25,21 @@ def has_cpp_library() -> bool:
     return any((cache_folder() / "zig").glob("o/*/libc++.a"))
 
 
-def build_with_zig(zig: Compiler, platform_tag: str, flags: list[str], folder: Path, sources: list[str]) -> Path:
-    """Compile the `sources` in `folder` with `flags` and link them; returns the library, in the same folder.
+def build_with_zig(
+    zig: Compiler, platform_tag: str, flags: list[str], folder: Path, sources: list[str], name: str
+) -> Path:
+    """Compile the `sources` in `folder` with `flags` and link them; returns the library `name`, in the same folder.
 
     platform_tag: a key of ZIG_TARGETS. Raises subprocess.CalledProcessError with the compiler's output as `stdout`.
     """
     system = platform_tag.partition("_")[0].removeprefix("many")
-    library = folder / ("wkv4_cpu.pyd" if system == "win" else "wkv4_cpu.so")
+    library = folder / f"{name}{'.pyd' if system == 'win' else '.so'}"
     stub = TORCH_LIBRARIES[system]
     target = ["-target", ZIG_TARGETS[platform_tag]]
     # Every torch has this library. A stub of it, with the C functions that torch's headers declare, is enough to link.
     (folder / "stub.c").write_text(_stub_source(), encoding="utf-8")
-    name = {"linux": [f"-Wl,-soname,{stub}"], "win": [], "macosx": [f"-Wl,-install_name,@rpath/{stub}"]}[system]
-    _run_zig(zig, folder, ["cc", *target, "-O1", "-shared", *name, "stub.c", "-o", stub])
+    soname = {"linux": [f"-Wl,-soname,{stub}"], "win": [], "macosx": [f"-Wl,-install_name,@rpath/{stub}"]}[system]
+    _run_zig(zig, folder, ["cc", *target, "-O1", "-shared", *soname, "stub.c", "-o", stub])
     include = ["-isystem", str(Path(torch.__path__[0]) / "include")]
     position = [] if system == "win" else ["-fPIC"]
     compilation = ["c++", *target, "-std=c++20", "-fvisibility=hidden", *position, *flags, *include, "-c"]

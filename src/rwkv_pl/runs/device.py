@@ -4,8 +4,9 @@ import torch
 
 from rwkv_pl.config import Train
 from rwkv_pl.errors import UserError, one_line
+from rwkv_pl.model import MODELS
 from rwkv_pl.ops.backend import KernelError, use_kernel
-from rwkv_pl.ops.wkv4 import wkv4
+from rwkv_pl.ops.self_tests import SELF_TESTS
 from rwkv_pl.runs.agreement import decide_on_first_rank
 from rwkv_pl.training.precision import SIMILAR, describe_speedup, measure_product_rates
 
@@ -69,12 +70,11 @@ def choose_matmul_precision(config: Train, device: torch.device) -> None:
         torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
 
 
-def choose_kernel(name: str, device: torch.device) -> None:
-    """Select the kernel, and build it if needed. Raises UserError if that fails."""
+def choose_kernel(name: str, device: torch.device, version: str) -> None:
+    """Select the kernel, and build that of the model's version if needed. Raises UserError if that fails."""
     use_kernel(name)
-    one = torch.zeros(1, 1, 1, device=device)
     try:
-        wkv4(one[0, 0], one[0, 0], one, one)
+        SELF_TESTS[MODELS[version][0].library](1, device, torch.float32)
     except KernelError as error:
         raise UserError(f"kernel={name} is not available: {error.reason}; or use kernel=auto") from error
     except RuntimeError as error:

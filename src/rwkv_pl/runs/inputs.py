@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +162,7 @@ def open_inputs(config: Train, cwd: Path, resume_from: Path | None = None) -> In
             skip_nonfinite=config.skip_nonfinite,
         )
 
-    model_class, size = choose_model(config, data.vocabulary.size, loaded)
+    model_class, size = choose_model(config, data.vocabulary.size, loaded, resumed.config if resumed else None)
     with torch.device("meta"):
         outline = make_module(model_class(size))  # names and shapes, without memory for the values
     optimizer = outline.configure_optimizers()
@@ -231,12 +231,25 @@ def identify_corpora(data: DataModule) -> dict[str, Any]:
     return found
 
 
-def choose_model(config: Train, vocab_size: int, loaded: Weights | None) -> tuple[Any, Any]:
-    """Return the config's model class and its size. Raises UserError if the `loaded` weights have another size."""
+def choose_model(
+    config: Train, vocab_size: int, loaded: Weights | None, stored: dict[str, Any] | None
+) -> tuple[Any, Any]:
+    """Return the config's model class and its size.
+
+    Sizes that are not settings come from the `loaded` weights, or from the config `stored` in a checkpoint. Raises
+    UserError if the weights have another version or size than the settings.
+    """
     model_class, config_class = MODELS[config.model.name]
-    here = config_class(vocab_size=vocab_size, **{key: v for key, v in vars(config.model).items() if key != "name"})
+    settings = {key: v for key, v in vars(config.model).items() if key != "name"} | {"vocab_size": vocab_size}
+    known = {of.name for of in fields(config_class)}
+    here = config_class(**({key: value for key, value in (stored or {}).items() if key in known} | settings))
     if loaded:
         there = loaded.config
+        if loaded.version != config.model.name:
+            raise UserError(
+                f"weights={config.weights} holds a {loaded.version} model, the config has {config.model.name}: "
+                f"give a model={loaded.version} of its size"
+            )
         if (there.n_layer, there.n_embd) != (here.n_layer, here.n_embd):
             raise UserError(
                 f"weights={config.weights} has {there.n_layer} x {there.n_embd}, the config has {here.n_layer} x "
@@ -247,6 +260,7 @@ def choose_model(config: Train, vocab_size: int, loaded: Weights | None) -> tupl
                 f"weights={config.weights} has {there.vocab_size:,} tokens, data.vocab={config.data.vocab} has "
                 f"{here.vocab_size:,}: give the data.vocab that it was trained with"
             )
+        here = config_class(**(asdict(there) | settings))
     return model_class, here
 
 
@@ -262,7 +276,8 @@ def _choose_vocabulary(loaded: Weights | None, config: Train, cwd: Path) -> Voca
             f"weights={config.weights} was trained with data.vocab_size={vocabulary.size}, "
             f"the config has {config.data.vocab_size}: give data.vocab_size={vocabulary.size} too"
         )
-    if vocabulary and config.data.vocab_path and read_vocabulary(cwd / config.data.vocab_path) != vocabulary:
+    path = config.data.vocab_path
+    if vocabulary and path and read_vocabulary(cwd / path, config.data.vocab) != vocabulary:
         raise UserError(
             f"data.vocab_path={config.data.vocab_path} differs from the tokenizer stored in weights={config.weights}: "
             "leave it out"

@@ -107,7 +107,7 @@ def run(inputs: Inputs, folder: Path, record: Record, resumed: bool = False) -> 
 
     device, accumulate = trainer.strategy.root_device, trainer.accumulate_grad_batches
     choose_matmul_precision(config, device)
-    choose_kernel(config.kernel, device)
+    choose_kernel(config.kernel, device, config.model.name)
     ranks.check_world_size(trainer.world_size)
     micro_batch_rows(
         config.data.batch_size, world_size=trainer.world_size, rank=0, accumulate=accumulate, micro_batch=0

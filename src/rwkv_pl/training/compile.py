@@ -55,14 +55,14 @@ def _guard_block(block: Any, blocks: Sequence[nn.Module]) -> None:
 
     compiled, eager = block._compiled_call_impl, block._call_impl
 
-    def call(x: torch.Tensor, state: Any) -> Any:
+    def call(x: torch.Tensor, state: Any, *rest: Any) -> Any:
         if x.shape[1] == 1 or (state is not None and not torch.is_grad_enabled()):
-            return eager(x, state)
+            return eager(x, state, *rest)
         try:
-            return compiled(x, state)
+            return compiled(x, state, *rest)
         except TorchDynamoException as error:
             log.warning(_leave_eager(blocks, error))
-            return eager(x, state)
+            return eager(x, state, *rest)
 
     # The attribute that Module.compile sets. It is not part of a state_dict, and copies of the module do not have it.
     block._compiled_call_impl = call

@@ -53,9 +53,7 @@ class MemoryEstimate:
 def estimate_memory(module: Any, precision: Precision) -> MemoryEstimate:
     """Estimate the cost of a LitRWKV's model from forward passes over a few tokens, on the model's device."""
     parameters = list(module.parameters())
-    matrices = [p for name, p in module.model.named_parameters() if p.dim() == 2 and not name.startswith("emb.")]
-    # Per weight and token, a matrix product takes 2 operations forward and 4 backward.
-    flops = 6 * sum(p.numel() for p in matrices)
+    flops = module.model.flops_per_token
     # Weights, gradients, and Adam's two moments.
     fixed = 4 * sum(local_part(p).nbytes for p in parameters)
     if module.device_mesh is not None:

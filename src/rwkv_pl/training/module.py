@@ -42,7 +42,7 @@ from rwkv_pl.weights.read import read_weights
 
 
 class LitRWKV(LightningModule):
-    """Trains any model that has `config`, `hidden`, `head` and `lr_scale`.
+    """Trains any model that has `config`, `hidden`, `head` and `lr_scale`, such as those of all versions in `model/`.
 
     Args:
         model: RWKV4(RWKV4Config(vocab_size=256, n_layer=12, n_embd=512)), or a function that builds it; the function is

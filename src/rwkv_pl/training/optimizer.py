@@ -12,23 +12,25 @@ from torch.optim import Optimizer
 from rwkv_pl.checks import suggest_key
 from rwkv_pl.config import Optim
 from rwkv_pl.errors import UserError, one_line
+from rwkv_pl.model.language_model import LanguageModel
 
 
 def parameter_groups(model: nn.Module, lr_scale: dict[str, float], split_blocks: bool = False) -> list[dict[str, Any]]:
     """Group the parameters by the last part of their names and by whether weight decay applies.
 
-    Weight decay applies to two-dimensional parameters named `*.weight`, and to nothing else. The groups do not depend
-    on any hyperparameter, so a checkpoint fits them after a change of the settings. `set_hyperparameters` sets the
-    values.
+    Weight decay applies where the model's `has_weight_decay` says so, or without that method to two-dimensional
+    parameters named `*.weight`. The groups do not depend on any hyperparameter, so a checkpoint fits them after a
+    change of the settings. `set_hyperparameters` sets the values.
 
     split_blocks: put the weight matrices of the blocks into a separate group, for `MuonAdamW`.
 
     Raises UserError if a name in `lr_scale` matches no parameter.
     """
+    has_weight_decay = getattr(model, "has_weight_decay", LanguageModel.has_weight_decay)
     groups: dict[tuple[str, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         last = name.rpartition(".")[2]
-        decays = last == "weight" and parameter.dim() == 2
+        decays = has_weight_decay(name, parameter)
         in_block = split_blocks and decays and name.startswith("blocks.")
         groups.setdefault((last, decays, in_block), []).append(parameter)
     names = {name for name, *_ in groups}

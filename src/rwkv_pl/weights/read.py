@@ -1,4 +1,4 @@
-"""Reads weights from a run folder, a `.ckpt` of rwkv_pl, an official RWKV-4 `.pth` or a Hugging Face folder."""
+"""Reads weights from a run folder, a `.ckpt` of rwkv_pl, an official `.pth` or a Hugging Face folder."""
 
 import contextlib
 import re
@@ -12,6 +12,7 @@ from rwkv_pl.data.vocabulary import Vocabulary, read_vocabulary, vocabulary_from
 from rwkv_pl.errors import CorruptFileError, UserError
 from rwkv_pl.weights import huggingface
 from rwkv_pl.weights.checkpoint import find_best, first_sentence, is_checkpoint, read_checkpoint
+from rwkv_pl.weights.layouts import find_layout
 from rwkv_pl.weights.metadata import KEY, Metadata
 from rwkv_pl.weights.parts import load_whole
 from rwkv_pl.weights.tensors import Weights, detect_version, validate_tensors
@@ -37,8 +38,8 @@ def load_weights(source: str | Path) -> tuple[nn.Module, Vocabulary | None]:
 def read_weights(source: str | Path) -> Weights:
     """Read the weights of `source` and validate every tensor.
 
-    source: a run folder (its best.ckpt, else last.ckpt), a `.ckpt` of rwkv_pl, an official RWKV-4 `.pth`, or a Hugging
-    Face folder. The format is detected from the content, the model's version and size from the tensors.
+    source: a run folder (its best.ckpt, else last.ckpt), a `.ckpt` of rwkv_pl, an official `.pth`, or a Hugging Face
+    folder. The format is detected from the content, the model's version and size from the tensors.
 
     Raises UserError, with a one-line message, if a tensor is missing, unexpected, of a wrong shape, or not finite.
     """
@@ -67,20 +68,21 @@ def _read_file(path: Path) -> Weights:
 
 def _read_folder(folder: Path) -> Weights:
     config = huggingface.read_json(folder / huggingface.CONFIG)
-    layout = huggingface.find_layout(config, folder)
+    layout = find_layout(config, folder)
     tensors: dict[str, Tensor] = {}
     for path in huggingface.tensor_files(folder):
         safe = path.suffix == ".safetensors"
         tensors |= huggingface.read_tensors(path) if safe else read_checkpoint(path)
     tensors, note = _unwrap(tensors, folder)
     tensors = layout.to_official(tensors, config, folder)
-    stored, tokenizer = folder / huggingface.VOCABULARY, folder / huggingface.TOKENIZER
+    stored = folder / huggingface.VOCABULARY
     vocabulary = vocabulary_from_dict(huggingface.read_json(stored)) if stored.exists() else None
-    if vocabulary is None and tokenizer.exists():
-        # The 20B tokenizer is recognised. Any other is ignored: the weights can be used without it.
-        with contextlib.suppress(UserError):
-            known = read_vocabulary(tokenizer)
-            vocabulary = known if known.size == len(tensors.get("emb.weight", ())) else None
+    for path in (folder / huggingface.TOKENIZER, *sorted(folder.glob("rwkv_vocab*.txt"))):
+        # The tokenizers 20b and world are recognised. Any other is ignored: the weights can be used without it.
+        if vocabulary is None and path.exists():
+            with contextlib.suppress(UserError):
+                known = read_vocabulary(path)
+                vocabulary = known if known.size == len(tensors.get("emb.weight", ())) else None
     return validate_tensors(tensors, layout.version, folder, f"Hugging Face folder{note}", vocabulary=vocabulary)
 
 

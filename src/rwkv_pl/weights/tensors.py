@@ -14,14 +14,11 @@ from rwkv_pl.data.vocabulary import Vocabulary
 from rwkv_pl.errors import CorruptFileError, UserError
 from rwkv_pl.model import MODELS
 
-# The first pattern that matches a key gives the version. The order matters: later versions keep some earlier names.
-VERSION_PATTERNS = (
-    ("rwkv7", r"att\.w0$"),
-    ("rwkv6", r"att\.time_maa_"),
-    ("rwkv5", r"att\.(time_faaaa|time_mix_g|ln_x\.weight)$"),
-    ("rwkv4", r"att\.time_first$"),
-)
-
+# Versions that are not supported, but are named in the error. MODELS has the marks of the others.
+OTHER_VERSIONS = {
+    "rwkv6": r"att\.time_maa_",
+    "rwkv5": r"att\.(time_faaaa|time_mix_g|ln_x\.weight)$",
+}
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -71,6 +68,12 @@ class Weights:
         return replace(self, tensors=tensors)
 
     @property
+    def unread(self) -> dict[str, Tensor]:
+        """Zeros for the parameters that the version's official files may hold, although nothing reads them."""
+        shapes = MODELS[self.version][0].unread(self.config)
+        return {name: torch.zeros(shape, dtype=self.dtype) for name, shape in shapes.items()}
+
+    @property
     def dtype(self) -> torch.dtype:
         """The widest dtype of the tensors."""
         return max((value.dtype for value in self.tensors.values()), key=lambda dtype: torch.finfo(dtype).bits)
@@ -105,8 +108,10 @@ def validate_tensors(
 ) -> Weights:
     """Check the names, shapes, dtypes and values of all tensors against the model that they describe.
 
-    config, vocabulary: as stored with the tensors, if they were; they must match. Raises UserError.
+    config, vocabulary: as stored with the tensors, if they were; they must match. Parameters that the model class knows
+    and does not read are dropped, and `form` then names them. Raises UserError.
     """
+    model_class, config_class = MODELS[version]
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
             raise UserError(f"{path} holds more than weights: {name} is a {type(value).__name__}, not a tensor")
@@ -118,14 +123,19 @@ def validate_tensors(
         # Strides of 0, which repeat one number, would let a small file describe a huge model.
         if value.untyped_storage().nbytes() < value.nbytes:
             raise UserError(f"{path}: {name} of {_shape(value)} has fewer values than that in the file")
-    size = _infer_size(tensors, version, path)
+    try:
+        size = model_class.sizes(tensors)
+    except ValueError as error:
+        raise UserError(f"{path} does not hold a whole {version} model: {error}") from error
     for key, there in size.items():
         if config and config.get(key) != there:
             raise CorruptFileError(f"{path} has {key}={config.get(key)} in its config, and {there} in its tensors")
-    config_class = MODELS[version][1]
     made = config_class(**(config or size))
     if vocabulary and vocabulary.size != made.vocab_size:
         raise CorruptFileError(f"{path}: its vocabulary has {vocabulary.size} tokens, its model {made.vocab_size}")
+    if dropped := [name for name in model_class.unread(made) if name in tensors]:
+        tensors = {name: value for name, value in tensors.items() if name not in dropped}
+        form += f", without {', '.join(dropped)}, which nothing reads"
     expected = meta_model(version, made).state_dict()
     wrong = []
     if missing := [name for name in expected if name not in tensors]:
@@ -154,24 +164,14 @@ def validate_tensors(
 
 def detect_version(weights: dict[str, Any], path: Path) -> str:
     """Detect the model version from the names of the parameters. Raises UserError if it is not supported."""
-    for version, pattern in VERSION_PATTERNS:
-        if any(re.search(pattern, str(key)) for key in weights):
+    marks = OTHER_VERSIONS | {version: model_class.mark for version, (model_class, _) in MODELS.items()}
+    for version in sorted(marks, reverse=True):  # later versions keep some names of earlier ones
+        if any(re.search(marks[version], str(key)) for key in weights):
             if version not in MODELS:
                 raise UserError(f"{path} holds a {version} model; supported: {', '.join(MODELS)}")
             return version
     names = ", ".join(sorted(map(str, weights))[:3]) or "nothing"
-    raise UserError(f"{path} holds no RWKV weights: it has {names}, and no blocks.0.att.time_first")
-
-
-def _infer_size(weights: dict[str, Tensor], version: str, path: Path) -> dict[str, int]:
-    embedding = weights.get("emb.weight")
-    if embedding is None or embedding.dim() != 2 or not embedding.numel():
-        raise UserError(f"{path} does not hold a whole {version} model: it has no emb.weight of (vocabulary, channels)")
-    vocab_size, n_embd = embedding.shape
-    layers = {int(match[1]) for key in weights if (match := re.match(r"blocks\.(\d+)\.", key))}
-    if not layers:
-        raise UserError(f"{path} does not hold a whole {version} model: it has no blocks")
-    return {"vocab_size": vocab_size, "n_layer": len(layers), "n_embd": n_embd}
+    raise UserError(f"{path} holds no RWKV weights: it has {names}, and no time mixing of a block")
 
 
 def meta_model(version: str, config: Any) -> nn.Module:

@@ -11,17 +11,18 @@ from torch import Tensor
 from rwkv_pl.errors import RunError
 from rwkv_pl.files import atomic_write, atomic_write_folder
 from rwkv_pl.weights import huggingface
+from rwkv_pl.weights.layouts import layout_of
 from rwkv_pl.weights.metadata import KEY, Metadata
 from rwkv_pl.weights.read import read_weights
 from rwkv_pl.weights.tensors import Weights
 
 
-def write_weights(weights: Weights, target: Path) -> Weights:
+def write_weights(weights: Weights, target: Path, with_unread: bool = False) -> Weights:
     """Write weights in the format of the target's name: `.pth`, `.ckpt`, else a Hugging Face folder.
 
     Before the file or folder gets its final name, it is read back and compared bit for bit. Returns the weights that
     were read. A `.pth` has no vocabulary. The parent folder of `target` must exist, `target` must not, unless it is an
-    empty folder.
+    empty folder. with_unread: add `weights.unread` to a `.pth`.
 
     Raises OSError if the write fails, and then leaves nothing behind.
     """
@@ -29,12 +30,13 @@ def write_weights(weights: Weights, target: Path) -> Weights:
     weights = replace(weights, tensors={name: _pack(value) for name, value in weights.tensors.items()})
     if target.suffix.lower() in (".pth", ".ckpt"):
         with atomic_write(target) as file:
-            torch.save(weights.tensors if target.suffix.lower() == ".pth" else _checkpoint(weights), file)
+            official = weights.tensors | (weights.unread if with_unread else {})
+            torch.save(official if target.suffix.lower() == ".pth" else _checkpoint(weights), file)
             file.flush()
             written = _verify(Path(file.name), weights)
     else:
         with atomic_write_folder(target) as folder:
-            layout = next(layout for layout in huggingface.LAYOUTS.values() if layout.version == weights.version)
+            layout = layout_of(weights.version)
             _write_json(layout.config_of(weights.config, weights.dtype), folder / huggingface.CONFIG)
             if weights.vocabulary:
                 _write_json(weights.vocabulary.to_dict(), folder / huggingface.VOCABULARY)

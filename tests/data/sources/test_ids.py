@@ -198,7 +198,7 @@ def test_wrong_ids_give_one_line_error(monkeypatch: pytest.MonkeyPatch, cache: P
         ({"vocab_size": 2.0}, r"vocab_size must be a whole number of at least 1, got 2\.0"),
         ({"vocab_size": 256, "vocab": "byte"}, "vocab_size, vocab and vocabulary exclude each other"),
         ({"vocab": "byte", "vocabulary": Vocabulary()}, "exclude each other"),
-        ({"vocab": "char"}, "token ids take vocab=byte or vocab=20b, got 'char'; for others, give vocab_size="),
+        ({"vocab": "char"}, "token ids take vocab=byte, 20b or world, got 'char'; for others, give vocab_size="),
         ({"vocab": "20b"}, "data.vocab=20b needs the tokenizer's JSON file"),
         ({"vocab_size": 256, "split": (0.9, 0.2, 0.1)}, r"must be three fractions \(train, val, test\) with the sum 1"),
         ({"vocab_size": 256, "ctx_len": 1000}, "the training split has 538 tokens"),

@@ -11,7 +11,7 @@
 #include <initializer_list>
 #include <optional>
 
-#include "wkv4_math.h"
+#include "scalar.h"
 
 namespace wkv {
 
