@@ -68,7 +68,7 @@ def memory(size: Size, n_gpus: int, rows: int, accumulate: int, strategy: str, c
     per_token = (block * size.n_layer + rest) * size.n_embd + LOGIT * VOCABULARY
     # Checkpointed blocks keep their copies only while they are recomputed.
     copied = size.outside // 2 + (2 if checkpointing or strategy == "fsdp" else size.n_layer) * size.block
-    fixed = FIXED * size.parameters + COPY * copied
+    fixed: float = FIXED * size.parameters + COPY * copied
     if strategy == "fsdp":
         # Besides the parts: weights and gradients of the embedding, the head and two blocks. If micro-batches
         # accumulate, all gradients are whole.

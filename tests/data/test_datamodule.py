@@ -252,11 +252,12 @@ def test_corpus_type_has_a_conf_file_with_the_settings_of_its_source(name: str, 
     keys = yaml.safe_load((Path(__file__).parents[2] / "conf" / "data" / f"{name}.yaml").read_text(encoding="utf-8"))
     assert keys["name"] == name
     assert keys["vocab"] in CORPORA[name].vocabularies
-    settings = Data(**keys | {"path": "here", "vocab_path": "json" if keys["vocab"] == "20b" else None})
+    needed = {"20b": {"vocab_path": "json"}, "unknown": {"vocab_size": 300}}.get(keys["vocab"], {})
+    settings = Data(**keys | {"path": "here"} | needed)
     source = build_source(settings, tmp_path)
     fields = {field.name for field in dataclasses.fields(source)}
     assert fields & {field.name for field in dataclasses.fields(Data)} <= keys.keys()
-    assert fields >= keys.keys() & {"path", "val_path", "url", "split", "field"}
+    assert fields >= keys.keys() & {"path", "val_path", "url", "split", "field", "dtype"}
 
 
 def test_every_corpus_type_is_registered() -> None:
