@@ -1,9 +1,9 @@
-// LayerNorm, token shift and mixes of RWKV-4, fused, on the CPU; forward and backward are one pass over memory each.
+// LayerNorm, token shift and mixes, fused, on the CPU; forward and backward are one pass over memory each.
 //
 //   y_t = (x_t - mean) / sqrt(variance + epsilon) weight + bias          over the C channels of a token
 //   mixed_j,t = y_{t-1} + mix_j (y_t - y_{t-1})                          y_{-1} = shift, or 0 at the start of a text
 //
-// Letters: B sequences, T steps, C channels, j the mixes (key, value, receptance). A task is STEPS consecutive steps of
+// Letters: B sequences, T steps, C channels, j the mixes. A task is STEPS consecutive steps of
 // one sequence; each row and the one before stay in the L1 cache. y is never written to memory: the backward pass
 // recomputes it from x and each row's mean and rstd. Each task has separate sums over its rows, and these are added in
 // order. The tasks do not depend on the threads, so any number of threads gives the same bits.
@@ -245,7 +245,8 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>, Tensor> norm_token_shift
   const Plan plan(x);
   const int64_t C = plan.channels, J = int64_t(mix.size());
   expect_all(plan, x, weight, bias, mix, shift);
-  STD_TORCH_CHECK(J == 2 || J == 3, "norm_token_shift: 2 or 3 mixes have a gradient, not ", J);
+  STD_TORCH_CHECK(J == 1 || J == 2 || J == 3 || J == 6,
+                  "norm_token_shift: 1, 2, 3 or 6 mixes have a gradient, not ", J);
   STD_TORCH_CHECK(int64_t(grad.size()) == J, "norm_token_shift: ", grad.size(), " gradients of ", J, " mixes");
   for (const Tensor& of : grad) {
     wkv::expect("norm_token_shift: a gradient", of, {plan.batch, plan.steps, C}, grad[0].scalar_type());
@@ -272,7 +273,10 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>, Tensor> norm_token_shift
                         data<float>(grad_shift), sums.data()});
     });
   };
-  J == 2 ? of(std::integral_constant<int64_t, 2>()) : of(std::integral_constant<int64_t, 3>());
+  if (J == 1) of(std::integral_constant<int64_t, 1>());
+  if (J == 2) of(std::integral_constant<int64_t, 2>());
+  if (J == 3) of(std::integral_constant<int64_t, 3>());
+  if (J == 6) of(std::integral_constant<int64_t, 6>());
   for (int64_t j = 0; j < J + 2; ++j) {
     float* to = data<float>(j < J ? grad_mix[j] : j == J ? grad_weight : grad_bias);
     std::fill(to, to + C, 0.0f);

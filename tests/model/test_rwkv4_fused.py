@@ -8,6 +8,7 @@ import copy
 
 import pytest
 import torch
+from halves import Masked, relative_errors
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -28,17 +29,6 @@ NORMS = {"att": "ln1", "ffn": "ln2"}
 @pytest.fixture(scope="module", autouse=True)
 def loaded(compiled_kernel):
     assert uses_compiled("elementwise", "cpu")
-
-
-class Masked(nn.Module):
-    """Dropout with a given mask."""
-
-    def __init__(self, mask):
-        super().__init__()
-        self.mask = mask
-
-    def forward(self, x):
-        return x * self.mask.to(x.dtype)
 
 
 class ZeroHalf(nn.Module):
@@ -94,14 +84,6 @@ def run_half(block, half, x, state, gradients, again=False, autocast=False, seed
         outputs = flatten_outputs(half, *block(leaves[0], block_state(half, leaves[1:])))
     given = [g.to(y.dtype) for g, y in zip(gradients, outputs, strict=False)]
     return outputs, torch.autograd.grad(outputs, [*leaves, *parameters], given)
-
-
-def relative_errors(found, reference):
-    """The error of each tensor relative to its norm plus a part of all norms: in small tensors terms cancel."""
-    all_norms = sum(float(y.detach().norm()) for y in reference) / len(reference)
-    return [
-        float((x.double() - y).norm() / (y.norm() + 0.2 * all_norms)) for x, y in zip(found, reference, strict=True)
-    ]
 
 
 @settings(max_examples=40, deadline=None)

@@ -42,10 +42,6 @@ class LanguageModel(nn.Module):
     activation_checkpointing = False
     """Whether to store only each block's input and recompute the rest in the backward pass; same gradients."""
 
-    recompute_from: int = 4096
-    """The number of tokens per micro-batch from which the blocks of a version may recompute what is cheap to compute
-    in the backward pass, instead of storing it."""
-
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.config = config
@@ -54,6 +50,17 @@ class LanguageModel(nn.Module):
         self.ln_out = nn.LayerNorm(config.n_embd)
         self.head = Linear(config.n_embd, config.vocab_size)
         self.reset_parameters()
+
+    @property
+    def recompute_from(self) -> int:
+        """The number of tokens per micro-batch from which the fused blocks recompute the inputs of their first matrix
+        products in the backward pass: it saves a quarter of a layer's memory for 1 to 2% of a step's time."""
+        return self.blocks[0].recompute_from  # type: ignore[return-value]
+
+    @recompute_from.setter
+    def recompute_from(self, n_tokens: int) -> None:
+        for block in self.blocks:
+            block.recompute_from = n_tokens  # type: ignore[assignment]
 
     def hidden(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """tokens (B, T) int64, T >= 1 -> the head's input (B, T, C), and the state after the last token."""

@@ -179,17 +179,6 @@ class RWKV4(LanguageModel):
     # The official factors of the learning rate, by the last part of a parameter's name.
     lr_scale = {"time_decay": 2.0, "time_first": 3.0}  # noqa: RUF012
 
-    @property
-    def recompute_from(self) -> int:
-        """The number of tokens per micro-batch from which the fused blocks recompute the inputs of their first matrix
-        products in the backward pass: it saves a quarter of a layer's memory for 1 to 2% of a step's time."""
-        return self.blocks[0].recompute_from  # type: ignore[return-value]
-
-    @recompute_from.setter
-    def recompute_from(self, n_tokens: int) -> None:
-        for block in self.blocks:
-            block.recompute_from = n_tokens  # type: ignore[assignment]
-
     @torch.no_grad()
     def step(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """`forward` for one token per text: tokens (B,) int64 -> logits (B, V) float32, and the state after it.

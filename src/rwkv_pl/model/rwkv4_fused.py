@@ -7,47 +7,22 @@ the rounding changes.
     B  batch    T  time    C  channels
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rwkv_pl.model.fused import apply_dropout, cast, to_float32
+from rwkv_pl.model.fused import supports as supports_library
 from rwkv_pl.ops.autograd import once_differentiable
-from rwkv_pl.ops.backend import supports_elementwise, uses_compiled
-from rwkv_pl.ops.linear import Linear, gradient_of_input, gradient_of_weight, product
+from rwkv_pl.ops.linear import gradient_of_input, gradient_of_weight, product
 from rwkv_pl.ops.wkv4 import CPU_TILE
 
+__all__ = ["channel_mix", "supports", "time_mix"]
+
 ops = torch.ops.rwkv_pl
-
-
-def supports(mixing: Any, kind: type[nn.Module], norm: Any, dropout: nn.Module, x: Tensor) -> bool:
-    """Can the fused operators replace these modules? `mixing` must be of class `kind`; norm and dropout are its own.
-
-    They can on the CPU, in float32 or under autocast to bfloat16, if no module is replaced or hooked. They cannot under
-    torch.compile or in a transform of torch.func.
-    """
-    return (
-        not torch.compiler.is_compiling()
-        and x.dim() == 3
-        and is_unmodified(mixing, kind)
-        and is_unmodified(norm, nn.LayerNorm)
-        and is_unmodified(dropout, nn.Dropout)
-        and all(is_unmodified(layer, Linear) for layer in mixing._modules.values())
-        and supports_elementwise(
-            x,
-            *norm._parameters.values(),
-            *mixing._parameters.values(),
-            *(layer._parameters["weight"] for layer in mixing._modules.values()),
-        )
-        and uses_compiled("wkv4", "cpu")  # loads it, if this is the first call
-    )
-
-
-def is_unmodified(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Does the module behave exactly as its class: not a subclass, not parametrised, without hooks?"""
-    return type(module) is kind and not (
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+supports = partial(supports_library, "wkv4")
 
 
 def time_mix(
@@ -66,7 +41,7 @@ def time_mix(
     """
     return _TimeMix.apply(
         (dropout.p if dropout.training else 0.0, norm.eps, torch.is_autocast_enabled("cpu"), recompute),
-        x, _to_float32(shift), _to_float32(state), norm.weight, norm.bias, att.time_decay, att.time_first,
+        x, to_float32(shift), to_float32(state), norm.weight, norm.bias, att.time_decay, att.time_first,
         att.time_mix_k, att.time_mix_v, att.time_mix_r,
         att.key.weight, att.value.weight, att.receptance.weight, att.output.weight,
     )  # fmt: skip
@@ -78,27 +53,9 @@ def channel_mix(
     """x (B, T, C), shift (B, C) -> x plus the update, the new shift. shift and recompute are as in `time_mix`."""
     return _ChannelMix.apply(
         (dropout.p if dropout.training else 0.0, norm.eps, torch.is_autocast_enabled("cpu"), recompute),
-        x, _to_float32(shift), norm.weight, norm.bias, ffn.time_mix_k, ffn.time_mix_r,
+        x, to_float32(shift), norm.weight, norm.bias, ffn.time_mix_k, ffn.time_mix_r,
         ffn.key.weight, ffn.receptance.weight, ffn.value.weight,
     )  # fmt: skip
-
-
-def _to_float32(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.float()
-
-
-def _cast(to_bf16: bool, weights: tuple[Tensor, ...]) -> list[Tensor]:
-    return [weight.to(torch.bfloat16 if to_bf16 else torch.float32) for weight in weights]
-
-
-def _dropout(x: Tensor, p: float) -> tuple[Tensor, Tensor | None]:
-    """x after dropout, and the mask with its scale. The random numbers are those of torch's own dropout."""
-    if not p:
-        return x, None
-    noise = torch.empty_like(x).bernoulli_(1 - p)
-    if p < 1:
-        noise.div_(1 - p)
-    return x * noise, noise
 
 
 class _TimeMix(torch.autograd.Function):
@@ -108,11 +65,11 @@ class _TimeMix(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         p, eps, to_bf16, recompute = options
         norm, (decay, first), mixes, weights = parameters[:2], parameters[2:4], parameters[4:7], parameters[7:]
-        w_key, w_value, w_receptance, w_output = matrices = _cast(to_bf16, weights)
+        w_key, w_value, w_receptance, w_output = matrices = cast(to_bf16, weights)
         mixed, new_shift, mean_rstd = ops.norm_token_shift(x, *norm, mixes, shift, eps, to_bf16)
         key, value, receptance = product(mixed[0], w_key), product(mixed[1], w_value), product(mixed[2], w_receptance)
         wkv, new_state, tiles = ops.wkv4_forward(decay, first, key, value, state, CPU_TILE)
-        y, noise = _dropout(product(ops.gate(receptance, wkv, None), w_output), p)
+        y, noise = apply_dropout(product(ops.gate(receptance, wkv, None), w_output), p)
         ctx.eps, ctx.to_bf16 = eps, to_bf16
         ctx.save_for_backward(
             x, shift, state, *parameters, *matrices, mean_rstd, key, value, receptance, wkv, tiles, noise,
@@ -172,12 +129,12 @@ class _ChannelMix(torch.autograd.Function):
     def forward(ctx: Any, options: Any, x: Tensor, shift: Tensor | None, *parameters: Tensor) -> tuple[Tensor, Tensor]:
         p, eps, to_bf16, recompute = options
         norm, mixes, weights = parameters[:2], parameters[2:4], parameters[4:]
-        w_key, w_receptance, w_value = matrices = _cast(to_bf16, weights)
+        w_key, w_receptance, w_value = matrices = cast(to_bf16, weights)
         mixed, new_shift, mean_rstd = ops.norm_token_shift(x, *norm, mixes, shift, eps, to_bf16)
         square, receptance = product(mixed[0], w_key), product(mixed[1], w_receptance)
         # In place: the backward pass needs only the square, since the derivative is twice its root.
         ops.squared_relu_(square)
-        value, noise = _dropout(product(square, w_value), p)
+        value, noise = apply_dropout(product(square, w_value), p)
         ctx.eps, ctx.to_bf16 = eps, to_bf16
         ctx.save_for_backward(
             x, shift, *parameters, *matrices, mean_rstd, square, receptance, value, noise, *([] if recompute else mixed)

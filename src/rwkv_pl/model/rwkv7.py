@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rwkv_pl.config import RWKV7Config
+from rwkv_pl.model import rwkv7_fused as fused
 from rwkv_pl.model.language_model import LanguageModel, depth_ratios, token_shift
 from rwkv_pl.model.state import BlockState
 from rwkv_pl.ops.linear import Linear
-from rwkv_pl.ops.wkv7 import wkv7
+from rwkv_pl.ops.wkv7 import HEAD_SIZE, wkv7
 
 
 class TimeMix(nn.Module):
@@ -168,7 +169,12 @@ class ChannelMix(nn.Module):
 
 
 class Block(nn.Module):
-    """Time mixing, then channel mixing. Each reads a normalised copy of the residual stream and is added to it."""
+    """Time mixing, then channel mixing. Each reads a normalised copy of the residual stream and is added to it.
+
+    If the compiled operators support the input, the fused form of each half is used instead of the modules.
+    """
+
+    recompute_from = 4096
 
     def __init__(self, config: RWKV7Config, layer: int) -> None:
         super().__init__()
@@ -188,11 +194,20 @@ class Block(nn.Module):
         v_first: the values of the first layer for these tokens; None in the first layer itself.
         """
         att_shift, wkv, ffn_shift = state or (None, None, None)
+        recompute = x.shape[0] * x.shape[1] >= self.recompute_from
         x = self.ln0(x)
-        y, att_shift, wkv, v_first = self.att(self.ln1(x), att_shift, wkv, v_first)
-        x = x + self.dropout(y)
-        y, ffn_shift = self.ffn(self.ln2(x), ffn_shift)
-        x = x + self.dropout(y)
+        if self.att.head_size == HEAD_SIZE and fused.supports(self.att, TimeMix, self.ln1, self.dropout, x):
+            x, att_shift, wkv, v_first = fused.time_mix(
+                self.att, self.ln1, self.dropout, x, att_shift, wkv, v_first, recompute
+            )
+        else:
+            y, att_shift, wkv, v_first = self.att(self.ln1(x), att_shift, wkv, v_first)
+            x = x + self.dropout(y)
+        if fused.supports(self.ffn, ChannelMix, self.ln2, self.dropout, x):
+            x, ffn_shift = fused.channel_mix(self.ffn, self.ln2, self.dropout, x, ffn_shift, recompute)
+        else:
+            y, ffn_shift = self.ffn(self.ln2(x), ffn_shift)
+            x = x + self.dropout(y)
         return x, BlockState(att_shift, wkv, ffn_shift), v_first
 
 

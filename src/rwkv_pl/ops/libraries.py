@@ -46,7 +46,10 @@ _ALL = (
     Library(
         "wkv7",
         "WKV-7 kernel",
-        ("wkv7_cpu.cpp", "cpu_lanes.h", "cpu_numbers.h", "scalar.h", "tensor.h", "wkv7_math.h"),
+        (
+            "wkv7_cpu.cpp", "rwkv7_elementwise_cpu.cpp",
+            "cpu_lanes.h", "cpu_numbers.h", "scalar.h", "tensor.h", "wkv7_math.h",
+        ),
         ("wkv7_cuda.cu", "wkv7_walk.cuh", "wkv7_math.h", "cuda_tensor.h", "launch.cuh", "scalar.h", "tensor.h"),
     ),
 )  # fmt: skip
