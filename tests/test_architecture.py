@@ -7,22 +7,25 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src"
 LEAVES = {"errors", "files", "checks", "config", "limits", "terminal", "environment", "windows"}
+CONFIG = {"compose", "overrides", "user_files"}
 MAY_IMPORT = {
     **{leaf: {"errors", "checks"} for leaf in LEAVES},
     "targets": set(),
     "texts": set(),
-    "compose": {"targets", "texts"},
+    "overrides": set(),
+    "user_files": set(),
+    "compose": {"overrides", "user_files", "targets", "texts"},
     "ops": set(),
     "model": {"ops"},
     "data": set(),
     "weights": {"model", "data"},
     "inference": {"model", "ops", "weights"},
     "training": {"targets", "ops", "model", "inference", "weights"},
-    "runs": {"compose", "targets", "texts", "data", "ops", "model", "weights", "inference", "training"},
-    "sweeps": {"compose", "texts", "data", "runs", "training"},
+    "runs": {*CONFIG, "targets", "texts", "data", "ops", "model", "weights", "inference", "training"},
+    "sweeps": {*CONFIG, "texts", "data", "runs", "training"},
     "hydra_plugins": {"runs", "sweeps"},
     "cli": {
-        "compose",
+        *CONFIG,
         "texts",
         "data",
         "ops",

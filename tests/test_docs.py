@@ -22,17 +22,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from rwkv_pl.cli import convert, doctor, generate, report
 from rwkv_pl.cli.arguments import parse_arguments
-from rwkv_pl.compose import (
-    check_config,
-    compose,
-    is_group_choice,
-    parse_overrides,
-    require_key,
-    to_dataclass,
-    to_plain_dict,
-)  # fmt: skip
+from rwkv_pl.compose import check_config, compose, to_dataclass, to_plain_dict
 from rwkv_pl.config import GROUPS, Eval, corpus_defaults
 from rwkv_pl.errors import UserError
+from rwkv_pl.overrides import is_group_choice, parse_overrides, require_key  # fmt: skip
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from systems import WINDOWS
 
-from rwkv_pl.compose import parse_overrides
+from rwkv_pl.overrides import parse_overrides
 from rwkv_pl.terminal import resume_command
 
 

@@ -5,8 +5,9 @@ import io
 import pytest
 from omegaconf import OmegaConf
 
-from rwkv_pl.compose import compose, parse_overrides
+from rwkv_pl.compose import compose
 from rwkv_pl.errors import UserError
+from rwkv_pl.overrides import parse_overrides
 from rwkv_pl.sweeps.jobs import Job, expand_grid, require_own_run
 from rwkv_pl.terminal import quote_override
 from rwkv_pl.texts import take_as_typed, yaml_texts_as_written

@@ -8,8 +8,8 @@ import pytest
 from hydra._internal.utils import get_args_parser
 
 from rwkv_pl.cli.arguments import HydraParser, parse_arguments
-from rwkv_pl.compose import parse_overrides
 from rwkv_pl.errors import UserError
+from rwkv_pl.overrides import parse_overrides
 from rwkv_pl.texts import take_as_typed
 
 

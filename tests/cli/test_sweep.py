@@ -30,8 +30,9 @@ from systems import WINDOWS, needs_signals
 
 from hydra_plugins.rwkv_pl.study import StudySweeper, _is_drawn_from, _repair_lines, to_distribution
 from rwkv_pl.cli.sweep import sweep_with_choices
-from rwkv_pl.compose import CONFIG_MODULE, check_config, compose, parse_overrides
+from rwkv_pl.compose import CONFIG_MODULE, check_config, compose
 from rwkv_pl.errors import UserError
+from rwkv_pl.overrides import parse_overrides
 from rwkv_pl.runs.folder import has_started
 from rwkv_pl.runs.outcome import read_result
 from rwkv_pl.sweeps.jobs import Job, expand_grid, merge_params, record_failure, require_own_run

@@ -18,10 +18,10 @@ from forked_jobs import FORK_THE_JOBS
 from journal import open_journal
 from systems import needs_links, needs_pipes, needs_scripts
 
-from rwkv_pl.compose import parse_overrides
 from rwkv_pl.environment import safe_import_path
 from rwkv_pl.errors import UserError
 from rwkv_pl.files import atomic_write, require_own_files
+from rwkv_pl.overrides import parse_overrides
 from rwkv_pl.runs import build
 from rwkv_pl.runs.outcome import read_result
 from rwkv_pl.training.checkpoint_io import DurableCheckpointIO

@@ -20,16 +20,11 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from rwkv_pl.checks import suggest_flag
-from rwkv_pl.compose import (
-    CONFIG_MODULE,
-    absolute_config_dir,
-    compose,
-    parse_overrides,
-    prefer_user_files,
-    require_global_package,
-)
+from rwkv_pl.compose import CONFIG_MODULE, compose
 from rwkv_pl.errors import UserError
+from rwkv_pl.overrides import parse_overrides
 from rwkv_pl.texts import yaml_texts_as_written
+from rwkv_pl.user_files import absolute_config_dir, prefer_user_files, require_global_package
 
 SHELL_COMMAND_PATTERN = "(install|uninstall|query)=(bash|fish|zsh)"
 INFO_TOPICS = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")

@@ -17,18 +17,11 @@ from rwkv_pl.cli.arguments import parse_arguments, print_hydra_info
 from rwkv_pl.cli.entry import cli_entry_point, default_sigint
 from rwkv_pl.cli.eval_report import print_report, print_total, write_report
 from rwkv_pl.cli.explain import print_settings
-from rwkv_pl.compose import (
-    compose,
-    is_group_choice,
-    parse_overrides,
-    require_key,
-    suggest_list,
-    to_dataclass,
-    to_plain_dict,
-)
+from rwkv_pl.compose import compose, to_dataclass, to_plain_dict
 from rwkv_pl.config import CORPORA, DATA_PATHS, Data, Eval, errors_of_corpus
 from rwkv_pl.errors import RunError, UserError, one_line
 from rwkv_pl.files import as_user_error, remove_on_failure
+from rwkv_pl.overrides import is_group_choice, parse_overrides, require_key, suggest_list
 from rwkv_pl.runs.stored import StoredRun, make_absolute, require_no_download
 from rwkv_pl.texts import take_as_typed
 

@@ -17,9 +17,10 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from rwkv_pl.checks import KIND_NAMES
-from rwkv_pl.compose import CONFIG_MODULE, compose, require_key, to_plain_dict
+from rwkv_pl.compose import CONFIG_MODULE, compose, to_plain_dict
 from rwkv_pl.config import GROUPS, TRAINER_KINDS, TRAINER_NULLABLE, Data, Eval, Model, Optim, Schedule, Train
 from rwkv_pl.errors import UserError, one_line
+from rwkv_pl.overrides import require_key
 from rwkv_pl.runs.stored import flatten
 from rwkv_pl.terminal import console
 

@@ -18,17 +18,19 @@ from hydra_plugins.rwkv_pl.grid import GridSweeper
 from hydra_plugins.rwkv_pl.launcher import ProcessLauncher
 from hydra_plugins.rwkv_pl.study import StudySweeper
 from rwkv_pl.cli.arguments import run_with_hydra
-from rwkv_pl.compose import check_config, compose, is_group_choice, parse_overrides, typed_config_dir
+from rwkv_pl.compose import check_config, compose
 from rwkv_pl.config import CORPORA, errors_of_corpus
 from rwkv_pl.data.documents import exists
 from rwkv_pl.errors import UserError, one_line
 from rwkv_pl.files import require_own_files
+from rwkv_pl.overrides import is_group_choice, parse_overrides
 from rwkv_pl.runs.folder import MULTIRUN, create_run_dir, has_started, locked
 from rwkv_pl.runs.launch import RESUMED_ENV
 from rwkv_pl.sweeps.jobs import Job, expand_grid, merge_params, require_distinct_folders
 from rwkv_pl.sweeps.pool import run_job
 from rwkv_pl.sweeps.report import print_report
 from rwkv_pl.terminal import FAILED, quote_override, resume_command
+from rwkv_pl.user_files import typed_config_dir
 
 # The stored settings of Hydra itself that a resumed sweep uses again. Others could start an untrusted program.
 STORED_KEYS = (

@@ -16,7 +16,7 @@ from rwkv_pl.cli import sweep
 from rwkv_pl.cli.arguments import parse_arguments, print_hydra_info, require_used
 from rwkv_pl.cli.entry import cli_entry_point, default_sigint
 from rwkv_pl.cli.explain import print_settings
-from rwkv_pl.compose import parse_overrides
+from rwkv_pl.overrides import parse_overrides
 from rwkv_pl.runs import ranks
 from rwkv_pl.runs.launch import find_run_folder, launch
 from rwkv_pl.runs.stored import StoredRun

@@ -14,10 +14,10 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from rwkv_pl.compose import absolute_config_dir, parse_overrides, suggest_list
 from rwkv_pl.environment import safe_import_path, shorten_openmp_spin
 from rwkv_pl.errors import RunError, StoppedBySignal, UserError, one_line
 from rwkv_pl.files import describe_os_error
+from rwkv_pl.overrides import parse_overrides, suggest_list
 from rwkv_pl.runs import restore
 from rwkv_pl.runs.launch import launch
 from rwkv_pl.runs.run import Run
@@ -30,6 +30,7 @@ from rwkv_pl.terminal import (
     print_loading,
 )
 from rwkv_pl.texts import take_as_typed
+from rwkv_pl.user_files import absolute_config_dir
 
 # Flags of the command, and what to do instead.
 MULTIRUN_FLAGS = ("-m", "--multirun")

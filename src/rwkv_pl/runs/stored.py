@@ -11,13 +11,15 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from rwkv_pl.checks import check_kinds
-from rwkv_pl.compose import check_config, compose, is_group_choice, parse_overrides, require_key, typed_config_dir
+from rwkv_pl.compose import check_config, compose
 from rwkv_pl.config import MIX, Data, Train, corpus_defaults, split_own_arguments
 from rwkv_pl.data.documents import exists
 from rwkv_pl.errors import UserError, one_line
 from rwkv_pl.files import atomic_write, is_outside
+from rwkv_pl.overrides import is_group_choice, parse_overrides, require_key
 from rwkv_pl.runs.folder import MULTIRUN, has_started
 from rwkv_pl.texts import yaml_texts_as_written
+from rwkv_pl.user_files import typed_config_dir
 
 # Settings that a resume cannot change. data.path and data.val_path can: the corpus is identified by its content.
 FIXED_KEYS = (

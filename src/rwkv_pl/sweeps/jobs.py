@@ -22,20 +22,16 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from rwkv_pl.compose import (
-    check_config,
-    compose,
-    is_group_choice,
-    parse_overrides,
-    typed_config_dir,
-)
+from rwkv_pl.compose import check_config, compose
 from rwkv_pl.errors import RunError, UserError, one_line
 from rwkv_pl.files import atomic_write
+from rwkv_pl.overrides import is_group_choice, parse_overrides
 from rwkv_pl.runs.folder import OVERRIDES, has_started, locked
 from rwkv_pl.runs.outcome import read_result, write_result
 from rwkv_pl.runs.stored import flatten, normalize_value
 from rwkv_pl.terminal import quote_override
 from rwkv_pl.texts import take_as_typed
+from rwkv_pl.user_files import typed_config_dir
 
 
 @dataclass

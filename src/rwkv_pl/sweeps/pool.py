@@ -20,12 +20,12 @@ from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig
 
 from rwkv_pl import windows
-from rwkv_pl.compose import typed_config_dir
 from rwkv_pl.limits import THREAD_VARIABLES, usable_cores
 from rwkv_pl.runs.folder import has_started, is_in_use
 from rwkv_pl.runs.outcome import DONE_STATUSES, read_result
 from rwkv_pl.sweeps.jobs import Job, record_failure, require_own_run
 from rwkv_pl.terminal import SIGNAL_CODES, SWEEP_JOB_ENV, quote_override
+from rwkv_pl.user_files import typed_config_dir
 
 # Of a job that a signal ended, also before it could save. The last one is Windows' STATUS_CONTROL_C_EXIT.
 STOPPED_CODES = {*SIGNAL_CODES.values(), -signal.SIGINT, -signal.SIGTERM, 0xC000013A}
