@@ -115,7 +115,7 @@ PARTS = tuple(dict.fromkeys(run.part for run in RUNS))
 
 # Each run is forked from a server that has these imports already. No import initialises CUDA.
 CAN_FORK = "forkserver" in multiprocessing.get_all_start_methods()  # Windows can't
-CONTEXT = multiprocessing.get_context("forkserver" if CAN_FORK else "spawn")
+CONTEXT: Any = multiprocessing.get_context("forkserver" if CAN_FORK else "spawn")
 PRELOADED = [
     "benchmarks.gpu",
     "matplotlib.backends.backend_agg",
