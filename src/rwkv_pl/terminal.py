@@ -76,6 +76,25 @@ def exit_at_once(message: str, code: int) -> NoReturn:
     os._exit(code)
 
 
+_skips_cleanup = False
+
+
+def skip_cleanup() -> None:
+    """Let `exit_command` end this process at once: torch.distributed would wait for processes that have ended."""
+    global _skips_cleanup
+    _skips_cleanup = True
+
+
+def exit_command(code: int) -> NoReturn:
+    """End a command with this exit code, after its error was printed."""
+    if _skips_cleanup:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 def quote_override(value: str | Path) -> str:
     """A text as the value of a Hydra override, whatever characters it has."""
     # A backslash is doubled only before a quote: elsewhere, Hydra keeps both.

@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rwkv_pl.environment import safe_import_path, shorten_openmp_spin, silence_torch_warnings
 from rwkv_pl.errors import RunError, UserError
 from rwkv_pl.files import describe_os_error, with_path
-from rwkv_pl.terminal import FAILED, print_error
+from rwkv_pl.terminal import FAILED, exit_command, print_error
 
 STDOUT = "standard output"
 
@@ -40,14 +40,16 @@ def cli_entry_point(main: Callable[[], None]) -> Callable[[], None]:
             with safe_import_path():
                 try:
                     main()
-                except SystemExit:
+                except SystemExit as exit:
                     _flush_stdout()
+                    if isinstance(exit.code, int):
+                        exit_command(exit.code)
                     raise
                 _flush_stdout()
         except RunError as error:
-            sys.exit(print_error(error, FAILED))
+            exit_command(print_error(error, FAILED))
         except (UserError, HydraException, OmegaConfBaseException) as error:
-            sys.exit(print_error(error))
+            exit_command(print_error(error))
         except OSError as error:
             if _reader_has_gone(error):  # as with `| head`
                 _discard_unwritable_stdout()

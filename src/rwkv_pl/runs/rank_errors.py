@@ -17,6 +17,7 @@ from rwkv_pl.errors import UserError, one_line
 from rwkv_pl.files import atomic_write
 from rwkv_pl.runs.folder import is_released
 from rwkv_pl.runs.ranks import name_processes
+from rwkv_pl.terminal import is_called_from_python, skip_cleanup
 
 TIMED_OUT = re.compile(r"timed out|timeout", re.IGNORECASE)
 
@@ -43,6 +44,8 @@ def explain(trainer: Trainer, folder: Path, error: Exception, timeout: int) -> s
 
     timeout: trainer.timeout.
     """
+    if not is_called_from_python():
+        skip_cleanup()
     rank, size = trainer.global_rank, trainer.world_size
     is_lost = is_lost_connection(error)
     reason = LOST if is_lost else f"{type(error).__name__}: {one_line(error)[:300]}"
