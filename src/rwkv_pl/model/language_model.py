@@ -81,7 +81,7 @@ class LanguageModel(nn.Module):
         weight, state = self.emb.weight, []
         for block in self.blocks:
             shifts = torch.zeros(2, rows, self.config.n_embd, dtype=weight.dtype, device=weight.device)
-            wkv = block.att.empty_wkv(rows, torch.promote_types(weight.dtype, torch.float32), weight.device)
+            wkv = block.att.empty_wkv(rows, torch.promote_types(weight.dtype, torch.float32), weight.device)  # type: ignore[union-attr,operator]
             state.append(BlockState(shifts[0], wkv, shifts[1]))
         return tuple(state)
 

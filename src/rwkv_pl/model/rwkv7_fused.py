@@ -17,7 +17,7 @@ from rwkv_pl.model.fused import apply_dropout, cast, to_float32
 from rwkv_pl.model.fused import supports as supports_library
 from rwkv_pl.ops.autograd import once_differentiable
 from rwkv_pl.ops.linear import gradient_of_input, gradient_of_weight, product
-from rwkv_pl.ops.wkv7 import HEAD_SIZE, STRETCH
+from rwkv_pl.ops.wkv7 import CPU_STRETCH, HEAD_SIZE
 
 __all__ = ["channel_mix", "supports", "time_mix"]
 
@@ -50,7 +50,7 @@ def time_mix(
         att.w1, att.w2, att.a1, att.a2, *((att.v1, att.v2) if has_first else (None, None)), att.g1, att.g2,
         att.receptance.weight, att.key.weight, att.value.weight, att.output.weight,
     )  # fmt: skip
-    return x, new_shift, state, v_first if has_first else first[0]
+    return x, new_shift, state, v_first if v_first is not None else first[0]
 
 
 def channel_mix(
@@ -96,7 +96,7 @@ class _TimeMix(torch.autograd.Function):
         m = None if low_v is None else product(low_v, v2.T)
         decay, key, value, removed, added = ops.rwkv7_prepare(k, v, w, a, m, v_first, *vectors)
         value = v if v_first is None else value
-        stretch = STRETCH if any(ctx.needs_input_grad) else 0
+        stretch = CPU_STRETCH if any(ctx.needs_input_grad) else 0
         heads = map(_heads, (r, decay, key, value, removed, added))
         wkv, new_state, states, sa = ops.wkv7_forward(*heads, state, stretch)
         wkv = wkv.flatten(2)
@@ -138,7 +138,7 @@ class _TimeMix(torch.autograd.Function):
         )
         del grad_y, noise, inputs, wkv, g
         heads = map(_heads, (r, decay, key, value, removed, added))
-        grads = ops.wkv7_backward(*heads, states, sa, _heads(grad_wkv), grad_new_state, STRETCH)
+        grads = ops.wkv7_backward(*heads, states, sa, _heads(grad_wkv), grad_new_state, CPU_STRETCH)
         grad_r2, grad_decay, grad_key2, grad_value2, grad_removed, grad_added = (of.flatten(2) for of in grads[:6])
         grad_state = grads[6]
         del heads, grad_wkv, states, sa, r, decay, key, value, removed, added
