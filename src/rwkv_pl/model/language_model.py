@@ -78,10 +78,11 @@ class LanguageModel(nn.Module):
 
     def empty_state(self, rows: int) -> State:
         """The state at the start of a text, for `rows` texts: as an argument, the same as None, but in tensors."""
-        weight, state = self.emb.weight, []
+        dtype, device, state = self.emb.weight.dtype, self.emb.weight.device, []
         for block in self.blocks:
-            shifts = torch.zeros(2, rows, self.config.n_embd, dtype=weight.dtype, device=weight.device)
-            wkv = block.att.empty_wkv(rows, torch.promote_types(weight.dtype, torch.float32), weight.device)  # type: ignore[union-attr,operator]
+            att: Any = block.att
+            shifts = torch.zeros(2, rows, self.config.n_embd, dtype=dtype, device=device)
+            wkv = att.empty_wkv(rows, torch.promote_types(dtype, torch.float32), device)
             state.append(BlockState(shifts[0], wkv, shifts[1]))
         return tuple(state)
 
