@@ -42,7 +42,7 @@ PARSERS = {"rwkv-convert": convert, "rwkv-doctor": doctor, "rwkv-generate": gene
 # Programs of other packages. An unknown program fails the test, so that a misspelt name is found.
 FOREIGN = {"source", "tensorboard", "py", "python3", "eval", "["}
 # Prefixes of a command.
-BEFORE = {"srun", "then", "else", "if", "fi"}
+BEFORE = {"srun", "then", "else", "if", "fi", "export"}
 
 
 def blocks(text: str, *languages: str) -> list[str]:
@@ -66,7 +66,7 @@ def commands(text: str) -> list[list[str]]:
             if word in (";", "|", "&&"):
                 found.append(words)
                 words = []
-            elif words or not (word in BEFORE or re.match(r"[A-Z]+=", word)):
+            elif words or not (word in BEFORE or re.match(r"[A-Z_]+=", word)):
                 words.append(word.removeprefix(".venv/bin/"))
     return [words[: words.index("<")] if "<" in words else words for words in found if words]
 

@@ -12,7 +12,7 @@ VOCAB, LAYERS = 50, 3
 CHANNELS = {"rwkv4": 40, "rwkv7": 128}
 FEWEST_CHANNELS = {"rwkv4": 16, "rwkv7": 64}
 # After command.SMALL, the settings of a run of this version.
-RUN_SETTINGS = {version: (f"model={version}", f"model.n_embd={n}") for version, n in FEWEST_CHANNELS.items()}
+RUN_SETTINGS = {"rwkv4": (), "rwkv7": ("model=rwkv7", f"model.n_embd={FEWEST_CHANNELS['rwkv7']}")}
 
 
 def small_model(version: str, seed: int = 0, **config: Any) -> LanguageModel:

@@ -148,7 +148,8 @@ def test_mps_is_used_if_typed(monkeypatch):
 
 @pytest.mark.parametrize("main", ["train", "evaluate"])
 def test_unavailable_compiled_kernel_is_an_error_that_names_the_setting(request, run, monkeypatch, main):
-    monkeypatch.setitem(backend._failures, "cpu", "no C++ compiler; install g++")
+    monkeypatch.setitem(backend._failures, ("wkv4", "cpu"), "no C++ compiler; install g++")
+    monkeypatch.setattr(backend, "_kernel", "auto")  # so that it is restored
     command = request.getfixturevalue(main)
     name = f"rwkv-{'train' if main == 'train' else 'eval'}"
     arguments = (*SMALL, "hydra.run.dir=other") if main == "train" else (f"weights={run}",)

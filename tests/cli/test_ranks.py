@@ -257,7 +257,7 @@ def guide_job(folder: Path, tasks: int) -> Path:
     waits = "for task in $tasks; do wait $task || code=$?; done; exit ${code:-0}"
     srun = folder / "bin" / "srun"
     srun.parent.mkdir()
-    srun.write_text("\n".join(["#!/bin/bash", 'test "$1" = --kill-on-bad-exit=1 && shift', *starts, waits]) + "\n")
+    srun.write_text("\n".join(["#!/bin/bash", *starts, waits]) + "\n")
     srun.chmod(0o755)
     path = folder / "job.sh"
     path.write_text(f"#!/bin/bash\n#SBATCH{job}")

@@ -83,8 +83,8 @@ def test_logits_and_gradients_equal_a_transcription_in_float64(kernel, dtype):
     with use_kernel(kernel):
         logits, _ = model.to(dtype)(tokens[None, :-1])
         F.cross_entropy(logits[0], tokens[1:]).backward()
-    # In chunks, decays are products of factors up to e^5, so float32's rounding of 6e-8 grows.
-    tolerance = 1e-11 if dtype == torch.float64 else 5e-5
+    # Norms of keys and heads divide by sums with cancellation, so float32's rounding of 6e-8 grows.
+    tolerance = 1e-11 if dtype == torch.float64 else 1e-4
     assert relative_error(logits[0], expected) < tolerance
     for name, parameter in model.named_parameters():
         assert plain[name].grad.norm() > 1e-7, f"{name}: a zero gradient proves nothing"
@@ -230,6 +230,7 @@ def test_decay_is_not_rounded_under_autocast(monkeypatch):
     monkeypatch.setattr(
         module, "wkv7", lambda r, w, k, *rest: dtypes.append((w.dtype, k.dtype)) or wkv7(r, w, k, *rest)
     )
+    monkeypatch.setattr(module.fused, "supports", lambda *arguments: False)  # for the call of wkv7 below
     with torch.autocast("cpu", torch.bfloat16):
         rounded, _ = model(torch.arange(8)[None])
     assert set(dtypes) == {(torch.float32, torch.bfloat16)}

@@ -9,7 +9,7 @@ import pytest
 
 from rwkv_pl.ops.build import LEVELS, cpu_level
 
-TESTS = os.pathsep.join(str(Path(__file__).parents[1] / room) for room in ("ops", "model"))
+TESTS = os.pathsep.join(str(Path(__file__).parents[1] / room) for room in ("ops", "model", ""))
 
 
 def run_at(level: str, code: str) -> None:

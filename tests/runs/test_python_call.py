@@ -199,9 +199,9 @@ def test_wrong_config_dir_raises_user_error(config_dir, message):
 
 def test_devices_found_by_lightning_are_refused_before_the_first_step(folder, monkeypatch):
     """trainer.devices=-1 on a machine with several GPUs."""
-    monkeypatch.setattr(launch, "_require_one_process", lambda trainer: None)
+    monkeypatch.setattr(launch, "count_devices", lambda trainer: 2)
     with pytest.raises(UserError, match=r"trainer\.devices=2 needs several processes"):
-        rwkv_pl.train(*TINY, "trainer=ddp", "trainer.devices=2", "hydra.run.dir=run")
+        rwkv_pl.train(*TINY, "trainer=ddp", "trainer.devices=-1", "hydra.run.dir=run")
     assert not (folder / "run").exists()
 
 

@@ -179,6 +179,9 @@ class RWKV4(LanguageModel):
     # The official factors of the learning rate, by the last part of a parameter's name.
     lr_scale = {"time_decay": 2.0, "time_first": 3.0}  # noqa: RUF012
 
+    def __init__(self, config: RWKV4Config) -> None:
+        super().__init__(config)
+
     @torch.no_grad()
     def step(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """`forward` for one token per text: tokens (B,) int64 -> logits (B, V) float32, and the state after it.

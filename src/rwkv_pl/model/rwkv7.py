@@ -224,6 +224,9 @@ class RWKV7(LanguageModel):
     # The official factors of the learning rate, by the last part of a parameter's name.
     lr_scale = {"w0": 2.0}  # noqa: RUF012
 
+    def __init__(self, config: RWKV7Config) -> None:
+        super().__init__(config)
+
     @property
     def flops_per_token(self) -> int:
         """Floating-point operations of the products with matrices and with the state, forward and backward."""

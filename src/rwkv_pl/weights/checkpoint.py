@@ -16,7 +16,7 @@ from rwkv_pl.weights.parts import PARTS, REST, find_parts
 
 def is_checkpoint(path: Path) -> bool:
     """Whether `path` is a file, or the folder of a checkpoint in parts."""
-    path = newest(path)
+    path = newest(path.absolute())
     return path.is_file() or (path / REST).is_file()
 
 

@@ -126,7 +126,7 @@ SETTINGS = {
     "data.vocab_size must be at least 1": {"vocab": "unknown", "vocab_size": 0},
     "data.vocab_size is only for data.vocab=unknown": {"vocab": "byte", "vocab_size": 256},
     "data.dtype must be one of uint8, ": {"vocab": "unknown", "vocab_size": 300, "dtype": "float32"},
-    "data=tokens takes data.vocab=unknown or byte or 20b, got char": {"vocab": "char"},
+    "data=tokens takes data.vocab=unknown or byte or 20b or world, got char": {"vocab": "char"},
 }
 
 
