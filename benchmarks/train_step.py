@@ -38,7 +38,8 @@ from benchmarks.common import (
     summary_cells,
     take_turns,
 )
-from rwkv_pl import RWKV4, LitRWKV, Optim, RWKV4Config
+from rwkv_pl import LitRWKV, Optim
+from rwkv_pl.model import MODELS
 from rwkv_pl.ops.cross_entropy import cross_entropy
 from rwkv_pl.ops.heap import tune_allocator
 from rwkv_pl.ops.linear import linear
@@ -81,21 +82,27 @@ def autocast(precision: str, device: str = "cpu") -> AbstractContextManager[Any]
     return torch.autocast(device, torch.bfloat16, enabled=precision == "bf16-mixed")
 
 
-def make_our_module(setting: Setting) -> LitRWKV:
+def make_our_module(setting: Setting, version: str = "rwkv4") -> LitRWKV:
     """With the allocator set up as by rwkv-train."""
     tune_allocator()
-    model = RWKV4(RWKV4Config(VOCAB, setting.n_layer, setting.n_embd))
+    model_class, config_class = MODELS[version]
+    model = model_class(config_class(VOCAB, setting.n_layer, setting.n_embd))
     return LitRWKV(model, Optim("torch.optim.Adam", lr=1e-5))  # as for the peers
 
 
 def make_our_step(
-    setting: Setting, precision: str, full: bool = False, compiled: bool = False, device: str = "cpu"
+    setting: Setting,
+    precision: str,
+    full: bool = False,
+    compiled: bool = False,
+    device: str = "cpu",
+    version: str = "rwkv4",
 ) -> Call:
     """One step of LitRWKV and its optimizer; full: with gradient clipping and L2Wrap.
 
     On a GPU the step can be captured in a CUDA graph.
     """
-    module = make_our_module(setting).to(device)
+    module = make_our_module(setting, version).to(device)
     if compiled:
         for block in module.model.blocks:
             block.compile(dynamic=False)

@@ -275,6 +275,7 @@ def test_wkv_floor_counts_bytes_moved():
     "line",
     [
         "train_step --settings tiny --rounds 1",
+        "versions --settings small --rounds 1",
         "loop --settings tiny --rounds 2",
         "memory --tiny --longest 256 --rounds 1",
         "race --tiny --seconds 1 --rounds 2",
