@@ -35,8 +35,12 @@ def global_state():
     )  # fmt: skip
 
 
-# make docs runs the guides too.
-PAGES = [*CHAPTERS, *(pytest.param(page, marks=pytest.mark.slow) for page in list_pages(list(GUIDES)))]
+# make docs runs all of them.
+LONG = ("03_settings", "07_training_run", "08_rnn", "09_machine")
+PAGES = [
+    *(pytest.param(page, marks=[pytest.mark.slow] * (page.stem in LONG)) for page in CHAPTERS),
+    *(pytest.param(page, marks=pytest.mark.slow) for page in list_pages(list(GUIDES))),
+]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -195,6 +195,7 @@ def test_stopped_run_resumes_to_the_same_bits(folder, uninterrupted_run, strike,
     assert_same_run(folder / "run", uninterrupted_run)
 
 
+@pytest.mark.slow
 def test_weight_averaging_resumes_to_the_same_bits(folder):
     """Validation uses the averaged weights: the run is stopped there, extended, and continued without averaging."""
     averaged = (*RUN, "callbacks=[default,ema]", "callbacks.ema.decay=0.9")
@@ -377,6 +378,7 @@ def test_two_lightning_processes_stop_at_one_step(tmp_path):
 
 
 @needs_gloo
+@pytest.mark.slow
 def test_resume_on_more_devices_reads_the_same_batches(folder):
     """The run stops after a few steps on one device and resumes on two, with another accumulation."""
     one = (*DDP, "trainer.devices=1", "trainer.strategy=auto", "trainer.accumulate_grad_batches=2", "model.dropout=0.0",

@@ -292,6 +292,7 @@ def test_study_with_other_line_endings_is_kept(tmp_path, change):
 
 
 @pytest.mark.skipif(WINDOWS, reason="there, the jobs of a killed sweep end with it")
+@pytest.mark.slow
 def test_study_survives_a_killed_sweeper_and_a_partial_journal_line(folder):
     """The sweep waits for a job that the killed sweeper left running, and retries a killed trial."""
     process = start(folder, *QUICK, "hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", "trainer.max_steps=400",

@@ -70,7 +70,8 @@ def resume_sweep(sweep: Path, *arguments: str, **environment: str) -> "subproces
     )
 
 
-@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 2])
 def test_jobs_and_their_child_processes_import_nothing_from_the_start_folder(hostile, tmp_path, devices):
     """Relative and empty entries of PYTHONPATH still mean the folder of the command, not that of its jobs."""
     sweep = write_sweep(tmp_path / "sweep", hostile, ["trainer=ddp", "trainer.devices=2"] if devices == 2 else [])

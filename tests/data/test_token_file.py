@@ -162,6 +162,7 @@ CORPORA = {
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="sparse files and ru_maxrss in KiB")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CORPORA)
 def test_terabyte_opens_at_once_uses_no_memory_and_is_sampled_evenly(tmp_path: Path, name: str) -> None:
     settings, n_train = CORPORA[name]
