@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(N) walk_forward(Call<IO> m, Results<IO> out) {
 template <typename IO>
 __global__ void __launch_bounds__(N) walk_backward(Call<IO> m, Gradients<IO> g) {
   __shared__ float r[TILE][N], w[TILE][N], k[TILE][N], a[TILE][N], b[TILE][N], v[TILE][N], sa[TILE][N], gy[TILE][N];
-  __shared__ float slope[TILE][N], g_sa[N];
+  __shared__ float slope[TILE][N], g_v[TILE][N], g_sa[N];
   const int j = threadIdx.x;
   const int64_t task = blockIdx.x, sequence = task / m.heads, head = task % m.heads;
   const int64_t base = (sequence * m.steps * m.heads + head) * N + j;
@@ -136,16 +136,15 @@ __global__ void __launch_bounds__(N) walk_backward(Call<IO> m, Gradients<IO> g) 
 #pragma unroll
         for (int i = 0; i < N; ++i) S[i] = S[i] * w[u][j] + (sa[u][i] * b[u][j] + v[u][i] * k[u][j]);
       }
-      const int64_t at = base + int64_t(t0 + t) * m.heads * N;
       const float my_gy = gy[t][j];
-      float g_v = 0.0f, my_g_sa = 0.0f;
+      float my_g_v = 0.0f, my_g_sa = 0.0f;
 #pragma unroll
       for (int c = 0; c < N; ++c) {
         row[c] += my_gy * r[t][c];
-        g_v += row[c] * k[t][c];
+        my_g_v += row[c] * k[t][c];
         my_g_sa += row[c] * b[t][c];
       }
-      g.v[at] = IO(g_v);
+      g_v[t][j] = my_g_v;
 #pragma unroll
       for (int c = 0; c < N; ++c) row[c] = row[c] * w[t][c] + my_g_sa * a[t][c];
       __syncthreads();
@@ -161,7 +160,14 @@ __global__ void __launch_bounds__(N) walk_backward(Call<IO> m, Gradients<IO> g) 
         g_k += G * vi, g_b += G * sai, g_w += G * S[i], g_a += gsai * S[i];
         column[i] = G * wj + gsai * aj;
       }
-      g.r[at] = IO(g_r), g.w[at] = g_w * slope[t][j], g.k[at] = IO(g_k), g.a[at] = IO(g_a), g.b[at] = IO(g_b);
+      // The other threads have read these rows before the last barrier. The gradients wait there for the end of the tile,
+      // since no register is left for their addresses.
+      r[t][j] = g_r, w[t][j] = g_w, k[t][j] = g_k, a[t][j] = g_a, b[t][j] = g_b;
+    }
+    for (int t = 0; t < length; ++t) {
+      const int64_t at = base + int64_t(t0 + t) * m.heads * N;
+      g.r[at] = IO(r[t][j]), g.w[at] = w[t][j] * slope[t][j], g.k[at] = IO(k[t][j]), g.v[at] = IO(g_v[t][j]);
+      g.a[at] = IO(a[t][j]), g.b[at] = IO(b[t][j]);
     }
   }
 #pragma unroll
