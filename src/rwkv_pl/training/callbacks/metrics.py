@@ -218,7 +218,8 @@ class MetricsRecorder(Callback):
         self.rows.append(row)
         with with_path(self.folder / "metrics.csv"):
             _append_row(self._file, row, self._columns)
-        self._log(trainer, row)
+        # As in the file, from which a resume logs the rows again that a killed process had not yet written to a logger.
+        self._log(trainer, {name: float(text) for name, text in _format_row(row).items()})
 
     @staticmethod
     def _log(trainer: Trainer, row: dict[str, float], to: type[Logger] = Logger) -> None:
