@@ -358,7 +358,7 @@ def test_weights_of_a_run_initialise_another(train, run, tmp_path):
 
 
 def test_weights_of_other_ranks_start_a_run_that_resumes(train, tmp_path):
-    """They are no settings: a run takes them from the weights, and its resume from the checkpoint."""
+    """They are not settings: a run takes them from the weights, and its resume from the checkpoint."""
     sizes = {"n_ffn": 96, "rank_w": 8, "rank_a": 8, "rank_v": 4, "rank_g": 16}
     torch.save(RWKV7(RWKV7Config(256, 2, 64, **sizes)).state_dict(), "w.pth")
     result = train(*SMALL, *RUN_SETTINGS["rwkv7"], "weights=w.pth", "model.dropout=0.1", "hydra.run.dir=run")

@@ -179,6 +179,7 @@ class RWKV4(LanguageModel):
     # The official factors of the learning rate, by the last part of a parameter's name.
     lr_scale = {"time_decay": 2.0, "time_first": 3.0}  # noqa: RUF012
 
+    # Programs that build the model from settings, such as LightningCLI, read the type of config here.
     def __init__(self, config: RWKV4Config) -> None:
         super().__init__(config)
 

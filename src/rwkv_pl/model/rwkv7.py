@@ -224,6 +224,7 @@ class RWKV7(LanguageModel):
     # The official factors of the learning rate, by the last part of a parameter's name.
     lr_scale = {"w0": 2.0}  # noqa: RUF012
 
+    # Programs that build the model from settings, such as LightningCLI, read the type of config here.
     def __init__(self, config: RWKV7Config) -> None:
         super().__init__(config)
 

@@ -217,9 +217,9 @@ class MetricsRecorder(Callback):
             return
         self.rows.append(row)
         with with_path(self.folder / "metrics.csv"):
-            _append_row(self._file, row, self._columns)
+            texts = _append_row(self._file, row, self._columns)
         # As in the file, from which a resume logs the rows again that a killed process had not yet written to a logger.
-        self._log(trainer, {name: float(text) for name, text in _format_row(row).items()})
+        self._log(trainer, {name: float(text) for name, text in texts.items()})
 
     @staticmethod
     def _log(trainer: Trainer, row: dict[str, float], to: type[Logger] = Logger) -> None:
@@ -247,9 +247,12 @@ def _rewrite_csv(path: Path, rows: list[dict[str, float]], columns: Sequence[str
     return path.open("a", newline="", encoding="utf-8")
 
 
-def _append_row(file: Any, row: dict[str, float], columns: Sequence[str] = COLUMNS) -> None:
-    csv.DictWriter(file, columns).writerow(_format_row(row))
+def _append_row(file: Any, row: dict[str, float], columns: Sequence[str] = COLUMNS) -> dict[str, str]:
+    """Write a row, and return its texts."""
+    texts = _format_row(row)
+    csv.DictWriter(file, columns).writerow(texts)
     file.flush()
+    return texts
 
 
 def _format_row(row: dict[str, float]) -> dict[str, str]:
