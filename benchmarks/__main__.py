@@ -10,7 +10,10 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-NAMES = ("wkv", "wkv7", "train_step", "versions", "generate", "loop", "memory", "startup", "checkpoint", "race", "plot")
+NAMES = (
+    "wkv", "wkv7", "train_step", "versions", "generate", "loop", "processes", "memory", "startup", "checkpoint", "race",
+    "plot",
+)  # fmt: skip
 # Not a part of `all`: they need a GPU, or the package ziglang.
 OTHER_NAMES = ("gpu", "wkv_gpu", "compilers")
 

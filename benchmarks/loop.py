@@ -68,7 +68,8 @@ def run_command(overrides: list[str], steps: int, blocks: int, pipe: Any) -> Non
 
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        sys.argv = ["rwkv-train", *overrides, f"trainer.max_steps={steps * (blocks + 2)}"]
+        length = f"trainer.max_steps={steps * (blocks + 2)}"
+        sys.argv = ["rwkv-train", *overrides, length, "trainer.val_check_interval=1000000"]
         pause_between_blocks(steps, pipe)
         main()
 

@@ -1,6 +1,6 @@
 """A training step of each version of RWKV, compared with RWKV-4's of the same width and depth, in turns.
 
-    python -m benchmarks versions [--rounds 9] [--settings classic small]
+    python -m benchmarks versions [--rounds 9] [--settings classic small] [--precisions float32]
 
 A step is forward, loss, backward and Adam, as in train_step. The ratio is that of two calls in the same round. The
 memory is that of the tensors that a block keeps for its backward pass, for each token, as the blocks keep it from
@@ -62,12 +62,13 @@ def count_kept_bytes(setting: Setting, precision: str, version: str) -> float:
 def main() -> None:
     parser = make_parser("versions", __doc__, rounds=9)
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=["classic", "small"], help="model sizes")
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS), help="of the steps")
     options = parser.parse_args()
     title = "A training step of each version"
     begin_benchmark(title, options.threads)
     rows, lines = [], []
     for name in options.settings:
-        for precision in PRECISIONS:
+        for precision in options.precisions:
             makers: dict[str, Maker] = {
                 version: partial(make_our_step, SETTINGS[name], precision, version=version) for version in MODELS
             }

@@ -8,7 +8,7 @@ has in its YAML file. Only the standard library is imported, so that a mistake i
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -144,6 +144,17 @@ def corpus_defaults(name: str) -> dict[str, Any]:
     return {key: value for key, value in read_conf(f"data/{name}.yaml").items() if key not in SETTINGS_OF_MIX}
 
 
+def check_fractions(split: Sequence[float], above_zero: bool = False) -> None:
+    """Raise UserError unless these are three numbers from 0, or above 0, with the sum 1: train, val and test."""
+    # Conditions that a NaN fails too.
+    is_valid = len(split) == 3 and all(part > 0 or (part == 0 and not above_zero) for part in split)
+    if not (is_valid and abs(sum(split) - 1) < 1e-6):
+        wanted = "above 0, with the sum 1" if above_zero else "with the sum 1"
+        raise UserError(
+            f"{corpus_setting('split')} must be three fractions (train, val, test) {wanted}, got {list(split)}"
+        )
+
+
 _corpus: ContextVar[str] = ContextVar("corpus", default="")
 
 
@@ -156,8 +167,8 @@ def corpus_setting(key: str) -> str:
 
 @contextmanager
 def errors_of_corpus(name: str) -> Iterator[None]:
-    """Make a UserError inside the block name the corpus `name` of a mix; "" is the only corpus."""
-    before = _corpus.set(name)
+    """Make a UserError inside the block name the corpus `name` of a mix. "": the outer block's, if any."""
+    before = _corpus.set(name or _corpus.get())
     try:
         yield
     except UserError as error:
@@ -217,9 +228,7 @@ class Data:
             )
         if self.vocab not in corpus.vocabularies:
             raise UserError(f"{which} takes data.vocab={' or '.join(corpus.vocabularies)}, got {self.vocab}")
-        if len(self.split) != 3 or not all(0 <= part <= 1 for part in self.split) or abs(sum(self.split) - 1) > 1e-6:
-            where = corpus_setting("split")
-            raise UserError(f"{where} must be three fractions (train, val, test) with the sum 1, got {self.split}")
+        check_fractions(self.split)
 
     def _check_vocab_size(self) -> None:
         if self.vocab_size is not None:
@@ -489,9 +498,7 @@ class Train:
         check_one_of("kernel", self.kernel, KERNELS)
         for name, data in self.data.parts().items():
             with errors_of_corpus(name):
-                if 0 in data.split:
-                    where = corpus_setting("split")
-                    raise UserError(f"{where} must be three fractions (train, val, test) above 0, got {data.split}")
+                check_fractions(data.split, above_zero=True)
         check_between("seed", self.seed, 0, 2**63 - 1, inclusive=True)
         max_steps, max_epochs = self.trainer.get("max_steps", -1), self.trainer.get("max_epochs")
         if self.data.name == MIX and (max_steps < 1 or (max_epochs or -1) > 0):

@@ -91,7 +91,7 @@ def test_resume_with_another_mix_is_refused_by_name(train, evaluate, tmp_path):
     # A missing corpus is found before any is scored.
     result = evaluate("weights=run", "data.corpora.books.path=nosuch.txt")
     assert (result.code, result.out) == (2, "")
-    assert "data.corpora.books" in result.err and "nosuch.txt: no such file" in result.err
+    assert "data.corpora.books.path=" in result.err and "nosuch.txt: no such file" in result.err
     result = evaluate("weights=run", "data.corpora.cod.path=copy.txt")
     assert "data.corpora.cod.path is not a setting; did you mean code?" in result.err
 

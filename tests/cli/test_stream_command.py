@@ -38,13 +38,15 @@ def test_run_keeps_the_state_of_its_rows_and_resumes_to_the_same_bits(train, tmp
         assert all(torch.equal(here[name], tensor) for name, tensor in there.items())
 
 
-def test_run_older_than_the_setting_has_no_stream(train, run, tmp_path):
+def test_run_older_than_its_settings_has_their_defaults(train, run, tmp_path):
     stored = tmp_path / "run" / ".hydra" / "config.yaml"
     lines = stored.read_text().splitlines()
-    stored.write_text("\n".join(line for line in lines if line != "  stream: false"))
-    assert len(lines) == len(stored.read_text().splitlines()) + 1
+    newer = ("  stream: false", "checkpoints:", "  sharded: false", "skip_nonfinite: 0", "  num_workers: 0")
+    stored.write_text("\n".join(line for line in lines if line not in newer))
+    assert len(lines) == len(stored.read_text().splitlines()) + len(newer)
     assert "data.stream=True contradicts the past" in refusal(train("resume=run", "data.stream=true"))
-    assert train("resume=run", "data.stream=false", "trainer.max_steps=5").code == 0
+    defaults = ("data.stream=false", "checkpoints.sharded=false", "skip_nonfinite=1", "data.num_workers=0")
+    assert train("resume=run", *defaults, "trainer.max_steps=5").code == 0
 
 
 def test_mix_with_a_stream_is_refused(train, tmp_path):

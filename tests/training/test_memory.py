@@ -3,7 +3,7 @@
 import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision, Precision
-from versions import small_model
+from versions import VERSIONS, small_model
 
 from rwkv_pl import RWKV4, RWKV4Config, use_kernel
 from rwkv_pl.training import memory as f
@@ -92,6 +92,13 @@ def test_long_micro_batch_stores_no_mixed_inputs(module, monkeypatch):
     assert cost.bytes(512) - fixed - 512 * (working + logits) == pytest.approx(
         count_kept_bytes(module, 1, 512), rel=0.05
     )
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_stream_needs_the_states_before_and_after_a_step(version):
+    module = LitRWKV(small_model(version))
+    plain, stream = (f.estimate_memory(module, Precision(), rows).bytes(100) for rows in (0, 3))
+    assert stream - plain == 2 * sum(x.nbytes for block in module.model.empty_state(3) for x in block)
 
 
 def test_logits_in_chunks_do_not_grow_with_the_tokens():

@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from rwkv_pl.config import corpus_setting
-from rwkv_pl.errors import UserError
+from rwkv_pl.config import check_fractions
 
 BLOCK = 1 << 20
 
@@ -78,7 +77,7 @@ def split_by_fractions(path: Path, fractions: tuple[float, float, float], ends_p
 
     Raises UserError unless the fractions are three numbers >= 0 that sum to 1.
     """
-    _check_fractions(fractions)
+    check_fractions(fractions)
     data = np.memmap(path, np.uint8, mode="r")
     n = len(data)
     document_ends, reach = _map_offsets(ends_path), min(fractions) * n / 10
@@ -103,19 +102,12 @@ def split_at_documents(
 
     Raises UserError unless the fractions are three numbers >= 0 that sum to 1.
     """
-    _check_fractions(fractions)
+    check_fractions(fractions)
     cuts = round(n_tokens * fractions[0]), round(n_tokens * (fractions[0] + fractions[1]))
     train, val = map(document_start, cuts)
     if not 0 < train < val < n_tokens:
         train, val = cuts
     return Splits((0, train), (train, val), (val, n_tokens))
-
-
-def _check_fractions(fractions: tuple[float, float, float]) -> None:
-    # The condition is negated as a whole so that a NaN is rejected too.
-    if not (len(fractions) == 3 and min(fractions) >= 0 and abs(sum(fractions) - 1) < 1e-6):
-        where = corpus_setting("split")
-        raise UserError(f"{where} must be three fractions (train, val, test) with the sum 1, got {list(fractions)}")
 
 
 def find_character_start(data: npt.NDArray[np.uint8], at: int) -> int:

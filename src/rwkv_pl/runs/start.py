@@ -50,7 +50,8 @@ class Start(Callback):
         divides = config.trainer["accumulate_grad_batches"] == "auto" and not self.inputs.accumulate
         # Of a sharded model, all processes compute together.
         estimates = trainer.is_global_zero or divides or pl_module.device_mesh is not None
-        estimate = estimate_memory(pl_module, precision) if estimates else None
+        carried = config.data.batch_size // trainer.world_size if config.data.stream else 0
+        estimate = estimate_memory(pl_module, precision, carried) if estimates else None
         if config.trainer["accumulate_grad_batches"] == "auto":
             if divides and estimate:
                 self._divide_batch(trainer, pl_module, estimate)

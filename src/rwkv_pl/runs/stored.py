@@ -12,7 +12,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from rwkv_pl.checks import check_kinds
 from rwkv_pl.compose import check_config, compose
-from rwkv_pl.config import MIX, Checkpoints, Data, Train, corpus_defaults, split_own_arguments
+from rwkv_pl.config import CORPORA, MIX, Checkpoints, Data, Train, corpus_defaults, read_conf, split_own_arguments
 from rwkv_pl.data.documents import exists
 from rwkv_pl.errors import UserError, one_line
 from rwkv_pl.files import atomic_write, is_outside
@@ -79,9 +79,8 @@ class StoredRun:
 
     def config(self) -> DictConfig:
         """Return the config as of the last resume. A setting that is newer than the run has its default."""
-        defaults = {field.name: field.default for field in fields(Train) if field.default is not MISSING}
-        defaults["checkpoints"] = asdict(Checkpoints())
-        config = cast(DictConfig, OmegaConf.create(defaults | self.first_config))
+        config = cast(DictConfig, OmegaConf.create(self.first_config))
+        add_new_settings(config)
         for entry in self.resumes:
             _apply(config, entry)
         for arguments in (config.get("callbacks") or {}).values():
@@ -90,7 +89,6 @@ class StoredRun:
             if is_best and "{step" not in name and not is_outside(name, self.folder):
                 arguments.filename = "best"
         add_corpus_defaults(config)
-        OmegaConf.update(config, "data.stream", OmegaConf.select(config, "data.stream", default=False), force_add=True)
         config.plugins = []  # they must be typed at each resume
         return config
 
@@ -187,6 +185,18 @@ def require_no_download(data: Data, cwd: Path, typed: Collection[str] = ()) -> N
                 raise UserError(
                     f"{folder} has no enwik8; to download it, if you trust this run, type {' '.join(missing)}"
                 )
+
+
+def add_new_settings(config: DictConfig) -> None:
+    """Give a stored config the settings that are newer than its run, at their defaults: a resume can then set them."""
+    newer: dict[str, Any] = {of.name: of.default for of in fields(Train) if of.default is not MISSING}
+    newer |= {f"checkpoints.{key}": value for key, value in asdict(Checkpoints()).items()}
+    if (name := OmegaConf.select(config, "data.name")) in (*CORPORA, MIX):
+        of_type = read_conf(f"data/{name}.yaml")
+        newer |= {f"data.{of.name}": of.default for of in fields(Data) if of.name in of_type.keys() - {"split"}}
+    for key, value in newer.items():
+        if OmegaConf.select(config, key, default=...) is ...:
+            OmegaConf.update(config, key, value, force_add=True)
 
 
 def add_corpus_defaults(config: DictConfig) -> None:

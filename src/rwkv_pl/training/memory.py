@@ -28,7 +28,7 @@ class MemoryEstimate:
 
     parameters:     their number.
     flops:          floating-point operations of the matrix products for one token, forward and backward.
-    fixed:          bytes of weights, gradients, optimizer state and casts of the weights, and of a CPU's heap.
+    fixed:          bytes of weights, gradients, optimizer state, casts of the weights, carried states and a CPU's heap.
     per_token:      bytes of saved tensors and working memory, for each token of a micro-batch.
     per_recomputed: the part of per_token that is recomputed, not saved, from recompute_from tokens on.
     per_logits:     bytes for each token whose logits are in memory at once, at most chunk_len tokens (None: all).
@@ -50,14 +50,20 @@ class MemoryEstimate:
         return self.fixed + int(per_token * tokens + self.per_logits * n_logits)
 
 
-def estimate_memory(module: Any, precision: Precision) -> MemoryEstimate:
-    """Estimate the cost of a LitRWKV's model from forward passes over a few tokens, on the model's device."""
+def estimate_memory(module: Any, precision: Precision, carried_rows: int = 0) -> MemoryEstimate:
+    """Estimate the cost of a LitRWKV's model from forward passes over a few tokens, on the model's device.
+
+    carried_rows: the rows of a step whose state this process carries to the next step, in a stream.
+    """
     parameters = list(module.parameters())
     flops = module.model.flops_per_token
     # Weights, gradients, and Adam's two moments.
     fixed = 4 * sum(local_part(p).nbytes for p in parameters)
     if module.device_mesh is not None:
         fixed += _count_whole(module)
+    if carried_rows:  # the states before the step, and those after it
+        of_a_row = sum(x.nbytes for block in module.model.empty_state(1) for x in block)
+        fixed += 2 * carried_rows * of_a_row
     config, chunk_len = module.model.config, module.loss_chunk_len
     few, more = (_measure_kept(module, precision, n_tokens) for n_tokens in (PROBE_TOKENS, 2 * PROBE_TOKENS))
     casts, per_token = max(0, 2 * few - more), (more - few) / PROBE_TOKENS
