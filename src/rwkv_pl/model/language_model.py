@@ -39,6 +39,10 @@ class LanguageModel(nn.Module):
     lr_scale: ClassVar[dict[str, float]] = {}
     """The official factors of the learning rate, by the last part of a parameter's name."""
 
+    backward_tensors: ClassVar[int] = 0
+    """Float32 tensors of (B, T, C) that a block's backward pass has in memory at once, besides the saved ones; 0 if the
+    gradient of its widest layer is larger."""
+
     activation_checkpointing = False
     """Whether to store only each block's input and recompute the rest in the backward pass; same gradients."""
 

@@ -220,6 +220,8 @@ class RWKV7(LanguageModel):
     block_class = Block
     library = "wkv7"
     mark = r"att\.w0$"
+    # The inputs of wkv7, their gradients, and those of its output, the receptance, the key, the value and the gate.
+    backward_tensors = 17
 
     # The official factors of the learning rate, by the last part of a parameter's name.
     lr_scale = {"w0": 2.0}  # noqa: RUF012
