@@ -190,6 +190,15 @@ def test_inconsistent_rank_environment_is_refused(train, tmp_path, monkeypatch, 
     assert not (tmp_path / "outputs").exists()
 
 
+@pytest.mark.parametrize("name", ["SLURM_PROCID", "NODE_RANK"])
+def test_first_process_is_the_one_that_torchrun_ranks_0(monkeypatch, name):
+    """Its rendezvous can give rank 0 to another node than SLURM's first."""
+    for rank, node in ((0, "1"), (1, "0")):
+        for variable, value in {**environment("torchrun", rank, "29500"), name: node}.items():
+            monkeypatch.setenv(variable, value)
+        assert ranks.is_first_process() == (ranks.current_group().rank == 0) == (rank == 0)
+
+
 @pytest.fixture
 def in_slurm(monkeypatch):
     """The first of two tasks. Lightning writes derived values into the environment."""

@@ -31,7 +31,9 @@ class Group:
 
 def is_first_process() -> bool:
     """Whether this is the process of the run that creates, locks and writes the run folder."""
-    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
+    # torchrun chooses RANK itself, so its process 0 can be in any task of SLURM, on any node.
+    names = ("RANK",) if "RANK" in os.environ else ("LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
+    return all(os.environ.get(name, "0") == "0" for name in names)
 
 
 def current_group() -> Group | None:
