@@ -24,6 +24,7 @@ from benchmarks.common import (
     take_turns,
 )
 from benchmarks.generate import random_model
+from rwkv_pl.model import MODELS
 from rwkv_pl.ops.backend import KernelError, load_all
 from rwkv_pl.ops.heap import tune_allocator
 from rwkv_pl.ops.linear import cast_linear_weights
@@ -45,9 +46,11 @@ def make_calls() -> dict[str, Call]:
     mean_rstd = ops.norm_token_shift(*norm, 1e-5, False)[2]
     logits, targets = torch.randn(T, V), torch.randint(V, (T,))
     nats, *saved = ops.cross_entropy(logits, targets)
-    model = random_model(layers=4)
-    cast_linear_weights(model, torch.bfloat16)
-    parameters, token = list(model.parameters()), torch.zeros(1, dtype=torch.int64)
+    token, parameters = torch.zeros(1, dtype=torch.int64), {}
+    for version in MODELS:
+        model = random_model(layers=4, version=version)
+        cast_linear_weights(model, torch.bfloat16)
+        parameters[version] = list(model.parameters())
     return {
         "wkv4_forward": lambda: ops.wkv4_forward(*channel, key, value, None, TILE),
         "wkv4_backward": lambda: ops.wkv4_backward(*channel, key, value, tiles, grad, None, TILE),
@@ -59,7 +62,8 @@ def make_calls() -> dict[str, Call]:
         "gate_backward": lambda: ops.gate_backward(grad, x, key),
         "cross_entropy": lambda: ops.cross_entropy(logits, targets),
         "cross_entropy_backward": lambda: ops.cross_entropy_backward(logits, targets, *saved, nats, nats),
-        "rwkv4_step": lambda: ops.rwkv4_step(parameters, token, []),
+        "rwkv4_step": lambda: ops.rwkv4_step(parameters["rwkv4"], token, []),
+        "rwkv7_step": lambda: ops.rwkv7_step(parameters["rwkv7"], token, []),
     }
 
 

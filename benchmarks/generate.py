@@ -2,8 +2,9 @@
 
     python -m benchmarks generate [--rounds 15]
 
-A 12 x 512 RWKV-4 over bytes on the CPU, greedy decoding. The lower bound on the time per token is one read of all
-matrix weights: a vectorised sum over them on the same threads, compiled here. Writes benchmarks/results/generate.json.
+RWKV-4 and RWKV-7 of 12 x 512 over bytes on the CPU, greedy decoding. The lower bound on the time per token is one read
+of all matrix weights: a vectorised sum over them on the same threads, compiled here. Writes
+benchmarks/results/generate.json.
 """
 
 import importlib.resources
@@ -27,33 +28,37 @@ from benchmarks.common import (
     summary_cells,
     take_turns,
 )
-from rwkv_pl import RWKV4, RWKV4Config
 from rwkv_pl.inference.generate import Generation, read_tokens
 from rwkv_pl.inference.sampling import RowRandom, Sampling
+from rwkv_pl.model import MODELS
+from rwkv_pl.model.language_model import LanguageModel
 from rwkv_pl.ops.build import STABLE_ABI, cpu_flags, cpu_level
 from rwkv_pl.ops.huge_pages import move_to_huge_pages
 from rwkv_pl.ops.linear import cast_linear_weights
 
 VOCAB, LAYERS, CHANNELS = 256, 12, 512
+# By version, what follows the name of a row.
+SUFFIXES = {"rwkv4": "", "rwkv7": ", RWKV-7"}
 # Tokens per call.
 TOKENS = 20
 
 
-def random_model(layers: int = LAYERS, channels: int = CHANNELS) -> RWKV4:
+def random_model(layers: int = LAYERS, channels: int = CHANNELS, version: str = "rwkv4") -> LanguageModel:
     """At the official initialisation most matrices are zeros."""
     torch.manual_seed(0)
-    model = RWKV4(RWKV4Config(VOCAB, layers, channels)).eval().requires_grad_(False)
+    model_class, config_class = MODELS[version]
+    model = model_class(config_class(VOCAB, layers, channels)).eval().requires_grad_(False)
     for parameter in model.parameters():
-        parameter += 0.02 * torch.randn_like(parameter)
+        parameter.add_(torch.randn_like(parameter), alpha=0.02)
     return model
 
 
-def make_ours(weights: torch.dtype = torch.float32, batch: int = 1, place: int = 10) -> Call:
+def make_ours(version: str, weights: torch.dtype = torch.float32, batch: int = 1, place: int = 10) -> Call:
     """Start from the state after `place` tokens."""
-    return make_writer(random_model(), weights, batch, place)
+    return make_writer(random_model(version=version), weights, batch, place)
 
 
-def make_writer(model: RWKV4, weights: torch.dtype, batch: int = 1, place: int = 10) -> Call:
+def make_writer(model: LanguageModel, weights: torch.dtype, batch: int = 1, place: int = 10) -> Call:
     """Generate TOKENS tokens like rwkv-generate, on the model's device."""
     cast_linear_weights(model, weights)
     move_to_huge_pages(model)
@@ -102,10 +107,10 @@ def make_transformers() -> Call:
     return call
 
 
-def make_reader() -> Call:
+def make_reader(version: str) -> Call:
     from torch.utils import cpp_extension
 
-    model = random_model()
+    model = random_model(version=version)
     move_to_huge_pages(model)
     weights = [x.detach() for name, x in model.named_parameters() if x.dim() == 2 and name != "emb.weight"]
     with importlib.resources.as_file(importlib.resources.files("rwkv_pl.cuda")) as headers:
@@ -129,13 +134,18 @@ def main() -> None:
     title = f"tokens per second, {LAYERS} x {CHANNELS}, {VOCAB} tokens"
     begin_benchmark(title, options.threads)
     half = torch.bfloat16
-    makers: dict[str, Maker] = {
-        "reading the weights": make_reader,
-        "rwkv_pl": make_ours,
-        "rwkv_pl, token 10,000": partial(make_ours, place=10_000),
-        "rwkv_pl, batch 8": partial(make_ours, batch=8),
-        "rwkv_pl, bfloat16": partial(make_ours, half),
-        "rwkv_pl, bfloat16, batch 8": partial(make_ours, half, batch=8),
+    makers: dict[str, Maker] = {}
+    for version, suffix in SUFFIXES.items():
+        ours = partial(make_ours, version)
+        makers |= {
+            f"reading the weights{suffix}": partial(make_reader, version),
+            f"rwkv_pl{suffix}": ours,
+            f"rwkv_pl{suffix}, batch 8": partial(ours, batch=8),
+            f"rwkv_pl{suffix}, bfloat16": partial(ours, half),
+            f"rwkv_pl{suffix}, bfloat16, batch 8": partial(ours, half, batch=8),
+        }
+    makers |= {
+        "rwkv_pl, token 10,000": partial(make_ours, "rwkv4", place=10_000),
         "rwkv package, cpu fp32": make_rwkv_package,
         "transformers, generate": make_transformers,
     }
@@ -145,12 +155,16 @@ def main() -> None:
         rows[name] = summarize([tokens / seconds for seconds in taken])
     compared = {
         "times the rwkv package": ("rwkv_pl", "rwkv package, cpu fp32"),
-        "reading the weights, times ours": ("reading the weights", "rwkv_pl"),
-        "bfloat16, times float32": ("rwkv_pl, bfloat16", "rwkv_pl"),
-        "batch 8, times batch 1": ("rwkv_pl, batch 8", "rwkv_pl"),
-        "batch 8, times batch 1, bfloat16": ("rwkv_pl, bfloat16, batch 8", "rwkv_pl, bfloat16"),
         "token 10,000, times token 10": ("rwkv_pl, token 10,000", "rwkv_pl"),
     }
+    for suffix in SUFFIXES.values():
+        name = f"rwkv_pl{suffix}"
+        compared |= {
+            f"reading the weights, times ours{suffix}": (f"reading the weights{suffix}", name),
+            f"bfloat16, times float32{suffix}": (f"{name}, bfloat16", name),
+            f"batch 8, times batch 1{suffix}": (f"{name}, batch 8", name),
+            f"batch 8, times batch 1, bfloat16{suffix}": (f"{name}, bfloat16, batch 8", f"{name}, bfloat16"),
+        }
     ratios = {
         about: rows[one]["median"] / rows[other]["median"]
         for about, (one, other) in compared.items()

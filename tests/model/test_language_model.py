@@ -4,9 +4,13 @@ import re
 
 import pytest
 import torch
-from versions import CHANNELS, VERSIONS, VOCAB, perturbed_model, small_model
+from versions import CHANNELS, FEWEST_CHANNELS, VERSIONS, VOCAB, perturbed_model, relative_error, small_model
 
 from rwkv_pl import use_kernel
+from rwkv_pl.model import language_model as module
+from rwkv_pl.model.language_model import LanguageModel
+from rwkv_pl.model.state import BlockState
+from rwkv_pl.ops.linear import cast_linear_weights
 
 pytestmark = pytest.mark.parametrize("version", VERSIONS)
 
@@ -36,9 +40,9 @@ def test_head_of_hidden_equals_forward(version):
     torch.testing.assert_close(model.head(hidden), model(tokens)[0])
 
 
-def read_state(wkv: torch.Tensor) -> torch.Tensor:
-    """A scalar function of a block's WKV state; in RWKV-4 only the ratio of its first two rows has a meaning."""
-    return (wkv[:, 0] / wkv[:, 1]).sum() if wkv.dim() == 3 else wkv.square().mean()
+def memory(state: BlockState) -> torch.Tensor:
+    """A block's `wkv`; in RWKV-4 only the ratio of its first two rows has a meaning."""
+    return state.wkv if state.wkv.dim() == 4 else state.wkv[:, 0] / state.wkv[:, 1]
 
 
 @pytest.mark.parametrize(("dropout", "autocast"), [(0.0, False), (0.3, False), (0.3, True)])
@@ -61,7 +65,7 @@ def test_activation_checkpointing_gives_bit_identical_gradients(version, dropout
         ):
             _, state = model.hidden(tokens[:, :3])
             hidden, state = model.hidden(tokens, state)
-            loss = hidden.square().mean() + sum(read_state(block.wkv) for block in state)
+            loss = hidden.square().mean() + sum(memory(block).square().mean() for block in state)
         loss.backward()
         gradients[again] = [parameter.grad for parameter in model.blocks.parameters()]
         kept[again] = sum(storages.values())
@@ -125,3 +129,110 @@ def test_tokens_are_read_only_to_explain_an_error(version, monkeypatch):
     for name in ("aminmax", "min", "max", "tolist", "item"):
         monkeypatch.setattr(torch.Tensor, name, refuse)
     model(tokens)
+
+
+def run_steps(model: LanguageModel, tokens: torch.Tensor, state=None):
+    """Logits (B, T, V) of tokens (B, T), one step at a time, and the final state."""
+    logits = []
+    for token in tokens.unbind(1):
+        now, state = model.step(token, state)
+        logits.append(now)
+    return torch.stack(logits, 1), state
+
+
+@pytest.fixture
+def count_compiled_calls(monkeypatch):
+    """Count the calls of the compiled operator."""
+    calls = []
+    step = module.run_step
+    monkeypatch.setattr(module, "run_step", lambda *arguments: calls.append(1) or step(*arguments))
+    return calls
+
+
+@pytest.mark.parametrize("kernel", ["auto", "scan"])
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=str)
+def test_steps_pieces_and_parallel_form_agree(version, kernel, weights, count_compiled_calls):
+    """Over 4,096 tokens, switching between both forms. Casting matrices to bfloat16 adds only the error of the cast."""
+    model = perturbed_model(version, n_layer=2, n_embd=FEWEST_CHANNELS[version]).eval()
+    cast_linear_weights(model, weights)
+    tokens = torch.randint(VOCAB, (1, 4096 if kernel == "auto" else 300))
+    with use_kernel(kernel), torch.no_grad():
+        whole, last = model(tokens)
+        logits, state = run_steps(model, tokens)
+        middle, half = model(tokens[:, :200])
+        rest, again = run_steps(model, tokens[:, 200:], half)
+    assert len(count_compiled_calls) == (4096 + 3896 if kernel == "auto" else 0)
+    # float32 rounds each operation to 6e-8; the decay of old errors in the state balances those added per token.
+    assert relative_error(logits, whole) < 1e-5
+    assert relative_error(torch.cat((middle, rest), 1), whole) < 1e-5
+    for mine, expected in [*zip(state, last, strict=True), *zip(again, last, strict=True)]:
+        assert mine._fields == expected._fields
+        assert relative_error(mine.att_shift, expected.att_shift) < 1e-5
+        assert relative_error(mine.ffn_shift, expected.ffn_shift) < 1e-5
+        assert relative_error(memory(mine), memory(expected)) < 1e-5
+    logits, _ = model(tokens[:, :5], state)
+    assert relative_error(logits, model(tokens[:, :5], last)[0]) < 1e-5
+
+
+@pytest.mark.usefixtures("compiled_kernel")
+def test_steps_of_a_bfloat16_model_agree_with_the_parallel_form(version, count_compiled_calls):
+    """The step computes in float32 between its weights; the parallel form rounds every tensor to bfloat16, 4e-3."""
+    model = perturbed_model(version, n_layer=2).eval().bfloat16()
+    tokens = torch.randint(VOCAB, (2, 20))
+    with torch.no_grad():
+        logits, _ = run_steps(model, tokens)
+        whole, middle = model(tokens[:, :10])
+        rest, _ = run_steps(model, tokens[:, 10:], middle)
+    assert len(count_compiled_calls) == 30 and logits.dtype == torch.float32
+    assert relative_error(logits[:, :10], whole.float()) < 3e-2
+    assert relative_error(logits[:, 10:], rest) < 3e-2
+
+
+@pytest.mark.usefixtures("compiled_kernel")
+def test_step_with_another_batch_size_and_without_the_operator(version, count_compiled_calls):
+    model = perturbed_model(version)
+    model.eval()
+    tokens, state = torch.randint(VOCAB, (5,)), model(torch.randint(VOCAB, (5, 4)))[1]
+    before = [x.clone() for block in state for x in block]
+    expected, _ = model(tokens[:, None], state)
+    logits, _ = model.step(tokens, state)
+    assert len(count_compiled_calls) == 1 and relative_error(logits, expected[:, 0]) < 1e-5
+    assert all(torch.equal(x, y) for x, y in zip([x for block in state for x in block], before, strict=True))
+    assert not logits.requires_grad and torch.is_grad_enabled()
+    # In float64 the plain forms are used, and tokens are checked alike.
+    logits, _ = model.double().step(tokens, state)
+    assert (
+        len(count_compiled_calls) == 1
+        and relative_error(logits, expected[:, 0]) < 1e-5
+        and logits.dtype == torch.float32
+    )
+    with pytest.raises(IndexError):
+        model.step(torch.tensor([VOCAB]))
+    with pytest.raises(IndexError):
+        model.float().step(torch.tensor([VOCAB]))
+    logits, state = model.step(tokens[:0])
+    assert logits.shape == (0, VOCAB) and state[0].wkv.shape == (0, *before[1].shape[1:])
+
+
+@pytest.mark.usefixtures("compiled_kernel")
+def test_step_uses_the_current_parameters(version, count_compiled_calls):
+    model, other, tokens = perturbed_model(version, 0).eval(), perturbed_model(version, 1).eval(), torch.arange(3)
+    expected, _ = other.step(tokens)
+    assert not torch.allclose(model.step(tokens)[0], expected)
+    model.load_state_dict(other.state_dict(), assign=True)
+    assert torch.equal(model.step(tokens)[0], expected)
+    with torch.no_grad():
+        model.blocks[1].ffn.key.weight.zero_()
+        other.blocks[1].ffn.key = torch.nn.Linear(CHANNELS[version], 4 * CHANNELS[version], bias=False)
+        other.blocks[1].ffn.key.weight.zero_()
+    assert torch.equal(model.step(tokens)[0], other.step(tokens)[0])
+    assert len(count_compiled_calls) == 5
+
+
+@pytest.mark.usefixtures("compiled_kernel")
+def test_step_applies_dropout_in_training(version, count_compiled_calls):
+    model = perturbed_model(version, dropout=0.5)
+    tokens = torch.arange(3)
+    assert not torch.equal(model.step(tokens)[0], model.step(tokens)[0]) and not count_compiled_calls
+    model.eval()
+    assert torch.equal(model.step(tokens)[0], model.step(tokens)[0]) and count_compiled_calls

@@ -11,7 +11,6 @@ from torch.nn import functional as F
 from versions import LAYERS, VOCAB, relative_error
 
 from rwkv_pl import RWKV4, RWKV4Config, use_kernel
-from rwkv_pl.model import rwkv4 as module
 from rwkv_pl.ops.linear import cast_linear_weights
 
 CHANNELS = versions.CHANNELS["rwkv4"]
@@ -178,65 +177,6 @@ def test_hooks_and_replaced_layers_work_as_in_torch():
             torch.testing.assert_close(replaced, model(tokens)[0], rtol=1e-5, atol=1e-5)
 
 
-def run_steps(model: RWKV4, tokens: torch.Tensor, state=None):
-    """Logits (B, T, V) of tokens (B, T), one step at a time, and the final state."""
-    logits = []
-    for token in tokens.unbind(1):
-        now, state = model.step(token, state)
-        logits.append(now)
-    return torch.stack(logits, 1), state
-
-
-@pytest.fixture
-def count_compiled_calls(monkeypatch):
-    """Count the calls of the compiled operator."""
-    calls = []
-    step = module.rwkv4_step
-    monkeypatch.setattr(module, "rwkv4_step", lambda *arguments: calls.append(1) or step(*arguments))
-    return calls
-
-
-@pytest.mark.parametrize("kernel", ["auto", "scan"])
-@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=str)
-def test_steps_pieces_and_parallel_form_agree(kernel, weights, count_compiled_calls):
-    """Over 4,096 tokens, switching between both forms. Casting matrices to bfloat16 adds only the error of the cast."""
-    model = perturbed_model(n_layer=2, n_embd=16).eval()
-    cast_linear_weights(model, weights)
-    tokens = torch.randint(VOCAB, (1, 4096 if kernel == "auto" else 300))
-    with use_kernel(kernel), torch.no_grad():
-        whole, last = model(tokens)
-        logits, state = run_steps(model, tokens)
-        middle, half = model(tokens[:, :200])
-        rest, again = run_steps(model, tokens[:, 200:], half)
-    assert len(count_compiled_calls) == (4096 + 3896 if kernel == "auto" else 0)
-    # float32 rounds each operation to 6e-8; the decay of old errors in the state balances those added per token.
-    assert relative_error(logits, whole) < 1e-5
-    assert relative_error(torch.cat((middle, rest), 1), whole) < 1e-5
-    for mine, expected in [*zip(state, last, strict=True), *zip(again, last, strict=True)]:
-        assert mine._fields == expected._fields
-        assert relative_error(mine.att_shift, expected.att_shift) < 1e-5
-        assert relative_error(mine.ffn_shift, expected.ffn_shift) < 1e-5
-        num, den, _ = mine.wkv.unbind(1)
-        theirs = expected.wkv.unbind(1)
-        assert relative_error(num / den, theirs[0] / theirs[1]) < 1e-5
-    logits, _ = model(tokens[:, :5], state)
-    assert relative_error(logits, model(tokens[:, :5], last)[0]) < 1e-5
-
-
-@pytest.mark.usefixtures("compiled_kernel")
-def test_steps_of_a_bfloat16_model_agree_with_the_parallel_form(count_compiled_calls):
-    """The step computes in float32 between its weights; the parallel form rounds every tensor to bfloat16, 4e-3."""
-    model = perturbed_model(n_layer=2).eval().bfloat16()
-    tokens = torch.randint(VOCAB, (2, 20))
-    with torch.no_grad():
-        logits, _ = run_steps(model, tokens)
-        whole, middle = model(tokens[:, :10])
-        rest, _ = run_steps(model, tokens[:, 10:], middle)
-    assert len(count_compiled_calls) == 30 and logits.dtype == torch.float32
-    assert relative_error(logits[:, :10], whole.float()) < 3e-2
-    assert relative_error(logits[:, 10:], rest) < 3e-2
-
-
 def test_cast_linear_weights_casts_only_matrices():
     model = perturbed_model()
     names = {name for name, x in model.named_parameters() if name.endswith(".weight") and x.dim() == 2}
@@ -244,53 +184,3 @@ def test_cast_linear_weights_casts_only_matrices():
     cast_linear_weights(model, torch.bfloat16)
     halves = {name for name, x in model.named_parameters() if x.dtype == torch.bfloat16}
     assert halves == names - {"emb.weight"} and identities == [id(x) for x in model.parameters()]
-
-
-@pytest.mark.usefixtures("compiled_kernel")
-def test_step_with_another_batch_size_and_without_the_operator(count_compiled_calls):
-    model = perturbed_model()
-    model.eval()
-    tokens, state = torch.randint(VOCAB, (5,)), model(torch.randint(VOCAB, (5, 4)))[1]
-    before = [x.clone() for block in state for x in block]
-    expected, _ = model(tokens[:, None], state)
-    logits, _ = model.step(tokens, state)
-    assert len(count_compiled_calls) == 1 and relative_error(logits, expected[:, 0]) < 1e-5
-    assert all(torch.equal(x, y) for x, y in zip([x for block in state for x in block], before, strict=True))
-    assert not logits.requires_grad and torch.is_grad_enabled()
-    # In float64 the plain forms are used, and tokens are checked alike.
-    logits, _ = model.double().step(tokens, state)
-    assert (
-        len(count_compiled_calls) == 1
-        and relative_error(logits, expected[:, 0]) < 1e-5
-        and logits.dtype == torch.float32
-    )
-    with pytest.raises(IndexError):
-        model.step(torch.tensor([VOCAB]))
-    with pytest.raises(IndexError):
-        model.float().step(torch.tensor([VOCAB]))
-    logits, state = model.step(tokens[:0])
-    assert logits.shape == (0, VOCAB) and state[0].wkv.shape == (0, 3, CHANNELS)
-
-
-@pytest.mark.usefixtures("compiled_kernel")
-def test_step_uses_the_current_parameters(count_compiled_calls):
-    model, other, tokens = perturbed_model(0).eval(), perturbed_model(1).eval(), torch.arange(3)
-    expected, _ = other.step(tokens)
-    assert not torch.allclose(model.step(tokens)[0], expected)
-    model.load_state_dict(other.state_dict(), assign=True)
-    assert torch.equal(model.step(tokens)[0], expected)
-    with torch.no_grad():
-        model.blocks[1].ffn.key.weight.zero_()
-        other.blocks[1].ffn.key = torch.nn.Linear(CHANNELS, 4 * CHANNELS, bias=False)
-        other.blocks[1].ffn.key.weight.zero_()
-    assert torch.equal(model.step(tokens)[0], other.step(tokens)[0])
-    assert len(count_compiled_calls) == 5
-
-
-@pytest.mark.usefixtures("compiled_kernel")
-def test_step_applies_dropout_in_training(count_compiled_calls):
-    model = perturbed_model(dropout=0.5)
-    tokens = torch.arange(3)
-    assert not torch.equal(model.step(tokens)[0], model.step(tokens)[0]) and not count_compiled_calls
-    model.eval()
-    assert torch.equal(model.step(tokens)[0], model.step(tokens)[0]) and count_compiled_calls

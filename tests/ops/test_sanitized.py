@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import rwkv_pl.cuda
+from levels import TESTS
 
 from rwkv_pl.ops.build import STABLE_ABI, cpu_command
 from rwkv_pl.ops.libraries import LIBRARIES
@@ -53,12 +54,14 @@ for B, T, C, J in [(0, 3, 2, 2), (1, 1, 1, 2), (2, 65, 5, 3), (1, 200, 33, 2)]:
         logits, targets = torch.randn(B * T, C).to(dtype), torch.randint(-1, C, (B * T,))
         nats, largest, *kept = ops.cross_entropy(logits, targets)
         ops.cross_entropy_backward(logits, targets, largest, *kept, nats, largest)
-from test_rwkv4_step import draw_parameters, draw_state
-for B, L, C, V, F in [(0, 2, 3, 5, 7), (1, 0, 1, 1, 1), (1, 2, 64, 9, 256), (13, 1, 33, 5, 70), (5, 1, 128, 40, 500)]:
-    for dtype in (torch.float32, torch.bfloat16):
-        for state in ([], draw_state(L, B, C)):
-            parameters = [x.to(dtype) for x in draw_parameters(L, C, V, F)]
-            torch.ops.rwkv_pl.rwkv4_step(parameters, torch.randint(V, (B,)), state)
+from test_step import draw_parameters, draw_state
+sizes = [(0, 2, 3, 5, 7), (1, 1, 1, 1, 1), (1, 2, 64, 9, 256), (13, 1, 33, 5, 70), (5, 2, 128, 40, 500)]
+for version in ("rwkv4", "rwkv7"):
+    for B, L, C, V, F in sizes:
+        for dtype in (torch.float32, torch.bfloat16):
+            for state in ([], draw_state(version, L, B, C)):
+                parameters = [x.to(dtype) for x in draw_parameters(version, L, C, V, F)]
+                getattr(ops, version + "_step")(parameters, torch.randint(V, (B,)), state)
 """
 
 
@@ -83,7 +86,7 @@ def test_no_access_out_of_bounds(tmp_path):
     environment = os.environ | {
         "LD_PRELOAD": where,
         "ASAN_OPTIONS": "detect_leaks=0",
-        "PYTHONPATH": str(Path(__file__).parent),
+        "PYTHONPATH": TESTS,
     }
     run = subprocess.run(
         [sys.executable, "-c", SANITIZED, *built], env=environment, capture_output=True, text=True, timeout=600

@@ -514,7 +514,7 @@ def test_compiled_operators_refuse_no_steps_and_no_channels(shape):
 
 
 def test_operators_can_be_loaded_before_their_modules():
-    code = "from rwkv_pl.ops.backend import load_all; load_all('cpu'); import rwkv_pl.ops.wkv4, rwkv_pl.ops.rwkv4_step"
+    code = "from rwkv_pl.ops.backend import load_all; load_all('cpu'); import rwkv_pl.ops.wkv4, rwkv_pl.ops.step"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -23,9 +23,8 @@ from torch import Tensor, nn
 from rwkv_pl.config import RWKV4Config
 from rwkv_pl.model import rwkv4_fused as fused
 from rwkv_pl.model.language_model import LanguageModel, depth_ratios, token_shift
-from rwkv_pl.model.state import BlockState, State
+from rwkv_pl.model.state import BlockState
 from rwkv_pl.ops.linear import Linear
-from rwkv_pl.ops.rwkv4_step import rwkv4_step, supports_step
 from rwkv_pl.ops.wkv4 import wkv4
 from rwkv_pl.ops.wkv4_reference import EMPTY
 
@@ -182,27 +181,6 @@ class RWKV4(LanguageModel):
     # Programs that build the model from settings, such as LightningCLI, read the type of config here.
     def __init__(self, config: RWKV4Config) -> None:
         super().__init__(config)
-
-    @torch.no_grad()
-    def step(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """`forward` for one token per text: tokens (B,) int64 -> logits (B, V) float32, and the state after it.
-
-        For inference: it has no gradient. With float32 or bfloat16 weights on the CPU it is one call of a compiled
-        operator, which computes in float32 and does not run hooks on the modules.
-        """
-        parameters = _list_parameters(self)
-        if supports_step(parameters) and not (self.training and self.config.dropout):
-            logits, after = rwkv4_step(parameters, tokens, [x for block in state or () for x in block])
-            return logits, tuple(BlockState(*block) for block in after)
-        return super().step(tokens, state)
-
-
-def _list_parameters(module: Any) -> list[Tensor]:
-    """The same as list(module.parameters()), which would take a tenth of the time of a token."""
-    found = list(module._parameters.values())
-    for child in module._modules.values():
-        found += _list_parameters(child) if child._modules else child._parameters.values()
-    return [parameter for parameter in found if parameter is not None]
 
 
 def _unsqueeze_time_mix(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:

@@ -36,7 +36,7 @@ _ALL = (
         "WKV-4 kernel",
         (
             "wkv4_cpu.cpp", "rwkv4_step_cpu.cpp",
-            "cpu_lanes.h", "cpu_numbers.h", "scalar.h", "tensor.h", "wkv4_math.h",
+            "cpu_lanes.h", "cpu_numbers.h", "rwkv_step.h", "scalar.h", "tensor.h", "wkv4_math.h",
         ),
         (
             "wkv4_cuda.cu", "wkv4_launch.cuh", "wkv4_scan.cuh", "wkv4_walk.cuh", "wkv4_gpu.h", "wkv4_math.h",
@@ -47,8 +47,8 @@ _ALL = (
         "wkv7",
         "WKV-7 kernel",
         (
-            "wkv7_cpu.cpp", "rwkv7_elementwise_cpu.cpp",
-            "cpu_lanes.h", "cpu_numbers.h", "scalar.h", "tensor.h", "wkv7_math.h",
+            "wkv7_cpu.cpp", "rwkv7_elementwise_cpu.cpp", "rwkv7_step_cpu.cpp",
+            "cpu_lanes.h", "cpu_numbers.h", "rwkv_step.h", "scalar.h", "tensor.h", "wkv7_math.h",
         ),
         ("wkv7_cuda.cu", "wkv7_walk.cuh", "wkv7_math.h", "cuda_tensor.h", "launch.cuh", "scalar.h", "tensor.h"),
     ),
