@@ -40,7 +40,7 @@ ANY_PAGE = "\n".join(PAGES.values())
 # Commands that use argparse.
 PARSERS = {"rwkv-convert": convert, "rwkv-doctor": doctor, "rwkv-generate": generate, "rwkv-report": report}
 # Programs of other packages. An unknown program fails the test, so that a misspelt name is found.
-FOREIGN = {"source", "tensorboard", "py", "python3", "eval", "["}
+FOREIGN = {"source", "tensorboard", "torchrun", "py", "python3", "eval", "["}
 # Prefixes of a command.
 BEFORE = {"srun", "then", "else", "if", "fi", "export"}
 

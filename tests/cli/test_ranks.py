@@ -210,6 +210,23 @@ def in_slurm(monkeypatch):
     return monkeypatch
 
 
+def test_interactive_shell_of_slurm_names_the_fix(in_slurm):
+    in_slurm.setenv("SLURM_JOB_NAME", "interactive")
+    assert ranks.current_group() is None
+    in_slurm.setenv("SLURM_PROCID", "1")
+    with pytest.raises(UserError, match="use `srun --job-name=train`"):
+        ranks.current_group()
+
+
+@pytest.mark.parametrize("devices", ["trainer.devices=2", "trainer.devices=[0,1]"])
+def test_batch_that_devices_cannot_share_is_refused_before_they_start(train, tmp_path, monkeypatch, devices):
+    monkeypatch.setattr("rwkv_pl.runs.launch.start_processes", None)
+    result = train(*SMALL, "trainer=ddp", devices, "data.batch_size=5")
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert "data.batch_size=5 is not a multiple of 2 = 2 device(s) x 1 accumulated" in result.err
+    assert not (tmp_path / "outputs").exists()
+
+
 def test_single_slurm_task_is_an_ordinary_run(in_slurm):
     assert ranks.current_group() == ranks.Group(0, 2, "127.0.0.1", 19500, by_slurm=True)
     in_slurm.setenv("SLURM_NTASKS", "1")
@@ -233,7 +250,8 @@ def test_batch_script_without_srun_trains_as_one_process(in_slurm):
 def test_torchrun_runs_two_ranks_and_refuses_a_second_start(folder):
     """Two ranks, then a second start: torchrun kills the ranks when one has ended, yet both exit with code 2."""
     torchrun = [str(Path(sys.executable).with_name("torchrun")), "--nproc-per-node", "2", "--master-port", free_port()]
-    command = [*torchrun, "-m", "rwkv_pl.cli.train", *TWO, "hydra.run.dir=run"]
+    rwkv_train = str(Path(sys.executable).with_name("rwkv-train"))
+    command = [*torchrun, "--no-python", rwkv_train, *TWO, "hydra.run.dir=run"]
 
     def run() -> "subprocess.CompletedProcess[str]":
         quiet = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -255,7 +273,7 @@ def guide_job(folder: Path, tasks: int) -> Path:
     job = guide.read_text().partition("```bash\n#!/bin/bash\n#SBATCH")[2].partition("```")[0]
     small = f"trainer.num_nodes=1 trainer.devices={tasks} {' '.join(SMALL)}"
     for old, new in (
-        ("trainer.num_nodes=4 trainer.devices=8 data=enwik8", small),
+        ("trainer.num_nodes=4 trainer.devices=8 data.batch_size=64", small),
         ("$HOME/runs/big", str(folder / "run")),
         ("rwkv-train", f"{sys.executable} -m rwkv_pl.cli.train"),
     ):

@@ -60,7 +60,8 @@ def main() -> None:
 
 @contextmanager
 def _load_training() -> Iterator[ModuleType]:
-    print_loading()
+    if ranks.is_first_process():
+        print_loading()
     with default_sigint(lambda *_: exit_at_once(STOPPED_AT_START, 130)):
         from rwkv_pl.runs import train
 

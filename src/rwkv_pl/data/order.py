@@ -108,6 +108,17 @@ def steps_per_pass(n_tokens: int, ctx_len: int, batch_size: int) -> int:
     return -(-_count_windows(n_tokens, ctx_len) // batch_size)
 
 
+def check_division(batch_size: int, world_size: int, accumulate: int) -> None:
+    """Raise UserError if the rows of a batch cannot be divided among all devices and micro-batches."""
+    parts = accumulate * world_size
+    if batch_size % parts:
+        raise UserError(
+            f"data.batch_size={batch_size} is not a multiple of {parts} = {world_size} device(s) x "
+            f"{accumulate} accumulated batch(es): it counts the sequences of one optimizer step over all of them; "
+            f"use a multiple of {parts}"
+        )
+
+
 def micro_batch_rows(batch_size: int, *, world_size: int, rank: int, accumulate: int, micro_batch: int) -> slice:
     """The rows of micro-batch ``micro_batch`` on process ``rank``: B / (A * D) of the batch's B rows.
 
@@ -116,14 +127,8 @@ def micro_batch_rows(batch_size: int, *, world_size: int, rank: int, accumulate:
 
     Raises UserError if A * D does not divide B.
     """
-    parts = accumulate * world_size
-    if batch_size % parts:
-        raise UserError(
-            f"data.batch_size={batch_size} is not a multiple of {parts} = {world_size} device(s) x "
-            f"{accumulate} accumulated batch(es): it counts the sequences of one optimizer step over all of them; "
-            f"use a multiple of {parts}"
-        )
-    rows = batch_size // parts
+    check_division(batch_size, world_size, accumulate)
+    rows = batch_size // (accumulate * world_size)
     part = micro_batch * world_size + rank
     return slice(part * rows, (part + 1) * rows)
 

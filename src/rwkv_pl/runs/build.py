@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from lightning.pytorch.profilers import AdvancedProfiler, PassThroughProfiler, PyTorchProfiler, SimpleProfiler
+from lightning.pytorch.strategies import DDPStrategy
 
 from rwkv_pl.config import UNKNOWN, Train
 from rwkv_pl.errors import UserError, one_line
@@ -76,6 +77,9 @@ def build_trainer(inputs: Inputs, folder: Path, callbacks: list[Callback], logge
         arguments["profiler"] = PROFILERS[name](dirpath=folder, filename="profile")
     else:
         arguments["profiler"] = NoProfiler()
+    if arguments["strategy"] == "ddp":
+        # The gradients are views of the buckets in which they are sent, which saves a copy of them.
+        arguments["strategy"] = DDPStrategy(gradient_as_bucket_view=True)
     if arguments["strategy"] == "fsdp":
         arguments["strategy"] = ShardedStrategy(inputs.config.checkpoints.sharded)
     timeout = arguments.pop("timeout")

@@ -14,7 +14,7 @@ from typing import Any
 from hydra.core.override_parser.types import Override
 
 from rwkv_pl.compose import check_config, compose
-from rwkv_pl.config import Data
+from rwkv_pl.config import Data, Train
 from rwkv_pl.errors import UserError
 from rwkv_pl.files import require_own_files
 from rwkv_pl.runs import agreement, ranks
@@ -44,7 +44,7 @@ def _start(overrides: Sequence[Override], config_dir: str | None, training: Abst
     composed = compose([str(o.input_line) for o in overrides], config_dir)
     config = check_config(composed, overrides, config_dir)
     _require_text(config.data, {o.key_or_group for o in overrides})
-    ranks.require_own_processes(count_devices(config.trainer), config.trainer["num_nodes"])
+    _check_devices(config)
     if RESUMED_ENV in os.environ:
         require_inside_run_folder(config, Path(composed.hydra.run.dir))
         require_no_download(config.data, Path.cwd())
@@ -84,11 +84,23 @@ def _resume(
     if ranks.is_first_process() and any(o.key_or_group == "hydra.run.dir" for o in later):
         raise UserError("a run resumes in its own folder: leave out hydra.run.dir, or move the folder")
     config, entry = stored.apply_overrides([o for o in later if not o.key_or_group.startswith("hydra")])
-    ranks.require_own_processes(count_devices(config.trainer), config.trainer["num_nodes"])
+    _check_devices(config)
     hydra_overrides = [str(o.input_line) for o in later if o.key_or_group.startswith("hydra")]
     with start_processes(config.trainer), training as train:
         train.resume(stored, config, entry, hydra_overrides)
     return folder
+
+
+def _check_devices(config: Train) -> None:
+    """Raise UserError for devices that a call from Python cannot use, or that cannot share a batch."""
+    trainer = config.trainer
+    devices, num_nodes = count_devices(trainer), trainer["num_nodes"]
+    ranks.require_own_processes(devices, num_nodes)
+    if devices * num_nodes > 1:  # else the check at the start of the training is as soon
+        from rwkv_pl.data.order import check_division
+
+        accumulate = trainer["accumulate_grad_batches"]
+        check_division(config.data.batch_size, devices * num_nodes, 1 if accumulate == "auto" else accumulate)
 
 
 def find_run_folder(resumed: Any) -> Path:

@@ -58,6 +58,11 @@ def current_group() -> Group | None:
             raise UserError(one_line(error)) from error
         return Group(slurm.global_rank(), slurm.world_size(), slurm.main_address, slurm.main_port, by_slurm=True)
     if not is_first_process():
+        if not alone and environment.get("SLURM_JOB_NAME") in INTERACTIVE:
+            raise UserError(
+                f"SLURM_JOB_NAME={environment['SLURM_JOB_NAME']} counts as an interactive shell with one process: for "
+                "srun in it, use `srun --job-name=train`"
+            )
         raise UserError("the environment has a rank above 0 but no WORLD_SIZE above 1: start with torchrun or srun")
     return None
 

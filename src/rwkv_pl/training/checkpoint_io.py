@@ -111,10 +111,10 @@ class DurableCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(self, path: str | Path, *arguments: Any, whole: bool = True, **options: Any) -> dict[str, Any]:
         """Load as Lightning does, but remove paths in other folders: ModelCheckpoint would delete these files.
 
-        whole: if it is a folder of parts, load the values of its tensors, else return them as StoredTensor.
+        whole: load all values now, else map a file, and return the divided tensors of a folder as StoredTensor.
         """
         found = newest(Path(path))
-        if found.is_dir():
+        if found.is_dir() or not whole:
             checkpoint = read_checkpoint(found, checked=False)
             checkpoint = load_whole(checkpoint) if whole else checkpoint
         else:

@@ -78,8 +78,8 @@ def estimate_memory(module: Any, precision: Precision, carried_rows: int = 0) ->
         without_logits = (more - few) / PROBE_TOKENS
         per_logits += per_token - without_logits
         per_token = without_logits
-    # Working memory of the backward pass: the gradient of the widest layer (4 n_embd) or what the time mixing needs, and
-    # two gradients of the residual stream. Doubled, for fragmentation of the heap.
+    # Working memory of the backward pass: the gradient of the widest layer (4 n_embd), or the tensors of the time
+    # mixing, and two gradients of the residual stream. Doubled, for fragmentation of the heap.
     dtype = matmul_dtype(parameters[0].device, precision)
     widest = max(4 * dtype.itemsize, 4 * module.model.backward_tensors)
     per_token += 2 * (widest + 2 * 4) * config.n_embd
