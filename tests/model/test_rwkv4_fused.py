@@ -16,7 +16,6 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from rwkv_pl import RWKV4Config, use_kernel
-from rwkv_pl.model import rwkv4_fused as fused
 from rwkv_pl.model.rwkv4 import Block, ChannelMix, TimeMix
 from rwkv_pl.model.state import BlockState
 from rwkv_pl.ops.backend import uses_compiled
@@ -51,7 +50,7 @@ def make_block(half, C, dropout=0.0, dtype=torch.float32):
 
 
 def is_fused(block, half, x):
-    return fused.supports(getattr(block, half), KINDS[half], getattr(block, NORMS[half]), block.dropout, x)
+    return block.supports_fused(getattr(block, half), KINDS[half], getattr(block, NORMS[half]), x)
 
 
 def make_state(half, B, C):

@@ -230,7 +230,7 @@ def test_decay_is_not_rounded_under_autocast(monkeypatch):
     monkeypatch.setattr(
         module, "wkv7", lambda r, w, k, *rest: dtypes.append((w.dtype, k.dtype)) or wkv7(r, w, k, *rest)
     )
-    monkeypatch.setattr(module.fused, "supports", lambda *arguments: False)  # for the call of wkv7 below
+    monkeypatch.setattr(module.Block, "supports_fused", lambda *arguments: False)  # for the call of wkv7 below
     with torch.autocast("cpu", torch.bfloat16):
         rounded, _ = model(torch.arange(8)[None])
     assert set(dtypes) == {(torch.float32, torch.bfloat16)}

@@ -15,7 +15,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from rwkv_pl import RWKV7Config, use_kernel
-from rwkv_pl.model import rwkv7_fused as fused
 from rwkv_pl.model.rwkv7 import Block, ChannelMix, TimeMix
 from rwkv_pl.model.state import BlockState
 from rwkv_pl.ops.backend import uses_compiled
@@ -35,7 +34,8 @@ class ZeroHalf(nn.Module):
     """Replaces the half that is not tested."""
 
     def forward(self, x, shift, *others):
-        v_first = torch.zeros_like(x) if others and others[1] is None else (others or [None])[-1]
+        """others: in the time mixing the WKV state, and in all layers but the first v_first."""
+        v_first = others[1] if others[1:] else torch.zeros_like(x)
         return torch.zeros_like(x), x[:, -1], *((others[0], v_first) if others else ())
 
 
@@ -58,7 +58,7 @@ def make_block(half, C=64, dropout=0.0, dtype=torch.float32):
 
 def is_fused(block, half, x):
     half = half.split()[0]
-    return fused.supports(getattr(block, half), KINDS[half], getattr(block, NORMS[half]), block.dropout, x)
+    return block.supports_fused(getattr(block, half), KINDS[half], getattr(block, NORMS[half]), x)
 
 
 def make_inputs(half, B, T, C, has_state):

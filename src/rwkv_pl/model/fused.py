@@ -13,9 +13,7 @@ from rwkv_pl.ops.backend import supports_elementwise, uses_compiled
 from rwkv_pl.ops.linear import Linear
 
 
-def supports_library(
-    library: str, mixing: Any, kind: type[nn.Module], norm: Any, dropout: nn.Module, x: Tensor
-) -> bool:
+def supports(library: str, mixing: Any, kind: type[nn.Module], norm: Any, dropout: nn.Module, x: Tensor) -> bool:
     """Can the fused operators replace these modules? `mixing` must be of class `kind`; norm and dropout are its own.
 
     library: that of the version's operator, in rwkv_pl.ops.libraries.

@@ -15,15 +15,14 @@ Parameter names and shapes are those of the official RWKV-4 `.pth` files.
 """
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from rwkv_pl.config import RWKV4Config
-from rwkv_pl.model import rwkv4_fused as fused
+from rwkv_pl.model import block, rwkv4_fused
 from rwkv_pl.model.language_model import LanguageModel, depth_ratios, token_shift
-from rwkv_pl.model.state import BlockState
 from rwkv_pl.ops.linear import Linear
 from rwkv_pl.ops.wkv4 import wkv4
 from rwkv_pl.ops.wkv4_reference import EMPTY
@@ -129,40 +128,12 @@ class ChannelMix(nn.Module):
         return torch.sigmoid(receptance) * self.value(torch.relu(key).square()), x[:, -1]
 
 
-class Block(nn.Module):
-    """Time mixing, then channel mixing. Each reads a normalised copy of the residual stream and is added to it.
+class Block(block.Block):
+    """The two halves of a block of RWKV-4; `model/block.py` adds them to the residual stream."""
 
-    If the compiled operators support the input, the fused form of each half is used instead of the modules.
-    """
-
-    recompute_from = 4096
-
-    def __init__(self, config: RWKV4Config, layer: int) -> None:
-        super().__init__()
-        # The norm of the embedding is in the first block because the official files name it so.
-        self.ln0 = nn.LayerNorm(config.n_embd) if layer == 0 else nn.Identity()
-        self.ln1 = nn.LayerNorm(config.n_embd)
-        self.ln2 = nn.LayerNorm(config.n_embd)
-        self.att = TimeMix(config, layer)
-        self.ffn = ChannelMix(config, layer)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, x: Tensor, state: BlockState | None) -> tuple[Tensor, BlockState]:
-        """x (B, T, C), the block's state before -> x (B, T, C), and the state after the last token."""
-        att_shift, wkv, ffn_shift = state or (None, None, None)
-        recompute = x.shape[0] * x.shape[1] >= self.recompute_from
-        x = self.ln0(x)
-        if fused.supports(self.att, TimeMix, self.ln1, self.dropout, x):
-            x, att_shift, wkv = fused.time_mix(self.att, self.ln1, self.dropout, x, att_shift, wkv, recompute)
-        else:
-            y, att_shift, wkv = self.att(self.ln1(x), att_shift, wkv)
-            x = x + self.dropout(y)
-        if fused.supports(self.ffn, ChannelMix, self.ln2, self.dropout, x):
-            x, ffn_shift = fused.channel_mix(self.ffn, self.ln2, self.dropout, x, ffn_shift, recompute)
-        else:
-            y, ffn_shift = self.ffn(self.ln2(x), ffn_shift)
-            x = x + self.dropout(y)
-        return x, BlockState(att_shift, wkv, ffn_shift)
+    time_mix_class, channel_mix_class = TimeMix, ChannelMix
+    fused: ClassVar = rwkv4_fused
+    library = "wkv4"
 
 
 class RWKV4(LanguageModel):
@@ -171,8 +142,7 @@ class RWKV4(LanguageModel):
     A text gives the same logits, to rounding, if it is read whole, in pieces or one token at a time.
     """
 
-    block_class = Block
-    library = "wkv4"
+    block_class, library = Block, Block.library
     mark = r"att\.time_first$"
 
     # The official factors of the learning rate, by the last part of a parameter's name.

@@ -12,19 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rwkv_pl.model.fused import apply_dropout, cast, supports_library, to_float32
+from rwkv_pl.model.fused import apply_dropout, cast, to_float32
 from rwkv_pl.ops.autograd import once_differentiable
 from rwkv_pl.ops.linear import gradient_of_input, gradient_of_weight, product
 from rwkv_pl.ops.wkv4 import CPU_TILE
 
-__all__ = ["channel_mix", "supports", "time_mix"]
+__all__ = ["channel_mix", "time_mix"]
 
 ops = torch.ops.rwkv_pl
-
-
-def supports(mixing: Any, kind: type[nn.Module], norm: Any, dropout: nn.Module, x: Tensor) -> bool:
-    """Can the fused operators replace these modules? See `supports_library`."""
-    return supports_library("wkv4", mixing, kind, norm, dropout, x)
 
 
 def time_mix(

@@ -17,16 +17,15 @@ also have v0, v1 and v2 in block 0. Nothing reads them, so this model does not h
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rwkv_pl.config import RWKV7Config
-from rwkv_pl.model import rwkv7_fused as fused
+from rwkv_pl.model import block, rwkv7_fused
 from rwkv_pl.model.language_model import LanguageModel, depth_ratios, token_shift
-from rwkv_pl.model.state import BlockState
 from rwkv_pl.ops.linear import Linear
 from rwkv_pl.ops.wkv7 import HEAD_SIZE, wkv7
 
@@ -100,7 +99,7 @@ class TimeMix(nn.Module):
         nn.init.zeros_(self.ln_x.bias)
 
     def forward(
-        self, x: Tensor, shift: Tensor | None, state: Tensor | None, v_first: Tensor | None
+        self, x: Tensor, shift: Tensor | None, state: Tensor | None, v_first: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x (B, T, C), shift (B, C), WKV state (B, H, N, N), v_first (B, T, C)
         -> y (B, T, C), the new shift (the last x), the new WKV state, v_first.
@@ -168,47 +167,19 @@ class ChannelMix(nn.Module):
         return self.value(torch.relu(key).square()), x[:, -1]
 
 
-class Block(nn.Module):
-    """Time mixing, then channel mixing. Each reads a normalised copy of the residual stream and is added to it.
+class Block(block.Block):
+    """The two halves of a block of RWKV-7; `model/block.py` adds them to the residual stream.
 
-    If the compiled operators support the input, the fused form of each half is used instead of the modules.
+    The time mixing also takes v_first (B, T, C) from the block before, and returns it.
     """
 
-    recompute_from = 4096
+    time_mix_class, channel_mix_class = TimeMix, ChannelMix
+    fused: ClassVar = rwkv7_fused
+    library = "wkv7"
 
-    def __init__(self, config: RWKV7Config, layer: int) -> None:
-        super().__init__()
-        # The norm of the embedding is in the first block because the official files name it so.
-        self.ln0 = nn.LayerNorm(config.n_embd) if layer == 0 else nn.Identity()
-        self.ln1 = nn.LayerNorm(config.n_embd)
-        self.ln2 = nn.LayerNorm(config.n_embd)
-        self.att = TimeMix(config, layer)
-        self.ffn = ChannelMix(config, layer)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(
-        self, x: Tensor, state: BlockState | None, v_first: Tensor | None = None
-    ) -> tuple[Tensor, BlockState, Tensor]:
-        """x (B, T, C), the block's state before, v_first (B, T, C) -> x (B, T, C), the state after it, v_first.
-
-        v_first: the values of the first layer for these tokens; None in the first layer itself.
-        """
-        att_shift, wkv, ffn_shift = state or (None, None, None)
-        recompute = x.shape[0] * x.shape[1] >= self.recompute_from
-        x = self.ln0(x)
-        if self.att.head_size == HEAD_SIZE and fused.supports(self.att, TimeMix, self.ln1, self.dropout, x):
-            x, att_shift, wkv, v_first = fused.time_mix(
-                self.att, self.ln1, self.dropout, x, att_shift, wkv, v_first, recompute
-            )
-        else:
-            y, att_shift, wkv, v_first = self.att(self.ln1(x), att_shift, wkv, v_first)
-            x = x + self.dropout(y)
-        if fused.supports(self.ffn, ChannelMix, self.ln2, self.dropout, x):
-            x, ffn_shift = fused.channel_mix(self.ffn, self.ln2, self.dropout, x, ffn_shift, recompute)
-        else:
-            y, ffn_shift = self.ffn(self.ln2(x), ffn_shift)
-            x = x + self.dropout(y)
-        return x, BlockState(att_shift, wkv, ffn_shift), v_first
+    def supports_fused(self, half: Any, kind: Any, norm: Any, x: Tensor) -> bool:
+        """As in all versions; the fused time mixing also needs heads of the size that the operator is compiled for."""
+        return (kind is ChannelMix or half.head_size == HEAD_SIZE) and super().supports_fused(half, kind, norm, x)
 
 
 class RWKV7(LanguageModel):
@@ -217,8 +188,7 @@ class RWKV7(LanguageModel):
     A text gives the same logits, to rounding, if it is read whole, in pieces or one token at a time.
     """
 
-    block_class = Block
-    library = "wkv7"
+    block_class, library = Block, Block.library
     mark = r"att\.w0$"
     # The inputs of wkv7, their gradients, and those of its output, the receptance, the key, the value and the gate.
     backward_tensors = 17

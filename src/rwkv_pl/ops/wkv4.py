@@ -3,12 +3,11 @@
 B  sequences    T  time steps    C  channels
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from rwkv_pl.ops.backend import current_kernel, uses_compiled, when_loaded
+from rwkv_pl.ops.backend import current_kernel, uses_compiled
+from rwkv_pl.ops.wkv import check_arguments, register
 from rwkv_pl.ops.wkv4_reference import EMPTY, wkv4_recurrence, wkv4_scan
 
 # Tile lengths: the steps between two states that the compiled operator saves for its backward pass. On the CPU the
@@ -48,7 +47,11 @@ def wkv4(
         TypeError: an argument is not a floating-point tensor.
         ValueError: an argument's shape or device does not match that of key.
     """
-    _check_arguments(time_decay, time_first, key, value, state)
+    arguments = {"key": key, "time_decay": time_decay, "time_first": time_first, "value": value, "state": state}
+    check_arguments(
+        "wkv4", "(B, T, C) with T and C at least 1", 3, arguments,
+        lambda B, T, C: {"time_decay": (C,), "time_first": (C,), "state": (B, 3, C)},
+    )  # fmt: skip
     dtype = torch.float64 if key.dtype == torch.float64 else torch.float32
     compiled = uses_compiled("wkv4", key.device.type)
     # The kernels read and write 16-bit dtypes directly, except float16 on a CPU.
@@ -87,27 +90,6 @@ def _count_multiprocessors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _check_arguments(time_decay: Tensor, time_first: Tensor, key: Tensor, value: Tensor, state: Tensor | None) -> None:
-    arguments = {"key": key, "time_decay": time_decay, "time_first": time_first, "value": value}
-    if state is not None:
-        arguments["state"] = state
-    for name, tensor in arguments.items():
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            given = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise TypeError(f"wkv4: {name} must be a floating-point tensor, not {given}")
-        if tensor.device != key.device:
-            raise ValueError(f"wkv4: {name} is on {tensor.device} and key on {key.device}; move them to one device")
-    if key.dim() != 3 or key.shape[1] == 0 or key.shape[2] == 0:
-        raise ValueError(f"wkv4: key must be (B, T, C) with T and C at least 1, not {tuple(key.shape)}")
-    batch, _, channels = key.shape
-    shapes = {"time_decay": (channels,), "time_first": (channels,), "value": key.shape, "state": (batch, 3, channels)}
-    for name, tensor in arguments.items():
-        if name != "key" and tensor.shape != shapes[name]:
-            raise ValueError(
-                f"wkv4: {name} must be {tuple(shapes[name])} for key {tuple(key.shape)}, not {tuple(tensor.shape)}"
-            )
-
-
 def _forward_fake(
     time_decay: Tensor, time_first: Tensor, key: Tensor, value: Tensor, state: Tensor | None, tile: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -132,31 +114,5 @@ def _backward_fake(
     return *grads, time_decay.new_empty((batch, 3, channels))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *arguments, state, ctx.tile = inputs
-    ctx.has_state = state is not None
-    ctx.save_for_backward(*arguments, output[2])
-    # An unused gradient of the state is None, not a tensor of zeros.
-    ctx.set_materialize_grads(False)
-
-
-def _backward(
-    ctx: Any, grad_output: Tensor | None, grad_state: Tensor | None, grad_tiles: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    if grad_output is None:
-        grad_output = torch.zeros_like(ctx.saved_tensors[2])
-    *grads, grad_first = torch.ops.rwkv_pl.wkv4_backward(*ctx.saved_tensors, grad_output, grad_state, ctx.tile)
-    return *grads, grad_first if ctx.has_state else None, None
-
-
-def _double_backward(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError("wkv4: the compiled operator has no second derivative; use_kernel('scan') has one")
-
-
-# At the end, because it runs at once if the operators are already loaded.
-@when_loaded("wkv4")
-def _register() -> None:
-    torch.library.register_fake("rwkv_pl::wkv4_forward", _forward_fake)
-    torch.library.register_fake("rwkv_pl::wkv4_backward", _backward_fake)
-    torch.library.register_autograd("rwkv_pl::wkv4_forward", _backward, setup_context=_setup_context)
-    torch.library.register_autograd("rwkv_pl::wkv4_backward", _double_backward)
+# At the end, because it registers at once if the operators are already loaded.
+register("wkv4", _forward_fake, _backward_fake)

@@ -3,12 +3,11 @@
 B  sequences    T  time steps    H  heads    N  channels of a head
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from rwkv_pl.ops.backend import current_kernel, uses_compiled, when_loaded
+from rwkv_pl.ops.backend import current_kernel, uses_compiled
+from rwkv_pl.ops.wkv import check_arguments, register
 from rwkv_pl.ops.wkv7_reference import wkv7_recurrence, wkv7_scan
 
 __all__ = ["wkv7"]
@@ -50,7 +49,11 @@ def wkv7(
         TypeError: an argument is not a floating-point tensor.
         ValueError: an argument's shape or device does not match that of key.
     """
-    _check_arguments(receptance, decay, key, value, a, b, state)
+    check_arguments(
+        "wkv7", "(B, T, H, N) with T, H and N at least 1", 4,
+        {"key": key, "receptance": receptance, "decay": decay, "value": value, "a": a, "b": b, "state": state},
+        lambda B, T, H, N: {"state": (B, H, N, N)},
+    )  # fmt: skip
     dtype = torch.float64 if key.dtype == torch.float64 else torch.float32
     receptance, value, a, b = (x.to(key.dtype) for x in (receptance, value, a, b))
     B, _, H, N = key.shape
@@ -73,27 +76,6 @@ def wkv7(
     with torch.autocast(key.device.type, enabled=False):
         output, state = plain(*(x.to(dtype) for x in (receptance, decay, key, value, a, b, state)))
     return output.to(key.dtype), state
-
-
-def _check_arguments(
-    receptance: Tensor, decay: Tensor, key: Tensor, value: Tensor, a: Tensor, b: Tensor, state: Tensor | None
-) -> None:
-    arguments = {"key": key, "receptance": receptance, "decay": decay, "value": value, "a": a, "b": b}
-    if state is not None:
-        arguments["state"] = state
-    for name, tensor in arguments.items():
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            given = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise TypeError(f"wkv7: {name} must be a floating-point tensor, not {given}")
-        if tensor.device != key.device:
-            raise ValueError(f"wkv7: {name} is on {tensor.device} and key on {key.device}; move them to one device")
-    if key.dim() != 4 or 0 in key.shape[1:]:
-        raise ValueError(f"wkv7: key must be (B, T, H, N) with T, H and N at least 1, not {tuple(key.shape)}")
-    B, _, H, N = key.shape
-    for name, tensor in arguments.items():
-        shape = (B, H, N, N) if name == "state" else tuple(key.shape)
-        if tensor.shape != shape:
-            raise ValueError(f"wkv7: {name} must be {shape} for key {tuple(key.shape)}, not {tuple(tensor.shape)}")
 
 
 def _forward_fake(
@@ -130,31 +112,5 @@ def _backward_fake(
     return *grads, decay.new_empty((B, H, N, N))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *arguments, state, ctx.stretch = inputs
-    ctx.has_state = state is not None
-    ctx.save_for_backward(*arguments, *output[2:])
-    # An unused gradient of the state is None, not a tensor of zeros.
-    ctx.set_materialize_grads(False)
-
-
-def _backward(
-    ctx: Any, grad_output: Tensor | None, grad_state: Tensor | None, *unused: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    if grad_output is None:
-        grad_output = torch.zeros_like(ctx.saved_tensors[2])
-    *grads, grad_first = torch.ops.rwkv_pl.wkv7_backward(*ctx.saved_tensors, grad_output, grad_state, ctx.stretch)
-    return *grads, grad_first if ctx.has_state else None, None
-
-
-def _double_backward(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError("wkv7: the compiled operator has no second derivative; use_kernel('scan') has one")
-
-
-# At the end, because it runs at once if the operators are already loaded.
-@when_loaded("wkv7")
-def _register() -> None:
-    torch.library.register_fake("rwkv_pl::wkv7_forward", _forward_fake)
-    torch.library.register_fake("rwkv_pl::wkv7_backward", _backward_fake)
-    torch.library.register_autograd("rwkv_pl::wkv7_forward", _backward, setup_context=_setup_context)
-    torch.library.register_autograd("rwkv_pl::wkv7_backward", _double_backward)
+# At the end, because it registers at once if the operators are already loaded.
+register("wkv7", _forward_fake, _backward_fake)
