@@ -14,8 +14,8 @@ NAMES = (
     "wkv", "wkv7", "train_step", "versions", "generate", "loop", "processes", "memory", "startup", "checkpoint", "race",
     "plot",
 )  # fmt: skip
-# Not a part of `all`: they need a GPU, or the package ziglang.
-OTHER_NAMES = ("gpu", "wkv_gpu", "compilers")
+# Not a part of `all`: they need a GPU, the package ziglang, an hour, or the runs of sweeps.
+OTHER_NAMES = ("gpu", "wkv_gpu", "compilers", "reversal", "learning")
 
 
 def read_summary(name: str) -> str:

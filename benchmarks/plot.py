@@ -1,4 +1,4 @@
-"""docs/benchmarks.png and docs/race.png, drawn from the JSON files of the other benchmarks.
+"""The pictures in docs/ that show results, drawn from the JSON files of the other benchmarks.
 
     python -m benchmarks plot [--results FOLDER] [--docs FOLDER]
 
@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import matplotlib.style
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -21,6 +22,7 @@ from benchmarks.common import RESULTS, format_machine, output_folder
 
 DOCS = Path(__file__).parents[1] / "docs"
 OURS, OTHERS = "tab:blue", "tab:gray"
+VERSION_NAMES = {"rwkv4": "RWKV-4", "rwkv7": "RWKV-7"}
 
 
 class UnreadableError(Exception):
@@ -193,6 +195,59 @@ def draw_race(results: Path = RESULTS, docs: Path = DOCS) -> None:
     write_figure(figure, docs / "race.png")
 
 
+def draw_learning_curves(axes: Axes, comparison: dict[str, Any], by_time: bool) -> None:
+    """Validation scores of both versions, every seed, against steps or against the time of RWKV-4's steps."""
+    for (name, version), color in zip(comparison["versions"].items(), ("C1", "C0"), strict=True):
+        factor = comparison["step_ratio"]["median"] if by_time and name == "rwkv7" else 1.0
+        for place, curve in enumerate(version["curves"]):
+            steps, scores = zip(*curve, strict=True)
+            label = VERSION_NAMES[name] if not place else None
+            axes.plot([factor * step for step in steps], scores, "o-", color=color, markersize=3, lw=1.2, label=label)
+    axes.set(xlabel="time, in steps of RWKV-4" if by_time else "steps", ylabel="bits per byte")
+    axes.set_title("at equal time" if by_time else "at equal steps")
+    axes.legend()
+
+
+def draw_differences(axes: Axes, comparisons: list[dict[str, Any]]) -> None:
+    """The score of RWKV-7 minus that of RWKV-4, with the range over the pairs of seeds."""
+    labels = []
+    for place, each in enumerate(reversed(comparisons)):
+        scores = [[curve[-1][1] for curve in each["versions"][name]["curves"]] for name in ("rwkv4", "rwkv7")]
+        differences = [b - a for a in scores[0] for b in scores[1]]
+        mean = sum(differences) / len(differences)
+        axes.plot([min(differences), max(differences)], [place, place], "-", color="C4", lw=3, alpha=0.5)
+        axes.plot(mean, place, "o", color="C0" if mean < 0 else "C1", markersize=6)
+        labels.append(
+            f"{each['n_layer']} x {each['n_embd']}, {each['rows']} x {each['ctx_len']:,}\n{each['steps']:,} steps"
+        )
+    axes.axvline(0, color="C4", lw=1)
+    axes.set_yticks(range(len(labels)), labels, fontsize=8)
+    axes.set_title("RWKV-7 minus RWKV-4")
+    axes.set_xlabel("bits per byte")
+
+
+def draw_learning(results: Path = RESULTS, pictures: Path = DOCS / "pictures") -> None:
+    """learning_light.png and learning_dark.png."""
+    try:
+        content = read_results(results, "learning")
+        comparisons = content["comparisons"]
+        # The curves are of the comparison with the most runs, or the longest of them.
+        main = max(comparisons, key=lambda c: (sum(len(v["seeds"]) for v in c["versions"].values()), c["steps"]))
+    except (KeyError, ValueError, UnreadableError) as why:
+        print_left_out({"learning": str(why)}, ["learning"])
+        return
+    for theme in ("light", "dark"):
+        with matplotlib.style.context(DOCS / f"{theme}.mplstyle"):
+            figure = Figure(figsize=(10, 3.6))
+            left, middle, right = figure.subplots(1, 3, width_ratios=(1, 1, 0.9))
+            draw_learning_curves(left, main, by_time=False)
+            draw_learning_curves(middle, main, by_time=True)
+            middle.sharey(left)
+            draw_differences(right, comparisons)
+            figure.savefig(pictures / f"learning_{theme}.png")
+            print(pictures / f"learning_{theme}.png")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks plot", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of the JSON files")
@@ -202,6 +257,7 @@ def main() -> None:
         parser.error(f"argument --results: there is no folder {options.results}")
     draw_all(options.results, options.docs)
     draw_race(options.results, options.docs)
+    draw_learning(options.results, options.docs / "pictures" if options.docs == DOCS else options.docs)
 
 
 if __name__ == "__main__":

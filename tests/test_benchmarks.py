@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 import re
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from benchmarks import __main__ as benchmarks
-from benchmarks import common, memory, plot, race, train_step, wkv
+from benchmarks import common, learning, memory, plot, race, reversal, train_step, wkv
 from benchmarks.train_step import SETTINGS, make_our_step, make_products
 from systems import WINDOWS
 
@@ -166,6 +167,56 @@ def test_step_memory_includes_gradients():
     assert figures["gradients_mb"] == pytest.approx(4 * 42_560 / 2**20, rel=0.1)
 
 
+def make_run(version, steps, lr, seed, score):
+    size = {"n_layer": 2, "n_embd": 64, "rows": 2, "ctx_len": 8, "steps": steps, "validated": 1.0}
+    curve = [[steps // 2, 2 * score], [steps, score]]
+    return size | {"version": version, "settings": {"lr": lr}, "seed": seed, "curve": curve}
+
+
+def make_comparison(steps):
+    runs = [make_run(version, steps, 1e-3, seed, 2.0) for version in ("rwkv4", "rwkv7") for seed in (1, 2)]
+    (comparison,) = learning.compare(runs)
+    return comparison
+
+
+def test_learning_compares_the_best_repeated_settings_at_equal_tokens():
+    runs = [
+        make_run("rwkv4", 8, 1e-3, 1, 2.5), make_run("rwkv4", 8, 1e-3, 2, 2.7),
+        make_run("rwkv4", 8, 2e-3, 1, 2.2), make_run("rwkv4", 8, 2e-3, 2, 2.4),
+        make_run("rwkv4", 8, 4e-3, 1, 2.0),  # better, but with one seed
+        make_run("rwkv7", 8, 1e-3, 1, 2.1),
+        make_run("rwkv7", 16, 1e-3, 1, 1.9),  # more tokens, and no rwkv4 to compare with
+    ]  # fmt: skip
+    (found,) = learning.compare(runs)
+    versions = found.pop("versions")
+    assert found == {"n_layer": 2, "n_embd": 64, "rows": 2, "ctx_len": 8, "steps": 8, "validated": 1.0}
+    assert versions["rwkv4"]["settings"] == {"lr": 2e-3} and versions["rwkv4"]["seeds"] == [1, 2]
+    assert learning.format_score(versions["rwkv4"]) == "2.3000 ± 0.1414 (2)"
+    assert learning.format_score(versions["rwkv7"]) == "2.1000 (1)"
+
+
+def test_toy_and_its_transcription_train_alike():
+    found = reversal.compare(3, rows=2)
+    worst = {what: one["difference"] for what, one in found["worst"].items()}
+    # float64 rounds to 1e-16; Adam divides the first, tiny gradients by their own size.
+    assert worst.pop("loss") < 1e-12 and worst.pop("gradient") < 1e-9 and worst.pop("update") < 1e-8 and not worst
+    assert found["steps"] == 3 and abs(found["first_loss"] - math.log(reversal.VOCAB)) < 0.3
+
+
+def test_toy_scores_the_digits_after_a_comma():
+    digits = [*"12,21#3,3#456,6"]
+    row = [reversal.COMMA if each == "," else reversal.END if each == "#" else int(each) for each in digits]
+    assert [(length, list(places)) for length, places in reversal.reversed_parts(row)] == [
+        (2, [3, 4]),
+        (1, [8]),
+        (3, [14]),  # the row ends
+    ]
+    for row in reversal.draw_rows(20, random.Random(0)).tolist():
+        for length, places in reversal.reversed_parts(row):
+            comma = places.start - 1
+            assert [row[place] for place in places] == row[comma - length : comma][::-1][: len(places)]
+
+
 def write_results(folder):
     """Made-up results for every panel except the training step of the small setting."""
     about = {"title": "made up", "machine": common.describe_machine()}
@@ -180,6 +231,7 @@ def write_results(folder):
         "generate": {"tokens_per_second": {"reading the weights": row, "rwkv_pl": row}},
         "memory": {"by_length": [length | {"steps": 128}, length | {"steps": 256}]},
         "race": {"contestants": {"rwkv_pl": {"curve": curve}}, "compressors": {"gzip -9": 2.0}},
+        "learning": {"comparisons": [make_comparison(steps) | {"step_ratio": row} for steps in (4, 8)]},
     }
     for name, content in files.items():
         (folder / f"{name}.json").write_text(json.dumps(about | content))
@@ -190,6 +242,9 @@ def test_plots_are_written(tmp_path):
     write_results(tmp_path)
     plot.draw_all(tmp_path, tmp_path)
     plot.draw_race(tmp_path, tmp_path)
+    plot.draw_learning(tmp_path, tmp_path)
+    for theme in ("light", "dark"):
+        assert (tmp_path / f"learning_{theme}.png").stat().st_size > 10_000
     assert (tmp_path / "benchmarks.png").stat().st_size > 10_000
     assert (tmp_path / "race.png").stat().st_size > 10_000
 
@@ -217,9 +272,11 @@ def test_unreadable_results_are_left_out_of_the_plot(tmp_path, monkeypatch, caps
 def test_plot_without_results_writes_nothing(tmp_path, capsys):
     plot.draw_all(tmp_path, tmp_path)
     plot.draw_race(tmp_path, tmp_path)
+    plot.draw_learning(tmp_path, tmp_path)
     assert not list(tmp_path.iterdir())
-    output, of_race_plot = capsys.readouterr().out.splitlines()
-    assert output.count("not measured") == len(plot.PANELS) and of_race_plot.endswith("python -m benchmarks race")
+    output, of_race, of_learning = capsys.readouterr().out.splitlines()
+    assert output.count("not measured") == len(plot.PANELS) and of_race.endswith("python -m benchmarks race")
+    assert of_learning.endswith("python -m benchmarks learning")
 
 
 @pytest.mark.parametrize(
@@ -239,6 +296,9 @@ def test_plot_without_results_writes_nothing(tmp_path, capsys):
         ("all --reslts x", "unrecognized arguments: --reslts x"),
         ("all --threads 0", "--threads: 0 is not"),
         ("gpu --parts nosuch", "nosuch"),
+        ("learning", "name the folders of the runs"),
+        ("learning nosuch", "there is no folder nosuch"),
+        ("reversal --minutes 0", "--minutes: 0 is not a number above 0"),
         ("gpu --budget 0", "--budget: 0 is not a number above 0"),
     ],
 )
@@ -281,6 +341,7 @@ def test_wkv_floor_counts_bytes_moved():
         "race --tiny --seconds 1 --rounds 2",
         "wkv --longest 128 --rounds 1",
         "startup --rounds 1",
+        "reversal --rounds 2 --minutes 0.01",
         "generate --rounds 1",
     ],
 )

@@ -8,10 +8,12 @@ import sys
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import Callback, Trainer
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 from versions import CHANNELS, VOCAB, perturbed_model, relative_error, small_model
 
-from rwkv_pl import RWKV7, RWKV7Config, use_kernel
+from rwkv_pl import RWKV7, LitRWKV, Optim, RWKV7Config, use_kernel
 from rwkv_pl.errors import UserError
 from rwkv_pl.model import rwkv7 as module
 from rwkv_pl.weights.layouts import layout_of
@@ -213,14 +215,92 @@ def test_official_initialisation():
             if l or name != "att.v0":
                 found = parameters[name].detach().flatten()
                 np.testing.assert_allclose(found, value, rtol=1e-5, atol=1e-5, err_msg=name)
-        for name in ("att.w1", "att.a1", "att.g1", "att.output.weight", "ffn.value.weight"):
+        zeros = {"att.w1", "att.a1", "att.g1", "att.output.weight", "ffn.value.weight"} | ({"att.v1"} if l else set())
+        for name in zeros:
             assert not parameters[name].any(), name
         gains = {"att.w2": 0.1, "att.a2": 0.1, "att.g2": 0.1, "att.receptance.weight": 1, "att.key.weight": 0.1}
         gains |= {"att.value.weight": 1, "ffn.key.weight": 1} | ({"att.v2": 0.1} if l else {})
         for name, gain in gains.items():
-            weight = parameters[name].detach()
-            gram = weight @ weight.T if weight.shape[0] < weight.shape[1] else weight.T @ weight
-            torch.testing.assert_close(gram, gain**2 * torch.eye(len(gram)), rtol=0, atol=1e-4, msg=name)
+            assert_orthogonal(parameters[name].detach(), gain, name)
+        norms = {f"ln{n}.{part}" for n in ((1, 2) if l else (0, 1, 2)) for part in ("weight", "bias")}
+        for name in norms:
+            assert (parameters[name] == name.endswith("weight")).all(), name
+        assert set(parameters) == (expected.keys() - (set() if l else {"att.v0"})) | zeros | set(gains) | norms
+    assert (model.ln_out.weight == 1).all() and not model.ln_out.bias.any()
+    assert model.emb.weight.abs().max() <= 1e-4
+    # The standard deviation of a uniform distribution is its bound divided by the root of 3; 6,400 numbers.
+    assert model.emb.weight.std().item() == pytest.approx(1e-4 / 3**0.5, rel=0.03)
+    assert_orthogonal(model.head.weight.detach(), 0.5, "head.weight")
+    wide = small_model("rwkv7", n_layer=1, vocab_size=2 * C).head.weight.detach()
+    assert_orthogonal(wide, 0.5 * 2**0.5, "head.weight")
+
+
+def assert_orthogonal(weight, gain, name):
+    gram = weight @ weight.T if weight.shape[0] < weight.shape[1] else weight.T @ weight
+    torch.testing.assert_close(gram, gain**2 * torch.eye(len(gram)), rtol=0, atol=1e-4, msg=name)
+
+
+def official_groups(parameters: dict[str, torch.Tensor]) -> dict[str, tuple[float, float]]:
+    """configure_optimizers of the official trainer: factor of the learning rate and weight decay by name."""
+    groups = {}
+    for name, parameter in parameters.items():
+        if "att.w0" in name:
+            groups[name] = (2.0, 0.0)
+        elif parameter.squeeze().dim() >= 2 and ".weight" in name:
+            groups[name] = (1.0, 0.001)
+        else:
+            groups[name] = (1.0, 0.0)
+    return groups
+
+
+def official_gradients(parameters: dict[str, torch.Tensor], tokens: torch.Tensor) -> tuple[torch.Tensor, list]:
+    """tokens (B, T+1) -> cross-entropy, gradients with L2Wrap, which adds 1e-4 / (B T) of the largest logit to its own
+    gradient, clipped as DeepSpeed does it."""
+    logits = torch.stack([transcribe(parameters, row) for row in tokens[:, :-1]])
+    loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    (of_logits,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    largest, places = logits.detach().max(-1, keepdim=True)
+    of_logits = of_logits.scatter_add(-1, places, largest * 1e-4 / tokens[:, 1:].numel())
+    gradients = torch.autograd.grad(logits, list(parameters.values()), of_logits)
+    norm = torch.sqrt(sum(gradient.square().sum() for gradient in gradients))
+    return loss, [gradient / max(1.0, float(norm) + 1e-6) for gradient in gradients]
+
+
+def test_training_steps_equal_those_of_the_official_trainer():
+    """Loss, gradients, clipping, parameter groups and AdamW, with the numbers of the official command."""
+    rate, betas, eps = 6e-4, (0.9, 0.99), 1e-18
+    model = small_model("rwkv7", n_layer=2).double()
+    theirs = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    groups = official_groups(theirs)
+    start = {name: p.detach().clone() for name, p in theirs.items()}
+    moments = {name: [torch.zeros_like(p), torch.zeros_like(p)] for name, p in theirs.items()}
+    module = LitRWKV(model, Optim(lr=rate, betas=list(betas), eps=eps, weight_decay=0.001))
+    batches = torch.randint(VOCAB, (4, 2, 12))
+    recorded = []
+
+    class Record(Callback):
+        def on_train_batch_end(self, trainer, module, outputs, *_):
+            recorded.append((outputs["nats"], {name: p.detach().clone() for name, p in model.named_parameters()}))
+
+    trainer = Trainer(
+        max_steps=len(batches), precision="64-true", gradient_clip_val=1.0, accelerator="cpu", logger=False,
+        callbacks=[Record()], enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(module, DataLoader(batches, batch_size=None))
+    for step, (tokens, (nats, ours)) in enumerate(zip(batches, recorded, strict=True), 1):
+        loss, gradients = official_gradients(theirs, tokens)
+        assert float(nats) == pytest.approx(float(loss.detach()), rel=1e-12)
+        for (name, parameter), gradient in zip(theirs.items(), gradients, strict=True):
+            factor, decay = groups[name]
+            m, v = moments[name]
+            m.lerp_(gradient, 1 - betas[0])
+            v.lerp_(gradient.square(), 1 - betas[1])
+            update = m / (1 - betas[0] ** step) / ((v / (1 - betas[1] ** step)).sqrt() + eps)
+            parameter.data -= rate * factor * (update + decay * parameter.data)
+            difference, change = (float((parameter - x).detach().norm()) for x in (ours[name], start[name]))
+            # Adam divides tiny gradients by their own size, so their rounding of 1e-16 grows.
+            assert difference <= 1e-9 * change, (step, name, difference, change)
+    assert all((parameter != start[name]).any() for name, parameter in theirs.items())
 
 
 def test_decay_is_not_rounded_under_autocast(monkeypatch):
