@@ -5,6 +5,7 @@ exponential and rounding: `pytest -m gpu` does.
 """
 
 import ctypes
+import os
 import re
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from systems import WINDOWS
@@ -57,9 +59,20 @@ def build(folder: Path, *flags: str, source: str = "wkv4_on_host.cpp", cuda: Pat
     return built
 
 
+def load_once(tmp_path_factory, source: str) -> ctypes.CDLL:
+    """The kernels as a library, compiled by the first test worker that needs them."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"host {source}"
+    folder.mkdir(exist_ok=True)
+    with FileLock(folder / "lock"):
+        if not (folder / "library.so").exists():
+            build(folder, "-shared", source=source).rename(folder / "library.so")
+    return ctypes.CDLL(str(folder / "library.so"))
+
+
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    return ctypes.CDLL(str(build(tmp_path_factory.mktemp("host"), "-shared")))
+    return load_once(tmp_path_factory, "wkv4_on_host.cpp")
 
 
 class OnHost(torch.autograd.Function):
