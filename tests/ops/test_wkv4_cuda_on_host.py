@@ -153,7 +153,7 @@ def test_cuda_kernels_agree_with_the_recurrence(library, kernel, B, T, C, keys, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel", [WALK, *SMALL_SCANS], ids=str)
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(**CASES)
 def test_cuda_kernels_agree_with_the_recurrence_in_many_cases(library, kernel, **case):
     test_cuda_kernels_agree_with_the_recurrence.hypothesis.inner_test(library, kernel, **case)
@@ -199,8 +199,17 @@ def test_nan_gradient_spreads_as_in_reference(library, kernel):
     assert_nan_gradient_spreads_as_in_reference(operator(library, kernel, torch.float32))
 
 
-@pytest.mark.parametrize("kernel", [WALK, *SMALL_SCANS], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+# The scans share one source, and a dtype changes only how values are read and written.
+@pytest.mark.parametrize(
+    ("kernel", "dtype"),
+    [
+        (WALK, torch.float32),
+        (WALK, torch.bfloat16),
+        (SMALL_SCANS[0], torch.float32),
+        (SMALL_SCANS[2], torch.bfloat16),
+    ],
+    ids=str,
+)
 def test_results_are_bit_identical_every_time(library, kernel, dtype):
     called, arguments = operator(library, kernel, dtype), draw(2, 75, 3, io=dtype)
     once, again = (results(called, arguments, dtype) for _ in range(2))

@@ -87,7 +87,7 @@ def test_cuda_kernels_agree_with_the_recurrence(library, B, T, H, decays, size, 
 
 
 @pytest.mark.slow
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(**CASES)
 def test_cuda_kernels_agree_with_the_recurrence_in_many_cases(library, **case):
     test_cuda_kernels_agree_with_the_recurrence.hypothesis.inner_test(library, **case)
