@@ -355,8 +355,9 @@ def test_bad_trial_is_pruned(train, tmp_path, monkeypatch):
     assert (result.code, "is finished, pruned" in result.out) == (0, True), result.out
 
 
-@pytest.mark.parametrize("place", ["sweep/0", "copy/0", "copy"])
-@pytest.mark.parametrize("has_optuna", [True, False])
+@pytest.mark.parametrize(
+    ("place", "has_optuna"), [("sweep/0", True), ("sweep/0", False), ("copy/0", True), ("copy", False)]
+)
 def test_trial_resumed_by_its_user_is_an_ordinary_run(train, tmp_path, monkeypatch, place, has_optuna):
     """Longer training of a trial, in its sweep or in a copy, leaves the study as it is and does not need optuna."""
     study, journal = StudySweeper(n_trials=1, pruner="median"), tmp_path / "sweep" / "study.journal"
