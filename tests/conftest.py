@@ -7,6 +7,7 @@ import gc
 import os
 
 import pytest
+from brief import skip_disk_sync
 from hypothesis import HealthCheck, settings
 from systems import WINDOWS, WINE, require_kernel
 
@@ -25,6 +26,8 @@ if WINE:
 # On a busy machine one example can take a second.
 settings.register_profile("any speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any speed")
+
+skip_disk_sync()
 
 # These take a minute each and start first; if one started last, the other worker would wait for it.
 LONGEST = ("test_wheel.py", "test_benchmarks.py")

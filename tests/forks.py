@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from brief import shorten_run_end
+from brief import shorten_run_end, skip_disk_sync
 from command import Result
 from systems import WINDOWS
 
@@ -96,6 +96,7 @@ def _command(
 ) -> None:
     os.chdir(folder)
     os.environ.update(environment)
+    skip_disk_sync()
     multiprocessing.set_start_method(None, force=True)  # the default, as in a command: workers are forked again
     # Windows' C library would add a \r to the one that Python writes.
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | getattr(os, "O_BINARY", 0)

@@ -136,7 +136,7 @@ def wrong_checkpoints(run: Path, number: int, seed: int) -> Iterator[tuple[bytes
         yield file.getvalue(), f"{spot} = {value}"
 
 
-SAMPLE_SIZES = pytest.mark.parametrize("n", [8, pytest.param(400, marks=pytest.mark.slow)])
+SAMPLE_SIZES = pytest.mark.parametrize("n", [8, pytest.param(120, marks=pytest.mark.slow)])
 
 
 @SAMPLE_SIZES

@@ -15,7 +15,6 @@ import torch
 from docs.notebook import to_notebook
 from docs.page import FOLDER, GUIDES, NEEDS_KERNEL, PICTURES, find_difference, list_pages, run
 from nbclient import NotebookClient
-from systems import WINDOWS
 
 from rwkv_pl.ops.backend import current_kernel, load_all
 
@@ -35,19 +34,13 @@ def global_state():
     )  # fmt: skip
 
 
-# make docs runs all of them.
-LONG = ("03_settings", "07_training_run", "08_rnn", "09_machine")
-PAGES = [
-    *(pytest.param(page, marks=[pytest.mark.slow] * (page.stem in LONG)) for page in CHAPTERS),
-    *(pytest.param(page, marks=pytest.mark.slow) for page in list_pages(list(GUIDES))),
-]
+# A page of torch and one of the operators, to show that this process stays as it was. make docs runs all of them.
+PAGES = [page for page in CHAPTERS if page.stem.startswith(("01", "06"))]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_page_prints_what_it_shows(page, tmp_path, monkeypatch):
     text = page.read_text(encoding="utf-8")
-    if WINDOWS and page.stem == "09_machine":
-        pytest.skip("the page shows Linux' paths, and a machine without a wheel")
     # Building a kernel inside a page would count as the page's time.
     if (failure := load_all("cpu")) and NEEDS_KERNEL in text:
         pytest.skip(f"the page needs the compiled kernel: {failure}")

@@ -4,9 +4,11 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
 from pathlib import Path
 
 import pytest
+from library_header import assert_library_fits
 from packaging.version import Version
 
 from rwkv_pl.ops.libraries import LIBRARIES
@@ -60,6 +62,10 @@ def environment(tmp_path_factory) -> Path:
 @pytest.mark.skipif(find_zig() is None, reason="needs the package ziglang")
 def test_platform_wheel_needs_no_compiler(tmp_path):
     programs = install(tmp_path, prebuilt=True)
+    libraries = list((tmp_path / "sources" / "src" / "rwkv_pl" / "prebuilt").glob("*_cpu-*"))
+    assert {path.name.partition("_cpu-")[0] for path in libraries} == set(LIBRARIES)
+    for path in libraries:
+        assert_library_fits(path, PLATFORM)
     # No compiler but zig, and no ninja.
     hidden = {"PATH": str(programs), "HOME": str(tmp_path), "RWKV_PL_CACHE": str(tmp_path / "cache")}
     done = subprocess.run([programs / "rwkv-doctor"], env=hidden, cwd=tmp_path, capture_output=True, text=True)
@@ -69,6 +75,7 @@ def test_platform_wheel_needs_no_compiler(tmp_path):
     assert not list((tmp_path / "cache" / "kernels").glob("*_cpu*")), "a library was built"
 
 
+@pytest.mark.slow
 def test_wheel_trains_from_any_folder(environment, tmp_path):
     (tmp_path / "corpus.txt").write_bytes(b"a wheel carries all that it needs. " * 300)
     where = "import rwkv_pl.conf, rwkv_pl.cuda; print(*rwkv_pl.conf.__path__, *rwkv_pl.cuda.__path__, sep='\\n')"
@@ -87,6 +94,19 @@ def test_wheel_trains_from_any_folder(environment, tmp_path):
     assert (tmp_path / "sweep" / "0" / "checkpoints" / "last.ckpt").exists()
     done = subprocess.run([environment / "rwkv-report", "sweep"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and "finished" in done.stdout
+
+
+def test_pyproject_lists_every_package_and_every_file_of_conf_and_cuda():
+    """What a wheel contains, without building one."""
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    src, folders = ROOT / "src", setuptools["package-dir"]
+    packages = {".".join(file.relative_to(src).parts[:-1]) for file in src.glob("*/**/*.py")}
+    assert packages - {"rwkv_pl.prebuilt"} | {"rwkv_pl.conf", "rwkv_pl.cuda"} == set(setuptools["packages"])
+    for package in ("rwkv_pl.conf", "rwkv_pl.cuda"):
+        folder = ROOT / folders[package]
+        packed = {file for pattern in setuptools["package-data"][package] for file in folder.glob(pattern)}
+        present = {file for file in folder.rglob("*") if file.is_file() and file.suffix not in (".py", ".pyc")}
+        assert present and packed >= present, package
 
 
 def test_installed_versions_satisfy_requirements():

@@ -1,6 +1,7 @@
 """The user's own config files, in the folder that --config-dir names."""
 
 import contextlib
+import copy
 import functools
 import os
 import re
@@ -37,6 +38,10 @@ def typed_config_dir(sources: Any) -> str | None:
     return next((str(source["path"]) for source in files if source["provider"] in USER_PROVIDERS), None)
 
 
+# Parsed files of installed packages, which never change: by package and name. Each job of a sweep is composed alone.
+_built_in: dict[tuple[str, str], ConfigResult | None] = {}
+
+
 class UserFilesFirst(ConfigRepository):
     """Finds a file in the user's folders before the built-in one of the same name; Hydra itself does the opposite.
 
@@ -59,8 +64,14 @@ class UserFilesFirst(ConfigRepository):
             )
         if is_main:
             self.sources = [source for source in sources if source.provider not in USER_PROVIDERS]
+            found = [source for source in found if source in self.sources]
         try:
-            return super().load_config(config_path)
+            if not found or found[0].scheme() != "pkg":
+                return super().load_config(config_path)
+            key = found[0].path, config_path
+            if key not in _built_in:
+                _built_in[key] = super().load_config(config_path)
+            return copy.deepcopy(_built_in[key])  # Hydra changes it
         finally:
             self.sources = sources
 

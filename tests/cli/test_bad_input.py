@@ -262,6 +262,17 @@ SLOW = {
     "~trainer.max_steps", "data.val_path=missing.txt", "data.val_path=empty.txt", "weights=empty.txt",
     "weights=corpus.txt", "weights=list.pth", "weights=tensors.pth", "optim._target_=torch.optim.Nosuch",
     "callbacks.best._target_=builtins.eval", "logger.tensorboard._target_=os.mkdir", "data.vocab=word", "seed=x",
+    "schedule=wsd schedule.decay_share=0", "optim=sgd optim.betas=[0.9,0.99]", "trainer.max_time=3",
+    "trainer.max_time={hour:8}", "trainer.max_time={hours:x}", "trainer={a:1}", "optim.betas=0.9", "model.n_layer=true",
+    "trainer.max_steps=true", "trainer.deterministic=3", "optim.betas=[0.9,1]", "optim.betas=[]", "compile=perhaps",
+    "trainer.precision=16-mixed", "trainer.precision=8-bit", "model.dropout=1", "data.split=[0,1,0]",
+    "callbacks=[default,early_stopping] callbacks.early_stopping.mode=max", "callbacks.best.save_top_k=0",
+    "trainer.gradient_clip_val=nan", "trainer.devices=0", "trainer.gradient_clip_algorithm=x",
+    "logger.tensorboard=null", "optim.lr_scale={time_decay:fast}", "+logger=wandb", "~model", "lr",
+    "optim.lr=choice(1e-3,1e-4)", "experiment=[null]", "-m hydra.sweeper=null seed=1", "data.path='*.md'",
+    "weights=dot.pth", "trainer.strategy=ddp_fork", "trainer.strategy=DDP_SPAWN",
+    "trainer.strategy=ddp_notebook_find_unused_parameters_true", "hydra.job.chdir=true",
+    "optim._target_=torch.optim.lr_scheduler", "trainer.profiler={_target_:os.getcwd}",
 }  # fmt: skip
 assert CASES.keys() > SLOW
 

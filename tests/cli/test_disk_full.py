@@ -11,7 +11,16 @@ import pytest
 from forks import Strike
 from scheduler import free_port, run_ranks, start_rank
 from systems import WINDOWS, needs_gloo
-from test_faults import CORPUS, RUN, TRAINING_STEP, VALIDATION_STEP, assert_same_run, finish_run, load_state
+from test_faults import (
+    CORPUS,
+    RUN,
+    TRAINING_STEP,
+    VALIDATION_STEP,
+    assert_same_run,
+    finish_run,
+    load_state,
+    nth_validation_step,
+)
 
 # Errors of TensorBoard and the log during shutdown must not hide this line.
 NOISE = ("Traceback", "Logging error", "Exception ignored", "Exception in thread")
@@ -102,7 +111,7 @@ def small_disk(tmp_path) -> Iterator[Path]:
     ("place", "call"),
     [
         ("torch:save", 3),
-        (VALIDATION_STEP, 15),
+        (VALIDATION_STEP, nth_validation_step(2, 2)),
         pytest.param(TRAINING_STEP, 14, marks=pytest.mark.slow),
         pytest.param("rwkv_pl.training.callbacks.metrics:_rewrite_csv", 1, marks=pytest.mark.slow),
         ("rwkv_pl.runs.train:sample_tokens", 1),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from command import TEXT, make_run
-from versions import VERSIONS
+from versions import RUN_SETTINGS, VERSIONS
 
 from rwkv_pl import RWKV4, RWKV4Config, load_weights
 from rwkv_pl.data.sources.text import Text
@@ -23,8 +23,10 @@ CHARACTERS = "naïve café, 5 €: 𝄞 ".encode() * 900
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    return make_run(tmp_path_factory.mktemp("bytes"), *WHOLE_VALIDATION)
+def run(request, tmp_path_factory):
+    """An indirect parameter is the version of its model."""
+    version = getattr(request, "param", "rwkv4")
+    return make_run(tmp_path_factory.mktemp("bytes"), *WHOLE_VALIDATION, *RUN_SETTINGS[version])
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +49,7 @@ def read_reported_score(folder: Path) -> float:
 
 
 @pytest.mark.parametrize("run", VERSIONS, indirect=True)
-def test_run_is_evaluated_on_its_own_text_from_another_folder(evaluate, run, tmp_path):
+def test_run_is_evaluated_on_its_own_text_from_another_folder(request, evaluate, run, tmp_path):
     (tmp_path / "corpus.txt").unlink()
     result = evaluate(f"weights={run}")
     assert result.code == 0, result.err
@@ -56,6 +58,7 @@ def test_run_is_evaluated_on_its_own_text_from_another_folder(evaluate, run, tmp
     lo, hi = 0.9 * len(TEXT), 0.95 * len(TEXT)
     n = round(hi) - round(lo)
     assert (report["text"]["bytes"], report["text"]["tokens"], report["text"]["split"]) == (n, n, "val")
+    assert report["weights"]["model"] == request.node.callspec.params["run"]
     assert report["weights"]["step"] == 4 and report["weights"]["file"].endswith("best.ckpt")
     found = report["protocols"]
     assert list(found) == ["carried", "windows"]

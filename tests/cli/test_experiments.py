@@ -60,8 +60,8 @@ def test_experiment_file_starts_with_its_purpose_and_command(name):
         "",
     ],
 )
-@pytest.mark.parametrize("name", ["mine", "sub/mine"])
-def test_an_experiment_without_its_package_line_is_named(train, tmp_path, text, name):
+def test_an_experiment_without_its_package_line_is_named(train, tmp_path, text):
+    name = "sub/mine" if "quickstart" in text else "mine"
     file = tmp_path / "conf" / "experiment" / f"{name}.yaml"
     file.parent.mkdir(parents=True)
     file.write_text(text)

@@ -20,6 +20,7 @@ from forks import KILL, KILLED, TERMINATION, Strike, interrupt, kill, terminate
 from quick_compiler import quick_compiler
 from scheduler import run_ranks
 from systems import CAN_LINK, WINDOWS, needs_gloo, needs_links, needs_pipes, needs_scripts, needs_signals
+from versions import RUN_SETTINGS
 
 from rwkv_pl.files import cache_folder
 from rwkv_pl.terminal import SIGNAL_CODES
@@ -33,7 +34,7 @@ RUN = (
     "trainer.max_steps=10",
     "trainer.accumulate_grad_batches=3",
     "trainer.val_check_interval=4",
-    "trainer.limit_val_batches=10",
+    "trainer.limit_val_batches=3",
     "trainer.log_every_n_steps=1",
     "callbacks.last.every_n_train_steps=3",
     "hydra.run.dir=run",
@@ -46,6 +47,11 @@ VALIDATION_STEP = "rwkv_pl.training.module:LitRWKV.validation_step"
 def nth_training_step(step: int, micro_batch: int) -> int:
     """The number of a training_step call; calls, steps and micro-batches count from 1."""
     return (step - 1) * 3 + micro_batch
+
+
+def nth_validation_step(validation: int, batch: int) -> int:
+    """The number of a validation_step call, counted likewise. RUN validates after steps 4, 8 and 10."""
+    return (validation - 1) * 3 + batch
 
 
 def load_state(run: Path, name: str) -> dict[str, torch.Tensor]:
@@ -139,8 +145,8 @@ LONG = pytest.mark.slow  # a moment close to one that is always tested
         pytest.param(Strike("torch:save", 3, kill), RESUME, id="checkpoint-started", marks=LONG),
         pytest.param(Strike("torch:save", 2, kill, after=True), RESUME, id="checkpoint-not-renamed"),
         pytest.param(Strike("rwkv_pl.training.checkpoint_io:_link", 2, kill), RESUME, id="between-best-and-last"),
-        pytest.param(Strike(VALIDATION_STEP, 15, kill), RESUME, id="validating", marks=LONG),
-        pytest.param(Strike(VALIDATION_STEP, 25, kill), RESUME, id="the-last-validation"),
+        pytest.param(Strike(VALIDATION_STEP, nth_validation_step(2, 2), kill), RESUME, id="validating", marks=LONG),
+        pytest.param(Strike(VALIDATION_STEP, nth_validation_step(3, 2), kill), RESUME, id="the-last-validation"),
     ],
 )
 def test_killed_run_resumes_to_the_same_bits(folder, uninterrupted_run, strike, then):
@@ -181,8 +187,8 @@ def test_run_killed_while_compiling_resumes_to_the_same_bits(folder, uninterrupt
         pytest.param(Strike("torch:Tensor.backward", nth_training_step(6, 3), terminate), 6, id="backward"),
         pytest.param(Strike("torch.optim:AdamW.step", 6, terminate, after=True), 6, id="optimizer-step", marks=LONG),
         pytest.param(Strike("torch.optim:AdamW.step", 4, terminate), 4, id="a-validation-due"),
-        pytest.param(Strike(VALIDATION_STEP, 15, terminate), 8, id="validation", marks=LONG),
-        pytest.param(Strike(VALIDATION_STEP, 23, terminate), 10, id="the-last-validation"),
+        pytest.param(Strike(VALIDATION_STEP, nth_validation_step(2, 2), terminate), 8, id="validation", marks=LONG),
+        pytest.param(Strike(VALIDATION_STEP, nth_validation_step(3, 2), terminate), 10, id="the-last-validation"),
     ],
 )
 def test_stopped_run_resumes_to_the_same_bits(folder, uninterrupted_run, strike, step):
@@ -199,7 +205,7 @@ def test_stopped_run_resumes_to_the_same_bits(folder, uninterrupted_run, strike,
 def test_weight_averaging_resumes_to_the_same_bits(folder):
     """Validation uses the averaged weights: the run is stopped there, extended, and continued without averaging."""
     averaged = (*RUN, "callbacks=[default,ema]", "callbacks.ema.decay=0.9")
-    result = forks.run(folder, *averaged, strikes=[Strike(VALIDATION_STEP, 15, terminate)])
+    result = forks.run(folder, *averaged, strikes=[Strike(VALIDATION_STEP, nth_validation_step(2, 2), terminate)])
     assert result.code == 143, result.err
     finish_run(folder, "resume=run")
     finish_run(folder, "resume=run", "trainer.max_steps=12")
@@ -217,7 +223,7 @@ def test_weight_averaging_resumes_to_the_same_bits(folder):
 def test_pending_last_validation_of_a_short_run_is_made_on_resume(folder, uninterrupted_run):
     """The only checkpoint is saved during the last validation, after all steps, so resuming only validates."""
     run = (*RUN, "callbacks.last.every_n_train_steps=1000", "trainer.val_check_interval=1000")
-    assert forks.run(folder, *run, strikes=[Strike(VALIDATION_STEP, 3, terminate)]).code == 143
+    assert forks.run(folder, *run, strikes=[Strike(VALIDATION_STEP, 2, terminate)]).code == 143
     assert len(read_figures(folder / "run")) == 1 + 10
     for _ in range(2):
         finish_run(folder, "resume=run")
@@ -351,12 +357,12 @@ def start_two(folder: Path, *arguments: str) -> subprocess.Popen:
 @needs_signals
 @pytest.mark.slow
 def test_two_lightning_processes_stop_at_one_step(tmp_path):
-    """The signal goes to the first process, to the one that Lightning started, or to both."""
+    """The signal goes to the process that Lightning started, or to both."""
     (tmp_path / "corpus.txt").write_bytes(CORPUS)
     process = start_two(tmp_path, *DDP, "hydra.run.dir=whole")
     _, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
-    for to in ("parent", "child", "group"):
+    for to in ("child", "group"):
         run = tmp_path / to
         process = start_two(tmp_path, *DDP, f"hydra.run.dir={to}")
         end = time.monotonic() + 600
@@ -367,7 +373,7 @@ def test_two_lightning_processes_stop_at_one_step(tmp_path):
             os.killpg(process.pid, signal.SIGTERM)
         else:
             (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[:1]
-            os.kill(process.pid if to == "parent" else int(child), signal.SIGTERM)
+            os.kill(int(child), signal.SIGTERM)
         out, err = process.communicate(timeout=600)
         assert process.returncode == 143, err
         assert f"stopped by {TERMINATION.name}" in out
@@ -404,7 +410,11 @@ def test_resume_on_more_devices_reads_the_same_batches(folder):
 # Random moments (slow)
 
 RANDOM = (*RUN, "trainer.max_steps=200", "trainer.val_check_interval=40", "callbacks.last.every_n_train_steps=15")
-KINDS = {"float32": (), "bf16": ("trainer.precision=bf16-mixed",), "averaged": ("callbacks=[default,ema]",)}
+KINDS = {
+    "float32": (),
+    "bf16": ("trainer.precision=bf16-mixed",),
+    "averaged rwkv7": ("callbacks=[default,ema]", *RUN_SETTINGS["rwkv7"]),
+}
 
 
 @needs_signals
@@ -417,7 +427,7 @@ def test_runs_interrupted_at_random_moments_resume_to_the_same_bits(tmp_path, ki
     (tmp_path / "whole" / "corpus.txt").write_bytes(CORPUS)
     finish_run(tmp_path / "whole", *RANDOM, *KINDS[kind])
     moments, number = 0, 0
-    while moments < 20:
+    while moments < 10:
         folder = tmp_path / str(number)
         folder.mkdir()
         (folder / "corpus.txt").write_bytes(CORPUS)
@@ -440,7 +450,7 @@ def test_runs_interrupted_at_random_moments_resume_to_the_same_bits(tmp_path, ki
 
 def resume_three_times(folder: Path, *run: str) -> None:
     """Stop in the last validation, resume, kill after its row is written, resume: it validates again."""
-    assert forks.run(folder, *run, strikes=[Strike(VALIDATION_STEP, 23, terminate)]).code == 143
+    assert forks.run(folder, *run, strikes=[Strike(VALIDATION_STEP, nth_validation_step(3, 2), terminate)]).code == 143
     after_its_row = Strike("rwkv_pl.training.callbacks.checkpoints:BestCheckpoint.on_validation_end", 1, kill)
     assert forks.run(folder, "resume=run", strikes=[after_its_row]).code == KILLED
     finish_run(folder, "resume=run")

@@ -56,6 +56,7 @@ def generate_expected(model, prompt: bytes, n: int, **sampling: object) -> str:
     return bytes(int(token) for token in islice(tokens, n)).decode(errors="replace") + "\n"
 
 
+@pytest.mark.parametrize("model", VERSIONS, indirect=True)
 def test_output_is_the_continuation_of_the_prompt(model, run):
     result = run("model.pth", "def f", "--seed", "3", "--max-tokens", "50")
     assert (result.code, result.out) == (0, generate_expected(model, b"def f", 50, seed=3))

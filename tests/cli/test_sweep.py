@@ -27,6 +27,7 @@ from hydra.types import RunMode
 from journal import open_journal
 from omegaconf import OmegaConf
 from systems import WINDOWS, needs_signals
+from versions import VERSIONS
 
 from hydra_plugins.rwkv_pl.study import StudySweeper, _is_drawn_from, _repair_lines, to_distribution
 from rwkv_pl.cli.sweep import sweep_with_choices
@@ -92,14 +93,15 @@ def find_process_id(job: Path) -> int:
 
 def test_grid_with_a_failing_job_finishes_the_others(folder):
     """Two jobs at a time: a table, a picture, failed jobs with a reason; finished jobs are not run again."""
-    code, out = wait_for_end(start(folder, *QUICK, "optim.lr=1e-2,1e-3", "model.n_embd=0,16", "hydra.launcher.jobs=2"))
+    swept = (f"model={','.join(VERSIONS)}", "model.n_embd=0,64")
+    code, out = wait_for_end(start(folder, *QUICK, *swept, "hydra.launcher.jobs=2"))
     assert code == 1, out
     found = read_table(folder)
-    assert [(row["model.n_embd"], row["optim.lr"]) for row in found.values()] == [
-        ("0", "0.01"),
-        ("16", "0.01"),
-        ("0", "0.001"),
-        ("16", "0.001"),
+    assert [(row["model"], row["model.n_embd"]) for row in found.values()] == [
+        ("rwkv4", "0"),
+        ("rwkv4", "64"),
+        ("rwkv7", "0"),
+        ("rwkv7", "64"),
     ]
     assert [row["status"] for row in found.values()] == ["failed", "finished", "failed", "finished"]
     assert all((row["val/bits_per_byte"] != "") == (row["status"] == "finished") for row in found.values())
@@ -353,8 +355,9 @@ def test_bad_trial_is_pruned(train, tmp_path, monkeypatch):
     assert (result.code, "is finished, pruned" in result.out) == (0, True), result.out
 
 
-@pytest.mark.parametrize("place", ["sweep/0", "copy/0", "copy"])
-@pytest.mark.parametrize("has_optuna", [True, False])
+@pytest.mark.parametrize(
+    ("place", "has_optuna"), [("sweep/0", True), ("sweep/0", False), ("copy/0", True), ("copy", False)]
+)
 def test_trial_resumed_by_its_user_is_an_ordinary_run(train, tmp_path, monkeypatch, place, has_optuna):
     """Longer training of a trial, in its sweep or in a copy, leaves the study as it is and does not need optuna."""
     study, journal = StudySweeper(n_trials=1, pruner="median"), tmp_path / "sweep" / "study.journal"

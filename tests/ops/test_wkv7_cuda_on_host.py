@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from test_wkv4_cuda_on_host import CUDA, build
+from test_wkv4_cuda_on_host import CUDA, build, load_once
 from test_wkv7 import CASES as CPU_CASES
 from test_wkv7 import NAMES, TOLERANCES, assert_same, draw, results
 from torch import Tensor
@@ -25,7 +25,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    return ctypes.CDLL(str(build(tmp_path_factory.mktemp("host"), "-shared", source="wkv7_on_host.cpp")))
+    return load_once(tmp_path_factory, "wkv7_on_host.cpp")
 
 
 class OnHost(torch.autograd.Function):
@@ -87,7 +87,7 @@ def test_cuda_kernels_agree_with_the_recurrence(library, B, T, H, decays, size, 
 
 
 @pytest.mark.slow
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(**CASES)
 def test_cuda_kernels_agree_with_the_recurrence_in_many_cases(library, **case):
     test_cuda_kernels_agree_with_the_recurrence.hypothesis.inner_test(library, **case)

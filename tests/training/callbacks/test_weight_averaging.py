@@ -1,16 +1,16 @@
 import pytest
 import torch
 from lightning.pytorch import Trainer, callbacks
+from versions import FEWEST_CHANNELS, small_model
 
-from rwkv_pl import RWKV4, CorpusDataModule, LitRWKV, RWKV4Config
+from rwkv_pl import CorpusDataModule, LitRWKV
 from rwkv_pl.config import Optim
 from rwkv_pl.training.callbacks import weight_averaging
 
 
-def fit(folder, average, resume_from=None):
+def fit(folder, average, version, resume_from=None):
     """Train 6 steps with a validation after every second one; return the checkpoint of the last and its score."""
-    torch.manual_seed(0)
-    module = LitRWKV(RWKV4(RWKV4Config(256, 1, 16)), Optim(lr=1e-2))
+    module = LitRWKV(small_model(version, vocab_size=256, n_layer=1, n_embd=FEWEST_CHANNELS[version]), Optim(lr=1e-2))
     saves = callbacks.ModelCheckpoint(folder, "{step}", every_n_train_steps=3, save_top_k=-1)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = Trainer(accelerator="cpu", max_steps=6, val_check_interval=2, callbacks=[average, saves], **quiet)
@@ -20,16 +20,19 @@ def fit(folder, average, resume_from=None):
 
 
 @pytest.mark.parametrize(
-    ("name", "options"),
-    [("WeightAveraging", {}), ("EMAWeightAveraging", {"decay": 0.5, "update_every_n_steps": 2})],
+    ("name", "options", "version"),
+    [
+        ("WeightAveraging", {}, "rwkv4"),
+        ("EMAWeightAveraging", {"decay": 0.5, "update_every_n_steps": 2}, "rwkv7"),
+    ],
 )
-def test_averages_and_checkpoints_are_those_of_lightning(tmp_path, name, options):
+def test_averages_and_checkpoints_are_those_of_lightning(tmp_path, name, options, version):
     """Also if a run with Lightning's callback continues."""
     (tmp_path / "corpus.txt").write_bytes(b"The quick brown fox jumps over the lazy dog. " * 90)
-    expected, score = fit(tmp_path / "lightning", getattr(callbacks, name)(**options))
+    expected, score = fit(tmp_path / "lightning", getattr(callbacks, name)(**options), version)
     ours = getattr(weight_averaging, name)
-    whole = fit(tmp_path / "whole", ours(**options))
-    resumed = fit(tmp_path / "resumed", ours(**options), tmp_path / "lightning" / "step=3.ckpt")
+    whole = fit(tmp_path / "whole", ours(**options), version)
+    resumed = fit(tmp_path / "resumed", ours(**options), version, tmp_path / "lightning" / "step=3.ckpt")
     for found, bits in (whole, resumed):
         assert bits == score
         assert found["callbacks"][name] == expected["callbacks"][name]
