@@ -26,7 +26,8 @@ def test_logits_of_a_text_in_pieces_are_the_same(version, kernel, pieces):
         for piece in tokens.split(pieces, dim=1):
             logits, state = model(piece, state)
             parts.append(logits)
-    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-4)
+    # Rounding in float32; the blocks amplify it. A lost state gives an error of the size of the logits.
+    assert relative_error(torch.cat(parts, 1), whole) < 3e-5
     for block, expected in zip(state, last, strict=True):
         torch.testing.assert_close(block.att_shift, expected.att_shift, rtol=1e-4, atol=1e-4)
         assert block.wkv.shape == expected.wkv.shape and len(block.wkv) == 3

@@ -106,7 +106,8 @@ def test_logits_and_gradients_equal_rwkv7_hf():
     theirs = layout.to_official({name: p.grad for name, p in peer.named_parameters()}, {}, "peer")
     for name, parameter in model.named_parameters():
         assert theirs[name].norm() > 1e-7, f"{name}: a zero gradient proves nothing"
-        assert relative_error(parameter.grad, theirs.pop(name).view_as(parameter)) < 1e-5, name
+        # Both round in float32, in which a gradient is up to 5e-5 from that in float64.
+        assert relative_error(parameter.grad, theirs.pop(name).view_as(parameter)) < 1e-4, name
     assert not theirs
 
 
