@@ -132,13 +132,18 @@ def run_bare_loop(overrides: list[str], steps: int, pipe: Any) -> None:
 
 
 def measure(overrides: list[str], steps: int, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each block."""
+    """Seconds of each contestant's blocks."""
     blocks = WARM_UP_BLOCKS + rounds
     contestants = {
         "rwkv-train": Contestant(partial(run_command, overrides, steps, blocks)),
         "plain Trainer": Contestant(partial(run_plain_trainer, overrides, steps, blocks)),
         "bare loop": Contestant(partial(run_bare_loop, overrides, steps)),
     }
+    return take_blocks(contestants, blocks)
+
+
+def take_blocks(contestants: dict[str, Contestant], blocks: int) -> dict[str, list[float]]:
+    """Seconds of each contestant's blocks, which they take in turns; without the first ones, to warm up."""
     try:
         for contestant in contestants.values():
             contestant.answer()

@@ -21,13 +21,13 @@ from benchmarks.common import (
     summarize,
     summary_cells,
 )
-from benchmarks.loop import WARM_UP_BLOCKS, run_command
+from benchmarks.loop import WARM_UP_BLOCKS, run_command, take_blocks
 
 # For each setting: rwkv-train's overrides and the number of steps in a block.
 SETTINGS: dict[str, tuple[list[str], int]] = {
     "small": (["data.ctx_len=512", "data.batch_size=2", "model.n_layer=6", "model.n_embd=256"], 10),
     "long": (["data.ctx_len=1024", "data.batch_size=8", "model.n_layer=6", "model.n_embd=256"], 2),
-    "tiny": (["data.ctx_len=32", "model.n_layer=2", "model.n_embd=16"], 10),  # to try the program
+    "tiny": (["data.ctx_len=32", "data.batch_size=2", "model.n_layer=2", "model.n_embd=16"], 10),  # to try the program
 }
 # Overrides and the threads of each process. The first is the one that the others are compared with.
 CONTESTANTS: dict[str, tuple[list[str], int]] = {
@@ -45,20 +45,13 @@ def run_processes(overrides: list[str], threads: int, steps: int, blocks: int, p
 
 
 def measure(overrides: list[str], steps: int, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each block."""
+    """Seconds of each contestant's blocks."""
     blocks = WARM_UP_BLOCKS + rounds
     contestants = {
         name: Contestant(partial(run_processes, ["data=stdlib", *overrides, *extra], threads, steps, blocks))
         for name, (extra, threads) in CONTESTANTS.items()
     }
-    try:
-        for contestant in contestants.values():
-            contestant.answer()
-        turns = [{name: contestant.ask() for name, contestant in contestants.items()} for _ in range(blocks)]
-    finally:
-        for contestant in contestants.values():
-            contestant.stop()
-    return {name: [turn[name] for turn in turns[WARM_UP_BLOCKS:]] for name in contestants}
+    return take_blocks(contestants, blocks)
 
 
 def main() -> None:

@@ -337,6 +337,7 @@ def test_wkv_floor_counts_bytes_moved():
         "train_step --settings tiny --rounds 1",
         "versions --settings small --rounds 1",
         "loop --settings tiny --rounds 2",
+        "processes --settings tiny --rounds 1",
         "memory --tiny --longest 256 --rounds 1",
         "race --tiny --seconds 1 --rounds 2",
         "wkv --longest 128 --rounds 1",
