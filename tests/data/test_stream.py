@@ -80,7 +80,7 @@ DOCUMENTS = ["first ÄÖ\n", "\n", "the second,\nof two lines", "third: ß\n\n",
 def make_text(folder: Path, **settings: Any) -> CorpusDataModule:
     (folder / "text").mkdir()
     for i, document in enumerate(DOCUMENTS):
-        (folder / "text" / f"{i:02}").write_text(document, encoding="utf-8")
+        (folder / "text" / f"{i:02}").write_bytes(document.encode())
     return CorpusDataModule(
         folder / "text", split=(0.6, 0.2, 0.2), stream=True, endless=True, **{"ctx_len": 4, "batch_size": 6} | settings
     )

@@ -70,8 +70,9 @@ def test_large_file_is_checked_in_blocks_and_each_window(
     monkeypatch.setattr(id_file, "FULL_CHECK_BELOW", 0)
     monkeypatch.setattr(id_file, "N_BLOCKS", 2)
     monkeypatch.setattr(id_file, "BLOCK", 1)
-    path = tmp_path / "ids.npy"
     for place, where in {1000: "train", 2500: "val"}.items():
+        path = tmp_path / where / "ids.npy"  # Windows can't write a file that is mapped
+        path.parent.mkdir()
         np.save(path, np.where(np.arange(4000) == place, value, IDS))
         data = opened(path)
         other = {"train": "val", "val": "train"}[where]
@@ -82,6 +83,7 @@ def test_large_file_is_checked_in_blocks_and_each_window(
         with pytest.raises(UserError, match=f"ids.npy: token {place:,} is .*vocab_size=300"):
             for _ in map(batches[where].__getitem__, range(counts[where] + 1)):
                 pass
+    path = tmp_path / "ids.npy"
     np.save(path, np.where(np.arange(4000) == 3999, value, IDS))
     with pytest.raises(UserError, match="token 3,999 is"):
         opened(path)

@@ -18,6 +18,8 @@ from rwkv_pl.files import json_digest
 
 NPY_MAGIC = b"\x93NUMPY"
 
+NOT_ENOUGH_MEMORY = 8
+
 # From this size on, the ids are not all checked before the training: reading a terabyte takes hours.
 FULL_CHECK_BELOW = 16 << 30
 
@@ -103,9 +105,10 @@ class IdFile(Source):
     def _map_npy(self, path: Path, given: str, dtype_key: str) -> "np.memmap[tuple[int], np.dtype[np.integer]]":
         try:
             ids = np.lib.format.open_memmap(path, mode="r")  # never unpickles
-        except OSError:
-            raise
         except Exception as error:  # a corrupt header can fail in any way
+            # Windows' error for a map that is longer than the file.
+            if isinstance(error, OSError) and getattr(error, "winerror", None) != NOT_ENOUGH_MEMORY:
+                raise
             raise UserError(f"{given} is not a .npy of numbers, or is truncated: {one_line(error)}") from error
         if ids.dtype.kind not in "iu":
             raise UserError(f"{given} has dtype {ids.dtype}: token ids must be integers")
