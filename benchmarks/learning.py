@@ -1,9 +1,11 @@
 """RWKV-7 against RWKV-4 after the same tokens: the table and the picture, from the runs of sweeps.
 
-    rwkv-train -m experiment=rwkv7_enwik8 model=rwkv4_tiny,rwkv7_tiny optim.lr=4e-3 seed=1,2,3
-    python -m benchmarks learning FOLDER... [--rounds 9]
+    rwkv-train -m experiment=rwkv7_enwik8 seed=1,2,3
+    rwkv-train -m experiment=rwkv7_enwik8 seed=1,2,3 model=rwkv4_tiny optim.lr=4e-3
+    python -m benchmarks learning FOLDER... [--until 800] [--rounds 9]
 
-A comparison is made of the finished runs of one size, context and number of steps. For each version, the settings of
+A comparison is made of the finished runs of one size, context and number of steps; with --until, also of those that
+were validated at that step, and later validations do not count. For each version, the settings of
 the optimizer with the lowest mean score count, among those that were run with the most seeds. The score is that of the
 last validation. The ratio of the versions' steps is measured here, in CPU time, in alternating turns in one process.
 """
@@ -16,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import begin_benchmark, make_parser, print_table, save_results, summarize
+from benchmarks.common import begin_benchmark, int_at_least, make_parser, print_table, save_results, summarize
 from benchmarks.plot import draw_learning
 from benchmarks.train_step import Setting, make_our_step
 from rwkv_pl.model import MODELS
@@ -35,12 +37,14 @@ FREE = {
 WARM_UP_STEPS = 2
 
 
-def read_runs(folders: Sequence[Path]) -> list[dict[str, Any]]:
-    """The finished runs below the folders: size, settings and the curve of the validation score."""
+def read_runs(folders: Sequence[Path], until: int | None = None) -> list[dict[str, Any]]:
+    """The runs below the folders that finished or reached step `until`: size, settings and curve of the score."""
     found = []
     for run in map(read_run, find_runs(folders)):
         curve = [[int(row["step"]), row[SCORE]] for row in run.rows if SCORE in row]
-        if run.status != "finished" or not curve:
+        if until:
+            curve = [point for point in curve if point[0] <= until]
+        if not curve or (run.status != "finished" and curve[-1][0] != until):
             print(f"left out: {run.folder}: {run.status} {run.error}")
             continue
         settings = run.settings
@@ -111,13 +115,14 @@ def format_score(version: dict[str, Any]) -> str:
 def main() -> None:
     parser = make_parser("learning", __doc__, rounds=9, threads=1)
     parser.add_argument("folders", nargs="*", type=folder, help="sweeps or runs of rwkv-train")
+    parser.add_argument("--until", type=int_at_least(1), help="the step at which the scores are compared (the last)")
     parser.add_argument("--docs", type=folder, help="the folder of the pictures (that of the results)")
     options = parser.parse_args()
     if not options.folders:
         parser.error("name the folders of the runs; the first lines of benchmarks/learning.py have the command")
     title = "bits per byte after the same tokens, RWKV-4 and RWKV-7"
     begin_benchmark(title, options.threads)
-    runs = read_runs(options.folders)
+    runs = read_runs(options.folders, options.until)
     comparisons = compare(runs)
     if not comparisons:
         parser.error("no finished runs of both versions have the same size, context and number of steps")
@@ -129,9 +134,10 @@ def main() -> None:
             ratios[setting] = measure_step_ratio(setting, options.rounds)
         each["step_ratio"] = ratios[setting]
         versions = each["versions"]
+        seen = versions["rwkv7"]["curves"][0][-1][0]
         difference = versions["rwkv7"]["mean"] - versions["rwkv4"]["mean"]
         rows.append(
-            [f"{setting}, {each['steps']:,} steps", *(format_score(versions[name]) for name in MODELS),
+            [f"{setting}, step {seen:,} of {each['steps']:,}", *(format_score(versions[name]) for name in MODELS),
              f"{difference:+.4f}", f"{each['step_ratio']['median']:.2f}"]
         )  # fmt: skip
     print_table(["mean ± deviation (seeds)", *MODELS, "difference", "time of a step"], rows)

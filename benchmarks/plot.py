@@ -217,9 +217,9 @@ def draw_differences(axes: Axes, comparisons: list[dict[str, Any]]) -> None:
         mean = sum(differences) / len(differences)
         axes.plot([min(differences), max(differences)], [place, place], "-", color="C4", lw=3, alpha=0.5)
         axes.plot(mean, place, "o", color="C0" if mean < 0 else "C1", markersize=6)
-        labels.append(
-            f"{each['n_layer']} x {each['n_embd']}, {each['rows']} x {each['ctx_len']:,}\n{each['steps']:,} steps"
-        )
+        step = each["versions"]["rwkv7"]["curves"][0][-1][0]
+        size = f"{each['n_layer']} x {each['n_embd']}, {each['rows']} x {each['ctx_len']:,}"
+        labels.append(f"{size}\nstep {step:,} of {each['steps']:,}")
     axes.axvline(0, color="C4", lw=1)
     axes.set_yticks(range(len(labels)), labels, fontsize=8)
     axes.set_title("RWKV-7 minus RWKV-4")

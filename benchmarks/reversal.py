@@ -188,8 +188,8 @@ def relative_difference(ours: Tensor, theirs: Tensor) -> float:
 def compare(steps: int, rows: int = COMPARED_ROWS) -> dict[str, Any]:
     """Train in float64; the transcription takes each step from the same weights, with its own moments.
 
-    Returns the largest relative differences, each with its step and the parameter. If each trained alone, rounding
-    would grow: after 200 steps, their weights differed by a quarter.
+    Returns the largest relative differences, each with its step and the parameter. If each trained alone, they would
+    drift apart, and a difference in one step could not be separated from one in the weights before it.
     """
     torch.manual_seed(0)
     model = Toy().double()
