@@ -22,6 +22,8 @@ from rwkv_pl.ops.huge_pages import move_to_huge_pages
 from rwkv_pl.ops.linear import cast_linear_weights
 from rwkv_pl.ops.step import OPERATORS, run_step, supports_step
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 HALF = torch.bfloat16
 of_every_version = pytest.mark.parametrize("version", VERSIONS)
 
@@ -29,14 +31,6 @@ of_every_version = pytest.mark.parametrize("version", VERSIONS)
 @pytest.fixture(scope="module", autouse=True)
 def loaded(compiled_kernel):
     assert all(uses_compiled(library, "cpu") for library in OPERATORS)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 def library(version: str) -> str:

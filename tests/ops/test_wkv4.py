@@ -18,19 +18,13 @@ from rwkv_pl.ops.build import BuildError, cpu_level
 from rwkv_pl.ops.wkv4 import wkv4
 from rwkv_pl.ops.wkv4_reference import EMPTY
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 FAST = ["compiled", "scan"]
 HALVES = [torch.float16, torch.bfloat16]
 DTYPES = [torch.float32, torch.float64, *HALVES]
 KEYS = ["ordinary", "x10", "far apart", "near 1e4", "near -1e4", "equal"]
 NAMES = ["output", "num / den", "max_exp + log den", "time_decay", "time_first", "key", "value", "state"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 def draw(

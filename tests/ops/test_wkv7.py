@@ -15,17 +15,11 @@ from rwkv_pl.ops.backend import load, use_kernel
 from rwkv_pl.ops.build import LEVELS
 from rwkv_pl.ops.wkv7 import wkv7
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 FAST = ["compiled", "scan"]
 HALVES = [torch.float16, torch.bfloat16]
 NAMES = ["receptance", "decay", "key", "value", "a", "b", "state"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 def draw(
