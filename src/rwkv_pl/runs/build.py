@@ -80,7 +80,7 @@ def build_trainer(inputs: Inputs, folder: Path, callbacks: list[Callback], logge
     if arguments["strategy"] == "ddp":
         # The gradients are views of the buckets in which they are sent, which saves a copy of them.
         arguments["strategy"] = DDPStrategy(gradient_as_bucket_view=True)
-    if arguments["strategy"] == "fsdp":
+    elif arguments["strategy"] == "fsdp":
         arguments["strategy"] = ShardedStrategy(inputs.config.checkpoints.sharded)
     timeout = arguments.pop("timeout")
     timeout = timedelta(seconds=max(timeout - SECONDS_TO_REPORT, timeout / 2))
