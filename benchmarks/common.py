@@ -67,6 +67,14 @@ def positive_float(text: str) -> float:
     return value
 
 
+def existing_folder(text: str) -> Path:
+    """An argparse type: a folder that exists."""
+    path = Path(text)
+    if not path.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {path}")
+    return path
+
+
 def output_folder(text: str) -> Path:
     """An argparse type: an output folder, created if missing, so that an error comes before the measurement."""
     path = Path(text)

@@ -10,7 +10,6 @@ the optimizer with the lowest mean score count, among those that were run with t
 last validation. The ratio of the versions' steps is measured here, in CPU time, in alternating turns in one process.
 """
 
-import argparse
 import statistics
 import time
 from collections import defaultdict
@@ -18,7 +17,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import begin_benchmark, int_at_least, make_parser, print_table, save_results, summarize
+from benchmarks.common import (
+    begin_benchmark,
+    existing_folder,
+    int_at_least,
+    make_parser,
+    print_table,
+    save_results,
+    summarize,
+)
 from benchmarks.plot import draw_learning
 from benchmarks.train_step import Setting, make_our_step
 from rwkv_pl.model import MODELS
@@ -114,9 +121,9 @@ def format_score(version: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = make_parser("learning", __doc__, rounds=9, threads=1)
-    parser.add_argument("folders", nargs="*", type=folder, help="sweeps or runs of rwkv-train")
+    parser.add_argument("folders", nargs="*", type=existing_folder, help="sweeps or runs of rwkv-train")
     parser.add_argument("--until", type=int_at_least(1), help="the step at which the scores are compared (the last)")
-    parser.add_argument("--docs", type=folder, help="the folder of the pictures (that of the results)")
+    parser.add_argument("--docs", type=existing_folder, help="the folder of the pictures (that of the results)")
     options = parser.parse_args()
     if not options.folders:
         parser.error("name the folders of the runs; the first lines of benchmarks/learning.py have the command")
@@ -143,14 +150,6 @@ def main() -> None:
     print_table(["mean ± deviation (seeds)", *MODELS, "difference", "time of a step"], rows)
     save_results(options.results, "learning", title, rounds=options.rounds, comparisons=comparisons, runs=runs)
     draw_learning(options.results, options.docs or options.results)
-
-
-def folder(text: str) -> Path:
-    """An argparse type: a folder that exists."""
-    path = Path(text)
-    if not path.is_dir():
-        raise argparse.ArgumentTypeError(f"there is no folder {path}")
-    return path
 
 
 if __name__ == "__main__":

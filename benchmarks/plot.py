@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from benchmarks.common import RESULTS, format_machine, output_folder
+from benchmarks.common import RESULTS, existing_folder, format_machine, output_folder
 
 DOCS = Path(__file__).parents[1] / "docs"
 OURS, OTHERS = "tab:blue", "tab:gray"
@@ -250,11 +250,9 @@ def draw_learning(results: Path = RESULTS, pictures: Path = DOCS / "pictures") -
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks plot", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of the JSON files")
+    parser.add_argument("--results", type=existing_folder, default=RESULTS, help="the folder of the JSON files")
     parser.add_argument("--docs", type=output_folder, default=DOCS, help="the folder of the pictures")
     options = parser.parse_args()
-    if not options.results.is_dir():
-        parser.error(f"argument --results: there is no folder {options.results}")
     draw_all(options.results, options.docs)
     draw_race(options.results, options.docs)
     draw_learning(options.results, options.docs / "pictures" if options.docs == DOCS else options.docs)
