@@ -39,5 +39,6 @@ needs_links = pytest.mark.skipif(not CAN_LINK, reason="this user can't create sy
 needs_pipes = pytest.mark.skipif(not HAS_PIPES, reason="no named pipes")
 needs_signals = pytest.mark.skipif(WINDOWS, reason="Windows sends no signals to single processes")
 needs_gloo = pytest.mark.skipif(WINE, reason="a collective operation of gloo hangs in wine")
+needs_backward_errors = pytest.mark.skipif(WINE, reason="an error in a backward pass ends the process in wine")
 replaces_mapped_files = pytest.mark.skipif(WINDOWS, reason="Windows refuses to replace or delete a mapped file")
 needs_scripts = pytest.mark.skipif(WINDOWS, reason="the fake program is a shell script")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from library_header import assert_library_fits
 from packaging.version import Version
+from versions import FEWEST_CHANNELS, VERSIONS
 
 from rwkv_pl.ops.libraries import LIBRARIES
 from rwkv_pl.ops.toolchain import find_zig, host_platform
@@ -85,15 +86,17 @@ def test_wheel_trains_from_any_folder(environment, tmp_path):
     assert str(ROOT) not in found.stdout, "the checkout is used, not the wheel"
     assert Path(found.stdout.splitlines()[0], "experiment", "debug.txt").exists()
     # Hydra finds the launcher and the sweeper of -m, and their processes find the wheel.
-    settings = ["data=text", "data.path=corpus.txt", "data.ctx_len=16", "model.n_layer=1", "model.n_embd=8"]
+    settings = ["data=text", "data.path=corpus.txt", "data.ctx_len=16", "model.n_layer=1"]
+    settings += [f"model={','.join(VERSIONS)}", f"model.n_embd={max(FEWEST_CHANNELS.values())}"]
     settings += ["trainer.max_steps=2", "kernel=compiled", "optim.lr=1e-3", "hydra.sweep.dir=sweep"]
     command = [environment / "rwkv-train", "-m", *settings]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "sweep" / "sweep.csv").exists()
-    assert (tmp_path / "sweep" / "0" / "checkpoints" / "last.ckpt").exists()
+    for job in range(len(VERSIONS)):
+        assert (tmp_path / "sweep" / str(job) / "checkpoints" / "last.ckpt").exists()
     done = subprocess.run([environment / "rwkv-report", "sweep"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and "finished" in done.stdout
+    assert done.returncode == 0 and done.stdout.count("finished") >= len(VERSIONS)
 
 
 def test_pyproject_lists_every_package_and_every_file_of_conf_and_cuda():

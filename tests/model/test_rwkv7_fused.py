@@ -11,6 +11,7 @@ import torch
 from halves import Masked, relative_errors
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from systems import needs_backward_errors
 from torch import nn
 from torch.nn import functional as F
 
@@ -185,6 +186,7 @@ def test_frozen_parameters_have_no_gradient(name):
     assert [other for other, p in block.named_parameters() if p.grad is not None] == [f"att.{name}"]
 
 
+@needs_backward_errors
 @pytest.mark.parametrize("half", HALVES)
 def test_second_derivative_is_refused(half):
     block = make_block(half)

@@ -17,6 +17,7 @@ def run_at(level: str, code: str) -> None:
     order = list(LEVELS)
     if order.index(level) < order.index(cpu_level()):
         pytest.skip(f"this machine does not run {level}")
-    environment = os.environ | {"RWKV_PL_CPU_LEVEL": level, "PYTHONPATH": TESTS}
+    path = os.pathsep.join(filter(None, [TESTS, os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"RWKV_PL_CPU_LEVEL": level, "PYTHONPATH": path}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

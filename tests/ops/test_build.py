@@ -21,6 +21,7 @@ from systems import WINDOWS
 
 from rwkv_pl.files import cache_folder
 from rwkv_pl.ops.build import (
+    PREBUILT,
     LibrarySpec,
     _compile_cpu,
     _compile_cuda,
@@ -43,6 +44,8 @@ def call():
 COMPILED = CALL + "use_kernel('compiled'); call(); assert dict(os.environ) == before, 'the environment was changed'"
 # Call it twice and never silence repeated warnings: exactly one warning must appear.
 AUTO = CALL + "warnings.simplefilter('always'); call(); call(); assert not hasattr(torch.ops.rwkv_pl, 'wkv4_forward')"
+
+needs_no_prebuilt = pytest.mark.skipif(PREBUILT.exists(), reason="libraries built ahead are used")
 
 
 @dataclass
@@ -137,12 +140,14 @@ def test_killed_build_does_not_block_later_builds(compiler, tmp_path):
     assert not list(tmp_path.glob("kernels/building-*"))
 
 
+@needs_no_prebuilt
 def test_without_a_compiler_the_scan_is_used(tmp_path):
     said = finish(start(AUTO, tmp_path, CXX="/nowhere/c++"))
     assert said.count("RuntimeWarning") == 1
     assert "no C++ compiler (CXX=/nowhere/c++ was not found); " in said
 
 
+@needs_no_prebuilt
 @pytest.mark.slow
 def test_empty_path_falls_back_to_the_scan(tmp_path):
     environment = {"PATH": str(tmp_path), "CXX": ""}
@@ -150,6 +155,7 @@ def test_empty_path_falls_back_to_the_scan(tmp_path):
     assert "no C++ compiler (none found); " in finish(start(without_zig + AUTO, tmp_path, **environment))
 
 
+@needs_no_prebuilt
 @pytest.mark.slow
 def test_unavailable_compiled_kernel_is_an_error(tmp_path):
     last = finish(start(COMPILED, tmp_path, CXX="/nowhere/c++"), code=1).splitlines()[-1]
@@ -205,6 +211,7 @@ def test_nvcc_gets_the_host_compiler_as_one_program(monkeypatch, tmp_path, comma
     assert "g++" in subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout
 
 
+@needs_no_prebuilt
 @pytest.mark.usefixtures("compiled_kernel")
 def test_unusable_cache_folder_falls_back_to_the_scan(tmp_path):
     (tmp_path / "file").touch()

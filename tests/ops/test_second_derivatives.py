@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from systems import needs_backward_errors
 from torch import nn
 from torch.autograd import gradgradcheck
 from torch.func import functional_call
@@ -25,6 +26,8 @@ from rwkv_pl.ops.backend import uses_compiled
 from rwkv_pl.ops.cross_entropy import cross_entropy
 from rwkv_pl.ops.linear import MIN_ROWS, linear
 from rwkv_pl.ops.wkv4 import wkv4
+
+pytestmark = needs_backward_errors
 
 B, T, C = 2, MIN_ROWS // 2, 6  # just the rows from which oneDNN's product is used
 REFUSED = re.compile("differentiable once|no second derivative")

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from systems import needs_backward_errors
 from torch import Tensor
 
 from rwkv_pl.ops.backend import current_kernel, load, load_all, use_kernel
@@ -439,6 +440,7 @@ def test_plain_kernels_compile_without_graph_breaks(kernel):
     assert torch.equal(output, expected) and torch.equal(state, end)
 
 
+@needs_backward_errors
 @pytest.mark.usefixtures("compiled_kernel")
 def test_second_derivative_needs_the_scan():
     arguments = [x.requires_grad_() for x in draw(1, 3, 2)]

@@ -8,6 +8,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from levels import run_at
+from systems import needs_backward_errors
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -218,6 +219,7 @@ def test_plain_kernels_compile_without_graph_breaks(kernel):
     assert torch.equal(output, expected) and torch.equal(state, end)
 
 
+@needs_backward_errors
 @pytest.mark.usefixtures("compiled_kernel")
 def test_second_derivative_needs_the_scan():
     arguments = [x.requires_grad_() for x in draw(1, 2, 1)]

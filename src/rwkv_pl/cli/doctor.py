@@ -83,7 +83,8 @@ def check_build_tools() -> Iterator[Finding]:
     cuda = torch.version.cuda
     yield Finding("torch", f"{torch.__version__}, " + (f"CUDA {cuda}" if cuda else "no CUDA"))
     cores = usable_cores()
-    share = "" if cores == os.cpu_count() else f", {cores} of {os.cpu_count()} cores by affinity and quota"
+    total = os.cpu_count() or cores  # None if unknown
+    share = "" if cores == total else f", {cores} of {total} cores by affinity and quota"
     yield Finding("processor", f"{platform.processor() or platform.machine()}, level {cpu_level()}{share}")
     prebuilt = sorted(path.name.rpartition("-")[0] for path in PREBUILT.glob(f"*{SUFFIX}"))
     if prebuilt:

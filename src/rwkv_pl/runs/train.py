@@ -265,10 +265,13 @@ def run_in(folder: Path, composed: DictConfig, task: Callable[[], None], describ
     context = HydraContext(config_loader=None, callbacks=Callbacks(composed))  # type: ignore[arg-type]
     try:
         with with_path(folder):
+            invalid = ""
             try:
                 ended = run_job(lambda _: task(), composed, "hydra.run.dir", None, context)
             except ValueError as error:  # not from the task, whose errors run_job returns
-                raise UserError(f"hydra.job_logging is invalid: {one_line(error.__cause__ or error)}") from error
+                invalid = one_line(error.__cause__ or error)
+            if invalid:  # not raised above: the traceback holds the log open, and Windows removes no open file
+                raise UserError(f"hydra.job_logging is invalid: {invalid}")
             if isinstance(ended._return_value, Exception):
                 raise ended._return_value
     finally:
