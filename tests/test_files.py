@@ -51,6 +51,28 @@ def test_replace_is_retried_while_another_process_has_the_file_open(tmp_path, mo
     assert (tmp_path / "b").read_text() == "new"
 
 
+@pytest.mark.parametrize("times", [2, 100])
+def test_folder_is_deleted_when_its_files_are_closed(tmp_path, monkeypatch, times, caplog):
+    """Windows deletes an open file when it is closed, and so its folder is not empty for a while."""
+    refusals, original = [], files.shutil.rmtree
+
+    def refuse(path):
+        if len(refusals) < times:
+            refusals.append(path)
+            error = OSError(errno.ENOTEMPTY, "The directory is not empty", str(path))
+            error.winerror = files.DIRECTORY_NOT_EMPTY
+            raise error
+        original(path)
+
+    monkeypatch.setattr(files.shutil, "rmtree", refuse)
+    monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
+    (tmp_path / "a").mkdir()
+    delete_with_retry(tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ([] if times == 2 else ["a.old.partial"])
+    assert ("not deleted: " in caplog.text) == (times == 100)
+
+
 def test_atomic_write_works_without_folder_fsync(tmp_path, monkeypatch):
     """Windows cannot open a folder."""
     original = os.open

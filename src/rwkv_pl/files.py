@@ -33,6 +33,7 @@ PAUSES = (0.05, 0.25, 0.7, 1.0, 1.0, 1.0)
 # Files that stayed open during all attempts: the next save does not wait that long again.
 _open_elsewhere: set[Path] = set()
 
+DIRECTORY_NOT_EMPTY = 145
 IN_USE = "another program has it open: close that program, then try again"
 
 # What the system says in other words, or in the user's language.
@@ -164,15 +165,24 @@ def _retry(change: Callable[[], Any], path: Path) -> None:
         try:
             change()
             break
-        except PermissionError:
+        except OSError as error:
+            if not _is_in_use(error):
+                raise
             time.sleep(seconds)
     else:
         _open_elsewhere.add(path)
         try:
             change()
-        except PermissionError as error:  # Windows says that access is denied, as for a folder of somebody else
+        except OSError as error:  # Windows says that access is denied, as for a folder of somebody else
+            if not _is_in_use(error):
+                raise
             raise PermissionError(error.errno, IN_USE if os.name == "nt" else error.strerror, str(path)) from error
     _open_elsewhere.discard(path)
+
+
+def _is_in_use(error: OSError) -> bool:
+    # Windows deletes an open file when it is closed. Until then, its folder is not empty.
+    return isinstance(error, PermissionError) or getattr(error, "winerror", None) == DIRECTORY_NOT_EMPTY
 
 
 def _give_name(partial: Path, path: Path, keep: bool) -> None:

@@ -1,5 +1,6 @@
 """User classes: a callback, a logger and an optimizer from a module named as a plug-in."""
 
+import os
 import re
 import shlex
 import shutil
@@ -213,7 +214,8 @@ def find_lib() -> None:
 
 def run_sweep(folder: Path, *arguments: str):
     strikes = [FORK_THE_JOBS, Strike("rwkv_pl.cli.train:main", 1, find_lib)]
-    return forks.run(folder, "-m", *arguments, strikes=strikes, RWKV_PL_CONFIG=str(folder / "user"))
+    path = os.pathsep.join(filter(None, [str(folder / "lib"), os.environ.get("PYTHONPATH")]))  # of jobs that can't fork
+    return forks.run(folder, "-m", *arguments, strikes=strikes, RWKV_PL_CONFIG=str(folder / "user"), PYTHONPATH=path)
 
 
 def test_sweep_passes_plugins_to_its_jobs(plugin_folder):

@@ -1,5 +1,6 @@
 """A run from top to bottom: inputs, folder, Trainer, fit, result."""
 
+import gc
 import json
 import logging
 import math
@@ -270,7 +271,8 @@ def run_in(folder: Path, composed: DictConfig, task: Callable[[], None], describ
                 ended = run_job(lambda _: task(), composed, "hydra.run.dir", None, context)
             except ValueError as error:  # not from the task, whose errors run_job returns
                 invalid = one_line(error.__cause__ or error)
-            if invalid:  # not raised above: the traceback holds the log open, and Windows removes no open file
+            if invalid:
+                gc.collect()  # the failed configuration, a cycle, holds the log open, and Windows removes no open file
                 raise UserError(f"hydra.job_logging is invalid: {invalid}")
             if isinstance(ended._return_value, Exception):
                 raise ended._return_value
