@@ -380,10 +380,22 @@ void backward(const Arguments<T, IO>& a, const Gradients<T, IO>& g, const T* gra
   for (int64_t c = 0; c < C; ++c) grad_time_decay[c] *= wkv::decay(a.time_decay[c]);
 }
 
+using torch::headeronly::ScalarType;
+
+ScalarType arithmetic_type(const Tensor& key) {
+  return key.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// Raises unless the arguments of both operators go with key.
+void expect_all(const Plan& plan, const Tensor& decay, const Tensor& first, const Tensor& key, const Tensor& value) {
+  wkv::expect("wkv4: time_decay", decay, {plan.channels}, arithmetic_type(key));
+  wkv::expect("wkv4: time_first", first, {plan.channels}, arithmetic_type(key));
+  wkv::expect("wkv4: value", value, {plan.batch, plan.steps, plan.channels}, key.scalar_type());
+}
+
 // Calls f(a zero of the arithmetic's type, a zero of key's type).
 template <typename F>
 void dispatch_types(const Tensor& key, const F& f) {
-  using torch::headeronly::ScalarType;
   const ScalarType type = key.scalar_type();
   if (type == ScalarType::Double) return f(0.0, 0.0);
   if (type == ScalarType::BFloat16) return f(0.0f, bfloat16());
@@ -395,6 +407,8 @@ std::tuple<Tensor, Tensor, Tensor> wkv4_forward(const Tensor& time_decay, const 
                                                 int64_t tile) {
   using torch::stable::new_empty;
   const Plan plan(key, tile);
+  expect_all(plan, time_decay, time_first, key, value);
+  wkv::expect("wkv4: state", state, {plan.batch, 3, plan.channels}, arithmetic_type(key));
   const Tensor decay = contiguous(time_decay), first = contiguous(time_first), k = contiguous(key),
                v = contiguous(value);
   const std::optional<Tensor> s = contiguous(state);
@@ -417,6 +431,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> wkv4_backward(const Tensor& t
                                                                  int64_t tile) {
   using torch::stable::new_empty;
   const Plan plan(key, tile);
+  expect_all(plan, time_decay, time_first, key, value);
+  wkv::expect("wkv4: tiles", tiles, {plan.batch, plan.tiles + 1, 4, plan.channels}, arithmetic_type(key));
+  wkv::expect("wkv4: grad_output", grad_output, {plan.batch, plan.steps, plan.channels}, key.scalar_type());
+  wkv::expect("wkv4: grad_new_state", grad_new_state, {plan.batch, 3, plan.channels}, arithmetic_type(key));
   const Tensor decay = contiguous(time_decay), first = contiguous(time_first), k = contiguous(key),
                v = contiguous(value), saved = contiguous(tiles),
                gy = contiguous(grad_output);

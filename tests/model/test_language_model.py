@@ -118,8 +118,20 @@ def test_state_of_another_size_is_named(version, kernel):
             model(tokens, state[:1])
         with pytest.raises(ValueError, match=r"the state has \d+ channels and the model \d+: it is the state of an"):
             small_model(version, vocab_size=11, n_layer=2, n_embd=2 * CHANNELS[version])(tokens, state)
+        with pytest.raises(ValueError, match=r"the state of a block has .* and needs .*: it is the"):
+            model(tokens, (state[0], state[1]._replace(wkv=state[1].wkv[:, :1])))
         with pytest.raises(TypeError, match="the state must be one that the model returned, not int"):
             model(tokens, 3)
+
+
+@pytest.mark.parametrize("kernel", ["auto", "scan"])
+def test_state_of_another_version_is_refused(version, kernel):
+    models = {name: small_model(name, vocab_size=11, n_layer=2, n_embd=128) for name in VERSIONS}
+    tokens = torch.zeros(2, 3, dtype=torch.int64)
+    with use_kernel(kernel):
+        for other in set(VERSIONS) - {version}:
+            with pytest.raises(ValueError, match="it is the state of another model"):
+                models[version](tokens, models[other](tokens)[1])
 
 
 def test_tokens_are_read_only_to_explain_an_error(version, monkeypatch):

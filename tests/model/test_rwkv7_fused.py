@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from systems import needs_backward_errors
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from versions import small_model
 
 from rwkv_pl import RWKV7Config, use_kernel
 from rwkv_pl.model.rwkv7 import Block, ChannelMix, TimeMix
@@ -195,3 +197,28 @@ def test_second_derivative_is_refused(half):
     (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiable once"):
         torch.autograd.grad(gradient.square().sum(), x)
+
+
+class RecordStretches(TorchDispatchMode):
+    """Records how many steps are between two saved states, 0 if none is saved."""
+
+    def __init__(self):
+        super().__init__()
+        self.stretches = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.rwkv_pl.wkv7_forward.default:
+            self.stretches.append(args[-1])
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_nothing_is_saved_without_gradients(context):
+    model, tokens = small_model("rwkv7"), torch.zeros(1, 5, dtype=torch.int64)
+    with RecordStretches() as recorded:
+        with context():
+            model(tokens)
+        model.requires_grad_(False)(tokens)
+        assert recorded.stretches == [0] * 2 * len(model.blocks)
+        model.requires_grad_(True)(tokens)
+    assert 0 not in recorded.stretches[-len(model.blocks) :]

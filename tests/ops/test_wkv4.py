@@ -407,10 +407,20 @@ def test_opcheck(dtype):
 
 
 @pytest.mark.usefixtures("compiled_kernel")
-def test_too_long_tile_is_an_error():
+def test_compiled_operator_refuses_what_it_cannot_compute():
     assert load("wkv4", "cpu") == ""
+    *inputs, state = (x.float() for x in draw(1, 4, 3))
+    forward, backward = torch.ops.rwkv_pl.wkv4_forward, torch.ops.rwkv_pl.wkv4_backward
     with pytest.raises(RuntimeError, match="wkv4: tile must be 1 to 32, not 33"):
-        torch.ops.rwkv_pl.wkv4_forward(*(x.float() for x in draw(1, 4, 3)), 33)
+        forward(*inputs, state, 33)
+    output, new_state, tiles = forward(*inputs, state, 8)
+    for wrong in (state[:, :1], state[..., :1], torch.zeros(1, 2, 8, 8), state.double()):
+        with pytest.raises(RuntimeError, match="wkv4: state has not the shape or the dtype"):
+            forward(*inputs, wrong, 8)
+        with pytest.raises(RuntimeError, match="wkv4: grad_new_state has not the shape or the dtype"):
+            backward(*inputs, tiles, output, wrong, 8)
+    with pytest.raises(RuntimeError, match="wkv4: tiles has not the shape or the dtype"):
+        backward(*inputs, tiles[:, :1], output, new_state, 8)
 
 
 @pytest.mark.usefixtures("compiled_kernel")
@@ -460,6 +470,8 @@ def change(name: str, value: object) -> dict[str, object]:
     [
         ("key", torch.zeros(4, 3), ValueError, r"key must be \(B, T, C\) .*not \(4, 3\)"),
         ("key", torch.zeros(2, 0, 3), ValueError, r"key must be .*not \(2, 0, 3\)"),
+        ("key", None, TypeError, r"key must be .*not NoneType"),
+        ("key", torch.zeros(2, 4, 3).to(torch.float8_e5m2), TypeError, r"key must be .*not torch.float8"),
         ("key", torch.zeros(2, 4, 3, dtype=torch.int64), TypeError, r"key must be .*not torch.int64"),
         ("value", torch.zeros(2, 5, 3), ValueError, r"value must be \(2, 4, 3\) .*not \(2, 5, 3\)"),
         ("time_decay", torch.zeros(4), ValueError, r"time_decay must be \(3,\) .*not \(4,\)"),

@@ -12,7 +12,7 @@ from systems import needs_backward_errors
 from torch import Tensor
 from torch.nn import functional as F
 
-from rwkv_pl.ops.backend import load, use_kernel
+from rwkv_pl.ops.backend import KernelError, load, use_kernel
 from rwkv_pl.ops.build import LEVELS
 from rwkv_pl.ops.wkv7 import wkv7
 
@@ -319,6 +319,23 @@ def test_compiles_to_one_graph(backend):
         torch.testing.assert_close(x, y, msg=lambda text, name=name: f"{name}: {text}")
 
 
+def test_compiled_kernel_is_never_replaced_by_another():
+    """`use_kernel("compiled")` raises an error; `auto` computes the same in plain torch."""
+    arguments = draw(1, 3, 1, N=32)
+    with use_kernel("auto"):
+        wkv7(*arguments)
+    with (
+        use_kernel("compiled"),
+        pytest.raises(KernelError, match="none for heads of 32 channels"),
+    ):
+        wkv7(*arguments)
+
+
+def test_meta_tensors_give_shapes():
+    output, state = wkv7(*(x.to("meta") for x in draw(2, 5, 3)))
+    assert (output.shape, state.shape) == ((2, 5, 3, 64), (2, 3, 64, 64))
+
+
 @pytest.mark.usefixtures("compiled_kernel")
 def test_compiled_operator_refuses_what_it_cannot_compute():
     assert load("wkv7", "cpu") == ""
@@ -361,6 +378,8 @@ def change(name: str, value: object) -> dict[str, object]:
     [
         ("key", torch.zeros(4, 3, 64), ValueError, r"key must be \(B, T, H, N\) .*not \(4, 3, 64\)"),
         ("key", torch.zeros(2, 0, 3, 64), ValueError, r"key must be .*not \(2, 0, 3, 64\)"),
+        ("key", None, TypeError, r"key must be .*not NoneType"),
+        ("key", torch.zeros(2, 4, 3, 64).to(torch.float8_e5m2), TypeError, r"key must be .*not torch.float8"),
         ("key", torch.zeros(2, 4, 3, 64, dtype=torch.int64), TypeError, r"key must be .*not torch.int64"),
         ("value", torch.zeros(2, 5, 3, 64), ValueError, r"value must be \(2, 4, 3, 64\) .*not \(2, 5, 3, 64\)"),
         ("decay", torch.zeros(3, 64), ValueError, r"decay must be \(2, 4, 3, 64\) .*not \(3, 64\)"),

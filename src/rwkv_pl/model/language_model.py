@@ -95,7 +95,9 @@ class LanguageModel(nn.Module):
         """tokens (B, T) -> (B, T, C). Wrong tokens, and a state of another size, raise an error that names them."""
         if torch.compiler.is_compiling():
             return self.emb(tokens)
-        check_inputs(tokens, state, self.emb.weight, len(self.blocks))
+        att: Any = self.blocks[0].att
+        wkv_shape = att.empty_wkv(1, torch.float32, torch.device("meta")).shape[1:] if state else ()
+        check_inputs(tokens, state, self.emb.weight, len(self.blocks), wkv_shape)
         try:
             return self.emb(tokens)
         except IndexError:  # raised on the CPU only; looking for the token before each step would slow it
@@ -173,8 +175,13 @@ def _list_parameters(module: Any) -> list[Tensor]:
     return [parameter for parameter in found if parameter is not None]
 
 
-def check_inputs(tokens: Tensor, state: State | None, embedding: Tensor, n_layer: int) -> None:
-    """Raise TypeError or ValueError unless tokens (B, T) and the state suit a model of this size; reads no values."""
+def check_inputs(
+    tokens: Tensor, state: State | None, embedding: Tensor, n_layer: int, wkv_shape: tuple[int, ...]
+) -> None:
+    """Raise TypeError or ValueError unless tokens (B, T) and the state suit a model of this size; reads no values.
+
+    wkv_shape: that of one row of a block's `wkv`.
+    """
     if not isinstance(tokens, Tensor) or tokens.dtype not in (torch.int64, torch.int32):
         given = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
         raise TypeError(f"tokens must be an int64 tensor, not {given}")
@@ -194,6 +201,12 @@ def check_inputs(tokens: Tensor, state: State | None, embedding: Tensor, n_layer
             f"the state has {state[0].att_shift.shape[-1]} channels and the model {embedding.shape[1]}: "
             "it is the state of another model"
         )
+    shift = (len(tokens), embedding.shape[1])
+    expected = shift, (len(tokens), *wkv_shape), shift
+    for block in state or ():
+        found = tuple(tuple(x.shape) for x in block)
+        if found != expected:
+            raise ValueError(f"the state of a block has {found} and needs {expected}: it is the state of another model")
 
 
 def token_shift(x: Tensor, shift: Tensor | None) -> Tensor:

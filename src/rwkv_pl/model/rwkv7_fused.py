@@ -40,7 +40,8 @@ def time_mix(
     """
     has_first = v_first is not None
     x, new_shift, state, *first = _TimeMix.apply(
-        (dropout.p if dropout.training else 0.0, norm.eps, att.ln_x.eps, torch.is_autocast_enabled("cpu"), recompute),
+        (dropout.p if dropout.training else 0.0, norm.eps, att.ln_x.eps, torch.is_autocast_enabled("cpu"), recompute,
+         torch.is_grad_enabled()),
         x, to_float32(shift), to_float32(state), v_first, norm.weight, norm.bias,
         att.x_r, att.x_w, att.x_k, att.x_v, att.x_a, att.x_g,
         att.w0, att.a0, att.v0 if has_first else None, att.k_k, att.k_a, att.r_k, att.ln_x.weight, att.ln_x.bias,
@@ -81,7 +82,7 @@ class _TimeMix(torch.autograd.Function):
         v_first: Tensor | None,
         *parameters: Any,
     ) -> tuple[Tensor, ...]:
-        p, eps, eps_x, to_bf16, recompute = options
+        p, eps, eps_x, to_bf16, recompute, grad_enabled = options
         norm, mixes, vectors, after = parameters[:2], parameters[2:8], parameters[8:13], parameters[13:16]
         w1, w2, a1, a2, v1, v2, g1, g2, w_r, w_k, w_v, w_o = matrices = cast(to_bf16, parameters[16:])
         mixed, new_shift, mean_rstd = ops.norm_token_shift(x, *norm, _of_this(mixes), shift, eps, to_bf16)
@@ -93,7 +94,7 @@ class _TimeMix(torch.autograd.Function):
         m = None if low_v is None else product(low_v, v2.T)
         decay, key, value, removed, added = ops.rwkv7_prepare(k, v, w, a, m, v_first, *vectors)
         value = v if v_first is None else value
-        stretch = CPU_STRETCH if any(ctx.needs_input_grad) else 0
+        stretch = CPU_STRETCH if grad_enabled and any(ctx.needs_input_grad) else 0
         heads = map(_heads, (r, decay, key, value, removed, added))
         wkv, new_state, states, sa = ops.wkv7_forward(*heads, state, stretch)
         wkv = wkv.flatten(2)

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from rwkv_pl.ops.backend import when_loaded
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 def check_arguments(
     operator: str,
@@ -16,18 +18,20 @@ def check_arguments(
     arguments: Mapping[str, Tensor | None],
     shapes: Callable[..., Mapping[str, tuple[int, ...]]],
 ) -> None:
-    """Raise TypeError or ValueError unless all are floating-point tensors, or None, of the right shapes on one device.
+    """Raise TypeError or ValueError unless all are floating-point tensors of the right shapes on one device.
+
+    The state can be None.
 
     key_form: the shape of `key`, the first of the arguments, in words; n_dims: its dimensions. shapes: from the sizes
     of key, the shapes of the arguments that have another.
     """
     key: Any = arguments["key"]
     for name, tensor in arguments.items():
-        if tensor is None:
+        if tensor is None and name == "state":
             continue
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        if not isinstance(tensor, Tensor) or tensor.dtype not in DTYPES:
             given = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise TypeError(f"{operator}: {name} must be a floating-point tensor, not {given}")
+            raise TypeError(f"{operator}: {name} must be a floating-point tensor of 16, 32 or 64 bits, not {given}")
         if tensor.device != key.device:
             raise ValueError(
                 f"{operator}: {name} is on {tensor.device} and key on {key.device}; move them to one device"

@@ -3,10 +3,12 @@
 B  sequences    T  time steps    H  heads    N  channels of a head
 """
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
-from rwkv_pl.ops.backend import current_kernel, uses_compiled
+from rwkv_pl.ops.backend import KernelError, current_kernel, uses_compiled
 from rwkv_pl.ops.wkv import check_arguments, register
 from rwkv_pl.ops.wkv7_reference import wkv7_recurrence, wkv7_scan
 
@@ -48,6 +50,7 @@ def wkv7(
     Raises:
         TypeError: an argument is not a floating-point tensor.
         ValueError: an argument's shape or device does not match that of key.
+        KernelError: `use_kernel("compiled")` is selected, and the compiled kernels do not support the arguments.
     """
     check_arguments(
         "wkv7", "(B, T, H, N) with T, H and N at least 1", 4,
@@ -59,6 +62,8 @@ def wkv7(
     B, _, H, N = key.shape
     on_gpu = key.device.type == "cuda"
     is_supported = N == HEAD_SIZE and not (on_gpu and dtype == torch.float64)
+    if not is_supported and current_kernel() == "compiled":
+        raise KernelError("wkv7", f"none for heads of {N} channels in {key.dtype} on {key.device.type}")
     if is_supported and uses_compiled("wkv7", key.device.type):
         # The kernels read and write 16-bit dtypes directly, except float16 on a CPU.
         io = key.dtype if on_gpu or key.dtype != torch.float16 else dtype
@@ -73,7 +78,7 @@ def wkv7(
     if state is None:
         state = key.new_zeros((B, H, N, N), dtype=dtype)
     plain = wkv7_recurrence if current_kernel() == "recurrence" else wkv7_scan
-    with torch.autocast(key.device.type, enabled=False):
+    with torch.autocast(key.device.type, enabled=False) if key.device.type != "meta" else nullcontext():
         output, state = plain(*(x.to(dtype) for x in (receptance, decay, key, value, a, b, state)))
     return output.to(key.dtype), state
 
