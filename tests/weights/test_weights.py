@@ -409,6 +409,14 @@ def test_later_rwkv_version_is_named_in_the_error(tmp_path, name, version):
         load_weights(tmp_path / "later.pth")
 
 
+@pytest.mark.parametrize("name", ["w0", "k_k", "r_k"])
+def test_rwkv7_file_without_one_parameter_is_recognised(tmp_path, name):
+    tensors = {key: value for key, value in random_weights(SIZE7).tensors.items() if not key.endswith(f"att.{name}")}
+    torch.save(tensors, tmp_path / "x.pth")
+    with pytest.raises(UserError, match=rf"whole rwkv7 model of 2 x 64: it lacks blocks\.0\.att\.{name}, "):
+        load_weights(tmp_path / "x.pth")
+
+
 def test_later_checkpoint_format_is_named_in_the_error(tmp_path):
     torch.save({"rwkv_pl": {"format": 2, "model": "rwkv4"}, "state_dict": {}}, tmp_path / "new.ckpt")
     with pytest.raises(UserError, match="format 2, this rwkv_pl reads 1"):

@@ -189,7 +189,7 @@ class RWKV7(LanguageModel):
     """
 
     block_class, library = Block, Block.library
-    mark = r"att\.w0$"
+    mark = r"att\.(w0|k_k|r_k)$"  # several: a file that lacks one of them is still recognised
     # The inputs of wkv7, their gradients, and those of its output, the receptance, the key, the value and the gate.
     backward_tensors = 17
 
