@@ -265,3 +265,19 @@ def test_line_and_readme_lengths_are_limited(page):
     if page not in GENERATED:
         assert [line for line in PAGES[page].splitlines() if len(line) > 120] == []
     assert page != "README.md" or PAGES[page].count("\n") <= 150
+
+
+def test_table_of_files_that_a_version_touches_is_complete():
+    """In CONTRIBUTING.md, with RWKV-7 as the example."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    section = text.partition("## What a new version of RWKV touches")[2].partition("\n## ")[0]
+    cells = re.findall(r"^\| (`.*?`) \|", section, flags=re.MULTILINE)
+    listed = [path.replace("wkvN", "wkv7") for cell in cells for path in re.findall(r"`(.*?)`", cell)]
+    folders = ("src", "conf", "cuda", "benchmarks")
+    kinds = (".py", ".yaml", ".md", ".h", ".cpp", ".cu", ".cuh")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in kinds]
+    naming = [path for path in files if "wkv7" in path.name or "wkv7" in path.read_text(encoding="utf-8")]
+    assert not [path for path in naming if not any(path.match(pattern) for pattern in listed)]
+    for pattern in listed:
+        found = naming if pattern.startswith(folders) else ROOT.glob(pattern)
+        assert any(path.match(pattern) for path in found), pattern

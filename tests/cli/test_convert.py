@@ -114,12 +114,27 @@ def test_run_converts_to_every_format_and_back(convert, run, tmp_path):
 
 @pytest.mark.parametrize("run", ["rwkv7"], indirect=True)
 def test_parameters_that_nothing_reads_are_added_and_dropped(convert, run, tmp_path):
-    assert convert("run", "all.pth", "--with-block0-v").code == 0
+    result = convert("run", "all.pth", "--with-block0-v")
+    assert result.code == 0, result.err
+    names = "blocks.0.att.v0, blocks.0.att.v1, blocks.0.att.v2"
+    assert f"official .pth plus zeros for {names}, which nothing reads, rwkv7 " in result.out
     added = torch.load(tmp_path / "all.pth", weights_only=True)
     assert not any(added[f"blocks.0.att.v{i}"].any() for i in range(3))
     result = convert("all.pth", "back.pth")
-    assert "without blocks.0.att.v0, blocks.0.att.v1, blocks.0.att.v2, which nothing reads" in result.out
+    assert f"without {names}, which nothing reads" in result.out
     assert len(torch.load(tmp_path / "back.pth", weights_only=True)) == len(added) - 3
+
+
+@pytest.mark.parametrize("run", ["rwkv7"], indirect=True)
+def test_corrupt_added_zeros_are_detected(convert, run, tmp_path, monkeypatch):
+    save = torch.save
+
+    def corrupt(content, file):
+        save(content | {"blocks.0.att.v2": -content["blocks.0.att.v2"]}, file)  # zeros with another sign
+
+    monkeypatch.setattr("rwkv_pl.weights.write.torch.save", corrupt)
+    assert_refused(convert("run", "x.pth", "--with-block0-v"), "blocks.0.att.v2 in ", code=1)
+    assert not (tmp_path / "x.pth").exists()
 
 
 def test_dropped_vocabulary_is_reported(train, convert, tmp_path):

@@ -17,6 +17,7 @@ from rwkv_pl import RWKV4, RWKV4Config, load_weights
 from rwkv_pl.data.sources.text import Text
 from rwkv_pl.inference import evaluate as protocols
 from rwkv_pl.training.curve import read_rows
+from rwkv_pl.weights.read import read_weights
 
 WHOLE_VALIDATION = ("trainer.limit_val_batches=1.0", "data.eval_batch_size=64")
 CHARACTERS = "naïve café, 5 €: 𝄞 ".encode() * 900
@@ -150,6 +151,16 @@ def test_official_weights_are_evaluated(evaluate, run, tmp_path):
     result = evaluate("weights=other.pth", *settings)
     assert (result.code, result.err.count("\n")) == (2, 1)
     assert "weights=other.pth has 300 tokens, data.vocab=byte has 256" in result.err
+
+
+@pytest.mark.parametrize("run", ["rwkv7"], indirect=True)
+def test_dropped_parameters_are_reported(evaluate, run, tmp_path):
+    weights = read_weights(run)
+    torch.save(weights.tensors | weights.unread, tmp_path / "all.pth")
+    result = evaluate("weights=all.pth", "data=text", "data.path=corpus.txt", "data.ctx_len=16", "protocol=windows")
+    assert result.code == 0, result.err
+    dropped = ", ".join(weights.unread)
+    assert f"        official .pth, without {dropped}, which nothing reads, rwkv7 2 x 64, " in result.out
 
 
 @pytest.mark.parametrize("precision, tolerance", [("bf16-mixed", 0.02), ("16-mixed", 0.01)])

@@ -325,7 +325,19 @@ def test_other_sizes_of_heads_ranks_and_channel_mixing():
     tokens = torch.randint(VOCAB, (9,))
     expected = transcribe({name: value.double() for name, value in model.state_dict().items()}, tokens)
     assert relative_error(model(tokens[None])[0][0], expected) < 1e-5
+
+
+def test_sizes_are_read_from_the_tensors():
+    sizes = {"n_layer": 2, "n_embd": 128, "n_ffn": 112, "rank_w": 8, "rank_a": 16, "rank_v": 4, "rank_g": 24}
+    model = small_model("rwkv7", **sizes)
     assert RWKV7.sizes(model.state_dict()) | {"dropout": 0.0} == vars(model.config)
+
+
+def test_sizes_refuse_other_heads():
+    """No run could start from a file with 2 heads of 50: n_embd=100 is not a multiple of 64."""
+    model = small_model("rwkv7", n_embd=100, head_size=50)
+    with pytest.raises(ValueError, match=r"r_k is \(2, 50\), heads of 50 channels; only heads of 64 are supported"):
+        RWKV7.sizes(model.state_dict())
 
 
 def test_arithmetic_counts_matrices_and_the_state():

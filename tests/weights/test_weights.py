@@ -265,6 +265,46 @@ def test_folder_of_official_names_below_a_base_model_is_read(tmp_path):
     assert_same_bits(read_weights(tmp_path), weights)
 
 
+def test_rwkv7_with_another_head_size_is_refused(tmp_path):
+    """rwkv7-hf's GroupNorm has the epsilon head_dim * norm_eps, so the same tensors would give other logits."""
+    weights = random_weights(replace(SIZE7, head_size=32))
+    torch.save(weights.tensors, tmp_path / "x.pth")
+    layout = layout_of("rwkv7")
+    config = layout.config_of(weights.config, torch.float32)
+    assert config["head_dim"] == 32
+    inferred = {key: value for key, value in config.items() if key != "head_dim"}
+    for name, content in (("stated", config), ("inferred", inferred)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(content))
+        save_file(layout.from_official(weights.tensors), tmp_path / name / "model.safetensors")
+    from_tensors = (
+        "does not hold a whole rwkv7 model: blocks.0.att.r_k is (2, 32), heads of 32 channels; only heads of 64"
+    )
+    for name, message in (
+        ("x.pth", from_tensors),
+        ("inferred", from_tensors),
+        ("stated", "has head_dim 32; rwkv7 has 64"),
+    ):
+        with pytest.raises(UserError) as error:
+            read_weights(tmp_path / name)
+        assert message in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "layout", [layout for layout in LAYOUTS if layout.version == "rwkv7"], ids=lambda l: l.architecture
+)
+def test_config_of_an_rwkv7_folder_is_checked(tmp_path, layout):
+    weights, config = random_weights(SIZE7), layout.config_of(SIZE7, torch.float32)
+    save_file(layout.from_official(weights.tensors), tmp_path / "model.safetensors")
+    for change in ({"head_dim": 32}, {"head_size": 32}, {"group_norm_epsilon": 1e-5}):
+        (tmp_path / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(UserError, match=f"config.json has {next(iter(change))} "):
+            read_weights(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"head_dim": None, "group_norm_epsilon": 64 * 1e-5}))
+    assert_same_bits(read_weights(tmp_path), weights)
+
+
 def test_transformers_model_is_read(tmp_path):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(5)
@@ -407,6 +447,14 @@ def test_later_rwkv_version_is_named_in_the_error(tmp_path, name, version):
     torch.save(random_weights().tensors | {name: torch.zeros(2)}, tmp_path / "later.pth")
     with pytest.raises(UserError, match=f"holds a {version} model"):
         load_weights(tmp_path / "later.pth")
+
+
+@pytest.mark.parametrize("name", ["w0", "k_k", "r_k"])
+def test_rwkv7_file_without_one_parameter_is_recognised(tmp_path, name):
+    tensors = {key: value for key, value in random_weights(SIZE7).tensors.items() if not key.endswith(f"att.{name}")}
+    torch.save(tensors, tmp_path / "x.pth")
+    with pytest.raises(UserError, match=rf"whole rwkv7 model of 2 x 64: it lacks blocks\.0\.att\.{name}, "):
+        load_weights(tmp_path / "x.pth")
 
 
 def test_later_checkpoint_format_is_named_in_the_error(tmp_path):

@@ -172,6 +172,7 @@ def _evaluate(config: Eval, run: Path | None, given: set[str]) -> Iterator[tuple
     about = {
         "source": str(source),
         "file": str(weights.path),
+        "form": weights.form,
         "step": weights.step,
         "model": weights.version,
         "config": asdict(weights.config),

@@ -32,10 +32,10 @@ def print_report(report: dict[str, Any]) -> None:
     from rwkv_pl.training.callbacks.progress import format_duration
 
     weights, text = report["weights"], report["text"]
-    size = weights["config"]
     step = "" if weights["step"] is None else f", step {weights['step']:,}"
     print(f"weights {weights['file']}{step}")
-    print(f"        {weights['model']}, {size['n_layer']} x {size['n_embd']}, {weights['parameters']:,} parameters")
+    size = f"{weights['config']['n_layer']} x {weights['config']['n_embd']}"
+    print(f"        {weights['form']}, {weights['model']} {size}, {weights['parameters']:,} parameters")
     vocabulary = text["vocabulary"]
     print(f"text    {text['corpus']} ({text['description']}, digest {text['digest'][:12]}), {text['split']} split,")
     n_bytes = "" if text["bytes"] is None else f"{text['bytes']:,} bytes, "

@@ -189,7 +189,7 @@ class RWKV7(LanguageModel):
     """
 
     block_class, library = Block, Block.library
-    mark = r"att\.w0$"
+    mark = r"att\.(w0|k_k|r_k)$"  # several: a file that lacks one of them is still recognised
     # The inputs of wkv7, their gradients, and those of its output, the receptance, the key, the value and the gate.
     backward_tensors = 17
 
@@ -210,7 +210,10 @@ class RWKV7(LanguageModel):
 
     @classmethod
     def sizes(cls, tensors: Mapping[str, Tensor]) -> dict[str, int]:
-        """The official files differ in the ranks and in the width of the channel mixing, so they are read as well."""
+        """The official files differ in the ranks and in the width of the channel mixing, so they are read as well.
+
+        All of them have heads of 64 channels. Programs disagree on the epsilon of the GroupNorm for others.
+        """
         found = super().sizes(tensors)
         for name, (parameter, dim) in {
             "head_size": ("blocks.0.att.r_k", -1),
@@ -222,6 +225,11 @@ class RWKV7(LanguageModel):
         }.items():
             if parameter in tensors and tensors[parameter].dim():
                 found[name] = tensors[parameter].shape[dim]
+        if found.get("head_size", HEAD_SIZE) != HEAD_SIZE:
+            raise ValueError(
+                f"blocks.0.att.r_k is {tuple(tensors['blocks.0.att.r_k'].shape)}, heads of {found['head_size']} "
+                f"channels; only heads of {HEAD_SIZE} are supported"
+            )
         return found
 
     @classmethod

@@ -1,7 +1,7 @@
 """The layouts of Hugging Face's model types: names of the parameters and content of config.json, both ways."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ class Layout:
     names:      official parameter name -> name in transformers, with {} for the layer's number.
     required:   keys of config.json, the values that the version has and files may state, such as the epsilon of a norm,
                 which is not a parameter.
+    stated:     more such keys, that files of some programs state and that are not written.
     """
 
     model_type: str
@@ -29,6 +30,7 @@ class Layout:
     version: str
     names: dict[str, str]
     required: dict[str, Any]
+    stated: dict[str, Any] = field(default_factory=dict)
 
     def their_name(self, official: str) -> str:
         """The name of a parameter in transformers. Raises KeyError if the version has no such parameter."""
@@ -187,10 +189,13 @@ _RWKV7_NAMES = {
 # The class of a pull request to transformers has the official names and shapes, below the name of its base model.
 _RWKV7_OFFICIAL_NAMES = {name: name if name == "head.weight" else f"rwkv7.{name}" for name in _RWKV7_NAMES}
 
+# They determine the epsilon of the GroupNorm over a head: head_dim * norm_eps in rwkv7-hf and flash-linear-attention.
+_RWKV7_STATED = {"head_dim": 64, "head_size": 64, "group_norm_epsilon": 64e-5}
+
 LAYOUTS = (
     RWKV4Layout("rwkv", "RwkvForCausalLM", "rwkv4", _RWKV4_NAMES, required={"layer_norm_epsilon": 1e-5}),
-    RWKV7Layout("rwkv7", "RWKV7ForCausalLM", "rwkv7", _RWKV7_NAMES, required={"norm_eps": 1e-5}),
-    Layout("rwkv7", "Rwkv7ForCausalLM", "rwkv7", _RWKV7_OFFICIAL_NAMES, required={"norm_eps": 1e-5}),
+    RWKV7Layout("rwkv7", "RWKV7ForCausalLM", "rwkv7", _RWKV7_NAMES, {"norm_eps": 1e-5}, _RWKV7_STATED),
+    Layout("rwkv7", "Rwkv7ForCausalLM", "rwkv7", _RWKV7_OFFICIAL_NAMES, {"norm_eps": 1e-5}, _RWKV7_STATED),
 )
 """All layouts; the first one of a version is the one that is written."""
 
@@ -201,15 +206,16 @@ def layout_of(version: str) -> Layout:
 
 
 def find_layout(config: dict[str, Any], folder: Path) -> Layout:
-    """The layout that config.json names. Raises UserError for an unknown model type or another layer norm epsilon."""
+    """The layout that config.json names. Raises UserError for an unknown model type or another value of a fixed key."""
     classes = config.get("architectures") or []
     fitting = [layout for layout in LAYOUTS if layout.model_type == config.get("model_type")]
     layout = next((layout for layout in fitting if layout.architecture in classes), next(iter(fitting), None))
     if layout is None:
         known = ", ".join(dict.fromkeys(f"{layout.model_type} ({layout.version})" for layout in LAYOUTS))
         raise UserError(f"{folder} holds a {config.get('model_type')} model, says its config.json; supported: {known}")
-    for key, value in layout.required.items():
-        if config.get(key, value) != value:
+    for key, value in (layout.required | layout.stated).items():
+        # A program that derives head_dim from the tensors or from num_heads may store null.
+        if config.get(key, value) != value and not (key in layout.stated and config[key] is None):
             raise UserError(f"{folder / 'config.json'} has {key} {config[key]}; {layout.version} has {value}")
     return layout
 

@@ -27,7 +27,9 @@ COMPILED = "_orig_mod."
 def load_weights(source: str | Path) -> tuple[nn.Module, Vocabulary | None]:
     """Load the model of `source`, on the CPU in float32 and in eval mode (no dropout), and its vocabulary.
 
-    source: as for `read_weights`. The vocabulary is None if it is not known: a `.pth` has none.
+    source: as for `read_weights`. The vocabulary is None if it is not known: a `.pth` has none. Parameters of official
+    files that nothing reads, such as v0 in block 0 of RWKV-7, are dropped without a message; rwkv-train, rwkv-eval and
+    rwkv-convert print one.
 
     Raises UserError, with a one-line message, if there are no weights or they cannot be read.
     """

@@ -11,6 +11,7 @@ from torch import Tensor
 from rwkv_pl.errors import RunError
 from rwkv_pl.files import atomic_write, atomic_write_folder
 from rwkv_pl.weights import huggingface
+from rwkv_pl.weights.checkpoint import read_checkpoint
 from rwkv_pl.weights.layouts import layout_of
 from rwkv_pl.weights.metadata import KEY, Metadata
 from rwkv_pl.weights.read import read_weights
@@ -22,18 +23,21 @@ def write_weights(weights: Weights, target: Path, with_unread: bool = False) -> 
 
     Before the file or folder gets its final name, it is read back and compared bit for bit. Returns the weights that
     were read. A `.pth` has no vocabulary. The parent folder of `target` must exist, `target` must not, unless it is an
-    empty folder. with_unread: add `weights.unread` to a `.pth`.
+    empty folder. with_unread: add `weights.unread` to a `.pth`; the `form` of the result names them.
 
     Raises OSError if the write fails, and then leaves nothing behind.
     """
     # Every tensor gets its own storage: torch.save writes the whole storage of a view.
     weights = replace(weights, tensors={name: _pack(value) for name, value in weights.tensors.items()})
     if target.suffix.lower() in (".pth", ".ckpt"):
+        is_official = target.suffix.lower() == ".pth"
+        unread = weights.unread if with_unread and is_official else {}
         with atomic_write(target) as file:
-            official = weights.tensors | (weights.unread if with_unread else {})
-            torch.save(official if target.suffix.lower() == ".pth" else _checkpoint(weights), file)
+            torch.save(weights.tensors | unread if is_official else _checkpoint(weights), file)
             file.flush()
-            written = _verify(Path(file.name), weights)
+            written = _verify(Path(file.name), weights, unread)
+        if unread:
+            written = replace(written, form=f"official .pth plus zeros for {', '.join(unread)}, which nothing reads")
     else:
         with atomic_write_folder(target) as folder:
             layout = layout_of(weights.version)
@@ -58,9 +62,14 @@ def _checkpoint(weights: Weights) -> dict[str, Any]:
     }
 
 
-def _verify(path: Path, weights: Weights) -> Weights:
-    written = read_weights(path)
-    differing = [name for name, value in weights.tensors.items() if not _has_same_bits(written.tensors[name], value)]
+def _verify(path: Path, weights: Weights, unread: dict[str, Tensor] | None = None) -> Weights:
+    """Read `path` back and compare it with the weights. unread: what else is in the file, which reading drops."""
+    written, expected = read_weights(path), weights.tensors
+    there = written.tensors
+    if unread:
+        content, expected = read_checkpoint(path), expected | unread
+        there = there | {name: content[name] for name in unread}
+    differing = [name for name, value in expected.items() if not _has_same_bits(there[name], value)]
     # Take the same values in memory: those that were read back keep the file open, and Windows would not rename it.
     written = replace(written, tensors=weights.tensors)
     if differing:
