@@ -162,6 +162,10 @@ class LanguageModel(nn.Module):
         return {"vocab_size": vocab_size, "n_layer": len(layers), "n_embd": n_embd}
 
     @classmethod
+    def check_official(cls, sizes: Mapping[str, int]) -> None:
+        """Raise ValueError if a file with these sizes is unsupported unless rwkv_pl has written it."""
+
+    @classmethod
     def unread(cls, config: Any) -> dict[str, tuple[int, ...]]:
         """Names and shapes of parameters that official files may hold, although no official code reads them."""
         return {}

@@ -210,10 +210,7 @@ class RWKV7(LanguageModel):
 
     @classmethod
     def sizes(cls, tensors: Mapping[str, Tensor]) -> dict[str, int]:
-        """The official files differ in the ranks and in the width of the channel mixing, so they are read as well.
-
-        All of them have heads of 64 channels. Programs disagree on the epsilon of the GroupNorm for others.
-        """
+        """The official files differ in the ranks and in the width of the channel mixing, so they are read as well."""
         found = super().sizes(tensors)
         for name, (parameter, dim) in {
             "head_size": ("blocks.0.att.r_k", -1),
@@ -225,12 +222,13 @@ class RWKV7(LanguageModel):
         }.items():
             if parameter in tensors and tensors[parameter].dim():
                 found[name] = tensors[parameter].shape[dim]
-        if found.get("head_size", HEAD_SIZE) != HEAD_SIZE:
-            raise ValueError(
-                f"blocks.0.att.r_k is {tuple(tensors['blocks.0.att.r_k'].shape)}, heads of {found['head_size']} "
-                f"channels; only heads of {HEAD_SIZE} are supported"
-            )
         return found
+
+    @classmethod
+    def check_official(cls, sizes: Mapping[str, int]) -> None:
+        """All official files have heads of 64 channels. For others, programs disagree on the GroupNorm's epsilon."""
+        if sizes.get("head_size", HEAD_SIZE) != HEAD_SIZE:
+            raise ValueError(f"it has heads of {sizes['head_size']} channels; only heads of {HEAD_SIZE} are supported")
 
     @classmethod
     def unread(cls, config: Any) -> dict[str, tuple[int, ...]]:

@@ -127,6 +127,11 @@ def validate_tensors(
         size = model_class.sizes(tensors)
     except ValueError as error:
         raise UserError(f"{path} does not hold a whole {version} model: {error}") from error
+    if not config:
+        try:
+            model_class.check_official(size)
+        except ValueError as error:
+            raise UserError(f"{path}: {error}") from error
     for key, there in size.items():
         if config and config.get(key) != there:
             raise CorruptFileError(f"{path} has {key}={config.get(key)} in its config, and {there} in its tensors")
