@@ -69,7 +69,7 @@ def wait_for_end(sweep: Sweep) -> tuple[int, str]:
 
 
 def read_table(folder: Path) -> dict[str, dict[str, str]]:
-    with (folder / "sweep" / "sweep.csv").open(newline="") as file:
+    with (folder / "sweep" / "sweep.csv").open(newline="", encoding="utf-8") as file:
         return {row["run"]: row for row in csv.DictReader(file)}
 
 
