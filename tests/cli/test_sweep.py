@@ -36,6 +36,7 @@ from rwkv_pl.errors import UserError
 from rwkv_pl.overrides import parse_overrides
 from rwkv_pl.runs.folder import has_started
 from rwkv_pl.runs.outcome import read_result
+from rwkv_pl.sweeps import pool
 from rwkv_pl.sweeps.jobs import Job, expand_grid, merge_params, record_failure, require_own_run
 from rwkv_pl.terminal import SWEEP_JOB_ENV
 
@@ -139,12 +140,28 @@ def test_killed_job_does_not_affect_the_others(folder):
     reason = "exit code 15" if WINDOWS else "killed by SIGKILL"
     assert f"job 0 failed: {reason}" in out
     assert [row["status"] for row in read_table(folder).values()] == ["failed", "finished"]
-    assert (jobs[0] / "error.txt").read_text() == f"{reason}\n"
+    assert (jobs[0] / "error.txt").read_text().startswith(reason)
     code, out = wait_for_end(start(folder, "resume=sweep"))
     assert code == 0, out
     assert [row["status"] for row in read_table(folder).values()] == ["finished", "finished"]
     assert not (jobs[0] / "error.txt").exists()
     assert "of which" in out, "it started again at step 0"
+
+
+@pytest.mark.parametrize(
+    ("code", "line", "reason"),
+    [
+        (7, "", "exit code 7"),
+        (7, "a warning", "exit code 7, after the line: a warning"),  # a crash, or a kill on Windows
+        (1, "rwkv-train: disk full", "disk full"),
+        (1, "", "exit code 1"),
+    ],
+)
+def test_reason_of_a_failed_job(tmp_path, capsys, code, line, reason):
+    entry = pool._Running(Job(["seed=1"], tmp_path / "0"), SimpleNamespace(returncode=code), {})
+    entry.last_line.append(line)
+    assert str(pool._finish_job(entry)._return_value) == reason
+    assert (tmp_path / "0" / "error.txt").read_text() == f"{reason}\n"
 
 
 @needs_signals

@@ -24,7 +24,7 @@ from rwkv_pl.limits import THREAD_VARIABLES, usable_cores
 from rwkv_pl.runs.folder import has_started, is_in_use
 from rwkv_pl.runs.outcome import DONE_STATUSES, read_result
 from rwkv_pl.sweeps.jobs import Job, record_failure, require_own_run
-from rwkv_pl.terminal import SIGNAL_CODES, SWEEP_JOB_ENV, quote_override
+from rwkv_pl.terminal import BAD_INPUT, FAILED, SIGNAL_CODES, SWEEP_JOB_ENV, quote_override
 from rwkv_pl.user_files import typed_config_dir
 
 # Of a job that a signal ended, also before it could save. The last one is Windows' STATUS_CONTROL_C_EXIT.
@@ -172,7 +172,11 @@ def _finish_job(entry: _Running) -> JobReturn:
     if code < 0:
         return record_failure(job, f"killed by {signal.Signals(-code).name}")
     last_line = next(iter(entry.last_line), "").removeprefix("rwkv-train: ")
-    reason = str(result.get("error") or last_line or f"exit code {code}")
+    reason = str(result.get("error") or last_line)
+    if not reason:
+        reason = f"exit code {code}"
+    elif code not in (FAILED, BAD_INPUT):  # not an error of rwkv-train: the line may be about something else
+        reason = f"exit code {code}, after the line: {reason}"
     return record_failure(job, reason, is_shown=reason == last_line)
 
 
