@@ -248,7 +248,7 @@ def choose_model(
         if loaded.version != config.model.name:
             raise UserError(
                 f"weights={config.weights} holds a {loaded.version} model, the config has {config.model.name}: "
-                f"give a model={loaded.version} of its size"
+                f"give model={loaded.version} model.n_layer={there.n_layer} model.n_embd={there.n_embd}"
             )
         if (there.n_layer, there.n_embd) != (here.n_layer, here.n_embd):
             raise UserError(
