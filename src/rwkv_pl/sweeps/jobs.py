@@ -177,7 +177,7 @@ def validate_job(loader: ConfigLoader, config: DictConfig, overrides: list[str],
 
 def record_failure(job: Job, reason: str, status: str = "failed", is_shown: bool = False) -> JobReturn:
     """Print a job's failure and write it into its folder. is_shown: whether the job has printed `reason` itself."""
-    print(f"{job.name} {status if is_shown else reason if status in reason else f'{status}: {reason}'}", flush=True)
+    print(f"{job.name} {status if is_shown else reason if reason.startswith(status) else f'{status}: {reason}'}", flush=True)
     # The folder stays unchanged if another process uses it, or if it holds the run of another job.
     with suppress(UserError, OSError):
         require_own_run(job)
