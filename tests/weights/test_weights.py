@@ -287,7 +287,7 @@ def test_rwkv7_with_another_head_size_is_refused(tmp_path):
             read_weights(tmp_path / name)
         assert message in str(error.value)
         assert "\n" not in str(error.value)
-    # Its own files have the epsilon of its own model.
+    # A checkpoint of rwkv_pl has the epsilon of rwkv_pl.
     write_weights(weights, tmp_path / "ours.ckpt")
     assert_same_bits(read_weights(tmp_path / "ours.ckpt"), weights)
 

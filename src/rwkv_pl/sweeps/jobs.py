@@ -177,7 +177,8 @@ def validate_job(loader: ConfigLoader, config: DictConfig, overrides: list[str],
 
 def record_failure(job: Job, reason: str, status: str = "failed", is_shown: bool = False) -> JobReturn:
     """Print a job's failure and write it into its folder. is_shown: whether the job has printed `reason` itself."""
-    print(f"{job.name} {status if is_shown else reason if reason.startswith(status) else f'{status}: {reason}'}", flush=True)
+    shown = status if is_shown else reason if reason.startswith(status) else f"{status}: {reason}"
+    print(f"{job.name} {shown}", flush=True)
     # The folder stays unchanged if another process uses it, or if it holds the run of another job.
     with suppress(UserError, OSError):
         require_own_run(job)
